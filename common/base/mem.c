@@ -1,0 +1,235 @@
+#include "common/base/mem.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/base/assert.h"
+#include "common/base/log.h"
+
+static _Thread_local const char *t_guard_what;
+static _Thread_local int t_guard_depth;
+
+static void mem_guard_check(size_t n_bytes)
+{
+    CM_ASSERT_MSG(t_guard_depth == 0, "allocation of %zu bytes inside %s", n_bytes, t_guard_what);
+}
+
+static void *mem_or_die(void *p, size_t n_bytes)
+{
+    if (p == NULL) {
+        cm_error_log("out of memory: %zu bytes refused by the system", n_bytes);
+        cm_log_dump(2);
+        abort();
+    }
+    return p;
+}
+
+void *cm_alloc(size_t n_bytes)
+{
+    mem_guard_check(n_bytes);
+    return mem_or_die(calloc(1, n_bytes != 0 ? n_bytes : 1), n_bytes);
+}
+
+void *cm_alloc_aligned(size_t n_bytes)
+{
+    mem_guard_check(n_bytes);
+    size_t rounded = (n_bytes + 63) / 64 * 64;
+    void *p = mem_or_die(aligned_alloc(64, rounded != 0 ? rounded : 64), n_bytes);
+    memset(p, 0, rounded);
+    return p;
+}
+
+void *cm_try_alloc(size_t n_bytes)
+{
+    mem_guard_check(n_bytes);
+    return calloc(1, n_bytes != 0 ? n_bytes : 1);
+}
+
+void *cm_realloc(void *p, size_t n_bytes)
+{
+    mem_guard_check(n_bytes);
+    return mem_or_die(realloc(p, n_bytes != 0 ? n_bytes : 1), n_bytes);
+}
+
+char *cm_strdup(const char *text)
+{
+    size_t n = strlen(text) + 1;
+    return memcpy(cm_alloc(n), text, n);
+}
+
+void cm_free(void *p)
+{
+    free(p);
+}
+
+void cm_mem_guard_begin(const char *what)
+{
+    t_guard_what = what;
+    t_guard_depth++;
+}
+
+void cm_mem_guard_end(void)
+{
+    CM_ASSERT(t_guard_depth > 0);
+    t_guard_depth--;
+}
+
+/* ---- arena ---- */
+
+struct cm_arena_chunk {
+    cm_arena_chunk *next;
+    size_t cap, used;
+    uint8_t *bytes; /* 64-byte aligned, follows this struct */
+};
+
+static cm_arena_chunk *arena_chunk_create(size_t cap)
+{
+    cm_arena_chunk *chunk = cm_alloc_aligned(64 + cap);
+    _Static_assert(sizeof(cm_arena_chunk) <= 64, "chunk head fits its 64 bytes");
+    chunk->cap = cap;
+    chunk->bytes = (uint8_t *)chunk + 64;
+    return chunk;
+}
+
+void cm_arena_init(cm_arena *arena, const char *name, size_t chunk_bytes, size_t max_bytes)
+{
+    CM_ASSERT(chunk_bytes > 0 && chunk_bytes <= max_bytes);
+    *arena = (cm_arena){.name = name, .chunk_bytes = chunk_bytes, .max_bytes = max_bytes};
+    arena->first = arena->at = arena_chunk_create(chunk_bytes);
+    arena->total_bytes = chunk_bytes;
+}
+
+void cm_arena_fini(cm_arena *arena)
+{
+    for (cm_arena_chunk *chunk = arena->first, *next; chunk != NULL; chunk = next) {
+        next = chunk->next;
+        cm_free(chunk);
+    }
+    *arena = (cm_arena){0};
+}
+
+void *cm_arena_alloc(cm_arena *arena, size_t n_bytes)
+{
+    if (n_bytes > SIZE_MAX - 63) {
+        return NULL;
+    }
+    size_t rounded = (n_bytes + 63) / 64 * 64;
+    cm_arena_chunk *chunk = arena->at;
+    if (chunk->cap - chunk->used < rounded) {
+        size_t cap = rounded > arena->chunk_bytes ? rounded : arena->chunk_bytes;
+        if (cap > arena->max_bytes - arena->total_bytes) {
+            if (rounded > arena->max_bytes - arena->total_bytes) {
+                return NULL;
+            }
+            cap = rounded;
+        }
+        chunk = arena_chunk_create(cap);
+        arena->total_bytes += cap;
+        arena->at->next = chunk;
+        arena->at = chunk;
+    }
+    void *p = chunk->bytes + chunk->used;
+    chunk->used += rounded;
+    arena->used_bytes += rounded;
+    if (arena->used_bytes > arena->peak_bytes) {
+        arena->peak_bytes = arena->used_bytes;
+    }
+    memset(p, 0, n_bytes);
+    return p;
+}
+
+void *cm_arena_take(cm_arena *arena, size_t n_bytes)
+{
+    void *p = cm_arena_alloc(arena, n_bytes);
+    CM_ASSERT_MSG(p != NULL, "arena %s: %zu bytes asked, %zu of %zu used", arena->name, n_bytes, arena->used_bytes,
+                  arena->max_bytes);
+    return p;
+}
+
+char *cm_arena_strdup(cm_arena *arena, const char *text)
+{
+    size_t n = strlen(text) + 1;
+    char *copy = cm_arena_alloc(arena, n);
+    return copy != NULL ? memcpy(copy, text, n) : NULL;
+}
+
+void cm_arena_reset(cm_arena *arena)
+{
+    for (cm_arena_chunk *chunk = arena->first->next, *next; chunk != NULL; chunk = next) {
+        next = chunk->next;
+        arena->total_bytes -= chunk->cap;
+        cm_free(chunk);
+    }
+    arena->first->next = NULL;
+    arena->first->used = 0;
+    arena->at = arena->first;
+    arena->used_bytes = 0;
+}
+
+/* ---- pool ---- */
+
+void cm_pool_init(cm_pool *pool, const char *name, size_t object_bytes, uint32_t n_max)
+{
+    CM_ASSERT(object_bytes > 0 && n_max > 0);
+    size_t stride = (object_bytes + 15) / 16 * 16;
+    *pool = (cm_pool){.name = name, .object_bytes = stride, .n_max = n_max};
+    pool->objects = cm_alloc_aligned(stride * n_max);
+    pool->free_stack = cm_alloc(sizeof(uint32_t) * n_max);
+    pool->in_use = cm_alloc(n_max);
+    for (uint32_t i = 0; i < n_max; i++) {
+        pool->free_stack[i] = n_max - 1 - i; /* index 0 is handed out first */
+    }
+}
+
+uint32_t cm_pool_fini(cm_pool *pool)
+{
+    uint32_t n_leaked = pool->n_used;
+    for (uint32_t i = 0; i < pool->n_max && n_leaked > 0; i++) {
+        if (pool->in_use[i]) {
+            const uint8_t *b = pool->objects + pool->object_bytes * i;
+            cm_warn("pool %s: object %u was not returned, begins %02x%02x%02x%02x %02x%02x%02x%02x", pool->name, i,
+                    b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]);
+        }
+    }
+    cm_free(pool->objects);
+    cm_free(pool->free_stack);
+    cm_free(pool->in_use);
+    *pool = (cm_pool){0};
+    return n_leaked;
+}
+
+cm_status cm_pool_get(cm_pool *pool, void **object_out)
+{
+    if (pool->n_used == pool->n_max) {
+        return CM_AGAIN;
+    }
+    uint32_t index = pool->free_stack[pool->n_max - pool->n_used - 1];
+    pool->n_used++;
+    pool->n_peak = pool->n_used > pool->n_peak ? pool->n_used : pool->n_peak;
+    pool->in_use[index] = 1;
+    *object_out = pool->objects + pool->object_bytes * index;
+    memset(*object_out, 0, pool->object_bytes);
+    return CM_OK;
+}
+
+uint32_t cm_pool_index(const cm_pool *pool, const void *object)
+{
+    size_t offset = (size_t)((const uint8_t *)object - pool->objects);
+    CM_ASSERT_MSG(offset % pool->object_bytes == 0 && offset / pool->object_bytes < pool->n_max,
+                  "pool %s: not its object", pool->name);
+    return (uint32_t)(offset / pool->object_bytes);
+}
+
+void cm_pool_put(cm_pool *pool, void *object)
+{
+    uint32_t index = cm_pool_index(pool, object);
+    CM_ASSERT_MSG(pool->in_use[index], "pool %s: object %u returned twice", pool->name, index);
+    pool->in_use[index] = 0;
+    pool->n_used--;
+    pool->free_stack[pool->n_max - pool->n_used - 1] = index;
+}
+
+void *cm_pool_at(const cm_pool *pool, uint32_t index)
+{
+    return index < pool->n_max && pool->in_use[index] ? pool->objects + pool->object_bytes * index : NULL;
+}
