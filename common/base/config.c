@@ -109,7 +109,7 @@ static cm_status cfg_assign(const cm_cfg_field *field, void *config, const char 
     case CM_CFG_TYPE_BYTES:
         return cfg_parse_number(field, value, at, err);
     }
-    CM_ASSERT(!"field type");
+    CM_ASSERT_MSG(false, "option %s has type %d", field->name, (int)field->type);
     return CM_E_CONFIG;
 }
 

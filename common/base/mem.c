@@ -74,6 +74,18 @@ void cm_mem_guard_end(void)
     t_guard_depth--;
 }
 
+int cm_mem_guard_pause(void)
+{
+    int depth = t_guard_depth;
+    t_guard_depth = 0;
+    return depth;
+}
+
+void cm_mem_guard_resume(int depth)
+{
+    t_guard_depth = depth;
+}
+
 /* ---- arena ---- */
 
 struct cm_arena_chunk {

@@ -22,6 +22,9 @@ void cm_free(void *p);
 /* Per thread, nestable; what is shown when the guard trips. */
 void cm_mem_guard_begin(const char *what);
 void cm_mem_guard_end(void);
+/* For what may allocate although it happens inside (a change of membership): pause returns what resume wants back. */
+int cm_mem_guard_pause(void);
+void cm_mem_guard_resume(int depth);
 
 /* ---- arena: bump allocation, freed all at once ----
  * Thread: one at a time. */

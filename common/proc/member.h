@@ -1,0 +1,67 @@
+/* A process as a member of the cluster: its session with the coordinator. Says hello, heartbeats with the counters of its
+ * role, hears of epochs; reconnects by itself when the coordinator is lost (serving goes on meanwhile on the epoch in
+ * force). Thread: the loop's; callbacks come on it. */
+#pragma once
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "common/base/status.h"
+#include "common/proc/loop.h"
+#include "proto/placement.h"
+
+typedef struct pc_member pc_member;
+
+/* One epoch as a value, shared by counting: the loop and a compute thread may hold it at once. */
+typedef struct pc_epoch {
+    _Atomic uint32_t refs;
+    uint64_t number, cluster;
+    pr_placement *placement; /* NULL: none yet */
+    uint32_t n_member;
+    struct pc_epoch_member {
+        uint32_t id;
+        uint32_t role; /* Baleen__Control__V1__Role */
+        uint64_t incarnation;
+        char *data_address; /* "" when none */
+    } *members;
+} pc_epoch;
+pc_epoch *pc_epoch_hold(pc_epoch *epoch);
+void pc_epoch_release(pc_epoch *epoch); /* NULL is fine */
+CM_MUST_CHECK cm_status pc_epoch_unpack(const Baleen__Control__V1__Epoch *message, pc_epoch **epoch_out, cm_error *err);
+const struct pc_epoch_member *pc_epoch_member_find(const pc_epoch *epoch, uint32_t id); /* NULL when absent */
+
+typedef struct pc_member_events {
+    /* We are in: id and cluster are known now (set the net identity). Also after every reconnect. */
+    void (*welcome)(void *ctx, uint32_t member_id, uint64_t cluster);
+    /* Workers: load, then pc_member_prepared. epoch is borrowed: hold it to keep it. */
+    void (*prepare)(void *ctx, pc_epoch *epoch);
+    void (*abort)(void *ctx, uint64_t epoch);
+    /* In force: then pc_member_committed. */
+    void (*commit)(void *ctx, pc_epoch *epoch);
+    void (*retire)(void *ctx, uint64_t oldest);
+    /* Gateways: the other members' counters. Borrowed. */
+    void (*cluster_stats)(void *ctx, const Baleen__Control__V1__ClusterStats *stats);
+    /* Asked to finish and leave. */
+    void (*drain)(void *ctx);
+    /* Refused for good: text says why; the process should exit. */
+    void (*refused)(void *ctx, cm_status status, const char *text);
+} pc_member_events; /* members that a role does not use may be NULL */
+
+typedef struct pc_member_options {
+    const char *coordinator; /* "host:port" */
+    uint32_t role;           /* Baleen__Control__V1__Role */
+    const char *data_address, *http_address, *grpc_address; /* NULL when none */
+    const char *fingerprint;
+    uint64_t expert_bytes_max; /* workers */
+    uint32_t n_layer, n_expert;
+    uint64_t expert_bytes;
+} pc_member_options;
+
+/* Strings are copied. Connects in the background and for ever. */
+pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, const pc_member_events *events, void *ctx);
+void pc_member_destroy(pc_member *member);
+
+void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, const char *text);
+void pc_member_committed(pc_member *member, uint64_t epoch);
+void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status);
+void pc_member_leave(pc_member *member); /* tell the coordinator; it will publish an epoch without us */
+bool pc_member_connected(const pc_member *member);

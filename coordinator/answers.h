@@ -1,0 +1,11 @@
+/* What the coordinator says, as packed messages. Appends to out. Thread: the loop's. */
+#pragma once
+#include "common/base/bytes.h"
+#include "coordinator/co_core.h"
+
+/* The word for a member that an entry of the outbox asks for; false for entries that say nothing. */
+bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, uint32_t lease_ms, cm_bytes *packed_out);
+/* All members' last counters. */
+void co_answer_cluster_stats(const co_core *core, cm_bytes *packed_out);
+/* self: the coordinator's own row. */
+void co_answer_status(const co_core *core, const co_peer *self, uint64_t now_ms, cm_bytes *packed_out);

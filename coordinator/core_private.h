@@ -1,0 +1,97 @@
+/* State of the coordinator's machine, shared by co_core.c (time, sessions, outbox), join_core.c (who may be a member)
+ * and change_core.c (epochs). */
+#pragma once
+#include "coordinator/co_core.h"
+
+/* A member that lives but has not switched to a committed epoch after so many leases is given up. */
+enum { CO_COMMIT_LEASES = 10 };
+/* Workers that failed to prepare and are kept out for a lease, so that they cannot spoil change after change. */
+enum { CO_FAILED_MAX = 16 };
+
+typedef enum co_phase {
+    CO_PHASE_REST,
+    CO_PHASE_NUMBERING,
+    CO_PHASE_PREPARING,
+    CO_PHASE_STORING,
+    CO_PHASE_COMMITTING, /* epoch in force = the new one from here on */
+    CO_PHASE_PUBLISHING,
+} co_phase;
+
+typedef struct co_member {
+    co_peer self; /* strings owned */
+    char *fingerprint;
+    uint64_t session; /* 0: lost, or not yet back after a restart */
+    uint64_t ticket;  /* the log must hold its id before it is welcome; 0 = welcomed */
+    uint64_t heard_ms;
+    uint64_t dead_ms; /* with session 0: when it counts as dead */
+    uint64_t suspect_until_ms;
+    uint64_t epoch;                              /* in force there */
+    uint64_t prepared;                           /* last number it answered Prepared for */
+    uint64_t told_prepare, told_commit, told_retire; /* numbers sent in this session */
+    bool leaving;
+    bool removed; /* goes at the end of the step; nothing finds it any more */
+    uint32_t n_stats;
+    cm_stat_value stats[CM_STAT_COUNT];
+} co_member;
+
+struct co_core {
+    uint32_t workers_min, members_max;
+    uint64_t lease_ms, grace_ms;
+    uint64_t now_ms;
+
+    uint64_t cluster;
+    uint32_t next_member_id;
+    uint64_t next_number, next_ticket;
+
+    char *fingerprint; /* "" while unknown */
+    uint32_t n_layer, n_expert; /* 0 until the first worker or router */
+    uint64_t expert_bytes;
+
+    co_member *members; /* [members_max], ascending ids */
+    uint32_t n_members;
+    uint64_t n_lost;
+    struct {
+        uint64_t incarnation, until_ms;
+    } failed[CO_FAILED_MAX]; /* ring; the oldest is forgotten */
+    uint32_t n_failed;       /* ever */
+
+    co_phase phase;
+    co_epoch *epoch;      /* in force; NULL before the first */
+    co_epoch *proposal;   /* numbering, preparing, storing */
+    uint64_t ticket;      /* numbering, storing: of the write that is waited for */
+    uint64_t deadline_ms; /* committing, publishing */
+    bool dirty;           /* the wanted members may differ from the epoch's */
+    uint64_t retry_ms;    /* no change before it: the log could not be written */
+    char blocked[256];    /* why no epoch can be made; "" */
+
+    co_out *outs;
+    uint32_t n_outs, outs_cap;
+    co_epoch **dropped; /* epochs an entry of the outbox may still point to */
+    uint32_t n_dropped, dropped_cap;
+};
+
+/* ---- co_core.c ---- */
+co_out *co_core_emit(co_core *core, co_out_kind kind, uint64_t session);
+void co_core_note(co_core *core, cm_log_level level, const char *fmt, ...) CM_PRINTF(3, 4);
+void co_core_refuse(co_core *core, uint64_t session, cm_status status, bool final, const char *text);
+uint64_t co_core_store(co_core *core, co_epoch *epoch); /* the ticket */
+void co_core_drop_epoch(co_core *core, co_epoch *epoch); /* releases it when the outbox is gone */
+co_member *co_core_find(co_core *core, uint32_t id); /* NULL when absent */
+/* Ends its session (if any) with status and text and forgets it. */
+void co_core_remove(co_core *core, co_member *member, cm_status status, const char *text);
+static inline bool co_member_is_in(const co_member *member)
+{
+    return !member->removed && member->ticket == 0;
+}
+
+/* ---- join_core.c ---- */
+void co_core_hello(co_core *core, uint64_t session, const Baleen__Control__V1__Hello *hello);
+void co_core_join_stored(co_core *core, const co_in *in);
+/* A member as the log's last epoch knew it: away, may come back. */
+void co_core_recall(co_core *core, const co_peer *peer);
+void co_member_fini(co_member *member);
+
+/* ---- change_core.c ---- */
+void co_core_advance(co_core *core);
+void co_core_change_stored(co_core *core, const co_in *in);
+void co_core_prepared(co_core *core, co_member *member, const Baleen__Control__V1__Prepared *prepared);

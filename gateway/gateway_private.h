@@ -1,0 +1,104 @@
+/* What the parts of the gateway share. Thread: the loop's. */
+#pragma once
+#include <sys/queue.h>
+
+#include "common/base/map.h"
+#include "common/base/stats.h"
+#include "common/model/geometry.h"
+#include "common/proc/member.h"
+#include "gateway/encode.h"
+#include "gateway/gateway.h"
+#include "gateway/grpc.h"
+#include "gateway/http.h"
+#include "gateway/routers.h"
+#include "gateway/stream.h"
+
+enum { GW_RETRY_MS = 1000, GW_ALIASES_MAX = 16 };
+
+/* Another member's counters, as they last came. */
+typedef struct gw_member_stats {
+    char label[32]; /* "router-2" */
+    char role;
+    cm_stat_value *values;
+    uint32_t n_values;
+} gw_member_stats;
+
+/* One token through the whole path, asked by ourselves when experts are placed and a router is linked. */
+typedef struct gw_probe {
+    gw_stream *stream; /* NULL: none runs */
+    pc_timer *retry;
+    bool passed;
+} gw_probe;
+
+typedef TAILQ_HEAD(gw_stream_list, gw_stream) gw_stream_list;
+
+struct gw_gateway {
+    pc_loop *loop;
+    const gw_config *config;
+    gw_leave_fn leave;
+    void *ctx;
+    uint64_t born_ms;
+    int64_t created_s;
+
+    md_geometry geometry;
+    uint64_t expert_bytes;
+    char fingerprint[33]; /* "" when the weights are not here */
+    char served_fingerprint[32];
+    char *model; /* served name */
+    char *alias[GW_ALIASES_MAX];
+    uint32_t n_alias;
+    md_tokenizer *tokenizer;
+    gw_encoder encoder;
+
+    gw_routers *routers;
+    pc_member *member;
+    uint32_t member_id;
+    pc_epoch *epoch; /* in force; NULL before the first */
+    gw_member_stats *stats;
+    uint32_t n_stats;
+
+    gw_stream_list streams;
+    uint32_t n_streams; /* without the probe's */
+    cm_map by_number; /* stream number -> gw_stream */
+    uint64_t next_number;
+    gw_probe probe;
+
+    gw_http *http;
+    gw_grpc *grpc; /* NULL when left out */
+    char http_bound[128], grpc_bound[128];
+
+    bool draining, grpc_drained, drain_told;
+    pc_timer *drain_timer;
+    pc_task drain_task;
+    pc_fn drain_done;
+    void *drain_arg;
+};
+
+/* ---- stream.c ---- */
+/* As gw_stream_open, for ourselves: not counted, not refused for a limit. */
+CM_MUST_CHECK cm_status gw_stream_open_probe(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
+                                             void *ctx, gw_stream **stream_out, gw_error *error_out);
+void gw_streams_tokens(void *gateway, gw_router *router, const Baleen__Engine__V1__SeqTokens *seq);
+void gw_streams_lost(gw_gateway *gateway, gw_router *router);
+/* Fails every stream. */
+void gw_streams_fail_all(gw_gateway *gateway, gw_cause cause, const char *message);
+
+/* ---- probe.c ---- */
+void gw_probe_init(gw_gateway *gateway);
+void gw_probe_fini(gw_gateway *gateway);
+/* Starts a probe if one is due. */
+void gw_probe_consider(gw_gateway *gateway);
+/* No router is linked any more: what was proven is not. */
+void gw_probe_reset(gw_gateway *gateway);
+
+/* ---- gateway.c ---- */
+/* NULL when ready, else why not. */
+const char *gw_ready_reason(const gw_gateway *gateway);
+/* Something ended: tells the one who drains when it was the last. */
+void gw_drain_check(gw_gateway *gateway);
+
+/* ---- metrics.c ---- */
+void gw_member_stats_take(gw_gateway *gateway, const Baleen__Control__V1__ClusterStats *message);
+void gw_member_stats_free(gw_gateway *gateway);
+/* Sum of a stat over the members of a role. */
+int64_t gw_member_stats_sum(const gw_gateway *gateway, char role, cm_stat stat);

@@ -1,0 +1,90 @@
+/* Counters of this process and of the members it hears of. */
+#include <stdio.h>
+#include <string.h>
+
+#include "common/base/mem.h"
+#include "gateway/gateway_private.h"
+
+static char role_letter(uint32_t role, const char **word_out)
+{
+    switch (role) {
+    case BALEEN__CONTROL__V1__ROLE__ROLE_COORDINATOR:
+        *word_out = "coordinator";
+        return 'C';
+    case BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY:
+        *word_out = "gateway";
+        return 'G';
+    case BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER:
+        *word_out = "router";
+        return 'R';
+    case BALEEN__CONTROL__V1__ROLE__ROLE_WORKER:
+        *word_out = "worker";
+        return 'W';
+    default:
+        return 0;
+    }
+}
+
+static void take_member(gw_member_stats *stats, const Baleen__Control__V1__MemberStats *member, const char *word)
+{
+    snprintf(stats->label, sizeof(stats->label), "%s-%u", word, member->member_id);
+    stats->values = cm_alloc(member->n_stats * sizeof(*stats->values));
+    for (size_t i = 0; i < member->n_stats; i++) {
+        stats->values[i] = (cm_stat_value){.stat = member->stats[i]->stat, .value = member->stats[i]->value};
+    }
+    stats->n_values = (uint32_t)member->n_stats;
+}
+
+void gw_member_stats_take(gw_gateway *gateway, const Baleen__Control__V1__ClusterStats *message)
+{
+    gw_member_stats_free(gateway);
+    gateway->stats = cm_alloc(message->n_members * sizeof(*gateway->stats));
+    for (size_t i = 0; i < message->n_members; i++) {
+        const Baleen__Control__V1__MemberStats *member = message->members[i];
+        const char *word;
+        char role = role_letter(member->role, &word);
+        bool us = member->role == BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY && member->member_id == gateway->member_id;
+        if (role != 0 && !us) {
+            gw_member_stats *stats = &gateway->stats[gateway->n_stats++];
+            stats->role = role;
+            take_member(stats, member, word);
+        }
+    }
+}
+
+void gw_member_stats_free(gw_gateway *gateway)
+{
+    for (uint32_t i = 0; i < gateway->n_stats; i++) {
+        cm_free(gateway->stats[i].values);
+    }
+    cm_free(gateway->stats);
+    gateway->stats = NULL;
+    gateway->n_stats = 0;
+}
+
+int64_t gw_member_stats_sum(const gw_gateway *gateway, char role, cm_stat stat)
+{
+    int64_t sum = 0;
+    for (uint32_t i = 0; i < gateway->n_stats; i++) {
+        const gw_member_stats *stats = &gateway->stats[i];
+        for (uint32_t k = 0; k < stats->n_values && stats->role == role; k++) {
+            sum += stats->values[k].stat == (uint32_t)stat ? stats->values[k].value : 0;
+        }
+    }
+    return sum;
+}
+
+void gw_metrics_render(gw_gateway *gateway, cm_bytes *out)
+{
+    char own[32];
+    snprintf(own, sizeof(own), "gateway-%u", gateway->member_id);
+    cm_stat_source *sources = cm_alloc((gateway->n_stats + 1) * sizeof(*sources));
+    sources[0] = (cm_stat_source){.member = own, .role = 'G'};
+    for (uint32_t i = 0; i < gateway->n_stats; i++) {
+        const gw_member_stats *stats = &gateway->stats[i];
+        sources[i + 1] = (cm_stat_source){
+            .member = stats->label, .role = stats->role, .values = stats->values, .n_values = stats->n_values};
+    }
+    cm_stats_render(sources, gateway->n_stats + 1, out);
+    cm_free(sources);
+}

@@ -1,0 +1,445 @@
+#include "gateway/request.h"
+
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "common/base/mem.h"
+
+enum {
+    TOKENS_MAX_CHAT = 8192, /* encoding section 10 */
+    TOKENS_MAX_THINKING = 65536,
+};
+
+static cm_status refuse(gw_error *error, const char *param, const char *what)
+{
+    gw_error_set(error, GW_CAUSE_INVALID, param, "%s %s", param, what);
+    return CM_E_INVALID;
+}
+
+static cm_status unsupported(gw_error *error, const char *param, const char *what)
+{
+    gw_error_set(error, GW_CAUSE_UNSUPPORTED, param, "%s %s", param, what);
+    return CM_E_UNSUPPORTED;
+}
+
+static char *copy_string(const json_t *value, size_t *n_out)
+{
+    size_t n = json_string_length(value);
+    char *copy = cm_alloc(n + 1);
+    memcpy(copy, json_string_value(value), n);
+    *n_out = n;
+    return copy;
+}
+
+/* ---- fields with a shape of their own ---- */
+
+typedef struct parse_at {
+    const char *name;
+    const json_t *value; /* neither absent nor null */
+    gw_request *request;
+    uint32_t vocab;
+    gw_error *error;
+} parse_at;
+
+static cm_status parse_stop(const parse_at *at)
+{
+    gw_request *r = at->request;
+    bool one = json_is_string(at->value);
+    size_t n = one ? 1 : json_array_size(at->value);
+    if ((!one && !json_is_array(at->value)) || n > GW_STOP_MAX) {
+        return refuse(at->error, at->name, "must be a string or a list of at most 16 strings");
+    }
+    for (size_t i = 0; i < n; i++) {
+        const json_t *text = one ? at->value : json_array_get(at->value, i);
+        if (!json_is_string(text)) {
+            return refuse(at->error, at->name, "must be a string or a list of at most 16 strings");
+        }
+        if (json_string_length(text) != strlen(json_string_value(text))) {
+            return refuse(at->error, at->name, "must not contain U+0000");
+        }
+        if (json_string_length(text) > 0) {
+            r->stop[r->n_stop++] = cm_strdup(json_string_value(text));
+        }
+    }
+    return CM_OK;
+}
+
+static bool is_id(const json_t *value, uint32_t vocab)
+{
+    return json_is_integer(value) && json_integer_value(value) >= 0 && json_integer_value(value) < (json_int_t)vocab;
+}
+
+static cm_status parse_stop_ids(const parse_at *at)
+{
+    gw_request *r = at->request;
+    size_t i;
+    json_t *id;
+    if (json_array_size(at->value) > GW_STOP_IDS_MAX) {
+        return refuse(at->error, at->name, "must be a list of at most 64 token ids");
+    }
+    json_array_foreach(at->value, i, id)
+    {
+        if (!is_id(id, at->vocab)) {
+            return refuse(at->error, at->name, "holds something that is no token id of this model");
+        }
+        r->stop_id[r->n_stop_id++] = (uint32_t)json_integer_value(id);
+    }
+    return CM_OK;
+}
+
+static cm_status parse_prompt_ids(const parse_at *at, const json_t *list)
+{
+    size_t i;
+    json_t *id;
+    json_array_foreach(list, i, id)
+    {
+        if (!is_id(id, at->vocab)) {
+            return refuse(at->error, at->name, "holds something that is no token id of this model");
+        }
+        md_ids_push(&at->request->prompt_ids, (uint32_t)json_integer_value(id));
+    }
+    return CM_OK;
+}
+
+/* A string, a list of ids, or a list of one of those. */
+static cm_status parse_prompt(const parse_at *at)
+{
+    const json_t *prompt = at->value;
+    const json_t *first = json_array_get(prompt, 0);
+    if (json_is_string(first) || json_is_array(first)) {
+        if (json_array_size(prompt) > 1) {
+            return unsupported(at->error, at->name, "with more than one entry is not supported: send one request for each");
+        }
+        prompt = first;
+    }
+    if (json_is_string(prompt)) {
+        at->request->prompt = copy_string(prompt, &at->request->prompt_bytes);
+        return CM_OK;
+    }
+    if (json_array_size(prompt) == 0) {
+        return refuse(at->error, at->name, "must be a string or a list of at least one token id");
+    }
+    return parse_prompt_ids(at, prompt);
+}
+
+static cm_status parse_suffix(const parse_at *at)
+{
+    at->request->suffix = copy_string(at->value, &at->request->suffix_bytes);
+    return CM_OK;
+}
+
+static cm_status parse_messages(const parse_at *at)
+{
+    return json_array_size(at->value) > 0 ? CM_OK
+                                          : refuse(at->error, at->name, "must be a list of at least one message");
+}
+
+static cm_status parse_stream_options(const parse_at *at)
+{
+    const json_t *usage = json_object_get(at->value, "include_usage");
+    if (usage != NULL && !json_is_boolean(usage) && !json_is_null(usage)) {
+        return refuse(at->error, "stream_options.include_usage", "must be true or false");
+    }
+    at->request->include_usage = json_is_true(usage);
+    return CM_OK;
+}
+
+static cm_status parse_response_format(const parse_at *at)
+{
+    const char *type = json_string_value(json_object_get(at->value, "type"));
+    if (type != NULL && strcmp(type, "text") == 0) {
+        return CM_OK;
+    }
+    if (type != NULL && (strcmp(type, "json_object") == 0 || strcmp(type, "json_schema") == 0)) {
+        return unsupported(at->error, at->name, "json_object and json_schema are not supported: only text is");
+    }
+    return refuse(at->error, at->name, "must have a type of text, json_object or json_schema");
+}
+
+static cm_status parse_tool_choice(const parse_at *at)
+{
+    const char *word = json_string_value(at->value);
+    if (word != NULL && (strcmp(word, "none") == 0 || strcmp(word, "auto") == 0)) {
+        return CM_OK; /* without tools both mean the same */
+    }
+    if (json_is_object(at->value) || (word != NULL && strcmp(word, "required") == 0)) {
+        return unsupported(at->error, at->name, "is not supported: this server does not call tools");
+    }
+    return refuse(at->error, at->name, "must be none, auto, required or an object that names a function");
+}
+
+/* A number of alternatives, or false: any number, also 0, asks for log-probabilities. */
+static cm_status parse_logprobs(const parse_at *at)
+{
+    if (json_is_false(at->value)) {
+        return CM_OK;
+    }
+    if (json_is_true(at->value) || (json_is_integer(at->value) && json_integer_value(at->value) >= 0)) {
+        return unsupported(at->error, at->name, "is not supported: leave it out");
+    }
+    return refuse(at->error, at->name, "must be an integer from 0");
+}
+
+/* 0 and -1 are two ways to say: all. */
+static cm_status parse_top_k(const parse_at *at)
+{
+    json_int_t k = json_integer_value(at->value);
+    if (k < -1) {
+        return refuse(at->error, at->name, "must be -1 or an integer from 0");
+    }
+    return k <= 0 ? CM_OK : unsupported(at->error, at->name, "is not supported: leave it out, or use -1 or 0 for all tokens");
+}
+
+static cm_status parse_keep_special(const parse_at *at)
+{
+    at->request->keep_special = json_is_false(at->value);
+    return CM_OK;
+}
+
+static cm_status parse_seed(const parse_at *at)
+{
+    at->request->has_seed = true;
+    at->request->seed = json_integer_value(at->value);
+    return CM_OK;
+}
+
+/* ---- the table ----
+ * A row says which bodies a field belongs to, what its value must be and where it goes. A row with a neutral value is a
+ * field that we cannot honour: only the value that changes nothing is let through. JSON null is an absent field. */
+
+typedef enum field_type { FIELD_BOOL, FIELD_UINT, FIELD_INT, FIELD_NUMBER, FIELD_STRING, FIELD_OBJECT, FIELD_LIST, FIELD_ANY } field_type;
+
+enum { CHAT = 1u << GW_ASK_CHAT, TEXT = 1u << GW_ASK_COMPLETE, BOTH = CHAT | TEXT };
+
+
+typedef struct field {
+    const char *name;
+    uint32_t in;
+    field_type type;
+    double min, max;   /* numbers: both belong to the range */
+    bool above_min;    /* min itself does not */
+    bool neutral_only; /* any other value would change the answer, and we cannot do it */
+    double neutral;    /* numbers, booleans; of strings, objects and lists the empty one */
+    bool stored;       /* BOOL, UINT, NUMBER: goes to offset */
+    size_t offset;     /* in gw_request */
+    cm_status (*parse)(const parse_at *at); /* after the check of the type; may be NULL */
+} field;
+
+#define TO(member_)     .stored = true, .offset = offsetof(gw_request, member_)
+#define ONLY(value_)    .neutral_only = true, .neutral = (value_)
+#define RANGE(min_, max_) .min = (min_), .max = (max_)
+
+/* max_completion_tokens stands behind max_tokens because it wins. */
+static const field FIELDS[] = {
+    {"model", BOTH, FIELD_STRING},
+    {"messages", CHAT, FIELD_LIST, .parse = parse_messages},
+    {"prompt", TEXT, FIELD_ANY, .parse = parse_prompt},
+    {"suffix", TEXT, FIELD_STRING, .parse = parse_suffix},
+    {"stream", BOTH, FIELD_BOOL, TO(stream)},
+    {"stream_options", BOTH, FIELD_OBJECT, .parse = parse_stream_options},
+    {"max_tokens", BOTH, FIELD_UINT, RANGE(1, UINT32_MAX), TO(tokens_max)},
+    {"max_completion_tokens", CHAT, FIELD_UINT, RANGE(1, UINT32_MAX), TO(tokens_max)},
+    {"min_tokens", BOTH, FIELD_UINT, RANGE(0, UINT32_MAX), TO(tokens_min)},
+    {"temperature", BOTH, FIELD_NUMBER, RANGE(0, 2), TO(temperature)},
+    {"top_p", BOTH, FIELD_NUMBER, RANGE(0, 1), .above_min = true, TO(top_p)},
+    {"seed", BOTH, FIELD_INT, .parse = parse_seed},
+    {"stop", BOTH, FIELD_ANY, .parse = parse_stop},
+    {"stop_token_ids", BOTH, FIELD_LIST, .parse = parse_stop_ids},
+    {"ignore_eos", BOTH, FIELD_BOOL, TO(ignore_eos)},
+    {"include_stop_str_in_output", BOTH, FIELD_BOOL, TO(include_stop)},
+    {"skip_special_tokens", BOTH, FIELD_BOOL, .parse = parse_keep_special},
+    {"thinking", CHAT, FIELD_OBJECT},
+    {"reasoning_effort", CHAT, FIELD_STRING},
+    {"chat_template_kwargs", CHAT, FIELD_OBJECT},
+    {"n", BOTH, FIELD_UINT, RANGE(1, 128), ONLY(1)},
+    {"best_of", TEXT, FIELD_UINT, RANGE(1, 128), ONLY(1)},
+    {"echo", TEXT, FIELD_BOOL, ONLY(0)},
+    {"presence_penalty", BOTH, FIELD_NUMBER, RANGE(-2, 2), ONLY(0)},
+    {"frequency_penalty", BOTH, FIELD_NUMBER, RANGE(-2, 2), ONLY(0)},
+    {"repetition_penalty", BOTH, FIELD_NUMBER, RANGE(0, 2), .above_min = true, ONLY(1)},
+    {"top_k", BOTH, FIELD_INT, .parse = parse_top_k},
+    {"min_p", BOTH, FIELD_NUMBER, RANGE(0, 1), ONLY(0)},
+    {"logit_bias", BOTH, FIELD_OBJECT, ONLY(0)},
+    {"logprobs", CHAT, FIELD_BOOL, ONLY(0)},
+    {"logprobs", TEXT, FIELD_ANY, .parse = parse_logprobs},
+    {"top_logprobs", CHAT, FIELD_UINT, RANGE(0, 20), ONLY(0)},
+    {"prompt_logprobs", BOTH, FIELD_ANY, .parse = parse_logprobs},
+    {"response_format", BOTH, FIELD_OBJECT, .parse = parse_response_format},
+    {"tools", CHAT, FIELD_LIST, ONLY(0)},
+    {"functions", CHAT, FIELD_LIST, ONLY(0)},
+    {"tool_choice", CHAT, FIELD_ANY, .parse = parse_tool_choice},
+    {"parallel_tool_calls", CHAT, FIELD_BOOL},
+};
+enum { N_FIELDS = sizeof(FIELDS) / sizeof(FIELDS[0]) };
+
+static cm_status refuse_range(const field *f, gw_error *error)
+{
+    char what[128];
+    const char *kind = f->type == FIELD_UINT ? "an integer" : "a number";
+    snprintf(what, sizeof(what), "must be %s %s %g%s%g", kind, f->above_min ? "above" : "from", f->min,
+             f->above_min ? " and up to " : " to ", f->max);
+    if (f->type == FIELD_UINT && f->max >= UINT32_MAX) {
+        snprintf(what, sizeof(what), "must be an integer from %g to %u", f->min, UINT32_MAX);
+    }
+    return refuse(error, f->name, what);
+}
+
+static cm_status check_number(const field *f, const json_t *value, gw_error *error)
+{
+    bool right = f->type == FIELD_UINT ? json_is_integer(value) : json_is_number(value);
+    double x = json_number_value(value);
+    bool in_range = f->above_min ? x > f->min && x <= f->max : x >= f->min && x <= f->max;
+    return right && in_range ? CM_OK : refuse_range(f, error);
+}
+
+static cm_status check_type(const field *f, const json_t *value, gw_error *error)
+{
+    switch (f->type) {
+    case FIELD_BOOL:
+        return json_is_boolean(value) ? CM_OK : refuse(error, f->name, "must be true or false");
+    case FIELD_UINT:
+    case FIELD_NUMBER:
+        return check_number(f, value, error);
+    case FIELD_INT:
+        return json_is_integer(value) ? CM_OK : refuse(error, f->name, "must be an integer of 64 bits");
+    case FIELD_STRING:
+        return json_is_string(value) ? CM_OK : refuse(error, f->name, "must be a string");
+    case FIELD_OBJECT:
+        return json_is_object(value) ? CM_OK : refuse(error, f->name, "must be an object");
+    case FIELD_LIST:
+        return json_is_array(value) ? CM_OK : refuse(error, f->name, "must be a list");
+    case FIELD_ANY:
+        return CM_OK;
+    }
+    return CM_OK;
+}
+
+static bool is_neutral(const field *f, const json_t *value)
+{
+    if (json_is_object(value)) {
+        return json_object_size(value) == 0;
+    }
+    if (json_is_array(value)) {
+        return json_array_size(value) == 0;
+    }
+    double x = json_is_boolean(value) ? (json_is_true(value) ? 1 : 0) : json_number_value(value);
+    return !(x < f->neutral) && !(x > f->neutral);
+}
+
+static void store(const field *f, const json_t *value, gw_request *request)
+{
+    void *to = (char *)request + f->offset;
+    switch (f->type) {
+    case FIELD_BOOL:
+        *(bool *)to = json_is_true(value);
+        break;
+    case FIELD_UINT:
+        *(uint32_t *)to = (uint32_t)json_integer_value(value);
+        break;
+    default:
+        *(double *)to = json_number_value(value);
+        break;
+    }
+}
+
+static cm_status parse_field(const field *f, const json_t *value, gw_request *request, uint32_t vocab, gw_error *error)
+{
+    CM_TRY(check_type(f, value, error));
+    if (f->neutral_only && !is_neutral(f, value)) {
+        return unsupported(error, f->name, "is not supported with this value: leave it out");
+    }
+    if (f->stored) {
+        store(f, value, request);
+    }
+    parse_at at = {f->name, value, request, vocab, error};
+    return f->parse != NULL ? f->parse(&at) : CM_OK;
+}
+
+/* What no single field can tell. */
+static cm_status check_together(const json_t *body, const gw_request *r, gw_error *error)
+{
+    if (r->kind == GW_ASK_CHAT && json_is_null(json_object_get(body, "messages"))) {
+        return refuse(error, "messages", "must be a list of at least one message");
+    }
+    if (r->kind == GW_ASK_CHAT && json_object_get(body, "messages") == NULL) {
+        return refuse(error, "messages", "is missing");
+    }
+    if (r->kind == GW_ASK_COMPLETE && r->prompt == NULL && r->prompt_ids.n == 0) {
+        return refuse(error, "prompt", "is missing");
+    }
+    if (r->suffix != NULL && r->prompt == NULL) {
+        return refuse(error, "suffix", "needs a prompt that is text");
+    }
+    if (r->tokens_max != 0 && r->tokens_min > r->tokens_max) {
+        return refuse(error, "min_tokens", "must not be above the most tokens that may be generated");
+    }
+    return CM_OK;
+}
+
+cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab, gw_request *request_out,
+                           gw_error *error_out)
+{
+    gw_request r = {.kind = kind, .temperature = 1, .top_p = 1};
+    if (!json_is_object(body)) {
+        gw_error_set(error_out, GW_CAUSE_INVALID, NULL, "the request must be a JSON object");
+        return CM_E_INVALID;
+    }
+    md_ids_init(&r.prompt_ids);
+    cm_status status = CM_OK;
+    for (size_t i = 0; i < N_FIELDS && status == CM_OK; i++) {
+        const json_t *value = (FIELDS[i].in & (1u << kind)) != 0 ? json_object_get(body, FIELDS[i].name) : NULL;
+        if (value != NULL && !json_is_null(value)) {
+            status = parse_field(&FIELDS[i], value, &r, vocab, error_out);
+        }
+    }
+    if (status == CM_OK) {
+        status = check_together(body, &r, error_out);
+    }
+    if (status != CM_OK) {
+        gw_request_free(&r);
+        return status;
+    }
+    *request_out = r;
+    return CM_OK;
+}
+
+void gw_request_free(gw_request *request)
+{
+    for (uint32_t i = 0; i < request->n_stop; i++) {
+        cm_free(request->stop[i]);
+    }
+    cm_free(request->prompt);
+    cm_free(request->suffix);
+    md_ids_fini(&request->prompt_ids);
+    *request = (gw_request){.kind = request->kind};
+}
+
+bool gw_request_streams(const json_t *body)
+{
+    return json_is_true(json_object_get(body, "stream"));
+}
+
+bool gw_request_wants_usage(const json_t *body)
+{
+    return json_is_true(json_object_get(json_object_get(body, "stream_options"), "include_usage"));
+}
+
+cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n_prompt, uint32_t context,
+                            uint32_t *tokens_max_out, gw_error *error_out)
+{
+    if (n_prompt >= context) {
+        const char *param = request->kind == GW_ASK_CHAT ? "messages" : "prompt";
+        gw_error_set(error_out, GW_CAUSE_CONTEXT, param,
+                     "This model's maximum context length is %u tokens. However, your prompt has %u tokens. Please "
+                     "shorten it.",
+                     context, n_prompt);
+        return CM_E_TOO_LONG;
+    }
+    uint32_t wanted = request->tokens_max;
+    if (wanted == 0) {
+        wanted = thinking ? TOKENS_MAX_THINKING : TOKENS_MAX_CHAT;
+    }
+    *tokens_max_out = wanted < context - n_prompt ? wanted : context - n_prompt;
+    return CM_OK;
+}

@@ -1,0 +1,393 @@
+#include "gateway/routers.h"
+
+#include <string.h>
+#include <sys/queue.h>
+
+#include "common/base/assert.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "proto/messages.h"
+#include "proto/pack.h"
+
+enum {
+    SEND_DEADLINE_MS = 10000,
+    RETRY_MIN_MS = 100, /* between two tries to reach a router; doubled up to the most */
+    RETRY_MAX_MS = 2000,
+    STEP_ARENA_CHUNK = 256 * 1024,
+    STEP_ARENA_MAX = 64 * 1024 * 1024,
+};
+
+/* A message on its way: net borrows the bytes until it is sent. */
+typedef struct router_send {
+    TAILQ_ENTRY(router_send) link;
+    cm_bytes bytes;
+} router_send;
+
+struct gw_router {
+    TAILQ_ENTRY(gw_router) link;
+    gw_routers *routers;
+    uint32_t member;
+    uint64_t incarnation;
+    char *address;
+    net_peer *peer;     /* NULL: waiting for the next try */
+    bool up;            /* greeted */
+    bool broken;        /* sent what cannot be read: the link is ended outside of its own event */
+    bool stays;         /* scratch of gw_routers_epoch */
+    pc_timer *timer;    /* next try, or the end of a broken link */
+    uint32_t retry_ms;
+    uint32_t running, waiting; /* by its last frame */
+    uint32_t n_opened;         /* by us since then */
+    uint64_t *cancel;          /* not yet sent */
+    size_t n_cancel, cancel_cap;
+};
+
+struct gw_routers {
+    pc_loop *loop;
+    net *n;
+    pc_netpump *pump;
+    gw_routers_events events;
+    void *ctx;
+    cm_arena arena; /* one StepTokens at a time */
+    TAILQ_HEAD(, gw_router) list; /* ascending member id */
+    TAILQ_HEAD(, router_send) sends;
+};
+
+/* ---- sending ---- */
+
+static cm_status router_send_message(gw_router *router, uint16_t type, const ProtobufCMessage *message)
+{
+    gw_routers *routers = router->routers;
+    router_send *send = cm_alloc(sizeof(*send));
+    cm_bytes_init(&send->bytes, 0);
+    pr_pack(message, &send->bytes);
+    net_message m = {.type = type,
+                     .iov = {{send->bytes.data, send->bytes.len}},
+                     .n_iov = 1,
+                     .deadline_ms = SEND_DEADLINE_MS,
+                     .cookie = send};
+    cm_status status = net_send(router->peer, &m);
+    if (status != CM_OK) {
+        cm_bytes_fini(&send->bytes);
+        cm_free(send);
+        return status;
+    }
+    TAILQ_INSERT_TAIL(&routers->sends, send, link);
+    pc_netpump_kick(routers->pump);
+    return CM_OK;
+}
+
+static void router_flush_cancels(gw_router *router)
+{
+    if (!router->up || router->n_cancel == 0) {
+        return;
+    }
+    Baleen__Engine__V1__SeqCancel message = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
+    message.stream = router->cancel;
+    message.n_stream = router->n_cancel;
+    if (router_send_message(router, PR_MSG_SEQ_CANCEL, &message.base) == CM_OK) {
+        router->n_cancel = 0;
+    } /* else it is tried again when something was sent; a lost link forgets all */
+}
+
+cm_status gw_router_open(gw_router *router, const Baleen__Engine__V1__SeqOpen *open)
+{
+    CM_ASSERT(router->up);
+    CM_TRY(router_send_message(router, PR_MSG_SEQ_OPEN, &open->base));
+    router->n_opened++;
+    return CM_OK;
+}
+
+void gw_router_cancel(gw_router *router, uint64_t stream)
+{
+    if (router->n_cancel == router->cancel_cap) {
+        router->cancel_cap = router->cancel_cap != 0 ? 2 * router->cancel_cap : 16;
+        router->cancel = cm_realloc(router->cancel, router->cancel_cap * sizeof(*router->cancel));
+    }
+    router->cancel[router->n_cancel++] = stream;
+    router_flush_cancels(router);
+}
+
+/* ---- links ---- */
+
+static void router_connect(gw_router *router)
+{
+    cm_error err;
+    cm_status status = net_connect(router->routers->n, router->address, &router->peer, &err);
+    if (status != CM_OK) {
+        cm_warn("router %u at %s: %s", router->member, router->address, err.text);
+        router->peer = NULL;
+        pc_timer_set(router->timer, RETRY_MAX_MS);
+        return;
+    }
+    net_peer_set_user(router->peer, router);
+    pc_netpump_kick(router->routers->pump);
+}
+
+/* The link is gone; the router stays a member until an epoch says otherwise. */
+static void router_unlink(gw_router *router, cm_status status)
+{
+    bool was_up = router->up;
+    router->peer = NULL;
+    router->up = false;
+    router->broken = false;
+    router->running = router->waiting = router->n_opened = 0;
+    router->n_cancel = 0;
+    if (was_up) {
+        router->routers->events.lost(router->routers->ctx, router, status);
+    }
+}
+
+static void router_retry_later(gw_router *router)
+{
+    pc_timer_set(router->timer, router->retry_ms);
+    router->retry_ms = 2 * router->retry_ms < RETRY_MAX_MS ? 2 * router->retry_ms : RETRY_MAX_MS;
+}
+
+static void router_timer(void *arg)
+{
+    gw_router *router = arg;
+    if (router->broken) {
+        net_disconnect(router->peer);
+        router_unlink(router, CM_E_PROTOCOL);
+        router_retry_later(router);
+    } else if (router->peer == NULL) {
+        router_connect(router);
+    }
+}
+
+static gw_router *router_add(gw_routers *routers, const struct pc_epoch_member *member)
+{
+    gw_router *router = cm_alloc(sizeof(*router));
+    *router = (gw_router){.routers = routers,
+                          .member = member->id,
+                          .incarnation = member->incarnation,
+                          .address = cm_strdup(member->data_address),
+                          .retry_ms = RETRY_MIN_MS};
+    router->timer = pc_timer_create(routers->loop, router_timer, router);
+    gw_router *after;
+    TAILQ_FOREACH(after, &routers->list, link) {
+        if (after->member > router->member) {
+            TAILQ_INSERT_BEFORE(after, router, link);
+            return router;
+        }
+    }
+    TAILQ_INSERT_TAIL(&routers->list, router, link);
+    return router;
+}
+
+static void router_free(gw_router *router)
+{
+    TAILQ_REMOVE(&router->routers->list, router, link);
+    pc_timer_destroy(router->timer);
+    cm_free(router->cancel);
+    cm_free(router->address);
+    cm_free(router);
+}
+
+static gw_router *router_find(const gw_routers *routers, const struct pc_epoch_member *member)
+{
+    gw_router *router;
+    TAILQ_FOREACH(router, &routers->list, link) {
+        if (router->member == member->id && router->incarnation == member->incarnation &&
+            strcmp(router->address, member->data_address) == 0) {
+            return router;
+        }
+    }
+    return NULL;
+}
+
+void gw_routers_epoch(gw_routers *routers, const pc_epoch *epoch)
+{
+    gw_router *router, *next;
+    TAILQ_FOREACH(router, &routers->list, link) {
+        router->stays = false;
+    }
+    for (uint32_t i = 0; i < epoch->n_member; i++) {
+        const struct pc_epoch_member *member = &epoch->members[i];
+        if (member->role != BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER || member->data_address[0] == 0) {
+            continue;
+        }
+        router = router_find(routers, member);
+        if (router == NULL) {
+            router = router_add(routers, member);
+            router_connect(router);
+        }
+        router->stays = true;
+    }
+    for (router = TAILQ_FIRST(&routers->list); router != NULL; router = next) {
+        next = TAILQ_NEXT(router, link);
+        if (!router->stays) {
+            if (router->peer != NULL) {
+                net_disconnect(router->peer);
+            }
+            router_unlink(router, CM_OK);
+            router_free(router);
+        }
+    }
+}
+
+/* ---- what arrives ---- */
+
+static void take_step(gw_routers *routers, gw_router *router, const net_event *event)
+{
+    Baleen__Engine__V1__StepTokens *step;
+    cm_status status = pr_unpack(&baleen__engine__v1__step_tokens__descriptor, event->payload, event->payload_bytes,
+                                 &routers->arena, (ProtobufCMessage **)&step);
+    if (status != CM_OK) {
+        cm_error_log("router %u sent %llu bytes that are no tokens: %s", router->member,
+                     (unsigned long long)event->payload_bytes, cm_status_text(status));
+        router->broken = true;
+        pc_timer_set(router->timer, 0);
+        return;
+    }
+    if (step->has_running) {
+        router->running = step->running;
+        router->waiting = step->has_waiting ? step->waiting : 0;
+        router->n_opened = 0;
+    }
+    for (size_t i = 0; i < step->n_seq && router->up; i++) {
+        routers->events.tokens(routers->ctx, router, step->seq[i]);
+    }
+}
+
+static void take_message(gw_routers *routers, const net_event *event)
+{
+    gw_router *router = net_peer_user(event->peer);
+    if (router == NULL || router->broken) {
+        return; /* a link that is being ended */
+    }
+    if (event->type == PR_MSG_STEP_TOKENS) {
+        take_step(routers, router, event);
+        cm_arena_reset(&routers->arena);
+    } else {
+        cm_error_log("router %u sent %s, which is not for a gateway", router->member, pr_message_name(event->type));
+        router->broken = true;
+        pc_timer_set(router->timer, 0);
+    }
+}
+
+static void take_sent(gw_routers *routers, const net_event *event)
+{
+    router_send *send = event->cookie;
+    TAILQ_REMOVE(&routers->sends, send, link);
+    cm_bytes_fini(&send->bytes);
+    cm_free(send);
+    gw_router *router;
+    TAILQ_FOREACH(router, &routers->list, link) {
+        router_flush_cancels(router);
+    }
+}
+
+static void take_event(void *ctx, const net_event *event)
+{
+    gw_routers *routers = ctx;
+    gw_router *router;
+    switch (event->kind) {
+    case NET_EV_UP:
+        router = net_peer_user(event->peer);
+        router->up = true;
+        router->retry_ms = RETRY_MIN_MS;
+        cm_info("router %u at %s linked", router->member, router->address);
+        routers->events.linked(routers->ctx);
+        break;
+    case NET_EV_DOWN:
+        router = net_peer_user(event->peer);
+        cm_warn("router %u at %s: %s", router->member, router->address, cm_status_text(event->status));
+        pc_timer_clear(router->timer);
+        router_unlink(router, event->status);
+        router_retry_later(router);
+        break;
+    case NET_EV_MESSAGE:
+        take_message(routers, event);
+        net_release(routers->n, event);
+        break;
+    case NET_EV_SENT:
+        take_sent(routers, event);
+        break;
+    }
+}
+
+/* ---- the whole ---- */
+
+cm_status gw_routers_create(pc_loop *loop, const char *backend, const gw_routers_events *events, void *ctx,
+                            gw_routers **routers_out, cm_error *err)
+{
+    net_options options;
+    net_options_defaults(&options);
+    options.backend = backend;
+    gw_routers *routers = cm_alloc(sizeof(*routers));
+    cm_status status = net_open(&options, &routers->n, err);
+    if (status != CM_OK) {
+        cm_free(routers);
+        return status;
+    }
+    routers->loop = loop;
+    routers->events = *events;
+    routers->ctx = ctx;
+    TAILQ_INIT(&routers->list);
+    TAILQ_INIT(&routers->sends);
+    cm_arena_init(&routers->arena, "step tokens", STEP_ARENA_CHUNK, STEP_ARENA_MAX);
+    routers->pump = pc_netpump_create(loop, routers->n, take_event, routers);
+    *routers_out = routers;
+    return CM_OK;
+}
+
+void gw_routers_destroy(gw_routers *routers)
+{
+    if (routers == NULL) {
+        return;
+    }
+    pc_netpump_destroy(routers->pump);
+    net_close(routers->n);
+    gw_router *router;
+    while ((router = TAILQ_FIRST(&routers->list)) != NULL) {
+        router_free(router);
+    }
+    router_send *send;
+    while ((send = TAILQ_FIRST(&routers->sends)) != NULL) {
+        TAILQ_REMOVE(&routers->sends, send, link);
+        cm_bytes_fini(&send->bytes);
+        cm_free(send);
+    }
+    cm_arena_fini(&routers->arena);
+    cm_free(routers);
+}
+
+void gw_routers_identity(gw_routers *routers, uint64_t cluster, uint32_t member_id)
+{
+    net_identity identity = {.cluster = cluster, .role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY, .member = member_id};
+    net_set_identity(routers->n, &identity);
+}
+
+gw_routers_load gw_routers_get_load(const gw_routers *routers)
+{
+    gw_routers_load load = {0};
+    const gw_router *router;
+    TAILQ_FOREACH(router, &routers->list, link) {
+        if (router->up) {
+            load.n_linked++;
+            load.running += router->running;
+            load.waiting += router->waiting;
+        }
+    }
+    return load;
+}
+
+gw_router *gw_routers_pick(gw_routers *routers)
+{
+    gw_router *router, *best = NULL;
+    uint64_t best_load = UINT64_MAX;
+    TAILQ_FOREACH(router, &routers->list, link) {
+        uint64_t load = (uint64_t)router->running + router->waiting + router->n_opened;
+        if (router->up && !router->broken && load < best_load) {
+            best = router;
+            best_load = load;
+        }
+    }
+    return best;
+}
+
+uint32_t gw_router_member(const gw_router *router)
+{
+    return router->member;
+}

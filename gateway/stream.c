@@ -1,0 +1,438 @@
+/* A stream's life: checked, encoded, opened at a router, ended. */
+#include <stdio.h>
+#include <string.h>
+
+#include "common/base/assert.h"
+#include "common/base/clock.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "common/base/rng.h"
+#include "gateway/stream_private.h"
+
+/* ---- ends ---- */
+
+static void stream_free(gw_stream *stream)
+{
+    md_parser_destroy(stream->parser);
+    if (stream->has_core) {
+        gw_core_fini(&stream->core);
+    }
+    gw_request_free(&stream->request);
+    cm_free(stream->id);
+    cm_free(stream);
+}
+
+/* From here on nobody finds the stream; its memory stays until the last release. */
+static void stream_detach(gw_stream *stream)
+{
+    gw_gateway *gateway = stream->gateway;
+    CM_ASSERT(!stream->over);
+    stream->over = true;
+    TAILQ_REMOVE(&gateway->streams, stream, link);
+    cm_map_remove(&gateway->by_number, stream->number);
+    if (stream->encode != NULL) {
+        gw_encode_forget(stream->encode);
+    }
+    pc_timer_destroy(stream->deadline);
+    stream->deadline = NULL;
+    if (!stream->probe) {
+        gateway->n_streams--;
+        cm_stat_add(CM_STAT_ledger_streams, -1);
+    }
+}
+
+void gw_stream_hold(gw_stream *stream)
+{
+    stream->n_holds++;
+}
+
+void gw_stream_release(gw_stream *stream)
+{
+    CM_ASSERT(stream->n_holds > 0);
+    stream->n_holds--;
+    if (stream->over && stream->n_holds == 0) {
+        gw_gateway *gateway = stream->gateway;
+        stream_free(stream);
+        gw_drain_check(gateway);
+    }
+}
+
+void gw_stream_leave_router(gw_stream *stream)
+{
+    if (stream->router != NULL && stream->core.state != GW_CORE_ENDED) {
+        gw_router_cancel(stream->router, stream->number);
+    }
+    stream->router = NULL;
+}
+
+static double seconds_since(uint64_t from_ns, uint64_t until_ns)
+{
+    return from_ns != 0 && until_ns > from_ns ? (double)(until_ns - from_ns) * 1e-9 : 0;
+}
+
+static gw_usage stream_usage(const gw_stream *stream, uint64_t now_ns)
+{
+    return (gw_usage){
+        .prompt_tokens = (uint32_t)stream->core.prompt.n,
+        .completion_tokens = stream->completion_tokens,
+        .reasoning_tokens = stream->reasoning_tokens,
+        .queue_ms = 1e3 * seconds_since(stream->received_ns, stream->accepted_ns),
+        .first_token_ms = 1e3 * seconds_since(stream->received_ns, stream->first_ns),
+        .total_ms = 1e3 * seconds_since(stream->received_ns, now_ns),
+    };
+}
+
+void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
+{
+    uint64_t now_ns = cm_now_ns();
+    gw_finish finish = {.reason = reason,
+                        .stop_string = md_parser_stop_match(stream->parser),
+                        .stop_id = stop_id,
+                        .usage = stream_usage(stream, now_ns)};
+    if (!stream->probe) {
+        cm_stat_add(CM_STAT_requests_finished, 1);
+        cm_stat_observe(CM_STAT_request_seconds, seconds_since(stream->received_ns, now_ns));
+    }
+    gw_stream_leave_router(stream);
+    stream_detach(stream);
+    gw_stream_hold(stream);
+    stream->events.finished(stream->ctx, &finish);
+    gw_stream_release(stream);
+}
+
+static void count_failure(const gw_stream *stream, gw_cause cause)
+{
+    if (stream->probe) {
+        return;
+    }
+    bool aborted = cause == GW_CAUSE_DEADLINE || cause == GW_CAUSE_ABORTED;
+    cm_stat_add(aborted                    ? CM_STAT_requests_aborted
+                : stream->accepted_ns == 0 ? CM_STAT_requests_refused
+                                           : CM_STAT_requests_failed,
+                1);
+}
+
+void gw_stream_fail(gw_stream *stream, const gw_error *error)
+{
+    gw_error copy = *error; /* it may lie in what is freed */
+    count_failure(stream, copy.cause);
+    cm_debug("stream %s: %s", stream->id, copy.message);
+    gw_stream_leave_router(stream);
+    stream_detach(stream);
+    gw_stream_hold(stream);
+    stream->events.failed(stream->ctx, &copy);
+    gw_stream_release(stream);
+}
+
+void gw_stream_cancel(gw_stream *stream)
+{
+    if (!stream->probe) {
+        cm_stat_add(CM_STAT_requests_aborted, 1);
+    }
+    gw_stream_leave_router(stream);
+    gw_stream_hold(stream);
+    stream_detach(stream);
+    gw_stream_release(stream);
+}
+
+const char *gw_stream_id(const gw_stream *stream)
+{
+    return stream->id;
+}
+
+static gw_stream *find_by_id(gw_gateway *gateway, const char *id)
+{
+    gw_stream *stream;
+    TAILQ_FOREACH(stream, &gateway->streams, link) {
+        if (!stream->probe && strcmp(stream->id, id) == 0) {
+            return stream;
+        }
+    }
+    return NULL;
+}
+
+bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
+{
+    gw_stream *stream = find_by_id(gateway, request_id);
+    if (stream != NULL) {
+        gw_error error;
+        gw_error_set(&error, GW_CAUSE_ABORTED, NULL, "the request was aborted");
+        gw_stream_fail(stream, &error);
+    }
+    return stream != NULL;
+}
+
+static uint32_t fail_all(gw_gateway *gateway, const gw_error *error)
+{
+    /* a handler may open or cancel others: start over after each; what is opened meanwhile is not ours to fail */
+    uint64_t before = gateway->next_number;
+    uint32_t n = 0;
+    for (;;) {
+        gw_stream *stream;
+        TAILQ_FOREACH(stream, &gateway->streams, link) {
+            if (!stream->probe && stream->number < before) {
+                break;
+            }
+        }
+        if (stream == NULL) {
+            return n;
+        }
+        gw_stream_fail(stream, error);
+        n++;
+    }
+}
+
+uint32_t gw_stream_abort_all(gw_gateway *gateway)
+{
+    gw_error error;
+    gw_error_set(&error, GW_CAUSE_ABORTED, NULL, "the request was aborted");
+    return fail_all(gateway, &error);
+}
+
+void gw_streams_fail_all(gw_gateway *gateway, gw_cause cause, const char *message)
+{
+    gw_error error;
+    gw_error_set(&error, cause, NULL, "%s", message);
+    (void)fail_all(gateway, &error);
+}
+
+void gw_streams_lost(gw_gateway *gateway, gw_router *router)
+{
+    gw_error error;
+    gw_error_set(&error, GW_CAUSE_UNAVAILABLE, NULL, "the connection to router %u was lost; please try again",
+                 gw_router_member(router));
+    error.retry_ms = GW_RETRY_MS;
+    for (;;) {
+        gw_stream *stream;
+        TAILQ_FOREACH(stream, &gateway->streams, link) {
+            if (stream->router == router) {
+                break;
+            }
+        }
+        if (stream == NULL) {
+            return;
+        }
+        stream->router = NULL; /* there is nobody to tell */
+        gw_stream_fail(stream, &error);
+    }
+}
+
+/* ---- opening at a router ---- */
+
+static uint64_t deadline_left_ms(const gw_stream *stream)
+{
+    uint64_t now_ms = cm_now_ms();
+    return stream->deadline_at_ms > now_ms ? stream->deadline_at_ms - now_ms : 0;
+}
+
+static cm_status send_open(gw_stream *stream)
+{
+    const gw_request *request = &stream->request;
+    uint32_t stop[GW_STOP_IDS_MAX + 1];
+    size_t n_stop = request->n_stop_id;
+    memcpy(stop, request->stop_id, n_stop * sizeof(*stop));
+    if (!request->ignore_eos) {
+        stop[n_stop++] = stream->gateway->geometry.eos_id;
+    }
+    Baleen__Engine__V1__SamplerParams sampler = BALEEN__ENGINE__V1__SAMPLER_PARAMS__INIT;
+    sampler.seed = request->has_seed ? (uint64_t)request->seed : cm_random_u64();
+    sampler.has_temperature = sampler.has_top_p = sampler.has_tokens_min = true;
+    sampler.temperature = (float)request->temperature;
+    sampler.top_p = (float)request->top_p;
+    sampler.tokens_max = stream->core.tokens_max;
+    sampler.tokens_min = request->tokens_min < stream->core.tokens_max ? request->tokens_min : stream->core.tokens_max;
+    sampler.stop_id = stop;
+    sampler.n_stop_id = n_stop;
+
+    Baleen__Engine__V1__SeqOpen open = BALEEN__ENGINE__V1__SEQ_OPEN__INIT;
+    open.stream = stream->number;
+    open.prompt = stream->core.prompt.id;
+    open.n_prompt = stream->core.prompt.n;
+    open.sampler = &sampler;
+    open.has_deadline_ms = stream->deadline != NULL;
+    open.deadline_ms = open.has_deadline_ms ? deadline_left_ms(stream) : 0;
+    return gw_router_open(stream->router, &open);
+}
+
+static cm_status open_at_router(gw_stream *stream, gw_error *error_out)
+{
+    stream->router = gw_routers_pick(stream->gateway->routers);
+    if (stream->router == NULL) {
+        gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL, "no router is connected; please try again");
+        error_out->retry_ms = GW_RETRY_MS;
+        return CM_E_UNAVAILABLE;
+    }
+    cm_status status = send_open(stream);
+    if (status != CM_OK) {
+        stream->router = NULL;
+        gw_error_set(error_out, status == CM_AGAIN ? GW_CAUSE_CAPACITY : GW_CAUSE_UNAVAILABLE, NULL,
+                     "the router cannot take more requests now; please try again");
+        error_out->retry_ms = GW_RETRY_MS;
+    }
+    return status;
+}
+
+static md_parser *make_parser(const gw_stream *stream, bool continues)
+{
+    const gw_request *request = &stream->request;
+    md_parser_options options = {
+        .start_in_reasoning = stream->thinking,
+        .continues_prefix = continues,
+        .plain = request->kind == GW_ASK_COMPLETE,
+        .stop = (const char *const *)request->stop,
+        .n_stop = request->n_stop,
+        .include_stop = request->include_stop,
+    };
+    return md_parser_create(&options);
+}
+
+static void stream_encoded(void *ctx, gw_encoded *encoded)
+{
+    gw_stream *stream = ctx;
+    const md_geometry *geometry = &stream->gateway->geometry;
+    gw_error error = encoded->error;
+    uint32_t tokens_max;
+    cm_status status = encoded->status;
+    stream->encode = NULL;
+    if (status == CM_OK) {
+        status = gw_request_budget(&stream->request, encoded->thinking, (uint32_t)encoded->ids.n, geometry->context,
+                                   &tokens_max, &error);
+    }
+    if (status == CM_OK) {
+        gw_core_init(&stream->core, &encoded->ids, tokens_max, geometry->vocab);
+        stream->has_core = true;
+        stream->thinking = encoded->thinking;
+        stream->parser = make_parser(stream, encoded->continues);
+        status = open_at_router(stream, &error);
+    }
+    if (status != CM_OK) {
+        gw_stream_fail(stream, &error);
+    }
+}
+
+/* ---- what a client asks ---- */
+
+static void deadline_passed(void *arg)
+{
+    gw_stream *stream = arg;
+    gw_error error;
+    gw_error_set(&error, GW_CAUSE_DEADLINE, NULL, "the deadline of the request passed");
+    gw_stream_fail(stream, &error);
+}
+
+static cm_status unavailable(gw_error *error_out, const char *why)
+{
+    gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL, "%s; please try again", why);
+    error_out->retry_ms = GW_RETRY_MS;
+    return CM_E_UNAVAILABLE;
+}
+
+/* Limits and states of the gateway, after the request itself was found good. */
+static cm_status admit(gw_gateway *gateway, const gw_ask *ask, gw_error *error_out)
+{
+    if (gateway->draining) {
+        return unavailable(error_out, "this gateway is shutting down");
+    }
+    if (ask->request_id != NULL && find_by_id(gateway, ask->request_id) != NULL) {
+        gw_error_set(error_out, GW_CAUSE_EXISTS, "request_id", "a request with this id is running");
+        return CM_E_EXISTS;
+    }
+    if (gateway->n_streams >= gateway->config->streams_max) {
+        gw_error_set(error_out, GW_CAUSE_CAPACITY, NULL, "too many requests at once (%llu); please try again in 1s",
+                     (unsigned long long)gateway->config->streams_max);
+        error_out->retry_ms = GW_RETRY_MS;
+        return CM_E_CAPACITY;
+    }
+    if (gateway->epoch == NULL || gateway->epoch->placement == NULL) {
+        return unavailable(error_out, "the model is not loaded yet");
+    }
+    if (gw_routers_get_load(gateway->routers).n_linked == 0) {
+        return unavailable(error_out, "no router is connected");
+    }
+    return CM_OK;
+}
+
+static char *make_id(void)
+{
+    uint8_t b[16];
+    char text[37];
+    cm_random_bytes(b, sizeof(b));
+    b[6] = (uint8_t)((b[6] & 0x0f) | 0x40); /* RFC 9562: version 4, its variant */
+    b[8] = (uint8_t)((b[8] & 0x3f) | 0x80);
+    snprintf(text, sizeof(text), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2],
+             b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+    return cm_strdup(text);
+}
+
+static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
+                              const gw_request *request, bool probe)
+{
+    gw_stream *stream = cm_alloc(sizeof(*stream));
+    *stream = (gw_stream){.gateway = gateway,
+                          .number = gateway->next_number++,
+                          .id = ask->request_id != NULL ? cm_strdup(ask->request_id) : make_id(),
+                          .request = *request,
+                          .events = *events,
+                          .ctx = ctx,
+                          .want_ids = ask->want_ids,
+                          .skip_special = ask->skip_special && !request->keep_special,
+                          .probe = probe,
+                          .created_s = (int64_t)(cm_wall_us() / 1000000u),
+                          .received_ns = cm_now_ns()};
+    if (ask->deadline_ms != UINT64_MAX) {
+        stream->deadline_at_ms = cm_now_ms() + ask->deadline_ms;
+        stream->deadline = pc_timer_create(gateway->loop, deadline_passed, stream);
+        pc_timer_set(stream->deadline, ask->deadline_ms);
+    }
+    return stream;
+}
+
+static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
+                              bool probe, gw_stream **stream_out, gw_error *error_out)
+{
+    gw_request request;
+    CM_TRY(gw_request_parse(ask->kind, ask->body, gateway->geometry.vocab, &request, error_out));
+    cm_status status = gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out);
+    if (status == CM_OK && !probe) {
+        status = admit(gateway, ask, error_out);
+    }
+    if (status != CM_OK) {
+        gw_request_free(&request);
+        return status;
+    }
+
+    gw_stream *stream = stream_make(gateway, ask, events, ctx, &request, probe);
+    status = gw_encode_begin(&gateway->encoder, &stream->request, ask->body, stream_encoded, stream, &stream->encode);
+    if (status == CM_OK) {
+        status = cm_map_put(&gateway->by_number, stream->number, stream);
+        if (status != CM_OK) {
+            gw_encode_forget(stream->encode);
+        }
+    }
+    if (status != CM_OK) {
+        gw_error_set(error_out, GW_CAUSE_CAPACITY, NULL, "too many requests at once; please try again in 1s");
+        error_out->retry_ms = GW_RETRY_MS;
+        pc_timer_destroy(stream->deadline);
+        stream_free(stream);
+        return CM_E_CAPACITY;
+    }
+    TAILQ_INSERT_TAIL(&gateway->streams, stream, link);
+    *stream_out = stream;
+    return CM_OK;
+}
+
+cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
+                         gw_stream **stream_out, gw_error *error_out)
+{
+    cm_stat_add(CM_STAT_requests, 1);
+    cm_status status = stream_start(gateway, ask, events, ctx, false, stream_out, error_out);
+    cm_stat_add(status == CM_OK ? CM_STAT_ledger_streams : CM_STAT_requests_refused, 1);
+    gateway->n_streams += status == CM_OK;
+    return status;
+}
+
+cm_status gw_stream_open_probe(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
+                               gw_stream **stream_out, gw_error *error_out)
+{
+    return stream_start(gateway, ask, events, ctx, true, stream_out, error_out);
+}

@@ -1,0 +1,77 @@
+#include "gateway/stream_core.h"
+
+#include "common/base/assert.h"
+
+void gw_core_init(gw_core *core, md_ids *prompt, uint32_t tokens_max, uint32_t vocab)
+{
+    CM_ASSERT(tokens_max >= 1);
+    *core = (gw_core){.state = GW_CORE_OPENING, .vocab = vocab, .tokens_max = tokens_max, .prompt = *prompt};
+    md_ids_init(prompt);
+    md_ids_init(&core->emitted);
+}
+
+void gw_core_fini(gw_core *core)
+{
+    md_ids_fini(&core->prompt);
+    md_ids_fini(&core->emitted);
+}
+
+static cm_status check_ids(const gw_core *core, const Baleen__Engine__V1__SeqTokens *frame, cm_error *err)
+{
+    uint64_t offset = frame->has_offset ? frame->offset : 0;
+    if (frame->n_id > 0 && offset != core->emitted.n) {
+        return cm_error_set(err, CM_E_PROTOCOL, "offset", "tokens at offset %llu, %zu are known",
+                            (unsigned long long)offset, core->emitted.n);
+    }
+    if (frame->n_id > core->tokens_max - core->emitted.n) {
+        return cm_error_set(err, CM_E_PROTOCOL, "id", "%zu tokens after %zu, %u were asked for", frame->n_id,
+                            core->emitted.n, core->tokens_max);
+    }
+    for (size_t i = 0; i < frame->n_id; i++) {
+        if (frame->id[i] >= core->vocab) {
+            return cm_error_set(err, CM_E_PROTOCOL, "id", "token id %u, the vocabulary has %u", frame->id[i],
+                                core->vocab);
+        }
+    }
+    return CM_OK;
+}
+
+static cm_status check_end(const gw_core *core, const Baleen__Engine__V1__SeqTokens *frame, cm_error *err)
+{
+    switch (frame->end) {
+    case BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON:
+    case BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP:
+    case BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED:
+        return CM_OK;
+    case BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH:
+        if (core->emitted.n + frame->n_id == core->tokens_max) {
+            return CM_OK;
+        }
+        return cm_error_set(err, CM_E_PROTOCOL, "end", "ended for length after %zu of %u tokens",
+                            core->emitted.n + frame->n_id, core->tokens_max);
+    default:
+        return cm_error_set(err, CM_E_PROTOCOL, "end", "unknown end %d", (int)frame->end);
+    }
+}
+
+cm_status gw_core_take(gw_core *core, const Baleen__Engine__V1__SeqTokens *frame, gw_core_news *news_out, cm_error *err)
+{
+    if (core->state == GW_CORE_ENDED) {
+        return cm_error_set(err, CM_E_PROTOCOL, NULL, "a frame after the end");
+    }
+    CM_TRY(check_ids(core, frame, err));
+    CM_TRY(check_end(core, frame, err));
+
+    bool failed = frame->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED;
+    gw_core_news news = {.accepted = core->state == GW_CORE_OPENING && !failed,
+                         .offset = core->emitted.n,
+                         .n_id = (uint32_t)frame->n_id,
+                         .end = frame->end};
+    for (size_t i = 0; i < frame->n_id; i++) {
+        md_ids_push(&core->emitted, frame->id[i]);
+    }
+    news.id = news.n_id > 0 ? core->emitted.id + news.offset : NULL;
+    core->state = frame->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON ? GW_CORE_RUNNING : GW_CORE_ENDED;
+    *news_out = news;
+    return CM_OK;
+}

@@ -1,0 +1,149 @@
+/* Frames of routers to events of streams. */
+#include "common/base/clock.h"
+#include "common/base/log.h"
+#include "gateway/stream_private.h"
+
+static void tell_piece(void *ctx, const md_piece *piece)
+{
+    gw_stream *stream = ctx;
+    if (!stream->over) {
+        stream->events.piece(stream->ctx, piece);
+    }
+}
+
+static void tell_started(gw_stream *stream)
+{
+    gw_start start = {.request_id = stream->id,
+                      .model = stream->gateway->model,
+                      .created_s = stream->created_s,
+                      .prompt_tokens = (uint32_t)stream->core.prompt.n,
+                      .thinking = stream->thinking};
+    stream->accepted_ns = cm_now_ns();
+    if (!stream->probe) {
+        cm_stat_add(CM_STAT_prompt_tokens, (int64_t)start.prompt_tokens);
+    }
+    stream->events.started(stream->ctx, &start);
+}
+
+static void count_id(gw_stream *stream, uint32_t id, bool was_reasoning)
+{
+    stream->completion_tokens++;
+    if (was_reasoning && id != md_tokenizer_control(stream->gateway->tokenizer, MD_CTL_THINK_END)) {
+        stream->reasoning_tokens++;
+    }
+    if (stream->probe) {
+        return;
+    }
+    cm_stat_add(CM_STAT_generated_tokens, 1);
+    if (stream->first_ns == 0) {
+        stream->first_ns = cm_now_ns();
+        cm_stat_observe(CM_STAT_first_token_seconds, (double)(stream->first_ns - stream->received_ns) * 1e-9);
+    }
+}
+
+/* true: a stop string has matched. */
+static bool tell_id(gw_stream *stream, uint64_t offset, uint32_t id)
+{
+    const md_tokenizer *tokenizer = stream->gateway->tokenizer;
+    count_id(stream, id, md_parser_in_reasoning(stream->parser));
+    if (stream->want_ids) {
+        stream->events.tokens(stream->ctx, offset, &id, 1);
+    }
+    if (stream->over || (stream->skip_special && md_tokenizer_is_special(tokenizer, id))) {
+        return false;
+    }
+    return md_parser_push_id(stream->parser, tokenizer, id, tell_piece, stream);
+}
+
+static void fail_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *frame)
+{
+    static const struct {
+        cm_status status;
+        gw_cause cause;
+        uint32_t retry_ms;
+    } known[] = {
+        {CM_E_CAPACITY, GW_CAUSE_CAPACITY, GW_RETRY_MS},       {CM_E_DEADLINE, GW_CAUSE_DEADLINE, 0},
+        {CM_E_UNAVAILABLE, GW_CAUSE_UNAVAILABLE, GW_RETRY_MS}, {CM_E_CANCELLED, GW_CAUSE_ABORTED, 0},
+        {CM_E_TOO_LONG, GW_CAUSE_CONTEXT, 0},                  {CM_E_INVALID, GW_CAUSE_INVALID, 0},
+        {CM_E_UNSUPPORTED, GW_CAUSE_UNSUPPORTED, 0},
+    };
+    cm_status status = frame->has_status ? (cm_status)frame->status : CM_E_IO;
+    gw_cause cause = cm_status_scope(status) == CM_SCOPE_PEER ? GW_CAUSE_UNAVAILABLE : GW_CAUSE_INTERNAL;
+    uint32_t retry_ms = cause == GW_CAUSE_UNAVAILABLE ? GW_RETRY_MS : 0;
+    for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++) {
+        if (known[i].status == status) {
+            cause = known[i].cause;
+            retry_ms = known[i].retry_ms;
+        }
+    }
+    gw_error error;
+    bool has_text = frame->text != NULL && frame->text[0] != 0;
+    gw_error_set(&error, cause, NULL, "%s", has_text ? frame->text : cm_status_text(status));
+    error.retry_ms = retry_ms;
+    gw_stream_fail(stream, &error);
+}
+
+static void end_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *frame)
+{
+    md_parser_finish(stream->parser, tell_piece, stream);
+    if (stream->over) {
+        return;
+    }
+    bool stopped = frame->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP;
+    bool by_caller = stopped && frame->has_stop_id && frame->stop_id != stream->gateway->geometry.eos_id;
+    gw_reason reason = !stopped                                   ? GW_REASON_LENGTH
+                       : md_parser_calls(stream->parser) > 0 ? GW_REASON_TOOL_CALLS
+                                                             : GW_REASON_STOP;
+    gw_stream_finish(stream, reason, by_caller ? (int64_t)frame->stop_id : -1);
+}
+
+/* Every step may find the stream over: its handlers are the client's side. */
+static void tell_news(gw_stream *stream, const gw_core_news *news, const Baleen__Engine__V1__SeqTokens *frame)
+{
+    bool matched = false;
+    if (news->accepted) {
+        tell_started(stream);
+    }
+    for (uint32_t i = 0; i < news->n_id && !stream->over && !matched; i++) {
+        matched = tell_id(stream, news->offset + i, news->id[i]);
+    }
+    if (stream->over) {
+        return;
+    }
+    if (matched) {
+        gw_stream_finish(stream, GW_REASON_STOP, -1);
+    } else if (news->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED) {
+        fail_by_router(stream, frame);
+    } else if (news->end != BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON) {
+        end_by_router(stream, frame);
+    } else if (news->n_id > 0) {
+        stream->events.flush(stream->ctx);
+    }
+}
+
+static void take_frame(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *frame)
+{
+    gw_core_news news;
+    cm_error err;
+    if (gw_core_take(&stream->core, frame, &news, &err) != CM_OK) {
+        cm_error_log("router %u, stream %llu: %s", gw_router_member(stream->router),
+                     (unsigned long long)stream->number, err.text);
+        gw_error error;
+        gw_error_set(&error, GW_CAUSE_INTERNAL, NULL, "the router sent an answer that does not fit the request");
+        gw_stream_fail(stream, &error);
+        return;
+    }
+    tell_news(stream, &news, frame);
+}
+
+void gw_streams_tokens(void *ctx, gw_router *router, const Baleen__Engine__V1__SeqTokens *seq)
+{
+    gw_gateway *gateway = ctx;
+    gw_stream *stream = cm_map_get(&gateway->by_number, seq->stream);
+    if (stream == NULL || stream->router != router) {
+        return; /* cancelled: tokens were on their way */
+    }
+    gw_stream_hold(stream);
+    take_frame(stream, seq);
+    gw_stream_release(stream);
+}

@@ -1,0 +1,37 @@
+/* One client's generation. stream.c opens and ends it, stream_events.c turns frames into events. Thread: the loop's. */
+#pragma once
+#include "gateway/gateway_private.h"
+#include "gateway/stream_core.h"
+
+struct gw_stream {
+    TAILQ_ENTRY(gw_stream) link;
+    gw_gateway *gateway;
+    uint64_t number; /* towards routers */
+    char *id;        /* towards clients; owned */
+    gw_request request;
+    gw_stream_events events;
+    void *ctx;
+    bool want_ids, skip_special, probe;
+
+    gw_encode *encode;  /* its prompt is being encoded; else NULL */
+    gw_router *router;  /* it was opened there; else NULL */
+    bool has_core, thinking;
+    gw_core core;
+    md_parser *parser;
+    pc_timer *deadline; /* NULL when none */
+    uint64_t deadline_at_ms;
+    int64_t created_s;
+    uint64_t received_ns, accepted_ns, first_ns; /* 0: not yet */
+    uint32_t completion_tokens, reasoning_tokens;
+
+    /* An event's handler may cancel the stream: it is then over at once, and freed when nobody holds it any more. */
+    bool over;
+    uint32_t n_holds;
+};
+
+void gw_stream_hold(gw_stream *stream);
+void gw_stream_release(gw_stream *stream);
+/* Tells the router, unless it has said its last word. */
+void gw_stream_leave_router(gw_stream *stream);
+void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id);
+void gw_stream_fail(gw_stream *stream, const gw_error *error);

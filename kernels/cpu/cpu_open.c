@@ -1,0 +1,185 @@
+#include <string.h>
+
+#include "common/base/mem.h"
+#include "kernels/cpu/cpu_private.h"
+
+#define DECLARE_PATH(isa)                                                                                    \
+    extern const kn_dense_ops kn_cpu_dense_##isa;                                                            \
+    extern const kn_attn_ops kn_cpu_attn_##isa;                                                              \
+    extern const kn_moe_ops kn_cpu_moe_##isa;
+#define PATH(isa)                                                                                            \
+    {                                                                                                        \
+        #isa, &kn_cpu_dense_##isa, &kn_cpu_attn_##isa, &kn_cpu_moe_##isa                                     \
+    }
+
+DECLARE_PATH(portable)
+#if defined(__x86_64__)
+DECLARE_PATH(avx2)
+DECLARE_PATH(avx512)
+#endif
+
+/* Best last; each one's machines can run all before it. */
+static const cpu_tables PATHS[] = {
+    PATH(portable),
+#if defined(__x86_64__)
+    PATH(avx2),
+    PATH(avx512),
+#endif
+};
+enum { N_PATH = sizeof(PATHS) / sizeof(PATHS[0]) };
+
+/* What the compiler may use for x86-64-v3 and x86-64-v4. */
+static bool machine_has(const char *isa)
+{
+#if defined(__x86_64__)
+    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+              __builtin_cpu_supports("bmi2");
+    if (strcmp(isa, "avx2") == 0) {
+        return v3;
+    }
+    if (strcmp(isa, "avx512") == 0) {
+        return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vl");
+    }
+#endif
+    return strcmp(isa, "portable") == 0;
+}
+
+const char *kn_cpu_isa_at(uint32_t i)
+{
+    return i < N_PATH && machine_has(PATHS[i].isa) ? PATHS[i].isa : NULL;
+}
+
+/* NULL: this machine or this build has no such path. */
+static const cpu_tables *choose_path(const char *isa)
+{
+    const cpu_tables *chosen = NULL;
+    bool best = isa == NULL || strcmp(isa, "auto") == 0;
+    for (uint32_t i = 0; kn_cpu_isa_at(i) != NULL; i++) {
+        if (best || strcmp(PATHS[i].isa, isa) == 0) {
+            chosen = &PATHS[i];
+        }
+    }
+    return chosen;
+}
+
+static cm_status refuse_isa(const char *isa, cm_error *err)
+{
+    char names[64] = "";
+    for (uint32_t i = 0; kn_cpu_isa_at(i) != NULL; i++) {
+        strcat(names, i > 0 ? ", " : "");
+        strcat(names, kn_cpu_isa_at(i));
+    }
+    return cm_error_set(err, CM_E_CONFIG, "isa", "this machine has no path \"%s\"; it has %s", isa, names);
+}
+
+static cm_status cpu_open(const kn_device_options *options, kn_device **device_out, cm_error *err)
+{
+    const cpu_tables *path = choose_path(options->isa);
+    cpu_device *device;
+    if (path == NULL) {
+        return refuse_isa(options->isa, err);
+    }
+    if (options->n_threads == 0) {
+        return cm_error_set(err, CM_E_CONFIG, "n_threads", "the cpu back-end needs at least one thread");
+    }
+    device = cm_alloc(sizeof(*device));
+    device->base = (kn_device){.backend = &kn_backend_cpu,
+                               .isa = path->isa,
+                               .dense = path->dense,
+                               .attn = path->attn,
+                               .moe = path->moe};
+    device->team = kn_team_create(options->n_threads);
+    *device_out = &device->base;
+    return CM_OK;
+}
+
+static void cpu_close(kn_device *base)
+{
+    cpu_device *device = (cpu_device *)base;
+    kn_team_destroy(device->team);
+    cm_free(device);
+}
+
+/* ---- streams ---- */
+
+/* Hands out the next n_bytes of the block, 64-byte aligned; without a block it only counts. */
+static void *take(uint8_t *block, uint64_t *at, uint64_t n_bytes)
+{
+    void *taken = block != NULL ? block + *at : NULL;
+    *at += (n_bytes + 63) / 64 * 64;
+    return taken;
+}
+
+/* Lays out all scratch in the block; returns its size. block NULL: only the size is wanted. */
+static uint64_t lay_out(cpu_stream *s, uint8_t *block, uint32_t n_threads)
+{
+    const kn_limits *l = &s->limits;
+    uint64_t at = 0, dim = cpu_round_up(l->head_dim, KN_LANES), n_key = cpu_round_up(l->n_key, KN_LANES);
+    uint64_t index_max = l->n_index_row > 0 ? CPU_INDEX_MAX : 0;
+    s->attn = take(block, &at, n_threads * sizeof(*s->attn));
+    s->x_tile = take(block, &at, 8ull * CPU_TILE * cpu_round_up(l->n_in, CPU_CHUNK));
+    s->h_tile = take(block, &at, 8ull * CPU_TILE * cpu_round_up(l->n_inner, CPU_CHUNK));
+    s->inner = take(block, &at, 3ull * CPU_TILE * l->n_inner * sizeof(uint16_t));
+    s->codes = take(block, &at, (uint64_t)CPU_TILE * l->n_inner);
+    s->scales = take(block, &at, (uint64_t)CPU_TILE * kn_blocks(l->n_inner, KN_ACT_BLOCK));
+    s->gate = take(block, &at, (uint64_t)l->n_row * l->n_expert * sizeof(float));
+    s->biased = take(block, &at, (uint64_t)n_threads * l->n_expert * sizeof(float));
+    s->index_score = take(block, &at, (uint64_t)l->n_index_row * sizeof(float));
+    s->index_q = take(block, &at, index_max * sizeof(int16_t));
+    s->index_scale = take(block, &at, index_max / KN_FP4_BLOCK * sizeof(double));
+    for (uint32_t i = 0; i < n_threads; i++) {
+        cpu_attn_scratch t = {.q = take(block, &at, CPU_HEADS * dim * sizeof(double)),
+                              .o = take(block, &at, CPU_HEADS * dim * sizeof(double)),
+                              .key = take(block, &at, dim * sizeof(double)),
+                              .score = take(block, &at, CPU_HEADS * n_key * sizeof(double)),
+                              .row = take(block, &at, n_key * sizeof(uint8_t *))};
+        if (block != NULL) {
+            s->attn[i] = t;
+        }
+    }
+    return at;
+}
+
+static cm_status cpu_stream_open(kn_device *device, const kn_limits *limits, kn_stream **stream_out)
+{
+    kn_team *team = ((cpu_device *)device)->team;
+    cpu_stream *s = cm_alloc(sizeof(*s));
+    cm_status status;
+    kn_host_check_limits(limits);
+    s->base.device = device;
+    s->team = team;
+    s->limits = *limits;
+    status = kn_host_alloc(device, lay_out(s, NULL, kn_team_size(team)), &s->block);
+    if (status != CM_OK) {
+        cm_free(s);
+        return status;
+    }
+    lay_out(s, kn_host(s->block), kn_team_size(team));
+    *stream_out = &s->base;
+    return CM_OK;
+}
+
+static void cpu_stream_close(kn_stream *base)
+{
+    cpu_stream *s = (cpu_stream *)base;
+    kn_host_free(base->device, s->block);
+    cm_free(s);
+}
+
+const kn_backend kn_backend_cpu = {
+    .version = KN_VERSION,
+    .name = "cpu",
+    .open = cpu_open,
+    .close = cpu_close,
+    .stream_open = cpu_stream_open,
+    .stream_close = cpu_stream_close,
+    .stream_sync = kn_host_sync,
+    .mem_alloc = kn_host_alloc,
+    .mem_free = kn_host_free,
+    .mem_place = kn_host_place,
+    .mem_host = kn_host_view,
+    .copy_to_device = kn_host_copy_to_device,
+    .copy_to_host = kn_host_copy_to_host,
+};

@@ -1,0 +1,58 @@
+/* The cpu back-end: the same values as the oracle, bit for bit, from C that the compiler turns into vector code.
+ * The files named in KN_CPU_ISA_SOURCES are compiled once per instruction set with KN_ISA as the suffix of what they
+ * export; cpu_open.c picks one set of tables. */
+#pragma once
+#include "kernels/cpu/team.h"
+#include "kernels/kn_math.h"
+#include "kernels/kn_private.h"
+
+enum {
+    CPU_TILE = 8,             /* rows that share one reading of the weights */
+    CPU_CHUNK = KN_ACT_BLOCK, /* inputs decoded at a time */
+    CPU_HEADS = 8,            /* heads that share one reading of the keys */
+    CPU_INDEX_MAX = 1 << 16,  /* indexer heads (rounded up to CPU_INDEX_PAD) * dim */
+    CPU_INDEX_PAD = 32,
+};
+
+typedef struct cpu_device {
+    kn_device base;
+    kn_team *team;
+} cpu_device;
+
+/* Attention scratch of one thread; dim is head_dim rounded up to KN_LANES. */
+typedef struct cpu_attn_scratch {
+    double *q, *o;       /* [CPU_HEADS][dim] */
+    double *key;         /* [dim] */
+    double *score;       /* [CPU_HEADS][n_key rounded up to KN_LANES] */
+    const uint8_t **row; /* [n_key] stored keys of the query, in order */
+} cpu_attn_scratch;
+
+typedef struct cpu_stream {
+    kn_stream base;
+    kn_team *team;
+    kn_limits limits;
+    kn_ptr block;     /* all that follows lies in it */
+    double *x_tile;   /* [CPU_TILE][n_in rounded up to CPU_CHUNK], widened inputs */
+    double *h_tile;   /* [CPU_TILE][n_inner rounded up], widened expert inner values */
+    uint16_t *inner;  /* [3][CPU_TILE][n_inner]: g, u, h */
+    uint8_t *codes;   /* [CPU_TILE][n_inner], h quantized */
+    uint8_t *scales;  /* [CPU_TILE][blocks of n_inner] */
+    float *gate;      /* [n_row][n_expert] logits */
+    float *biased;    /* [n_expert] for each thread */
+    float *index_score;        /* [n_index_row] */
+    int16_t *index_q;          /* [CPU_INDEX_MAX] doubled codes, [dim][heads] */
+    double *index_scale;       /* [CPU_INDEX_MAX / KN_FP4_BLOCK] scales, [block][heads] */
+    cpu_attn_scratch *attn;    /* one for each thread */
+} cpu_stream;
+
+typedef struct cpu_tables {
+    const char *isa;
+    const kn_dense_ops *dense;
+    const kn_attn_ops *attn;
+    const kn_moe_ops *moe;
+} cpu_tables;
+
+static inline uint32_t cpu_round_up(uint32_t n, uint32_t to)
+{
+    return kn_blocks(n, to) * to;
+}

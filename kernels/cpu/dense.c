@@ -1,0 +1,341 @@
+#include <math.h>
+
+#include "common/base/assert.h"
+#include "kernels/cpu/isa.h"
+
+static kn_team *team_of(kn_stream *s)
+{
+    return ((cpu_stream *)s)->team;
+}
+
+/* ---- products ---- */
+
+static void op_linear_q8(kn_stream *s, kn_q8 x, const kn_matrix *w, uint32_t n, kn_ptr y_out)
+{
+    cpu_stream *c = (cpu_stream *)s;
+    uint32_t k = w->n_in, n_scale = kn_blocks(k, KN_ACT_BLOCK), stride = cpu_round_up(k, CPU_CHUNK);
+    CM_ASSERT_MSG(k <= c->limits.n_in, "n_in %u limit %u", k, c->limits.n_in);
+    for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
+        cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
+        for (uint32_t r = 0; r < tile.n; r++) {
+            uint64_t row = r0 + r;
+            KN_FN(kn_cpu_widen_codes)
+            ((const uint8_t *)kn_host(x.codes) + row * k, k, w->dtype, c->x_tile + (uint64_t)r * stride);
+            tile.scales[r] = (const uint8_t *)kn_host(x.scales) + row * n_scale;
+            tile.y[r] = (uint16_t *)kn_host(y_out) + row * w->n_out;
+        }
+        KN_FN(kn_cpu_product_q8)(c->team, &tile, w);
+    }
+}
+
+static void op_linear_bf16(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t n, kn_dtype y_dtype, kn_ptr y_out)
+{
+    cpu_stream *c = (cpu_stream *)s;
+    uint32_t k = w->n_in, stride = cpu_round_up(k, CPU_CHUNK);
+    CM_ASSERT_MSG(k <= c->limits.n_in, "n_in %u limit %u", k, c->limits.n_in);
+    for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
+        cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
+        for (uint32_t r = 0; r < tile.n; r++) {
+            uint64_t row = r0 + r;
+            KN_FN(kn_cpu_widen_bf16)((const uint16_t *)kn_host(x) + row * k, k, c->x_tile + (uint64_t)r * stride);
+            if (y_dtype == KN_F32) {
+                tile.y32[r] = (float *)kn_host(y_out) + row * w->n_out;
+            } else {
+                tile.y[r] = (uint16_t *)kn_host(y_out) + row * w->n_out;
+            }
+        }
+        KN_FN(kn_cpu_product_lanes)(c->team, &tile, w, 0, w->n_out);
+    }
+}
+
+static void op_linear_grouped(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t groups, uint32_t n, kn_ptr y_out)
+{
+    cpu_stream *c = (cpu_stream *)s;
+    uint32_t k = w->n_in, stride = cpu_round_up(k, CPU_CHUNK), per_group = w->n_out / groups;
+    CM_ASSERT_MSG(k <= c->limits.n_in, "n_in %u limit %u", k, c->limits.n_in);
+    for (uint32_t g = 0; g < groups; g++) {
+        for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
+            cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
+            for (uint32_t r = 0; r < tile.n; r++) {
+                uint64_t row = r0 + r;
+                KN_FN(kn_cpu_widen_bf16)
+                ((const uint16_t *)kn_host(x) + (row * groups + g) * k, k, c->x_tile + (uint64_t)r * stride);
+                tile.y[r] = (uint16_t *)kn_host(y_out) + row * w->n_out + g * per_group;
+            }
+            KN_FN(kn_cpu_product_lanes)(c->team, &tile, w, g * per_group, per_group);
+        }
+    }
+}
+
+/* ---- rows ---- */
+
+static void op_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32_t n, uint32_t hc, kn_ptr x_out)
+{
+    const uint32_t *ids = kn_host(ids_in);
+    uint64_t d = table->n_in;
+    (void)s;
+    for (uint32_t r = 0; r < n; r++) {
+        CM_ASSERT_MSG(ids[r] < table->n_out, "token %u of %u", ids[r], table->n_out);
+        for (uint32_t j = 0; j < hc; j++) {
+            memcpy((uint16_t *)kn_host(x_out) + ((uint64_t)r * hc + j) * d,
+                   (const uint16_t *)kn_host(table->data) + ids[r] * d, d * sizeof(uint16_t));
+        }
+    }
+}
+
+typedef struct norm_job {
+    const uint16_t *x, *w;
+    uint16_t *y;
+    uint32_t d;
+    float eps;
+} norm_job;
+
+static void norm_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    const norm_job *j = arg;
+    (void)i_thread;
+    for (uint64_t r = begin; r < end; r++) {
+        KN_FN(kn_cpu_rmsnorm)(j->x + r * j->d, j->w, j->d, j->eps, j->y + r * j->d);
+    }
+}
+
+static void op_rmsnorm(kn_stream *s, kn_ptr x, kn_ptr w, uint32_t n, uint32_t d, float eps, kn_ptr y_out)
+{
+    norm_job job = {.x = kn_host(x), .w = kn_host(w), .y = kn_host(y_out), .d = d, .eps = eps};
+    kn_team_run(team_of(s), n, 2ull * d, norm_part, &job);
+}
+
+typedef struct quant_job {
+    const uint16_t *x;
+    uint8_t *codes, *scales;
+    uint32_t k;
+} quant_job;
+
+static void quant_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    const quant_job *j = arg;
+    (void)i_thread;
+    for (uint64_t r = begin; r < end; r++) {
+        KN_FN(kn_cpu_quant_fp8)
+        (j->x + r * j->k, j->k, KN_ACT_BLOCK, j->codes + r * j->k, j->scales + r * kn_blocks(j->k, KN_ACT_BLOCK));
+    }
+}
+
+static void op_quant_act(kn_stream *s, kn_ptr x, uint32_t n, uint32_t k, kn_q8 q_out)
+{
+    quant_job job = {.x = kn_host(x), .codes = kn_host(q_out.codes), .scales = kn_host(q_out.scales), .k = k};
+    kn_team_run(team_of(s), n, k, quant_part, &job);
+}
+
+typedef struct argmax_job {
+    const float *logits;
+    uint32_t *ids;
+    uint32_t vocab;
+} argmax_job;
+
+static uint32_t argmax_row(const float *row, uint32_t n)
+{
+    float lane[KN_LANES], top;
+    uint32_t whole = n / KN_LANES * KN_LANES;
+    for (int l = 0; l < KN_LANES; l++) {
+        lane[l] = row[0];
+    }
+    for (uint32_t i = 0; i < whole; i += KN_LANES) {
+        for (int l = 0; l < KN_LANES; l++) {
+            float v = row[i + (uint32_t)l];
+            lane[l] = v > lane[l] ? v : lane[l];
+        }
+    }
+    top = lane[0];
+    for (int l = 1; l < KN_LANES; l++) {
+        top = lane[l] > top ? lane[l] : top;
+    }
+    for (uint32_t i = whole; i < n; i++) {
+        top = row[i] > top ? row[i] : top;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        if (row[i] == top) {
+            return i;
+        }
+    }
+    return 0; /* row[0] is NaN */
+}
+
+static void argmax_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    const argmax_job *j = arg;
+    (void)i_thread;
+    for (uint64_t r = begin; r < end; r++) {
+        j->ids[r] = argmax_row(j->logits + r * j->vocab, j->vocab);
+    }
+}
+
+static void op_argmax(kn_stream *s, kn_ptr logits, uint32_t n, uint32_t vocab, kn_ptr ids_out)
+{
+    argmax_job job = {.logits = kn_host(logits), .ids = kn_host(ids_out), .vocab = vocab};
+    kn_team_run(team_of(s), n, vocab, argmax_part, &job);
+}
+
+/* ---- hyper-connections ---- */
+
+typedef struct hc_job {
+    const kn_hc *p;
+    const uint16_t *x;
+    const double *wide; /* [rows][stride], the same values */
+    uint64_t stride;
+    double mix[CPU_TILE][(2 + KN_HC_MAX) * KN_HC_MAX];
+    uint32_t n_mix;
+    uint16_t *x_out;
+    float *post, *comb; /* both NULL: the head's variant */
+} hc_job;
+
+/* x = bf16(sum_j pre[j] X[j]) */
+static void collapse(const double *wide, uint32_t d, uint32_t hc, const float *pre, uint16_t *x_out)
+{
+    enum { STEP = 64 };
+    for (uint32_t at = 0; at < d; at += STEP) {
+        double sum[STEP] = {0};
+        uint32_t n = d - at < STEP ? d - at : STEP;
+        for (uint32_t j = 0; j < hc; j++) {
+            const double *from = wide + (uint64_t)j * d + at;
+            double weight = pre[j];
+            for (uint32_t i = 0; i < n; i++) {
+                sum[i] += weight * from[i];
+            }
+        }
+        for (uint32_t i = 0; i < n; i++) {
+            x_out[at + i] = kn_bf16_from_f64(sum[i]);
+        }
+    }
+}
+
+static void hc_rows_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    hc_job *j = arg;
+    uint32_t hc = j->p->hc, width = hc * j->p->d;
+    (void)i_thread;
+    for (uint32_t r = begin; r < end; r++) {
+        const double *wide = j->wide + r * j->stride;
+        double lane[KN_LANES] = {0}, s;
+        float pre[KN_HC_MAX];
+        kn_lanes_add(lane, wide, wide, (uint32_t)j->stride);
+        s = 1.0 / sqrt(kn_fold_lanes(lane) / width + j->p->norm_eps);
+        for (uint32_t k = 0; k < j->n_mix; k++) {
+            j->mix[r][k] *= s;
+        }
+        if (j->post == NULL) {
+            kn_hc_head_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->hc_eps, pre);
+        } else {
+            kn_hc_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->sinkhorn_iters,
+                               j->p->hc_eps, pre, j->post + (uint64_t)r * hc, j->comb + (uint64_t)r * hc * hc);
+        }
+        collapse(wide, j->p->d, hc, pre, j->x_out + (uint64_t)r * j->p->d);
+    }
+}
+
+/* post and comb NULL: the head's variant. */
+static void hc_run(cpu_stream *c, const kn_hc *p, const uint16_t *x, uint32_t n, uint32_t n_mix, uint16_t *x_out,
+                   float *post, float *comb)
+{
+    uint32_t width = p->hc * p->d, stride = cpu_round_up(width, CPU_CHUNK);
+    kn_matrix fn = {.data = p->fn, .n_out = n_mix, .n_in = width, .dtype = KN_F32};
+    CM_ASSERT_MSG(p->hc <= KN_HC_MAX && width <= c->limits.n_in, "hc %u width %u limit %u", p->hc, width,
+                  c->limits.n_in);
+    for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
+        cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
+        hc_job job = {.p = p, .wide = c->x_tile, .stride = stride, .n_mix = n_mix};
+        for (uint32_t r = 0; r < tile.n; r++) {
+            KN_FN(kn_cpu_widen_bf16)(x + (uint64_t)(r0 + r) * width, width, c->x_tile + (uint64_t)r * stride);
+            tile.y64[r] = job.mix[r];
+        }
+        KN_FN(kn_cpu_product_lanes)(c->team, &tile, &fn, 0, n_mix);
+        job.x_out = x_out + (uint64_t)r0 * p->d;
+        job.post = post != NULL ? post + (uint64_t)r0 * p->hc : NULL;
+        job.comb = comb != NULL ? comb + (uint64_t)r0 * p->hc * p->hc : NULL;
+        kn_team_run(c->team, tile.n, 3ull * width, hc_rows_part, &job);
+    }
+}
+
+static void op_hc_pre(kn_stream *s, const kn_hc *p, kn_ptr x, uint32_t n, kn_ptr x_out, kn_ptr post_out,
+                      kn_ptr comb_out)
+{
+    hc_run((cpu_stream *)s, p, kn_host(x), n, (2 + p->hc) * p->hc, kn_host(x_out), kn_host(post_out),
+           kn_host(comb_out));
+}
+
+static void op_hc_head(kn_stream *s, const kn_hc *p, kn_ptr x, uint32_t n, kn_ptr x_out)
+{
+    hc_run((cpu_stream *)s, p, kn_host(x), n, p->hc, kn_host(x_out), NULL, NULL);
+}
+
+typedef struct hc_post_job {
+    const uint16_t *x, *y;
+    const float *post, *comb;
+    uint16_t *out;
+    uint32_t d, hc;
+} hc_post_job;
+
+static void hc_post_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    enum { STEP = 64 };
+    const hc_post_job *j = arg;
+    uint32_t d = j->d, hc = j->hc;
+    (void)i_thread;
+    for (uint64_t r = begin; r < end; r++) {
+        const float *post = j->post + r * hc, *comb = j->comb + r * hc * hc;
+        for (uint32_t at = 0; at < d; at += STEP) {
+            double from[KN_HC_MAX][STEP], y[STEP]; /* read whole before writing: out may be x */
+            uint32_t n = d - at < STEP ? d - at : STEP;
+            for (uint32_t i = 0; i < n; i++) {
+                y[i] = kn_bf16_decode(j->y[r * d + at + i]);
+            }
+            for (uint32_t k = 0; k < hc; k++) {
+                for (uint32_t i = 0; i < n; i++) {
+                    from[k][i] = kn_bf16_decode(j->x[(r * hc + k) * d + at + i]);
+                }
+            }
+            for (uint32_t k = 0; k < hc; k++) {
+                double sum[STEP], scale = post[k];
+                for (uint32_t i = 0; i < n; i++) {
+                    sum[i] = scale * y[i];
+                }
+                for (uint32_t m = 0; m < hc; m++) {
+                    double weight = comb[m * hc + k];
+                    for (uint32_t i = 0; i < n; i++) {
+                        sum[i] += weight * from[m][i];
+                    }
+                }
+                for (uint32_t i = 0; i < n; i++) {
+                    j->out[(r * hc + k) * d + at + i] = kn_bf16_from_f64(sum[i]);
+                }
+            }
+        }
+    }
+}
+
+static void op_hc_post(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y, kn_ptr x, kn_ptr post, kn_ptr comb, uint32_t n,
+                       kn_ptr x_out)
+{
+    hc_post_job job = {.x = kn_host(x),
+                       .y = kn_host(y),
+                       .post = kn_host(post),
+                       .comb = kn_host(comb),
+                       .out = kn_host(x_out),
+                       .d = d,
+                       .hc = hc};
+    CM_ASSERT(hc <= KN_HC_MAX);
+    kn_team_run(team_of(s), n, (uint64_t)d * hc * hc, hc_post_part, &job);
+}
+
+const kn_dense_ops KN_FN(kn_cpu_dense) = {
+    .embed = op_embed,
+    .hc_pre = op_hc_pre,
+    .hc_post = op_hc_post,
+    .hc_head = op_hc_head,
+    .rmsnorm = op_rmsnorm,
+    .quant_act = op_quant_act,
+    .linear_q8 = op_linear_q8,
+    .linear_bf16 = op_linear_bf16,
+    .linear_grouped = op_linear_grouped,
+    .argmax = op_argmax,
+};

@@ -1,0 +1,129 @@
+/* For the files that are compiled once per instruction set: names with its suffix, and vectors of its width. */
+#pragma once
+#include <string.h>
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
+
+#include "kernels/cpu/cpu_private.h"
+
+#define KN_JOIN_(name, isa) name##_##isa
+#define KN_JOIN(name, isa)  KN_JOIN_(name, isa)
+#define KN_FN(name)         KN_JOIN(name, KN_ISA)
+
+#if defined(__AVX512F__)
+#define KN_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define KN_VECTOR_BYTES 32
+#else
+#define KN_VECTOR_BYTES 16
+#endif
+
+typedef double kn_vd __attribute__((vector_size(KN_VECTOR_BYTES)));
+typedef int16_t kn_vs __attribute__((vector_size(KN_VECTOR_BYTES)));
+enum {
+    KN_VD_WIDTH = KN_VECTOR_BYTES / 8,
+    KN_VS_WIDTH = KN_VECTOR_BYTES / 2,
+    KN_LANE_VECTORS = KN_LANES / KN_VD_WIDTH,
+};
+
+static inline kn_vd kn_vd_load(const double *p)
+{
+    kn_vd v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+static inline void kn_vd_store(double *p, kn_vd v)
+{
+    memcpy(p, &v, sizeof(v));
+}
+
+/* a * b + c where a and b came from float32 or narrower: their product is exact in double, so fusing cannot change
+ * the result. Never for other products. */
+static inline kn_vd kn_vd_add_exact_product(kn_vd a, kn_vd b, kn_vd c)
+{
+#if defined(__AVX512F__)
+    return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_pd(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* The contract's fold of KN_LANES partial sums. */
+static inline double kn_fold_lanes(const double *lane)
+{
+    double sum[KN_LANES / 2];
+    for (int l = 0; l < KN_LANES / 2; l++) {
+        sum[l] = lane[l] + lane[l + KN_LANES / 2];
+    }
+    for (int s = KN_LANES / 4; s >= 1; s /= 2) {
+        for (int l = 0; l < s; l++) {
+            sum[l] += sum[l + s];
+        }
+    }
+    return sum[0];
+}
+
+/* Adds x[i] * w[i] into the lanes, i < n, n a multiple of KN_LANES; both widened from float32 or narrower. */
+static inline void kn_lanes_add(double *lane, const double *x, const double *w, uint32_t n)
+{
+    kn_vd acc[KN_LANE_VECTORS];
+    for (int v = 0; v < KN_LANE_VECTORS; v++) {
+        acc[v] = kn_vd_load(lane + v * KN_VD_WIDTH);
+    }
+    for (uint32_t i = 0; i < n; i += KN_LANES) {
+        for (int v = 0; v < KN_LANE_VECTORS; v++) {
+            acc[v] = kn_vd_add_exact_product(kn_vd_load(x + i + v * KN_VD_WIDTH), kn_vd_load(w + i + v * KN_VD_WIDTH),
+                                             acc[v]);
+        }
+    }
+    for (int v = 0; v < KN_LANE_VECTORS; v++) {
+        kn_vd_store(lane + v * KN_VD_WIDTH, acc[v]);
+    }
+}
+
+/* ---- products (products.c) ----
+ * A tile: up to CPU_TILE rows of inputs widened to double, rows `stride` apart, zero past n_in up to a multiple of
+ * CPU_CHUNK. */
+typedef struct cpu_tile {
+    const double *x;
+    uint64_t stride;
+    uint32_t n;
+    const uint8_t *scales[CPU_TILE]; /* activation scales of each row; quantized products only */
+    uint16_t *y[CPU_TILE];           /* bf16 output rows, or */
+    float *y32[CPU_TILE];            /* float32 output rows (y NULL), or */
+    double *y64[CPU_TILE];           /* the sums themselves (both NULL) */
+} cpu_tile;
+
+/* Widens one row. E4M3 codes stand in the order the weights of dtype w are decoded in. */
+void KN_FN(kn_cpu_widen_codes)(const uint8_t *codes, uint32_t k, kn_dtype w, double *x_out);
+void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out);
+/* Outputs w->n_out of the tile against a quantized matrix, split over the team. */
+void KN_FN(kn_cpu_product_q8)(kn_team *team, const cpu_tile *tile, const kn_matrix *w);
+/* Outputs out0 .. out0 + n_out - 1 by lane sums; w BF16, F32, or E4M3 taken as bf16(code * scale). Output o is
+ * written at y[..][o - out0]. */
+void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
+                                 uint32_t n_out);
+
+/* ---- rows (rows.c) ---- */
+void KN_FN(kn_cpu_quant_fp8)(const uint16_t *x, uint32_t k, uint32_t block, uint8_t *codes_out, uint8_t *scales_out);
+void KN_FN(kn_cpu_rmsnorm)(const uint16_t *x, const uint16_t *w, uint32_t d, float eps, uint16_t *y_out);
+/* Rotates 2 * half values in place; cs [half][2]. */
+void KN_FN(kn_cpu_rotate)(uint16_t *x, uint32_t half, const float *cs, bool inverse);
+void KN_FN(kn_cpu_angles)(const float *inv_freq, uint32_t half, uint32_t pos, float *cs_out);
+void KN_FN(kn_cpu_kv_pack)(const uint16_t *x, uint32_t dim, uint32_t rope, uint8_t *row_out);
+void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, double *x_out);
+void KN_FN(kn_cpu_index_pack)(const uint16_t *x, uint32_t dim, uint8_t *row_out);
+
+/* Operations that have files of their own: compress.c, index.c. */
+void KN_FN(kn_cpu_compress)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score);
+void KN_FN(kn_cpu_compress_commit)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score);
+void KN_FN(kn_cpu_index_topk)(kn_stream *s, const kn_batch *b, const kn_kv_layout *layout, uint32_t heads, uint32_t dim,
+                              uint32_t topk, kn_ptr iq, kn_ptr w, kn_ptr picks_out);
+
+extern const kn_dense_ops KN_FN(kn_cpu_dense);
+extern const kn_attn_ops KN_FN(kn_cpu_attn);
+extern const kn_moe_ops KN_FN(kn_cpu_moe);

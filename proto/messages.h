@@ -1,0 +1,15 @@
+/* Ids and names of everything that travels on net links; from messages.def. Thread: any. */
+#pragma once
+#include <stdint.h>
+
+typedef enum pr_message {
+#define PR_MESSAGE(id, name, type, direction, handler) PR_MSG_##name = (id),
+#define PR_FRAME(id, name, type, direction, handler)   PR_MSG_##name = (id),
+#include "proto/messages.def"
+#undef PR_MESSAGE
+#undef PR_FRAME
+} pr_message;
+
+const char *pr_message_name(uint16_t id); /* "DISPATCH"; "unknown" */
+
+enum { PR_CONTROL_VERSION = 1 };

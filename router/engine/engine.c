@@ -1,0 +1,324 @@
+#include "router/engine/engine.h"
+
+#include <string.h>
+
+#include "common/base/assert.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "router/engine/engine_private.h"
+
+static uint32_t engine_keys_max(const md_geometry *g)
+{
+    uint32_t most = 0;
+    for (uint32_t l = 0; l < g->n_layer; l++) {
+        uint32_t rows = g->ratio[l] == 0 ? 0 : g->context / g->ratio[l];
+        uint32_t seen = g->ratio[l] == 4 && rows > g->index_topk ? g->index_topk : rows;
+        most = seen > most ? seen : most;
+    }
+    return g->window + most;
+}
+
+static uint32_t u32_max(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
+
+static void engine_kn_limits(const rt_engine *e, kn_limits *limits_out)
+{
+    const md_geometry *g = e->geometry;
+    uint32_t group_in = g->n_head / g->o_groups * g->head_dim;
+    *limits_out = (kn_limits){
+        .n_row = u32_max(e->options.row_max, e->options.slot_max),
+        .n_in = u32_max(u32_max(g->hc * g->d, g->o_groups * g->o_rank), u32_max(group_in, u32_max(g->q_rank, g->inner))),
+        .n_inner = g->inner,
+        .n_head = g->n_head,
+        .head_dim = g->head_dim,
+        .n_key = engine_keys_max(g),
+        .n_index_row = g->index_head != 0 ? g->context / 4 : 0,
+        .n_expert = g->n_expert,
+    };
+}
+
+static cm_status engine_size_kv(rt_engine *e, cm_error *err)
+{
+    const md_geometry *g = e->geometry;
+    uint64_t page_bytes;
+    rt_kv_layout_build(g, &e->kv);
+    page_bytes = e->kv.page_bytes != 0 ? e->kv.page_bytes : 1; /* a model of windows only needs pages in name */
+    uint32_t per_seq = kn_blocks(g->context, KN_PAGE_TOKENS);
+    uint64_t n_page = e->options.kv_bytes / page_bytes, useful = (uint64_t)per_seq * e->options.slot_max;
+    if (n_page == 0) {
+        return cm_error_set(err, CM_E_CONFIG, "kv_bytes", "kv_bytes %llu is less than one page of %llu bytes",
+                            (unsigned long long)e->options.kv_bytes, (unsigned long long)page_bytes);
+    }
+    e->n_page = (uint32_t)(n_page < useful ? n_page : useful);
+    e->page_list_max = e->n_page;
+    return CM_OK;
+}
+
+static cm_status engine_open_exchange(rt_engine *e, cm_error *err)
+{
+    net *rows;
+    CM_TRY(net_open(&e->options.rows, &rows, err));
+    rt_exchange_options options = {
+        .rows = rows,
+        .limits = {.row_max = e->options.row_max,
+                   .topk = e->geometry->topk,
+                   .d = e->geometry->d,
+                   .frame_bytes_max = e->options.rows.message_bytes_max},
+        .answer_ms = e->options.answer_ms,
+        .wait_ms = e->options.wait_ms,
+        .peer_lost = e->options.peer_lost,
+        .ctx = e->options.ctx,
+    };
+    cm_status status = rt_exchange_create(&options, &e->exchange, err);
+    if (status != CM_OK) {
+        net_close(rows);
+    }
+    return status;
+}
+
+cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_out, cm_error *err)
+{
+    kn_limits limits;
+    rt_engine *e = cm_alloc(sizeof(*e));
+    e->options = *options;
+    e->geometry = md_checkpoint_geometry(options->checkpoint);
+    const md_geometry *g = e->geometry;
+    cm_status status = kn_device_open(&options->device, &e->device, err);
+    if (status != CM_OK) {
+        goto err_free;
+    }
+    engine_kn_limits(e, &limits);
+    status = kn_stream_open(e->device, &limits, &e->stream);
+    if (status != CM_OK) {
+        cm_error_set(err, status, "rows_max", "no memory for scratch of %u rows", limits.n_row);
+        goto err_device;
+    }
+    status = rt_weights_open(options->checkpoint, e->device, e->stream, &e->weights, err);
+    if (status != CM_OK) {
+        goto err_stream;
+    }
+    status = engine_size_kv(e, err);
+    if (status == CM_OK) {
+        status = rt_buffers_create(e, err);
+    }
+    if (status != CM_OK) {
+        goto err_weights;
+    }
+    status = engine_open_exchange(e, err);
+    if (status != CM_OK) {
+        goto err_buffers;
+    }
+    e->dense = kn_dense(e->device);
+    e->attn = kn_attention(e->device);
+    e->moe = kn_moe(e->device);
+    e->scratch = rt_sample_scratch_create(g->vocab);
+    e->host_segs = cm_alloc(sizeof(kn_seg) * options->slot_max);
+    e->host_pages = cm_alloc(sizeof(uint32_t) * e->page_list_max);
+    e->host_ids = cm_alloc(sizeof(uint32_t) * options->row_max);
+    e->host_pos = cm_alloc(sizeof(uint32_t) * options->row_max);
+    e->host_experts = cm_alloc(sizeof(int32_t) * options->row_max * g->topk);
+    e->host_route = cm_alloc(sizeof(float) * options->row_max * g->topk);
+    e->host_logits = cm_alloc(sizeof(float) * (size_t)options->slot_max * g->vocab);
+    cm_info("device %s path %s, dense weights %llu MB, %u KV pages of %llu bytes, %u sequence slots of %llu bytes",
+            kn_device_name(e->device), kn_device_isa(e->device), (unsigned long long)(e->weights.n_bytes >> 20), e->n_page,
+            (unsigned long long)e->kv.page_bytes, options->slot_max, (unsigned long long)e->kv.slot_bytes);
+    *engine_out = e;
+    return CM_OK;
+
+err_buffers:
+    rt_buffers_destroy(e);
+err_weights:
+    rt_weights_close(&e->weights);
+err_stream:
+    kn_stream_close(e->stream);
+err_device:
+    kn_device_close(e->device);
+err_free:
+    cm_free(e);
+    return status;
+}
+
+void rt_engine_destroy(rt_engine *e)
+{
+    rt_exchange_destroy(e->exchange);
+    rt_buffers_destroy(e);
+    rt_weights_close(&e->weights);
+    kn_stream_close(e->stream);
+    kn_device_close(e->device);
+    rt_sample_scratch_destroy(e->scratch);
+    cm_free(e->host_segs);
+    cm_free(e->host_pages);
+    cm_free(e->host_ids);
+    cm_free(e->host_pos);
+    cm_free(e->host_experts);
+    cm_free(e->host_route);
+    cm_free(e->host_logits);
+    cm_free(e);
+}
+
+void rt_engine_sched_limits(const rt_engine *e, rt_sched_limits *limits_out)
+{
+    *limits_out = (rt_sched_limits){
+        .slot_max = e->options.slot_max,
+        .row_max = e->options.row_max,
+        .page_max = e->n_page,
+        .page_tokens = KN_PAGE_TOKENS,
+        .context = e->geometry->context,
+        .vocab = e->geometry->vocab,
+    };
+}
+
+const rt_kv_layout *rt_engine_kv(const rt_engine *e)
+{
+    return &e->kv;
+}
+
+rt_exchange *rt_engine_exchange(rt_engine *e)
+{
+    return e->exchange;
+}
+
+void rt_engine_set_tap(rt_engine *e, rt_tap_fn tap, void *ctx)
+{
+    e->tap = tap;
+    e->tap_ctx = ctx;
+}
+
+const float *rt_engine_logits(const rt_engine *e)
+{
+    return e->host_logits;
+}
+
+void rt_tap_at(rt_engine *e, uint32_t layer, rt_tap_point point, kn_ptr data, uint64_t row_bytes)
+{
+    if (__builtin_expect(e->tap != NULL, 0)) {
+        cm_status status = kn_stream_sync(e->stream);
+        CM_ASSERT(status == CM_OK);
+        e->tap(e->tap_ctx, layer, point, e->step, kn_mem_host(e->device, data), row_bytes, e->batch.n_row);
+    }
+}
+
+/* ---- the step ---- */
+
+void rt_step_begin(rt_engine *e, const rt_step *step)
+{
+    rt_buffers *b = &e->buf;
+    uint32_t row = 0, page = 0;
+    CM_ASSERT_MSG(step->n_row > 0 && step->n_row <= e->options.row_max && step->n_seg <= e->options.slot_max,
+                  "step of %u rows and %u sequences", step->n_row, step->n_seg);
+    for (uint32_t i = 0; i < step->n_seg; i++) {
+        const rt_step_seg *seg = &step->segs[i];
+        CM_ASSERT(seg->slot < e->options.slot_max && page + seg->n_page <= e->page_list_max);
+        e->host_segs[i] = (kn_seg){.row0 = row,
+                                   .n_row = seg->n_row,
+                                   .pos0 = seg->pos0,
+                                   .page0 = page,
+                                   .slot = kn_at(e->slot_pool, seg->slot * e->kv.slot_bytes)};
+        for (uint32_t k = 0; k < seg->n_row; k++, row++) {
+            e->host_ids[row] = seg->tokens[k];
+            e->host_pos[row] = seg->pos0 + k;
+        }
+        memcpy(e->host_pages + page, seg->pages, sizeof(uint32_t) * seg->n_page);
+        page += seg->n_page;
+    }
+    CM_ASSERT(row == step->n_row);
+    kn_copy_to_device(e->stream, b->ids, e->host_ids, 4ull * row);
+    kn_copy_to_device(e->stream, b->pos, e->host_pos, 4ull * row);
+    kn_copy_to_device(e->stream, b->segs, e->host_segs, sizeof(kn_seg) * step->n_seg);
+    kn_copy_to_device(e->stream, b->pages, e->host_pages, 4ull * page);
+    e->step = step;
+    e->batch = (kn_batch){.segs = b->segs,
+                          .pages = b->pages,
+                          .pos = b->pos,
+                          .page_pool = e->page_pool,
+                          .page_bytes = e->kv.page_bytes,
+                          .n_seg = step->n_seg,
+                          .n_row = row};
+    e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, row, b->cs_window);
+    e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, row, b->cs_compress);
+}
+
+static cm_status engine_layer(rt_engine *e, uint32_t layer)
+{
+    const md_geometry *g = e->geometry;
+    const rt_layer *w = &e->weights.layers[layer];
+    rt_buffers *b = &e->buf;
+    uint32_t n = e->batch.n_row;
+    uint64_t row_bytes = 2ull * g->d, stream_bytes = row_bytes * g->hc;
+
+    rt_tap_at(e, layer, RT_TAP_STREAMS_IN, b->x, stream_bytes);
+    e->dense->hc_pre(e->stream, &w->hc_attn, b->x, n, b->in, b->post, b->comb);
+    e->dense->rmsnorm(e->stream, b->in, w->attn_norm, n, g->d, g->norm_eps, b->in);
+    rt_tap_at(e, layer, RT_TAP_ATTN_IN, b->in, row_bytes);
+    rt_layer_attention(e, layer);
+    rt_tap_at(e, layer, RT_TAP_ATTN_OUT, b->out, row_bytes);
+    e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, n, b->x);
+    rt_tap_at(e, layer, RT_TAP_STREAMS_MID, b->x, stream_bytes);
+
+    e->dense->hc_pre(e->stream, &w->hc_ffn, b->x, n, b->in, b->post, b->comb);
+    e->dense->rmsnorm(e->stream, b->in, w->ffn_norm, n, g->d, g->norm_eps, b->in);
+    rt_tap_at(e, layer, RT_TAP_FFN_IN, b->in, row_bytes);
+    CM_TRY(rt_layer_moe(e, layer));
+    rt_tap_at(e, layer, RT_TAP_FFN_OUT, b->out, row_bytes);
+    e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, n, b->x);
+    rt_tap_at(e, layer, RT_TAP_STREAMS_OUT, b->x, stream_bytes);
+    return CM_OK;
+}
+
+/* Logits of the last row of every segment that wants a token. */
+static cm_status engine_head(rt_engine *e, const rt_step *step)
+{
+    const md_geometry *g = e->geometry;
+    rt_buffers *b = &e->buf;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < step->n_seg; i++) {
+        if (step->segs[i].sample) {
+            uint64_t row = e->host_segs[i].row0 + step->segs[i].n_row - 1;
+            e->dense->hc_head(e->stream, &e->weights.hc_head, kn_at(b->x, 2 * row * g->hc * g->d), 1,
+                              kn_at(b->last, 2ull * n++ * g->d));
+        }
+    }
+    CM_ASSERT(n == step->n_sample);
+    if (n > 0) {
+        e->dense->rmsnorm(e->stream, b->last, e->weights.norm, n, g->d, g->norm_eps, b->last);
+        e->dense->linear_bf16(e->stream, b->last, &e->weights.head, n, KN_F32, b->logits);
+        kn_copy_to_host(e->stream, e->host_logits, b->logits, 4ull * n * g->vocab);
+    }
+    return kn_stream_sync(e->stream);
+}
+
+static void engine_sample(rt_engine *e, const rt_step *step, uint32_t *tokens_out)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < step->n_seg; i++) {
+        const rt_step_seg *seg = &step->segs[i];
+        if (seg->sample) {
+            const float *logits = e->host_logits + (size_t)n * e->geometry->vocab;
+            tokens_out[n++] = rt_sample(e->scratch, logits, seg->sampler, seg->stop_allowed, seg->pos0 + seg->n_row);
+        }
+    }
+    if (e->tap != NULL) {
+        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, e->host_logits, 4ull * e->geometry->vocab, n);
+    }
+}
+
+cm_status rt_engine_step(rt_engine *e, const rt_step *step, uint32_t *tokens_out)
+{
+    cm_mem_guard_begin("a step");
+    rt_step_begin(e, step);
+    e->dense->embed(e->stream, &e->weights.embed, e->buf.ids, step->n_row, e->geometry->hc, e->buf.x);
+    cm_status status = CM_OK;
+    for (uint32_t l = 0; l < e->geometry->n_layer && status == CM_OK; l++) {
+        status = engine_layer(e, l);
+    }
+    if (status == CM_OK) {
+        status = engine_head(e, step);
+    }
+    if (status == CM_OK) {
+        engine_sample(e, step, tokens_out);
+    }
+    cm_mem_guard_end();
+    return status;
+}

@@ -1,0 +1,70 @@
+/* The engine's inside, for router/engine and for tests of single sub-blocks. */
+#pragma once
+#include "router/engine/engine.h"
+#include "router/engine/sample.h"
+#include "router/engine/weights.h"
+
+/* Device memory of one step; row counts are row_max unless said. */
+typedef struct rt_buffers {
+    kn_ptr ids, pos;        /* uint32 [n] */
+    kn_ptr segs, pages;     /* kn_seg [slot_max], uint32 [all pages of all sequences] */
+    kn_ptr x;               /* BF16 [n][hc][d] streams */
+    kn_ptr in, out;         /* BF16 [n][d] input and output of a site */
+    kn_ptr post, comb;      /* F32 [n][hc], [n][hc][hc] */
+    kn_q8 q8, q8_low;       /* quantized rows: of the site's input or output projection; of the query's low rank */
+    kn_ptr qr, q, kv, rows; /* BF16 [n][q_rank], [n][head][dim], [n][dim]; stored rows */
+    kn_ptr o, t;            /* BF16 [n][head][dim], [n][o_groups * o_rank] */
+    kn_ptr ckv, cscore;     /* F32 [n][width] of the main compressor */
+    kn_ptr ikv, iscore;     /* F32 [n][width] of the indexer's */
+    kn_ptr iq, iq_rows, iw; /* BF16 [n][index_head][index_dim], stored, BF16 [n][index_head] */
+    kn_ptr picks;           /* int32 [n][index_topk] */
+    kn_ptr cs_window, cs_compress; /* F32 [n][rope / 2][2] */
+    kn_ptr experts, route;  /* int32, F32 [n][topk] */
+    kn_ptr g, u, h;         /* BF16 [n][inner] shared expert */
+    kn_q8 q8_h;
+    kn_ptr shared;          /* BF16 [n][d] */
+    kn_ptr slots;           /* BF16 [n][topk][d] results of routed experts */
+    kn_ptr last, logits;    /* BF16 [slot_max][d], F32 [slot_max][vocab] */
+} rt_buffers;
+
+struct rt_engine {
+    rt_engine_options options;
+    const md_geometry *geometry;
+    kn_device *device;
+    kn_stream *stream;
+    const kn_dense_ops *dense;
+    const kn_attn_ops *attn;
+    const kn_moe_ops *moe;
+    rt_weights weights;
+    rt_kv_layout kv;
+    kn_ptr page_pool, slot_pool;
+    uint32_t n_page;
+    rt_buffers buf;
+    rt_exchange *exchange;
+    rt_sample_scratch *scratch;
+    rt_tap_fn tap;
+    void *tap_ctx;
+
+    /* the step under way */
+    const rt_step *step;
+    kn_batch batch;
+    uint32_t layer;
+    kn_seg *host_segs;     /* [slot_max] */
+    uint32_t *host_pages;  /* [page_list_max] */
+    uint32_t *host_ids, *host_pos; /* [row_max] */
+    uint32_t page_list_max;
+    int32_t *host_experts; /* [row_max][topk] */
+    float *host_route;
+    float *host_logits;    /* [slot_max][vocab] */
+};
+
+CM_MUST_CHECK cm_status rt_buffers_create(rt_engine *engine, cm_error *err);
+void rt_buffers_destroy(rt_engine *engine);
+
+/* Puts a step's ids, positions, segments and pages on the device. */
+void rt_step_begin(rt_engine *engine, const rt_step *step);
+/* buf.in (attn_norm-ed rows) -> buf.out; enters the step's rows into windows, pages and states. */
+void rt_layer_attention(rt_engine *engine, uint32_t layer);
+/* buf.in (ffn_norm-ed rows) -> buf.out. */
+CM_MUST_CHECK cm_status rt_layer_moe(rt_engine *engine, uint32_t layer);
+void rt_tap_at(rt_engine *engine, uint32_t layer, rt_tap_point point, kn_ptr data, uint64_t row_bytes);

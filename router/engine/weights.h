@@ -1,0 +1,42 @@
+/* The dense weights of a checkpoint, bound by meaning once: after this no name is looked up and no shape is doubted.
+ * Weights stay in the checkpoint's mapping, in their stored formats. Thread: any after open (read-only). */
+#pragma once
+#include "common/model/checkpoint.h"
+#include "kernels/kn.h"
+
+/* A compressor's products; kn is what the compress operation wants. */
+typedef struct rt_compressor {
+    kn_matrix wkv, wgate; /* BF16 [width][d] */
+    kn_compress kn;
+} rt_compressor;
+
+typedef struct rt_layer {
+    kn_hc hc_attn, hc_ffn;
+    kn_ptr attn_norm, q_norm, kv_norm, ffn_norm; /* BF16 */
+    kn_matrix wq_a, wq_b, wkv, wo_a, wo_b;
+    kn_attn attn;
+    kn_ptr inv_freq; /* F32 [rope / 2] of this layer's rotation */
+    rt_compressor main;  /* ratio != 0 */
+    rt_compressor index; /* ratio 4 */
+    kn_matrix index_wq_b, index_weights;
+    kn_gate gate;
+    kn_matrix shared_w1, shared_w3, shared_w2;
+} rt_layer;
+
+typedef struct rt_weights {
+    const md_geometry *geometry; /* borrowed from the checkpoint */
+    kn_device *device;           /* borrowed */
+    kn_matrix embed, head;
+    kn_ptr norm;
+    kn_hc hc_head;
+    kn_ptr inv_freq_window, inv_freq_compress; /* F32 [rope / 2]; owned */
+    rt_layer *layers;
+    void **copies; /* owned; tensors whose place in the file is not aligned for their type */
+    uint32_t n_copies;
+    uint64_t n_bytes; /* of all dense weights */
+} rt_weights;
+
+/* Reads and checks every dense weight (md_tensor_check_values). CM_E_CORRUPT names the tensor. */
+CM_MUST_CHECK cm_status rt_weights_open(const md_checkpoint *checkpoint, kn_device *device, kn_stream *stream,
+                                        rt_weights *weights_out, cm_error *err);
+void rt_weights_close(rt_weights *weights);

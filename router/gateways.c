@@ -1,0 +1,293 @@
+#include "router/gateways.h"
+
+#include <string.h>
+
+#include "common/base/assert.h"
+#include "common/base/clock.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "proto/engine.pb-c.h"
+#include "proto/messages.h"
+#include "proto/pack.h"
+
+enum {
+    GATEWAYS_SEND_MS = 10000,             /* a gateway that does not take a frame for so long is dropped */
+    GATEWAYS_WORDS_MAX = 1 << 20,         /* unsent words of one gateway; more and it is dropped */
+    GATEWAYS_MESSAGE_BYTES = 64 << 20,    /* unpacked message: a prompt of the longest context fits */
+    GATEWAYS_STOP_MAX = 16,
+};
+
+typedef struct gateway_link {
+    uint64_t owner; /* key of its sequences */
+    net_peer *peer; /* NULL: free */
+    rt_word *words; /* not sent yet */
+    uint32_t n_word, cap_word;
+} gateway_link;
+
+struct rt_gateways {
+    net *n;
+    pc_netpump *pump;
+    rt_sched *sched;
+    pc_fn changed;
+    void *ctx;
+    gateway_link *links;
+    uint32_t n_link;
+    uint64_t next_owner;
+    cm_arena arena; /* of the message being read or packed */
+};
+
+/* ---- words out ---- */
+
+static gateway_link *gateways_find(rt_gateways *g, uint64_t owner)
+{
+    for (uint32_t i = 0; i < g->n_link; i++) {
+        if (g->links[i].peer != NULL && g->links[i].owner == owner) {
+            return &g->links[i];
+        }
+    }
+    return NULL;
+}
+
+static void gateways_drop(rt_gateways *g, gateway_link *link)
+{
+    rt_sched_cancel_owner(g->sched, link->owner);
+    link->peer = NULL;
+    link->n_word = 0;
+    g->changed(g->ctx);
+}
+
+static void gateways_add_word(gateway_link *link, const rt_word *word)
+{
+    if (link->n_word == link->cap_word) {
+        link->cap_word = link->cap_word != 0 ? link->cap_word * 2 : 64;
+        link->words = cm_realloc(link->words, sizeof(rt_word) * link->cap_word);
+    }
+    link->words[link->n_word++] = *word;
+}
+
+void rt_gateways_word(void *gateways, const rt_word *word)
+{
+    gateway_link *link = gateways_find(gateways, word->key.owner);
+    if (link != NULL) {
+        gateways_add_word(link, word);
+    }
+}
+
+/* Everything but the arrays of the message stands in the arena; the caller packs at once. */
+static void gateways_fill(rt_gateways *g, const gateway_link *link, uint64_t step, Baleen__Engine__V1__StepTokens *message)
+{
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(g->sched, &ledger);
+    baleen__engine__v1__step_tokens__init(message);
+    message->step = step;
+    message->has_running = message->has_waiting = message->has_pages_free = true;
+    message->running = ledger.n_running;
+    message->waiting = ledger.n_waiting;
+    message->pages_free = ledger.page_max - ledger.n_page;
+    message->n_seq = link->n_word;
+    message->seq = cm_arena_take(&g->arena, sizeof(void *) * link->n_word);
+    Baleen__Engine__V1__SeqTokens *seqs = cm_arena_take(&g->arena, sizeof(*seqs) * link->n_word);
+    for (uint32_t i = 0; i < link->n_word; i++) {
+        rt_word *word = &link->words[i];
+        Baleen__Engine__V1__SeqTokens *seq = &seqs[i];
+        baleen__engine__v1__seq_tokens__init(seq);
+        message->seq[i] = seq;
+        seq->stream = word->key.stream;
+        seq->has_offset = true;
+        seq->offset = word->offset;
+        seq->n_id = word->has_token ? 1 : 0;
+        seq->id = &word->token;
+        seq->has_end = true;
+        seq->end = (Baleen__Engine__V1__SeqEnd)word->end;
+        seq->has_stop_id = word->end == RT_END_STOP;
+        seq->stop_id = word->stop_id;
+        seq->has_status = word->end == RT_END_FAILED;
+        seq->status = word->status;
+        seq->text = (char *)(uintptr_t)word->text; /* packing does not write */
+    }
+}
+
+static void gateways_send(rt_gateways *g, gateway_link *link, uint64_t step)
+{
+    Baleen__Engine__V1__StepTokens message;
+    cm_bytes *packed = cm_alloc(sizeof(*packed));
+    cm_arena_reset(&g->arena);
+    gateways_fill(g, link, step, &message);
+    pr_pack(&message.base, packed);
+    net_message out = {.type = PR_MSG_STEP_TOKENS,
+                       .iov = {{packed->data, packed->len}},
+                       .n_iov = 1,
+                       .deadline_ms = GATEWAYS_SEND_MS,
+                       .cookie = packed};
+    cm_status status = net_send(link->peer, &out);
+    if (status == CM_OK) {
+        link->n_word = 0;
+        return;
+    }
+    cm_bytes_fini(packed);
+    cm_free(packed);
+    if (status == CM_AGAIN && link->n_word > GATEWAYS_WORDS_MAX) {
+        cm_warn("gateway %s does not take its tokens: %u wait; link dropped", net_peer_address(link->peer), link->n_word);
+        net_disconnect(link->peer);
+        gateways_drop(g, link);
+    } /* else: they go with the next flush, or the link's end is about to be told */
+}
+
+void rt_gateways_flush(rt_gateways *g, uint64_t step)
+{
+    for (uint32_t i = 0; i < g->n_link; i++) {
+        if (g->links[i].peer != NULL && g->links[i].n_word > 0) {
+            gateways_send(g, &g->links[i], step);
+        }
+    }
+    pc_netpump_kick(g->pump);
+}
+
+/* ---- messages in ---- */
+
+static cm_status gateways_read_sampler(const Baleen__Engine__V1__SamplerParams *in, rt_sampler *out, cm_error *err)
+{
+    *out = (rt_sampler){.seed = in->seed,
+                        .temperature = in->has_temperature ? in->temperature : 1.0f,
+                        .top_p = in->has_top_p ? in->top_p : 1.0f,
+                        .tokens_max = in->tokens_max,
+                        .tokens_min = in->has_tokens_min ? in->tokens_min : 0,
+                        .n_stop = (uint32_t)in->n_stop_id};
+    if (in->n_stop_id > GATEWAYS_STOP_MAX) {
+        return cm_error_set(err, CM_E_INVALID, "stop_id", "%zu stop ids, at most %d", in->n_stop_id, GATEWAYS_STOP_MAX);
+    }
+    memcpy(out->stop, in->stop_id, sizeof(uint32_t) * in->n_stop_id);
+    return CM_OK;
+}
+
+static void gateways_on_open(rt_gateways *g, gateway_link *link, const net_event *event)
+{
+    Baleen__Engine__V1__SeqOpen *open;
+    cm_error err = {0};
+    rt_word word = {.end = RT_GOING_ON};
+    cm_status status = pr_unpack(&baleen__engine__v1__seq_open__descriptor, event->payload, event->payload_bytes, &g->arena,
+                                 (ProtobufCMessage **)&open);
+    if (status != CM_OK) {
+        cm_warn("gateway %s sent a broken SeqOpen of %llu bytes", net_peer_address(event->peer),
+                (unsigned long long)event->payload_bytes);
+        net_disconnect(event->peer);
+        gateways_drop(g, link);
+        return;
+    }
+    uint64_t now = cm_now_ms();
+    rt_seq_request request = {
+        .key = {link->owner, open->stream},
+        .prompt = open->prompt,
+        .n_prompt = (uint32_t)open->n_prompt,
+        .emitted = open->emitted,
+        .n_emitted = (uint32_t)open->n_emitted,
+        .deadline_ms = open->has_deadline_ms ? now + open->deadline_ms : UINT64_MAX,
+    };
+    status = gateways_read_sampler(open->sampler, &request.sampler, &err);
+    if (status == CM_OK) {
+        status = rt_sched_open(g->sched, now, &request, &err);
+    }
+    word.key = request.key;
+    if (status != CM_OK) {
+        word.end = RT_END_FAILED;
+        word.status = status;
+        word.text = err.text;
+    }
+    word.offset = request.n_emitted;
+    gateways_add_word(link, &word);
+    if (word.text != NULL) {
+        gateways_send(g, link, 0); /* the text stands on this stack */
+        link->n_word = 0;
+    }
+}
+
+static void gateways_on_cancel(rt_gateways *g, const gateway_link *link, const net_event *event)
+{
+    Baleen__Engine__V1__SeqCancel *cancel;
+    if (pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload, event->payload_bytes, &g->arena,
+                  (ProtobufCMessage **)&cancel) == CM_OK) {
+        for (size_t i = 0; i < cancel->n_stream; i++) {
+            rt_sched_cancel(g->sched, (rt_seq_key){link->owner, cancel->stream[i]});
+        }
+    }
+}
+
+static void gateways_on_up(rt_gateways *g, net_peer *peer)
+{
+    for (uint32_t i = 0; i < g->n_link; i++) {
+        if (g->links[i].peer == NULL) {
+            g->links[i].peer = peer;
+            g->links[i].owner = ++g->next_owner;
+            net_peer_set_user(peer, &g->links[i]);
+            cm_info("gateway %u linked from %s", net_peer_identity(peer)->member, net_peer_address(peer));
+            return;
+        }
+    }
+    cm_warn("gateway %s refused: %u are linked", net_peer_address(peer), g->n_link);
+    net_disconnect(peer);
+}
+
+static void gateways_on_event(void *ctx, const net_event *event)
+{
+    rt_gateways *g = ctx;
+    gateway_link *link = event->peer != NULL ? net_peer_user(event->peer) : NULL;
+    switch (event->kind) {
+    case NET_EV_UP:
+        gateways_on_up(g, event->peer);
+        break;
+    case NET_EV_DOWN:
+        if (link != NULL) {
+            cm_info("gateway link %s down: %s", net_peer_address(event->peer), cm_status_text(event->status));
+            gateways_drop(g, link);
+        }
+        break;
+    case NET_EV_SENT:
+        cm_bytes_fini(event->cookie);
+        cm_free(event->cookie);
+        break;
+    case NET_EV_MESSAGE:
+        cm_arena_reset(&g->arena);
+        if (link != NULL && event->type == PR_MSG_SEQ_OPEN) {
+            gateways_on_open(g, link, event);
+        } else if (link != NULL && event->type == PR_MSG_SEQ_CANCEL) {
+            gateways_on_cancel(g, link, event);
+        } else {
+            cm_warn("gateway link %s sent a %s message, not one for a router", net_peer_address(event->peer),
+                    pr_message_name(event->type));
+        }
+        net_release(g->n, event);
+        g->changed(g->ctx);
+        break;
+    }
+}
+
+rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, uint32_t gateway_max, pc_fn changed, void *ctx)
+{
+    rt_gateways *g = cm_alloc(sizeof(*g));
+    g->n = n;
+    g->sched = sched;
+    g->changed = changed;
+    g->ctx = ctx;
+    g->n_link = gateway_max;
+    g->links = cm_alloc(sizeof(gateway_link) * gateway_max);
+    cm_arena_init(&g->arena, "gateway messages", 1 << 20, GATEWAYS_MESSAGE_BYTES);
+    g->pump = pc_netpump_create(loop, n, gateways_on_event, g);
+    return g;
+}
+
+void rt_gateways_identify(rt_gateways *g, const net_identity *identity)
+{
+    net_set_identity(g->n, identity);
+}
+
+void rt_gateways_destroy(rt_gateways *g)
+{
+    pc_netpump_destroy(g->pump);
+    net_close(g->n);
+    for (uint32_t i = 0; i < g->n_link; i++) {
+        cm_free(g->links[i].words);
+    }
+    cm_free(g->links);
+    cm_arena_fini(&g->arena);
+    cm_free(g);
+}

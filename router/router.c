@@ -1,0 +1,310 @@
+#include "router/router.h"
+
+#include <string.h>
+
+#include "common/base/assert.h"
+#include "common/base/clock.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "common/base/stats.h"
+#include "common/proc/member.h"
+#include "router/engine/engine.h"
+#include "router/gateways.h"
+#include "router/runner.h"
+
+enum { ROUTER_OPEN_BYTES_MIN = 1 << 20 }; /* room for a SeqOpen beside its ids */
+
+struct rt_router {
+    pc_loop *loop;
+    const rt_config *config;
+    void (*finished)(void *ctx, int code);
+    void *ctx;
+    md_checkpoint *checkpoint;
+    rt_engine *engine;
+    rt_sched *sched;
+    rt_runner *runner;
+    rt_gateways *gateways;
+    pc_member *member;
+    pc_timer *deadline_timer, *drain_timer;
+    char address[NET_ADDRESS_BYTES];
+    char fingerprint[33];
+    uint32_t self;
+    rt_step step;
+    bool in_flight; /* step is being computed */
+    bool resting;   /* workers were told that nothing comes */
+    bool draining;
+};
+
+/* ---- scheduling ---- */
+
+static void router_show_ledger(rt_router *r)
+{
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(r->sched, &ledger);
+    cm_stat_set(CM_STAT_ledger_sequences, ledger.n_seq);
+    cm_stat_set(CM_STAT_ledger_kv_pages, ledger.n_page);
+    cm_stat_set(CM_STAT_ledger_seq_slots, ledger.n_slot);
+    cm_stat_set(CM_STAT_seq_running, ledger.n_running);
+    cm_stat_set(CM_STAT_seq_waiting, ledger.n_waiting);
+    cm_stat_set(CM_STAT_kv_pages_total, ledger.page_max);
+    cm_stat_add(CM_STAT_preemptions, (int64_t)ledger.n_preempted - cm_stat_get(CM_STAT_preemptions));
+    cm_stat_add(CM_STAT_seq_cancelled, (int64_t)ledger.n_cancelled - cm_stat_get(CM_STAT_seq_cancelled));
+    if (r->draining && ledger.n_seq == 0 && !r->in_flight) {
+        r->finished(r->ctx, 0);
+    }
+}
+
+/* Once per turn of the loop: whatever came in, the next step is made from all of it. */
+static void router_before_sleep(void *arg)
+{
+    rt_router *r = arg;
+    uint64_t now = cm_now_ms();
+    if (!r->in_flight && rt_sched_next(r->sched, now, &r->step)) {
+        r->in_flight = true;
+        r->resting = false;
+        rt_runner_start(r->runner, &r->step);
+    } else if (!r->in_flight && !r->resting) {
+        r->resting = true;
+        rt_runner_rest(r->runner);
+    }
+    rt_sched_words(r->sched, rt_gateways_word, r->gateways);
+    rt_gateways_flush(r->gateways, r->step.number);
+    uint64_t deadline = rt_sched_next_deadline(r->sched);
+    if (deadline != UINT64_MAX) {
+        pc_timer_set(r->deadline_timer, deadline > now ? deadline - now : 1);
+    }
+    router_show_ledger(r);
+}
+
+static void router_step_done(void *ctx, cm_status status, const uint32_t *tokens)
+{
+    rt_router *r = ctx;
+    uint64_t now = cm_now_ms();
+    r->in_flight = false;
+    if (status == CM_OK) {
+        rt_sched_complete(r->sched, now, tokens, rt_gateways_word, r->gateways);
+    } else {
+        cm_error_log("step %llu of %u rows failed: %s", (unsigned long long)r->step.number, r->step.n_row,
+                     cm_status_text(status));
+        rt_sched_fail_step(r->sched, now, CM_E_UNAVAILABLE, "the experts for this request are not available at the moment",
+                           rt_gateways_word, r->gateways);
+    }
+}
+
+/* The loop is about to sleep anyway: its before-sleep hook does the work. */
+static void router_changed(void *arg)
+{
+    (void)arg;
+}
+
+/* ---- membership ---- */
+
+static void router_on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
+{
+    rt_router *r = ctx;
+    r->self = member_id;
+    rt_gateways_identify(r->gateways, &(net_identity){cluster, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, member_id});
+    cm_info("joined cluster %016llx as member %u", (unsigned long long)cluster, member_id);
+}
+
+static void router_on_commit(void *ctx, pc_epoch *epoch)
+{
+    rt_router *r = ctx;
+    rt_exchange_offer_epoch(rt_engine_exchange(r->engine), epoch, r->self);
+    pc_member_committed(r->member, epoch->number);
+}
+
+static void router_on_drain(void *ctx)
+{
+    rt_router_drain(ctx);
+}
+
+static void router_on_refused(void *ctx, cm_status status, const char *text)
+{
+    rt_router *r = ctx;
+    cm_error_log("the coordinator refused us: %s: %s", cm_status_text(status), text);
+    r->finished(r->ctx, 1);
+}
+
+static const pc_member_events g_member_events = {
+    .welcome = router_on_welcome,
+    .commit = router_on_commit,
+    .drain = router_on_drain,
+    .refused = router_on_refused,
+};
+
+typedef struct router_report {
+    rt_router *router;
+    uint32_t member_id;
+    cm_status status;
+} router_report;
+
+static void router_report_peer(void *arg)
+{
+    router_report *report = arg;
+    if (report->router->member != NULL) {
+        pc_member_report_peer(report->router->member, report->member_id, report->status);
+    }
+    cm_free(report);
+}
+
+/* Compute thread. */
+static void router_peer_lost(void *ctx, uint32_t member_id, cm_status status)
+{
+    rt_router *r = ctx;
+    int guard = cm_mem_guard_pause();
+    router_report *report = cm_alloc(sizeof(*report));
+    *report = (router_report){r, member_id, status};
+    pc_loop_post_new(r->loop, router_report_peer, report);
+    cm_mem_guard_resume(guard);
+}
+
+/* ---- life ---- */
+
+static void router_net_options(const rt_config *config, net_options *options_out)
+{
+    net_options_defaults(options_out);
+    options_out->backend = config->net;
+    options_out->silence_ms = (uint32_t)config->silence_ms;
+}
+
+static cm_status router_create_engine(rt_router *r, cm_error *err)
+{
+    const rt_config *config = r->config;
+    rt_engine_options options = {
+        .checkpoint = r->checkpoint,
+        .device = {.backend = config->device, .isa = config->cpu_isa, .n_threads = (uint32_t)config->threads},
+        .row_max = (uint32_t)config->rows_max,
+        .slot_max = (uint32_t)config->sequences_max,
+        .kv_bytes = config->kv_bytes,
+        .answer_ms = (uint32_t)config->answer_ms,
+        .wait_ms = (uint32_t)config->wait_ms,
+        .peer_lost = router_peer_lost,
+        .ctx = r,
+    };
+    router_net_options(config, &options.rows);
+    options.rows.message_bytes_max = config->frame_bytes;
+    options.rows.peers_max = PR_RANK_MAX;
+    return rt_engine_create(&options, &r->engine, err);
+}
+
+static cm_status router_open_gateways(rt_router *r, cm_error *err)
+{
+    const md_geometry *g = md_checkpoint_geometry(r->checkpoint);
+    net_options options;
+    net *n;
+    router_net_options(r->config, &options);
+    options.peers_max = (uint32_t)r->config->gateways_max;
+    options.message_bytes_max = ROUTER_OPEN_BYTES_MIN + 5ull * g->context; /* a varint id takes at most 5 bytes */
+    CM_TRY(net_open(&options, &n, err));
+    cm_status status = net_listen(n, r->config->address, r->address, err);
+    if (status != CM_OK) {
+        net_close(n);
+        return status;
+    }
+    r->gateways = rt_gateways_create(r->loop, n, r->sched, (uint32_t)r->config->gateways_max, router_changed, r);
+    return CM_OK;
+}
+
+static void router_join(rt_router *r)
+{
+    const md_geometry *g = md_checkpoint_geometry(r->checkpoint);
+    pc_member_options options = {
+        .coordinator = r->config->coordinator,
+        .role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
+        .data_address = r->address,
+        .fingerprint = r->fingerprint,
+        .n_layer = g->n_layer,
+        .n_expert = g->n_expert,
+        .expert_bytes = md_expert_bytes(g),
+    };
+    r->member = pc_member_create(r->loop, &options, &g_member_events, r);
+}
+
+cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finished)(void *ctx, int code), void *ctx,
+                           rt_router **router_out, cm_error *err)
+{
+    if (config->model[0] == '\0' || config->coordinator[0] == '\0') {
+        return cm_error_set(err, CM_E_CONFIG, "model", "a router needs --model DIR and --coordinator HOST:PORT");
+    }
+    rt_sched_limits limits;
+    rt_router *r = cm_alloc(sizeof(*r));
+    r->loop = loop;
+    r->config = config;
+    r->finished = finished;
+    r->ctx = ctx;
+    cm_status status = md_checkpoint_open(config->model, &r->checkpoint, NULL, NULL, err);
+    if (status != CM_OK) {
+        goto err_free;
+    }
+    status = md_checkpoint_fingerprint(r->checkpoint, r->fingerprint, err);
+    if (status == CM_OK) {
+        status = router_create_engine(r, err);
+    }
+    if (status != CM_OK) {
+        goto err_checkpoint;
+    }
+    rt_engine_sched_limits(r->engine, &limits);
+    limits.chunk_max = (uint32_t)config->chunk_max;
+    limits.queue_max = (uint32_t)config->queue_max;
+    r->sched = rt_sched_create(&limits);
+    status = router_open_gateways(r, err);
+    if (status != CM_OK) {
+        goto err_engine;
+    }
+    r->runner = rt_runner_create(loop, r->engine, limits.slot_max, router_step_done, r);
+    r->deadline_timer = pc_timer_create(loop, router_changed, r);
+    pc_loop_before_sleep(loop, router_before_sleep, r);
+    router_join(r);
+    *router_out = r;
+    return CM_OK;
+
+err_engine:
+    rt_sched_destroy(r->sched);
+    rt_engine_destroy(r->engine);
+err_checkpoint:
+    md_checkpoint_close(r->checkpoint);
+err_free:
+    cm_free(r);
+    return status;
+}
+
+const char *rt_router_address(const rt_router *r)
+{
+    return r->address;
+}
+
+static void router_drain_expired(void *arg)
+{
+    rt_router *r = arg;
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(r->sched, &ledger);
+    cm_warn("stopping with %u sequences unfinished after %llu ms", ledger.n_seq, (unsigned long long)r->config->drain_ms);
+    r->finished(r->ctx, 0);
+}
+
+void rt_router_drain(rt_router *r)
+{
+    if (r->draining) {
+        return;
+    }
+    r->draining = true;
+    pc_member_leave(r->member);
+    rt_sched_drain(r->sched);
+    r->drain_timer = pc_timer_create(r->loop, router_drain_expired, r);
+    pc_timer_set(r->drain_timer, r->config->drain_ms);
+}
+
+void rt_router_destroy(rt_router *r)
+{
+    pc_timer_destroy(r->drain_timer);
+    pc_timer_destroy(r->deadline_timer);
+    rt_runner_destroy(r->runner);
+    pc_member_destroy(r->member);
+    r->member = NULL;
+    rt_gateways_destroy(r->gateways);
+    rt_sched_destroy(r->sched);
+    rt_engine_destroy(r->engine);
+    md_checkpoint_close(r->checkpoint);
+    cm_free(r);
+}

@@ -1,0 +1,34 @@
+#include "router/router.h"
+
+static const cm_cfg_field g_fields[] = {
+    {"coordinator", "", "host:port of the coordinator", CM_CFG_STRING(rt_config, coordinator)},
+    {"address", "127.0.0.1:0", "host:port to listen on for gateways; port 0 = any", CM_CFG_STRING(rt_config, address)},
+    {"model", "", "folder of the checkpoint", CM_CFG_STRING(rt_config, model)},
+    {"device", "cpu", "where the dense path is computed", CM_CFG_CHOICE(rt_config, device, "cpu|ref")},
+    {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(rt_config, cpu_isa)},
+    {"threads", "1", "compute threads", CM_CFG_UINT(rt_config, threads, 1, 1024)},
+    {"net", "ucx", "data plane", CM_CFG_CHOICE(rt_config, net, "ucx|local")},
+    {"rows_max", "256", "token rows of one step", CM_CFG_UINT(rt_config, rows_max, 1, 65536)},
+    {"chunk_max", "128", "prompt rows of one sequence in one step", CM_CFG_UINT(rt_config, chunk_max, 1, 65536)},
+    {"sequences_max", "64", "sequences generating at once", CM_CFG_UINT(rt_config, sequences_max, 1, 65536)},
+    {"queue_max", "256", "sequences waiting; more are refused", CM_CFG_UINT(rt_config, queue_max, 1, 1u << 20)},
+    {"kv_bytes", "1g", "memory for KV pages", CM_CFG_BYTES(rt_config, kv_bytes, 1, UINT64_MAX)},
+    {"answer_ms", "10000", "a worker that has not answered a frame by then is dropped and asked again elsewhere",
+     CM_CFG_MS(rt_config, answer_ms, 100, 600000)},
+    {"wait_ms", "30000", "how long a step waits for experts that have no live owner before its sequences fail",
+     CM_CFG_MS(rt_config, wait_ms, 100, 3600000)},
+    {"silence_ms", "5000", "a worker or gateway unheard for so long is gone", CM_CFG_MS(rt_config, silence_ms, 100, 600000)},
+    {"frame_bytes", "4m", "largest frame; the same on workers", CM_CFG_BYTES(rt_config, frame_bytes, 65536, 1u << 30)},
+    {"gateways_max", "64", "gateways linked at once", CM_CFG_UINT(rt_config, gateways_max, 1, 4096)},
+    {"drain_ms", "30000", "how long running sequences may take to finish when asked to stop",
+     CM_CFG_MS(rt_config, drain_ms, 0, 3600000)},
+    PC_PROCESS_FIELDS(rt_config, process),
+};
+
+const cm_cfg_table rt_config_table = {
+    .program = "baleen-router",
+    .summary = "runs sequences: scheduler, KV cache, dense path, and dispatch of rows to expert workers",
+    .operands = "",
+    .fields = g_fields,
+    .n_fields = sizeof(g_fields) / sizeof(g_fields[0]),
+};

@@ -1,0 +1,133 @@
+#include "router/runner.h"
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "common/base/assert.h"
+#include "common/base/clock.h"
+#include "common/base/failpoint.h"
+#include "common/base/mem.h"
+#include "common/base/stats.h"
+
+enum { RUNNER_SLOW_MS = 20 }; /* of failpoint router_step_slow */
+
+struct rt_runner {
+    pc_loop *loop;
+    rt_engine *engine;
+    rt_runner_done_fn done;
+    void *ctx;
+    pthread_t thread;
+    pc_task finished;
+    uint32_t *tokens;
+    bool running; /* loop thread: a step is out */
+
+    pthread_mutex_t lock; /* protects the rest */
+    const rt_step *step;  /* to do; NULL: none */
+    cm_status status;     /* of the last step */
+    bool rest, stopping;
+};
+
+static void runner_finished(void *arg)
+{
+    rt_runner *runner = arg;
+    pthread_mutex_lock(&runner->lock);
+    cm_status status = runner->status;
+    bool stopping = runner->stopping;
+    pthread_mutex_unlock(&runner->lock);
+    runner->running = false;
+    if (!stopping) {
+        runner->done(runner->ctx, status, runner->tokens);
+    }
+}
+
+static void runner_compute(rt_runner *runner, const rt_step *step)
+{
+    uint64_t start_ns = cm_now_ns();
+    if (cm_failpoint_fires(CM_FAILPOINT_router_step_slow)) {
+        uint64_t until_ms = cm_now_ms() + RUNNER_SLOW_MS;
+        while (cm_now_ms() < until_ms) {
+            rt_exchange_idle(rt_engine_exchange(runner->engine), RUNNER_SLOW_MS);
+        }
+    }
+    cm_status status = rt_engine_step(runner->engine, step, runner->tokens);
+    cm_stat_add(CM_STAT_steps, 1);
+    cm_stat_add(CM_STAT_step_rows, step->n_row);
+    cm_stat_observe(CM_STAT_step_seconds, (double)(cm_now_ns() - start_ns) * 1e-9);
+    pthread_mutex_lock(&runner->lock);
+    runner->status = status;
+    pthread_mutex_unlock(&runner->lock);
+    pc_loop_post(runner->loop, &runner->finished);
+}
+
+static void *runner_thread(void *arg)
+{
+    rt_runner *runner = arg;
+    rt_exchange *exchange = rt_engine_exchange(runner->engine);
+    uint64_t last_step = 0;
+    for (;;) {
+        pthread_mutex_lock(&runner->lock);
+        const rt_step *step = runner->step;
+        bool rest = runner->rest, stopping = runner->stopping;
+        runner->step = NULL;
+        runner->rest = false;
+        pthread_mutex_unlock(&runner->lock);
+        if (stopping) {
+            return NULL;
+        }
+        if (step != NULL) {
+            last_step = step->number;
+            runner_compute(runner, step);
+            continue;
+        }
+        if (rest) {
+            rt_exchange_announce_idle(exchange, last_step);
+        }
+        rt_exchange_idle(exchange, UINT32_MAX);
+    }
+}
+
+rt_runner *rt_runner_create(pc_loop *loop, rt_engine *engine, uint32_t sample_max, rt_runner_done_fn done, void *ctx)
+{
+    rt_runner *runner = cm_alloc(sizeof(*runner));
+    runner->loop = loop;
+    runner->engine = engine;
+    runner->done = done;
+    runner->ctx = ctx;
+    runner->finished = (pc_task){.fn = runner_finished, .arg = runner};
+    runner->tokens = cm_alloc(sizeof(uint32_t) * sample_max);
+    pthread_mutex_init(&runner->lock, NULL);
+    int rc = pthread_create(&runner->thread, NULL, runner_thread, runner);
+    CM_ASSERT_MSG(rc == 0, "compute thread: error %d", rc);
+    return runner;
+}
+
+void rt_runner_destroy(rt_runner *runner)
+{
+    pthread_mutex_lock(&runner->lock);
+    runner->stopping = true;
+    pthread_mutex_unlock(&runner->lock);
+    rt_exchange_stop(rt_engine_exchange(runner->engine));
+    pthread_join(runner->thread, NULL);
+    pc_loop_unpost(runner->loop, &runner->finished);
+    pthread_mutex_destroy(&runner->lock);
+    cm_free(runner->tokens);
+    cm_free(runner);
+}
+
+void rt_runner_start(rt_runner *runner, const rt_step *step)
+{
+    CM_ASSERT(!runner->running);
+    runner->running = true;
+    pthread_mutex_lock(&runner->lock);
+    runner->step = step;
+    pthread_mutex_unlock(&runner->lock);
+    rt_exchange_wake(rt_engine_exchange(runner->engine));
+}
+
+void rt_runner_rest(rt_runner *runner)
+{
+    pthread_mutex_lock(&runner->lock);
+    runner->rest = true;
+    pthread_mutex_unlock(&runner->lock);
+    rt_exchange_wake(rt_engine_exchange(runner->engine));
+}

@@ -1,0 +1,703 @@
+#include "router/sched/sched_core.h"
+
+#include <math.h>
+#include <string.h>
+#include <sys/queue.h>
+
+#include "common/base/assert.h"
+#include "common/base/map.h"
+#include "common/base/mem.h"
+#include "router/sched/pages.h"
+
+typedef struct rt_seq rt_seq;
+struct rt_seq {
+    TAILQ_ENTRY(rt_seq) link; /* in running or waiting */
+    rt_seq *same_hash;        /* next one whose key has the same hash */
+    rt_seq_key key;
+    uint64_t age; /* arrival number: smaller is older */
+    uint64_t deadline_ms;
+    rt_sampler sampler;
+    uint32_t *log; /* [n_prompt + tokens_max] prompt, then all generated ids; owned, with pages behind it */
+    uint32_t n_prompt, n_log;
+    uint32_t n_done; /* positions whose rows were computed into this slot and these pages */
+    uint32_t *pages; /* [page_cap] */
+    uint32_t n_page, page_cap;
+    uint32_t slot;   /* while running */
+    uint32_t n_step; /* rows in the step being made or in flight */
+    bool running;
+    bool cancelled; /* only while in flight: freed when the step completes */
+};
+typedef TAILQ_HEAD(rt_seq_list, rt_seq) rt_seq_list;
+
+/* Every running sequence is older than every waiting one: admission takes the head of waiting, preemption the
+ * tail of running. Both lists are therefore ordered by age without ever being sorted. */
+struct rt_sched {
+    rt_sched_limits limits;
+    bool draining;
+    cm_pool seqs;
+    cm_map keys; /* hash of a key -> first of the sequences with that hash */
+    rt_pages pages, slots;
+    rt_seq_list running, waiting;
+    uint32_t n_running, n_waiting;
+    uint64_t n_opened, n_preempted, n_cancelled;
+    uint64_t deadline_next; /* no sequence has an earlier one; may be too early after one is gone */
+
+    uint64_t step_number;
+    bool in_flight;
+    uint32_t n_seg, n_row;
+    uint32_t n_decode_left; /* while a step is made: decode rows of sequences not reached yet */
+    rt_step_seg *segs;      /* [slot_max] */
+    rt_seq **seg_seqs;      /* [slot_max] whose seg it is */
+
+    rt_word *words; /* [word_max] not told yet */
+    uint32_t n_word, word_max;
+};
+
+rt_sched *rt_sched_create(const rt_sched_limits *limits)
+{
+    CM_ASSERT(limits->slot_max > 0 && limits->queue_max > 0 && limits->queue_max < 1u << 24 &&
+              limits->slot_max < 1u << 24);
+    CM_ASSERT(limits->row_max > 0 && limits->chunk_max > 0 && limits->vocab > 0);
+    CM_ASSERT(limits->page_max > 0 && limits->page_tokens > 0 && limits->context > 0);
+    rt_sched *sched = cm_alloc(sizeof(*sched));
+    uint32_t n_seq_max = limits->slot_max + limits->queue_max;
+    sched->limits = *limits;
+    cm_pool_init(&sched->seqs, "sequences", sizeof(rt_seq), n_seq_max);
+    cm_map_init(&sched->keys, n_seq_max);
+    rt_pages_init(&sched->pages, "kv pages", limits->page_max);
+    rt_pages_init(&sched->slots, "state slots", limits->slot_max);
+    TAILQ_INIT(&sched->running);
+    TAILQ_INIT(&sched->waiting);
+    sched->deadline_next = UINT64_MAX;
+    sched->segs = cm_alloc(sizeof(rt_step_seg) * limits->slot_max);
+    sched->seg_seqs = cm_alloc(sizeof(rt_seq *) * limits->slot_max);
+    sched->word_max = n_seq_max + limits->slot_max; /* every deadline, then every word of a step */
+    sched->words = cm_alloc(sizeof(rt_word) * sched->word_max);
+    return sched;
+}
+
+/* ---- keys ----
+ * The map knows 64-bit hashes only; keys of equal hash hang in a chain and are told apart by comparing. */
+
+static uint64_t key_hash(rt_seq_key key)
+{
+    return key.owner * 0x9E3779B97F4A7C15u + key.stream;
+}
+
+static bool key_equal(rt_seq_key a, rt_seq_key b)
+{
+    return a.owner == b.owner && a.stream == b.stream;
+}
+
+static rt_seq *keys_find(const rt_sched *sched, rt_seq_key key)
+{
+    rt_seq *seq = cm_map_get(&sched->keys, key_hash(key));
+    while (seq != NULL && !key_equal(seq->key, key)) {
+        seq = seq->same_hash;
+    }
+    return seq;
+}
+
+static void keys_put_first(rt_sched *sched, rt_seq *seq)
+{
+    cm_status status = cm_map_put(&sched->keys, key_hash(seq->key), seq);
+    CM_ASSERT_MSG(status == CM_OK, "%s", cm_status_name(status)); /* as many entries as sequences */
+}
+
+static void keys_add(rt_sched *sched, rt_seq *seq)
+{
+    rt_seq *first = cm_map_get(&sched->keys, key_hash(seq->key));
+    if (first == NULL) {
+        keys_put_first(sched, seq);
+    } else {
+        seq->same_hash = first->same_hash;
+        first->same_hash = seq;
+    }
+}
+
+static void keys_remove(rt_sched *sched, rt_seq *seq)
+{
+    rt_seq *at = cm_map_get(&sched->keys, key_hash(seq->key));
+    if (at == seq) {
+        cm_map_remove(&sched->keys, key_hash(seq->key));
+        if (seq->same_hash != NULL) {
+            keys_put_first(sched, seq->same_hash);
+        }
+    } else {
+        while (at->same_hash != seq) {
+            at = at->same_hash;
+        }
+        at->same_hash = seq->same_hash;
+    }
+    seq->same_hash = NULL;
+}
+
+/* ---- what a sequence holds ---- */
+
+static uint32_t pages_for(const rt_sched *sched, uint64_t n_token)
+{
+    return (uint32_t)((n_token + sched->limits.page_tokens - 1) / sched->limits.page_tokens);
+}
+
+static uint32_t seq_n_generated(const rt_seq *seq)
+{
+    return seq->n_log - seq->n_prompt;
+}
+
+/* Nothing but the row of its newest token is left to compute. */
+static bool seq_decodes(const rt_seq *seq)
+{
+    return seq->n_log - seq->n_done == 1;
+}
+
+/* Pages it holds or will hold soon: those of its log and one more to grow into. */
+static uint32_t seq_page_goal(const rt_sched *sched, const rt_seq *seq)
+{
+    uint32_t n = pages_for(sched, seq->n_log) + 1;
+    return n < seq->page_cap ? n : seq->page_cap;
+}
+
+/* From running to nowhere: pages and slot go back, what was computed is forgotten. */
+static void seq_stop_running(rt_sched *sched, rt_seq *seq)
+{
+    while (seq->n_page > 0) {
+        rt_pages_put(&sched->pages, seq->pages[--seq->n_page]);
+    }
+    rt_pages_put(&sched->slots, seq->slot);
+    seq->n_done = 0;
+    seq->n_step = 0;
+    seq->running = false;
+    TAILQ_REMOVE(&sched->running, seq, link);
+    sched->n_running--;
+}
+
+static void seq_free(rt_sched *sched, rt_seq *seq)
+{
+    if (seq->running) {
+        seq_stop_running(sched, seq);
+    } else {
+        TAILQ_REMOVE(&sched->waiting, seq, link);
+        sched->n_waiting--;
+    }
+    if (!seq->cancelled) {
+        keys_remove(sched, seq);
+    }
+    cm_free(seq->log);
+    cm_pool_put(&sched->seqs, seq);
+    if (sched->seqs.n_used == 0) {
+        sched->deadline_next = UINT64_MAX;
+    }
+}
+
+void rt_sched_destroy(rt_sched *sched)
+{
+    while (!TAILQ_EMPTY(&sched->running)) {
+        seq_free(sched, TAILQ_FIRST(&sched->running));
+    }
+    while (!TAILQ_EMPTY(&sched->waiting)) {
+        seq_free(sched, TAILQ_FIRST(&sched->waiting));
+    }
+    cm_pool_fini(&sched->seqs);
+    cm_map_fini(&sched->keys);
+    rt_pages_fini(&sched->pages);
+    rt_pages_fini(&sched->slots);
+    cm_free(sched->segs);
+    cm_free(sched->seg_seqs);
+    cm_free(sched->words);
+    cm_free(sched);
+}
+
+/* ---- words ---- */
+
+static rt_word *word_add(rt_sched *sched, const rt_seq *seq)
+{
+    CM_ASSERT(sched->n_word < sched->word_max);
+    rt_word *word = &sched->words[sched->n_word++];
+    *word = (rt_word){.key = seq->key, .offset = seq_n_generated(seq)};
+    return word;
+}
+
+static void word_fail(rt_word *word, cm_status status, const char *text)
+{
+    word->end = RT_END_FAILED;
+    word->status = status;
+    word->text = text;
+}
+
+static void word_fail_deadline(rt_sched *sched, rt_word *word)
+{
+    sched->n_cancelled++;
+    word_fail(word, CM_E_DEADLINE, "the deadline passed before the answer was complete");
+}
+
+void rt_sched_words(rt_sched *sched, rt_word_fn fn, void *ctx)
+{
+    /* fn may open and cancel: words are taken one by one, and none is added without a step */
+    for (uint32_t i = 0; i < sched->n_word; i++) {
+        rt_word word = sched->words[i];
+        if (word.key.owner != 0) { /* 0: cancelled since */
+            fn(ctx, &word);
+        }
+    }
+    sched->n_word = 0;
+}
+
+static void words_forget(rt_sched *sched, rt_seq_key key)
+{
+    for (uint32_t i = 0; i < sched->n_word; i++) {
+        if (key_equal(sched->words[i].key, key)) {
+            sched->words[i].key.owner = 0;
+        }
+    }
+}
+
+/* ---- open, cancel, drain ---- */
+
+static cm_status request_ids_check(const rt_sched *sched, const char *field, const uint32_t *ids, uint32_t n,
+                                   cm_error *err)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        if (ids[i] >= sched->limits.vocab) {
+            return cm_error_set(err, CM_E_INVALID, field,
+                                "%s: id %u at %u is not below the vocabulary size %u", field, ids[i], i,
+                                sched->limits.vocab);
+        }
+    }
+    return CM_OK;
+}
+
+static cm_status request_sampler_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
+{
+    if (!isfinite(sampler->temperature) || sampler->temperature < 0) {
+        return cm_error_set(err, CM_E_INVALID, "temperature", "temperature %g is not a number from 0 up",
+                            (double)sampler->temperature);
+    }
+    if (!(sampler->top_p > 0 && sampler->top_p <= 1)) {
+        return cm_error_set(err, CM_E_INVALID, "top_p", "top_p %g is not above 0 and at most 1",
+                            (double)sampler->top_p);
+    }
+    if (sampler->tokens_max == 0) {
+        return cm_error_set(err, CM_E_INVALID, "tokens_max", "tokens_max is 0: nothing to generate");
+    }
+    if (sampler->tokens_min > sampler->tokens_max) {
+        return cm_error_set(err, CM_E_INVALID, "tokens_min", "tokens_min %u is above tokens_max %u",
+                            sampler->tokens_min, sampler->tokens_max);
+    }
+    uint32_t n_stop_max = sizeof(sampler->stop) / sizeof(sampler->stop[0]);
+    if (sampler->n_stop > n_stop_max) {
+        return cm_error_set(err, CM_E_INVALID, "stop", "%u stop ids, at most %u", sampler->n_stop,
+                            n_stop_max);
+    }
+    return request_ids_check(sched, "stop", sampler->stop, sampler->n_stop, err);
+}
+
+static cm_status request_check(const rt_sched *sched, const rt_seq_request *request, cm_error *err)
+{
+    if (request->key.owner == 0) {
+        return cm_error_set(err, CM_E_INVALID, "owner", "owner 0 is not used");
+    }
+    if (request->n_prompt == 0) {
+        return cm_error_set(err, CM_E_INVALID, "prompt", "the prompt is empty");
+    }
+    CM_TRY(request_sampler_check(sched, &request->sampler, err));
+    if (request->n_emitted >= request->sampler.tokens_max) {
+        return cm_error_set(err, CM_E_INVALID, "emitted",
+                            "%u tokens were generated before, tokens_max is %u: none is left",
+                            request->n_emitted, request->sampler.tokens_max);
+    }
+    uint64_t n_token = (uint64_t)request->n_prompt + request->sampler.tokens_max;
+    if (n_token > sched->limits.context) {
+        return cm_error_set(
+            err, CM_E_TOO_LONG, "tokens_max",
+            "a prompt of %u tokens and up to %u generated are more than the context of %u: shorten the "
+            "prompt or ask for fewer tokens",
+            request->n_prompt, request->sampler.tokens_max, sched->limits.context);
+    }
+    if (pages_for(sched, n_token) > sched->limits.page_max) {
+        return cm_error_set(
+            err, CM_E_TOO_LONG, "tokens_max",
+            "a prompt of %u tokens and up to %u generated need %u KV pages of %u tokens, this router has "
+            "%u: shorten the prompt, ask for fewer tokens or give the router more KV memory",
+            request->n_prompt, request->sampler.tokens_max, pages_for(sched, n_token),
+            sched->limits.page_tokens, sched->limits.page_max);
+    }
+    CM_TRY(request_ids_check(sched, "prompt", request->prompt, request->n_prompt, err));
+    return request_ids_check(sched, "emitted", request->emitted, request->n_emitted, err);
+}
+
+static cm_status seq_create(rt_sched *sched, const rt_seq_request *request, rt_seq **seq_out, cm_error *err)
+{
+    uint32_t n_token = request->n_prompt + request->sampler.tokens_max, page_cap = pages_for(sched, n_token);
+    void *object;
+    if (sched->n_waiting >= sched->limits.queue_max || cm_pool_get(&sched->seqs, &object) != CM_OK) {
+        return cm_error_set(err, CM_E_CAPACITY, NULL,
+                            "%u sequences run and %u wait, no more may wait: try again later",
+                            sched->n_running, sched->n_waiting);
+    }
+    rt_seq *seq = object;
+    seq->log = cm_try_alloc(sizeof(uint32_t) * ((size_t)n_token + page_cap));
+    if (seq->log == NULL) {
+        cm_pool_put(&sched->seqs, seq);
+        return cm_error_set(err, CM_E_CAPACITY, NULL, "no memory for a log of %u tokens: try again later",
+                            n_token);
+    }
+    seq->pages = seq->log + n_token;
+    seq->page_cap = page_cap;
+    seq->key = request->key;
+    seq->deadline_ms = request->deadline_ms;
+    seq->sampler = request->sampler;
+    seq->n_prompt = request->n_prompt;
+    seq->n_log = request->n_prompt + request->n_emitted;
+    memcpy(seq->log, request->prompt, sizeof(uint32_t) * request->n_prompt);
+    if (request->n_emitted > 0) {
+        memcpy(seq->log + request->n_prompt, request->emitted, sizeof(uint32_t) * request->n_emitted);
+    }
+    *seq_out = seq;
+    return CM_OK;
+}
+
+cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt_seq_request *request, cm_error *err)
+{
+    rt_seq *seq = NULL;
+    if (sched->draining) {
+        return cm_error_set(err, CM_E_UNAVAILABLE, NULL, "this router is being drained: ask another one");
+    }
+    CM_TRY(request_check(sched, request, err));
+    if (keys_find(sched, request->key) != NULL) {
+        return cm_error_set(err, CM_E_EXISTS, "stream", "stream %llu of this gateway is open already",
+                            (unsigned long long)request->key.stream);
+    }
+    if (now_ms >= request->deadline_ms) {
+        return cm_error_set(err, CM_E_DEADLINE, "deadline_ms",
+                            "the deadline passed before the sequence was opened");
+    }
+    CM_TRY(seq_create(sched, request, &seq, err));
+    seq->age = sched->n_opened++;
+    keys_add(sched, seq);
+    TAILQ_INSERT_TAIL(&sched->waiting, seq, link);
+    sched->n_waiting++;
+    if (seq->deadline_ms < sched->deadline_next) {
+        sched->deadline_next = seq->deadline_ms;
+    }
+    return CM_OK;
+}
+
+static void seq_cancel(rt_sched *sched, rt_seq *seq)
+{
+    sched->n_cancelled++;
+    if (sched->in_flight && seq->n_step > 0) {
+        keys_remove(sched, seq); /* unknown from now on, though the engine still writes its slot and pages */
+        seq->cancelled = true;
+    } else {
+        seq_free(sched, seq);
+    }
+}
+
+void rt_sched_cancel(rt_sched *sched, rt_seq_key key)
+{
+    rt_seq *seq = keys_find(sched, key);
+    words_forget(sched, key);
+    if (seq != NULL) {
+        seq_cancel(sched, seq);
+    }
+}
+
+static void list_cancel_owner(rt_sched *sched, rt_seq_list *list, uint64_t owner)
+{
+    for (rt_seq *seq = TAILQ_FIRST(list), *next; seq != NULL; seq = next) {
+        next = TAILQ_NEXT(seq, link);
+        if (seq->key.owner == owner && !seq->cancelled) {
+            seq_cancel(sched, seq);
+        }
+    }
+}
+
+void rt_sched_cancel_owner(rt_sched *sched, uint64_t owner)
+{
+    for (uint32_t i = 0; i < sched->n_word; i++) {
+        if (sched->words[i].key.owner == owner) {
+            sched->words[i].key.owner = 0;
+        }
+    }
+    list_cancel_owner(sched, &sched->running, owner);
+    list_cancel_owner(sched, &sched->waiting, owner);
+}
+
+void rt_sched_drain(rt_sched *sched)
+{
+    sched->draining = true;
+}
+
+/* ---- deadlines ---- */
+
+static void list_expire(rt_sched *sched, rt_seq_list *list, uint64_t now_ms)
+{
+    for (rt_seq *seq = TAILQ_FIRST(list), *next; seq != NULL; seq = next) {
+        next = TAILQ_NEXT(seq, link);
+        /* without room for its word it stays until the words are fetched */
+        if (now_ms >= seq->deadline_ms && sched->n_word < sched->word_max - sched->limits.slot_max) {
+            word_fail_deadline(sched, word_add(sched, seq));
+            seq_free(sched, seq);
+        } else if (seq->deadline_ms < sched->deadline_next) {
+            sched->deadline_next = seq->deadline_ms;
+        }
+    }
+}
+
+static void sched_expire(rt_sched *sched, uint64_t now_ms)
+{
+    if (now_ms >= sched->deadline_next) {
+        sched->deadline_next = UINT64_MAX;
+        list_expire(sched, &sched->running, now_ms);
+        list_expire(sched, &sched->waiting, now_ms);
+    }
+}
+
+uint64_t rt_sched_next_deadline(const rt_sched *sched)
+{
+    return sched->in_flight ? UINT64_MAX : sched->deadline_next;
+}
+
+/* ---- making a step ----
+ * Running sequences get pages and rows oldest first, so a younger one can lose its pages before it is reached
+ * but never after; then the head of the queue is admitted while rows, slots and pages last. The oldest always
+ * gets a row: it may take the pages of all others, and alone it fits. */
+
+static void seq_preempt(rt_sched *sched, rt_seq *seq)
+{
+    CM_ASSERT_MSG(seq->n_step == 0, "sequence of age %llu is in the step already",
+                  (unsigned long long)seq->age);
+    sched->n_decode_left -= seq_decodes(seq);
+    seq_stop_running(sched, seq);
+    CM_DASSERT(TAILQ_EMPTY(&sched->waiting) || TAILQ_FIRST(&sched->waiting)->age > seq->age);
+    TAILQ_INSERT_HEAD(&sched->waiting, seq, link);
+    sched->n_waiting++;
+    sched->n_preempted++;
+}
+
+/* Pages for the first n_token positions, from younger sequences if need be; as many as there are. */
+static void seq_take_pages(rt_sched *sched, rt_seq *seq, uint32_t n_token)
+{
+    uint32_t n_page = pages_for(sched, n_token);
+    CM_ASSERT_MSG(n_page <= seq->page_cap, "%u pages of %u", n_page, seq->page_cap);
+    while (seq->n_page < n_page) {
+        if (rt_pages_take(&sched->pages, &seq->pages[seq->n_page])) {
+            seq->n_page++;
+            continue;
+        }
+        rt_seq *youngest = TAILQ_LAST(&sched->running, rt_seq_list);
+        if (youngest == seq) {
+            return; /* older ones hold the rest: wait for them with what was computed */
+        }
+        seq_preempt(sched, youngest);
+    }
+}
+
+static uint32_t min_u32(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+/* Gives seq up to n_row_max rows of the step. */
+static void seq_take_rows(rt_sched *sched, rt_seq *seq, uint32_t n_row_max)
+{
+    uint32_t n_row = min_u32(min_u32(seq->n_log - seq->n_done, sched->limits.chunk_max), n_row_max);
+    if (n_row > 0) {
+        seq_take_pages(sched, seq, seq->n_done + n_row);
+        uint64_t n_covered = (uint64_t)seq->n_page * sched->limits.page_tokens;
+        n_row = n_covered - seq->n_done < n_row ? (uint32_t)(n_covered - seq->n_done) : n_row;
+    }
+    seq->n_step = n_row;
+    sched->n_row += n_row;
+}
+
+static void sched_serve_running(rt_sched *sched)
+{
+    rt_seq *seq;
+    sched->n_decode_left = 0;
+    TAILQ_FOREACH (seq, &sched->running, link) {
+        sched->n_decode_left += seq_decodes(seq);
+    }
+    TAILQ_FOREACH (seq, &sched->running, link) {
+        uint32_t room = sched->limits.row_max - sched->n_row;
+        if (seq_decodes(seq)) {
+            sched->n_decode_left--;
+        } else {
+            room -= min_u32(room, sched->n_decode_left);
+            room = room == 0 && seq == TAILQ_FIRST(&sched->running) ? 1 : room;
+        }
+        seq_take_rows(sched, seq, room);
+    }
+}
+
+static void sched_admit(rt_sched *sched)
+{
+    /* Pages that running sequences will want soon are not given away: a sequence that is preempted right
+     * after its prefill has worked for nothing. */
+    uint64_t n_promised = 0;
+    rt_seq *seq;
+    TAILQ_FOREACH (seq, &sched->running, link) {
+        n_promised += seq_page_goal(sched, seq) - seq->n_page;
+    }
+    while (sched->n_row < sched->limits.row_max && (seq = TAILQ_FIRST(&sched->waiting)) != NULL) {
+        uint32_t goal = seq_page_goal(sched, seq);
+        if (sched->pages.n_free < n_promised + goal || !rt_pages_take(&sched->slots, &seq->slot)) {
+            break;
+        }
+        TAILQ_REMOVE(&sched->waiting, seq, link);
+        sched->n_waiting--;
+        TAILQ_INSERT_TAIL(&sched->running, seq, link);
+        sched->n_running++;
+        seq->running = true;
+        seq_take_rows(sched, seq, sched->limits.row_max - sched->n_row);
+        n_promised += goal - seq->n_page;
+    }
+}
+
+static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
+{
+    rt_seq *seq;
+    TAILQ_FOREACH (seq, &sched->running, link) {
+        if (seq->n_step == 0 || seq_decodes(seq) != decode) {
+            continue;
+        }
+        bool sample = seq->n_done + seq->n_step == seq->n_log;
+        sched->seg_seqs[step->n_seg] = seq;
+        step->segs[step->n_seg++] = (rt_step_seg){
+            .slot = seq->slot,
+            .fresh = seq->n_done == 0,
+            .pos0 = seq->n_done,
+            .n_row = seq->n_step,
+            .tokens = seq->log + seq->n_done,
+            .pages = seq->pages,
+            .n_page = pages_for(sched, seq->n_done + seq->n_step),
+            .sample = sample,
+            .sampler = sample ? &seq->sampler : NULL,
+            .stop_allowed = sample && seq_n_generated(seq) >= seq->sampler.tokens_min,
+        };
+        step->n_row += seq->n_step;
+        step->n_sample += sample;
+    }
+}
+
+bool rt_sched_next(rt_sched *sched, uint64_t now_ms, rt_step *step_out)
+{
+    CM_ASSERT(!sched->in_flight);
+    sched_expire(sched, now_ms);
+    sched->n_row = 0;
+    sched_serve_running(sched);
+    sched_admit(sched);
+    if (sched->n_row == 0) {
+        CM_ASSERT_MSG(sched->seqs.n_used == 0, "%u running and %u waiting stand still", sched->n_running,
+                      sched->n_waiting);
+        return false;
+    }
+    rt_step step = {.number = ++sched->step_number, .segs = sched->segs};
+    sched_add_segs(sched, true, &step);
+    sched_add_segs(sched, false, &step);
+    CM_ASSERT_MSG(step.n_row == sched->n_row && step.n_row <= sched->limits.row_max, "%u rows of %u",
+                  step.n_row, sched->limits.row_max);
+    sched->n_seg = step.n_seg;
+    sched->in_flight = true;
+    *step_out = step;
+    return true;
+}
+
+/* ---- the end of a step ---- */
+
+static bool seq_stops_at(const rt_seq *seq, uint32_t token)
+{
+    for (uint32_t i = 0; i < seq->sampler.n_stop; i++) {
+        if (seq->sampler.stop[i] == token) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void seq_take_token(rt_sched *sched, rt_seq *seq, bool stop_allowed, uint32_t token)
+{
+    rt_word *word = word_add(sched, seq);
+    CM_ASSERT_MSG(token < sched->limits.vocab, "token %u of %u", token, sched->limits.vocab);
+    if (seq_stops_at(seq, token)) {
+        CM_ASSERT_MSG(stop_allowed, "stop id %u after %u tokens of at least %u", token, seq_n_generated(seq),
+                      seq->sampler.tokens_min);
+        word->end = RT_END_STOP;
+        word->stop_id = token;
+        return;
+    }
+    seq->log[seq->n_log++] = token;
+    word->has_token = true;
+    word->token = token;
+    word->end = seq_n_generated(seq) == seq->sampler.tokens_max ? RT_END_LENGTH : RT_GOING_ON;
+}
+
+/* The step is over for seq, whose token, if any, was its last word: ends it or lets it run on. */
+static void seq_settle(rt_sched *sched, rt_seq *seq, uint64_t now_ms, rt_word *word)
+{
+    seq->n_step = 0;
+    if ((word == NULL || word->end == RT_GOING_ON) && now_ms >= seq->deadline_ms) {
+        word = word != NULL ? word : word_add(sched, seq);
+        word_fail_deadline(sched, word);
+    }
+    if (word != NULL && word->end != RT_GOING_ON) {
+        seq_free(sched, seq);
+    }
+}
+
+void rt_sched_complete(rt_sched *sched, uint64_t now_ms, const uint32_t *tokens, rt_word_fn fn, void *ctx)
+{
+    CM_ASSERT(sched->in_flight);
+    for (uint32_t i = 0, i_sample = 0; i < sched->n_seg; i++) {
+        const rt_step_seg *seg = &sched->segs[i];
+        rt_seq *seq = sched->seg_seqs[i];
+        rt_word *word = NULL;
+        uint32_t token = seg->sample ? tokens[i_sample++] : 0;
+        if (seq->cancelled) {
+            seq_free(sched, seq);
+            continue;
+        }
+        seq->n_done += seg->n_row;
+        if (seg->sample) {
+            seq_take_token(sched, seq, seg->stop_allowed, token);
+            word = &sched->words[sched->n_word - 1];
+        }
+        seq_settle(sched, seq, now_ms, word);
+    }
+    sched->in_flight = false;
+    rt_sched_words(sched, fn, ctx);
+}
+
+void rt_sched_fail_step(rt_sched *sched, uint64_t now_ms, cm_status status, const char *text, rt_word_fn fn,
+                        void *ctx)
+{
+    CM_ASSERT(sched->in_flight);
+    for (uint32_t i = 0; i < sched->n_seg; i++) {
+        rt_seq *seq = sched->seg_seqs[i];
+        if (!seq->cancelled) {
+            rt_word *word = word_add(sched, seq);
+            if (now_ms >= seq->deadline_ms) {
+                word_fail_deadline(sched, word);
+            } else {
+                word_fail(word, status, text);
+            }
+        }
+        seq_free(sched, seq);
+    }
+    sched->in_flight = false;
+    rt_sched_words(sched, fn, ctx);
+}
+
+void rt_sched_ledger_get(const rt_sched *sched, rt_sched_ledger *ledger_out)
+{
+    *ledger_out = (rt_sched_ledger){
+        .n_seq = sched->seqs.n_used,
+        .n_running = sched->n_running,
+        .n_waiting = sched->n_waiting,
+        .n_slot = sched->slots.n_max - sched->slots.n_free,
+        .n_page = sched->pages.n_max - sched->pages.n_free,
+        .page_max = sched->pages.n_max,
+        .n_preempted = sched->n_preempted,
+        .n_cancelled = sched->n_cancelled,
+    };
+}

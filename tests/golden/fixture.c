@@ -1,0 +1,218 @@
+#include "tests/golden/fixture.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <setjmp.h>
+#include <cmocka.h>
+
+#include "common/base/mem.h"
+
+struct fx_file {
+    json_t *header;
+    fx_tensor *tensors;
+    size_t n_tensor;
+};
+
+static uint8_t *read_whole(const char *path, size_t *n_bytes_out)
+{
+    FILE *in = fopen(path, "rb");
+    uint8_t *bytes;
+    long size;
+    if (in == NULL) {
+        fail_msg("cannot open %s", path);
+    }
+    fseek(in, 0, SEEK_END);
+    size = ftell(in);
+    fseek(in, 0, SEEK_SET);
+    bytes = cm_alloc((size_t)size + 1);
+    if (fread(bytes, 1, (size_t)size, in) != (size_t)size) {
+        fail_msg("cannot read %s", path);
+    }
+    fclose(in);
+    *n_bytes_out = (size_t)size;
+    return bytes;
+}
+
+static void read_tensor(fx_tensor *t, const char *name, const json_t *entry, const uint8_t *data, size_t n_bytes)
+{
+    const json_t *shape = json_object_get(entry, "shape"), *range = json_object_get(entry, "data_offsets");
+    uint64_t begin = (uint64_t)json_integer_value(json_array_get(range, 0));
+    uint64_t end = (uint64_t)json_integer_value(json_array_get(range, 1));
+    void *copy;
+    assert_true(begin <= end && end <= n_bytes);
+    *t = (fx_tensor){.name = name,
+                     .dtype = json_string_value(json_object_get(entry, "dtype")),
+                     .n_dim = (uint32_t)json_array_size(shape),
+                     .n_item = 1,
+                     .n_bytes = end - begin};
+    assert_true(t->n_dim <= 4);
+    for (uint32_t i = 0; i < t->n_dim; i++) {
+        t->dim[i] = (uint64_t)json_integer_value(json_array_get(shape, i));
+        t->n_item *= t->dim[i];
+    }
+    copy = cm_alloc_aligned(t->n_bytes + 1);
+    memcpy(copy, data + begin, t->n_bytes);
+    t->data = copy;
+}
+
+fx_file *fx_open(const char *path)
+{
+    size_t n_bytes;
+    uint8_t *bytes = read_whole(path, &n_bytes);
+    fx_file *file = cm_alloc(sizeof(*file));
+    uint64_t header_bytes;
+    const char *name;
+    json_t *entry;
+    assert_true(n_bytes >= 8);
+    memcpy(&header_bytes, bytes, 8);
+    assert_true(header_bytes <= n_bytes - 8);
+    file->header = json_loadb((const char *)bytes + 8, header_bytes, 0, NULL);
+    if (file->header == NULL) {
+        fail_msg("the header of %s is not JSON", path);
+    }
+    file->tensors = cm_alloc(json_object_size(file->header) * sizeof(*file->tensors));
+    json_object_foreach(file->header, name, entry)
+    {
+        if (strcmp(name, "__metadata__") != 0) {
+            read_tensor(&file->tensors[file->n_tensor++], name, entry, bytes + 8 + header_bytes,
+                        n_bytes - 8 - header_bytes);
+        }
+    }
+    cm_free(bytes);
+    return file;
+}
+
+void fx_close(fx_file *file)
+{
+    for (size_t i = 0; i < file->n_tensor; i++) {
+        cm_free((void *)(uintptr_t)file->tensors[i].data);
+    }
+    cm_free(file->tensors);
+    json_decref(file->header);
+    cm_free(file);
+}
+
+size_t fx_count(const fx_file *file)
+{
+    return file->n_tensor;
+}
+
+const fx_tensor *fx_at(const fx_file *file, size_t i)
+{
+    return &file->tensors[i];
+}
+
+const fx_tensor *fx_find(const fx_file *file, const char *name)
+{
+    for (size_t i = 0; i < file->n_tensor; i++) {
+        if (strcmp(file->tensors[i].name, name) == 0) {
+            return &file->tensors[i];
+        }
+    }
+    return NULL;
+}
+
+const fx_tensor *fx_get(const fx_file *file, const char *fmt, ...)
+{
+    const fx_tensor *t;
+    char name[256];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(name, sizeof(name), fmt, args);
+    va_end(args);
+    t = fx_find(file, name);
+    if (t == NULL) {
+        fail_msg("no tensor %s", name);
+    }
+    return t;
+}
+
+json_t *fx_json(const char *path)
+{
+    json_error_t error;
+    json_t *json = json_load_file(path, 0, &error);
+    if (json == NULL) {
+        fail_msg("%s line %d: %s", path, error.line, error.text);
+    }
+    return json;
+}
+
+/* ---- comparison ---- */
+
+fx_bound fx_bound_read(const json_t *output, const char *numeric_class)
+{
+    const json_t *limits = json_object_get(output, numeric_class);
+    const char *compare = json_string_value(json_object_get(output, "compare"));
+    fx_bound bound = {.exact = compare != NULL && strcmp(compare, "exact") == 0};
+    if (!bound.exact) {
+        assert_non_null(limits);
+        bound.max_abs = json_number_value(json_object_get(limits, "max_abs"));
+        bound.rel_rms = json_number_value(json_object_get(limits, "rel_rms"));
+        bound.max_rel = json_number_value(json_object_get(output, "max_rel"));
+        bound.rel_floor = json_number_value(json_object_get(output, "rel_floor"));
+    }
+    return bound;
+}
+
+static double value_at(const char *dtype, const void *data, uint64_t i)
+{
+    if (strcmp(dtype, "F32") == 0) {
+        return ((const float *)data)[i];
+    }
+    if (strcmp(dtype, "BF16") == 0) {
+        uint32_t bits = (uint32_t)((const uint16_t *)data)[i] << 16;
+        float value;
+        memcpy(&value, &bits, sizeof(value));
+        return value;
+    }
+    if (strcmp(dtype, "I64") == 0) {
+        return (double)((const int64_t *)data)[i];
+    }
+    assert_string_equal(dtype, "U8");
+    return ((const uint8_t *)data)[i];
+}
+
+static void compare_exact(const char *what, const fx_tensor *golden, const void *got)
+{
+    uint64_t item_bytes = golden->n_item > 0 ? golden->n_bytes / golden->n_item : 0;
+    for (uint64_t i = 0; i < golden->n_item; i++) {
+        double want = value_at(golden->dtype, golden->data, i), have = value_at(golden->dtype, got, i);
+        bool same = memcmp((const uint8_t *)golden->data + i * item_bytes, (const uint8_t *)got + i * item_bytes,
+                           item_bytes) == 0;
+        if (!same && !(isnan(want) && isnan(have))) {
+            fail_msg("%s: item %llu is %.9g, golden %.9g", what, (unsigned long long)i, have, want);
+        }
+    }
+}
+
+void fx_compare(const char *what, const fx_tensor *golden, const void *got, const fx_bound *bound)
+{
+    double worst = 0, sum = 0, sum_golden = 0;
+    uint64_t at = 0;
+    if (bound->exact) {
+        compare_exact(what, golden, got);
+        return;
+    }
+    for (uint64_t i = 0; i < golden->n_item; i++) {
+        double want = value_at(golden->dtype, golden->data, i), have = value_at(golden->dtype, got, i);
+        double off = fabs(want - have);
+        if (!(off <= worst)) { /* NaN too */
+            worst = off;
+            at = i;
+        }
+        sum += off * off;
+        sum_golden += want * want;
+        if (bound->max_rel > 0 && fabs(want) >= bound->rel_floor && !(off <= bound->max_rel * fabs(want))) {
+            fail_msg("%s: item %llu is %.9g, golden %.9g, relative error above %g", what, (unsigned long long)i, have,
+                     want, bound->max_rel);
+        }
+    }
+    if (!(worst <= bound->max_abs) || !(sqrt(sum) <= bound->rel_rms * sqrt(sum_golden))) {
+        fail_msg("%s: worst item %llu is %.9g, golden %.9g (off %g, bound %g); relative rms %g, bound %g", what,
+                 (unsigned long long)at, value_at(golden->dtype, got, at), value_at(golden->dtype, golden->data, at),
+                 worst, bound->max_abs, sum_golden > 0 ? sqrt(sum / sum_golden) : 0, bound->rel_rms);
+    }
+}

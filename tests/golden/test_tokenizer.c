@@ -1,0 +1,224 @@
+/* The tokenizer against the official one's ids: tests/golden/data/tokenizer. */
+#include "tests/golden/jsonl.h"
+
+#include <pthread.h>
+
+static md_tokenizer *g_tokenizer;
+
+static int setup(void **state)
+{
+    (void)state;
+    g_tokenizer = jsonl_open_tokenizer(BALEEN_TEST_DATA "/tokenizer/tokenizer.json");
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    md_tokenizer_close(g_tokenizer);
+    return 0;
+}
+
+static void check_encode(const char *what, const char *text, size_t n, md_text_kind kind,
+                         const json_t *wanted)
+{
+    md_ids ids;
+    md_ids_init(&ids);
+    md_tokenizer_encode(g_tokenizer, text, n, kind, &ids);
+    assert_true(jsonl_same_ids(what, &ids, wanted));
+    md_ids_fini(&ids);
+}
+
+static void encode_row(void *ctx, const json_t *row, size_t i)
+{
+    (void)ctx;
+    (void)i;
+    const char *text = jsonl_text(row, "text");
+    size_t n = jsonl_length(row, "text");
+    check_encode(text, text, n, MD_TEXT_PLAIN, json_object_get(row, "ids"));
+    check_encode(text, text, n, MD_TEXT_CONTROL, json_object_get(row, "ids"));
+}
+
+static void test_encode(void **state)
+{
+    (void)state;
+    jsonl_each("tokenizer/encode.jsonl", 1404, encode_row, NULL);
+}
+
+static void control_row(void *ctx, const json_t *row, size_t i)
+{
+    (void)ctx;
+    (void)i;
+    const char *text = jsonl_text(row, "text");
+    size_t n = jsonl_length(row, "text");
+    check_encode(text, text, n, MD_TEXT_PLAIN, json_object_get(row, "plain"));
+    check_encode(text, text, n, MD_TEXT_CONTROL, json_object_get(row, "special"));
+}
+
+static void test_control(void **state)
+{
+    (void)state;
+    jsonl_each("tokenizer/control.jsonl", 224, control_row, NULL);
+}
+
+static void bytes_row(void *ctx, const json_t *row, size_t i)
+{
+    (void)ctx;
+    (void)i;
+    const char *hex = jsonl_text(row, "hex");
+    uint8_t bytes[1024];
+    size_t n = strlen(hex) / 2, at = 0;
+    assert_true(n <= sizeof(bytes));
+    for (size_t k = 0; k < n; k++) {
+        unsigned byte;
+        assert_int_equal(sscanf(hex + 2 * k, "%2x", &byte), 1);
+        bytes[k] = (uint8_t)byte;
+    }
+    md_ids ids;
+    md_ids_init(&ids);
+    md_tokenizer_encode(g_tokenizer, (const char *)bytes, n, MD_TEXT_PLAIN, &ids);
+    assert_true(jsonl_same_ids(hex, &ids, json_object_get(row, "ids")));
+    for (size_t k = 0; k < ids.n; k++) { /* decoding gives the input back */
+        size_t n_token;
+        const uint8_t *token = md_tokenizer_bytes(g_tokenizer, ids.id[k], &n_token);
+        assert_true(at + n_token <= n);
+        assert_memory_equal(token, bytes + at, n_token);
+        at += n_token;
+    }
+    assert_int_equal(at, n);
+    md_ids_fini(&ids);
+}
+
+static void test_bytes(void **state)
+{
+    (void)state;
+    jsonl_each("tokenizer/bytes.jsonl", 190, bytes_row, NULL);
+}
+
+static void assert_text(const cm_bytes *got, size_t from, const json_t *wanted)
+{
+    assert_int_equal(got->len - from, json_string_length(wanted));
+    if (got->len > from) {
+        assert_memory_equal(got->data + from, json_string_value(wanted), got->len - from);
+    }
+}
+
+static void decode_all(const json_t *row, bool skip_special, cm_bytes *text, const json_t *pieces)
+{
+    const json_t *ids = json_object_get(row, "ids");
+    md_detok detok;
+    md_detok_init(&detok, skip_special);
+    for (size_t k = 0; k <= json_array_size(ids); k++) {
+        size_t from = text->len;
+        if (k < json_array_size(ids)) {
+            md_detok_push(&detok, g_tokenizer, (uint32_t)json_integer_value(json_array_get(ids, k)), text);
+        } else {
+            md_detok_flush(&detok, text);
+        }
+        if (pieces != NULL) {
+            assert_text(text, from, json_array_get(pieces, k));
+        }
+    }
+}
+
+static void decode_row(void *ctx, const json_t *row, size_t i)
+{
+    (void)ctx;
+    (void)i;
+    cm_bytes text;
+    cm_bytes_init(&text, 0);
+    decode_all(row, false, &text, json_object_get(row, "pieces"));
+    assert_text(&text, 0, json_object_get(row, "text"));
+    cm_bytes_clear(&text);
+    decode_all(row, true, &text, NULL);
+    assert_text(&text, 0, json_object_get(row, "text_skip_special"));
+    cm_bytes_fini(&text);
+}
+
+static void test_decode(void **state)
+{
+    (void)state;
+    jsonl_each("tokenizer/decode.jsonl", 253, decode_row, NULL);
+}
+
+/* Blanks of the size of a long prompt, and one piece of many letters: neither quadratic nor refused. */
+static void test_long(void **state)
+{
+    (void)state;
+    enum { N = 1 << 18 };
+    char *text = cm_alloc(N);
+    for (int kind = 0; kind < 3; kind++) {
+        for (size_t i = 0; i < N; i++) {
+            text[i] = kind == 0 ? ' ' : kind == 1 ? (char)('a' + i * 7 % 26) : i % 2 == 0 ? '\n' : ' ';
+        }
+        md_ids ids;
+        md_ids_init(&ids);
+        size_t n_bytes = 0, n;
+        md_tokenizer_encode(g_tokenizer, text, N, MD_TEXT_CONTROL, &ids);
+        for (size_t i = 0; i < ids.n; i++) {
+            assert_non_null(md_tokenizer_bytes(g_tokenizer, ids.id[i], &n));
+            assert_memory_equal(md_tokenizer_bytes(g_tokenizer, ids.id[i], &n), text + n_bytes, n);
+            n_bytes += n;
+        }
+        assert_int_equal(n_bytes, N);
+        md_ids_fini(&ids);
+    }
+    cm_free(text);
+}
+
+static void test_accessors(void **state)
+{
+    (void)state;
+    size_t n;
+    assert_int_equal(md_tokenizer_vocab(g_tokenizer), 129280);
+    assert_int_equal(md_tokenizer_control(g_tokenizer, MD_CTL_BOS), 0);
+    assert_int_equal(md_tokenizer_control(g_tokenizer, MD_CTL_EOS), 1);
+    assert_int_equal(md_tokenizer_control(g_tokenizer, MD_CTL_DSML), 128825);
+    assert_true(md_tokenizer_is_special(g_tokenizer, 1));
+    assert_false(md_tokenizer_is_special(g_tokenizer, 128803));
+    assert_true(md_tokenizer_is_added(g_tokenizer, 128803));
+    assert_false(md_tokenizer_is_added(g_tokenizer, 19923));
+    assert_memory_equal(md_tokenizer_bytes(g_tokenizer, 19923, &n), "Hello", 5);
+    assert_int_equal(n, 5);
+    assert_null(md_tokenizer_bytes(g_tokenizer, 129280, &n));
+}
+
+static void *encode_thread(void *arg)
+{
+    (void)arg;
+    md_ids ids;
+    for (int i = 0; i < 300; i++) {
+        md_ids_init(&ids);
+        md_tokenizer_encode(g_tokenizer, "The capital of France is", 24, MD_TEXT_PLAIN, &ids);
+        bool good = ids.n == 5 && ids.id[0] == 671 && ids.id[1] == 6102 && ids.id[4] == 344;
+        md_ids_fini(&ids);
+        if (!good) {
+            return (void *)1;
+        }
+    }
+    return NULL;
+}
+
+static void test_threads(void **state)
+{
+    (void)state;
+    pthread_t threads[4];
+    for (int i = 0; i < 4; i++) {
+        assert_int_equal(pthread_create(&threads[i], NULL, encode_thread, NULL), 0);
+    }
+    for (int i = 0; i < 4; i++) {
+        void *bad;
+        pthread_join(threads[i], &bad);
+        assert_null(bad);
+    }
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_encode),  cmocka_unit_test(test_control), cmocka_unit_test(test_bytes),
+        cmocka_unit_test(test_decode),  cmocka_unit_test(test_long),    cmocka_unit_test(test_accessors),
+        cmocka_unit_test(test_threads),
+    };
+    return cmocka_run_group_tests(tests, setup, teardown);
+}

@@ -1,0 +1,211 @@
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/base/mem.h"
+#include "common/base/rng.h"
+#include "tests/unit/sched_engine.h"
+
+uint32_t t_below(t_rng *rng, uint32_t n)
+{
+    return cm_rng_at(rng->key, rng->n++, 0).word[0] % n;
+}
+
+uint32_t t_between(t_rng *rng, uint32_t low, uint32_t high)
+{
+    return low + t_below(rng, high - low + 1);
+}
+
+static uint64_t t_hash_start(const rt_sampler *sampler)
+{
+    return sampler->seed * 0x9E3779B97F4A7C15u + 1;
+}
+
+static uint64_t t_hash_add(uint64_t hash, uint32_t token)
+{
+    hash = (hash ^ token) * 0xD6E8FEB86659FD93u;
+    return hash ^ hash >> 32;
+}
+
+static bool t_is_stop(const rt_sampler *sampler, uint32_t token)
+{
+    for (uint32_t i = 0; i < sampler->n_stop; i++) {
+        if (sampler->stop[i] == token) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static uint32_t t_draw(const rt_sampler *sampler, uint64_t hash, bool stop_allowed)
+{
+    uint32_t token = (uint32_t)(hash % T_VOCAB);
+    while (!stop_allowed && t_is_stop(sampler, token)) {
+        hash = t_hash_add(hash, token);
+        token = (uint32_t)(hash % T_VOCAB);
+    }
+    return token;
+}
+
+void t_alone(const uint32_t *prompt, uint32_t n_prompt, const rt_sampler *sampler, t_answer *out)
+{
+    uint64_t hash = t_hash_start(sampler);
+    for (uint32_t i = 0; i < n_prompt; i++) {
+        hash = t_hash_add(hash, prompt[i]);
+    }
+    *out = (t_answer){.end = RT_END_LENGTH};
+    while (out->n < sampler->tokens_max) {
+        uint32_t token = t_draw(sampler, hash, out->n >= sampler->tokens_min);
+        if (t_is_stop(sampler, token)) {
+            out->end = RT_END_STOP;
+            out->stop_id = token;
+            return;
+        }
+        out->tokens[out->n++] = token;
+        hash = t_hash_add(hash, token);
+    }
+}
+
+void t_engine_init(t_engine *engine, const rt_sched_limits *limits)
+{
+    *engine = (t_engine){.limits = *limits, .sched = rt_sched_create(limits)};
+    engine->kv = calloc((size_t)limits->page_max * limits->page_tokens, sizeof(uint32_t));
+    engine->slot_pos = calloc(limits->slot_max, sizeof(uint32_t));
+    engine->page_step = calloc(limits->page_max, sizeof(uint64_t));
+    engine->tokens = calloc(limits->slot_max, sizeof(uint32_t));
+}
+
+void t_engine_fini(t_engine *engine)
+{
+    rt_sched_destroy(engine->sched);
+    free(engine->kv);
+    free(engine->slot_pos);
+    free(engine->page_step);
+    free(engine->tokens);
+}
+
+static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
+{
+    const rt_sched_limits *limits = &engine->limits;
+    assert_in_range(seg->slot, 0, limits->slot_max - 1);
+    assert_in_range(seg->n_row, 1, limits->chunk_max);
+    assert_int_equal(seg->fresh, seg->pos0 == 0);
+    if (seg->fresh) {
+        engine->slot_pos[seg->slot] = 0;
+        engine->n_fresh++;
+    }
+    assert_int_equal(seg->pos0, engine->slot_pos[seg->slot]);
+    assert_int_equal(seg->n_page, (seg->pos0 + seg->n_row + limits->page_tokens - 1) / limits->page_tokens);
+    for (uint32_t i = 0; i < seg->n_page; i++) {
+        assert_in_range(seg->pages[i], 0, limits->page_max - 1);
+        assert_int_not_equal(engine->page_step[seg->pages[i]],
+                             engine->step.number); /* nobody else's in this step */
+        engine->page_step[seg->pages[i]] = engine->step.number;
+    }
+    if (seg->sample) {
+        assert_non_null(seg->sampler);
+    } else {
+        assert_null(seg->sampler);
+        assert_false(seg->stop_allowed);
+    }
+}
+
+static void t_seg_compute(t_engine *engine, const rt_step_seg *seg, uint32_t *token_out)
+{
+    uint32_t page_tokens = engine->limits.page_tokens;
+    for (uint32_t i = 0; i < seg->n_row; i++) {
+        uint32_t pos = seg->pos0 + i;
+        engine->kv[(size_t)seg->pages[pos / page_tokens] * page_tokens + pos % page_tokens] =
+            seg->tokens[i] + 1;
+    }
+    engine->slot_pos[seg->slot] = seg->pos0 + seg->n_row;
+    if (seg->sample) {
+        uint64_t hash = t_hash_start(seg->sampler);
+        for (uint32_t pos = 0; pos < seg->pos0 + seg->n_row; pos++) {
+            hash = t_hash_add(
+                hash,
+                engine->kv[(size_t)seg->pages[pos / page_tokens] * page_tokens + pos % page_tokens] - 1);
+        }
+        *token_out = t_draw(seg->sampler, hash, seg->stop_allowed);
+    }
+}
+
+bool t_begin(t_engine *engine, uint64_t now_ms)
+{
+    uint32_t n_row = 0, n_sample = 0;
+    cm_mem_guard_begin("rt_sched_next");
+    bool any = rt_sched_next(engine->sched, now_ms, &engine->step);
+    cm_mem_guard_end();
+    if (!any) {
+        return false;
+    }
+    assert_int_equal(engine->step.number, ++engine->n_step);
+    assert_in_range(engine->step.n_seg, 1, engine->limits.slot_max);
+    for (uint32_t i = 0; i < engine->step.n_seg; i++) {
+        const rt_step_seg *seg = &engine->step.segs[i];
+        t_seg_check(engine, seg);
+        n_row += seg->n_row;
+        n_sample += seg->sample;
+        for (uint32_t k = 0; k < i; k++) {
+            assert_int_not_equal(seg->slot, engine->step.segs[k].slot);
+        }
+    }
+    assert_int_equal(n_row, engine->step.n_row);
+    assert_int_equal(n_sample, engine->step.n_sample);
+    assert_in_range(n_row, 1, engine->limits.row_max);
+    for (uint32_t i = 0, i_sample = 0; i < engine->step.n_seg; i++) {
+        t_seg_compute(engine, &engine->step.segs[i], &engine->tokens[i_sample]);
+        i_sample += engine->step.segs[i].sample;
+    }
+    return true;
+}
+
+void t_complete(t_engine *engine, uint64_t now_ms, rt_word_fn fn, void *ctx)
+{
+    cm_mem_guard_begin("rt_sched_complete");
+    rt_sched_complete(engine->sched, now_ms, engine->tokens, fn, ctx);
+    cm_mem_guard_end();
+}
+
+void t_ledger_is_zero(const rt_sched *sched)
+{
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(sched, &ledger);
+    assert_int_equal(ledger.n_seq, 0);
+    assert_int_equal(ledger.n_running, 0);
+    assert_int_equal(ledger.n_waiting, 0);
+    assert_int_equal(ledger.n_slot, 0);
+    assert_int_equal(ledger.n_page, 0);
+    assert_true(rt_sched_next_deadline(sched) == UINT64_MAX);
+}
+
+const uint32_t t_prompt[T_CONTEXT_MAX] = {3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3, 8, 4};
+
+rt_seq_request t_request(uint64_t owner, uint64_t stream, uint32_t n_prompt, uint32_t tokens_max)
+{
+    return (rt_seq_request){
+        .key = {owner, stream},
+        .prompt = t_prompt,
+        .n_prompt = n_prompt,
+        .sampler = {.seed = stream, .temperature = 1, .top_p = 1, .tokens_max = tokens_max},
+        .deadline_ms = UINT64_MAX,
+    };
+}
+
+rt_sched_limits t_limits(void)
+{
+    return (rt_sched_limits){.slot_max = 4,
+                             .queue_max = 4,
+                             .row_max = 16,
+                             .chunk_max = 8,
+                             .page_max = 32,
+                             .page_tokens = 4,
+                             .context = 64,
+                             .vocab = T_VOCAB};
+}

@@ -1,0 +1,51 @@
+/* A fake engine under the scheduler's tests. It keeps real pages and slots: what it samples is a hash of what
+ * it finds in them, so a page owned twice, a lost position or a stale slot changes a sequence's output, which
+ * is compared with the sequence computed alone. It checks every step against the scheduler's contract, under
+ * the allocation guard. */
+#pragma once
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "router/sched/sched_core.h"
+
+enum { T_VOCAB = 61, T_CONTEXT_MAX = 96 };
+
+typedef struct t_rng {
+    uint64_t key, n;
+} t_rng;
+
+uint32_t t_below(t_rng *rng, uint32_t n);
+uint32_t t_between(t_rng *rng, uint32_t low, uint32_t high); /* both included */
+
+/* What a sequence alone gives. */
+typedef struct t_answer {
+    uint32_t n, tokens[T_CONTEXT_MAX];
+    rt_seq_end end;
+    uint32_t stop_id;
+} t_answer;
+
+void t_alone(const uint32_t *prompt, uint32_t n_prompt, const rt_sampler *sampler, t_answer *out);
+
+typedef struct t_engine {
+    rt_sched_limits limits;
+    rt_sched *sched;     /* owned */
+    uint32_t *kv;        /* [page_max][page_tokens] token + 1 */
+    uint32_t *slot_pos;  /* [slot_max] positions computed */
+    uint64_t *page_step; /* [page_max] step that used it last */
+    rt_step step;        /* the one in flight */
+    uint32_t *tokens;    /* [slot_max] what it sampled */
+    uint64_t n_fresh, n_step;
+} t_engine;
+
+void t_engine_init(t_engine *engine, const rt_sched_limits *limits);
+void t_engine_fini(t_engine *engine);
+/* Takes the next step and computes it; its tokens wait for t_complete. */
+bool t_begin(t_engine *engine, uint64_t now_ms);
+void t_complete(t_engine *engine, uint64_t now_ms, rt_word_fn fn, void *ctx);
+
+void t_ledger_is_zero(const rt_sched *sched);
+
+/* Limits and requests that a test bends to its needs: prompts are the first tokens of t_prompt. */
+extern const uint32_t t_prompt[T_CONTEXT_MAX];
+rt_sched_limits t_limits(void);
+rt_seq_request t_request(uint64_t owner, uint64_t stream, uint32_t n_prompt, uint32_t tokens_max);

@@ -1,0 +1,580 @@
+#include "worker/engine.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include "common/base/assert.h"
+#include "common/base/clock.h"
+#include "common/base/failpoint.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "common/base/stats.h"
+#include "proto/frames.h"
+#include "proto/messages.h"
+#include "worker/gather_core.h"
+
+enum {
+    ENGINE_EVENTS = 64,
+    ENGINE_EPOCHS = 4,  /* held at once: in force, before it until retired, and slack for a slow retire */
+    ENGINE_GROUP = 64,  /* frames computed together */
+    ENGINE_LINGER_MS = 500, /* at the end: for answers to leave */
+};
+
+/* A dispatch frame on its way through: received, gathered, computed, answered. */
+typedef struct engine_frame {
+    net_event event;       /* the received message; its memory is released once computed */
+    uint32_t link;         /* number of the link it came by, as the gathering knows it */
+    uint32_t slot0;        /* first row of its answer in the group's results */
+    struct engine_group *group;
+} engine_frame;
+
+/* Results of one group of frames, kept until all its answers have left. */
+typedef struct engine_group {
+    kn_ptr results; /* BF16 [row_max][d] */
+    uint32_t n_open;
+} engine_group;
+
+typedef struct engine_epoch {
+    pc_epoch *epoch; /* NULL: free */
+    uint32_t rank;
+} engine_epoch;
+
+struct wk_engine {
+    wk_engine_options options;
+    const md_geometry *geometry;
+    kn_device *device;
+    kn_stream *stream;
+    net *rows;
+    wk_shard *shard;
+    wk_gather *gather;
+    cm_pool frames; /* engine_frame */
+    cm_pool groups; /* engine_group; each owns a results buffer by its index */
+    kn_ptr *results;
+    kn_q8 q8; /* gathered rows: codes [row_max][d], scales */
+    kn_expert_item *items;
+    kn_expert_group *expert_groups;
+    uint32_t *counts; /* [n_expert + 1] */
+
+    pthread_mutex_t lock; /* protects offered, offered_self, retire_before */
+    pc_epoch *offered;
+    uint32_t offered_self;
+    uint64_t retire_before;
+    int wake_fd;
+    _Atomic bool stopping;
+
+    engine_epoch epochs[ENGINE_EPOCHS];
+    uint64_t newest;
+    uint32_t n_links; /* ever; numbers them */
+};
+
+/* ---- create ---- */
+
+static cm_status engine_alloc(wk_engine *e, cm_error *err)
+{
+    const md_geometry *g = e->geometry;
+    uint64_t n = e->options.row_max;
+    uint32_t n_group = e->options.frame_max;
+    kn_limits limits = {.n_row = e->options.row_max, .n_in = g->d > g->inner ? g->d : g->inner, .n_inner = g->inner,
+                        .n_head = 1, .head_dim = g->head_dim, .n_key = 1, .n_expert = g->n_expert};
+    cm_status status = kn_stream_open(e->device, &limits, &e->stream);
+    if (status == CM_OK) {
+        status = kn_mem_alloc(e->device, n * g->d, &e->q8.codes);
+    }
+    if (status == CM_OK) {
+        status = kn_mem_alloc(e->device, n * kn_blocks(g->d, KN_ACT_BLOCK), &e->q8.scales);
+    }
+    e->results = cm_alloc(sizeof(kn_ptr) * n_group);
+    for (uint32_t i = 0; i < n_group && status == CM_OK; i++) {
+        status = kn_mem_alloc(e->device, 2 * n * g->d, &e->results[i]);
+    }
+    if (status != CM_OK) {
+        return cm_error_set(err, status, "rows_max", "no device memory for %u rows in %u groups: lower rows_max or frames_max",
+                            e->options.row_max, n_group);
+    }
+    e->items = cm_alloc(sizeof(kn_expert_item) * n);
+    e->expert_groups = cm_alloc(sizeof(kn_expert_group) * g->n_expert);
+    e->counts = cm_alloc(sizeof(uint32_t) * (g->n_expert + 1));
+    cm_pool_init(&e->frames, "dispatch frames", sizeof(engine_frame), e->options.frame_max);
+    cm_pool_init(&e->groups, "result groups", sizeof(engine_group), n_group);
+    return CM_OK;
+}
+
+cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_out, char bound_out[NET_ADDRESS_BYTES],
+                           cm_error *err)
+{
+    wk_engine *e = cm_alloc(sizeof(*e));
+    e->options = *options;
+    e->geometry = md_checkpoint_geometry(options->checkpoint);
+    cm_status status = kn_device_open(&options->device, &e->device, err);
+    if (status != CM_OK) {
+        goto err_free;
+    }
+    status = net_open(&options->rows, &e->rows, err);
+    if (status != CM_OK) {
+        goto err_device;
+    }
+    status = net_listen(e->rows, options->address, bound_out, err);
+    if (status != CM_OK) {
+        goto err_net;
+    }
+    e->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (e->wake_fd < 0) {
+        status = cm_error_set(err, CM_E_IO, "", "eventfd: %s", strerror(errno));
+        goto err_net;
+    }
+    status = engine_alloc(e, err);
+    if (status != CM_OK) {
+        goto err_fd; /* device memory goes with the device */
+    }
+    status = wk_shard_create(options->checkpoint, e->device, &e->shard);
+    CM_ASSERT(status == CM_OK);
+    e->gather = wk_gather_create(&(wk_gather_limits){.n_layer = e->geometry->n_layer,
+                                                     .router_max = options->router_max,
+                                                     .frame_max = options->frame_max,
+                                                     .row_max = options->row_max,
+                                                     .window_max_us = options->window_max_us});
+    pthread_mutex_init(&e->lock, NULL);
+    cm_info("device %s path %s, listening for rows on %s", kn_device_name(e->device), kn_device_isa(e->device), bound_out);
+    *engine_out = e;
+    return CM_OK;
+
+err_fd:
+    close(e->wake_fd);
+err_net:
+    net_close(e->rows);
+err_device:
+    kn_device_close(e->device);
+err_free:
+    cm_free(e);
+    return status;
+}
+
+void wk_engine_destroy(wk_engine *e)
+{
+    for (uint32_t i = 0; i < ENGINE_EPOCHS; i++) {
+        pc_epoch_release(e->epochs[i].epoch);
+    }
+    pc_epoch_release(e->offered);
+    close(e->wake_fd);
+    wk_gather_destroy(e->gather);
+    cm_pool_fini(&e->frames);
+    cm_pool_fini(&e->groups);
+    for (uint32_t i = 0; i < e->options.frame_max; i++) {
+        kn_mem_free(e->device, e->results[i]);
+    }
+    kn_mem_free(e->device, e->q8.codes);
+    kn_mem_free(e->device, e->q8.scales);
+    cm_free(e->results);
+    cm_free(e->items);
+    cm_free(e->expert_groups);
+    cm_free(e->counts);
+    wk_shard_destroy(e->shard);
+    kn_stream_close(e->stream);
+    kn_device_close(e->device);
+    pthread_mutex_destroy(&e->lock);
+    cm_free(e);
+}
+
+wk_shard *wk_engine_shard(wk_engine *e)
+{
+    return e->shard;
+}
+
+/* ---- from other threads ---- */
+
+static void engine_wake(wk_engine *e)
+{
+    uint64_t one = 1;
+    ssize_t written = write(e->wake_fd, &one, sizeof(one));
+    (void)written; /* full means awake already */
+}
+
+void wk_engine_stop(wk_engine *e)
+{
+    atomic_store(&e->stopping, true);
+    engine_wake(e);
+}
+
+void wk_engine_commit(wk_engine *e, pc_epoch *epoch, uint32_t self)
+{
+    pthread_mutex_lock(&e->lock);
+    pc_epoch *before = e->offered;
+    e->offered = pc_epoch_hold(epoch);
+    e->offered_self = self;
+    pthread_mutex_unlock(&e->lock);
+    pc_epoch_release(before);
+    engine_wake(e);
+}
+
+void wk_engine_retire(wk_engine *e, uint64_t oldest)
+{
+    pthread_mutex_lock(&e->lock);
+    e->retire_before = oldest;
+    pthread_mutex_unlock(&e->lock);
+    engine_wake(e);
+}
+
+/* ---- epochs, on the compute thread ---- */
+
+static void engine_drop_epoch(engine_epoch *slot)
+{
+    pc_epoch_release(slot->epoch);
+    *slot = (engine_epoch){0};
+}
+
+static void engine_add_epoch(wk_engine *e, pc_epoch *epoch, uint32_t self)
+{
+    engine_epoch *slot = &e->epochs[0];
+    for (uint32_t i = 0; i < ENGINE_EPOCHS; i++) {
+        engine_epoch *at = &e->epochs[i];
+        if (at->epoch == NULL || (slot->epoch != NULL && at->epoch->number < slot->epoch->number)) {
+            slot = at; /* a free one, else the oldest */
+        }
+        if (at->epoch == NULL) {
+            break;
+        }
+    }
+    engine_drop_epoch(slot);
+    slot->epoch = epoch;
+    slot->rank = epoch->placement != NULL ? pr_placement_rank_of(epoch->placement, self) : 0;
+    e->newest = epoch->number;
+    net_set_identity(e->rows, &(net_identity){epoch->cluster, BALEEN__CONTROL__V1__ROLE__ROLE_WORKER, self});
+}
+
+static void engine_follow_epochs(wk_engine *e)
+{
+    pthread_mutex_lock(&e->lock);
+    pc_epoch *epoch = e->offered;
+    uint32_t self = e->offered_self;
+    uint64_t before = e->retire_before;
+    e->offered = NULL;
+    pthread_mutex_unlock(&e->lock);
+    if (epoch != NULL) {
+        engine_add_epoch(e, epoch, self);
+    }
+    /* frames gathered under an epoch hold on to its value: retire when none waits */
+    for (uint32_t i = 0; i < ENGINE_EPOCHS && wk_gather_waiting(e->gather) == 0; i++) {
+        if (e->epochs[i].epoch != NULL && e->epochs[i].epoch->number < before) {
+            engine_drop_epoch(&e->epochs[i]);
+        }
+    }
+}
+
+static const engine_epoch *engine_find_epoch(const wk_engine *e, const pr_frame_head *head)
+{
+    for (uint32_t i = 0; i < ENGINE_EPOCHS; i++) {
+        const pc_epoch *epoch = e->epochs[i].epoch;
+        if (epoch != NULL && epoch->number == head->epoch && epoch->cluster == head->cluster) {
+            return &e->epochs[i];
+        }
+    }
+    return NULL;
+}
+
+/* ---- frames in ---- */
+
+static void engine_refuse(wk_engine *e, const net_event *event, cm_status status, uint32_t expert, const char *why)
+{
+    const pr_frame_head *head = event->header;
+    pr_refuse header = {.status = status, .expert = expert, .epoch = e->newest};
+    cm_stat_add(CM_STAT_frames_refused, 1);
+    cm_debug("refused a %s frame from %s: %s: %s", pr_message_name(event->type), net_peer_address(event->peer),
+             cm_status_text(status), why);
+    if (event->header_bytes >= sizeof(*head)) {
+        header.head = *head;
+        net_message message = {.type = PR_MSG_REFUSE,
+                               .header = &header,
+                               .header_bytes = sizeof(header),
+                               .deadline_ms = e->options.answer_ms};
+        cm_status sent = net_send(event->peer, &message);
+        if (sent != CM_OK) {
+            cm_debug("the refusal could not be sent: %s", cm_status_text(sent));
+        }
+    }
+    net_release(e->rows, event);
+}
+
+/* The first expert of the frame that is not ours in its epoch; n_expert when all are. */
+static uint32_t engine_stranger(const wk_engine *e, const pr_dispatch *frame, const pr_slot *slots, const engine_epoch *epoch)
+{
+    for (uint32_t i = 0; i < frame->n_slot; i++) {
+        if (epoch->epoch->placement == NULL ||
+            !pr_placement_owns(epoch->epoch->placement, frame->head.layer, slots[i].expert, epoch->rank) ||
+            wk_shard_expert(e->shard, frame->head.layer, slots[i].expert) == NULL) {
+            return slots[i].expert;
+        }
+    }
+    return e->geometry->n_expert;
+}
+
+static uint32_t engine_link(const net_peer *peer)
+{
+    return (uint32_t)(uintptr_t)net_peer_user(peer);
+}
+
+static void engine_on_dispatch(wk_engine *e, const net_event *event)
+{
+    const md_geometry *g = e->geometry;
+    const pr_dispatch *frame = event->header;
+    cm_error err = {0};
+    cm_status status = pr_dispatch_check(event->header, event->header_bytes, event->payload, event->payload_bytes, g->d,
+                                         g->n_layer, g->n_expert, &err);
+    if (status == CM_OK && frame->head.router != net_peer_identity(event->peer)->member) {
+        status = cm_error_set(&err, CM_E_PROTOCOL, "router", "it names router %u", frame->head.router);
+    }
+    if (status == CM_OK && frame->n_slot > e->options.row_max) {
+        status = cm_error_set(&err, CM_E_PROTOCOL, "n_slot", "%u slots, rows_max is %u", frame->n_slot, e->options.row_max);
+    }
+    if (status != CM_OK) {
+        engine_refuse(e, event, status, 0, err.text);
+        return;
+    }
+    const engine_epoch *epoch = engine_find_epoch(e, &frame->head);
+    if (epoch == NULL) {
+        engine_refuse(e, event, CM_E_STALE, 0, "not an epoch in use");
+        return;
+    }
+    uint32_t stranger = engine_stranger(e, frame, event->payload, epoch);
+    if (stranger < g->n_expert) {
+        engine_refuse(e, event, CM_E_NO_OWNER, stranger, "an expert that is not ours in its epoch");
+        return;
+    }
+    engine_frame *entry;
+    if (cm_pool_get(&e->frames, (void **)&entry) != CM_OK) {
+        engine_refuse(e, event, CM_E_CAPACITY, 0, "frames_max are waiting");
+        return;
+    }
+    entry->event = *event;
+    entry->link = engine_link(event->peer);
+    status = wk_gather_arrived(e->gather, cm_now_ns() / 1000, entry->link, frame->head.layer, frame->n_slot, entry);
+    if (status != CM_OK) {
+        cm_pool_put(&e->frames, entry);
+        engine_refuse(e, event, status, 0, "too many frames or routers");
+    }
+}
+
+static void engine_forget_link(wk_engine *e, uint32_t link)
+{
+    engine_frame *entry;
+    while ((entry = wk_gather_gone(e->gather, link)) != NULL) {
+        net_release(e->rows, &entry->event);
+        cm_pool_put(&e->frames, entry);
+    }
+}
+
+static void engine_on_sent(wk_engine *e, engine_frame *entry)
+{
+    if (entry == NULL) {
+        return; /* a refusal */
+    }
+    if (--entry->group->n_open == 0) {
+        cm_pool_put(&e->groups, entry->group);
+    }
+    cm_pool_put(&e->frames, entry);
+}
+
+static void engine_on_event(wk_engine *e, const net_event *event)
+{
+    switch (event->kind) {
+    case NET_EV_UP:
+        net_peer_set_user(event->peer, (void *)(uintptr_t)++e->n_links);
+        cm_info("router %u linked from %s", net_peer_identity(event->peer)->member, net_peer_address(event->peer));
+        break;
+    case NET_EV_DOWN:
+        cm_info("router link %s down: %s", net_peer_address(event->peer), cm_status_text(event->status));
+        engine_forget_link(e, engine_link(event->peer));
+        break;
+    case NET_EV_SENT:
+        engine_on_sent(e, event->cookie);
+        break;
+    case NET_EV_MESSAGE:
+        if (event->type == PR_MSG_DISPATCH) {
+            engine_on_dispatch(e, event);
+        } else if (event->type == PR_MSG_IDLE && event->header_bytes == sizeof(pr_idle)) {
+            wk_gather_idle(e->gather, engine_link(event->peer));
+            net_release(e->rows, event);
+        } else {
+            engine_refuse(e, event, CM_E_PROTOCOL, 0, "not a message for a worker");
+        }
+        break;
+    }
+}
+
+/* ---- compute ---- */
+
+/* Sorts the group's slots by expert (counting sort: order inside an expert is frame order) and copies rows together. */
+static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame, uint32_t layer)
+{
+    const md_geometry *g = e->geometry;
+    uint32_t n_block = kn_blocks(g->d, KN_ACT_BLOCK), n_group = 0, row0 = 0, slot0 = 0;
+    memset(e->counts, 0, sizeof(uint32_t) * (g->n_expert + 1));
+    for (uint32_t f = 0; f < n_frame; f++) {
+        const engine_frame *entry = frames[f];
+        const pr_dispatch *frame = entry->event.header;
+        const pr_slot *slots = entry->event.payload;
+        for (uint32_t i = 0; i < frame->n_slot; i++) {
+            e->counts[slots[i].expert + 1]++;
+        }
+    }
+    for (uint32_t x = 0; x < g->n_expert; x++) {
+        if (e->counts[x + 1] > 0) {
+            e->expert_groups[n_group++] = (kn_expert_group){wk_shard_expert(e->shard, layer, x), e->counts[x], e->counts[x + 1]};
+        }
+        e->counts[x + 1] += e->counts[x];
+    }
+    for (uint32_t f = 0; f < n_frame; f++) {
+        engine_frame *entry = frames[f];
+        const pr_dispatch *frame = entry->event.header;
+        const uint8_t *payload = entry->event.payload;
+        const pr_slot *slots = entry->event.payload;
+        kn_copy_to_device(e->stream, kn_at(e->q8.codes, (uint64_t)row0 * g->d), payload + pr_dispatch_codes_at(frame->n_slot),
+                          (uint64_t)frame->n_row * g->d);
+        kn_copy_to_device(e->stream, kn_at(e->q8.scales, (uint64_t)row0 * n_block),
+                          payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, g->d), (uint64_t)frame->n_row * n_block);
+        for (uint32_t i = 0; i < frame->n_slot; i++) {
+            e->items[e->counts[slots[i].expert]++] = (kn_expert_item){row0 + slots[i].row, slot0 + i, slots[i].weight};
+        }
+        entry->slot0 = slot0;
+        row0 += frame->n_row;
+        slot0 += frame->n_slot;
+    }
+    return n_group;
+}
+
+static void engine_answer(wk_engine *e, engine_frame *entry, engine_group *group)
+{
+    const pr_dispatch *frame = entry->event.header;
+    uint32_t d = e->geometry->d;
+    pr_combine header = {.head = frame->head, .d = d, .n_slot = frame->n_slot};
+    header.head.dtype = PR_DTYPE_BF16;
+    net_message message = {
+        .type = PR_MSG_COMBINE,
+        .header = &header,
+        .header_bytes = sizeof(header),
+        .iov = {{(const uint8_t *)kn_mem_host(e->device, group->results) + 2ull * entry->slot0 * d, 2ull * frame->n_slot * d}},
+        .n_iov = 1,
+        .deadline_ms = e->options.answer_ms,
+        .cookie = entry,
+    };
+    entry->group = group;
+    group->n_open++;
+    cm_status status = net_send(entry->event.peer, &message);
+    net_release(e->rows, &entry->event);
+    if (status != CM_OK) {
+        cm_debug("answer for layer %u not sent: %s", header.head.layer, cm_status_text(status));
+        engine_on_sent(e, entry); /* the router will ask again */
+    }
+}
+
+static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, engine_group *group)
+{
+    const engine_frame *first = frames[0];
+    uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer, n_slot = 0;
+    uint32_t n_group = engine_pack(e, frames, n_frame, layer);
+    kn_moe(e->device)->experts(e->stream, e->expert_groups, n_group, e->items, e->q8, e->geometry->swiglu_limit, group->results);
+    cm_status status = kn_stream_sync(e->stream);
+    CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device), layer);
+    group->n_open = 1; /* ours, until all answers are on their way */
+    for (uint32_t f = 0; f < n_frame; f++) {
+        n_slot += ((const pr_dispatch *)((engine_frame *)frames[f])->event.header)->n_slot;
+        engine_answer(e, frames[f], group);
+    }
+    if (--group->n_open == 0) {
+        cm_pool_put(&e->groups, group);
+    }
+    cm_stat_add(CM_STAT_worker_rows, n_slot);
+    cm_stat_add(CM_STAT_worker_batches, 1);
+}
+
+/* Computes what is due; says how long nothing will be. */
+static uint64_t engine_work(wk_engine *e)
+{
+    void *frames[ENGINE_GROUP];
+    engine_group *group;
+    uint64_t wait_us = UINT64_MAX;
+    if (wk_gather_waiting(e->gather) == 0) {
+        return wait_us;
+    }
+    if (cm_pool_get(&e->groups, (void **)&group) != CM_OK) {
+        return wait_us; /* all results are on their way out: an event will come */
+    }
+    group->results = e->results[cm_pool_index(&e->groups, group)];
+    uint32_t n = 0;
+    if (!cm_failpoint_fires(CM_FAILPOINT_worker_combine_late)) {
+        n = wk_gather_next(e->gather, cm_now_ns() / 1000, frames, ENGINE_GROUP, &wait_us);
+    } else {
+        wait_us = 1000;
+    }
+    if (n == 0) {
+        cm_pool_put(&e->groups, group);
+        return wait_us;
+    }
+    cm_mem_guard_begin("expert compute");
+    engine_compute(e, frames, n, group);
+    cm_mem_guard_end();
+    return 0;
+}
+
+static void engine_sleep(wk_engine *e, uint64_t wait_us)
+{
+    if (!net_arm(e->rows)) {
+        return;
+    }
+    uint64_t timer_us = (uint64_t)net_next_timer_ms(e->rows) * 1000;
+    wait_us = timer_us < wait_us ? timer_us : wait_us;
+    struct timespec at_most = {.tv_sec = (time_t)(wait_us / 1000000), .tv_nsec = (long)(wait_us % 1000000) * 1000};
+    struct pollfd fds[2] = {{.fd = net_fd(e->rows), .events = POLLIN}, {.fd = e->wake_fd, .events = POLLIN}};
+    ppoll(fds, 2, &at_most, NULL);
+    if (fds[1].revents != 0) {
+        uint64_t count;
+        ssize_t got = read(e->wake_fd, &count, sizeof(count));
+        (void)got;
+    }
+}
+
+static uint32_t engine_poll(wk_engine *e)
+{
+    net_event events[ENGINE_EVENTS];
+    uint32_t n = net_poll(e->rows, events, ENGINE_EVENTS);
+    for (uint32_t i = 0; i < n; i++) {
+        engine_on_event(e, &events[i]);
+    }
+    return n;
+}
+
+/* Waiting frames are dropped (their routers see the link end and ask another owner); answers on their way may leave. */
+static void engine_wind_up(wk_engine *e)
+{
+    uint64_t give_up_ms = cm_now_ms() + ENGINE_LINGER_MS;
+    for (uint32_t i = 0; i < e->frames.n_max; i++) {
+        engine_frame *entry = cm_pool_at(&e->frames, i);
+        if (entry != NULL && entry->group == NULL) {
+            engine_forget_link(e, entry->link);
+        }
+    }
+    while (e->frames.n_used > 0 && cm_now_ms() < give_up_ms) {
+        if (engine_poll(e) == 0) {
+            engine_sleep(e, 1000 * ENGINE_LINGER_MS);
+        }
+    }
+    net_close(e->rows);
+}
+
+void wk_engine_run(wk_engine *e)
+{
+    while (!atomic_load(&e->stopping)) {
+        engine_follow_epochs(e);
+        uint32_t n = engine_poll(e);
+        uint64_t wait_us = engine_work(e);
+        cm_stat_set(CM_STAT_ledger_frames, (int64_t)net_in_flight(e->rows));
+        if (n == 0 && wait_us > 0) {
+            engine_sleep(e, wait_us);
+        }
+    }
+    engine_wind_up(e);
+}

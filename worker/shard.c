@@ -1,0 +1,139 @@
+#include "worker/shard.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+#include "common/base/clock.h"
+#include "common/base/failpoint.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "common/base/stats.h"
+
+enum { SHARD_PROGRESS_MS = 2000 };
+
+typedef struct shard_entry {
+    kn_expert weights;
+    _Atomic bool held;
+} shard_entry;
+
+struct wk_shard {
+    const md_checkpoint *checkpoint;
+    const md_geometry *geometry;
+    kn_device *device;
+    shard_entry *entries; /* [n_layer * n_expert] */
+    _Atomic uint32_t n_held;
+};
+
+cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk_shard **shard_out)
+{
+    const md_geometry *g = md_checkpoint_geometry(checkpoint);
+    wk_shard *shard = cm_alloc(sizeof(*shard));
+    shard->checkpoint = checkpoint;
+    shard->geometry = g;
+    shard->device = device;
+    shard->entries = cm_alloc(sizeof(shard_entry) * (size_t)g->n_layer * g->n_expert);
+    *shard_out = shard;
+    return CM_OK;
+}
+
+void wk_shard_destroy(wk_shard *shard)
+{
+    cm_free(shard->entries);
+    cm_free(shard);
+}
+
+static cm_status shard_load_matrix(wk_shard *shard, uint32_t layer, uint32_t expert, const char *name, kn_matrix *matrix_out,
+                                   cm_error *err)
+{
+    const md_tensor *weight = md_checkpoint_tensor(shard->checkpoint, "layers.%u.ffn.experts.%u.%s.weight", layer, expert, name);
+    const md_tensor *scale = md_checkpoint_tensor(shard->checkpoint, "layers.%u.ffn.experts.%u.%s.scale", layer, expert, name);
+    bool fp4 = weight->dtype == MD_I8;
+    kn_matrix matrix = {
+        .n_out = (uint32_t)weight->dim[0],
+        .n_in = (uint32_t)weight->dim[1] * (fp4 ? 2 : 1),
+        .dtype = fp4 ? KN_E2M1 : KN_E4M3,
+        .scale_dtype = scale->dtype == MD_F32 ? KN_F32 : KN_E8M0,
+    };
+    CM_TRY(md_tensor_check_values(weight, shard->geometry, err));
+    CM_TRY(md_tensor_check_values(scale, shard->geometry, err));
+    if (kn_mem_place(shard->device, weight->data, weight->n_bytes, &matrix.data) != CM_OK ||
+        kn_mem_place(shard->device, scale->data, scale->n_bytes, &matrix.scale) != CM_OK) {
+        return cm_error_set(err, CM_E_MEMORY, weight->name, "no device memory for %s", weight->name);
+    }
+    *matrix_out = matrix;
+    return CM_OK;
+}
+
+static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t expert, cm_error *err)
+{
+    shard_entry *entry = &shard->entries[(size_t)layer * shard->geometry->n_expert + expert];
+    if (cm_failpoint_fires(CM_FAILPOINT_worker_load_fails)) {
+        return cm_error_set(err, CM_E_IO, "", "layer %u expert %u: load failed by a failpoint", layer, expert);
+    }
+    CM_TRY(shard_load_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
+    CM_TRY(shard_load_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
+    CM_TRY(shard_load_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
+    atomic_store(&entry->held, true);
+    atomic_fetch_add(&shard->n_held, 1);
+    return CM_OK;
+}
+
+cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t rank, cm_error *err)
+{
+    const md_geometry *g = shard->geometry;
+    uint32_t n_all = pr_placement_count(placement, rank), n_seen = 0, n_new = 0;
+    uint64_t told_ms = cm_now_ms(), start_ms = told_ms;
+    for (uint32_t layer = 0; layer < g->n_layer; layer++) {
+        for (uint32_t e = 0; e < g->n_expert; e++) {
+            if (!pr_placement_owns(placement, layer, e, rank)) {
+                continue;
+            }
+            n_seen++;
+            if (wk_shard_expert(shard, layer, e) == NULL) {
+                CM_TRY(shard_load_expert(shard, layer, e, err));
+                n_new++;
+            }
+            if (cm_now_ms() - told_ms >= SHARD_PROGRESS_MS) {
+                told_ms = cm_now_ms();
+                cm_info("loading experts: %u of %u", n_seen, n_all);
+            }
+        }
+    }
+    cm_stat_set(CM_STAT_worker_experts, wk_shard_count(shard));
+    if (n_new > 0) {
+        cm_info("loaded %u experts, %llu MB, in %llu ms; %u held", n_new,
+                (unsigned long long)(n_new * md_expert_bytes(g) >> 20), (unsigned long long)(cm_now_ms() - start_ms),
+                wk_shard_count(shard));
+    }
+    return CM_OK;
+}
+
+void wk_shard_keep(wk_shard *shard, const pr_placement *const *placements, const uint32_t *ranks, uint32_t n)
+{
+    const md_geometry *g = shard->geometry;
+    for (uint32_t layer = 0; layer < g->n_layer; layer++) {
+        for (uint32_t e = 0; e < g->n_expert; e++) {
+            shard_entry *entry = &shard->entries[(size_t)layer * g->n_expert + e];
+            bool wanted = false;
+            for (uint32_t i = 0; i < n && !wanted; i++) {
+                wanted = pr_placement_owns(placements[i], layer, e, ranks[i]);
+            }
+            if (!wanted && atomic_load(&entry->held)) {
+                atomic_store(&entry->held, false);
+                atomic_fetch_sub(&shard->n_held, 1);
+            }
+        }
+    }
+    cm_stat_set(CM_STAT_worker_experts, wk_shard_count(shard));
+}
+
+const kn_expert *wk_shard_expert(const wk_shard *shard, uint32_t layer, uint32_t expert)
+{
+    const shard_entry *entry = &shard->entries[(size_t)layer * shard->geometry->n_expert + expert];
+    return atomic_load(&entry->held) ? &entry->weights : NULL;
+}
+
+uint32_t wk_shard_count(const wk_shard *shard)
+{
+    return atomic_load(&shard->n_held);
+}

@@ -1,0 +1,321 @@
+#include "worker/worker.h"
+
+#include <pthread.h>
+#include <string.h>
+#include <sys/queue.h>
+#include <unistd.h>
+
+#include "common/base/assert.h"
+#include "common/base/jobs.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "common/proc/member.h"
+#include "worker/engine.h"
+
+enum {
+    WORKER_DRAIN_MS = 10000, /* for the coordinator to publish an epoch without us */
+    WORKER_EPOCHS = 4,       /* known and not retired */
+};
+
+/* A load on the job thread; its result comes back as a loop event. */
+typedef struct worker_load {
+    LIST_ENTRY(worker_load) link;
+    wk_worker *worker; /* NULL: it ended before the result came back */
+    pc_epoch *epoch;
+    uint32_t rank;
+    cm_status status;
+    cm_error err;
+} worker_load;
+
+struct wk_worker {
+    pc_loop *loop;
+    const wk_config *config;
+    void (*finished)(void *ctx, int code);
+    void *ctx;
+    md_checkpoint *checkpoint;
+    wk_engine *engine;
+    pthread_t thread;
+    cm_jobs *jobs;
+    pc_member *member;
+    pc_timer *drain_timer;
+    char address[NET_ADDRESS_BYTES];
+    char fingerprint[33];
+    uint32_t self;
+    pc_epoch *prepared; /* loaded or loading, not yet in force */
+    pc_epoch *known[WORKER_EPOCHS]; /* in force and not retired; newest last */
+    uint32_t n_known;
+    LIST_HEAD(, worker_load) loads; /* on the job thread or on their way back */
+    bool draining;
+};
+
+static void *worker_thread(void *arg)
+{
+    wk_engine_run(arg);
+    return NULL;
+}
+
+/* ---- epochs ---- */
+
+static void worker_keep_experts(wk_worker *w)
+{
+    const pr_placement *placements[WORKER_EPOCHS + 1];
+    uint32_t ranks[WORKER_EPOCHS + 1], n = 0;
+    for (uint32_t i = 0; i <= w->n_known; i++) {
+        const pc_epoch *epoch = i < w->n_known ? w->known[i] : w->prepared;
+        if (epoch != NULL && epoch->placement != NULL) {
+            placements[n] = epoch->placement;
+            ranks[n++] = pr_placement_rank_of(epoch->placement, w->self);
+        }
+    }
+    wk_shard_keep(wk_engine_shard(w->engine), placements, ranks, n);
+}
+
+static void worker_loaded(void *arg)
+{
+    worker_load *load = arg;
+    wk_worker *w = load->worker;
+    if (w != NULL) {
+        LIST_REMOVE(load, link);
+        if (w->prepared == load->epoch) {
+            pc_member_prepared(w->member, load->epoch->number, load->status, load->err.text);
+        }
+    }
+    if (load->status != CM_OK) {
+        cm_error_log("epoch %llu cannot be prepared: %s", (unsigned long long)load->epoch->number, load->err.text);
+    }
+    pc_epoch_release(load->epoch);
+    cm_free(load);
+}
+
+static void worker_load_job(void *arg)
+{
+    worker_load *load = arg;
+    wk_shard *shard = wk_engine_shard(load->worker->engine);
+    load->status = CM_OK;
+    if (load->epoch->placement != NULL && load->rank < load->epoch->placement->n_rank) {
+        load->status = wk_shard_load(shard, load->epoch->placement, load->rank, &load->err);
+    }
+    pc_loop_post_new(load->worker->loop, worker_loaded, load);
+}
+
+static void worker_on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
+{
+    wk_worker *w = ctx;
+    w->self = member_id;
+    cm_info("joined cluster %016llx as member %u", (unsigned long long)cluster, member_id);
+}
+
+static void worker_on_prepare(void *ctx, pc_epoch *epoch)
+{
+    wk_worker *w = ctx;
+    worker_load *load = cm_alloc(sizeof(*load));
+    pc_epoch_release(w->prepared);
+    w->prepared = pc_epoch_hold(epoch);
+    load->worker = w;
+    load->epoch = pc_epoch_hold(epoch);
+    load->rank = epoch->placement != NULL ? pr_placement_rank_of(epoch->placement, w->self) : 0;
+    if (cm_jobs_submit(w->jobs, worker_load_job, load) != CM_OK) {
+        pc_member_prepared(w->member, epoch->number, CM_E_CAPACITY, "earlier loads are still running");
+        pc_epoch_release(load->epoch);
+        cm_free(load);
+        return;
+    }
+    LIST_INSERT_HEAD(&w->loads, load, link);
+}
+
+static void worker_on_abort(void *ctx, uint64_t epoch)
+{
+    wk_worker *w = ctx;
+    if (w->prepared != NULL && w->prepared->number == epoch) {
+        pc_epoch_release(w->prepared);
+        w->prepared = NULL;
+        worker_keep_experts(w);
+    }
+}
+
+static void worker_on_commit(void *ctx, pc_epoch *epoch)
+{
+    wk_worker *w = ctx;
+    if (w->n_known == WORKER_EPOCHS) {
+        pc_epoch_release(w->known[0]);
+        memmove(w->known, w->known + 1, sizeof(w->known[0]) * (WORKER_EPOCHS - 1));
+        w->n_known--;
+    }
+    w->known[w->n_known++] = pc_epoch_hold(epoch);
+    if (w->prepared != NULL && w->prepared->number <= epoch->number) {
+        pc_epoch_release(w->prepared);
+        w->prepared = NULL;
+    }
+    wk_engine_commit(w->engine, epoch, w->self);
+    pc_member_committed(w->member, epoch->number);
+    bool ours = epoch->placement != NULL && pr_placement_rank_of(epoch->placement, w->self) < epoch->placement->n_rank;
+    if (w->draining && !ours) {
+        w->finished(w->ctx, 0);
+    }
+}
+
+static void worker_on_retire(void *ctx, uint64_t oldest)
+{
+    wk_worker *w = ctx;
+    while (w->n_known > 1 && w->known[0]->number < oldest) {
+        pc_epoch_release(w->known[0]);
+        w->n_known--;
+        memmove(w->known, w->known + 1, sizeof(w->known[0]) * w->n_known);
+    }
+    wk_engine_retire(w->engine, oldest);
+    worker_keep_experts(w);
+}
+
+static void worker_on_drain(void *ctx)
+{
+    wk_worker_drain(ctx);
+}
+
+static void worker_on_refused(void *ctx, cm_status status, const char *text)
+{
+    wk_worker *w = ctx;
+    cm_error_log("the coordinator refused us: %s: %s", cm_status_text(status), text);
+    w->finished(w->ctx, 1);
+}
+
+static const pc_member_events g_member_events = {
+    .welcome = worker_on_welcome,
+    .prepare = worker_on_prepare,
+    .abort = worker_on_abort,
+    .commit = worker_on_commit,
+    .retire = worker_on_retire,
+    .drain = worker_on_drain,
+    .refused = worker_on_refused,
+};
+
+/* ---- life ---- */
+
+static uint64_t worker_expert_bytes_max(const wk_config *config)
+{
+    if (config->expert_bytes_max != 0) {
+        return config->expert_bytes_max;
+    }
+    return (uint64_t)sysconf(_SC_PHYS_PAGES) / 4 * 3 * (uint64_t)sysconf(_SC_PAGESIZE);
+}
+
+static cm_status worker_create_engine(wk_worker *w, cm_error *err)
+{
+    const wk_config *config = w->config;
+    wk_engine_options options = {
+        .checkpoint = w->checkpoint,
+        .device = {.backend = config->device, .isa = config->cpu_isa, .n_threads = (uint32_t)config->threads},
+        .address = config->address,
+        .row_max = (uint32_t)config->rows_max,
+        .frame_max = (uint32_t)config->frames_max,
+        .router_max = (uint32_t)config->routers_max,
+        .window_max_us = (uint32_t)config->window_us,
+        .answer_ms = (uint32_t)config->answer_ms,
+    };
+    net_options_defaults(&options.rows);
+    options.rows.backend = config->net;
+    options.rows.message_bytes_max = config->frame_bytes;
+    options.rows.peers_max = (uint32_t)config->routers_max;
+    options.rows.receives_max = (uint32_t)config->frames_max;
+    options.rows.silence_ms = (uint32_t)config->silence_ms;
+    return wk_engine_create(&options, &w->engine, w->address, err);
+}
+
+static void worker_join(wk_worker *w)
+{
+    const md_geometry *g = md_checkpoint_geometry(w->checkpoint);
+    pc_member_options options = {
+        .coordinator = w->config->coordinator,
+        .role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER,
+        .data_address = w->address,
+        .fingerprint = w->fingerprint,
+        .expert_bytes_max = worker_expert_bytes_max(w->config),
+        .n_layer = g->n_layer,
+        .n_expert = g->n_expert,
+        .expert_bytes = md_expert_bytes(g),
+    };
+    w->member = pc_member_create(w->loop, &options, &g_member_events, w);
+}
+
+cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finished)(void *ctx, int code), void *ctx,
+                           wk_worker **worker_out, cm_error *err)
+{
+    if (config->model[0] == '\0' || config->coordinator[0] == '\0') {
+        return cm_error_set(err, CM_E_CONFIG, "model", "a worker needs --model DIR and --coordinator HOST:PORT");
+    }
+    wk_worker *w = cm_alloc(sizeof(*w));
+    LIST_INIT(&w->loads);
+    w->loop = loop;
+    w->config = config;
+    w->finished = finished;
+    w->ctx = ctx;
+    cm_status status = md_checkpoint_open(config->model, &w->checkpoint, NULL, NULL, err);
+    if (status != CM_OK) {
+        goto err_free;
+    }
+    status = md_checkpoint_fingerprint(w->checkpoint, w->fingerprint, err);
+    if (status == CM_OK) {
+        status = worker_create_engine(w, err);
+    }
+    if (status != CM_OK) {
+        goto err_checkpoint;
+    }
+    w->jobs = cm_jobs_create("expert loads", 1, 4);
+    int rc = pthread_create(&w->thread, NULL, worker_thread, w->engine);
+    CM_ASSERT_MSG(rc == 0, "compute thread: error %d", rc);
+    worker_join(w);
+    *worker_out = w;
+    return CM_OK;
+
+err_checkpoint:
+    md_checkpoint_close(w->checkpoint);
+err_free:
+    cm_free(w);
+    return status;
+}
+
+const char *wk_worker_address(const wk_worker *w)
+{
+    return w->address;
+}
+
+static void worker_drain_expired(void *arg)
+{
+    wk_worker *w = arg;
+    cm_warn("leaving without an epoch that knows it");
+    w->finished(w->ctx, 0);
+}
+
+void wk_worker_drain(wk_worker *w)
+{
+    if (w->draining) {
+        return;
+    }
+    w->draining = true;
+    if (!pc_member_connected(w->member) || w->n_known == 0) {
+        w->finished(w->ctx, 0);
+        return;
+    }
+    pc_member_leave(w->member);
+    w->drain_timer = pc_timer_create(w->loop, worker_drain_expired, w);
+    pc_timer_set(w->drain_timer, WORKER_DRAIN_MS);
+}
+
+void wk_worker_destroy(wk_worker *w)
+{
+    pc_timer_destroy(w->drain_timer);
+    pc_member_destroy(w->member);
+    wk_engine_stop(w->engine);
+    pthread_join(w->thread, NULL);
+    cm_jobs_destroy(w->jobs);
+    worker_load *load;
+    LIST_FOREACH (load, &w->loads, link) {
+        load->worker = NULL;
+    }
+    wk_engine_destroy(w->engine);
+    pc_epoch_release(w->prepared);
+    for (uint32_t i = 0; i < w->n_known; i++) {
+        pc_epoch_release(w->known[i]);
+    }
+    md_checkpoint_close(w->checkpoint);
+    cm_free(w);
+}
