@@ -137,7 +137,7 @@ static void net_on_sent(void *ctx, void *peer_arg, void *send_cookie, cm_status 
 
 static void net_on_down(void *ctx, void *peer_arg, cm_status status)
 {
-    net *n = ctx;
+    (void)ctx;
     net_peer *peer = peer_arg;
     peer->link = NULL;
     bool orderly = status == CM_OK;

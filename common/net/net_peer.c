@@ -52,6 +52,9 @@ void net_peer_destroy(net_peer *peer)
     TAILQ_REMOVE(&n->live, peer, entry);
     TAILQ_INSERT_TAIL(&n->dead, peer, entry);
     n->n_live--;
+    if (n->n_live == 0) {
+        n->timer_ms = UINT64_MAX;
+    }
 }
 
 static void peer_down_if_done(net_peer *peer)

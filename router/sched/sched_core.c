@@ -45,13 +45,17 @@ struct rt_sched {
     uint64_t step_number;
     bool in_flight;
     uint32_t n_seg, n_row;
-    uint32_t n_decode_left; /* while a step is made: decode rows of sequences not reached yet */
     rt_step_seg *segs;      /* [slot_max] */
     rt_seq **seg_seqs;      /* [slot_max] whose seg it is */
 
     rt_word *words; /* [word_max] not told yet */
     uint32_t n_word, word_max;
 };
+
+static uint32_t min_u32(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
 
 rt_sched *rt_sched_create(const rt_sched_limits *limits)
 {
@@ -65,7 +69,8 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     cm_pool_init(&sched->seqs, "sequences", sizeof(rt_seq), n_seq_max);
     cm_map_init(&sched->keys, n_seq_max);
     rt_pages_init(&sched->pages, "kv pages", limits->page_max);
-    rt_pages_init(&sched->slots, "state slots", limits->slot_max);
+    /* never more running than rows, so that decode rows cannot keep the oldest from its prompt */
+    rt_pages_init(&sched->slots, "state slots", min_u32(limits->slot_max, limits->row_max));
     TAILQ_INIT(&sched->running);
     TAILQ_INIT(&sched->waiting);
     sched->deadline_next = UINT64_MAX;
@@ -467,9 +472,8 @@ static void seq_preempt(rt_sched *sched, rt_seq *seq)
 {
     CM_ASSERT_MSG(seq->n_step == 0, "sequence of age %llu is in the step already",
                   (unsigned long long)seq->age);
-    sched->n_decode_left -= seq_decodes(seq);
     seq_stop_running(sched, seq);
-    CM_DASSERT(TAILQ_EMPTY(&sched->waiting) || TAILQ_FIRST(&sched->waiting)->age > seq->age);
+    CM_ASSERT(TAILQ_EMPTY(&sched->waiting) || TAILQ_FIRST(&sched->waiting)->age > seq->age);
     TAILQ_INSERT_HEAD(&sched->waiting, seq, link);
     sched->n_waiting++;
     sched->n_preempted++;
@@ -493,11 +497,6 @@ static void seq_take_pages(rt_sched *sched, rt_seq *seq, uint32_t n_token)
     }
 }
 
-static uint32_t min_u32(uint32_t a, uint32_t b)
-{
-    return a < b ? a : b;
-}
-
 /* Gives seq up to n_row_max rows of the step. */
 static void seq_take_rows(rt_sched *sched, rt_seq *seq, uint32_t n_row_max)
 {
@@ -513,18 +512,17 @@ static void seq_take_rows(rt_sched *sched, rt_seq *seq, uint32_t n_row_max)
 
 static void sched_serve_running(rt_sched *sched)
 {
+    uint32_t n_decode_left = 0; /* of sequences not reached yet; their rows are kept free */
     rt_seq *seq;
-    sched->n_decode_left = 0;
     TAILQ_FOREACH (seq, &sched->running, link) {
-        sched->n_decode_left += seq_decodes(seq);
+        n_decode_left += seq_decodes(seq);
     }
     TAILQ_FOREACH (seq, &sched->running, link) {
         uint32_t room = sched->limits.row_max - sched->n_row;
         if (seq_decodes(seq)) {
-            sched->n_decode_left--;
+            n_decode_left--;
         } else {
-            room -= min_u32(room, sched->n_decode_left);
-            room = room == 0 && seq == TAILQ_FIRST(&sched->running) ? 1 : room;
+            room -= min_u32(room, n_decode_left);
         }
         seq_take_rows(sched, seq, room);
     }

@@ -286,8 +286,7 @@ static void test_spelled_markers(void **state)
 static void test_odd_ids(void **state)
 {
     (void)state;
-    uint32_t bytes[2] = {UINT32_MAX,
-                         UINT32_MAX}; /* the first two bytes of the sign of the yen's neighbour U+20AC */
+    uint32_t bytes[2] = {UINT32_MAX, UINT32_MAX}; /* the first two of U+20AC's three */
     for (uint32_t id = 0; id < 1000; id++) {
         size_t n;
         const uint8_t *text = md_tokenizer_bytes(g_tokenizer, id, &n);

@@ -166,6 +166,17 @@ static void test_long(void **state)
     cm_free(text);
 }
 
+/* U+180E is no White_Space: the blank before it stands alone, as before any other character. */
+static void test_white_space(void **state)
+{
+    (void)state;
+    md_ids ids;
+    md_ids_init(&ids);
+    md_tokenizer_encode(g_tokenizer, "  \xE1\xA0\x8E", 5, MD_TEXT_PLAIN, &ids);
+    assert_true(ids.n > 2 && ids.id[0] == 223 && ids.id[1] == 223);
+    md_ids_fini(&ids);
+}
+
 static void test_accessors(void **state)
 {
     (void)state;
@@ -216,9 +227,9 @@ static void test_threads(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_encode),  cmocka_unit_test(test_control), cmocka_unit_test(test_bytes),
-        cmocka_unit_test(test_decode),  cmocka_unit_test(test_long),    cmocka_unit_test(test_accessors),
-        cmocka_unit_test(test_threads),
+        cmocka_unit_test(test_encode),  cmocka_unit_test(test_control),     cmocka_unit_test(test_bytes),
+        cmocka_unit_test(test_decode),  cmocka_unit_test(test_long),        cmocka_unit_test(test_accessors),
+        cmocka_unit_test(test_threads), cmocka_unit_test(test_white_space),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -1,0 +1,1216 @@
+/* The transport layer over both back-ends: one list of cases, run for each. Waiting is always for a state, asleep on the
+ * objects' descriptors; WAIT_MS only ends a test that would hang. */
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <setjmp.h>
+
+#include <cmocka.h>
+
+#include "common/base/clock.h"
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "common/base/rng.h"
+#include "common/base/stats.h"
+#include "common/net/net.h"
+#include "common/net/net_private.h"
+
+enum { WAIT_MS = 30000, SOURCE_BYTES = 2 << 20, SIDES_MAX = 3, HELD_MAX = 64, DEADLINE_MS = 20000 };
+
+typedef struct backend_case {
+    const char *name;
+    const char *listen;
+    const char *nobody; /* an address where nobody listens; NULL: made by closing a listener */
+    const char *unreadable[4];
+} backend_case;
+
+static const backend_case g_ucx = {
+    "ucx", "127.0.0.1:0", NULL, {"127.0.0.1", "127.0.0.1:70000", "no such host:1", "::1:5"}};
+static const backend_case g_local = {"local", "t_net %u", "t_net nobody", {"", NULL, NULL, NULL}};
+
+static uint8_t *g_source; /* payloads are pieces of it, so that a receiver can check any of them */
+
+/* ---- log lines ---- */
+
+static char g_log[1 << 16];
+static size_t g_log_bytes;
+static pthread_mutex_t g_log_lock = PTHREAD_MUTEX_INITIALIZER; /* protects both: ucx logs from a thread of its own */
+
+static void log_keep(void *ctx, cm_log_level level, const char *text)
+{
+    (void)ctx;
+    (void)level;
+    pthread_mutex_lock(&g_log_lock);
+    size_t n = strlen(text);
+    if (g_log_bytes + n + 2 < sizeof(g_log)) {
+        memcpy(g_log + g_log_bytes, text, n);
+        g_log_bytes += n;
+        g_log[g_log_bytes++] = '\n';
+        g_log[g_log_bytes] = 0;
+    }
+    pthread_mutex_unlock(&g_log_lock);
+}
+
+static bool log_has(const char *text)
+{
+    pthread_mutex_lock(&g_log_lock);
+    bool has = strstr(g_log, text) != NULL;
+    pthread_mutex_unlock(&g_log_lock);
+    return has;
+}
+
+/* ---- sides: an object and what it saw ---- */
+
+typedef struct side {
+    net *n;
+    net_peer *peer; /* the newest that came up, NULL once down */
+    bool frozen;    /* not polled */
+    bool hold;      /* messages are kept in held */
+    net_event held[HELD_MAX];
+    uint32_t n_held;
+    uint32_t n_up, n_down, n_sent, n_failed, n_messages, n_after_down;
+    cm_status down_status, failed_status;
+    uint32_t n_checked; /* messages whose content was compared */
+} side;
+
+typedef struct net_test {
+    const backend_case *backend;
+    side sides[SIDES_MAX];
+    uint32_t n_sides;
+    char address[NET_ADDRESS_BYTES];
+} net_test;
+
+/* What a test message says about itself, cut off at header_bytes. */
+typedef struct test_header {
+    uint64_t offset, n_bytes; /* payload = g_source[offset, offset + n_bytes) */
+    uint32_t index;
+    uint32_t zero;
+} test_header;
+
+static void check_message(side *s, const net_event *event)
+{
+    assert_int_equal((uintptr_t)event->header % 8, 0);
+    assert_int_equal((uintptr_t)event->payload % 64, 0);
+    assert_non_null(event->payload);
+    if (event->type == 1) { /* self-describing */
+        test_header header;
+        assert_int_equal(event->header_bytes, sizeof(header));
+        memcpy(&header, event->header, sizeof(header));
+        assert_int_equal(header.index, s->n_messages);
+        assert_int_equal(header.n_bytes, event->payload_bytes);
+        assert_memory_equal(event->payload, g_source + header.offset, header.n_bytes);
+        s->n_checked++;
+    }
+}
+
+static void side_event(side *s, const net_event *event)
+{
+    switch (event->kind) {
+    case NET_EV_UP:
+        s->n_up++;
+        s->peer = event->peer;
+        break;
+    case NET_EV_DOWN:
+        s->n_down++;
+        s->down_status = event->status;
+        s->peer = NULL;
+        break;
+    case NET_EV_SENT:
+        s->n_sent++;
+        s->n_after_down += s->n_down;
+        if (event->status != CM_OK) {
+            s->n_failed++;
+            s->failed_status = event->status;
+        }
+        break;
+    case NET_EV_MESSAGE:
+        check_message(s, event);
+        s->n_messages++;
+        if (s->hold) {
+            assert_true(s->n_held < HELD_MAX);
+            s->held[s->n_held++] = *event;
+        } else {
+            net_release(s->n, event);
+        }
+        break;
+    }
+}
+
+static uint32_t side_poll(side *s)
+{
+    net_event events[8];
+    uint32_t n = net_poll(s->n, events, 8);
+    for (uint32_t i = 0; i < n; i++) {
+        side_event(s, &events[i]);
+    }
+    return n;
+}
+
+static void side_release(side *s)
+{
+    for (uint32_t i = 0; i < s->n_held; i++) {
+        net_release(s->n, &s->held[i]);
+    }
+    s->n_held = 0;
+}
+
+/* Polls everyone once; when nobody had anything, sleeps until something comes or a timer is due. */
+static void turn(net_test *t)
+{
+    uint32_t n_events = 0, wait_ms = 500;
+    struct pollfd fds[SIDES_MAX];
+    nfds_t n_fds = 0;
+    bool armed = true;
+    for (uint32_t i = 0; i < t->n_sides; i++) {
+        if (t->sides[i].n != NULL && !t->sides[i].frozen) {
+            n_events += side_poll(&t->sides[i]);
+        }
+    }
+    if (n_events > 0) {
+        return;
+    }
+    for (uint32_t i = 0; i < t->n_sides; i++) {
+        side *s = &t->sides[i];
+        if (s->n != NULL && !s->frozen) {
+            armed = net_arm(s->n) && armed;
+            uint32_t timer_ms = net_next_timer_ms(s->n);
+            wait_ms = timer_ms < wait_ms ? timer_ms : wait_ms;
+            fds[n_fds++] = (struct pollfd){.fd = net_fd(s->n), .events = POLLIN};
+        }
+    }
+    if (armed) {
+        poll(fds, n_fds, (int)wait_ms);
+    }
+}
+
+#define WAIT(t_, cond_)                                                                                      \
+    do {                                                                                                     \
+        uint64_t until_ = cm_now_ms() + WAIT_MS;                                                             \
+        while (!(cond_)) {                                                                                   \
+            if (cm_now_ms() > until_) {                                                                      \
+                fail_msg("waited in vain for %s", #cond_);                                                   \
+            }                                                                                                \
+            turn(t_);                                                                                        \
+        }                                                                                                    \
+    } while (0)
+
+static net_options small_options(const backend_case *backend)
+{
+    net_options options;
+    net_options_defaults(&options);
+    options.backend = backend->name;
+    options.peers_max = 4;
+    options.sends_max = 8;
+    options.receives_max = 16;
+    options.message_bytes_max = 1 << 20;
+    options.heartbeat_ms = 200;
+    options.silence_ms = 10000;
+    return options;
+}
+
+static side *side_open_ops(net_test *t, const net_ops *ops, const net_options *options, uint64_t cluster, uint32_t role)
+{
+    cm_error err;
+    side *s = &t->sides[t->n_sides];
+    *s = (side){0};
+    cm_status status =
+        ops != NULL ? net_open_ops(ops, options, &s->n, &err) : net_open(options, &s->n, &err);
+    if (status != CM_OK) {
+        fail_msg("open: %s", err.text);
+    }
+    net_set_identity(s->n, &(net_identity){.cluster = cluster, .role = role, .member = role + 100});
+    t->n_sides++;
+    return s;
+}
+
+static side *side_open(net_test *t, const net_options *options, uint64_t cluster, uint32_t role)
+{
+    return side_open_ops(t, NULL, options, cluster, role);
+}
+
+static void side_listen(net_test *t, side *s)
+{
+    static uint32_t n_names; /* a name of its own for each: one failed test does not fail the next */
+    char address[NET_ADDRESS_BYTES];
+    cm_error err;
+    snprintf(address, sizeof(address), t->backend->listen, ++n_names);
+    if (net_listen(s->n, address, t->address, &err) != CM_OK) {
+        fail_msg("listen: %s", err.text);
+    }
+}
+
+static net_peer *side_connect(net_test *t, side *s)
+{
+    cm_error err;
+    net_peer *peer = NULL;
+    if (net_connect(s->n, t->address, &peer, &err) != CM_OK) {
+        fail_msg("connect: %s", err.text);
+    }
+    return peer;
+}
+
+static void side_close(side *s)
+{
+    if (s->n != NULL) {
+        side_release(s);
+        net_close(s->n);
+        s->n = NULL;
+    }
+}
+
+/* Side 0 listens, side 1 connects; returns with the link up on both. */
+static net_test pair_open(const backend_case *backend, const net_options *listener, const net_options *connector)
+{
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, listener, 7, 1);
+    side_listen(&t, a);
+    side *b = side_open(&t, connector, 7, 2);
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 1 && b->n_up == 1);
+    return t;
+}
+
+/* Nothing may be on its way once both sides have come to rest. */
+static void pair_close(net_test *t)
+{
+    for (uint32_t i = 0; i < t->n_sides; i++) {
+        if (t->sides[i].n != NULL) {
+            side_release(&t->sides[i]);
+            WAIT(t, net_in_flight(t->sides[i].n) == 0);
+        }
+        assert_int_equal(t->sides[i].n_after_down, 0);
+    }
+    for (uint32_t i = 0; i < t->n_sides; i++) {
+        side_close(&t->sides[i]);
+    }
+    assert_int_equal(cm_stat_get(CM_STAT_net_peers), 0);
+}
+
+static cm_status send_piece(side *s, uint32_t index, uint64_t offset, uint64_t n_bytes, uint32_t n_iov,
+                            uint32_t deadline_ms)
+{
+    test_header header = {.offset = offset, .n_bytes = n_bytes, .index = index};
+    net_message message = {.type = 1,
+                           .header = &header,
+                           .header_bytes = sizeof(header),
+                           .n_iov = n_iov,
+                           .deadline_ms = deadline_ms,
+                           .cookie = s};
+    uint64_t at = offset;
+    for (uint32_t i = 0; i < n_iov; i++) {
+        uint64_t piece = i + 1 < n_iov ? n_bytes / n_iov : offset + n_bytes - at;
+        message.iov[i] = (net_iov){g_source + at, piece};
+        at += piece;
+    }
+    return net_send(s->peer, &message);
+}
+
+/* ---- cases ---- */
+
+static void test_up(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    int64_t n_lost = cm_stat_get(CM_STAT_net_peers_lost);
+    net_test t = pair_open(backend, &options, &options);
+    side *a = &t.sides[0], *b = &t.sides[1];
+    assert_string_equal(net_backend(a->n), backend->name);
+    assert_int_equal(cm_stat_get(CM_STAT_net_peers), 2);
+    const net_identity *seen = net_peer_identity(a->peer);
+    assert_true(seen->cluster == 7 && seen->role == 2 && seen->member == 102);
+    seen = net_peer_identity(b->peer);
+    assert_true(seen->cluster == 7 && seen->role == 1 && seen->member == 101);
+    assert_string_equal(net_peer_address(b->peer), t.address);
+    assert_true(strlen(net_peer_address(a->peer)) > 0);
+    assert_null(net_peer_user(a->peer));
+    net_peer_set_user(a->peer, &t);
+    assert_ptr_equal(net_peer_user(a->peer), &t);
+    /* the other goes in order: seen at once, and not counted as a loss */
+    side_close(b);
+    WAIT(&t, a->n_down == 1);
+    assert_int_equal(a->down_status, CM_E_RESET);
+    assert_int_equal(cm_stat_get(CM_STAT_net_peers_lost), n_lost);
+    pair_close(&t);
+}
+
+static void test_sizes(void **state)
+{
+    const backend_case *backend = *state;
+    static const uint64_t sizes[] = {0, 1, 63, 8 << 10, 14 << 10, (64 << 10) - 300, (64 << 10) - 1, 64 << 10, 1 << 20};
+    static const uint32_t headers[] = {0, 1, 7, 24, 255, 256};
+    net_options options = small_options(backend);
+    net_test t = pair_open(backend, &options, &options);
+    for (uint32_t i_side = 0; i_side < 2; i_side++) {
+        side *from = &t.sides[i_side], *to = &t.sides[1 - i_side];
+        to->hold = true;
+        for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++) {
+            for (uint32_t n_iov = sizes[i] == 0 ? 0 : 1; n_iov <= NET_IOV_MAX; n_iov++) {
+                for (size_t h = 0; h < sizeof(headers) / sizeof(headers[0]); h++) {
+                    net_message message = {.type = (uint16_t)(0xFEFF - h),
+                                           .header = g_source + 17,
+                                           .header_bytes = headers[h],
+                                           .n_iov = n_iov,
+                                           .deadline_ms = DEADLINE_MS,
+                                           .cookie = &message};
+                    uint64_t offset = 3 + i * 5 + h, at = offset;
+                    for (uint32_t k = 0; k < n_iov; k++) {
+                        uint64_t piece = k + 1 < n_iov ? sizes[i] / n_iov : offset + sizes[i] - at;
+                        message.iov[k] = (net_iov){g_source + at, piece};
+                        at += piece;
+                    }
+                    uint32_t n_before = from->n_sent;
+                    assert_int_equal(net_send(from->peer, &message), CM_OK);
+                    assert_int_equal(net_in_flight(from->n), 1);
+                    WAIT(&t, to->n_held == 1 && from->n_sent == n_before + 1);
+                    const net_event *event = &to->held[0];
+                    assert_int_equal(event->type, message.type);
+                    assert_int_equal(event->header_bytes, headers[h]);
+                    assert_memory_equal(event->header, g_source + 17, headers[h]);
+                    assert_int_equal(event->payload_bytes, sizes[i]);
+                    assert_memory_equal(event->payload, g_source + offset, sizes[i]);
+                    assert_int_equal(net_in_flight(to->n), 1);
+                    side_release(to);
+                }
+            }
+        }
+        to->hold = false;
+        assert_int_equal(from->n_failed, 0);
+    }
+    pair_close(&t);
+}
+
+static void test_order(void **state)
+{
+    const backend_case *backend = *state;
+    enum { N = 1000 };
+    uint64_t seed = cm_random_u64();
+    print_message("seed %llu\n", (unsigned long long)seed);
+    net_options options = small_options(backend);
+    net_test t = pair_open(backend, &options, &options);
+    uint32_t n_next[2] = {0, 0};
+    int64_t sent_before = cm_stat_get(CM_STAT_net_sent_bytes), got_before = cm_stat_get(CM_STAT_net_received_bytes);
+    while (t.sides[0].n_messages < N || t.sides[1].n_messages < N) {
+        for (uint32_t i = 0; i < 2; i++) {
+            cm_status status = CM_OK;
+            while (n_next[i] < N && status == CM_OK) {
+                cm_rng_block r = cm_rng_at(seed, n_next[i], i);
+                /* mostly small, some that are announced first: they must not be overtaken */
+                uint64_t n_bytes = r.word[0] % 4 != 0 ? r.word[1] % 9000 : r.word[1] % 200000;
+                status = send_piece(&t.sides[i], n_next[i], r.word[2] % 1000000, n_bytes, 1 + r.word[3] % 4,
+                                    DEADLINE_MS);
+                n_next[i] += status == CM_OK;
+            }
+            assert_true(status == CM_OK || status == CM_AGAIN);
+        }
+        turn(&t);
+        assert_int_equal(t.sides[0].n_down + t.sides[1].n_down, 0);
+    }
+    WAIT(&t, t.sides[0].n_sent == N && t.sides[1].n_sent == N);
+    assert_int_equal(t.sides[0].n_checked, N);
+    assert_int_equal(t.sides[1].n_checked, N);
+    assert_int_equal(t.sides[0].n_failed + t.sides[1].n_failed, 0);
+    /* heartbeats are counted as received only: at least what was sent has come */
+    assert_true(cm_stat_get(CM_STAT_net_received_bytes) - got_before >=
+                cm_stat_get(CM_STAT_net_sent_bytes) - sent_before);
+    pair_close(&t);
+}
+
+static void test_sends_max(void **state)
+{
+    const backend_case *backend = *state;
+    net_options wide = small_options(backend), narrow = wide;
+    wide.sends_max = 32;
+    narrow.sends_max = 4; /* the smaller one rules on both sides */
+    net_test t = pair_open(backend, &narrow, &wide);
+    for (uint32_t i_side = 0; i_side < 2; i_side++) {
+        side *from = &t.sides[i_side], *to = &t.sides[1 - i_side];
+        for (uint32_t round = 0; round < 5; round++) {
+            for (uint32_t i = 0; i < 4; i++) {
+                assert_int_equal(send_piece(from, round * 4 + i, i, 100, 1, DEADLINE_MS), CM_OK);
+            }
+            assert_int_equal(send_piece(from, 0, 0, 100, 1, DEADLINE_MS), CM_AGAIN);
+            assert_int_equal(net_in_flight(from->n), 4);
+            WAIT(&t, to->n_messages == round * 4 + 4 && from->n_sent == round * 4 + 4);
+        }
+    }
+    pair_close(&t);
+}
+
+static void test_one_send(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.sends_max = 1;
+    options.receives_max = 1;
+    net_test t = pair_open(backend, &options, &options);
+    for (uint32_t i = 0; i < 50; i++) {
+        assert_int_equal(send_piece(&t.sides[1], i, i, i * 4000, 1, DEADLINE_MS), CM_OK);
+        WAIT(&t, t.sides[1].n_sent == i + 1);
+    }
+    WAIT(&t, t.sides[0].n_messages == 50);
+    pair_close(&t);
+}
+
+static void test_receives_max(void **state)
+{
+    const backend_case *backend = *state;
+    enum { N = 60, ROOM = 2, WINDOW = 8 };
+    net_options receiver = small_options(backend), sender = receiver;
+    receiver.receives_max = ROOM;
+    receiver.heartbeat_ms = sender.heartbeat_ms = 50;
+    receiver.silence_ms = sender.silence_ms = 1500;
+    sender.sends_max = receiver.sends_max = WINDOW;
+    net_test t = pair_open(backend, &receiver, &sender);
+    side *to = &t.sides[0], *from = &t.sides[1];
+    to->hold = true;
+    uint32_t n_next = 0;
+    /* longer than silence_ms: the link must live on its heartbeats, which pass what waits */
+    for (uint64_t until_ms = cm_now_ms() + 2 * receiver.silence_ms; cm_now_ms() < until_ms;) {
+        while (n_next < N && send_piece(from, n_next, n_next, n_next % 3 == 2 ? 150000 : 5000, 2, DEADLINE_MS) == CM_OK) {
+            n_next++;
+        }
+        turn(&t);
+        assert_int_equal(to->n_down + from->n_down, 0);
+        assert_true(to->n_messages <= ROOM);
+    }
+    assert_int_equal(to->n_messages, ROOM);
+    assert_true(n_next <= ROOM + WINDOW + WINDOW / 2);
+    assert_true(n_next >= WINDOW);
+    /* a slow one that releases two at a time: nothing is lost */
+    while (to->n_messages < N) {
+        while (n_next < N && send_piece(from, n_next, n_next, n_next % 3 == 2 ? 150000 : 5000, 2, DEADLINE_MS) == CM_OK) {
+            n_next++;
+        }
+        turn(&t);
+        assert_true(to->n_held <= ROOM);
+        if (to->n_held == ROOM) {
+            side_release(to);
+        }
+    }
+    assert_int_equal(to->n_checked, N);
+    pair_close(&t);
+}
+
+static void test_foreign_cluster(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 0x1111, 1);
+    side_listen(&t, a);
+    side *b = side_open(&t, &options, 0x2222, 2);
+    int64_t n_lost = cm_stat_get(CM_STAT_net_peers_lost);
+    side_connect(&t, b);
+    WAIT(&t, a->n_down == 1 && b->n_down == 1);
+    assert_int_equal(a->n_up + b->n_up, 0);
+    assert_int_equal(a->down_status, CM_E_REFUSED);
+    assert_int_equal(b->down_status, CM_E_REFUSED);
+    assert_true(log_has("cluster 0000000000002222 there, 0000000000001111 here"));
+    assert_true(log_has("cluster 0000000000001111 there, 0000000000002222 here"));
+    assert_int_equal(cm_stat_get(CM_STAT_net_peers_lost), n_lost); /* never was a link */
+    /* cluster 0 is no wildcard */
+    net_set_identity(b->n, &(net_identity){.cluster = 0});
+    side_connect(&t, b);
+    WAIT(&t, a->n_down == 2 && b->n_down == 2);
+    assert_int_equal(b->down_status, CM_E_REFUSED);
+    /* the same objects go on with those who fit */
+    net_set_identity(b->n, &(net_identity){.cluster = 0x1111});
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 1 && b->n_up == 1);
+    pair_close(&t);
+}
+
+/* A table over another that changes one thing. */
+static const net_ops *g_inner;
+static uint32_t g_hello_protocol, g_hello_bytes, g_n_progress;
+
+static cm_status send_other_hello(void *backend, net_backend_link *link, const net_message *message, void *send_cookie)
+{
+    net_message changed = *message;
+    net_hello hello = {0};
+    if (message->type == NET_TYPE_HELLO) {
+        memcpy(&hello, message->header, sizeof(hello));
+        hello.protocol = g_hello_protocol;
+        changed.header = &hello;
+        changed.header_bytes = g_hello_bytes;
+    }
+    return g_inner->send(backend, link, &changed, send_cookie);
+}
+
+static void test_other_protocol(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    g_inner = net_ops_find(backend->name);
+    net_ops ops = *g_inner;
+    ops.send = send_other_hello;
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    side *b = side_open_ops(&t, &ops, &options, 7, 2);
+    static const uint32_t protocols[] = {NET_PROTOCOL + 41, NET_PROTOCOL + 41, NET_PROTOCOL};
+    static const uint32_t bytes[] = {sizeof(net_hello), 8, 12}; /* a later version may say less; this one may not */
+    for (uint32_t i = 0; i < 3; i++) {
+        g_hello_protocol = protocols[i];
+        g_hello_bytes = bytes[i];
+        side_connect(&t, b);
+        WAIT(&t, a->n_down == i + 1 && b->n_down == i + 1);
+        assert_int_equal(a->n_up, 0);
+        assert_int_equal(a->down_status, CM_E_REFUSED);
+        assert_int_equal(b->down_status, i == 2 ? CM_E_REFUSED : CM_E_REFUSED);
+        b->n_up = 0; /* it had no reason to refuse, and may have come up for a moment */
+    }
+    assert_true(log_has("protocol 42 there, 1 here"));
+    pair_close(&t);
+}
+
+static void test_oversize(void **state)
+{
+    const backend_case *backend = *state;
+    static const uint64_t maxima[] = {4096, 100000};
+    for (uint32_t i = 0; i < 2; i++) {
+        net_options big = small_options(backend), small = big;
+        small.message_bytes_max = maxima[i];
+        int64_t n_lost = cm_stat_get(CM_STAT_net_peers_lost);
+        net_test t = pair_open(backend, &small, &big);
+        side *a = &t.sides[0], *b = &t.sides[1];
+        assert_int_equal(send_piece(b, 0, 0, maxima[i], 1, DEADLINE_MS), CM_OK);
+        WAIT(&t, a->n_messages == 1);
+        assert_int_equal(send_piece(b, 1, 0, maxima[i] + 1, 1, DEADLINE_MS), CM_OK);
+        WAIT(&t, a->n_down == 1 && b->n_down == 1);
+        assert_int_equal(a->down_status, CM_E_PROTOCOL);
+        assert_int_equal(a->n_messages, 1);
+        assert_int_equal(b->n_sent, 2);
+        assert_true(cm_stat_get(CM_STAT_net_peers_lost) > n_lost);
+        pair_close(&t);
+    }
+}
+
+static void test_disconnect_sending(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = pair_open(backend, &options, &options);
+    side *a = &t.sides[0], *b = &t.sides[1];
+    for (uint32_t i = 0; i < 6; i++) {
+        assert_int_equal(send_piece(b, i, 0, i % 2 == 0 ? 1 << 20 : 3000, 2, DEADLINE_MS), CM_OK);
+    }
+    net_disconnect(b->peer);
+    WAIT(&t, b->n_sent == 6 && a->n_down == 1);
+    assert_int_equal(b->n_failed, 6);
+    assert_int_equal(b->failed_status, CM_E_CANCELLED);
+    assert_int_equal(b->n_down, 0);
+    assert_int_equal(net_in_flight(b->n), 0);
+    assert_int_equal(net_next_timer_ms(b->n), UINT32_MAX);
+    /* messages that were queued for the user go back with the link */
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 2 && b->n_up == 2);
+    a->n_messages = 0;
+    assert_int_equal(send_piece(b, 0, 0, 1000, 1, DEADLINE_MS), CM_OK);
+    assert_int_equal(send_piece(b, 1, 0, 1000, 1, DEADLINE_MS), CM_OK);
+    net_event event;
+    b->frozen = true;
+    uint64_t until_ms = cm_now_ms() + WAIT_MS;
+    while (a->n_messages == 0 && cm_now_ms() < until_ms) {
+        /* one event at a time leaves the second one waiting */
+        if (net_poll(a->n, &event, 1) == 1) {
+            side_event(a, &event);
+        } else if (net_arm(a->n)) {
+            poll(&(struct pollfd){.fd = net_fd(a->n), .events = POLLIN}, 1, 500);
+        }
+        (void)side_poll(b);
+    }
+    assert_int_equal(a->n_messages, 1);
+    net_disconnect(a->peer);
+    b->frozen = false;
+    WAIT(&t, b->n_down == 1);
+    pair_close(&t);
+}
+
+static void test_peer_close(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = pair_open(backend, &options, &options);
+    side *a = &t.sides[0], *b = &t.sides[1];
+    assert_int_equal(send_piece(b, 0, 0, 1 << 20, 1, DEADLINE_MS), CM_OK);
+    net_peer *peer = b->peer;
+    side_close(a); /* never took it */
+    WAIT(&t, b->n_down == 1);
+    (void)peer;
+    assert_int_equal(b->n_sent, 1);
+    assert_int_equal(b->n_failed, 1);
+    assert_int_equal(b->failed_status, CM_E_RESET);
+    assert_int_equal(b->down_status, CM_E_RESET);
+    pair_close(&t);
+}
+
+static void test_send_after_loss(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = pair_open(backend, &options, &options);
+    side *a = &t.sides[0], *b = &t.sides[1];
+    side_close(a);
+    uint32_t n_accepted = 0;
+    cm_status status = CM_OK;
+    /* one event at a time: the loss is known to the layer before the user has its event */
+    uint64_t until_ms = cm_now_ms() + WAIT_MS;
+    while (b->n_down == 0 && cm_now_ms() < until_ms) {
+        status = send_piece(b, n_accepted, 0, 10, 1, DEADLINE_MS);
+        n_accepted += status == CM_OK;
+        assert_true(status == CM_OK || status == CM_AGAIN || status == CM_E_RESET);
+        turn(&t);
+    }
+    WAIT(&t, b->n_sent == n_accepted);
+    pair_close(&t);
+}
+
+static void test_silence(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    options.heartbeat_ms = 50;
+    options.silence_ms = 300;
+    side *b = side_open(&t, &options, 7, 2);
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 1 && b->n_up == 1);
+    a->frozen = true;
+    WAIT(&t, b->n_down == 1);
+    assert_int_equal(b->down_status, CM_E_SILENT);
+    a->frozen = false;
+    WAIT(&t, a->n_down == 1);
+    pair_close(&t);
+}
+
+/* Somebody who accepts and never greets. */
+static void test_no_greeting(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    options.heartbeat_ms = 50;
+    options.silence_ms = 300;
+    side *b = side_open(&t, &options, 7, 2);
+    a->frozen = true;
+    side_connect(&t, b);
+    WAIT(&t, b->n_down == 1);
+    assert_int_equal(b->n_up, 0);
+    assert_int_equal(b->down_status, CM_E_UNREACHABLE);
+    a->frozen = false;
+    side_close(b);
+    pair_close(&t);
+}
+
+static void test_deadline(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.silence_ms = 600000;
+    net_test t = pair_open(backend, &options, &options);
+    side *a = &t.sides[0], *b = &t.sides[1];
+    a->frozen = true;
+    for (uint32_t i = 0; i < 3; i++) {
+        assert_int_equal(send_piece(b, i, 0, 1 << 20, 3, i == 1 ? 200 : 600000), CM_OK);
+    }
+    WAIT(&t, b->n_down == 1);
+    assert_int_equal(b->down_status, CM_E_DEADLINE);
+    assert_int_equal(b->n_sent, 3);
+    assert_int_equal(b->n_failed, 3);
+    assert_int_equal(b->failed_status, CM_E_DEADLINE);
+    a->frozen = false;
+    WAIT(&t, a->n_down == 1);
+    pair_close(&t);
+}
+
+static void test_sleep(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.heartbeat_ms = 100000;
+    options.silence_ms = 600000;
+    net_test t = pair_open(backend, &options, &options);
+    side *a = &t.sides[0], *b = &t.sides[1];
+    for (uint32_t i = 0; i < 20; i++) {
+        uint64_t until_ms = cm_now_ms() + WAIT_MS;
+        /* to sleep: nothing to poll and the descriptor is quiet */
+        struct pollfd fd = {.fd = net_fd(a->n), .events = POLLIN};
+        while (!(side_poll(a) == 0 && net_arm(a->n))) {
+            assert_true(cm_now_ms() < until_ms);
+        }
+        assert_true(net_next_timer_ms(a->n) > 0);
+        assert_int_equal(send_piece(b, i, 0, i % 2 == 0 ? 100 : 300000, 1, DEADLINE_MS), CM_OK);
+        assert_false(net_arm(b->n) && backend == &g_ucx); /* a fresh send wants one poll first */
+        (void)side_poll(b);
+        assert_int_equal(poll(&fd, 1, WAIT_MS), 1);
+        WAIT(&t, a->n_messages == i + 1 && b->n_sent == i + 1);
+    }
+    pair_close(&t);
+}
+
+static bool progress_counted(void *backend)
+{
+    bool did = g_inner->progress(backend);
+    g_n_progress += did;
+    return did;
+}
+
+/* At rest an object wakes for heartbeats and for nothing else: what it does is bounded by how many there were. */
+static void test_idle(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.heartbeat_ms = 50;
+    g_inner = net_ops_find(backend->name);
+    net_ops ops = *g_inner;
+    ops.progress = progress_counted;
+    net_test t = {.backend = backend};
+    side *a = side_open_ops(&t, &ops, &options, 7, 1);
+    side_listen(&t, a);
+    side *b = side_open(&t, &options, 7, 2);
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 1 && b->n_up == 1);
+    uint64_t start_ms = cm_now_ms();
+    g_n_progress = 0;
+    uint32_t n_turns = 0;
+    while (cm_now_ms() < start_ms + 1000) {
+        turn(&t);
+        n_turns++;
+    }
+    uint32_t n_beats = (uint32_t)(cm_now_ms() - start_ms) / options.heartbeat_ms + 1;
+    assert_true(n_turns <= 20 * n_beats);
+    assert_true(g_n_progress <= 10 * n_beats);
+    assert_true(g_n_progress > 0); /* heartbeats did come */
+    assert_int_equal(a->n_down, 0);
+    pair_close(&t);
+}
+
+static void test_peers_max(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    options.peers_max = 1;
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    options.peers_max = 2;
+    side *b = side_open(&t, &options, 7, 2);
+    side *c = side_open(&t, &options, 7, 3);
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 1 && b->n_up == 1);
+    side_connect(&t, c);
+    WAIT(&t, c->n_down == 1);
+    assert_int_equal(c->down_status, CM_E_REFUSED);
+    assert_int_equal(c->n_up, 0);
+    cm_error err;
+    net_peer *peer;
+    assert_int_equal(net_connect(a->n, t.address, &peer, &err), CM_E_CAPACITY);
+    /* room again */
+    net_disconnect(b->peer);
+    WAIT(&t, a->n_down == 1);
+    side_connect(&t, c);
+    WAIT(&t, a->n_up == 2 && c->n_up == 1);
+    pair_close(&t);
+}
+
+static void test_addresses(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    side *b = side_open(&t, &options, 7, 2);
+    cm_error err = {0};
+    char bound[NET_ADDRESS_BYTES];
+    assert_int_equal(net_listen(b->n, t.address, bound, &err), CM_E_EXISTS);
+    assert_non_null(strstr(err.text, t.address));
+    for (uint32_t i = 0; i < 4 && backend->unreadable[i] != NULL; i++) {
+        net_peer *peer;
+        assert_int_equal(net_connect(b->n, backend->unreadable[i], &peer, &err), CM_E_INVALID);
+        assert_int_equal(net_listen(b->n, backend->unreadable[i], bound, &err), CM_E_INVALID);
+    }
+    pair_close(&t);
+}
+
+static void test_nobody(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    if (backend->nobody == NULL) {
+        side *gone = side_open(&t, &options, 7, 1);
+        side_listen(&t, gone);
+        side_close(gone);
+    } else {
+        snprintf(t.address, sizeof(t.address), "%s", backend->nobody);
+    }
+    side_connect(&t, a);
+    WAIT(&t, a->n_down == 1);
+    assert_int_equal(a->n_up, 0);
+    assert_int_equal(a->down_status, CM_E_UNREACHABLE);
+    pair_close(&t);
+}
+
+static void test_reconnect(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.peers_max = 1;
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    side *b = side_open(&t, &options, 7, 2);
+    for (uint32_t i = 0; i < 40; i++) {
+        side_connect(&t, b);
+        WAIT(&t, a->n_up == i + 1 && b->n_up == i + 1);
+        a->n_messages = 0;
+        assert_int_equal(send_piece(b, 0, i, 70000, 1, DEADLINE_MS), CM_OK);
+        WAIT(&t, a->n_messages == 1);
+        net_disconnect(i % 2 == 0 ? b->peer : a->peer);
+        WAIT(&t, a->n_down + b->n_down == i + 1);
+    }
+    pair_close(&t);
+}
+
+static void test_unreleased(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = pair_open(backend, &options, &options);
+    side *a = &t.sides[0], *b = &t.sides[1];
+    a->hold = true;
+    assert_int_equal(send_piece(b, 0, 0, 1000, 1, DEADLINE_MS), CM_OK);
+    assert_int_equal(send_piece(b, 1, 0, 100000, 1, DEADLINE_MS), CM_OK);
+    WAIT(&t, a->n_held == 2);
+    /* messages outlive their link */
+    side_close(b);
+    WAIT(&t, a->n_down == 1);
+    assert_memory_equal(a->held[1].payload, g_source, 100000);
+    net_release(a->n, &a->held[1]);
+    assert_int_equal(net_in_flight(a->n), 1);
+    a->n_held = 0; /* forgotten */
+    side_close(a);
+    assert_true(log_has("receives: object"));
+}
+
+static void test_options(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net *n;
+    cm_error err;
+    options.silence_ms = options.heartbeat_ms;
+    assert_int_equal(net_open(&options, &n, &err), CM_E_CONFIG);
+    options = small_options(backend);
+    options.receives_max = 0;
+    assert_int_equal(net_open(&options, &n, &err), CM_E_CONFIG);
+    options = small_options(backend);
+    options.backend = "pigeon";
+    assert_int_equal(net_open(&options, &n, &err), CM_E_CONFIG);
+    assert_non_null(strstr(err.text, "pigeon"));
+}
+
+/* ---- local only: two threads, one object each ---- */
+
+enum { PING_PONGS = 10000 };
+
+typedef struct pinger {
+    net *n;
+    char address[NET_ADDRESS_BYTES]; /* connects there, "" = waits */
+    uint32_t n_messages, n_sent;
+    bool down, failed;
+} pinger;
+
+static void pinger_send(pinger *p, net_peer *peer)
+{
+    uint64_t index = p->n_messages;
+    net_message message = {.type = 2,
+                           .header = &index,
+                           .header_bytes = sizeof(index),
+                           .iov = {{g_source + p->n_messages, 300}},
+                           .n_iov = 1,
+                           .deadline_ms = DEADLINE_MS};
+    p->failed = net_send(peer, &message) != CM_OK || p->failed;
+}
+
+static void pinger_event(pinger *p, const net_event *event)
+{
+    if (event->kind == NET_EV_UP && p->address[0] != 0) {
+        pinger_send(p, event->peer);
+    } else if (event->kind == NET_EV_MESSAGE) {
+        p->failed = memcmp(event->payload, g_source + p->n_messages, 300) != 0 || p->failed;
+        p->n_messages++;
+        net_release(p->n, event);
+        if (p->address[0] == 0 || p->n_messages < PING_PONGS) {
+            /* the answer repeats the index of the question */
+            p->n_messages -= p->address[0] == 0;
+            pinger_send(p, event->peer);
+            p->n_messages += p->address[0] == 0;
+        }
+    } else if (event->kind == NET_EV_SENT) {
+        p->n_sent++;
+    } else if (event->kind == NET_EV_DOWN) {
+        p->down = true;
+    }
+}
+
+static void *pinger_main(void *arg)
+{
+    pinger *p = arg;
+    uint64_t until_ms = cm_now_ms() + 3 * WAIT_MS;
+    while ((p->n_messages < PING_PONGS || p->n_sent < PING_PONGS) && !p->down && cm_now_ms() < until_ms) {
+        net_event events[4];
+        uint32_t n = net_poll(p->n, events, 4);
+        for (uint32_t i = 0; i < n; i++) {
+            pinger_event(p, &events[i]);
+        }
+        if (n == 0 && net_arm(p->n)) {
+            uint32_t timer_ms = net_next_timer_ms(p->n);
+            poll(&(struct pollfd){.fd = net_fd(p->n), .events = POLLIN}, 1, (int)(timer_ms < 1000 ? timer_ms : 1000));
+        }
+    }
+    p->failed = p->failed || p->n_messages < PING_PONGS || p->n_sent < PING_PONGS;
+    net_close(p->n);
+    return NULL;
+}
+
+static void test_two_threads(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    side *b = side_open(&t, &options, 7, 2);
+    side_connect(&t, b);
+    pinger pingers[2] = {{.n = a->n}, {.n = b->n}};
+    memcpy(pingers[1].address, t.address, sizeof(t.address));
+    pthread_t threads[2];
+    for (int i = 0; i < 2; i++) {
+        assert_int_equal(pthread_create(&threads[i], NULL, pinger_main, &pingers[i]), 0);
+    }
+    for (int i = 0; i < 2; i++) {
+        pthread_join(threads[i], NULL);
+        assert_false(pingers[i].failed);
+    }
+}
+
+/* ---- ucx only: another process ---- */
+
+/* The other process: connects and idles, or sends big messages without end. Ends only by a signal. */
+static int child_main(const char *address, bool sends)
+{
+    net_options options = small_options(&g_ucx);
+    net *n;
+    net_peer *peer;
+    cm_error err;
+    if (net_open(&options, &n, &err) != CM_OK) {
+        return 1;
+    }
+    net_set_identity(n, &(net_identity){.cluster = 7, .role = 9});
+    if (net_connect(n, address, &peer, &err) != CM_OK) {
+        return 1;
+    }
+    bool up = false;
+    for (uint32_t index = 0;;) {
+        net_event event;
+        uint32_t n_events = net_poll(n, &event, 1);
+        if (n_events == 1) {
+            up = up || event.kind == NET_EV_UP;
+            if (event.kind == NET_EV_MESSAGE) {
+                net_release(n, &event);
+            } else if (event.kind == NET_EV_DOWN) {
+                return 2;
+            }
+        }
+        side s = {.n = n, .peer = peer};
+        while (up && sends && send_piece(&s, index, index % 1000, 1 << 20, 1, DEADLINE_MS) == CM_OK) {
+            index++;
+        }
+        if (n_events == 0 && net_arm(n)) {
+            poll(&(struct pollfd){.fd = net_fd(n), .events = POLLIN}, 1, (int)net_next_timer_ms(n));
+        }
+    }
+}
+
+static pid_t child_start(const char *address, const char *mode)
+{
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        execl("/proc/self/exe", "t_net", "--child", address, mode, (char *)NULL);
+        _exit(127);
+    }
+    return pid;
+}
+
+static void child_end(pid_t pid)
+{
+    int status;
+    kill(pid, SIGKILL);
+    assert_int_equal(waitpid(pid, &status, 0), pid);
+    assert_true(WIFSIGNALED(status)); /* it did not end on its own */
+}
+
+static void test_killed(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.heartbeat_ms = 10000;
+    options.silence_ms = 600000; /* so that only the transport can tell */
+    options.receives_max = 4;
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    for (uint32_t i = 0; i < 8; i++) {
+        bool sends = i % 2 == 1;
+        a->n_messages = 0;
+        pid_t pid = child_start(t.address, sends ? "send" : "idle");
+        WAIT(&t, a->n_up == i + 1);
+        assert_int_equal(net_peer_identity(a->peer)->role, 9);
+        a->hold = sends && i % 4 == 3; /* once with fetches going on, once with messages waiting for room */
+        WAIT(&t, !sends || a->n_messages >= 4);
+        child_end(pid);
+        WAIT(&t, a->n_down == i + 1);
+        assert_int_equal(a->down_status, CM_E_RESET);
+        side_release(a);
+        a->hold = false;
+        assert_int_equal(net_in_flight(a->n), 0);
+    }
+    /* nothing of the dead holds on to a receive: all of them work for the next */
+    side *b = side_open(&t, &options, 7, 2);
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 9 && b->n_up == 1);
+    a->hold = true;
+    a->n_messages = 0;
+    for (uint32_t i = 0; i < 4; i++) {
+        assert_int_equal(send_piece(b, i, i, 1 << 20, 1, DEADLINE_MS), CM_OK);
+    }
+    WAIT(&t, a->n_held == 4);
+    pair_close(&t);
+}
+
+static void test_stopped(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.heartbeat_ms = 100;
+    options.silence_ms = 1000;
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    pid_t pid = child_start(t.address, "idle");
+    WAIT(&t, a->n_up == 1);
+    kill(pid, SIGSTOP);
+    uint32_t n_sends = 0;
+    while (send_piece(a, n_sends, 0, n_sends % 2 == 0 ? 1 << 20 : 60000, 2, DEADLINE_MS) == CM_OK) {
+        n_sends++;
+    }
+    assert_true(n_sends > 0);
+    WAIT(&t, a->n_down == 1);
+    assert_int_equal(a->down_status, CM_E_SILENT);
+    assert_int_equal(a->n_sent, n_sends);
+    child_end(pid);
+    pair_close(&t);
+}
+
+static void test_ipv6(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    cm_error err;
+    if (net_listen(a->n, "[::1]:0", t.address, &err) != CM_OK) {
+        side_close(a);
+        skip(); /* this machine has no IPv6 */
+    }
+    assert_int_equal(strncmp(t.address, "[::1]:", 6), 0);
+    side *b = side_open(&t, &options, 7, 2);
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 1 && b->n_up == 1);
+    pair_close(&t);
+}
+
+static void test_wildcard(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    cm_error err;
+    assert_int_equal(net_listen(a->n, "0.0.0.0:0", t.address, &err), CM_OK);
+    assert_int_not_equal(strncmp(t.address, "0.0.0.0:", 8), 0);
+    side *b = side_open(&t, &options, 7, 2);
+    side_connect(&t, b);
+    WAIT(&t, a->n_up == 1 && b->n_up == 1);
+    pair_close(&t);
+}
+
+/* ---- all ---- */
+
+#define ONE(backend_, test_) {#backend_ " " #test_, test_, NULL, NULL, (void *)(uintptr_t)&g_##backend_}
+#define BOTH(test_)          ONE(ucx, test_), ONE(local, test_)
+
+int main(int argc, char **argv)
+{
+    g_source = cm_alloc(SOURCE_BYTES);
+    for (size_t i = 0; i < SOURCE_BYTES; i += sizeof(cm_rng_block)) {
+        cm_rng_block block = cm_rng_at(42, i, 0);
+        memcpy(g_source + i, &block, sizeof(block));
+    }
+    cm_log_handler(log_keep, NULL);
+    if (argc == 4 && strcmp(argv[1], "--child") == 0) {
+        return child_main(argv[2], strcmp(argv[3], "send") == 0);
+    }
+    const struct CMUnitTest tests[] = {
+        BOTH(test_up),
+        BOTH(test_sizes),
+        BOTH(test_order),
+        BOTH(test_sends_max),
+        BOTH(test_one_send),
+        BOTH(test_receives_max),
+        BOTH(test_foreign_cluster),
+        BOTH(test_other_protocol),
+        BOTH(test_oversize),
+        BOTH(test_disconnect_sending),
+        BOTH(test_peer_close),
+        BOTH(test_send_after_loss),
+        BOTH(test_silence),
+        BOTH(test_no_greeting),
+        BOTH(test_deadline),
+        BOTH(test_sleep),
+        BOTH(test_idle),
+        BOTH(test_peers_max),
+        BOTH(test_addresses),
+        BOTH(test_nobody),
+        BOTH(test_reconnect),
+        BOTH(test_unreleased),
+        BOTH(test_options),
+        ONE(local, test_two_threads),
+        ONE(ucx, test_killed),
+        ONE(ucx, test_stopped),
+        ONE(ucx, test_ipv6),
+        ONE(ucx, test_wildcard),
+    };
+    if (argc == 2) {
+        cmocka_set_test_filter(argv[1]);
+    }
+    int n_failed = cmocka_run_group_tests(tests, NULL, NULL);
+    cm_free(g_source);
+    return n_failed;
+}

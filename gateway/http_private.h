@@ -1,0 +1,43 @@
+/* What the parts of the HTTP surface share. Thread: the loop's. */
+#pragma once
+#include <event2/buffer.h>
+#include <event2/bufferevent.h>
+#include <event2/http.h>
+#include <event2/http_struct.h>
+#include <event2/keyvalq_struct.h>
+#include <sys/queue.h>
+
+#include "gateway/gateway_private.h"
+
+typedef struct gw_exchange gw_exchange;
+typedef struct gw_connections gw_connections;
+
+struct gw_http {
+    gw_gateway *gateway;
+    struct evhttp *server;
+    gw_connections *connections;
+    TAILQ_HEAD(, gw_exchange) exchanges;
+    uint32_t n_exchanges;
+};
+
+/* ---- http_connections.c: how many there may be ---- */
+gw_connections *gw_connections_create(gw_gateway *gateway, struct evhttp *server, struct evconnlistener *listener);
+void gw_connections_destroy(gw_connections *connections); /* after evhttp_free */
+
+/* ---- http_reply.c: answers in one piece ---- */
+void gw_reply(struct evhttp_request *req, int code, const char *content_type, const void *body, size_t n_bytes);
+void gw_reply_json(struct evhttp_request *req, int code, const json_t *value);
+void gw_reply_error(struct evhttp_request *req, const gw_error *error);
+/* Before any answer: x-request-id, CORS. */
+void gw_reply_headers(struct evhttp_request *req);
+/* retry-after and retry-after-ms when the error says so. */
+void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
+/* The body as a JSON object; NULL: an error was answered. */
+json_t *gw_request_json(gw_http *http, struct evhttp_request *req);
+
+/* ---- http_generate.c ---- */
+void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kind);
+void gw_exchanges_drop_all(gw_http *http);
+
+/* ---- http_routes.c ---- */
+void gw_http_dispatch(struct evhttp_request *req, void *http);

@@ -1,0 +1,135 @@
+#include <stdio.h>
+#include <string.h>
+
+#include "common/base/mem.h"
+#include "common/base/rng.h"
+#include "gateway/http_private.h"
+
+static const char *reason_phrase(int code)
+{
+    static const struct {
+        int code;
+        const char *phrase;
+    } known[] = {
+        {200, "OK"},
+        {204, "No Content"},
+        {400, "Bad Request"},
+        {404, "Not Found"},
+        {405, "Method Not Allowed"},
+        {409, "Conflict"},
+        {413, "Payload Too Large"},
+        {429, "Too Many Requests"},
+        {503, "Service Unavailable"},
+        {504, "Gateway Timeout"},
+    };
+    for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++) {
+        if (known[i].code == code) {
+            return known[i].phrase;
+        }
+    }
+    return "Internal Server Error";
+}
+
+/* A client's own id is given back if it can stand in a header. */
+static bool usable_id(const char *id)
+{
+    size_t n = id != NULL ? strlen(id) : 0;
+    for (size_t i = 0; i < n; i++) {
+        if (id[i] <= ' ' || id[i] > '~') {
+            return false;
+        }
+    }
+    return n > 0 && n <= 128;
+}
+
+void gw_reply_headers(struct evhttp_request *req)
+{
+    struct evkeyvalq *out = evhttp_request_get_output_headers(req);
+    const char *id = evhttp_find_header(evhttp_request_get_input_headers(req), "x-request-id");
+    char made[40];
+    if (!usable_id(id)) {
+        snprintf(made, sizeof(made), "%016llx%016llx", (unsigned long long)cm_random_u64(),
+                 (unsigned long long)cm_random_u64());
+        id = made;
+    }
+    evhttp_add_header(out, "x-request-id", id);
+    evhttp_add_header(out, "Access-Control-Allow-Origin", "*");
+    evhttp_add_header(out, "Access-Control-Expose-Headers", "x-request-id, retry-after");
+}
+
+void gw_reply(struct evhttp_request *req, int code, const char *content_type, const void *body, size_t n_bytes)
+{
+    struct evkeyvalq *out = evhttp_request_get_output_headers(req);
+    char length[24];
+    if (content_type != NULL) {
+        evhttp_add_header(out, "Content-Type", content_type);
+    }
+    if (evhttp_request_get_command(req) == EVHTTP_REQ_HEAD) {
+        snprintf(length, sizeof(length), "%zu", n_bytes);
+        evhttp_add_header(out, "Content-Length", length);
+        n_bytes = 0;
+    }
+    struct evbuffer *buffer = evbuffer_new();
+    evbuffer_add(buffer, body, n_bytes);
+    evhttp_send_reply(req, code, reason_phrase(code), buffer);
+    evbuffer_free(buffer);
+}
+
+void gw_reply_json(struct evhttp_request *req, int code, const json_t *value)
+{
+    char *text = json_dumps(value, JSON_COMPACT);
+    gw_reply(req, code, "application/json", text, strlen(text));
+    free(text);
+}
+
+void gw_reply_retry(struct evhttp_request *req, const gw_error *error)
+{
+    struct evkeyvalq *out = evhttp_request_get_output_headers(req);
+    char text[24];
+    if (error->retry_ms > 0) {
+        snprintf(text, sizeof(text), "%u", (error->retry_ms + 999) / 1000);
+        evhttp_add_header(out, "retry-after", text);
+        snprintf(text, sizeof(text), "%u", error->retry_ms);
+        evhttp_add_header(out, "retry-after-ms", text);
+    }
+}
+
+void gw_reply_error(struct evhttp_request *req, const gw_error *error)
+{
+    cm_bytes body;
+    cm_bytes_init(&body, 0);
+    gw_openai_error(error, &body);
+    gw_reply_retry(req, error);
+    gw_reply(req, gw_error_http(error), "application/json", body.data, body.len);
+    cm_bytes_fini(&body);
+}
+
+json_t *gw_request_json(gw_http *http, struct evhttp_request *req)
+{
+    struct evbuffer *input = evhttp_request_get_input_buffer(req);
+    size_t n = evbuffer_get_length(input);
+    gw_error error;
+    if (n > http->gateway->config->request_bytes_max) {
+        gw_error_set(&error, GW_CAUSE_TOO_LARGE, NULL, "the request body has %zu bytes, at most %llu are accepted", n,
+                     (unsigned long long)http->gateway->config->request_bytes_max);
+        gw_reply_error(req, &error);
+        return NULL;
+    }
+    json_error_t where;
+    const char *text = n > 0 ? (const char *)evbuffer_pullup(input, -1) : "";
+    json_t *body = json_loadb(text, n, JSON_ALLOW_NUL, &where);
+    if (body == NULL) {
+        gw_error_set(&error, GW_CAUSE_BAD_JSON, NULL, "the request body is not valid JSON: %s (line %d, column %d)",
+                     where.text, where.line, where.column);
+        gw_reply_error(req, &error);
+        return NULL;
+    }
+    evbuffer_drain(input, n);
+    if (!json_is_object(body)) {
+        json_decref(body);
+        gw_error_set(&error, GW_CAUSE_INVALID, NULL, "the request body must be a JSON object");
+        gw_reply_error(req, &error);
+        return NULL;
+    }
+    return body;
+}

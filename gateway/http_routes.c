@@ -1,0 +1,333 @@
+/* Which path does what. */
+#include <stdio.h>
+#include <string.h>
+
+#include "common/base/mem.h"
+#include "gateway/http_private.h"
+#include "gateway/json_text.h"
+
+typedef void (*route_fn)(gw_http *http, struct evhttp_request *req, const char *rest);
+
+/* ---- models ---- */
+
+static json_t *model_object(const gw_info *info, const char *id)
+{
+    return json_pack("{s:s, s:s, s:I, s:s, s:I, s:s}", "id", id, "object", "model", "created",
+                     (json_int_t)info->created_s, "owned_by", "deepseek", "max_model_len", (json_int_t)info->context,
+                     "root", info->model);
+}
+
+static void route_models(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    gw_info info;
+    gw_gateway_info(http->gateway, &info);
+    json_t *list = json_array();
+    json_array_append_new(list, model_object(&info, info.model));
+    for (uint32_t i = 0; i < http->gateway->n_alias; i++) {
+        json_array_append_new(list, model_object(&info, http->gateway->alias[i]));
+    }
+    json_t *reply = json_pack("{s:s, s:o}", "object", "list", "data", list);
+    gw_reply_json(req, 200, reply);
+    json_decref(reply);
+}
+
+static void route_model(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    char *id = evhttp_uridecode(rest, 0, NULL);
+    gw_error error;
+    if (id == NULL || gw_model_check(http->gateway, id, &error) != CM_OK) {
+        gw_error_set(&error, GW_CAUSE_MODEL_NOT_FOUND, "model", "The model '%s' does not exist", rest);
+        gw_reply_error(req, &error);
+    } else {
+        gw_info info;
+        gw_gateway_info(http->gateway, &info);
+        json_t *reply = model_object(&info, id);
+        gw_reply_json(req, 200, reply);
+        json_decref(reply);
+    }
+    free(id);
+}
+
+/* ---- tokenizer ---- */
+
+static void append_token_strings(const md_tokenizer *tokenizer, const md_ids *ids, cm_bytes *out)
+{
+    for (size_t i = 0; i < ids->n; i++) {
+        size_t n = 0;
+        const uint8_t *bytes = md_tokenizer_bytes(tokenizer, ids->id[i], &n);
+        cm_bytes_append_text(out, i == 0 ? ",\"token_strs\":[" : ",");
+        gw_json_string(out, (const char *)bytes, n);
+    }
+    cm_bytes_append_text(out, ids->n > 0 ? "]" : ",\"token_strs\":[]");
+}
+
+static void reply_ids(gw_http *http, struct evhttp_request *req, const md_ids *ids, bool with_strings)
+{
+    gw_info info;
+    cm_bytes out;
+    gw_gateway_info(http->gateway, &info);
+    cm_bytes_init(&out, 0);
+    cm_bytes_printf(&out, "{\"count\":%zu,\"max_model_len\":%u,\"tokens\":[", ids->n, info.context);
+    for (size_t i = 0; i < ids->n; i++) {
+        cm_bytes_printf(&out, "%s%u", i == 0 ? "" : ",", ids->id[i]);
+    }
+    cm_bytes_append_text(&out, "]");
+    if (with_strings) {
+        append_token_strings(gw_gateway_tokenizer(http->gateway), ids, &out);
+    }
+    cm_bytes_append_text(&out, "}");
+    gw_reply(req, 200, "application/json", out.data, out.len);
+    cm_bytes_fini(&out);
+}
+
+static cm_status prompt_ids(gw_http *http, const json_t *body, md_ids *ids, gw_error *error)
+{
+    const json_t *prompt = json_object_get(body, "prompt");
+    const json_t *special = json_object_get(body, "add_special_tokens");
+    const md_tokenizer *tokenizer = gw_gateway_tokenizer(http->gateway);
+    if (json_object_get(body, "messages") != NULL) {
+        return gw_chat_ids(http->gateway, body, ids, NULL, error);
+    }
+    if (!json_is_string(prompt)) {
+        gw_error_set(error, GW_CAUSE_INVALID, "prompt", "prompt must be a string, or messages must be given");
+        return CM_E_INVALID;
+    }
+    if (special != NULL && !json_is_boolean(special)) {
+        gw_error_set(error, GW_CAUSE_INVALID, "add_special_tokens", "add_special_tokens must be true or false");
+        return CM_E_INVALID;
+    }
+    if (json_is_false(special)) {
+        md_tokenizer_encode(tokenizer, json_string_value(prompt), json_string_length(prompt), MD_TEXT_CONTROL, ids);
+    } else {
+        md_raw_encode(tokenizer, json_string_value(prompt), json_string_length(prompt), ids);
+    }
+    return CM_OK;
+}
+
+static void route_tokenize(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    json_t *body = gw_request_json(http, req);
+    if (body == NULL) {
+        return;
+    }
+    md_ids ids;
+    gw_error error;
+    md_ids_init(&ids);
+    cm_status status = gw_model_check(http->gateway, json_string_value(json_object_get(body, "model")), &error);
+    if (status == CM_OK) {
+        status = prompt_ids(http, body, &ids, &error);
+    }
+    if (status == CM_OK) {
+        reply_ids(http, req, &ids, json_is_true(json_object_get(body, "return_token_strs")));
+    } else {
+        gw_reply_error(req, &error);
+    }
+    md_ids_fini(&ids);
+    json_decref(body);
+}
+
+static cm_status detokenize(const md_tokenizer *tokenizer, const json_t *tokens, cm_bytes *text, gw_error *error)
+{
+    md_detok detok;
+    size_t i;
+    json_t *id;
+    size_t n;
+    if (!json_is_array(tokens)) {
+        gw_error_set(error, GW_CAUSE_INVALID, "tokens", "tokens must be a list of token ids");
+        return CM_E_INVALID;
+    }
+    md_detok_init(&detok, false);
+    json_array_foreach(tokens, i, id)
+    {
+        json_int_t value = json_is_integer(id) ? json_integer_value(id) : -1;
+        if (value < 0 || value > UINT32_MAX || md_tokenizer_bytes(tokenizer, (uint32_t)value, &n) == NULL) {
+            gw_error_set(error, GW_CAUSE_INVALID, "tokens", "tokens[%zu] is no token id of this model", i);
+            return CM_E_INVALID;
+        }
+        md_detok_push(&detok, tokenizer, (uint32_t)value, text);
+    }
+    md_detok_flush(&detok, text);
+    return CM_OK;
+}
+
+static void route_detokenize(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    json_t *body = gw_request_json(http, req);
+    if (body == NULL) {
+        return;
+    }
+    cm_bytes text, out;
+    gw_error error;
+    cm_bytes_init(&text, 0);
+    cm_bytes_init(&out, 0);
+    if (detokenize(gw_gateway_tokenizer(http->gateway), json_object_get(body, "tokens"), &text, &error) == CM_OK) {
+        cm_bytes_append_text(&out, "{\"prompt\":");
+        gw_json_string(&out, cm_bytes_text(&text), text.len);
+        cm_bytes_append_text(&out, "}");
+        gw_reply(req, 200, "application/json", out.data, out.len);
+    } else {
+        gw_reply_error(req, &error);
+    }
+    cm_bytes_fini(&out);
+    cm_bytes_fini(&text);
+    json_decref(body);
+}
+
+/* ---- for operators ---- */
+
+static void route_root(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    static const char text[] = "Baleen " BALEEN_VERSION ": OpenAI-compatible API at /v1\n";
+    (void)http;
+    (void)rest;
+    gw_reply(req, 200, "text/plain; charset=utf-8", text, sizeof(text) - 1);
+}
+
+static void route_health(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    static const char text[] = "{\"status\":\"ok\"}";
+    (void)http;
+    (void)rest;
+    gw_reply(req, 200, "application/json", text, sizeof(text) - 1);
+}
+
+static void route_ready(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    const char *reason = gw_ready_reason(http->gateway);
+    json_t *reply = reason == NULL ? json_pack("{s:b}", "ready", 1)
+                                   : json_pack("{s:b, s:s}", "ready", 0, "reason", reason);
+    gw_reply_json(req, reason == NULL ? 200 : 503, reply);
+    json_decref(reply);
+}
+
+static void route_metrics(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    cm_bytes out;
+    cm_bytes_init(&out, 0);
+    gw_metrics_render(http->gateway, &out);
+    gw_reply(req, 200, "text/plain; version=0.0.4; charset=utf-8", out.data, out.len);
+    cm_bytes_fini(&out);
+}
+
+static void route_version(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    static const char text[] = "{\"version\":\"" BALEEN_VERSION "\"}";
+    (void)http;
+    (void)rest;
+    gw_reply(req, 200, "application/json", text, sizeof(text) - 1);
+}
+
+static void route_chat(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    gw_http_generate(http, req, GW_ASK_CHAT);
+}
+
+static void route_complete(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    gw_http_generate(http, req, GW_ASK_COMPLETE);
+}
+
+/* ---- the table ---- */
+
+typedef struct route {
+    const char *path;
+    bool openai; /* also below /v1 and /beta */
+    bool prefix; /* what follows path is the handler's */
+    enum evhttp_cmd_type method; /* HEAD wherever GET is */
+    route_fn fn;
+} route;
+
+static const route ROUTES[] = {
+    {"/chat/completions", true, false, EVHTTP_REQ_POST, route_chat},
+    {"/completions", true, false, EVHTTP_REQ_POST, route_complete},
+    {"/models", true, false, EVHTTP_REQ_GET, route_models},
+    {"/models/", true, true, EVHTTP_REQ_GET, route_model},
+    {"/tokenize", false, false, EVHTTP_REQ_POST, route_tokenize},
+    {"/detokenize", false, false, EVHTTP_REQ_POST, route_detokenize},
+    {"/health", false, false, EVHTTP_REQ_GET, route_health},
+    {"/ping", false, false, EVHTTP_REQ_GET, route_health},
+    {"/ready", false, false, EVHTTP_REQ_GET, route_ready},
+    {"/metrics", false, false, EVHTTP_REQ_GET, route_metrics},
+    {"/version", false, false, EVHTTP_REQ_GET, route_version},
+    {"", false, false, EVHTTP_REQ_GET, route_root},
+};
+enum { N_ROUTES = sizeof(ROUTES) / sizeof(ROUTES[0]) };
+
+/* NULL, or what follows the route's path ("" unless it is a prefix). */
+static const char *route_match(const route *r, const char *path)
+{
+    static const char *const bases[] = {"/v1", "/beta"};
+    size_t n = strlen(r->path);
+    for (size_t i = 0; i < sizeof(bases) / sizeof(bases[0]) && r->openai; i++) {
+        size_t n_base = strlen(bases[i]);
+        if (strncmp(path, bases[i], n_base) == 0 && path[n_base] == '/') {
+            path += n_base;
+            break;
+        }
+    }
+    if (strncmp(path, r->path, n) != 0 || (r->prefix ? path[n] == 0 : path[n] != 0)) {
+        return NULL;
+    }
+    return path + n;
+}
+
+static void reply_options(struct evhttp_request *req)
+{
+    struct evkeyvalq *out = evhttp_request_get_output_headers(req);
+    evhttp_add_header(out, "Access-Control-Allow-Methods", "GET, POST, HEAD, OPTIONS");
+    const char *wanted = evhttp_find_header(evhttp_request_get_input_headers(req), "Access-Control-Request-Headers");
+    evhttp_add_header(out, "Access-Control-Allow-Headers", wanted != NULL ? wanted : "*");
+    evhttp_add_header(out, "Access-Control-Max-Age", "86400");
+    gw_reply(req, 204, NULL, "", 0);
+}
+
+static void reply_no_route(struct evhttp_request *req, const char *path, const route *other)
+{
+    gw_error error;
+    if (other != NULL) {
+        bool get = other->method == EVHTTP_REQ_GET;
+        evhttp_add_header(evhttp_request_get_output_headers(req), "Allow", get ? "GET, HEAD, OPTIONS" : "POST, OPTIONS");
+        gw_error_set(&error, GW_CAUSE_METHOD, NULL, "%.200s takes %s only", path, get ? "GET" : "POST");
+    } else {
+        gw_error_set(&error, GW_CAUSE_NO_ROUTE, NULL, "there is nothing at %.200s", path);
+    }
+    gw_reply_error(req, &error);
+}
+
+void gw_http_dispatch(struct evhttp_request *req, void *arg)
+{
+    gw_http *http = arg;
+    enum evhttp_cmd_type method = evhttp_request_get_command(req);
+    enum evhttp_cmd_type wanted = method == EVHTTP_REQ_HEAD ? EVHTTP_REQ_GET : method;
+    const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(req);
+    const char *given = uri != NULL ? evhttp_uri_get_path(uri) : NULL;
+    char *path = cm_strdup(given != NULL ? given : "");
+    for (size_t n = strlen(path); n > 0 && path[n - 1] == '/'; n--) {
+        path[n - 1] = 0;
+    }
+    gw_reply_headers(req);
+    if (method == EVHTTP_REQ_OPTIONS) {
+        reply_options(req);
+        cm_free(path);
+        return;
+    }
+    const route *other = NULL;
+    for (size_t i = 0; i < N_ROUTES; i++) {
+        const char *rest = route_match(&ROUTES[i], path);
+        if (rest != NULL && ROUTES[i].method == wanted) {
+            ROUTES[i].fn(http, req, rest);
+            cm_free(path);
+            return;
+        }
+        other = rest != NULL ? &ROUTES[i] : other;
+    }
+    reply_no_route(req, path[0] != 0 ? path : "/", other);
+    cm_free(path);
+}
