@@ -63,7 +63,7 @@ static void set_limits(struct evhttp *server, const gw_config *config)
 cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **http_out, char bound_out[128], cm_error *err)
 {
     char host[96];
-    uint16_t port;
+    uint16_t port = 0;
     CM_TRY(split_address(address, host, &port, err));
     struct evhttp *server = evhttp_new(pc_loop_base(gateway->loop));
     if (server == NULL) {

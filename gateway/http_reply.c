@@ -75,11 +75,19 @@ void gw_reply(struct evhttp_request *req, int code, const char *content_type, co
     evbuffer_free(buffer);
 }
 
+static int append_json(const char *text, size_t n, void *out)
+{
+    cm_bytes_append(out, text, n);
+    return 0;
+}
+
 void gw_reply_json(struct evhttp_request *req, int code, const json_t *value)
 {
-    char *text = json_dumps(value, JSON_COMPACT);
-    gw_reply(req, code, "application/json", text, strlen(text));
-    free(text);
+    cm_bytes out;
+    cm_bytes_init(&out, 0);
+    json_dump_callback(value, append_json, &out, JSON_COMPACT);
+    gw_reply(req, code, "application/json", out.data, out.len);
+    cm_bytes_fini(&out);
 }
 
 void gw_reply_retry(struct evhttp_request *req, const gw_error *error)

@@ -32,12 +32,34 @@ static void route_models(gw_http *http, struct evhttp_request *req, const char *
     json_decref(reply);
 }
 
+static int hex_digit(char c)
+{
+    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+}
+
+/* In place; a % that begins no %XX stays. */
+static void percent_decode(char *text)
+{
+    char *to = text;
+    for (const char *at = text; *at != 0; at++) {
+        int high = *at == '%' ? hex_digit(at[1]) : -1;
+        int low = high >= 0 ? hex_digit(at[2]) : -1;
+        if (low >= 0 && high * 16 + low != 0) {
+            *to++ = (char)(high * 16 + low);
+            at += 2;
+        } else {
+            *to++ = *at;
+        }
+    }
+    *to = 0;
+}
+
 static void route_model(gw_http *http, struct evhttp_request *req, const char *rest)
 {
-    char *id = evhttp_uridecode(rest, 0, NULL);
+    char *id = cm_strdup(rest);
     gw_error error;
-    if (id == NULL || gw_model_check(http->gateway, id, &error) != CM_OK) {
-        gw_error_set(&error, GW_CAUSE_MODEL_NOT_FOUND, "model", "The model '%s' does not exist", rest);
+    percent_decode(id);
+    if (gw_model_check(http->gateway, id, &error) != CM_OK) {
         gw_reply_error(req, &error);
     } else {
         gw_info info;
@@ -46,7 +68,7 @@ static void route_model(gw_http *http, struct evhttp_request *req, const char *r
         gw_reply_json(req, 200, reply);
         json_decref(reply);
     }
-    free(id);
+    cm_free(id);
 }
 
 /* ---- tokenizer ---- */

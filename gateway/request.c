@@ -228,11 +228,12 @@ typedef struct field {
 
 #define TO(member_)     .stored = true, .offset = offsetof(gw_request, member_)
 #define ONLY(value_)    .neutral_only = true, .neutral = (value_)
+#define TYPE_ONLY .stored = false
 #define RANGE(min_, max_) .min = (min_), .max = (max_)
 
 /* max_completion_tokens stands behind max_tokens because it wins. */
 static const field FIELDS[] = {
-    {"model", BOTH, FIELD_STRING},
+    {"model", BOTH, FIELD_STRING, TYPE_ONLY},
     {"messages", CHAT, FIELD_LIST, .parse = parse_messages},
     {"prompt", TEXT, FIELD_ANY, .parse = parse_prompt},
     {"suffix", TEXT, FIELD_STRING, .parse = parse_suffix},
@@ -249,9 +250,9 @@ static const field FIELDS[] = {
     {"ignore_eos", BOTH, FIELD_BOOL, TO(ignore_eos)},
     {"include_stop_str_in_output", BOTH, FIELD_BOOL, TO(include_stop)},
     {"skip_special_tokens", BOTH, FIELD_BOOL, .parse = parse_keep_special},
-    {"thinking", CHAT, FIELD_OBJECT},
-    {"reasoning_effort", CHAT, FIELD_STRING},
-    {"chat_template_kwargs", CHAT, FIELD_OBJECT},
+    {"thinking", CHAT, FIELD_OBJECT, TYPE_ONLY},
+    {"reasoning_effort", CHAT, FIELD_STRING, TYPE_ONLY},
+    {"chat_template_kwargs", CHAT, FIELD_OBJECT, TYPE_ONLY},
     {"n", BOTH, FIELD_UINT, RANGE(1, 128), ONLY(1)},
     {"best_of", TEXT, FIELD_UINT, RANGE(1, 128), ONLY(1)},
     {"echo", TEXT, FIELD_BOOL, ONLY(0)},
@@ -269,7 +270,7 @@ static const field FIELDS[] = {
     {"tools", CHAT, FIELD_LIST, ONLY(0)},
     {"functions", CHAT, FIELD_LIST, ONLY(0)},
     {"tool_choice", CHAT, FIELD_ANY, .parse = parse_tool_choice},
-    {"parallel_tool_calls", CHAT, FIELD_BOOL},
+    {"parallel_tool_calls", CHAT, FIELD_BOOL, TYPE_ONLY},
 };
 enum { N_FIELDS = sizeof(FIELDS) / sizeof(FIELDS[0]) };
 

@@ -35,13 +35,19 @@ static inline float kn_bf16_decode(uint16_t b)
     return kn_f32_from_bits((uint32_t)b << 16);
 }
 
+/* The conversions below choose by masks where C would choose by `?:`: the compiler turns the latter into branches and
+ * then cannot make vector code of a loop around them. */
+static inline uint32_t kn_mask_if(bool condition)
+{
+    return 0u - (uint32_t)condition;
+}
+
 /* Nearest, ties to even; NaN stays NaN. */
 static inline uint16_t kn_bf16_encode(float x)
 {
-    uint32_t u = kn_f32_bits(x);
+    uint32_t u = kn_f32_bits(x), nan = kn_mask_if((u & 0x7fffffffu) > 0x7f800000u);
     uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    uint32_t nan = (u >> 16) | 0x40u;
-    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+    return (uint16_t)((rounded & ~nan) | (((u >> 16) | 0x40u) & nan));
 }
 
 /* An operation's double result on its way to a bf16 tensor: float32 first, then bf16 (class D). */
@@ -54,36 +60,37 @@ static inline uint16_t kn_bf16_from_f64(double x)
 static inline float kn_e4m3_decode(uint8_t code)
 {
     uint32_t mag = code & 0x7fu, sign = (uint32_t)(code & 0x80u) << 24;
-    uint32_t normal = (mag << 20) + (120u << 23);
-    uint32_t tiny = kn_f32_bits((float)(int32_t)mag * 0x1p-9f);
-    uint32_t bits = mag < 8u ? tiny : normal;
-    return kn_f32_from_bits((mag == 0x7fu ? 0x7fc00000u : bits) | sign);
+    /* Below 2^-6 there is no leading one: it is put in and subtracted again. */
+    uint32_t tiny = kn_mask_if(mag < 8u), nan = kn_mask_if(mag == 0x7fu);
+    float with_one = kn_f32_from_bits(((mag | (tiny & 8u)) << 20) + (120u << 23));
+    float value = with_one - kn_f32_from_bits(tiny & (121u << 23));
+    return kn_f32_from_bits(kn_f32_bits(value) | sign | (nan & 0x7fc00000u));
 }
 
 /* Clamps to +-448, then nearest, ties to even; -0 keeps its sign; NaN gives 0x7F or 0xFF. */
 static inline uint8_t kn_e4m3_encode(float x)
 {
     uint32_t u = kn_f32_bits(x), sign = (u >> 24) & 0x80u, mag = u & 0x7fffffffu;
-    uint32_t capped = mag > 0x43e00000u ? 0x43e00000u : mag;
+    uint32_t capped = mag < 0x43e00000u ? mag : 0x43e00000u;
     uint32_t normal = ((capped + 0x7ffffu + ((capped >> 20) & 1u)) >> 20) - (120u << 3);
     /* Below 2^-6 codes are multiples of 2^-9, the unit in the last place of 2^14. */
     uint32_t tiny = kn_f32_bits(kn_f32_from_bits(capped) + 16384.0f) - 0x46800000u;
-    uint32_t code = capped < 0x3c800000u ? tiny : normal;
-    return (uint8_t)((mag > 0x7f800000u ? 0x7fu : code) | sign);
+    uint32_t is_tiny = kn_mask_if(capped < 0x3c800000u), nan = kn_mask_if(mag > 0x7f800000u);
+    return (uint8_t)((tiny & is_tiny) | (normal & ~is_tiny) | sign | (nan & 0x7fu));
 }
 
 /* e2m1 codes 0..7 are 0 0.5 1 1.5 2 3 4 6, bit 3 is the sign. Twice the value is a small integer. */
-static inline int32_t kn_e2m1_doubled(uint32_t code)
+static inline int8_t kn_e2m1_doubled(uint8_t code)
 {
-    int32_t m = (int32_t)(code & 7u);
-    int32_t value = m + (m > 4 ? m - 4 : 0) + (m > 6 ? 2 : 0);
-    return (code & 8u) ? -value : value;
+    int8_t m = (int8_t)(code & 7), sign = (int8_t)-((code >> 3) & 1);
+    int8_t over4 = (int8_t)(m > 4 ? m - 4 : 0), over6 = (int8_t)(m > 6 ? 2 : 0);
+    return (int8_t)(((m + over4 + over6) ^ sign) - sign);
 }
 
-static inline float kn_e2m1_decode(uint32_t code)
+static inline float kn_e2m1_decode(uint8_t code)
 {
-    float magnitude = 0.5f * (float)kn_e2m1_doubled(code & 7u);
-    return (code & 8u) ? -magnitude : magnitude;
+    float magnitude = 0.5f * (float)kn_e2m1_doubled(code & 7);
+    return (code & 8) ? -magnitude : magnitude;
 }
 
 /* Clamps to +-6, then nearest, ties to the even code; -0 keeps its sign. */
@@ -151,7 +158,6 @@ static inline double kn_exp(double x)
     double r = (bounded - k * ln2_hi) - k * ln2_lo;
     double q = 1.0 / 6227020800.0;
     uint64_t bits, half, rest;
-    double scaled;
     q = q * r + 1.0 / 479001600.0;
     q = q * r + 1.0 / 39916800.0;
     q = q * r + 1.0 / 3628800.0;
@@ -169,8 +175,7 @@ static inline double kn_exp(double x)
     bits = (bits + 2048u) & 0xfffu;
     half = bits >> 1;
     rest = bits - half;
-    scaled = q * kn_f64_from_bits((half + 1023u - 1024u) << 52) * kn_f64_from_bits((rest + 1023u - 1024u) << 52);
-    return x != x ? x : scaled;
+    return q * kn_f64_from_bits((half + 1023u - 1024u) << 52) * kn_f64_from_bits((rest + 1023u - 1024u) << 52);
 }
 
 static inline double kn_sigmoid(double x)

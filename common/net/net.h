@@ -53,13 +53,13 @@ void net_close(net *n);
 void net_set_identity(net *n, const net_identity *identity);
 const char *net_backend(const net *n);
 
-/* ucx: "host:port" or "[v6]:port", port 0 = any free one; host may be a name (looked up: may block, start-up only).
+/* ucx: "host:port", IPv4, port 0 = any free one; host may be a name (looked up: may block, start-up only).
  * local: a name unique in this process. Once per object.
  * bound_out: the address others can connect to; for a wildcard host this machine's first outside address.
- * CM_E_EXISTS when it is taken, CM_E_INVALID when it cannot be read. */
+ * CM_E_EXISTS when it is taken, CM_E_INVALID when it cannot be read, CM_E_UNSUPPORTED: IPv6. */
 CM_MUST_CHECK cm_status net_listen(net *n, const char *address, char bound_out[NET_ADDRESS_BYTES], cm_error *err);
 /* Begins to connect; NET_EV_UP or NET_EV_DOWN follows. Sending before UP is our bug. ucx: the host is numeric, so that
- * nothing is looked up. CM_E_INVALID: address cannot be read; CM_E_CAPACITY: peers_max. */
+ * nothing is looked up. CM_E_INVALID: address cannot be read; CM_E_UNSUPPORTED: IPv6; CM_E_CAPACITY: peers_max. */
 CM_MUST_CHECK cm_status net_connect(net *n, const char *address, net_peer **peer_out, cm_error *err);
 /* Ends a link; its sends complete with CM_E_CANCELLED (event.peer NULL); no NET_EV_DOWN follows; peer is invalid after
  * the call, events of it that net_poll handed out before excepted. */

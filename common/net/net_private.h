@@ -164,10 +164,10 @@ void *net_buffers_get(net_buffers *buffers); /* asserts that one is free */
 void net_buffers_put(net_buffers *buffers, void *buffer);
 
 /* ---- net_address.c: "host:port" and back, for back-ends over IP ---- */
-struct sockaddr_storage;
-/* names: host may be a name (asks the resolver); otherwise numeric only. CM_E_INVALID with the reason. */
-CM_MUST_CHECK cm_status net_address_parse(const char *text, bool names, struct sockaddr_storage *address_out,
-                                          uint32_t *n_bytes_out, cm_error *err);
-void net_address_format(const struct sockaddr_storage *address, char text_out[NET_ADDRESS_BYTES]);
+struct sockaddr_in;
+/* names: host may be a name (asks the resolver); otherwise numeric only. CM_E_INVALID with the reason,
+ * CM_E_UNSUPPORTED: IPv6. */
+CM_MUST_CHECK cm_status net_address_parse(const char *text, bool names, struct sockaddr_in *address_out, cm_error *err);
+void net_address_format(const struct sockaddr_in *address, char text_out[NET_ADDRESS_BYTES]);
 /* Replaces a wildcard host by the first address of this machine that others can reach, else loopback. */
-void net_address_reachable(struct sockaddr_storage *address);
+void net_address_reachable(struct sockaddr_in *address);

@@ -25,10 +25,6 @@ cm_status ucx_status(ucs_status_t status)
     case UCS_ERR_UNREACHABLE:
     case UCS_ERR_INVALID_ADDR:
         return CM_E_UNREACHABLE;
-    case UCS_ERR_CANCELED:
-        return CM_E_CANCELLED;
-    case UCS_ERR_NO_MEMORY:
-        return CM_E_MEMORY;
     default:
         return CM_E_RESET; /* a dead peer shows as ENDPOINT_TIMEOUT, CONNECTION_RESET or NOT_CONNECTED alike */
     }
@@ -81,6 +77,7 @@ static cm_status ucx_configure(ucp_config_t *config, const net_options *options,
         {"TCP_TX_SEG_SIZE", "64k"},
         {"TCP_RX_SEG_SIZE", "64k"},
         {"TCP_MAX_NUM_EPS", n_eps},
+        {"TCP_AF_PRIO", "inet"},     /* see net_address_parse */
         {"TCP_KEEPIDLE", "1s"},      /* a dead host under an idle link, beside our own heartbeats */
         {"TCP_KEEPINTVL", "1s"},
         {"TCP_KEEPCNT", "3"},
@@ -212,13 +209,12 @@ static void ucx_on_request(ucp_conn_request_h request, void *arg)
 static cm_status ucx_listen(void *backend, const char *address, char bound_out[NET_ADDRESS_BYTES], cm_error *err)
 {
     ucx_net *u = backend;
-    struct sockaddr_storage at;
-    uint32_t n_bytes;
+    struct sockaddr_in at;
     CM_ASSERT(u->listener == NULL);
-    CM_TRY(net_address_parse(address, true, &at, &n_bytes, err));
+    CM_TRY(net_address_parse(address, true, &at, err));
     ucp_listener_params_t params = {
         .field_mask = UCP_LISTENER_PARAM_FIELD_SOCK_ADDR | UCP_LISTENER_PARAM_FIELD_CONN_HANDLER,
-        .sockaddr = {.addr = (const struct sockaddr *)&at, .addrlen = n_bytes},
+        .sockaddr = {.addr = (const struct sockaddr *)&at, .addrlen = sizeof(at)},
         .conn_handler = {.cb = ucx_on_request, .arg = u},
     };
     ucs_status_t rc = ucp_listener_create(u->worker, &params, &u->listener);
@@ -234,8 +230,9 @@ static cm_status ucx_listen(void *backend, const char *address, char bound_out[N
         u->listener = NULL;
         return ucx_fail(err, "listener", rc);
     }
-    net_address_reachable(&attr.sockaddr);
-    net_address_format(&attr.sockaddr, bound_out);
+    memcpy(&at, &attr.sockaddr, sizeof(at));
+    net_address_reachable(&at);
+    net_address_format(&at, bound_out);
     return CM_OK;
 }
 
@@ -243,15 +240,14 @@ static cm_status ucx_connect(void *backend, const char *address, void *peer, net
                              cm_error *err)
 {
     ucx_net *u = backend;
-    struct sockaddr_storage to;
-    uint32_t n_bytes;
-    CM_TRY(net_address_parse(address, false, &to, &n_bytes, err));
+    struct sockaddr_in to;
+    CM_TRY(net_address_parse(address, false, &to, err));
     net_backend_link *link = ucx_link_create(u, peer);
     if (link == NULL) {
         return cm_error_set(err, CM_E_CAPACITY, "address", "no link to '%s': all %u are in use or closing", address,
                             u->links.n_max);
     }
-    ucx_link_start(link, &to, n_bytes, NULL);
+    ucx_link_start(link, &to, NULL);
     *link_out = link;
     return CM_OK;
 }
@@ -261,13 +257,15 @@ static void ucx_accept(ucx_net *u, ucp_conn_request_h request)
     char address[NET_ADDRESS_BYTES] = "unknown";
     ucp_conn_request_attr_t attr = {.field_mask = UCP_CONN_REQUEST_ATTR_FIELD_CLIENT_ADDR};
     if (ucp_conn_request_query(request, &attr) == UCS_OK) {
-        net_address_format(&attr.client_address, address);
+        struct sockaddr_in from;
+        memcpy(&from, &attr.client_address, sizeof(from));
+        net_address_format(&from, address);
     }
     net_backend_link *link = ucx_link_create(u, NULL);
     if (link != NULL) {
         link->peer = u->upcalls->accepted(u->ctx, link, address);
         if (link->peer != NULL) {
-            ucx_link_start(link, NULL, 0, request);
+            ucx_link_start(link, NULL, request);
             return;
         }
         ucx_link_free(link);
@@ -327,13 +325,9 @@ static bool ucx_arm(void *backend)
 
 /* ---- close ---- */
 
-/* Upcalls still come for sends; the layer wants those. */
+/* Peers that were told goodbye get their moment to leave first; all others are cut off at once. */
 static void ucx_close_all_links(ucx_net *u)
 {
-    net_backend_link *link;
-    TAILQ_FOREACH(link, &u->all, entry) {
-        ucx_disconnect(u, link);
-    }
     uint64_t until_ms = cm_now_ms() + UCX_CLOSE_MS;
     while (!TAILQ_EMPTY(&u->all) && cm_now_ms() < until_ms) {
         (void)ucp_worker_progress(u->worker);

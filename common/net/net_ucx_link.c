@@ -1,8 +1,12 @@
 #include <string.h>
 
 #include "common/base/assert.h"
+#include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/net/net_ucx_private.h"
+
+/* How long a link told goodbye waits for the peer to leave first, at most. */
+enum { UCX_FAREWELL_MS = 100 };
 
 /* ---- links ---- */
 
@@ -33,8 +37,7 @@ static void ucx_on_error(void *arg, ucp_ep_h ep, ucs_status_t status)
     ucx_link_fail(arg, ucx_status(status));
 }
 
-void ucx_link_start(net_backend_link *link, const struct sockaddr_storage *address, uint32_t address_bytes,
-                    ucp_conn_request_h request)
+void ucx_link_start(net_backend_link *link, const struct sockaddr_in *address, ucp_conn_request_h request)
 {
     ucx_net *u = link->net;
     ucp_ep_params_t params = {
@@ -46,7 +49,7 @@ void ucx_link_start(net_backend_link *link, const struct sockaddr_storage *addre
         params.field_mask |= UCP_EP_PARAM_FIELD_FLAGS | UCP_EP_PARAM_FIELD_SOCK_ADDR;
         params.flags = UCP_EP_PARAMS_FLAGS_CLIENT_SERVER;
         params.sockaddr.addr = (const struct sockaddr *)address;
-        params.sockaddr.addrlen = address_bytes;
+        params.sockaddr.addrlen = sizeof(*address);
     } else {
         params.field_mask |= UCP_EP_PARAM_FIELD_CONN_REQUEST;
         params.conn_request = request;
@@ -63,7 +66,7 @@ void ucx_link_start(net_backend_link *link, const struct sockaddr_storage *addre
     CM_ASSERT_MSG(put == CM_OK, "endpoint map: %s", cm_status_name(put));
 }
 
-void ucx_link_fail(net_backend_link *link, cm_status status)
+static void ucx_link_closing(net_backend_link *link, cm_status status)
 {
     if (!link->closing) {
         link->closing = true;
@@ -73,11 +76,25 @@ void ucx_link_fail(net_backend_link *link, cm_status status)
     }
 }
 
+void ucx_link_fail(net_backend_link *link, cm_status status)
+{
+    ucx_link_closing(link, status);
+    link->broken = true;
+}
+
+/* A goodbye must not be overtaken by the news that its connection was closed, which travels apart from the data: the
+ * link lingers until the peer leaves, for a moment. It does not linger when sends must be called back. */
 void ucx_disconnect(void *backend, net_backend_link *link)
 {
     (void)backend;
     link->peer = NULL;
-    ucx_link_fail(link, CM_E_CANCELLED);
+    link->farewell_ms = cm_now_ms() + UCX_FAREWELL_MS;
+    ucx_link_closing(link, CM_E_CANCELLED);
+}
+
+static bool ucx_link_lingers(const net_backend_link *link)
+{
+    return link->said_goodbye && !link->broken && link->n_sends == 0 && cm_now_ms() < link->farewell_ms;
 }
 
 static void ucx_arrival_give_back(ucx_net *u, ucx_arrival *arrival)
@@ -96,7 +113,8 @@ static void ucx_arrival_give_back(ucx_net *u, ucx_arrival *arrival)
     cm_pool_put(&u->arrivals, arrival);
 }
 
-/* What had arrived and was not delivered goes down with the link; what is being fetched follows when UCX is done. */
+/* What had arrived and was not delivered goes down with the link; what is being fetched follows when UCX is done.
+ * After the endpoint is gone: before, giving back an announcement would tell the sender that we took its message. */
 static void ucx_link_drop_arrivals(net_backend_link *link)
 {
     ucx_net *u = link->net;
@@ -119,7 +137,6 @@ static void ucx_link_drop_arrivals(net_backend_link *link)
 static void ucx_link_begin_close(net_backend_link *link)
 {
     link->close_begun = true;
-    ucx_link_drop_arrivals(link);
     if (link->ep == NULL) {
         return;
     }
@@ -138,6 +155,9 @@ bool ucx_link_close_step(net_backend_link *link)
     ucx_net *u = link->net;
     bool did = false;
     if (!link->close_begun) {
+        if (ucx_link_lingers(link)) {
+            return false;
+        }
         ucx_link_begin_close(link);
         did = true;
     }
@@ -149,6 +169,7 @@ bool ucx_link_close_step(net_backend_link *link)
         link->close_request = NULL;
         did = true;
     }
+    ucx_link_drop_arrivals(link);
     if (link->n_sends > 0) {
         return did;
     }
@@ -171,7 +192,7 @@ bool ucx_link_close_step(net_backend_link *link)
 static void ucx_on_send_done(void *request, ucs_status_t status, void *user_data)
 {
     ucx_send *send = user_data;
-    send->status = ucx_status(status);
+    send->status = status == UCS_OK ? CM_OK : CM_E_RESET; /* UCX says cancelled for what a loss took with it */
     STAILQ_INSERT_TAIL(&send->link->net->done, send, entry);
     ucp_request_free(request);
 }
@@ -221,6 +242,7 @@ cm_status ucx_send_message(void *backend, net_backend_link *link, const net_mess
     }
     send->link = link;
     send->cookie = send_cookie;
+    link->said_goodbye = message->type == NET_TYPE_GOODBYE;
     ucx_prefix prefix = {.type = message->type};
     memcpy(send->header, &prefix, sizeof(prefix));
     if (message->header_bytes > 0) {
@@ -285,8 +307,11 @@ ucs_status_t ucx_on_message(void *arg, const void *header, size_t header_length,
     net_backend_link *link = (param->recv_attr & UCP_AM_RECV_ATTR_FIELD_REPLY_EP) != 0
                                  ? cm_map_get(&u->eps, (uintptr_t)param->reply_ep)
                                  : NULL;
+    /* an error goes back to the sender of an announced message; others have no answer */
+    bool announced = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
+    ucs_status_t no = announced ? UCS_ERR_CANCELED : UCS_OK;
     if (link == NULL || link->closing) {
-        return UCS_OK; /* the rest of a link that is gone */
+        return no; /* the rest of a link that is gone */
     }
     ucx_prefix prefix = {0};
     if (header_length >= sizeof(prefix)) {
@@ -295,7 +320,7 @@ ucs_status_t ucx_on_message(void *arg, const void *header, size_t header_length,
     ucx_arrival *arrival;
     if (!ucx_check_message(link, prefix.type, header_length, length)) {
         ucx_link_fail(link, CM_E_PROTOCOL);
-        return UCS_OK;
+        return no;
     }
     cm_status status = cm_pool_get(&u->arrivals, (void **)&arrival);
     CM_ASSERT_MSG(status == CM_OK, "%u arrivals in use, the links' bounds allow fewer", u->arrivals.n_used);
@@ -304,7 +329,7 @@ ucs_status_t ucx_on_message(void *arg, const void *header, size_t header_length,
     arrival->header_bytes = (uint32_t)(header_length - sizeof(prefix));
     memcpy(arrival->header, (const uint8_t *)header + sizeof(prefix), arrival->header_bytes);
     arrival->payload_bytes = length;
-    arrival->announced = (param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0;
+    arrival->announced = announced;
     arrival->desc = length > 0 ? data : NULL;
     TAILQ_INSERT_TAIL(&link->arrivals, arrival, entry);
     link->n_arrivals++;

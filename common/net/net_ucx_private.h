@@ -4,6 +4,7 @@
  * layer's header, data = payload. Up to 64 KiB payloads come with the message and stay where UCX put them; larger ones
  * are announced, and fetched into a buffer of ours once a receive is free. Both wait in arrival order per link. */
 #pragma once
+#include <netinet/in.h>
 #include <ucp/api/ucp.h>
 
 #include "common/base/map.h"
@@ -61,6 +62,9 @@ struct net_backend_link {
     void *peer; /* NULL: disconnected by the layer, no upcall but sent */
     ucp_ep_h ep;
     bool closing, close_begun;
+    bool broken;          /* UCX or a peer said so; else the layer disconnected */
+    bool said_goodbye;    /* the layer did: the peer may answer by leaving until farewell_ms */
+    uint64_t farewell_ms;
     bool in_waiting;
     cm_status end_status;
     ucs_status_ptr_t close_request; /* NULL when there is none or it is over */
@@ -97,8 +101,7 @@ cm_status ucx_status(ucs_status_t status);
 /* net_ucx_link.c */
 net_backend_link *ucx_link_create(ucx_net *u, void *peer); /* NULL: all in use */
 /* Gives the link its endpoint; on failure the link is closing. Exactly one of address and request. */
-void ucx_link_start(net_backend_link *link, const struct sockaddr_storage *address, uint32_t address_bytes,
-                    ucp_conn_request_h request);
+void ucx_link_start(net_backend_link *link, const struct sockaddr_in *address, ucp_conn_request_h request);
 void ucx_link_free(net_backend_link *link); /* one that was never started */
 /* The next progress closes it and reports it down. */
 void ucx_link_fail(net_backend_link *link, cm_status status);

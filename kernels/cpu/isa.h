@@ -52,6 +52,19 @@ static inline kn_vd kn_vd_add_exact_product(kn_vd a, kn_vd b, kn_vd c)
 #endif
 }
 
+/* Sum of the elements in no promised order: for sums that are exact. */
+static inline double kn_vd_sum(kn_vd v)
+{
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_pd(v);
+#elif defined(__AVX2__)
+    __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return half[0] + half[1];
+#else
+    return v[0] + v[1];
+#endif
+}
+
 /* The contract's fold of KN_LANES partial sums. */
 static inline double kn_fold_lanes(const double *lane)
 {

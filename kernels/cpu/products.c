@@ -4,23 +4,61 @@
 
 /* ---- decoding CPU_CHUNK values ---- */
 
+/* An E4M3 code moved to the bits of a half float is 2^-8 of its value; the hardware widens those, subnormals too. */
+#if defined(__AVX512F__)
+static void decode_e4m3(const uint8_t *codes, double *out)
+{
+    const __m256i magnitude = _mm256_set1_epi16(0x7f), nan = _mm256_set1_epi16(0x7e00);
+    for (int i = 0; i < CPU_CHUNK; i += 16) {
+        __m256i c = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
+        __m256i mag = _mm256_and_si256(c, magnitude);
+        __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(c, 7), 15);
+        __m256i half = _mm256_or_si256(_mm256_slli_epi16(mag, 7), sign);
+        __m512 value;
+        half = _mm256_or_si256(half, _mm256_and_si256(_mm256_cmpeq_epi16(mag, magnitude), nan));
+        value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+        _mm512_storeu_pd(out + i, _mm512_cvtps_pd(_mm512_castps512_ps256(value)));
+        _mm512_storeu_pd(out + i + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1)));
+    }
+}
+#elif defined(__F16C__)
+static void decode_e4m3(const uint8_t *codes, double *out)
+{
+    const __m128i magnitude = _mm_set1_epi16(0x7f), nan = _mm_set1_epi16(0x7e00);
+    for (int i = 0; i < CPU_CHUNK; i += 8) {
+        __m128i c = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)(codes + i)));
+        __m128i mag = _mm_and_si128(c, magnitude);
+        __m128i sign = _mm_slli_epi16(_mm_srli_epi16(c, 7), 15);
+        __m128i half = _mm_or_si128(_mm_slli_epi16(mag, 7), sign);
+        __m256 value;
+        half = _mm_or_si128(half, _mm_and_si128(_mm_cmpeq_epi16(mag, magnitude), nan));
+        value = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+        _mm256_storeu_pd(out + i, _mm256_cvtps_pd(_mm256_castps256_ps128(value)));
+        _mm256_storeu_pd(out + i + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)));
+    }
+}
+#else
 static void decode_e4m3(const uint8_t *codes, double *out)
 {
     for (int i = 0; i < CPU_CHUNK; i++) {
         out[i] = kn_e4m3_decode(codes[i]);
     }
 }
+#endif
 
-/* Low nibbles of a block first, then its high nibbles: block sums are exact, so any order will do, and this one
- * needs no interleaving. kn_cpu_widen_codes puts the inputs in the same order. */
+/* Doubled values; all low nibbles of the chunk first, then all high ones: block sums are exact, so any order will do,
+ * and this one needs no interleaving. kn_cpu_widen_codes puts the inputs in the same order. */
 static void decode_e2m1(const uint8_t *pairs, double *out)
 {
-    for (int b = 0; b < CPU_CHUNK / KN_FP4_BLOCK; b++) {
-        for (int i = 0; i < KN_FP4_BLOCK / 2; i++) {
-            uint32_t pair = pairs[b * KN_FP4_BLOCK / 2 + i];
-            out[b * KN_FP4_BLOCK + i] = kn_e2m1_doubled(pair & 15u);
-            out[b * KN_FP4_BLOCK + KN_FP4_BLOCK / 2 + i] = kn_e2m1_doubled(pair >> 4);
-        }
+    int8_t value[CPU_CHUNK];
+    for (int i = 0; i < CPU_CHUNK / 2; i++) {
+        value[i] = kn_e2m1_doubled(pairs[i] & 15);
+    }
+    for (int i = 0; i < CPU_CHUNK / 2; i++) {
+        value[CPU_CHUNK / 2 + i] = kn_e2m1_doubled(pairs[i] >> 4);
+    }
+    for (int i = 0; i < CPU_CHUNK; i++) {
+        out[i] = value[i];
     }
 }
 
@@ -71,8 +109,7 @@ void KN_FN(kn_cpu_widen_codes)(const uint8_t *codes, uint32_t k, kn_dtype w, dou
         const uint8_t *from = chunk_bytes(codes, at, chunk_len(k, at), CPU_CHUNK, spare);
         if (w == KN_E2M1) {
             for (int i = 0; i < CPU_CHUNK; i++) {
-                int block = i / KN_FP4_BLOCK * KN_FP4_BLOCK, in = i % KN_FP4_BLOCK;
-                ordered[block + in % 2 * (KN_FP4_BLOCK / 2) + in / 2] = from[i];
+                ordered[i % 2 * (CPU_CHUNK / 2) + i / 2] = from[i];
             }
             from = ordered;
         }
@@ -90,23 +127,31 @@ void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out)
 
 /* ---- quantized products ---- */
 
-/* Exact sum of n products, n a multiple of 2 * KN_LANES: any order gives the same value. */
-static inline double exact_dot(const double *x, const double *w, int n)
+/* Exact sums of products: any order gives the same value. */
+static inline double exact_dot_chunk(const double *x, const double *w)
 {
     enum { N_ACC = 4 };
     kn_vd acc[N_ACC] = {0};
-    double sum = 0;
-    for (int i = 0; i < n; i += N_ACC * KN_VD_WIDTH) {
+    for (int i = 0; i < CPU_CHUNK; i += N_ACC * KN_VD_WIDTH) {
         for (int v = 0; v < N_ACC; v++) {
             int at = i + v * KN_VD_WIDTH;
             acc[v] = kn_vd_add_exact_product(kn_vd_load(x + at), kn_vd_load(w + at), acc[v]);
         }
     }
-    acc[0] = (acc[0] + acc[1]) + (acc[2] + acc[3]);
-    for (int l = 0; l < KN_VD_WIDTH; l++) {
-        sum += acc[0][l];
+    return kn_vd_sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+/* Block b of a chunk in the order of decode_e2m1. */
+static inline double exact_dot_fp4_block(const double *x, const double *w, uint32_t b)
+{
+    kn_vd low = {0}, high = {0};
+    x += b * KN_FP4_BLOCK / 2;
+    w += b * KN_FP4_BLOCK / 2;
+    for (int i = 0; i < KN_FP4_BLOCK / 2; i += KN_VD_WIDTH) {
+        low = kn_vd_add_exact_product(kn_vd_load(x + i), kn_vd_load(w + i), low);
+        high = kn_vd_add_exact_product(kn_vd_load(x + CPU_CHUNK / 2 + i), kn_vd_load(w + CPU_CHUNK / 2 + i), high);
     }
-    return sum;
+    return kn_vd_sum(low + high);
 }
 
 typedef struct product_job {
@@ -131,7 +176,7 @@ static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, double *
         double scale = e4m3_scale(w, o, b);
         decode_e4m3(chunk_bytes(row, at, chunk_len(w->n_in, at), CPU_CHUNK, spare), weight);
         for (uint32_t r = 0; r < t->n; r++) {
-            double sum = exact_dot(t->x + r * t->stride + at, weight, CPU_CHUNK);
+            double sum = exact_dot_chunk(t->x + r * t->stride + at, weight);
             acc[r] += sum * (kn_e8m0_decode(t->scales[r][b]) * scale);
         }
     }
@@ -151,7 +196,7 @@ static void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, double *
             uint8_t x_scale = t->scales[r][at / KN_ACT_BLOCK];
             for (uint32_t b = 0; b < n_block; b++) {
                 /* The decoded weights are doubled: half of the sum, exact again. */
-                double sum = 0.5 * exact_dot(x + b * KN_FP4_BLOCK, weight + b * KN_FP4_BLOCK, KN_FP4_BLOCK);
+                double sum = 0.5 * exact_dot_fp4_block(x, weight, b);
                 acc[r] += sum * kn_e8m0_product(x_scale, scales[at / KN_FP4_BLOCK + b]);
             }
         }

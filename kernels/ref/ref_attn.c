@@ -160,7 +160,7 @@ static double index_dot(const uint8_t *q, const uint8_t *k, uint32_t dim)
         double sum = 0;
         for (uint32_t i = b * KN_FP4_BLOCK; i < dim && i < (b + 1) * KN_FP4_BLOCK; i++) {
             uint32_t shift = i % 2 * 4;
-            sum += kn_e2m1_decode(q[i / 2] >> shift & 15u) * kn_e2m1_decode(k[i / 2] >> shift & 15u);
+            sum += kn_e2m1_decode(q[i / 2] >> shift & 15) * kn_e2m1_decode(k[i / 2] >> shift & 15);
         }
         acc += sum * ((double)kn_e8m0_decode(q[dim / 2 + b]) * kn_e8m0_decode(k[dim / 2 + b]));
     }

@@ -12,7 +12,7 @@ static double code_at(const kn_matrix *w, uint32_t o, uint32_t i)
     const uint8_t *data = kn_host(w->data);
     if (w->dtype == KN_E2M1) {
         uint8_t pair = data[(uint64_t)o * (w->n_in / 2) + i / 2];
-        return kn_e2m1_decode(i % 2 == 0 ? pair & 15u : pair >> 4);
+        return kn_e2m1_decode(i % 2 == 0 ? pair & 15 : pair >> 4);
     }
     return kn_e4m3_decode(data[(uint64_t)o * w->n_in + i]);
 }

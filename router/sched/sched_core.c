@@ -45,8 +45,8 @@ struct rt_sched {
     uint64_t step_number;
     bool in_flight;
     uint32_t n_seg, n_row;
-    rt_step_seg *segs;      /* [slot_max] */
-    rt_seq **seg_seqs;      /* [slot_max] whose seg it is */
+    rt_step_seg *segs; /* [slot_max] */
+    rt_seq **seg_seqs; /* [slot_max] whose seg it is */
 
     rt_word *words; /* [word_max] not told yet */
     uint32_t n_word, word_max;

@@ -162,7 +162,7 @@ static void case_dequant(op_case *c)
             uint64_t at = (fp4 ? o : o / KN_ACT_BLOCK) * scale->dim[1] + i / width;
             float s = dtype_of(scale) == KN_F32 ? ((const float *)scale->data)[at]
                                                 : kn_e8m0_decode(((const uint8_t *)scale->data)[at]);
-            float code = fp4 ? kn_e2m1_decode(codes[(o * n_in + i) / 2] >> (i % 2 * 4) & 15u)
+            float code = fp4 ? kn_e2m1_decode(codes[(o * n_in + i) / 2] >> (i % 2 * 4) & 15)
                              : kn_e4m3_decode(codes[o * n_in + i]);
             value[o * n_in + i] = code * s;
         }
@@ -281,7 +281,7 @@ static void unpack_kv(const uint8_t *row, uint32_t dim, uint32_t rope, uint16_t 
 static void unpack_index(const uint8_t *row, uint32_t dim, uint16_t *x_out)
 {
     for (uint32_t i = 0; i < dim; i++) {
-        x_out[i] = kn_bf16_encode(kn_e2m1_decode(row[i / 2] >> (i % 2 * 4) & 15u) *
+        x_out[i] = kn_bf16_encode(kn_e2m1_decode(row[i / 2] >> (i % 2 * 4) & 15) *
                                   kn_e8m0_decode(row[dim / 2 + i / KN_FP4_BLOCK]));
     }
 }

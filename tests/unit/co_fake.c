@@ -25,13 +25,17 @@ static fake_peer *fake_by_session(fake_cluster *f, uint64_t session)
 
 /* ---- what must hold always ---- */
 
+static bool is_in(const fake_peer *p, const co_epoch *epoch)
+{
+    return p->used && p->session != 0 && p->given && co_epoch_find(epoch, p->given_id) != NULL;
+}
+
 /* Who of the role is in the epoch and connected has it in force. */
 static bool all_switched(fake_cluster *f, const co_epoch *epoch, Baleen__Control__V1__Role role)
 {
     FOR_PEERS(f, p)
     {
-        if (p->used && p->session != 0 && p->role == role && co_epoch_find(epoch, p->id) != NULL &&
-            p->epoch < epoch->number) {
+        if (p->role == role && is_in(p, epoch) && p->epoch < epoch->number) {
             return false;
         }
     }
@@ -74,7 +78,7 @@ static void check_state(fake_cluster *f)
     uint64_t open = 0;
     FOR_PEERS(f, p)
     {
-        if (p->used && p->session != 0 && p->open_prepare != 0) {
+        if (p->used && p->session != 0 && p->given && p->open_prepare != 0) {
             assert_true(open == 0 || open == p->open_prepare); /* one change in flight */
             open = p->open_prepare;
         }
@@ -95,9 +99,16 @@ static void check_word(fake_cluster *f, fake_peer *p, const co_out *out)
     switch (out->kind) {
     case CO_OUT_WELCOME:
         assert_true(out->member_id < f->next_id); /* the log knows that it is given away */
-        if (out->member_id != p->id) {
-            assert_true(out->member_id > f->id_max);
+        p->given = true;
+        assert_true(out->member_id < FAKE_IDS);
+        if (out->member_id > f->id_max) {
             f->id_max = out->member_id;
+            f->id_owner[f->id_max] = p->incarnation;
+        }
+        assert_int_equal(f->id_owner[out->member_id], p->incarnation);
+        if (out->member_id != p->given_id) {
+            p->given_id = out->member_id;
+            p->open_prepare = 0; /* a new id is a new start */
         }
         break;
     case CO_OUT_PREPARE:
@@ -116,7 +127,7 @@ static void check_word(fake_cluster *f, fake_peer *p, const co_out *out)
     case CO_OUT_COMMIT:
         f->n_commits++;
         assert_ptr_equal(out->epoch, epoch);
-        assert_non_null(co_epoch_find(epoch, p->id));
+        assert_true(is_in(p, epoch));
         if (p->role == CO_ROLE_WORKER) {
             assert_true(p->prepared == epoch->number || p->epoch == epoch->number);
         } else {
@@ -178,7 +189,7 @@ static void fake_step(fake_cluster *f, const co_in *in)
 
 static void fake_say(fake_cluster *f, fake_peer *p, Baleen__Control__V1__MemberMessage *word)
 {
-    if (p->session != 0) {
+    if (p->session != 0) { /* heartbeats to a session that was just closed go nowhere */
         fake_step(f, &(co_in){.kind = CO_IN_WORD, .session = p->session, .word = word});
     }
 }
@@ -274,6 +285,7 @@ void fake_hello(fake_cluster *f, fake_peer *p)
     word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_HELLO;
     word.hello = &hello;
     p->session = ++f->next_session;
+    p->given = p->welcomed = false;
     p->n_mail = 0;
     fake_say(f, p, &word);
 }
@@ -355,6 +367,7 @@ bool fake_read(fake_cluster *f, fake_peer *p)
     memmove(p->mail, p->mail + 1, sizeof(p->mail[0]) * --p->n_mail);
     switch (mail.kind) {
     case CO_OUT_WELCOME:
+        p->welcomed = true;
         p->id = (uint32_t)mail.number;
         if (p->cluster != f->cluster) {
             p->cluster = f->cluster;
@@ -404,9 +417,7 @@ void fake_pass(fake_cluster *f, uint64_t ms)
         fake_step(f, NULL);
         FOR_PEERS(f, p)
         {
-            /* Welcome first: before it a member is silent. */
-            bool welcomed = p->n_mail == 0 || p->mail[0].kind != CO_OUT_WELCOME;
-            if (p->used && p->alive && !p->hung && p->session != 0 && welcomed && p->id != 0) {
+            if (p->used && p->alive && !p->hung && p->session != 0 && p->welcomed) {
                 Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
                 Baleen__Control__V1__Heartbeat heartbeat = BALEEN__CONTROL__V1__HEARTBEAT__INIT;
                 word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_HEARTBEAT;
@@ -421,15 +432,16 @@ void fake_pass(fake_cluster *f, uint64_t ms)
 
 void fake_settle(fake_cluster *f)
 {
-    bool moved = true;
+    bool moved = true, tried[FAKE_PEERS] = {false}; /* who is refused for now comes again in the next call */
     for (uint32_t turns = 0; moved; turns++) {
         assert_true(turns < 10000);
         moved = fake_write(f);
         FOR_PEERS(f, p)
         {
-            if (p->used && p->alive && !p->hung && !p->finished && p->session == 0 && !p->fails_prepare) {
+            bool may = p->used && p->alive && !p->hung && !p->finished && !p->fails_prepare;
+            if (may && p->session == 0 && !tried[p - f->peers]) {
                 fake_hello(f, p);
-                moved = true;
+                moved = tried[p - f->peers] = true;
             }
             moved |= p->used && fake_read(f, p);
         }

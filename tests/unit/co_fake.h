@@ -6,7 +6,7 @@
 
 #include "coordinator/co_core.h"
 
-enum { FAKE_PEERS = 48, FAKE_MAIL = 64, FAKE_STORES = 64, FAKE_LAYERS = 3, FAKE_EXPERTS = 8, FAKE_EXPERT_BYTES = 10 };
+enum { FAKE_PEERS = 48, FAKE_MAIL = 64, FAKE_STORES = 64, FAKE_IDS = 4096, FAKE_LAYERS = 3, FAKE_EXPERTS = 8, FAKE_EXPERT_BYTES = 10 };
 
 typedef struct fake_mail {
     co_out_kind kind;
@@ -16,6 +16,8 @@ typedef struct fake_mail {
 typedef struct fake_peer {
     bool used, alive, finished; /* finished: left or refused for good, never comes back */
     bool hung;                  /* lives but says nothing */
+    bool given, welcomed;       /* in this session: a Welcome was sent, was read */
+    uint32_t given_id;          /* of the last Welcome sent */
     bool fails_prepare, leaving;
     Baleen__Control__V1__Role role;
     uint64_t incarnation, cluster, session; /* session 0: none */
@@ -52,8 +54,10 @@ typedef struct fake_cluster {
     co_epoch *epoch;
     /* what was seen */
     uint32_t id_max;
+    uint64_t id_owner[FAKE_IDS]; /* incarnation that an id was given to */
     uint64_t number_max; /* highest ever in force */
-    uint32_t n_prepares, n_aborts, n_commits, n_retires, n_warnings, n_changes;
+    uint32_t n_prepares, n_aborts, n_commits, n_retires, n_warnings;
+    uint32_t n_changes; /* epochs that came into force */
 } fake_cluster;
 
 void fake_init(fake_cluster *f, uint32_t workers_min);

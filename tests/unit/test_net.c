@@ -32,7 +32,7 @@ typedef struct backend_case {
 } backend_case;
 
 static const backend_case g_ucx = {
-    "ucx", "127.0.0.1:0", NULL, {"127.0.0.1", "127.0.0.1:70000", "no such host:1", "::1:5"}};
+    "ucx", "127.0.0.1:0", NULL, {"127.0.0.1", "127.0.0.1:70000", "no such host:1", ":5"}};
 static const backend_case g_local = {"local", "t_net %u", "t_net nobody", {"", NULL, NULL, NULL}};
 
 static uint8_t *g_source; /* payloads are pieces of it, so that a receiver can check any of them */
@@ -124,7 +124,7 @@ static void side_event(side *s, const net_event *event)
         break;
     case NET_EV_SENT:
         s->n_sent++;
-        s->n_after_down += s->n_down;
+        s->n_after_down += event->peer != NULL && event->peer != s->peer;
         if (event->status != CM_OK) {
             s->n_failed++;
             s->failed_status = event->status;
@@ -333,7 +333,7 @@ static void test_up(void **state)
     net_peer_set_user(a->peer, &t);
     assert_ptr_equal(net_peer_user(a->peer), &t);
     /* the other goes in order: seen at once, and not counted as a loss */
-    side_close(b);
+    net_disconnect(b->peer);
     WAIT(&t, a->n_down == 1);
     assert_int_equal(a->down_status, CM_E_RESET);
     assert_int_equal(cm_stat_get(CM_STAT_net_peers_lost), n_lost);
@@ -564,7 +564,7 @@ static void test_other_protocol(void **state)
         WAIT(&t, a->n_down == i + 1 && b->n_down == i + 1);
         assert_int_equal(a->n_up, 0);
         assert_int_equal(a->down_status, CM_E_REFUSED);
-        assert_int_equal(b->down_status, i == 2 ? CM_E_REFUSED : CM_E_REFUSED);
+        assert_int_equal(b->down_status, CM_E_REFUSED);
         b->n_up = 0; /* it had no reason to refuse, and may have come up for a moment */
     }
     assert_true(log_has("protocol 42 there, 1 here"));
@@ -641,10 +641,8 @@ static void test_peer_close(void **state)
     net_test t = pair_open(backend, &options, &options);
     side *a = &t.sides[0], *b = &t.sides[1];
     assert_int_equal(send_piece(b, 0, 0, 1 << 20, 1, DEADLINE_MS), CM_OK);
-    net_peer *peer = b->peer;
     side_close(a); /* never took it */
     WAIT(&t, b->n_down == 1);
-    (void)peer;
     assert_int_equal(b->n_sent, 1);
     assert_int_equal(b->n_failed, 1);
     assert_int_equal(b->failed_status, CM_E_RESET);
@@ -1128,6 +1126,7 @@ static void test_stopped(void **state)
     pair_close(&t);
 }
 
+/* UCX 1.13 corrupts its memory on IPv6 links: a clear no. */
 static void test_ipv6(void **state)
 {
     const backend_case *backend = *state;
@@ -1135,14 +1134,10 @@ static void test_ipv6(void **state)
     net_test t = {.backend = backend};
     side *a = side_open(&t, &options, 7, 1);
     cm_error err;
-    if (net_listen(a->n, "[::1]:0", t.address, &err) != CM_OK) {
-        side_close(a);
-        skip(); /* this machine has no IPv6 */
-    }
-    assert_int_equal(strncmp(t.address, "[::1]:", 6), 0);
-    side *b = side_open(&t, &options, 7, 2);
-    side_connect(&t, b);
-    WAIT(&t, a->n_up == 1 && b->n_up == 1);
+    net_peer *peer;
+    assert_int_equal(net_listen(a->n, "[::1]:0", t.address, &err), CM_E_UNSUPPORTED);
+    assert_int_equal(net_connect(a->n, "[::1]:7001", &peer, &err), CM_E_UNSUPPORTED);
+    assert_non_null(strstr(err.text, "IPv6"));
     pair_close(&t);
 }
 

@@ -543,6 +543,94 @@ static void test_failed_step(void **state)
     t_engine_fini(&engine);
 }
 
+/* The one that had to go starts again before anyone who came later, however well the later one would fit. */
+static void test_preempted_is_next(void **state)
+{
+    (void)state;
+    t_engine engine;
+    rt_sched_limits limits = t_limits();
+    t_words words = {0};
+    limits.page_max = 8;
+    limits.page_tokens = 2;
+    limits.chunk_max = 14; /* so that it has its first word in the step in which it starts again */
+    limits.row_max = 20;
+    limits.slot_max = 2;
+    t_engine_init(&engine, &limits);
+    t_open(&engine, 1, 1, 4, 10);
+    t_open(&engine, 1, 2, 3, 11);
+    t_open(&engine, 1, 3, 1, 1);
+    rt_sched_ledger ledger;
+    uint32_t n_of_2 = 0, n_of_2_before = UINT32_MAX;
+    while (t_begin(&engine, 0)) {
+        rt_sched_ledger_get(engine.sched, &ledger);
+        if (ledger.n_preempted > 0 && n_of_2_before == UINT32_MAX) {
+            n_of_2_before = n_of_2;
+        }
+        words.n = 0;
+        t_complete(&engine, 0, t_keep, &words);
+        for (uint32_t i = 0; i < words.n; i++) {
+            n_of_2 += words.words[i].key.stream == 2;
+            if (words.words[i].key.stream == 3) {
+                assert_true(n_of_2 > n_of_2_before);
+            }
+        }
+    }
+    assert_int_equal(n_of_2, 11);
+    assert_true(n_of_2_before < 11);
+    t_engine_fini(&engine);
+}
+
+/* Nobody starts on pages that an older one will need for its prompt. */
+static void test_no_vain_start(void **state)
+{
+    (void)state;
+    t_engine engine;
+    rt_sched_limits limits = t_limits();
+    t_words words = {0};
+    rt_sched_ledger ledger;
+    limits.page_max = 8;
+    limits.page_tokens = 2;
+    limits.chunk_max = 2;
+    t_engine_init(&engine, &limits);
+    t_open(&engine, 1, 1, 12, 2);
+    t_open(&engine, 1, 2, 4, 2);
+    for (uint32_t i = 0; i < 6; i++) {
+        assert_true(t_begin(&engine, 0));
+        assert_int_equal(engine.step.n_seg, 1);
+        t_complete(&engine, 0, t_keep, &words);
+    }
+    t_run_out(&engine, &words);
+    assert_int_equal(words.n, 4);
+    rt_sched_ledger_get(engine.sched, &ledger);
+    assert_int_equal(ledger.n_preempted, 0);
+    t_engine_fini(&engine);
+}
+
+/* Words that wait are forgotten by their whole key. */
+static void test_words_go_by_key(void **state)
+{
+    (void)state;
+    t_engine engine;
+    rt_sched_limits limits = t_limits();
+    t_words words = {0};
+    t_engine_init(&engine, &limits);
+    for (uint64_t i = 0; i < 4; i++) {
+        rt_seq_request request = t_request(1 + i / 2, 1 + i % 2, 3, 5);
+        request.deadline_ms = 10;
+        assert_int_equal(rt_sched_open(engine.sched, 0, &request, NULL), CM_OK);
+    }
+    assert_false(t_begin(&engine, 10));
+    t_ledger_is_zero(engine.sched);
+    rt_sched_cancel(engine.sched, (rt_seq_key){2, 1});
+    rt_sched_cancel_owner(engine.sched, 3);
+    rt_sched_words(engine.sched, t_keep, &words);
+    assert_int_equal(words.n, 3);
+    assert_true(words.words[0].key.owner == 1 && words.words[0].key.stream == 1);
+    assert_true(words.words[1].key.owner == 1 && words.words[1].key.stream == 2);
+    assert_true(words.words[2].key.owner == 2 && words.words[2].key.stream == 2);
+    t_engine_fini(&engine);
+}
+
 /* Keys made to fall on one hash (owner times a constant, plus stream) are still different sequences. */
 static void test_equal_hashes(void **state)
 {
@@ -661,6 +749,9 @@ int main(void)
         cmocka_unit_test(test_cancel_while_told),
         cmocka_unit_test(test_deadlines),
         cmocka_unit_test(test_failed_step),
+        cmocka_unit_test(test_preempted_is_next),
+        cmocka_unit_test(test_no_vain_start),
+        cmocka_unit_test(test_words_go_by_key),
         cmocka_unit_test(test_equal_hashes),
         cmocka_unit_test(test_pages),
     };

@@ -148,6 +148,7 @@ static void t_world_check(t_world *world)
     assert_int_equal(ledger.n_seq, ledger.n_running + ledger.n_waiting);
     assert_int_equal(ledger.n_slot, ledger.n_running);
     assert_in_range(ledger.n_running, 0, limits->slot_max);
+    assert_in_range(ledger.n_running, 0, limits->row_max);
     assert_in_range(ledger.n_page, 0, limits->page_max);
     assert_in_range(ledger.n_seq, 0, limits->slot_max + limits->queue_max);
 }

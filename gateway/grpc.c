@@ -1,0 +1,228 @@
+/* Methods, calls from their request to their end, drain. */
+#include "gateway/grpc.h"
+
+#include <string.h>
+
+#include "common/base/assert.h"
+#include "common/base/log.h"
+#include "gateway/grpc_private.h"
+
+const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
+    {.path = "/baleen.v1.Inference/Chat",
+     .request = &baleen__v1__chat_request__descriptor,
+     .ask = gw_grpc_chat_ask,
+     .fini = gw_grpc_chat_fini,
+     .typed = true},
+    {.path = "/baleen.v1.Inference/ChatJson",
+     .request = &baleen__v1__chat_json_request__descriptor,
+     .ask = gw_grpc_json_ask,
+     .fini = gw_grpc_json_fini},
+    {.path = "/baleen.v1.Inference/Generate",
+     .request = &baleen__v1__generate_request__descriptor,
+     .ask = gw_grpc_generate_ask,
+     .fini = gw_grpc_generate_fini,
+     .typed = true},
+    {.path = "/baleen.v1.Inference/Tokenize",
+     .request = &baleen__v1__tokenize_request__descriptor,
+     .ask = gw_grpc_tokenize,
+     .typed = true},
+    {.path = "/baleen.v1.Inference/Detokenize",
+     .request = &baleen__v1__detokenize_request__descriptor,
+     .ask = gw_grpc_detokenize,
+     .typed = true},
+    {.path = "/baleen.v1.Inference/Abort", .request = &baleen__v1__abort_request__descriptor, .ask = gw_grpc_abort},
+    {.path = "/baleen.v1.Inference/Info", .request = &baleen__v1__info_request__descriptor, .ask = gw_grpc_info},
+    {.path = "/grpc.health.v1.Health/Check",
+     .request = &grpc__health__v1__health_check_request__descriptor,
+     .ask = gw_grpc_health_check,
+     .health = true},
+    {.path = "/grpc.health.v1.Health/Watch",
+     .request = &grpc__health__v1__health_check_request__descriptor,
+     .ask = gw_grpc_health_watch,
+     .fini = gw_grpc_health_fini,
+     .health = true},
+};
+
+/* ---- what is sent ---- */
+
+static void drop_slow_reader(gw_grpc_call *call)
+{
+    gw_error error;
+    uint64_t n = pc_call_queued_bytes(call->call);
+    cm_warn("a gRPC client has not read %llu bytes of its answer: ended", (unsigned long long)n);
+    if (call->stream != NULL) {
+        gw_stream_cancel(call->stream);
+        call->stream = NULL;
+    }
+    gw_error_set(&error, GW_CAUSE_SLOW_READER, NULL,
+                 "the client reads too slowly: %llu bytes of the answer were waiting to be read", (unsigned long long)n);
+    gw_grpc_fail(call, &error);
+}
+
+void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
+{
+    cm_bytes *packed = &call->grpc->packed;
+    cm_bytes_clear(packed);
+    pr_pack(message, packed);
+    cm_status status = pc_call_send(call->call, cm_bytes_text(packed), packed->len);
+    if (status == CM_AGAIN) {
+        drop_slow_reader(call);
+    }
+    /* any other: the call is over, closed is on its way */
+}
+
+void gw_grpc_finish(gw_grpc_call *call)
+{
+    pc_call_finish(call->call, PC_CODE_OK, NULL, NULL, 0, 0);
+}
+
+/* ---- streams of calls ---- */
+
+static bool is_request_id(const char *id)
+{
+    size_t n = strspn(id, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.:-");
+    return id[n] == 0 && n >= 1 && n <= 128;
+}
+
+static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_events *events, gw_error *error_out)
+{
+    if (ask->request_id != NULL && !is_request_id(ask->request_id)) {
+        gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
+                     "routing.request_id must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -");
+        return CM_E_INVALID;
+    }
+    if (ask->deadline_ms == 0) {
+        gw_error_set(error_out, GW_CAUSE_DEADLINE, NULL, "the deadline of the request passed before it was begun");
+        return CM_E_DEADLINE;
+    }
+    return gw_stream_open(call->grpc->gateway, ask, events, call, &call->stream, error_out);
+}
+
+void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const gw_stream_events *events)
+{
+    gw_error error;
+    ask->request_id = routing != NULL ? routing->request_id : NULL;
+    ask->deadline_ms = pc_call_deadline_ms(call->call);
+    if (open_stream(call, ask, events, &error) != CM_OK) {
+        gw_grpc_fail(call, &error);
+        return;
+    }
+    pc_call_add_header(call->call, "x-request-id", gw_stream_id(call->stream));
+}
+
+void gw_grpc_stream_failed(void *ctx, const gw_error *error)
+{
+    gw_grpc_call *call = ctx;
+    call->stream = NULL;
+    gw_grpc_fail(call, error);
+}
+
+Baleen__V1__FinishReason gw_grpc_finish_reason(gw_reason reason)
+{
+    switch (reason) {
+    case GW_REASON_STOP:
+        return BALEEN__V1__FINISH_REASON__FINISH_STOP;
+    case GW_REASON_LENGTH:
+        return BALEEN__V1__FINISH_REASON__FINISH_LENGTH;
+    case GW_REASON_TOOL_CALLS:
+        return BALEEN__V1__FINISH_REASON__FINISH_TOOL_CALLS;
+    }
+    return BALEEN__V1__FINISH_REASON__FINISH_STOP;
+}
+
+Baleen__V1__Usage gw_grpc_usage(const gw_usage *usage)
+{
+    Baleen__V1__Usage out = BALEEN__V1__USAGE__INIT;
+    out.has_prompt_tokens = out.has_cached_tokens = out.has_completion_tokens = out.has_reasoning_tokens = true;
+    out.has_queue_ms = out.has_first_token_ms = out.has_total_ms = true;
+    out.prompt_tokens = usage->prompt_tokens;
+    out.cached_tokens = usage->cached_tokens;
+    out.completion_tokens = usage->completion_tokens;
+    out.reasoning_tokens = usage->reasoning_tokens;
+    out.queue_ms = usage->queue_ms;
+    out.first_token_ms = usage->first_token_ms;
+    out.total_ms = usage->total_ms;
+    return out;
+}
+
+/* ---- a call ---- */
+
+static const char *short_name(const gw_grpc_method *method)
+{
+    return method->request->short_name;
+}
+
+static cm_status unpack(gw_grpc_call *call, const uint8_t *data, size_t n_bytes, ProtobufCMessage **request_out,
+                        gw_error *error_out)
+{
+    const gw_grpc_method *method = call->method;
+    cm_status status = pr_unpack(method->request, data, n_bytes, &call->grpc->arena, request_out);
+    if (status == CM_E_TOO_LONG) {
+        gw_error_set(error_out, GW_CAUSE_TOO_LARGE, NULL, "the request has too many parts: unpacked it is above %d MiB",
+                     GW_GRPC_ARENA_BYTES_MAX >> 20);
+        return status;
+    }
+    if (status != CM_OK) {
+        gw_error_set(error_out, GW_CAUSE_INVALID, NULL, "the request is no %s, or a required field is missing",
+                     short_name(method));
+        return status;
+    }
+    return gw_grpc_check_strings(method->request, data, n_bytes, error_out);
+}
+
+static cm_status call_begin(gw_grpc_call *call, const uint8_t *data, size_t n_bytes, ProtobufCMessage **request_out,
+                            gw_error *error_out)
+{
+    if (call->grpc->draining && !call->method->health) {
+        gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL, "this gateway is shutting down; please try again");
+        return CM_E_UNAVAILABLE;
+    }
+    return unpack(call, data, n_bytes, request_out, error_out);
+}
+
+static void call_message(pc_call *rpc, const uint8_t *data, size_t n_bytes)
+{
+    gw_grpc *grpc = pc_call_ctx(rpc);
+    gw_grpc_call *call = cm_alloc(sizeof(*call));
+    ProtobufCMessage *request;
+    gw_error error;
+    call->grpc = grpc;
+    call->call = rpc;
+    call->method = &gw_grpc_methods[pc_call_method(rpc) - grpc->methods];
+    pc_call_set_user(rpc, call);
+    TAILQ_INSERT_TAIL(&grpc->calls, call, link);
+    grpc->n_running++;
+    if (call_begin(call, data, n_bytes, &request, &error) == CM_OK) {
+        call->method->ask(call, request);
+    } else {
+        gw_grpc_fail(call, &error);
+    }
+    cm_arena_reset(&grpc->arena);
+}
+
+/* The last running call has ended: watchers have been sent off when the drain began, and what comes now is refused by the
+ * server itself. */
+static void drain_check(gw_grpc *grpc)
+{
+    if (grpc->draining && !grpc->closing && grpc->n_running == 0) {
+        grpc->closing = true;
+        pc_rpc_server_drain(grpc->server, grpc->drained, grpc->drained_arg);
+    }
+}
+
+static void call_closed(pc_call *rpc, bool cancelled)
+{
+    gw_grpc_call *call = pc_call_user(rpc);
+    gw_grpc *grpc = call->grpc;
+    (void)cancelled;
+    if (call->stream != NULL) {
+        gw_stream_cancel(call->stream);
+    }
+    if (call->method->fini != NULL) {
+        call->method->fini(call);
+    }
+    TAILQ_REMOVE(&grpc->calls, call, link);
+    grpc->n_running--;
+    cm_free(call);
+    drain_check(grpc);
+}

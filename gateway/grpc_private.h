@@ -1,0 +1,138 @@
+/* What the parts of the gRPC surface share: a table of methods, and a call from its request to its end. Thread: the
+ * loop's. */
+#pragma once
+#include <sys/queue.h>
+
+#include "common/base/bytes.h"
+#include "common/base/mem.h"
+#include "gateway/grpc.h"
+#include "proto/baleen_v1.pb-c.h"
+#include "proto/health.pb-c.h"
+#include "proto/pack.h"
+
+enum {
+    GW_GRPC_N_METHODS = 9,
+    GW_GRPC_REQUEST_BYTES_MAX = 64 << 20,
+    GW_GRPC_BODY_BYTES_MAX = 32 << 20,  /* of ChatJson */
+    GW_GRPC_ARENA_BYTES_MAX = 256 << 20, /* an unpacked request: small parts grow, so this bounds their number */
+    GW_GRPC_CALLS_MAX = 70000,          /* above any number of streams that the gateway lets in */
+    GW_GRPC_QUEUE_BYTES_MAX = 1 << 20,  /* unsent bytes of one call; more, and its client reads too slowly */
+    GW_GRPC_ABORT_IDS_MAX = 1024,
+    GW_GRPC_USER_BYTES_MAX = 512,
+    GW_GRPC_WATCH_MS = 250,
+};
+
+typedef struct gw_grpc_call gw_grpc_call;
+
+typedef struct gw_grpc_method {
+    const char *path;
+    const ProtobufCMessageDescriptor *request;
+    /* request is borrowed for the call. Ends the call, or opens a stream that will. */
+    void (*ask)(gw_grpc_call *call, const ProtobufCMessage *request);
+    void (*fini)(gw_grpc_call *call); /* frees its part of the call; NULL: nothing to free */
+    bool typed;  /* its body was built from fields: errors name those, not the body's */
+    bool health; /* answered also while draining */
+} gw_grpc_method;
+extern const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS];
+
+typedef struct gw_grpc_chat {
+    bool return_ids;
+    md_ids ids; /* generated, not yet sent with a delta */
+} gw_grpc_chat;
+
+typedef struct gw_grpc_generate {
+    bool whole; /* one tokens event at the end */
+    bool return_text;
+    uint64_t offset; /* of ids.id[0] */
+    md_ids ids;      /* not yet sent, as is text */
+    cm_bytes text;
+} gw_grpc_generate;
+
+typedef struct gw_grpc_watch {
+    bool on, known; /* known: a service of ours, or all of them */
+    Grpc__Health__V1__HealthCheckResponse__ServingStatus told;
+} gw_grpc_watch;
+
+struct gw_grpc_call {
+    TAILQ_ENTRY(gw_grpc_call) link;
+    gw_grpc *grpc;
+    pc_call *call;
+    const gw_grpc_method *method;
+    gw_stream *stream; /* NULL: none, or it has ended */
+    union {            /* by method */
+        gw_grpc_chat chat;
+        gw_grpc_generate generate;
+        gw_openai *writer; /* ChatJson; NULL until its stream is open */
+        gw_grpc_watch watch;
+    };
+};
+
+struct gw_grpc {
+    gw_gateway *gateway;
+    pc_loop *loop;
+    pc_rpc_server *server;
+    pc_method methods[GW_GRPC_N_METHODS];
+    TAILQ_HEAD(, gw_grpc_call) calls;
+    uint32_t n_running, n_watching; /* of calls: watchers do not hold up a drain */
+    pc_timer *poll;                 /* set while somebody watches */
+    bool draining;
+    pc_fn drained;
+    void *drained_arg;
+    /* scratch of one call at a time */
+    cm_arena arena; /* the request being answered */
+    cm_bytes packed, text;
+    ProtobufCMessageUnknownField text_field;
+};
+
+/* ---- grpc.c ---- */
+/* A client that reads too slowly loses its stream and is told so. */
+void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message);
+void gw_grpc_finish(gw_grpc_call *call); /* OK */
+/* Opens the stream of a call or fails it. routing may be NULL; ask's request id and deadline are filled in here. */
+void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const gw_stream_events *events);
+/* The failed event of every surface's stream. */
+void gw_grpc_stream_failed(void *call, const gw_error *error);
+void gw_grpc_stream_ended(gw_grpc_call *call); /* finished came: the stream is no more */
+
+/* ---- grpc_error.c ---- */
+/* Ends the call with the error's code and sentence; details name the field and the time to retry. */
+void gw_grpc_fail(gw_grpc_call *call, const gw_error *error);
+/* A field of a JSON body to the field of Chat, Generate and Tokenize that it came from. */
+void gw_grpc_name_field(gw_error *error);
+
+/* ---- grpc_text.c ---- */
+/* Sets a string field from text of any bytes; at most one per message sent. */
+void gw_grpc_put_text(gw_grpc *grpc, ProtobufCMessage *message, const char *field, const void *text, size_t n_bytes);
+/* Every string of a packed message is UTF-8 without U+0000. CM_E_INVALID names the field. */
+CM_MUST_CHECK cm_status gw_grpc_check_strings(const ProtobufCMessageDescriptor *descriptor, const uint8_t *data,
+                                              size_t n_bytes, gw_error *error_out);
+
+/* ---- grpc_body.c ---- */
+/* JSON bodies for gw_stream_open; *body_out is a new reference. CM_E_INVALID, CM_E_UNSUPPORTED: error names the proto's
+ * field. */
+CM_MUST_CHECK cm_status gw_grpc_chat_body(const Baleen__V1__ChatRequest *request, json_t **body_out, gw_error *error_out);
+CM_MUST_CHECK cm_status gw_grpc_generate_body(const Baleen__V1__GenerateRequest *request, json_t **body_out,
+                                              gw_error *error_out);
+/* What of a Routing belongs into a body; replaces what is there. routing may be NULL. */
+CM_MUST_CHECK cm_status gw_grpc_put_routing(json_t *body, const Baleen__V1__Routing *routing, gw_error *error_out);
+
+/* ---- the methods ---- */
+void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_chat_fini(gw_grpc_call *call);
+void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_json_fini(gw_grpc_call *call);
+void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_generate_fini(gw_grpc_call *call);
+void gw_grpc_tokenize(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_detokenize(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_info(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_health_check(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_health_watch(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_health_fini(gw_grpc_call *call);
+/* Tells watchers what has changed; ends them when draining. */
+void gw_grpc_health_poll(void *grpc);
+
+/* How events of a stream map to the proto. */
+Baleen__V1__FinishReason gw_grpc_finish_reason(gw_reason reason);
+Baleen__V1__Usage gw_grpc_usage(const gw_usage *usage);

@@ -1,0 +1,303 @@
+/* Every field of the bodies: a good value, a wrong type, a value out of range, and what cannot be honoured. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "gateway/request.h"
+
+enum { VOCAB = 1000, GOOD = -1 };
+
+#define MESSAGES "\"messages\":[{\"role\":\"user\",\"content\":\"hi\"}]"
+
+/* What a body with one more field comes to. */
+typedef struct field_case {
+    gw_ask_kind kind;
+    const char *field; /* JSON members */
+    int cause;         /* GOOD or a gw_cause */
+    const char *param; /* the field that is blamed */
+} field_case;
+
+#define CHAT_GOOD(field)              {GW_ASK_CHAT, field, GOOD, ""}
+#define CHAT_BAD(field, param)        {GW_ASK_CHAT, field, GW_CAUSE_INVALID, param}
+#define CHAT_NO(field, param)         {GW_ASK_CHAT, field, GW_CAUSE_UNSUPPORTED, param}
+#define TEXT_GOOD(field)              {GW_ASK_COMPLETE, field, GOOD, ""}
+#define TEXT_BAD(field, param)        {GW_ASK_COMPLETE, field, GW_CAUSE_INVALID, param}
+#define TEXT_NO(field, param)         {GW_ASK_COMPLETE, field, GW_CAUSE_UNSUPPORTED, param}
+
+#define SIXTEEN "\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\",\"j\",\"k\",\"l\",\"m\",\"n\",\"o\",\"p\""
+
+static const field_case CASES[] = {
+    CHAT_GOOD("\"model\":\"m\""),
+    CHAT_BAD("\"model\":1", "model"),
+    CHAT_GOOD("\"no_such_field\":{\"a\":[1]}"),
+    CHAT_GOOD("\"stream\":true"),
+    CHAT_BAD("\"stream\":\"yes\"", "stream"),
+    CHAT_BAD("\"stream\":1", "stream"),
+    CHAT_GOOD("\"stream\":null"),
+    CHAT_GOOD("\"stream_options\":{\"include_usage\":true}"),
+    CHAT_BAD("\"stream_options\":true", "stream_options"),
+    CHAT_BAD("\"stream_options\":{\"include_usage\":1}", "stream_options.include_usage"),
+    CHAT_GOOD("\"max_tokens\":1"),
+    CHAT_BAD("\"max_tokens\":0", "max_tokens"),
+    CHAT_BAD("\"max_tokens\":-3", "max_tokens"),
+    CHAT_BAD("\"max_tokens\":1.5", "max_tokens"),
+    CHAT_BAD("\"max_tokens\":\"10\"", "max_tokens"),
+    CHAT_BAD("\"max_tokens\":4294967296", "max_tokens"),
+    CHAT_GOOD("\"max_completion_tokens\":1"),
+    CHAT_BAD("\"max_completion_tokens\":0", "max_completion_tokens"),
+    CHAT_BAD("\"max_completion_tokens\":true", "max_completion_tokens"),
+    CHAT_GOOD("\"min_tokens\":0"),
+    CHAT_BAD("\"min_tokens\":-1", "min_tokens"),
+    CHAT_BAD("\"min_tokens\":\"a\"", "min_tokens"),
+    CHAT_BAD("\"min_tokens\":11,\"max_tokens\":10", "min_tokens"),
+    CHAT_GOOD("\"temperature\":0"),
+    CHAT_GOOD("\"temperature\":2"),
+    CHAT_GOOD("\"temperature\":0.7"),
+    CHAT_BAD("\"temperature\":-0.1", "temperature"),
+    CHAT_BAD("\"temperature\":2.01", "temperature"),
+    CHAT_BAD("\"temperature\":\"hot\"", "temperature"),
+    CHAT_GOOD("\"top_p\":1"),
+    CHAT_GOOD("\"top_p\":0.01"),
+    CHAT_BAD("\"top_p\":0", "top_p"),
+    CHAT_BAD("\"top_p\":1.1", "top_p"),
+    CHAT_BAD("\"top_p\":[]", "top_p"),
+    CHAT_GOOD("\"seed\":-9223372036854775808"),
+    CHAT_GOOD("\"seed\":9223372036854775807"),
+    CHAT_BAD("\"seed\":1.0", "seed"),
+    CHAT_BAD("\"seed\":\"1\"", "seed"),
+    CHAT_GOOD("\"stop\":\"x\""),
+    CHAT_GOOD("\"stop\":\"\""),
+    CHAT_GOOD("\"stop\":[]"),
+    CHAT_GOOD("\"stop\":[" SIXTEEN "]"),
+    CHAT_BAD("\"stop\":[" SIXTEEN ",\"q\"]", "stop"),
+    CHAT_BAD("\"stop\":1", "stop"),
+    CHAT_BAD("\"stop\":[1]", "stop"),
+    CHAT_BAD("\"stop\":\"a\\u0000b\"", "stop"),
+    CHAT_GOOD("\"stop_token_ids\":[0,999]"),
+    CHAT_BAD("\"stop_token_ids\":[1000]", "stop_token_ids"),
+    CHAT_BAD("\"stop_token_ids\":[-1]", "stop_token_ids"),
+    CHAT_BAD("\"stop_token_ids\":[\"1\"]", "stop_token_ids"),
+    CHAT_BAD("\"stop_token_ids\":1", "stop_token_ids"),
+    CHAT_GOOD("\"ignore_eos\":true"),
+    CHAT_BAD("\"ignore_eos\":0", "ignore_eos"),
+    CHAT_GOOD("\"include_stop_str_in_output\":true"),
+    CHAT_BAD("\"include_stop_str_in_output\":0", "include_stop_str_in_output"),
+    CHAT_GOOD("\"skip_special_tokens\":false"),
+    CHAT_BAD("\"skip_special_tokens\":\"no\"", "skip_special_tokens"),
+    CHAT_GOOD("\"thinking\":{\"type\":\"enabled\"}"),
+    CHAT_BAD("\"thinking\":true", "thinking"),
+    CHAT_GOOD("\"reasoning_effort\":\"high\""),
+    CHAT_BAD("\"reasoning_effort\":3", "reasoning_effort"),
+    CHAT_GOOD("\"chat_template_kwargs\":{}"),
+    CHAT_BAD("\"chat_template_kwargs\":[]", "chat_template_kwargs"),
+    CHAT_GOOD("\"n\":1"),
+    CHAT_NO("\"n\":2", "n"),
+    CHAT_BAD("\"n\":0", "n"),
+    CHAT_BAD("\"n\":\"1\"", "n"),
+    CHAT_GOOD("\"presence_penalty\":0"),
+    CHAT_NO("\"presence_penalty\":0.5", "presence_penalty"),
+    CHAT_BAD("\"presence_penalty\":3", "presence_penalty"),
+    CHAT_BAD("\"presence_penalty\":\"\"", "presence_penalty"),
+    CHAT_GOOD("\"frequency_penalty\":0.0"),
+    CHAT_NO("\"frequency_penalty\":-2", "frequency_penalty"),
+    CHAT_BAD("\"frequency_penalty\":-2.5", "frequency_penalty"),
+    CHAT_GOOD("\"repetition_penalty\":1"),
+    CHAT_NO("\"repetition_penalty\":1.1", "repetition_penalty"),
+    CHAT_BAD("\"repetition_penalty\":0", "repetition_penalty"),
+    CHAT_GOOD("\"top_k\":-1"),
+    CHAT_GOOD("\"top_k\":0"),
+    CHAT_NO("\"top_k\":40", "top_k"),
+    CHAT_BAD("\"top_k\":-2", "top_k"),
+    CHAT_BAD("\"top_k\":1.0", "top_k"),
+    CHAT_GOOD("\"min_p\":0"),
+    CHAT_NO("\"min_p\":0.1", "min_p"),
+    CHAT_BAD("\"min_p\":1.1", "min_p"),
+    CHAT_GOOD("\"logit_bias\":{}"),
+    CHAT_NO("\"logit_bias\":{\"1\":5}", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":[]", "logit_bias"),
+    CHAT_GOOD("\"logprobs\":false"),
+    CHAT_NO("\"logprobs\":true", "logprobs"),
+    CHAT_BAD("\"logprobs\":1", "logprobs"),
+    CHAT_GOOD("\"top_logprobs\":0"),
+    CHAT_NO("\"top_logprobs\":5", "top_logprobs"),
+    CHAT_BAD("\"top_logprobs\":21", "top_logprobs"),
+    CHAT_NO("\"prompt_logprobs\":1", "prompt_logprobs"),
+    CHAT_GOOD("\"response_format\":{\"type\":\"text\"}"),
+    CHAT_NO("\"response_format\":{\"type\":\"json_object\"}", "response_format"),
+    CHAT_NO("\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{}}", "response_format"),
+    CHAT_BAD("\"response_format\":{\"type\":\"xml\"}", "response_format"),
+    CHAT_BAD("\"response_format\":{}", "response_format"),
+    CHAT_BAD("\"response_format\":\"text\"", "response_format"),
+    CHAT_GOOD("\"tools\":[]"),
+    CHAT_NO("\"tools\":[{\"type\":\"function\"}]", "tools"),
+    CHAT_BAD("\"tools\":{}", "tools"),
+    CHAT_NO("\"functions\":[{}]", "functions"),
+    CHAT_GOOD("\"tool_choice\":\"auto\""),
+    CHAT_GOOD("\"tool_choice\":\"none\""),
+    CHAT_NO("\"tool_choice\":\"required\"", "tool_choice"),
+    CHAT_NO("\"tool_choice\":{\"type\":\"function\"}", "tool_choice"),
+    CHAT_BAD("\"tool_choice\":\"maybe\"", "tool_choice"),
+    CHAT_BAD("\"tool_choice\":1", "tool_choice"),
+    CHAT_GOOD("\"parallel_tool_calls\":false"),
+    CHAT_BAD("\"parallel_tool_calls\":1", "parallel_tool_calls"),
+    CHAT_GOOD("\"user\":\"u\",\"metadata\":{},\"store\":true,\"service_tier\":\"auto\""),
+    TEXT_GOOD("\"best_of\":1"),
+    TEXT_NO("\"best_of\":2", "best_of"),
+    TEXT_BAD("\"best_of\":0", "best_of"),
+    TEXT_GOOD("\"echo\":false"),
+    TEXT_NO("\"echo\":true", "echo"),
+    TEXT_BAD("\"echo\":\"\"", "echo"),
+    TEXT_GOOD("\"logprobs\":false"),
+    TEXT_NO("\"logprobs\":0", "logprobs"),
+    TEXT_BAD("\"logprobs\":-1", "logprobs"),
+    TEXT_BAD("\"logprobs\":\"1\"", "logprobs"),
+    TEXT_GOOD("\"suffix\":\"\""),
+    TEXT_BAD("\"suffix\":1", "suffix"),
+    TEXT_GOOD("\"tools\":[{}]"), /* a chat field: unknown here */
+};
+
+static void check_outcome(cm_status status, const gw_error *error, const field_case *c, const char *body)
+{
+    if (c->cause == GOOD) {
+        if (status != CM_OK) {
+            fail_msg("%s: refused: %s", body, error->message);
+        }
+        return;
+    }
+    if (status == CM_OK || (int)error->cause != c->cause || strcmp(error->param, c->param) != 0) {
+        fail_msg("%s: status %d cause %d param '%s', wanted cause %d param '%s'", body, status, (int)error->cause,
+                 error->param, c->cause, c->param);
+    }
+    assert_non_null(strstr(error->message, c->param)); /* the sentence names the field */
+}
+
+static void every_field(void **state)
+{
+    (void)state;
+    for (size_t i = 0; i < sizeof(CASES) / sizeof(CASES[0]); i++) {
+        const field_case *c = &CASES[i];
+        char text[512];
+        snprintf(text, sizeof(text), "{%s,%s}", c->kind == GW_ASK_CHAT ? MESSAGES : "\"prompt\":\"hi\"", c->field);
+        json_t *body = json_loads(text, JSON_ALLOW_NUL, NULL);
+        assert_non_null(body);
+        gw_request request;
+        gw_error error = {0};
+        cm_status status = gw_request_parse(c->kind, body, VOCAB, &request, &error);
+        check_outcome(status, &error, c, text);
+        if (status == CM_OK) {
+            gw_request_free(&request);
+        }
+        json_decref(body);
+    }
+}
+
+/* Whole bodies: what must be there, and the shapes of a prompt. */
+static void whole_bodies(void **state)
+{
+    (void)state;
+    static const field_case bodies[] = {
+        CHAT_BAD("{}", "messages"),
+        CHAT_BAD("{\"messages\":[]}", "messages"),
+        CHAT_BAD("{\"messages\":null}", "messages"),
+        CHAT_BAD("{\"messages\":\"hi\"}", "messages"),
+        CHAT_BAD("[]", ""),
+        CHAT_GOOD("{" MESSAGES "}"),
+        TEXT_BAD("{}", "prompt"),
+        TEXT_BAD("{\"prompt\":null}", "prompt"),
+        TEXT_BAD("{\"prompt\":1}", "prompt"),
+        TEXT_BAD("{\"prompt\":[]}", "prompt"),
+        TEXT_BAD("{\"prompt\":[1,\"a\"]}", "prompt"),
+        TEXT_BAD("{\"prompt\":[1000]}", "prompt"),
+        TEXT_BAD("{\"prompt\":[[]]}", "prompt"),
+        TEXT_GOOD("{\"prompt\":\"\"}"),
+        TEXT_GOOD("{\"prompt\":[1,2]}"),
+        TEXT_GOOD("{\"prompt\":[\"a\"]}"),
+        TEXT_GOOD("{\"prompt\":[[1,2]]}"),
+        TEXT_NO("{\"prompt\":[\"a\",\"b\"]}", "prompt"),
+        TEXT_NO("{\"prompt\":[[1],[2]]}", "prompt"),
+        TEXT_BAD("{\"prompt\":[1],\"suffix\":\"x\"}", "suffix"),
+    };
+    for (size_t i = 0; i < sizeof(bodies) / sizeof(bodies[0]); i++) {
+        json_t *body = json_loads(bodies[i].field, 0, NULL);
+        assert_non_null(body);
+        gw_request request;
+        gw_error error = {0};
+        cm_status status = gw_request_parse(bodies[i].kind, body, VOCAB, &request, &error);
+        check_outcome(status, &error, &bodies[i], bodies[i].field);
+        if (status == CM_OK) {
+            gw_request_free(&request);
+        }
+        json_decref(body);
+    }
+}
+
+static void values_arrive(void **state)
+{
+    (void)state;
+    json_t *body = json_loads("{" MESSAGES ",\"stream\":true,\"stream_options\":{\"include_usage\":true},"
+                              "\"max_completion_tokens\":7,\"max_tokens\":9,\"min_tokens\":3,\"temperature\":0.5,"
+                              "\"top_p\":0.25,\"seed\":-5,\"stop\":[\"x\",\"\",\"yz\"],\"stop_token_ids\":[4,5],"
+                              "\"ignore_eos\":true,\"skip_special_tokens\":false,\"include_stop_str_in_output\":true}",
+                              0, NULL);
+    gw_request r;
+    gw_error error;
+    assert_int_equal(gw_request_parse(GW_ASK_CHAT, body, VOCAB, &r, &error), CM_OK);
+    assert_true(r.stream && r.include_usage && r.ignore_eos && r.keep_special && r.include_stop && r.has_seed);
+    assert_int_equal(r.tokens_max, 7); /* the newer name wins */
+    assert_int_equal(r.tokens_min, 3);
+    assert_true(r.temperature > 0.49 && r.temperature < 0.51 && r.top_p > 0.24 && r.top_p < 0.26);
+    assert_int_equal(r.seed, -5);
+    assert_int_equal(r.n_stop, 2);
+    assert_string_equal(r.stop[1], "yz");
+    assert_int_equal(r.n_stop_id, 2);
+    assert_int_equal(r.stop_id[1], 5);
+    assert_true(gw_request_streams(body) && gw_request_wants_usage(body));
+    gw_request_free(&r);
+    json_decref(body);
+
+    body = json_loads("{\"prompt\":[3,1],\"model\":null}", 0, NULL);
+    assert_int_equal(gw_request_parse(GW_ASK_COMPLETE, body, VOCAB, &r, &error), CM_OK);
+    assert_false(r.stream || r.include_usage || r.ignore_eos || r.keep_special || r.has_seed);
+    assert_true(r.temperature > 0.99 && r.top_p > 0.99 && r.tokens_max == 0 && r.prompt == NULL && r.suffix == NULL);
+    assert_int_equal(r.prompt_ids.n, 2);
+    assert_int_equal(r.prompt_ids.id[0], 3);
+    gw_request_free(&r);
+    json_decref(body);
+}
+
+static void budget(void **state)
+{
+    (void)state;
+    gw_request r = {.kind = GW_ASK_CHAT};
+    gw_error error = {0};
+    uint32_t n = 0;
+    assert_int_equal(gw_request_budget(&r, false, 10, 1u << 20, &n, &error), CM_OK);
+    assert_int_equal(n, 8192);
+    assert_int_equal(gw_request_budget(&r, true, 10, 1u << 20, &n, &error), CM_OK);
+    assert_int_equal(n, 65536);
+    assert_int_equal(gw_request_budget(&r, true, 10, 100, &n, &error), CM_OK);
+    assert_int_equal(n, 90);
+    r.tokens_max = 10;
+    assert_int_equal(gw_request_budget(&r, false, 99, 100, &n, &error), CM_OK);
+    assert_int_equal(n, 1); /* one token still fits behind the prompt */
+    assert_int_equal(gw_request_budget(&r, false, 100, 100, &n, &error), CM_E_TOO_LONG);
+    assert_int_equal(error.cause, GW_CAUSE_CONTEXT);
+    assert_string_equal(gw_error_code(&error), "context_length_exceeded");
+    assert_string_equal(error.param, "messages");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_field),
+        cmocka_unit_test(whole_bodies),
+        cmocka_unit_test(values_arrive),
+        cmocka_unit_test(budget),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
