@@ -7,6 +7,14 @@
 #include "common/base/log.h"
 #include "gateway/grpc_private.h"
 
+enum {
+    REQUEST_BYTES_MAX = 64 << 20,
+    ARENA_CHUNK_BYTES = 64 << 10,
+    ARENA_BYTES_MAX = 256 << 20, /* small parts grow when they are unpacked: this bounds their number */
+    CALLS_MAX = 70000,           /* above any number of streams that a gateway lets in: it refuses, with details */
+    QUEUE_BYTES_MAX = 1 << 20,   /* unsent bytes of one call; more, and its client reads too slowly */
+};
+
 const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
     {.path = "/baleen.v1.Inference/Chat",
      .request = &baleen__v1__chat_request__descriptor,
@@ -39,7 +47,6 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
     {.path = "/grpc.health.v1.Health/Watch",
      .request = &grpc__health__v1__health_check_request__descriptor,
      .ask = gw_grpc_health_watch,
-     .fini = gw_grpc_health_fini,
      .health = true},
 };
 
@@ -147,11 +154,6 @@ Baleen__V1__Usage gw_grpc_usage(const gw_usage *usage)
 
 /* ---- a call ---- */
 
-static const char *short_name(const gw_grpc_method *method)
-{
-    return method->request->short_name;
-}
-
 static cm_status unpack(gw_grpc_call *call, const uint8_t *data, size_t n_bytes, ProtobufCMessage **request_out,
                         gw_error *error_out)
 {
@@ -159,12 +161,12 @@ static cm_status unpack(gw_grpc_call *call, const uint8_t *data, size_t n_bytes,
     cm_status status = pr_unpack(method->request, data, n_bytes, &call->grpc->arena, request_out);
     if (status == CM_E_TOO_LONG) {
         gw_error_set(error_out, GW_CAUSE_TOO_LARGE, NULL, "the request has too many parts: unpacked it is above %d MiB",
-                     GW_GRPC_ARENA_BYTES_MAX >> 20);
+                     ARENA_BYTES_MAX >> 20);
         return status;
     }
     if (status != CM_OK) {
         gw_error_set(error_out, GW_CAUSE_INVALID, NULL, "the request is no %s, or a required field is missing",
-                     short_name(method));
+                     method->request->short_name);
         return status;
     }
     return gw_grpc_check_strings(method->request, data, n_bytes, error_out);
@@ -191,7 +193,6 @@ static void call_message(pc_call *rpc, const uint8_t *data, size_t n_bytes)
     call->method = &gw_grpc_methods[pc_call_method(rpc) - grpc->methods];
     pc_call_set_user(rpc, call);
     TAILQ_INSERT_TAIL(&grpc->calls, call, link);
-    grpc->n_running++;
     if (call_begin(call, data, n_bytes, &request, &error) == CM_OK) {
         call->method->ask(call, request);
     } else {
@@ -200,11 +201,9 @@ static void call_message(pc_call *rpc, const uint8_t *data, size_t n_bytes)
     cm_arena_reset(&grpc->arena);
 }
 
-/* The last running call has ended: watchers have been sent off when the drain began, and what comes now is refused by the
- * server itself. */
 static void drain_check(gw_grpc *grpc)
 {
-    if (grpc->draining && !grpc->closing && grpc->n_running == 0) {
+    if (grpc->draining && !grpc->closing && TAILQ_EMPTY(&grpc->calls)) {
         grpc->closing = true;
         pc_rpc_server_drain(grpc->server, grpc->drained, grpc->drained_arg);
     }
@@ -222,7 +221,64 @@ static void call_closed(pc_call *rpc, bool cancelled)
         call->method->fini(call);
     }
     TAILQ_REMOVE(&grpc->calls, call, link);
-    grpc->n_running--;
     cm_free(call);
     drain_check(grpc);
+}
+
+/* ---- the surface ---- */
+
+static void grpc_free(gw_grpc *grpc)
+{
+    pc_timer_destroy(grpc->poll);
+    cm_bytes_fini(&grpc->text);
+    cm_bytes_fini(&grpc->packed);
+    cm_arena_fini(&grpc->arena);
+    cm_free(grpc);
+}
+
+cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, gw_grpc **grpc_out, char bound_out[128],
+                         cm_error *err)
+{
+    gw_grpc *grpc = cm_alloc(sizeof(*grpc));
+    grpc->gateway = gateway;
+    TAILQ_INIT(&grpc->calls);
+    cm_arena_init(&grpc->arena, "grpc request", ARENA_CHUNK_BYTES, ARENA_BYTES_MAX);
+    cm_bytes_init(&grpc->packed, 0);
+    cm_bytes_init(&grpc->text, 0);
+    grpc->poll = pc_timer_create(loop, gw_grpc_health_poll, grpc);
+    for (uint32_t i = 0; i < GW_GRPC_N_METHODS; i++) {
+        grpc->methods[i] = (pc_method){.path = gw_grpc_methods[i].path, .message = call_message, .closed = call_closed};
+    }
+    pc_rpc_options options = {.address = address,
+                              .request_bytes_max = REQUEST_BYTES_MAX,
+                              .calls_max = CALLS_MAX,
+                              .queue_bytes_max = QUEUE_BYTES_MAX,
+                              .ctx = grpc};
+    cm_status status =
+        pc_rpc_server_create(loop, &options, grpc->methods, GW_GRPC_N_METHODS, &grpc->server, bound_out, err);
+    if (status != CM_OK) {
+        grpc_free(grpc);
+        return status;
+    }
+    *grpc_out = grpc;
+    return CM_OK;
+}
+
+/* The server goes on taking calls until the last of ours has ended, so that health checks are answered meanwhile. */
+void gw_grpc_drain(gw_grpc *grpc, pc_fn done, void *arg)
+{
+    CM_ASSERT(!grpc->draining);
+    grpc->draining = true;
+    grpc->drained = done;
+    grpc->drained_arg = arg;
+    gw_grpc_health_poll(grpc);
+    drain_check(grpc);
+}
+
+void gw_grpc_destroy(gw_grpc *grpc)
+{
+    grpc->closing = true;
+    pc_rpc_server_destroy(grpc->server);
+    CM_ASSERT(TAILQ_EMPTY(&grpc->calls));
+    grpc_free(grpc);
 }

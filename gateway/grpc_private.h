@@ -10,17 +10,7 @@
 #include "proto/health.pb-c.h"
 #include "proto/pack.h"
 
-enum {
-    GW_GRPC_N_METHODS = 9,
-    GW_GRPC_REQUEST_BYTES_MAX = 64 << 20,
-    GW_GRPC_BODY_BYTES_MAX = 32 << 20,  /* of ChatJson */
-    GW_GRPC_ARENA_BYTES_MAX = 256 << 20, /* an unpacked request: small parts grow, so this bounds their number */
-    GW_GRPC_CALLS_MAX = 70000,          /* above any number of streams that the gateway lets in */
-    GW_GRPC_QUEUE_BYTES_MAX = 1 << 20,  /* unsent bytes of one call; more, and its client reads too slowly */
-    GW_GRPC_ABORT_IDS_MAX = 1024,
-    GW_GRPC_USER_BYTES_MAX = 512,
-    GW_GRPC_WATCH_MS = 250,
-};
+enum { GW_GRPC_N_METHODS = 9 };
 
 typedef struct gw_grpc_call gw_grpc_call;
 
@@ -49,7 +39,8 @@ typedef struct gw_grpc_generate {
 } gw_grpc_generate;
 
 typedef struct gw_grpc_watch {
-    bool on, known; /* known: a service of ours, or all of them */
+    bool on;    /* the call is a watcher, and was told something */
+    bool known; /* a service of ours, or all of them */
     Grpc__Health__V1__HealthCheckResponse__ServingStatus told;
 } gw_grpc_watch;
 
@@ -69,13 +60,12 @@ struct gw_grpc_call {
 
 struct gw_grpc {
     gw_gateway *gateway;
-    pc_loop *loop;
     pc_rpc_server *server;
     pc_method methods[GW_GRPC_N_METHODS];
     TAILQ_HEAD(, gw_grpc_call) calls;
-    uint32_t n_running, n_watching; /* of calls: watchers do not hold up a drain */
-    pc_timer *poll;                 /* set while somebody watches */
+    pc_timer *poll; /* set while somebody watches */
     bool draining;
+    bool closing;   /* the server itself takes no more calls */
     pc_fn drained;
     void *drained_arg;
     /* scratch of one call at a time */
@@ -92,7 +82,6 @@ void gw_grpc_finish(gw_grpc_call *call); /* OK */
 void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const gw_stream_events *events);
 /* The failed event of every surface's stream. */
 void gw_grpc_stream_failed(void *call, const gw_error *error);
-void gw_grpc_stream_ended(gw_grpc_call *call); /* finished came: the stream is no more */
 
 /* ---- grpc_error.c ---- */
 /* Ends the call with the error's code and sentence; details name the field and the time to retry. */
@@ -129,7 +118,6 @@ void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_info(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_health_check(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_health_watch(gw_grpc_call *call, const ProtobufCMessage *request);
-void gw_grpc_health_fini(gw_grpc_call *call);
 /* Tells watchers what has changed; ends them when draining. */
 void gw_grpc_health_poll(void *grpc);
 

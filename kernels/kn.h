@@ -4,14 +4,16 @@
  * Numerics (class D of the model's NUMERICS: double inside an operation, rounded once on the way out). Every CPU
  * back-end gives the same bits as ref, for any number of rows and threads, because each operation fixes its order
  * of summation by the tensor's shape alone:
- *   - a quantized product (linear_q8, experts): exact sums inside a scale block (128 inputs for E4M3, 32 for E2M1),
- *     then acc += block_sum * (scale_x * scale_w) in double, blocks ascending;
+ *   - a quantized product (linear_q8, experts, the dot products of index_topk): exact sums inside a scale block (128
+ *     inputs for E4M3, 32 for E2M1), then acc += block_sum * (scale_x * scale_w) in double, blocks ascending;
  *   - every other dot product or sum over a vector ("lane sum"): KN_LANES interleaved double accumulators, element i
  *     into lane i % KN_LANES, i ascending; then lane[l] += lane[l + s] for s = 8, 4, 2, 1;
  *   - attention: scores by lane sums, maximum, exp, denominator by a lane sum over the keys in key order plus the
  *     sink, weighted values added key by key; key order is raw rows by position, then compressed rows by index;
+ *   - a compressor's pooling: per dim, terms in position order one by one; hc sums over streams likewise; Hadamard by
+ *     butterflies;
  *   - exp, log1p, sin and cos are our own (kn_math.h): libm differs in the last bit from one CPU to another.
- * Products are never fused with sums (-ffp-contract=off).
+ * Products are never fused with sums (-ffp-contract=off), except where the product is exact in double anyway.
  *
  * Memory: kn_ptr is an address in the device's memory and never a host pointer. Operations are queued on a stream
  * and may run later; what they read and write must live until kn_stream_sync. Operations cannot fail by themselves:
@@ -48,7 +50,8 @@ typedef enum kn_dtype { KN_NONE, KN_F32, KN_BF16, KN_E4M3, KN_E2M1, KN_E8M0, KN_
 /* A weight matrix [n_out][n_in] as it stands in the checkpoint, row-major; y = x W^T.
  *   KN_E4M3: one byte a value, scale [ceil(n_out/128)][ceil(n_in/128)] of scale_dtype E8M0 or F32
  *   KN_E2M1: two values a byte, low nibble first, scale [n_out][ceil(n_in/32)] E8M0
- *   KN_BF16, KN_F32: no scale */
+ *   KN_BF16, KN_F32: no scale
+ * data and scale may stand at any address; every other tensor is aligned to its elements. */
 typedef struct kn_matrix {
     kn_ptr data, scale;
     uint32_t n_out, n_in;

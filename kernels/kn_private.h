@@ -1,6 +1,7 @@
 /* The back-end table and what the CPU back-ends share. For this folder only. */
 #pragma once
 #include <stddef.h>
+#include <string.h>
 
 #include "kernels/kn.h"
 
@@ -57,6 +58,21 @@ void kn_host_check_limits(const kn_limits *limits);
 static inline void *kn_host(kn_ptr p)
 {
     return (void *)(uintptr_t)p.addr;
+}
+
+/* Elements of a matrix or of its scales: a mapped file promises no alignment. */
+static inline float kn_f32_at(const void *data, uint64_t i)
+{
+    float v;
+    memcpy(&v, (const uint8_t *)data + i * sizeof(v), sizeof(v));
+    return v;
+}
+
+static inline uint16_t kn_u16_at(const void *data, uint64_t i)
+{
+    uint16_t v;
+    memcpy(&v, (const uint8_t *)data + i * sizeof(v), sizeof(v));
+    return v;
 }
 
 /* Keys of one query at position p, in the order they are summed: raw rows from raw0 on, then compressed rows. */

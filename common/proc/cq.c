@@ -21,8 +21,8 @@ struct pc_cq {
     bool delivering, finished;
 };
 
-/* -------------------------------------------------------------------------------------------------- gRPC's log
- * Its lines become debug lines of ours: what matters of them reaches us as statuses. */
+/* -------------------------------------------------------------------------------------------------- gRPC's
+ * log Its lines become debug lines of ours: what matters of them reaches us as statuses. */
 
 static _Thread_local struct {
     char *text;
@@ -49,7 +49,8 @@ void pc_grpc_log_capture_end(void)
     t_capture.text = NULL;
 }
 
-/* -------------------------------------------------------------------------------------------------- the queue */
+/* -------------------------------------------------------------------------------------------------- the
+ * queue */
 
 static void *cq_thread(void *arg)
 {
@@ -147,7 +148,8 @@ void pc_cq_destroy(pc_cq *cq)
     cm_free(cq);
 }
 
-/* ------------------------------------------------------------------------------------------- arguments, messages */
+/* ------------------------------------------------------------------------------------------- arguments,
+ * messages */
 
 grpc_arg pc_arg_int(const char *key, int value)
 {

@@ -50,15 +50,16 @@ static cm_status epoch_check(const pc_epoch *epoch, cm_error *err)
     }
     for (uint32_t i = 0; i < epoch->n_member; i++) {
         if (epoch->members[i].id == 0 || (i > 0 && epoch->members[i].id == epoch->members[i - 1].id)) {
-            return cm_error_set(err, CM_E_PROTOCOL, "members", "epoch %llu has member %u %s", number, epoch->members[i].id,
-                                epoch->members[i].id == 0 ? "" : "twice");
+            return cm_error_set(err, CM_E_PROTOCOL, "members", "epoch %llu has member %u %s", number,
+                                epoch->members[i].id, epoch->members[i].id == 0 ? "" : "twice");
         }
     }
     for (uint32_t r = 0; epoch->placement != NULL && r < epoch->placement->n_rank; r++) {
         const struct pc_epoch_member *member = pc_epoch_member_find(epoch, epoch->placement->rank_member[r]);
         if (member == NULL || member->role != BALEEN__CONTROL__V1__ROLE__ROLE_WORKER) {
-            return cm_error_set(err, CM_E_PROTOCOL, "placement", "epoch %llu places experts on member %u, which is no worker of it",
-                                number, epoch->placement->rank_member[r]);
+            return cm_error_set(err, CM_E_PROTOCOL, "placement",
+                                "epoch %llu places experts on member %u, which is no worker of it", number,
+                                epoch->placement->rank_member[r]);
         }
     }
     return CM_OK;

@@ -287,7 +287,8 @@ void pc_timer_destroy(pc_timer *timer)
 
 void pc_timer_set(pc_timer *timer, uint64_t after_ms)
 {
-    struct timeval after = {.tv_sec = (time_t)(after_ms / 1000u), .tv_usec = (suseconds_t)(after_ms % 1000u * 1000u)};
+    struct timeval after = {.tv_sec = (time_t)(after_ms / 1000u),
+                            .tv_usec = (suseconds_t)(after_ms % 1000u * 1000u)};
     int rc = evtimer_add(timer->event, &after);
     CM_ASSERT_MSG(rc == 0, "timer of %llu ms", (unsigned long long)after_ms);
 }

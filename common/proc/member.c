@@ -27,7 +27,8 @@ struct pc_member {
     pc_loop *loop;
     pc_member_events events;
     void *ctx;
-    char *coordinator, *data_address, *http_address, *grpc_address, *fingerprint; /* addresses: NULL when none */
+    char *coordinator, *data_address, *http_address, *grpc_address,
+        *fingerprint; /* addresses: NULL when none */
     uint32_t role, n_layer, n_expert;
     uint64_t expert_bytes, expert_bytes_max, incarnation;
 
@@ -59,7 +60,8 @@ static char member_role_letter(uint32_t role)
     return "?CGRW"[role <= BALEEN__CONTROL__V1__ROLE__ROLE_WORKER ? role : 0];
 }
 
-/* ------------------------------------------------------------------------------------------------------- our words */
+/* ------------------------------------------------------------------------------------------------------- our
+ * words */
 
 static void member_say(pc_member *member, const member_word *word)
 {
@@ -67,7 +69,8 @@ static void member_say(pc_member *member, const member_word *word)
     pr_pack(&word->base, &member->packed);
     cm_status status = pc_stream_send(member->stream, member->packed.data, member->packed.len);
     if (status != CM_OK) {
-        cm_warn("cannot tell the coordinator %s: %s, starting the session afresh", member->coordinator, cm_status_text(status));
+        cm_warn("cannot tell the coordinator %s: %s, starting the session afresh", member->coordinator,
+                cm_status_text(status));
         pc_stream_cancel(member->stream); /* closed follows and connects again */
     }
 }
@@ -193,13 +196,15 @@ void pc_member_leave(pc_member *member)
     }
 }
 
-/* ---------------------------------------------------------------------------------------------- coordinator's words */
+/* ----------------------------------------------------------------------------------------------
+ * coordinator's words */
 
 static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__Welcome *welcome)
 {
-    if (welcome->member_id == 0 || welcome->heartbeat_ms == 0 || welcome->heartbeat_ms > MEMBER_HEARTBEAT_MAX_MS) {
-        cm_warn("coordinator %s: welcome with member id %u, heartbeat %u ms", member->coordinator, welcome->member_id,
-                welcome->heartbeat_ms);
+    if (welcome->member_id == 0 || welcome->heartbeat_ms == 0 ||
+        welcome->heartbeat_ms > MEMBER_HEARTBEAT_MAX_MS) {
+        cm_warn("coordinator %s: welcome with member id %u, heartbeat %u ms", member->coordinator,
+                welcome->member_id, welcome->heartbeat_ms);
         pc_stream_cancel(member->stream);
         return;
     }
@@ -213,7 +218,8 @@ static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__We
     member->connected = true;
     member->backoff_ms = MEMBER_BACKOFF_MIN_MS;
     cm_log_identity(member_role_name(member->role), (int)member->id);
-    cm_info("member %u of cluster %llx, coordinator %s", member->id, (unsigned long long)member->cluster, member->coordinator);
+    cm_info("member %u of cluster %llx, coordinator %s", member->id, (unsigned long long)member->cluster,
+            member->coordinator);
     member_beat(member);
     if (member->events.welcome != NULL) {
         member->events.welcome(member->ctx, member->id, member->cluster);
@@ -233,16 +239,18 @@ static void member_hear_refused(pc_member *member, const Baleen__Control__V1__Re
 }
 
 /* NULL: not one to follow, said why in the log. */
-static pc_epoch *member_take_epoch(pc_member *member, const char *word, const Baleen__Control__V1__Epoch *message,
-                                   cm_error *err)
+static pc_epoch *member_take_epoch(pc_member *member, const char *word,
+                                   const Baleen__Control__V1__Epoch *message, cm_error *err)
 {
     pc_epoch *epoch = NULL;
     cm_status status = pc_epoch_unpack(message, &epoch, err);
     if (status == CM_OK && epoch->cluster != member->cluster) {
-        status = cm_error_set(err, CM_E_PROTOCOL, "cluster", "it belongs to cluster %llx", (unsigned long long)epoch->cluster);
+        status = cm_error_set(err, CM_E_PROTOCOL, "cluster", "it belongs to cluster %llx",
+                              (unsigned long long)epoch->cluster);
     }
     if (status == CM_OK && epoch->number < member->epoch_heard) {
-        status = cm_error_set(err, CM_E_STALE, "number", "epoch %llu was heard before", (unsigned long long)member->epoch_heard);
+        status = cm_error_set(err, CM_E_STALE, "number", "epoch %llu was heard before",
+                              (unsigned long long)member->epoch_heard);
     }
     if (status != CM_OK) {
         cm_warn("%s of epoch %llu ignored: %s", word, (unsigned long long)message->number, err->text);
@@ -289,7 +297,8 @@ static void member_hear(pc_member *member, const Baleen__Control__V1__Coordinato
     const pc_member_events *events = &member->events;
     if (!member->connected && message->word_case != BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_WELCOME &&
         message->word_case != BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_REFUSED) {
-        cm_warn("coordinator %s: message %d before its welcome", member->coordinator, (int)message->word_case);
+        cm_warn("coordinator %s: message %d before its welcome", member->coordinator,
+                (int)message->word_case);
         return;
     }
     switch (message->word_case) {
@@ -331,7 +340,8 @@ static void member_hear(pc_member *member, const Baleen__Control__V1__Coordinato
     }
 }
 
-/* ----------------------------------------------------------------------------------------------------- the session */
+/* ----------------------------------------------------------------------------------------------------- the
+ * session */
 
 static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
 {
@@ -341,10 +351,11 @@ static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
         return; /* refused: the rest of the session is of no interest */
     }
     cm_arena_reset(&member->arena);
-    cm_status status = pr_unpack(&baleen__control__v1__coordinator_message__descriptor, data, n_bytes, &member->arena, &message);
+    cm_status status = pr_unpack(&baleen__control__v1__coordinator_message__descriptor, data, n_bytes,
+                                 &member->arena, &message);
     if (status != CM_OK) {
-        cm_warn("coordinator %s: message of %zu bytes: %s, starting the session afresh", member->coordinator, n_bytes,
-                cm_status_text(status));
+        cm_warn("coordinator %s: message of %zu bytes: %s, starting the session afresh", member->coordinator,
+                n_bytes, cm_status_text(status));
         pc_stream_cancel(member->stream);
         return;
     }
@@ -362,13 +373,15 @@ static void member_closed(void *ctx, pc_code code, const char *text)
         return;
     }
     if (was_connected || member->backoff_ms == MEMBER_BACKOFF_MIN_MS) { /* then at debug until it is back */
-        cm_warn("no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text, (int)code);
+        cm_warn("no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text,
+                (int)code);
     } else {
         cm_debug("coordinator %s: %s (code %d), next try in %llu ms", member->coordinator, text, (int)code,
                  (unsigned long long)member->backoff_ms);
     }
     pc_timer_set(member->retry, member->backoff_ms);
-    member->backoff_ms = member->backoff_ms * 2 < MEMBER_BACKOFF_MAX_MS ? member->backoff_ms * 2 : MEMBER_BACKOFF_MAX_MS;
+    member->backoff_ms =
+        member->backoff_ms * 2 < MEMBER_BACKOFF_MAX_MS ? member->backoff_ms * 2 : MEMBER_BACKOFF_MAX_MS;
 }
 
 static void member_connect(void *arg)
@@ -384,7 +397,8 @@ static char *member_copy(const char *text)
     return text != NULL ? cm_strdup(text) : NULL;
 }
 
-pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, const pc_member_events *events, void *ctx)
+pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, const pc_member_events *events,
+                            void *ctx)
 {
     pc_member *member = cm_alloc(sizeof(*member));
     member->loop = loop;

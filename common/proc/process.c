@@ -23,8 +23,8 @@ static int process_refuse(const cm_cfg_table *table, void *config, const cm_erro
     return EXIT_USAGE;
 }
 
-int pc_process_begin(const cm_cfg_table *table, void *config, const pc_process_config *common, int argc, char **argv,
-                     const char *role)
+int pc_process_begin(const cm_cfg_table *table, void *config, const pc_process_config *common, int argc,
+                     char **argv, const char *role)
 {
     cm_cfg_outcome outcome;
     cm_error err = {0};

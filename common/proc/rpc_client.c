@@ -44,7 +44,8 @@ struct pc_channel {
     bool closing; /* nothing is started any more */
 };
 
-/* ------------------------------------------------------------------------------------------------- the connection */
+/* ------------------------------------------------------------------------------------------------- the
+ * connection */
 
 /* Lazy: the first call connects. */
 static grpc_channel *channel_connect(const char *address)
@@ -53,15 +54,18 @@ static grpc_channel *channel_connect(const char *address)
         pc_arg_int(GRPC_ARG_KEEPALIVE_TIME_MS, CHANNEL_PING_MS),
         pc_arg_int(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, CHANNEL_PING_ANSWER_MS),
         pc_arg_int(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
-        pc_arg_int(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0), /* no limit: silence is what the pings are for */
+        pc_arg_int(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA,
+                   0), /* no limit: silence is what the pings are for */
         pc_arg_int(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, CHANNEL_BACKOFF_MIN_MS),
         pc_arg_int(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, CHANNEL_BACKOFF_MAX_MS),
         pc_arg_int(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, CHANNEL_CONNECT_MS),
         pc_arg_int(GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH, CHANNEL_REPLY_BYTES_MAX),
-        pc_arg_int(GRPC_ARG_ENABLE_RETRIES, 0),    /* who owns a call decides what is done twice */
-        pc_arg_int(GRPC_ARG_ENABLE_HTTP_PROXY, 0), /* a proxy of the user's shell is not for the cluster's own traffic */
+        pc_arg_int(GRPC_ARG_ENABLE_RETRIES, 0), /* who owns a call decides what is done twice */
+        pc_arg_int(GRPC_ARG_ENABLE_HTTP_PROXY,
+                   0), /* a proxy of the user's shell is not for the cluster's own traffic */
         pc_arg_int(GRPC_ARG_SERVICE_CONFIG_DISABLE_RESOLUTION, 1),
-        pc_arg_int(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1), /* a new channel starts without another one's backoff */
+        pc_arg_int(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL,
+                   1), /* a new channel starts without another one's backoff */
     };
     grpc_channel_args channel_args = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
     grpc_channel_credentials *credentials = grpc_insecure_credentials_create();
@@ -70,8 +74,9 @@ static grpc_channel *channel_connect(const char *address)
     return channel;
 }
 
-/* gRPC answers calls with the last failure until its own backoff ends. Our callers have one of their own: each of their
- * tries shall be one. Calls that still end on the old channel keep it as long as they need it. */
+/* gRPC answers calls with the last failure until its own backoff ends. Our callers have one of their own:
+ * each of their tries shall be one. Calls that still end on the old channel keep it as long as they need it.
+ */
 static void channel_refresh(pc_channel *channel)
 {
     if (grpc_channel_check_connectivity_state(channel->channel, 0) == GRPC_CHANNEL_TRANSIENT_FAILURE) {
@@ -80,9 +85,10 @@ static void channel_refresh(pc_channel *channel)
     }
 }
 
-/* ------------------------------------------------------------------------------------------------ life of a stream
- * ended (headers out, status in), received* and sent* side by side. gRPC gives the status after the last message, but the
- * batches may complete in any order: closed comes when none is left, so no message is overtaken. */
+/* ------------------------------------------------------------------------------------------------ life of a
+ * stream ended (headers out, status in), received* and sent* side by side. gRPC gives the status after the
+ * last message, but the batches may complete in any order: closed comes when none is left, so no message is
+ * overtaken. */
 
 static void stream_close(pc_stream *stream)
 {
@@ -105,7 +111,8 @@ static void stream_close(pc_stream *stream)
     cm_free(stream);
 }
 
-static void stream_batch(pc_stream *stream, const grpc_op *ops, size_t n_ops, pc_op *op, void (*done)(void *owner, bool ok))
+static void stream_batch(pc_stream *stream, const grpc_op *ops, size_t n_ops, pc_op *op,
+                         void (*done)(void *owner, bool ok))
 {
     pc_cq_arm(stream->channel->cq, op, done, stream);
     grpc_call_error rc = grpc_call_start_batch(stream->call, ops, n_ops, op, NULL);
@@ -169,7 +176,8 @@ static void stream_flush(pc_stream *stream)
     grpc_op ops[2];
     size_t n = 0;
     bool close = stream->half_close && !stream->half_closed && stream->outbox.n_messages <= 1;
-    if (stream->sending || stream->over || stream->channel->closing || (stream->outbox.n_messages == 0 && !close)) {
+    if (stream->sending || stream->over || stream->channel->closing ||
+        (stream->outbox.n_messages == 0 && !close)) {
         return;
     }
     memset(ops, 0, sizeof(ops));
@@ -225,8 +233,8 @@ pc_stream *pc_stream_open(pc_channel *channel, const char *path, const pc_stream
                                              : gpr_time_from_millis((int64_t)deadline_ms, GPR_TIMESPAN);
     channel_refresh(channel);
     grpc_slice method = grpc_slice_from_copied_string(path);
-    stream->call = grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS, pc_cq_queue(channel->cq), method,
-                                            NULL, deadline, NULL);
+    stream->call = grpc_channel_create_call(channel->channel, NULL, GRPC_PROPAGATE_DEFAULTS,
+                                            pc_cq_queue(channel->cq), method, NULL, deadline, NULL);
     grpc_slice_unref(method);
     stream_start(stream);
     return stream;
@@ -257,7 +265,8 @@ void pc_stream_cancel(pc_stream *stream)
     grpc_call_cancel(stream->call, NULL);
 }
 
-/* ----------------------------------------------------------------------------------------------------- the channel */
+/* ----------------------------------------------------------------------------------------------------- the
+ * channel */
 
 pc_channel *pc_channel_create(pc_loop *loop, const char *address)
 {
@@ -283,7 +292,8 @@ void pc_channel_destroy(pc_channel *channel)
     cm_free(channel);
 }
 
-/* --------------------------------------------------------------------------------------------------- unary, waiting */
+/* --------------------------------------------------------------------------------------------------- unary,
+ * waiting */
 
 typedef struct unary_wait {
     pc_loop *loop;
@@ -336,8 +346,8 @@ static void unary_closed(void *ctx, pc_code code, const char *text)
     pc_loop_stop(wait->loop);
 }
 
-cm_status pc_unary_wait(pc_channel *channel, const char *path, const void *data, size_t n_bytes, uint64_t deadline_ms,
-                        cm_bytes *reply, cm_error *err)
+cm_status pc_unary_wait(pc_channel *channel, const char *path, const void *data, size_t n_bytes,
+                        uint64_t deadline_ms, cm_bytes *reply, cm_error *err)
 {
     static const pc_stream_events events = {.message = unary_message, .closed = unary_closed};
     unary_wait wait = {.loop = channel->loop, .reply = reply, .err = err};

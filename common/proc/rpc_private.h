@@ -1,5 +1,5 @@
-/* What the gRPC server and client share: a completion queue with its thread, and the messages that wait to be sent.
- * Thread: the loop's, but for the queue's own thread. */
+/* What the gRPC server and client share: a completion queue with its thread, and the messages that wait to be
+ * sent. Thread: the loop's, but for the queue's own thread. */
 #pragma once
 #include <grpc/byte_buffer.h>
 #include <grpc/grpc.h>
@@ -25,13 +25,14 @@ pc_cq *pc_cq_create(pc_loop *loop);
 grpc_completion_queue *pc_cq_queue(pc_cq *cq);
 /* Before op goes to gRPC as a tag. */
 void pc_cq_arm(pc_cq *cq, pc_op *op, void (*done)(void *owner, bool ok), void *owner);
-/* Nothing may be started on the queue any more. Waits for what is on its way (cancel it first), stops the thread and runs
- * the remaining done functions now. Not from inside one of them. */
+/* Nothing may be started on the queue any more. Waits for what is on its way (cancel it first), stops the
+ * thread and runs the remaining done functions now. Not from inside one of them. */
 void pc_cq_finish(pc_cq *cq);
 /* After the objects that used the queue are destroyed. */
 void pc_cq_destroy(pc_cq *cq);
 
-/* gRPC says why it could not listen only in its log: lines of this thread between begin and end go to text_out as well. */
+/* gRPC says why it could not listen only in its log: lines of this thread between begin and end go to
+ * text_out as well. */
 void pc_grpc_log_capture_begin(char *text_out, size_t cap);
 void pc_grpc_log_capture_end(void);
 

@@ -15,7 +15,8 @@
 enum {
     CALL_HEADERS_MAX = 4,
     CALL_TRAILERS_MAX = 2,
-    /* Our own clients ping every 2 s to find dead hosts; only what is clearly faster is answered with a goodbye. */
+    /* Our own clients ping every 2 s to find dead hosts; only what is clearly faster is answered with a
+       goodbye. */
     SERVER_PING_INTERVAL_MIN_MS = 1000,
     /* Room above calls_max so that too many calls are told so and do not wait in the client. */
     SERVER_STREAMS_SPARE = 64,
@@ -35,12 +36,12 @@ struct pc_call {
     grpc_byte_buffer *message; /* being received */
     int cancelled;             /* written by gRPC; we go by our own finish */
     pc_outbox outbox;
-    bool sending;       /* a batch of op sent is on its way */
-    bool headers_sent;  /* initial metadata */
-    bool seen;          /* a handler knows it, so closed is due */
-    bool finishing;     /* pc_call_finish was called */
+    bool sending;      /* a batch of op sent is on its way */
+    bool headers_sent; /* initial metadata */
+    bool seen;         /* a handler knows it, so closed is due */
+    bool finishing;    /* pc_call_finish was called */
     bool status_sent;
-    bool over;          /* closed was delivered, or would have been */
+    bool over; /* closed was delivered, or would have been */
     uint32_t n_headers, n_trailers;
     grpc_metadata headers[CALL_HEADERS_MAX], trailers[CALL_TRAILERS_MAX];
     grpc_status_code code;
@@ -89,9 +90,9 @@ pc_code pc_code_of(cm_status status)
     }
 }
 
-/* -------------------------------------------------------------------------------------------------- life of a call
- * accept -> (received)* and (sent)* side by side -> ended. Every batch holds the call; ended is started first and
- * completes last but for batches that were overtaken by a cancel. */
+/* -------------------------------------------------------------------------------------------------- life of
+ * a call accept -> (received)* and (sent)* side by side -> ended. Every batch holds the call; ended is
+ * started first and completes last but for batches that were overtaken by a cancel. */
 
 static pc_call *call_create(pc_rpc_server *server)
 {
@@ -129,7 +130,8 @@ static void call_free(pc_call *call)
     cm_free(call);
 }
 
-static void call_batch(pc_call *call, const grpc_op *ops, size_t n_ops, pc_op *op, void (*done)(void *owner, bool ok))
+static void call_batch(pc_call *call, const grpc_op *ops, size_t n_ops, pc_op *op,
+                       void (*done)(void *owner, bool ok))
 {
     pc_cq_arm(call->server->cq, op, done, call);
     grpc_call_error rc = grpc_call_start_batch(call->call, ops, n_ops, op, NULL);
@@ -165,7 +167,8 @@ static void call_received(void *owner, bool ok)
     } else if (!ok || grpc_call_failed_before_recv_message(call->call)) {
         /* cancelled or broken: ended tells */
     } else if (!call->method->client_streams) {
-        pc_call_finish(call, PC_CODE_INVALID_ARGUMENT, "the call ended without a request message", NULL, 0, 0);
+        pc_call_finish(call, PC_CODE_INVALID_ARGUMENT, "the call ended without a request message", NULL, 0,
+                       0);
     } else if (call->method->half_closed != NULL) {
         call->seen = true;
         call->method->half_closed(call);
@@ -255,7 +258,8 @@ static void call_ended(void *owner, bool ok)
     call_batch_done(call);
 }
 
-/* ------------------------------------------------------------------------------------------------------- accepting */
+/* -------------------------------------------------------------------------------------------------------
+ * accepting */
 
 static void server_accept(pc_rpc_server *server);
 
@@ -304,7 +308,8 @@ static void call_accepted(void *owner, bool ok)
     }
     server_accept(server);
     /* in a batch of its own: completes when the client goes away, whatever else is on its way */
-    grpc_op op = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER, .data.recv_close_on_server.cancelled = &call->cancelled};
+    grpc_op op = {.op = GRPC_OP_RECV_CLOSE_ON_SERVER,
+                  .data.recv_close_on_server.cancelled = &call->cancelled};
     call_batch(call, &op, 1, &call->ended, call_ended);
     call_dispatch(call);
 }
@@ -314,12 +319,13 @@ static void server_accept(pc_rpc_server *server)
     pc_call *call = call_create(server);
     grpc_completion_queue *queue = pc_cq_queue(server->cq);
     pc_cq_arm(server->cq, &call->accepted, call_accepted, call);
-    grpc_call_error rc = grpc_server_request_call(server->server, &call->call, &call->details, &call->metadata, queue,
-                                                  queue, &call->accepted);
+    grpc_call_error rc = grpc_server_request_call(server->server, &call->call, &call->details,
+                                                  &call->metadata, queue, queue, &call->accepted);
     CM_ASSERT_MSG(rc == GRPC_CALL_OK, "request_call: error %d", (int)rc);
 }
 
-/* ------------------------------------------------------------------------------------------------------ the server */
+/* ------------------------------------------------------------------------------------------------------ the
+ * server */
 
 static cm_status server_listen(pc_rpc_server *server, const char *address, char bound_out[128], cm_error *err)
 {
@@ -329,7 +335,8 @@ static cm_status server_listen(pc_rpc_server *server, const char *address, char 
     char *end = NULL;
     unsigned long port = colon != NULL ? strtoul(colon + 1, &end, 10) : 0;
     if (n_host == 0 || n_host > 100 || end == colon + 1 || *end != '\0' || port > 65535) {
-        return cm_error_set(err, CM_E_INVALID, address, "cannot listen on %s: not of the form host:port", address);
+        return cm_error_set(err, CM_E_INVALID, address, "cannot listen on %s: not of the form host:port",
+                            address);
     }
     grpc_server_credentials *credentials = grpc_insecure_server_credentials_create();
     pc_grpc_log_capture_begin(why, sizeof(why));
@@ -341,8 +348,8 @@ static cm_status server_listen(pc_rpc_server *server, const char *address, char 
         return CM_OK;
     }
     if (strstr(why, strerror(EADDRINUSE)) != NULL) {
-        return cm_error_set(err, CM_E_EXISTS, address, "cannot listen on %s: the address is in use by another process",
-                            address);
+        return cm_error_set(err, CM_E_EXISTS, address,
+                            "cannot listen on %s: the address is in use by another process", address);
     }
     return cm_error_set(err, CM_E_INVALID, address, "cannot listen on %s: %.300s", address, why);
 }
@@ -366,8 +373,9 @@ static void server_free(pc_rpc_server *server)
     cm_free(server);
 }
 
-cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options, const pc_method *methods, uint32_t n_methods,
-                               pc_rpc_server **server_out, char bound_out[128], cm_error *err)
+cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options, const pc_method *methods,
+                               uint32_t n_methods, pc_rpc_server **server_out, char bound_out[128],
+                               cm_error *err)
 {
     pc_rpc_server *server = cm_alloc(sizeof(*server));
     CM_ASSERT(options->calls_max > 0 && options->calls_max < INT32_MAX - SERVER_STREAMS_SPARE);
@@ -415,7 +423,8 @@ void pc_rpc_server_destroy(pc_rpc_server *server)
     server_free(server);
 }
 
-/* --------------------------------------------------------------------------------------------- what handlers call */
+/* --------------------------------------------------------------------------------------------- what handlers
+ * call */
 
 void *pc_call_ctx(const pc_call *call)
 {
@@ -496,7 +505,8 @@ uint64_t pc_call_queued_bytes(const pc_call *call)
     return call->outbox.n_bytes;
 }
 
-void pc_call_finish(pc_call *call, pc_code code, const char *message, const void *details, size_t n_details, uint32_t retry_ms)
+void pc_call_finish(pc_call *call, pc_code code, const char *message, const void *details, size_t n_details,
+                    uint32_t retry_ms)
 {
     if (call->over || call->finishing) {
         return;

@@ -78,7 +78,7 @@ static void op_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32
         CM_ASSERT_MSG(ids[r] < table->n_out, "token %u of %u", ids[r], table->n_out);
         for (uint32_t j = 0; j < hc; j++) {
             memcpy((uint16_t *)kn_host(x_out) + ((uint64_t)r * hc + j) * d,
-                   (const uint16_t *)kn_host(table->data) + ids[r] * d, d * sizeof(uint16_t));
+                   (const uint8_t *)kn_host(table->data) + ids[r] * d * sizeof(uint16_t), d * sizeof(uint16_t));
         }
     }
 }

@@ -63,16 +63,17 @@ static void swiglu_row(const uint16_t *g_in, const uint16_t *u_in, const float *
                        uint16_t *h_out)
 {
     enum { STEP = 64 };
-    double top = limit;
     for (uint32_t at = 0; at < n; at += STEP) {
-        double h[STEP];
+        double g[STEP], u[STEP], h[STEP];
         uint32_t len = n - at < STEP ? n - at : STEP;
         for (uint32_t i = 0; i < len; i++) {
-            double g = kn_bf16_decode(g_in[at + i]), u = kn_bf16_decode(u_in[at + i]);
-            g = g > top ? top : g;
-            u = u > top ? top : u;
-            u = u < -top ? -top : u;
-            h[i] = g / (1.0 + kn_exp(-g)) * u;
+            float gate = kn_bf16_decode(g_in[at + i]), value = kn_bf16_decode(u_in[at + i]);
+            g[i] = gate > limit ? limit : gate;
+            value = value > limit ? limit : value;
+            u[i] = value < -limit ? -limit : value;
+        }
+        for (uint32_t i = 0; i < len; i++) {
+            h[i] = g[i] / (1.0 + kn_exp(-g[i])) * u[i];
         }
         if (weight != NULL) {
             for (uint32_t i = 0; i < len; i++) {

@@ -62,17 +62,17 @@ static void decode_e2m1(const uint8_t *pairs, double *out)
     }
 }
 
-static void decode_bf16(const uint16_t *x, double *out)
+static void decode_bf16(const void *x, double *out)
 {
-    for (int i = 0; i < CPU_CHUNK; i++) {
-        out[i] = kn_bf16_decode(x[i]);
+    for (uint32_t i = 0; i < CPU_CHUNK; i++) {
+        out[i] = kn_bf16_decode(kn_u16_at(x, i));
     }
 }
 
-static void decode_f32(const float *x, double *out)
+static void decode_f32(const void *x, double *out)
 {
-    for (int i = 0; i < CPU_CHUNK; i++) {
-        out[i] = x[i];
+    for (uint32_t i = 0; i < CPU_CHUNK; i++) {
+        out[i] = kn_f32_at(x, i);
     }
 }
 
@@ -119,9 +119,9 @@ void KN_FN(kn_cpu_widen_codes)(const uint8_t *codes, uint32_t k, kn_dtype w, dou
 
 void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out)
 {
-    uint16_t spare[CPU_CHUNK];
+    uint8_t spare[2 * CPU_CHUNK];
     for (uint32_t at = 0; at < k; at += CPU_CHUNK) {
-        decode_bf16(chunk_bytes(x, 2 * at, 2 * chunk_len(k, at), 2 * CPU_CHUNK, (uint8_t *)spare), x_out + at);
+        decode_bf16(chunk_bytes(x, 2 * at, 2 * chunk_len(k, at), 2 * CPU_CHUNK, spare), x_out + at);
     }
 }
 
@@ -163,7 +163,7 @@ typedef struct product_job {
 static inline double e4m3_scale(const kn_matrix *w, uint32_t o, uint32_t block)
 {
     uint64_t at = (uint64_t)(o / KN_ACT_BLOCK) * kn_blocks(w->n_in, KN_ACT_BLOCK) + block;
-    return w->scale_dtype == KN_F32 ? ((const float *)kn_host(w->scale))[at]
+    return w->scale_dtype == KN_F32 ? kn_f32_at(kn_host(w->scale), at)
                                     : kn_e8m0_decode(((const uint8_t *)kn_host(w->scale))[at]);
 }
 
@@ -231,19 +231,16 @@ void KN_FN(kn_cpu_product_q8)(kn_team *team, const cpu_tile *tile, const kn_matr
 
 static void decode_chunk(const kn_matrix *w, uint32_t o, uint32_t at, double *weight)
 {
-    uint64_t row = (uint64_t)o * w->n_in;
-    uint32_t len = chunk_len(w->n_in, at);
-    uint8_t spare[CPU_CHUNK * sizeof(float)] __attribute__((aligned(8)));
+    uint32_t item = w->dtype == KN_BF16 ? 2 : w->dtype == KN_F32 ? 4 : 1, len = chunk_len(w->n_in, at);
+    const uint8_t *row = (const uint8_t *)kn_host(w->data) + (uint64_t)o * w->n_in * item;
+    uint8_t spare[CPU_CHUNK * sizeof(float)];
+    const void *bytes = chunk_bytes(row, at * item, len * item, CPU_CHUNK * item, spare);
     if (w->dtype == KN_BF16) {
-        const uint16_t *data = (const uint16_t *)kn_host(w->data) + row;
-        decode_bf16(chunk_bytes(data, at * 2, len * 2, CPU_CHUNK * 2, spare), weight);
+        decode_bf16(bytes, weight);
     } else if (w->dtype == KN_F32) {
-        const float *data = (const float *)kn_host(w->data) + row;
-        decode_f32(chunk_bytes(data, at * 4, len * 4, CPU_CHUNK * 4, spare), weight);
+        decode_f32(bytes, weight);
     } else {
-        const uint8_t *data = (const uint8_t *)kn_host(w->data) + row;
-        decode_scaled_e4m3(chunk_bytes(data, at, len, CPU_CHUNK, spare), (float)e4m3_scale(w, o, at / CPU_CHUNK),
-                           weight);
+        decode_scaled_e4m3(bytes, (float)e4m3_scale(w, o, at / CPU_CHUNK), weight);
     }
 }
 

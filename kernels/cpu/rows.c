@@ -102,9 +102,7 @@ void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, do
         }
     }
     for (uint32_t i = 0; i < rope; i++) {
-        uint16_t plain;
-        memcpy(&plain, row + nope + i * sizeof(plain), sizeof(plain));
-        x_out[nope + i] = kn_bf16_decode(plain);
+        x_out[nope + i] = kn_bf16_decode(kn_u16_at(row + nope, i));
     }
 }
 

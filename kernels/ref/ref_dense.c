@@ -28,7 +28,7 @@ static double scale_at(const kn_matrix *w, uint32_t o, uint32_t b)
     uint64_t row = w->dtype == KN_E2M1 ? o : o / KN_ACT_BLOCK;
     uint64_t i = row * kn_blocks(w->n_in, scale_width(w)) + b;
     if (w->scale_dtype == KN_F32) {
-        return ((const float *)kn_host(w->scale))[i];
+        return kn_f32_at(kn_host(w->scale), i);
     }
     return kn_e8m0_decode(((const uint8_t *)kn_host(w->scale))[i]);
 }
@@ -49,10 +49,10 @@ uint16_t ref_dot_q8(const uint8_t *codes, const uint8_t *scales, const kn_matrix
 
 double ref_dot_bf16(const uint16_t *x, const kn_matrix *w, uint32_t o)
 {
-    const uint16_t *row = (const uint16_t *)kn_host(w->data) + (uint64_t)o * w->n_in;
+    const uint8_t *row = (const uint8_t *)kn_host(w->data) + (uint64_t)o * w->n_in * sizeof(uint16_t);
     ref_sum sum = {0};
     for (uint32_t i = 0; i < w->n_in; i++) {
-        ref_add(&sum, (double)kn_bf16_decode(x[i]) * kn_bf16_decode(row[i]));
+        ref_add(&sum, (double)kn_bf16_decode(x[i]) * kn_bf16_decode(kn_u16_at(row, i)));
     }
     return ref_total(sum);
 }
@@ -111,14 +111,14 @@ static void ref_linear_grouped(kn_stream *s, kn_ptr x_in, const kn_matrix *w, ui
 static void ref_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32_t n, uint32_t hc, kn_ptr x_out)
 {
     const uint32_t *ids = kn_host(ids_in);
-    const uint16_t *rows = kn_host(table->data);
+    const uint8_t *rows = kn_host(table->data);
     uint16_t *x = kn_host(x_out);
     uint32_t d = table->n_in;
     (void)s;
     for (uint32_t r = 0; r < n; r++) {
         CM_ASSERT_MSG(ids[r] < table->n_out, "token %u of %u", ids[r], table->n_out);
         for (uint32_t j = 0; j < hc; j++) {
-            memcpy(x + ((uint64_t)r * hc + j) * d, rows + (uint64_t)ids[r] * d, d * sizeof(*x));
+            memcpy(x + ((uint64_t)r * hc + j) * d, rows + (uint64_t)ids[r] * d * sizeof(*x), d * sizeof(*x));
         }
     }
 }

@@ -35,12 +35,10 @@ void ref_kv_pack_row(const uint16_t *x, uint32_t dim, uint32_t rope, uint8_t *ro
 float ref_kv_value(const uint8_t *row, uint32_t dim, uint32_t rope, uint32_t i)
 {
     uint32_t nope = dim - rope;
-    uint16_t plain;
     if (i < nope) {
         return kn_e4m3_decode(row[i]) * kn_e8m0_decode(row[nope + 2 * rope + i / KN_KV_BLOCK]);
     }
-    memcpy(&plain, row + nope + (i - nope) * sizeof(plain), sizeof(plain));
-    return kn_bf16_decode(plain);
+    return kn_bf16_decode(kn_u16_at(row + nope, i - nope));
 }
 
 /* Rotated by the orthonormal transform, bf16. */

@@ -258,7 +258,8 @@ static void net_send_more(void)
 {
     while (g_net.n_sent < N_MESSAGES) {
         uint32_t number = g_net.n_sent;
-        net_message message = {.type = 1, .header = &number, .header_bytes = sizeof(number), .deadline_ms = 60000};
+        net_message message = {
+            .type = 1, .header = &number, .header_bytes = sizeof(number), .deadline_ms = 60000};
         cm_status status = net_send(g_net.peer, &message);
         if (status == CM_AGAIN) {
             return;

@@ -35,7 +35,7 @@ static struct {
     uint32_t hello_id, hello_role, hello_protocol;
     uint64_t hello_cluster, hello_epoch, hello_incarnation, hello_incarnation_before;
     char hello_data_address[64], hello_fingerprint[64];
-    uint32_t answer_id;      /* the welcome's; 0 = refuse */
+    uint32_t answer_id; /* the welcome's; 0 = refuse */
     bool refuse_final;
     int64_t beat_epoch, beat_rows; /* of the last heartbeat; -1 = not in it */
     uint64_t prepared_epoch, committed_epoch;
@@ -70,7 +70,8 @@ static void until(bool (*done)(void))
     g.done = NULL;
 }
 
-/* --------------------------------------------------------------------------------------------- the coordinator's side */
+/* --------------------------------------------------------------------------------------------- the
+ * coordinator's side */
 
 static void say(coordinator_word *word, int word_case)
 {
@@ -134,7 +135,9 @@ static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 {
     ProtobufCMessage *message;
     cm_arena_reset(&g.arena);
-    assert_int_equal(pr_unpack(&baleen__control__v1__member_message__descriptor, data, n_bytes, &g.arena, &message), CM_OK);
+    assert_int_equal(
+        pr_unpack(&baleen__control__v1__member_message__descriptor, data, n_bytes, &g.arena, &message),
+        CM_OK);
     const member_word *word = (const member_word *)message;
     g.session = call;
     switch (word->word_case) {
@@ -155,7 +158,8 @@ static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
     case BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PREPARED:
         g.prepared_epoch = word->prepared->epoch;
         g.prepared_status = word->prepared->status;
-        snprintf(g.prepared_text, sizeof(g.prepared_text), "%s", word->prepared->text != NULL ? word->prepared->text : "");
+        snprintf(g.prepared_text, sizeof(g.prepared_text), "%s",
+                 word->prepared->text != NULL ? word->prepared->text : "");
         break;
     case BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_COMMITTED:
         g.n_committed++;
@@ -210,7 +214,8 @@ static void script_epoch_init(script_epoch *s, uint64_t number)
     for (uint32_t i = 0; i < 3; i++) {
         baleen__control__v1__member__init(&s->members[i]);
         s->members[i].id = ids[i];
-        s->members[i].role = i < 2 ? BALEEN__CONTROL__V1__ROLE__ROLE_WORKER : BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER;
+        s->members[i].role =
+            i < 2 ? BALEEN__CONTROL__V1__ROLE__ROLE_WORKER : BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER;
         s->members[i].incarnation = 100 + ids[i];
         s->members[i].data_address = i == 0 ? address : NULL;
         s->pointers[i] = &s->members[i];
@@ -266,7 +271,8 @@ static void say_retire(uint64_t oldest)
     say(&word, BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_RETIRE);
 }
 
-/* ---------------------------------------------------------------------------------------------------- member's side */
+/* ----------------------------------------------------------------------------------------------------
+ * member's side */
 
 static void on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
 {
@@ -327,15 +333,24 @@ static void on_refused(void *ctx, cm_status status, const char *text)
     snprintf(g.refused_text, sizeof(g.refused_text), "%s", text);
 }
 
-static const pc_member_events g_events = {.welcome = on_welcome, .prepare = on_prepare, .abort = on_abort,
-                                          .commit = on_commit, .retire = on_retire, .cluster_stats = on_stats,
-                                          .drain = on_drain, .refused = on_refused};
+static const pc_member_events g_events = {.welcome = on_welcome,
+                                          .prepare = on_prepare,
+                                          .abort = on_abort,
+                                          .commit = on_commit,
+                                          .retire = on_retire,
+                                          .cluster_stats = on_stats,
+                                          .drain = on_drain,
+                                          .refused = on_refused};
 
 static void member_start(void)
 {
-    const pc_member_options options = {.coordinator = g.address, .role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER,
-                                       .data_address = "10.0.0.1:7000", .fingerprint = "f00d",
-                                       .expert_bytes_max = 6000, .n_layer = N_LAYER, .n_expert = N_EXPERT,
+    const pc_member_options options = {.coordinator = g.address,
+                                       .role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER,
+                                       .data_address = "10.0.0.1:7000",
+                                       .fingerprint = "f00d",
+                                       .expert_bytes_max = 6000,
+                                       .n_layer = N_LAYER,
+                                       .n_expert = N_EXPERT,
                                        .expert_bytes = 1000};
     g.member = pc_member_create(g.loop, &options, &g_events, &g);
 }
@@ -378,7 +393,8 @@ static int tear_down(void **state)
     return 0;
 }
 
-/* ------------------------------------------------------------------------------------------------------------ tests */
+/* ------------------------------------------------------------------------------------------------------------
+ * tests */
 
 static bool is_welcome(void)
 {

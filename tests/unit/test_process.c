@@ -18,7 +18,8 @@ typedef struct t_config {
 } t_config;
 
 static const cm_cfg_field g_fields[] = {PC_PROCESS_FIELDS(t_config, common)};
-static const cm_cfg_table g_table = {"baleen-t", "a test", "", g_fields, sizeof(g_fields) / sizeof(g_fields[0])};
+static const cm_cfg_table g_table = {"baleen-t", "a test", "", g_fields,
+                                     sizeof(g_fields) / sizeof(g_fields[0])};
 
 static int begin(t_config *config, char *flag)
 {
@@ -51,7 +52,8 @@ static void test_ready_line(void **state)
     assert_int_equal(pipe(fds), 0);
     common.ready_fd = (uint64_t)fds[1];
     pc_process_ready(&common, pairs);
-    snprintf(want, sizeof(want), "{\"pid\":%ld,\"http\":\"127.0.0.1:80\",\"odd\":\"a\\\"b\\\\c\\u000a\"}\n", (long)getpid());
+    snprintf(want, sizeof(want), "{\"pid\":%ld,\"http\":\"127.0.0.1:80\",\"odd\":\"a\\\"b\\\\c\\u000a\"}\n",
+             (long)getpid());
     assert_int_equal(read(fds[0], line, sizeof(line) - 1), strlen(want));
     assert_string_equal(line, want);
     assert_int_equal(read(fds[0], line, 1), 0); /* and closed */

@@ -1,5 +1,5 @@
-/* gRPC server and client on one loop; what the client does not show (metadata, trailers, a reader that waits) is tested
- * with a plain gRPC client on a thread of its own. */
+/* gRPC server and client on one loop; what the client does not show (metadata, trailers, a reader that waits)
+ * is tested with a plain gRPC client on a thread of its own. */
 #include <grpc/byte_buffer_reader.h>
 #include <grpc/grpc.h>
 #include <grpc/grpc_security.h>
@@ -20,7 +20,14 @@
 #include "common/proc/rpc_client.h"
 #include "common/proc/rpc_server.h"
 
-enum { REQUEST_MAX = 64 << 10, CALLS_MAX = 80, QUEUE_MAX = 64 << 10, N_STREAM = 10000, STREAM_BYTES = 2000, N_WAITING = 8 };
+enum {
+    REQUEST_MAX = 64 << 10,
+    CALLS_MAX = 80,
+    QUEUE_MAX = 64 << 10,
+    N_STREAM = 10000,
+    STREAM_BYTES = 2000,
+    N_WAITING = 8
+};
 
 static struct {
     pc_loop *loop;
@@ -48,7 +55,8 @@ static void until(bool (*done)(void))
     g.done = NULL;
 }
 
-/* -------------------------------------------------------------------------------------------------------- handlers */
+/* --------------------------------------------------------------------------------------------------------
+ * handlers */
 
 static void any_closed(pc_call *call, bool cancelled)
 {
@@ -159,24 +167,31 @@ static void hook(void *arg)
 static const pc_method g_methods[] = {
     {.path = "/t.Echo/Unary", .message = unary_message, .closed = any_closed},
     {.path = "/t.Echo/Stream", .message = stream_message, .closed = stream_closed},
-    {.path = "/t.Echo/Chat", .message = chat_message, .half_closed = chat_half_closed, .closed = any_closed,
+    {.path = "/t.Echo/Chat",
+     .message = chat_message,
+     .half_closed = chat_half_closed,
+     .closed = any_closed,
      .client_streams = true},
     {.path = "/t.Echo/Wait", .message = wait_message, .closed = any_closed},
     {.path = "/t.Echo/Fail", .message = fail_message, .closed = any_closed},
 };
 
 static const pc_rpc_options g_options = {
-    .address = "127.0.0.1:0", .request_bytes_max = REQUEST_MAX, .calls_max = CALLS_MAX, .queue_bytes_max = QUEUE_MAX, .ctx = &g,
+    .address = "127.0.0.1:0",
+    .request_bytes_max = REQUEST_MAX,
+    .calls_max = CALLS_MAX,
+    .queue_bytes_max = QUEUE_MAX,
+    .ctx = &g,
 };
 
-static cm_status server_create(const char *address, uint32_t calls_max, pc_rpc_server **server_out, char bound_out[128],
-                               cm_error *err)
+static cm_status server_create(const char *address, uint32_t calls_max, pc_rpc_server **server_out,
+                               char bound_out[128], cm_error *err)
 {
     pc_rpc_options options = g_options;
     options.address = address;
     options.calls_max = calls_max;
-    return pc_rpc_server_create(g.loop, &options, g_methods, sizeof(g_methods) / sizeof(g_methods[0]), server_out, bound_out,
-                                err);
+    return pc_rpc_server_create(g.loop, &options, g_methods, sizeof(g_methods) / sizeof(g_methods[0]),
+                                server_out, bound_out, err);
 }
 
 static int set_up(void **state)
@@ -205,7 +220,8 @@ static int tear_down(void **state)
     return 0;
 }
 
-/* ---------------------------------------------------------------------------------------------------- client's side */
+/* ----------------------------------------------------------------------------------------------------
+ * client's side */
 
 typedef struct client {
     pc_stream *stream;
@@ -267,7 +283,8 @@ static bool one_is_waiting(void)
     return g.n_waiting == 1;
 }
 
-/* ------------------------------------------------------------------------------------------------------------ tests */
+/* ------------------------------------------------------------------------------------------------------------
+ * tests */
 
 static void test_unary(void **state)
 {
@@ -427,7 +444,8 @@ static void test_taken_port(void **state)
 
 static void test_bad_addresses(void **state)
 {
-    static const char *const bad[] = {"", "127.0.0.1", ":1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:70000", "192.0.2.1:0"};
+    static const char *const bad[] = {
+        "", "127.0.0.1", ":1", "127.0.0.1:", "127.0.0.1:x", "127.0.0.1:70000", "192.0.2.1:0"};
     (void)state;
     for (uint32_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
         pc_rpc_server *server = NULL;
@@ -590,12 +608,13 @@ static void test_drain(void **state)
     assert_int_equal(running.n_closed, 1);
 }
 
-/* ------------------------------------------------------------------------------------------------- a plain client */
+/* ------------------------------------------------------------------------------------------------- a plain
+ * client */
 
 typedef struct plain {
     const char *path;
-    bool wait_until_full;                                  /* read only after the server's queue was full */
-    uint32_t n_messages;                                   /* in order: message i starts with the number i */
+    bool wait_until_full; /* read only after the server's queue was full */
+    uint32_t n_messages;  /* in order: message i starts with the number i */
     char reply_header[64], odd_header[64], retry[64], text[128]; /* text forms of what came */
     uint8_t details[16];
     size_t n_details;
@@ -619,7 +638,8 @@ static void plain_find(const grpc_metadata_array *array, const char *key, char t
 static void plain_batch(grpc_call *call, grpc_completion_queue *cq, const grpc_op *ops, size_t n)
 {
     assert_int_equal(grpc_call_start_batch(call, ops, n, (void *)1, NULL), GRPC_CALL_OK);
-    assert_int_equal(grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type, GRPC_OP_COMPLETE);
+    assert_int_equal(grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type,
+                     GRPC_OP_COMPLETE);
 }
 
 static void plain_read_all(plain *p, grpc_call *call, grpc_completion_queue *cq)
@@ -651,7 +671,8 @@ static void plain_finish(plain *p, grpc_call *call, grpc_completion_queue *cq)
     grpc_metadata_array trailers;
     grpc_slice text;
     grpc_op op = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT,
-                  .data.recv_status_on_client = {.trailing_metadata = &trailers, .status = &p->code, .status_details = &text}};
+                  .data.recv_status_on_client = {
+                      .trailing_metadata = &trailers, .status = &p->code, .status_details = &text}};
     grpc_metadata_array_init(&trailers);
     plain_batch(call, cq, &op, 1);
     plain_find(&trailers, "grpc-retry-pushback-ms", p->retry);
@@ -662,7 +683,8 @@ static void plain_finish(plain *p, grpc_call *call, grpc_completion_queue *cq)
             memcpy(p->details, GRPC_SLICE_START_PTR(trailers.metadata[i].value), p->n_details);
         }
     }
-    snprintf(p->text, sizeof(p->text), "%.*s", (int)GRPC_SLICE_LENGTH(text), (const char *)GRPC_SLICE_START_PTR(text));
+    snprintf(p->text, sizeof(p->text), "%.*s", (int)GRPC_SLICE_LENGTH(text),
+             (const char *)GRPC_SLICE_START_PTR(text));
     grpc_slice_unref(text);
     grpc_metadata_array_destroy(&trailers);
 }
@@ -673,7 +695,8 @@ static void plain_call(plain *p, grpc_channel *channel, grpc_completion_queue *c
     grpc_call *call = grpc_channel_create_call(channel, NULL, GRPC_PROPAGATE_DEFAULTS, cq, path, NULL,
                                                gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
     grpc_byte_buffer *request = grpc_raw_byte_buffer_create(&body, 1);
-    grpc_metadata word = {.key = grpc_slice_from_static_string("x-word"), .value = grpc_slice_from_static_string("tide")};
+    grpc_metadata word = {.key = grpc_slice_from_static_string("x-word"),
+                          .value = grpc_slice_from_static_string("tide")};
     grpc_metadata_array headers;
     grpc_op ops[4];
     grpc_metadata_array_init(&headers);
@@ -722,7 +745,8 @@ static void *plain_thread(void *arg)
     plain_call(p, channel, cq);
     grpc_channel_destroy(channel);
     grpc_completion_queue_shutdown(cq);
-    while (grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type != GRPC_QUEUE_SHUTDOWN) {
+    while (grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type !=
+           GRPC_QUEUE_SHUTDOWN) {
     }
     grpc_completion_queue_destroy(cq);
     grpc_shutdown();

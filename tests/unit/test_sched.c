@@ -558,7 +558,7 @@ static void test_preempted_is_next(void **state)
     t_engine_init(&engine, &limits);
     t_open(&engine, 1, 1, 4, 10);
     t_open(&engine, 1, 2, 3, 11);
-    t_open(&engine, 1, 3, 1, 1);
+    t_open(&engine, 1, 3, 2, 1);
     rt_sched_ledger ledger;
     uint32_t n_of_2 = 0, n_of_2_before = UINT32_MAX;
     while (t_begin(&engine, 0)) {
