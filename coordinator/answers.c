@@ -7,7 +7,8 @@ typedef Baleen__Control__V1__StatValue stat_message;
 
 enum { ANSWER_ARENA_CHUNK_BYTES = 64 << 10, ANSWER_ARENA_BYTES_MAX = 256 << 20 };
 
-bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, uint32_t lease_ms, cm_bytes *packed_out)
+bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, uint32_t lease_ms,
+                    cm_bytes *packed_out)
 {
     Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
     Baleen__Control__V1__Welcome welcome = BALEEN__CONTROL__V1__WELCOME__INIT;

@@ -4,7 +4,8 @@
 #include "coordinator/co_core.h"
 
 /* The word for a member that an entry of the outbox asks for; false for entries that say nothing. */
-bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, uint32_t lease_ms, cm_bytes *packed_out);
+bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, uint32_t lease_ms,
+                    cm_bytes *packed_out);
 /* All members' last counters. */
 void co_answer_cluster_stats(const co_core *core, cm_bytes *packed_out);
 /* self: the coordinator's own row. */

@@ -50,7 +50,9 @@ static cm_status core_place(const co_core *core, pr_placement **placement_out, c
 {
     uint32_t n_rank = core_count(core, CO_ROLE_WORKER);
     if (n_rank == 0 || (core->epoch == NULL && n_rank < core->workers_min)) {
-        return cm_error_set(err, CM_E_CAPACITY, "workers", "waiting for workers: %u of %u are there", n_rank,
+        /* At the start that is how it has to be. */
+        cm_status status = core->epoch == NULL ? CM_E_UNAVAILABLE : CM_E_CAPACITY;
+        return cm_error_set(err, status, "workers", "waiting for workers: %u of %u are there", n_rank,
                             core->epoch == NULL ? core->workers_min : 1);
     }
     /* A log of another checkpoint's cluster says nothing about this one's experts. */
@@ -73,7 +75,8 @@ static cm_status core_place(const co_core *core, pr_placement **placement_out, c
         memcmp(before->rank_member, rank_member, sizeof(uint32_t) * n_rank) == 0) {
         *placement_out = pr_placement_clone(before);
     } else {
-        status = pr_placement_plan(core->n_layer, core->n_expert, rank_member, n_rank, capacity, before, placement_out, err);
+        status = pr_placement_plan(core->n_layer, core->n_expert, rank_member, n_rank, capacity, before,
+                                   placement_out, err);
     }
     cm_free(rank_member);
     cm_free(capacity);
@@ -144,7 +147,8 @@ static void change_begin(co_core *core)
     if (core_place(core, &placement, &err) != CM_OK) {
         if (strncmp(core->blocked, err.text, sizeof(core->blocked) - 1) != 0) {
             snprintf(core->blocked, sizeof(core->blocked), "%.255s", err.text);
-            co_core_note(core, CM_LOG_WARN, "no new epoch: %s", err.text);
+            co_core_note(core, err.status == CM_E_CAPACITY ? CM_LOG_WARN : CM_LOG_INFO, "no new epoch: %s",
+                         err.text);
         }
         core_release_blocked(core);
         return;
@@ -152,7 +156,8 @@ static void change_begin(co_core *core)
     core->blocked[0] = 0;
     core->proposal = core_propose(core, placement);
     pr_placement_free(placement);
-    /* The number must be in the log before anyone hears it: one that was promised and forgotten could mean two epochs. */
+    /* The number must be in the log before anyone hears it: one that was promised and forgotten could mean
+     * two epochs. */
     core->ticket = co_core_store(core, NULL);
     core->phase = CO_PHASE_NUMBERING;
 }
@@ -232,8 +237,9 @@ void co_core_prepared(co_core *core, co_member *member, const Baleen__Control__V
     co_core_remove(core, member, CM_OK, "");
 }
 
-/* Tells every member of the epoch in force what it may know by now: workers first, the others once all workers have
- * switched, and at the end workers may retire the epoch before. Serves those who come back as well. */
+/* Tells every member of the epoch in force what it may know by now: workers first, the others once all
+ * workers have switched, and at the end workers may retire the epoch before. Serves those who come back as
+ * well. */
 static void core_tell(co_core *core)
 {
     uint64_t number = core->epoch->number;
@@ -241,10 +247,12 @@ static void core_tell(co_core *core)
     for (uint32_t i = 0; i < core->n_members; i++) {
         co_member *member = &core->members[i];
         bool worker = member->self.role == CO_ROLE_WORKER;
-        if (!co_member_is_in(member) || member->session == 0 || co_epoch_find(core->epoch, member->self.id) == NULL) {
+        if (!co_member_is_in(member) || member->session == 0 ||
+            co_epoch_find(core->epoch, member->self.id) == NULL) {
             continue;
         }
-        if (member->epoch != number && member->told_commit != number && (worker || core->phase != CO_PHASE_COMMITTING)) {
+        if (member->epoch != number && member->told_commit != number &&
+            (worker || core->phase != CO_PHASE_COMMITTING)) {
             co_core_emit(core, CO_OUT_COMMIT, member->session)->epoch = core->epoch;
             member->told_commit = number;
         }
@@ -346,14 +354,15 @@ void co_core_advance(co_core *core)
 
 /* ---- in words ---- */
 
-static void append_waiting(const co_core *core, const co_epoch *epoch, Baleen__Control__V1__Role role, bool preparing,
-                           cm_bytes *text)
+static void append_waiting(const co_core *core, const co_epoch *epoch, Baleen__Control__V1__Role role,
+                           bool preparing, cm_bytes *text)
 {
     const char *between = ", waiting for ";
     for (uint32_t i = 0; i < core->n_members; i++) {
         const co_member *member = &core->members[i];
         uint64_t done = preparing ? member->prepared : member->epoch;
-        if (member->self.role == role && done != epoch->number && co_epoch_find(epoch, member->self.id) != NULL) {
+        if (member->self.role == role && done != epoch->number &&
+            co_epoch_find(epoch, member->self.id) != NULL) {
             cm_bytes_printf(text, "%s%u", between, member->self.id);
             between = " ";
         }

@@ -3,13 +3,15 @@
 #include "proto/placement.h"
 
 static const cm_cfg_field co_config_fields[] = {
-    {"address", "127.0.0.1:0", "host:port to listen on for members and for the admin service; port 0 = any free one",
+    {"address", "127.0.0.1:0",
+     "host:port to listen on for members and for the admin service; port 0 = any free one",
      CM_CFG_STRING(co_config, address)},
     {"store", "", "folder of the epoch log; empty = in memory, a restart begins a new cluster",
      CM_CFG_STRING(co_config, store)},
     {"workers_min", "1", "workers the first placement of the experts waits for",
      CM_CFG_UINT(co_config, workers_min, 1, PR_RANK_MAX)},
-    {"members_max", "64", "members of all roles together", CM_CFG_UINT(co_config, members_max, 1, PR_RANK_MAX)},
+    {"members_max", "64", "members of all roles together",
+     CM_CFG_UINT(co_config, members_max, 1, PR_RANK_MAX)},
     {"heartbeat_ms", "500", "how often members say that they live",
      CM_CFG_MS(co_config, heartbeat_ms, 10, 60000)},
     {"lease_ms", "3000", "how long a process stays a member without a heartbeat; at least three heartbeats",

@@ -190,7 +190,8 @@ static void core_heartbeat(co_member *member, const Baleen__Control__V1__Heartbe
     }
 }
 
-static void core_peer_report(co_core *core, const co_member *from, const Baleen__Control__V1__PeerReport *report)
+static void core_peer_report(co_core *core, const co_member *from,
+                             const Baleen__Control__V1__PeerReport *report)
 {
     co_member *peer = co_core_find(core, report->member_id);
     if (peer == NULL || peer == from || !co_member_is_in(peer) || from->self.role == CO_ROLE_WORKER) {
@@ -222,7 +223,8 @@ static void core_word(co_core *core, uint64_t session, const Baleen__Control__V1
         return;
     }
     /* Before its Welcome a member has nothing to say. */
-    if (member == NULL || hello || member->ticket != 0 || word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD__NOT_SET) {
+    if (member == NULL || hello || member->ticket != 0 ||
+        word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD__NOT_SET) {
         core_close(core, session, CM_E_INVALID, "a session is one Hello, then after the Welcome other words");
         if (member != NULL) {
             core_session_lost(core, member);
@@ -293,7 +295,8 @@ co_core *co_core_create(const co_core_options *options, const co_core_past *past
     if (past->epoch != NULL) {
         CM_ASSERT(past->epoch->number < past->next_number);
         core->epoch = co_epoch_hold(past->epoch);
-        /* Who of them lives and how far its commit came is not known: finish it once more with those that come back. */
+        /* Who of them lives and how far its commit came is not known: finish it once more with those that
+         * come back. */
         core->phase = CO_PHASE_COMMITTING;
         core->deadline_ms = now_ms + core->lease_ms * CO_COMMIT_LEASES;
         for (size_t i = 0; i < core->epoch->message->n_members && i < core->members_max; i++) {
@@ -323,8 +326,8 @@ void co_core_destroy(co_core *core)
 
 void co_core_step(co_core *core, uint64_t now_ms, const co_in *in, uint32_t n_in)
 {
-    CM_ASSERT_MSG(now_ms >= core->now_ms, "time went from %llu back to %llu", (unsigned long long)core->now_ms,
-                  (unsigned long long)now_ms);
+    CM_ASSERT_MSG(now_ms >= core->now_ms, "time went from %llu back to %llu",
+                  (unsigned long long)core->now_ms, (unsigned long long)now_ms);
     core_clear_outbox(core);
     uint64_t gap_ms = now_ms - core->now_ms;
     core->now_ms = now_ms;
@@ -353,10 +356,12 @@ uint64_t co_core_wake_ms(const co_core *core)
         uint64_t at_ms = member->session == 0 ? member->dead_ms : member->heard_ms + core->lease_ms + 1;
         wake_ms = at_ms < wake_ms ? at_ms : wake_ms;
     }
-    if ((core->phase == CO_PHASE_COMMITTING || core->phase == CO_PHASE_PUBLISHING) && core->deadline_ms < wake_ms) {
+    if ((core->phase == CO_PHASE_COMMITTING || core->phase == CO_PHASE_PUBLISHING) &&
+        core->deadline_ms < wake_ms) {
         wake_ms = core->deadline_ms;
     }
-    if (core->phase == CO_PHASE_REST && core->dirty && core->retry_ms > core->now_ms && core->retry_ms < wake_ms) {
+    if (core->phase == CO_PHASE_REST && core->dirty && core->retry_ms > core->now_ms &&
+        core->retry_ms < wake_ms) {
         wake_ms = core->retry_ms;
     }
     return wake_ms;
@@ -379,7 +384,8 @@ static co_member_state core_state(const co_core *core, const co_member *member)
         return CO_MEMBER_SUSPECT;
     }
     if (core->phase == CO_PHASE_PREPARING && member->self.role == CO_ROLE_WORKER &&
-        member->prepared != core->proposal->number && co_epoch_find(core->proposal, member->self.id) != NULL) {
+        member->prepared != core->proposal->number &&
+        co_epoch_find(core->proposal, member->self.id) != NULL) {
         return CO_MEMBER_PREPARING;
     }
     bool in_force = core->epoch != NULL && co_epoch_find(core->epoch, member->self.id) != NULL;

@@ -1,13 +1,14 @@
-/* The coordinator's decisions as a pure machine: (state, now, inbox) -> outbox. Who is a member, what the next epoch is
- * and how it comes into force. No I/O, no clock, no randomness: its owner decodes words, writes the log, sends and
- * closes as the outbox says. Equal inputs give equal outputs, bit by bit.
+/* The coordinator's decisions as a pure machine: (state, now, inbox) -> outbox. Who is a member, what the
+ * next epoch is and how it comes into force. No I/O, no clock, no randomness: its owner decodes words, writes
+ * the log, sends and closes as the outbox says. Equal inputs give equal outputs, bit by bit.
  *
  *   rest -> numbering -> preparing -> storing -> committing -> publishing -> rest
  *           the number   workers      the log    workers       routers and
- *           is reserved  load         has it     switch        gateways switch, then workers may retire the old one
+ *           is reserved  load         has it     switch        gateways switch, then workers may retire the
+ * old one
  *
- * Until "storing" a death, a leave or a failed load aborts the change and nothing has happened but a number is spent.
- * From "storing" on it is finished with those that live, and the next change follows.
+ * Until "storing" a death, a leave or a failed load aborts the change and nothing has happened but a number
+ * is spent. From "storing" on it is finished with those that live, and the next change follows.
  *
  * Used by coordinator.c and by the simulator. Thread: one at a time. */
 #pragma once
@@ -59,9 +60,9 @@ typedef enum co_out_kind {
     CO_OUT_COMMIT,  /* session, epoch */
     CO_OUT_RETIRE,  /* session, number */
     CO_OUT_CLOSE,   /* session, status (CM_OK: a good end), text */
-    CO_OUT_STORE,   /* ticket, member_id and number (the next free ones), epoch (may be NULL): make it durable, in order,
-                       and answer with CO_IN_STORED */
-    CO_OUT_NOTE,    /* level, text: for the log */
+    CO_OUT_STORE, /* ticket, member_id and number (the next free ones), epoch (may be NULL): make it durable,
+                     in order, and answer with CO_IN_STORED */
+    CO_OUT_NOTE,  /* level, text: for the log */
 } co_out_kind;
 
 typedef struct co_out {
@@ -78,9 +79,9 @@ typedef struct co_out {
 co_core *co_core_create(const co_core_options *options, const co_core_past *past, uint64_t now_ms);
 void co_core_destroy(co_core *core);
 
-/* Takes the inbox, lets time pass, decides. The outbox is valid until the next step. To be called at least every
- * lease_ms / 2, with n_in 0 when nothing came: a longer gap means that this process slept, and the members are not
- * blamed for silence it could not hear. */
+/* Takes the inbox, lets time pass, decides. The outbox is valid until the next step. To be called at least
+ * every lease_ms / 2, with n_in 0 when nothing came: a longer gap means that this process slept, and the
+ * members are not blamed for silence it could not hear. */
 void co_core_step(co_core *core, uint64_t now_ms, const co_in *in, uint32_t n_in);
 const co_out *co_core_outbox(const co_core *core, uint32_t *n_out);
 /* When time alone will change something; UINT64_MAX = never. */

@@ -90,7 +90,8 @@ static void deliver_word(co_coordinator *c, const co_out *out)
         return; /* the core will hear that it is closed */
     }
     cm_bytes_clear(&c->packed);
-    if (co_answer_word(out, co_core_cluster(c->core), (uint32_t)c->heartbeat_ms, (uint32_t)c->lease_ms, &c->packed)) {
+    if (co_answer_word(out, co_core_cluster(c->core), (uint32_t)c->heartbeat_ms, (uint32_t)c->lease_ms,
+                       &c->packed)) {
         cm_status status = pc_call_send(session->call, c->packed.data, c->packed.len);
         if (status != CM_OK) { /* it does not read: no member to rely on */
             cm_warn("session %llu of %s does not take its messages", (unsigned long long)session->id,
@@ -217,8 +218,8 @@ static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
     }
     Baleen__Control__V1__MemberMessage *word = NULL;
     cm_arena_reset(&c->arena);
-    if (pr_unpack(&baleen__control__v1__member_message__descriptor, data, n_bytes, &c->arena, (ProtobufCMessage **)&word) !=
-        CM_OK) {
+    if (pr_unpack(&baleen__control__v1__member_message__descriptor, data, n_bytes, &c->arena,
+                  (ProtobufCMessage **)&word) != CM_OK) {
         cm_warn("%s sent %zu bytes that are no member's message", pc_call_peer(call), n_bytes);
         session_finish(session, CM_E_INVALID, "not a MemberMessage");
         return;
@@ -339,12 +340,13 @@ static cm_status coordinator_listen(co_coordinator *c, const co_config *config, 
     cm_pool_init(&c->sessions, "sessions", sizeof(co_session), calls_max);
     cm_map_init(&c->by_id, calls_max);
     cm_status status = pc_rpc_server_create(c->loop, &options, coordinator_methods,
-                                            sizeof(coordinator_methods) / sizeof(coordinator_methods[0]), &c->server,
-                                            c->bound, err);
+                                            sizeof(coordinator_methods) / sizeof(coordinator_methods[0]),
+                                            &c->server, c->bound, err);
     if (status == CM_E_EXISTS) {
-        cm_error_set(err, CM_E_EXISTS, "address",
-                     "address %s is taken: another coordinator? stop it, or give this one another address (--address)",
-                     config->address);
+        cm_error_set(
+            err, CM_E_EXISTS, "address",
+            "address %s is taken: another coordinator? stop it, or give this one another address (--address)",
+            config->address);
     }
     return status;
 }
@@ -361,10 +363,12 @@ static void coordinator_name_self(co_coordinator *c)
     c->self.grpc_address = c->bound;
 }
 
-cm_status co_coordinator_create(pc_loop *loop, const co_config *config, co_coordinator **coordinator_out, cm_error *err)
+cm_status co_coordinator_create(pc_loop *loop, const co_config *config, co_coordinator **coordinator_out,
+                                cm_error *err)
 {
     if (config->lease_ms < 3 * config->heartbeat_ms) {
-        return cm_error_set(err, CM_E_CONFIG, "lease_ms", "lease_ms %llu is less than three heartbeats of %llu ms",
+        return cm_error_set(err, CM_E_CONFIG, "lease_ms",
+                            "lease_ms %llu is less than three heartbeats of %llu ms",
                             (unsigned long long)config->lease_ms, (unsigned long long)config->heartbeat_ms);
     }
     co_coordinator *c = cm_alloc(sizeof(*c));

@@ -1,11 +1,12 @@
-/* State of the coordinator's machine, shared by co_core.c (time, sessions, outbox), join_core.c (who may be a member)
- * and change_core.c (epochs). */
+/* State of the coordinator's machine, shared by co_core.c (time, sessions, outbox), join_core.c (who may be a
+ * member) and change_core.c (epochs). */
 #pragma once
 #include "coordinator/co_core.h"
 
 /* A member that lives but has not switched to a committed epoch after so many leases is given up. */
 enum { CO_COMMIT_LEASES = 10 };
-/* Workers that failed to prepare and are kept out for a lease, so that they cannot spoil change after change. */
+/* Workers that failed to prepare and are kept out for a lease, so that they cannot spoil change after change.
+ */
 enum { CO_FAILED_MAX = 16 };
 
 typedef enum co_phase {
@@ -25,8 +26,8 @@ typedef struct co_member {
     uint64_t heard_ms;
     uint64_t dead_ms; /* with session 0: when it counts as dead */
     uint64_t suspect_until_ms;
-    uint64_t epoch;                              /* in force there */
-    uint64_t prepared;                           /* last number it answered Prepared for */
+    uint64_t epoch;                                  /* in force there */
+    uint64_t prepared;                               /* last number it answered Prepared for */
     uint64_t told_prepare, told_commit, told_retire; /* numbers sent in this session */
     bool leaving;
     bool removed; /* goes at the end of the step; nothing finds it any more */
@@ -43,7 +44,7 @@ struct co_core {
     uint32_t next_member_id;
     uint64_t next_number, next_ticket;
 
-    char *fingerprint; /* "" while unknown */
+    char *fingerprint;          /* "" while unknown */
     uint32_t n_layer, n_expert; /* 0 until the first worker or router */
     uint64_t expert_bytes;
 
@@ -74,9 +75,9 @@ struct co_core {
 co_out *co_core_emit(co_core *core, co_out_kind kind, uint64_t session);
 void co_core_note(co_core *core, cm_log_level level, const char *fmt, ...) CM_PRINTF(3, 4);
 void co_core_refuse(co_core *core, uint64_t session, cm_status status, bool final, const char *text);
-uint64_t co_core_store(co_core *core, co_epoch *epoch); /* the ticket */
+uint64_t co_core_store(co_core *core, co_epoch *epoch);  /* the ticket */
 void co_core_drop_epoch(co_core *core, co_epoch *epoch); /* releases it when the outbox is gone */
-co_member *co_core_find(co_core *core, uint32_t id); /* NULL when absent */
+co_member *co_core_find(co_core *core, uint32_t id);     /* NULL when absent */
 /* Ends its session (if any) with status and text and forgets it. */
 void co_core_remove(co_core *core, co_member *member, cm_status status, const char *text);
 static inline bool co_member_is_in(const co_member *member)

@@ -14,15 +14,16 @@ static cm_status epoch_check(const co_epoch *epoch, cm_error *err)
     }
     for (size_t i = 1; i < message->n_members; i++) {
         if (message->members[i - 1]->id >= message->members[i]->id) {
-            return cm_error_set(err, CM_E_CORRUPT, "epoch.members", "member %u after member %u", message->members[i]->id,
-                                message->members[i - 1]->id);
+            return cm_error_set(err, CM_E_CORRUPT, "epoch.members", "member %u after member %u",
+                                message->members[i]->id, message->members[i - 1]->id);
         }
     }
     for (uint32_t r = 0; r < epoch->placement->n_rank; r++) {
         const co_peer *peer = co_epoch_find(epoch, epoch->placement->rank_member[r]);
         if (peer == NULL || peer->role != CO_ROLE_WORKER) {
-            return cm_error_set(err, CM_E_CORRUPT, "epoch.placement", "rank %u is member %u, which is no worker of epoch %llu",
-                                r, epoch->placement->rank_member[r], (unsigned long long)message->number);
+            return cm_error_set(err, CM_E_CORRUPT, "epoch.placement",
+                                "rank %u is member %u, which is no worker of epoch %llu", r,
+                                epoch->placement->rank_member[r], (unsigned long long)message->number);
         }
     }
     return CM_OK;

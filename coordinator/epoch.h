@@ -1,5 +1,6 @@
-/* One epoch as an immutable value: the message members get, the bytes the log keeps and the placement in it. Shared by
- * counting within the loop thread; other threads may read one that the loop thread holds for them. */
+/* One epoch as an immutable value: the message members get, the bytes the log keeps and the placement in it.
+ * Shared by counting within the loop thread; other threads may read one that the loop thread holds for them.
+ */
 #pragma once
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
@@ -24,7 +25,8 @@ typedef struct co_epoch {
 } co_epoch;
 
 /* From packed bytes (copied). CM_E_CORRUPT: not an epoch, or one that contradicts itself; err says how. */
-CM_MUST_CHECK cm_status co_epoch_unpack(const void *data, size_t n_bytes, co_epoch **epoch_out, cm_error *err);
+CM_MUST_CHECK cm_status co_epoch_unpack(const void *data, size_t n_bytes, co_epoch **epoch_out,
+                                        cm_error *err);
 /* members: borrowed for the call, ids ascending. */
 co_epoch *co_epoch_create(uint64_t number, uint64_t cluster, co_peer **members, uint32_t n_members,
                           const pr_placement *placement);

@@ -62,25 +62,27 @@ static cm_status hello_check_form(const Baleen__Control__V1__Hello *hello, cm_er
     const co_peer *self = hello->self;
     if (hello->protocol != PR_CONTROL_VERSION) {
         return cm_error_set(err, CM_E_UNSUPPORTED, "protocol",
-                            "control protocol %u there, %u here: use programs of one release", hello->protocol,
-                            (unsigned)PR_CONTROL_VERSION);
+                            "control protocol %u there, %u here: use programs of one release",
+                            hello->protocol, (unsigned)PR_CONTROL_VERSION);
     }
     bool holds_model = self->role == CO_ROLE_WORKER || self->role == CO_ROLE_ROUTER;
     if (!holds_model && self->role != CO_ROLE_GATEWAY) {
         return cm_error_set(err, CM_E_INVALID, "role", "role %d cannot be a member", (int)self->role);
     }
-    if (!text_is_plain(self->host) || !text_is_plain(self->data_address) || !text_is_plain(self->http_address) ||
-        !text_is_plain(self->grpc_address) || !text_is_plain(hello->fingerprint)) {
-        return cm_error_set(err, CM_E_INVALID, "self",
-                            "a host, address or fingerprint is longer than %d or holds blanks or control characters",
-                            CO_TEXT_MAX);
+    if (!text_is_plain(self->host) || !text_is_plain(self->data_address) ||
+        !text_is_plain(self->http_address) || !text_is_plain(self->grpc_address) ||
+        !text_is_plain(hello->fingerprint)) {
+        return cm_error_set(
+            err, CM_E_INVALID, "self",
+            "a host, address or fingerprint is longer than %d or holds blanks or control characters",
+            CO_TEXT_MAX);
     }
     uint64_t n_pair = (uint64_t)hello->n_layer * hello->n_expert;
     if (holds_model &&
         (hello->fingerprint[0] == 0 || n_pair == 0 || n_pair > CO_PAIRS_MAX || hello->expert_bytes == 0)) {
-        return cm_error_set(err, CM_E_INVALID, "model",
-                            "fingerprint '%s', %u layers of %u experts of %llu bytes is no model", hello->fingerprint,
-                            hello->n_layer, hello->n_expert, (unsigned long long)hello->expert_bytes);
+        return cm_error_set(
+            err, CM_E_INVALID, "model", "fingerprint '%s', %u layers of %u experts of %llu bytes is no model",
+            hello->fingerprint, hello->n_layer, hello->n_expert, (unsigned long long)hello->expert_bytes);
     }
     return CM_OK;
 }
@@ -90,9 +92,10 @@ static cm_status hello_check_fingerprint(const co_core *core, const char *finger
     if (fingerprint[0] == 0 || core->fingerprint[0] == 0 || strcmp(fingerprint, core->fingerprint) == 0) {
         return CM_OK;
     }
-    return cm_error_set(err, CM_E_REFUSED, "fingerprint",
-                        "checkpoint fingerprint %.64s there, the cluster's is %.64s: give all processes the same checkpoint",
-                        fingerprint, core->fingerprint);
+    return cm_error_set(
+        err, CM_E_REFUSED, "fingerprint",
+        "checkpoint fingerprint %.64s there, the cluster's is %.64s: give all processes the same checkpoint",
+        fingerprint, core->fingerprint);
 }
 
 static cm_status hello_check_number(const char *name, uint64_t there, uint64_t here, cm_error *err)
@@ -100,11 +103,13 @@ static cm_status hello_check_number(const char *name, uint64_t there, uint64_t h
     if (here == 0 || there == here) {
         return CM_OK;
     }
-    return cm_error_set(err, CM_E_REFUSED, name, "%s %llu there, the cluster's is %llu: give all processes the same checkpoint",
-                        name, (unsigned long long)there, (unsigned long long)here);
+    return cm_error_set(err, CM_E_REFUSED, name,
+                        "%s %llu there, the cluster's is %llu: give all processes the same checkpoint", name,
+                        (unsigned long long)there, (unsigned long long)here);
 }
 
-static cm_status hello_check_model(const co_core *core, const Baleen__Control__V1__Hello *hello, cm_error *err)
+static cm_status hello_check_model(const co_core *core, const Baleen__Control__V1__Hello *hello,
+                                   cm_error *err)
 {
     CM_TRY(hello_check_fingerprint(core, hello->fingerprint, err));
     if (hello->self->role == CO_ROLE_GATEWAY) {
@@ -118,10 +123,11 @@ static cm_status hello_check_model(const co_core *core, const Baleen__Control__V
 static cm_status hello_check_past(const co_core *core, const Baleen__Control__V1__Hello *hello, cm_error *err)
 {
     if (hello->cluster == core->cluster && hello->epoch >= core->next_number) {
-        return cm_error_set(err, CM_E_REFUSED, "epoch",
-                            "epoch %llu is in force there, the coordinator's log ends before %llu: its store was replaced by "
-                            "an older one; start this process again",
-                            (unsigned long long)hello->epoch, (unsigned long long)core->next_number);
+        return cm_error_set(
+            err, CM_E_REFUSED, "epoch",
+            "epoch %llu is in force there, the coordinator's log ends before %llu: its store was replaced by "
+            "an older one; start this process again",
+            (unsigned long long)hello->epoch, (unsigned long long)core->next_number);
     }
     return CM_OK;
 }
@@ -130,12 +136,14 @@ static cm_status hello_check_past(const co_core *core, const Baleen__Control__V1
 static cm_status hello_check_room(const co_core *core, const Baleen__Control__V1__Hello *hello, cm_error *err)
 {
     if (core->n_members == core->members_max) {
-        return cm_error_set(err, CM_E_CAPACITY, "members", "the cluster has %u members, as many as it may have",
-                            core->members_max);
+        return cm_error_set(err, CM_E_CAPACITY, "members",
+                            "the cluster has %u members, as many as it may have", core->members_max);
     }
     for (uint32_t i = 0; i < CO_FAILED_MAX && i < core->n_failed; i++) {
-        if (core->failed[i].incarnation == hello->self->incarnation && core->now_ms < core->failed[i].until_ms) {
-            return cm_error_set(err, CM_E_UNAVAILABLE, "worker", "it failed to load its experts: again in %llu ms",
+        if (core->failed[i].incarnation == hello->self->incarnation &&
+            core->now_ms < core->failed[i].until_ms) {
+            return cm_error_set(err, CM_E_UNAVAILABLE, "worker",
+                                "it failed to load its experts: again in %llu ms",
                                 (unsigned long long)(core->failed[i].until_ms - core->now_ms));
         }
     }
@@ -183,15 +191,16 @@ static co_member *core_find_returning(co_core *core, const Baleen__Control__V1__
     bool ours = self->id != 0 && hello->cluster == core->cluster;
     for (uint32_t i = 0; i < core->n_members; i++) {
         co_member *member = &core->members[i];
-        if (!member->removed && member->self.incarnation == self->incarnation && member->self.role == self->role &&
-            (self->id == 0 || (ours && self->id == member->self.id))) {
+        if (!member->removed && member->self.incarnation == self->incarnation &&
+            member->self.role == self->role && (self->id == 0 || (ours && self->id == member->self.id))) {
             return member;
         }
     }
     return NULL;
 }
 
-static void core_return(co_core *core, co_member *member, uint64_t session, const Baleen__Control__V1__Hello *hello)
+static void core_return(co_core *core, co_member *member, uint64_t session,
+                        const Baleen__Control__V1__Hello *hello)
 {
     if (member->session != 0) {
         co_out *out = co_core_emit(core, CO_OUT_CLOSE, member->session);
@@ -273,8 +282,9 @@ void co_core_join_stored(co_core *core, const co_in *in)
             return;
         }
         static const char *const roles[] = {"", "coordinator", "gateway", "router", "worker"};
-        co_core_note(core, CM_LOG_INFO, "member %u joins: %s on %s pid %u", member->self.id, roles[member->self.role],
-                     member->self.host != NULL ? member->self.host : "?", member->self.pid);
+        co_core_note(core, CM_LOG_INFO, "member %u joins: %s on %s pid %u", member->self.id,
+                     roles[member->self.role], member->self.host != NULL ? member->self.host : "?",
+                     member->self.pid);
         core_welcome(core, member);
         core->dirty = true;
         return;

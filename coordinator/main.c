@@ -41,7 +41,8 @@ int main(int argc, char **argv)
     }
     cm_info("listens on %s", co_coordinator_address(self.coordinator));
     pc_process_on_terminate(self.loop, main_terminate, &self);
-    pc_process_ready(&config.process, (const char *const[]){"address", co_coordinator_address(self.coordinator), NULL});
+    pc_process_ready(&config.process,
+                     (const char *const[]){"address", co_coordinator_address(self.coordinator), NULL});
     pc_loop_run(self.loop);
     co_coordinator_destroy(self.coordinator);
     code = 0;

@@ -29,12 +29,14 @@ static cm_status store_fail(const co_store *store, int code, const char *doing, 
     switch (code & 0xff) {
     case SQLITE_BUSY:
     case SQLITE_LOCKED:
-        return cm_error_set(err, CM_E_EXISTS, "store",
-                            "another coordinator has %s open: stop it, or give this one a folder of its own (--store)", name);
+        return cm_error_set(
+            err, CM_E_EXISTS, "store",
+            "another coordinator has %s open: stop it, or give this one a folder of its own (--store)", name);
     case SQLITE_NOTADB:
     case SQLITE_CORRUPT:
         return cm_error_set(err, CM_E_CORRUPT, "store",
-                            "%s is damaged or no coordinator's log: move it away to start a new cluster", name);
+                            "%s is damaged or no coordinator's log: move it away to start a new cluster",
+                            name);
     default:
         return cm_error_set(err, CM_E_IO, "store", "%s: %s: %s", name, doing,
                             store->db != NULL ? sqlite3_errmsg(store->db) : sqlite3_errstr(code));
@@ -54,7 +56,8 @@ static cm_status store_prepare(co_store *store, const char *sql, sqlite3_stmt **
 }
 
 /* First column of the first row as a number; found_out false when there is no row. */
-static cm_status store_number(co_store *store, const char *sql, bool *found_out, int64_t *value_out, cm_error *err)
+static cm_status store_number(co_store *store, const char *sql, bool *found_out, int64_t *value_out,
+                              cm_error *err)
 {
     sqlite3_stmt *statement = NULL;
     CM_TRY(store_prepare(store, sql, &statement, err));
@@ -83,8 +86,9 @@ static cm_status store_check_file(co_store *store, cm_error *err)
         return store_fail(store, SQLITE_NOTADB, "", err);
     }
     if (version != STORE_VERSION) {
-        return cm_error_set(err, CM_E_UNSUPPORTED, "store", "%s is of version %lld, this program writes %d: use its release",
-                            store->name, (long long)version, (int)STORE_VERSION);
+        return cm_error_set(err, CM_E_UNSUPPORTED, "store",
+                            "%s is of version %lld, this program writes %d: use its release", store->name,
+                            (long long)version, (int)STORE_VERSION);
     }
     sqlite3_stmt *statement = NULL;
     CM_TRY(store_prepare(store, "PRAGMA quick_check(1)", &statement, err));
@@ -111,7 +115,8 @@ static cm_status store_make_tables(co_store *store, cm_error *err)
     return store_exec(store, sql, err);
 }
 
-static cm_status store_read_meta(co_store *store, const char *name, uint64_t max, uint64_t *value_out, cm_error *err)
+static cm_status store_read_meta(co_store *store, const char *name, uint64_t max, uint64_t *value_out,
+                                 cm_error *err)
 {
     char sql[96];
     bool found = false;
@@ -137,8 +142,9 @@ static cm_status store_read_epoch(co_store *store, co_epoch **epoch_out, cm_erro
         cm_error why = {0};
         status = co_epoch_unpack(data, (size_t)sqlite3_column_bytes(statement, 0), epoch_out, &why);
         if (status != CM_OK) {
-            status = cm_error_set(err, CM_E_CORRUPT, "store", "%s is damaged (%.160s): move it away to start a new cluster",
-                                  store->name, why.text);
+            status = cm_error_set(err, CM_E_CORRUPT, "store",
+                                  "%s is damaged (%.160s): move it away to start a new cluster", store->name,
+                                  why.text);
         }
     } else if (code != SQLITE_DONE) {
         status = store_fail(store, code, sql, err);
@@ -159,14 +165,17 @@ static cm_status store_read(co_store *store, co_store_past *past_out, cm_error *
         co_epoch_release(epoch);
         return store_fail(store, SQLITE_CORRUPT, "", err);
     }
-    *past_out = (co_store_past){.cluster = cluster, .next_member_id = (uint32_t)id, .next_number = number, .epoch = epoch};
+    *past_out = (co_store_past){
+        .cluster = cluster, .next_member_id = (uint32_t)id, .next_number = number, .epoch = epoch};
     return CM_OK;
 }
 
 static cm_status store_set_up(co_store *store, co_store_past *past_out, cm_error *err)
 {
     /* Exclusive before WAL: the lock is taken with the first access and kept until close. */
-    CM_TRY(store_exec(store, "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;", err));
+    CM_TRY(store_exec(
+        store, "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;",
+        err));
     CM_TRY(store_exec(store, "BEGIN EXCLUSIVE; COMMIT;", err));
     CM_TRY(store_check_file(store, err));
     CM_TRY(store_exec(store, "BEGIN EXCLUSIVE", err));
@@ -184,7 +193,8 @@ cm_status co_store_open(const char *folder, co_store **store_out, co_store_past 
     bool in_memory = folder[0] == 0;
     cm_status status;
     if (!in_memory && mkdir(folder, 0777) != 0 && errno != EEXIST) {
-        status = cm_error_set(err, CM_E_IO, "store", "cannot make the folder %s: %s", folder, strerror(errno));
+        status =
+            cm_error_set(err, CM_E_IO, "store", "cannot make the folder %s: %s", folder, strerror(errno));
         goto err_close;
     }
     int n = snprintf(store->name, sizeof(store->name), "%s", in_memory ? ":memory:" : folder);
@@ -192,11 +202,13 @@ cm_status co_store_open(const char *folder, co_store **store_out, co_store_past 
         n += snprintf(store->name + n, sizeof(store->name) - (size_t)n, "/coordinator.db");
     }
     if (n < 0 || (size_t)n >= sizeof(store->name)) {
-        status = cm_error_set(err, CM_E_TOO_LONG, "store", "the folder's name has more than %zu bytes", sizeof(store->name));
+        status = cm_error_set(err, CM_E_TOO_LONG, "store", "the folder's name has more than %zu bytes",
+                              sizeof(store->name));
         goto err_close;
     }
     int code = sqlite3_open_v2(store->name, &store->db, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, NULL);
-    status = code == SQLITE_OK ? store_set_up(store, past_out, err) : store_fail(store, code, "cannot open", err);
+    status =
+        code == SQLITE_OK ? store_set_up(store, past_out, err) : store_fail(store, code, "cannot open", err);
     if (status != CM_OK) {
         goto err_close;
     }
@@ -248,15 +260,16 @@ static cm_status store_add_epoch(co_store *store, const co_epoch *epoch, cm_erro
     return store_run(store, store->trim_epochs, err);
 }
 
-static cm_status store_write_rows(co_store *store, uint32_t next_member_id, uint64_t next_number, const co_epoch *epoch,
-                                  cm_error *err)
+static cm_status store_write_rows(co_store *store, uint32_t next_member_id, uint64_t next_number,
+                                  const co_epoch *epoch, cm_error *err)
 {
     CM_TRY(store_set_meta(store, "next_member_id", next_member_id, err));
     CM_TRY(store_set_meta(store, "next_number", next_number, err));
     return epoch != NULL ? store_add_epoch(store, epoch, err) : CM_OK;
 }
 
-cm_status co_store_write(co_store *store, uint32_t next_member_id, uint64_t next_number, const co_epoch *epoch, cm_error *err)
+cm_status co_store_write(co_store *store, uint32_t next_member_id, uint64_t next_number,
+                         const co_epoch *epoch, cm_error *err)
 {
     CM_TRY(store_exec(store, "BEGIN IMMEDIATE", err));
     cm_status status = store_write_rows(store, next_member_id, next_number, epoch, err);

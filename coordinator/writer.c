@@ -44,7 +44,8 @@ static void writer_done(void *arg)
 static void writer_write(void *arg)
 {
     writer_job *job = arg;
-    job->status = co_store_write(job->writer->store, job->next_member_id, job->next_number, job->epoch, &job->err);
+    job->status =
+        co_store_write(job->writer->store, job->next_member_id, job->next_number, job->epoch, &job->err);
     pc_loop_post_new(job->writer->loop, writer_done, job);
 }
 
@@ -64,10 +65,12 @@ void co_writer_destroy(co_writer *writer)
     writer_release(writer);
 }
 
-cm_status co_writer_submit(co_writer *writer, uint64_t ticket, uint32_t next_member_id, uint64_t next_number, co_epoch *epoch)
+cm_status co_writer_submit(co_writer *writer, uint64_t ticket, uint32_t next_member_id, uint64_t next_number,
+                           co_epoch *epoch)
 {
     writer_job *job = cm_alloc(sizeof(*job));
-    *job = (writer_job){.writer = writer, .ticket = ticket, .next_member_id = next_member_id, .next_number = next_number};
+    *job = (writer_job){
+        .writer = writer, .ticket = ticket, .next_member_id = next_member_id, .next_number = next_number};
     job->epoch = epoch != NULL ? co_epoch_hold(epoch) : NULL;
     writer->n_pending++;
     cm_status status = cm_jobs_submit(writer->jobs, writer_write, job);

@@ -27,8 +27,8 @@ void net_options_defaults(net_options *options)
 }
 
 /* ---- events ----
- * A ring between what upcalls report and what net_poll hands out. Its size is the sum of what pools and receives_max
- * allow, so a full ring is our bug. */
+ * A ring between what upcalls report and what net_poll hands out. Its size is the sum of what pools and
+ * receives_max allow, so a full ring is our bug. */
 
 void net_event_push(net *n, const net_event *event, net_sending *sending)
 {
@@ -58,7 +58,8 @@ static void net_event_pop(net *n, net_event *event_out)
     }
 }
 
-/* What is queued for a peer that is being disconnected: messages are given back, its sends are told without it. */
+/* What is queued for a peer that is being disconnected: messages are given back, its sends are told without
+ * it. */
 static void net_events_forget(net *n, const net_peer *peer)
 {
     uint32_t n_events = n->n_events;
@@ -111,8 +112,9 @@ static void net_on_received(void *ctx, void *peer_arg, const net_event *message)
         memcpy(&prefix, message->header, sizeof(prefix));
     }
     if (peer->state != NET_PEER_UP || prefix.seq != peer->n_taken + 1) {
-        cm_warn("peer %s broke the protocol: message %u of type %u came %s, %u was expected", peer->address, prefix.seq,
-                message->type, peer->state == NET_PEER_UP ? "out of order" : "before the greeting", peer->n_taken + 1);
+        cm_warn("peer %s broke the protocol: message %u of type %u came %s, %u was expected", peer->address,
+                prefix.seq, message->type,
+                peer->state == NET_PEER_UP ? "out of order" : "before the greeting", peer->n_taken + 1);
         n->ops->release(n->backend, message->receive);
         net_peer_end(peer, CM_E_PROTOCOL, false);
         return;
@@ -163,8 +165,9 @@ static cm_status net_options_check(const net_options *options, cm_error *err)
         return cm_error_set(err, CM_E_CONFIG, "net", "an option of the transport that must be positive is 0");
     }
     if (options->silence_ms <= options->heartbeat_ms) {
-        return cm_error_set(err, CM_E_CONFIG, "silence_ms", "silence of %u ms is not above the heartbeat of %u ms",
-                            options->silence_ms, options->heartbeat_ms);
+        return cm_error_set(err, CM_E_CONFIG, "silence_ms",
+                            "silence of %u ms is not above the heartbeat of %u ms", options->silence_ms,
+                            options->heartbeat_ms);
     }
     return CM_OK;
 }
@@ -267,8 +270,8 @@ cm_status net_connect(net *n, const char *address, net_peer **peer_out, cm_error
     n->now_ms = cm_now_ms();
     net_peer *peer = net_peer_create(n, NULL, address);
     if (peer == NULL) {
-        return cm_error_set(err, CM_E_CAPACITY, "address", "no link to '%s': %u of %u are taken", address, n->n_live,
-                            n->options.peers_max);
+        return cm_error_set(err, CM_E_CAPACITY, "address", "no link to '%s': %u of %u are taken", address,
+                            n->n_live, n->options.peers_max);
     }
     cm_status status = n->ops->connect(n->backend, address, peer, &peer->link, err);
     if (status != CM_OK) {
@@ -291,7 +294,7 @@ void net_disconnect(net_peer *peer)
     }
     net_events_forget(n, peer);
     net_sending *sending;
-    TAILQ_FOREACH(sending, &peer->sends, entry) {
+    TAILQ_FOREACH (sending, &peer->sends, entry) {
         sending->peer = NULL; /* still with the back-end; told as cancelled when it lets go */
     }
     TAILQ_INIT(&peer->sends);
@@ -421,7 +424,7 @@ static void net_tick(net *n)
 {
     n->timer_ms = UINT64_MAX;
     net_peer *peer;
-    TAILQ_FOREACH(peer, &n->live, entry) {
+    TAILQ_FOREACH (peer, &n->live, entry) {
         net_peer_tick(peer);
     }
 }

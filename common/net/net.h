@@ -1,14 +1,14 @@
-/* Links between processes for rows and token ids: a small table of back-ends (ucx, local; tests add a simulated one)
- * under one layer that adds what every back-end needs alike: the greeting that tells strangers apart, heartbeats,
- * a deadline on every message, bounds on everything queued. Nothing here blocks.
+/* Links between processes for rows and token ids: a small table of back-ends (ucx, local; tests add a
+ * simulated one) under one layer that adds what every back-end needs alike: the greeting that tells strangers
+ * apart, heartbeats, a deadline on every message, bounds on everything queued. Nothing here blocks.
  *
  *   net_open -> net_identity -> net_listen / net_connect -> { net_poll -> events ; net_send }* -> net_close
  *
- * A link is up after both greetings arrived (same protocol version, same cluster). Messages on a link arrive whole, once
- * and in the order they were sent, or the link goes down; a link that went down never comes back (connect again).
- * A peer is down by transport error (milliseconds), by silence (silence_ms without a message or heartbeat), by a message
- * not taken before its deadline, or by its own goodbye.
- * Thread: a net object and its peers belong to one thread for life. The local back-end may link objects of two threads. */
+ * A link is up after both greetings arrived (same protocol version, same cluster). Messages on a link arrive
+ * whole, once and in the order they were sent, or the link goes down; a link that went down never comes back
+ * (connect again). A peer is down by transport error (milliseconds), by silence (silence_ms without a message
+ * or heartbeat), by a message not taken before its deadline, or by its own goodbye. Thread: a net object and
+ * its peers belong to one thread for life. The local back-end may link objects of two threads. */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
@@ -21,7 +21,7 @@ typedef struct net_peer net_peer;
 
 enum {
     NET_ADDRESS_BYTES = 128,
-    NET_HEADER_MAX = 256, /* bytes of a message's header */
+    NET_HEADER_MAX = 256,                     /* bytes of a message's header */
     NET_WIRE_HEADER_MAX = NET_HEADER_MAX + 8, /* what a back-end carries: the layer's own eight bytes first */
     NET_IOV_MAX = 4,
     NET_PROTOCOL = 1,
@@ -29,13 +29,13 @@ enum {
 };
 
 typedef struct net_options {
-    const char *backend;        /* "ucx", "local"; a test's own table by net_open_ops */
-    uint32_t peers_max;         /* links at once; more are refused */
-    uint32_t sends_max;         /* messages on their way per link (the smaller of both sides'); then CM_AGAIN */
-    uint32_t receives_max;      /* received messages not yet released, all links; then senders wait */
+    const char *backend;   /* "ucx", "local"; a test's own table by net_open_ops */
+    uint32_t peers_max;    /* links at once; more are refused */
+    uint32_t sends_max;    /* messages on their way per link (the smaller of both sides'); then CM_AGAIN */
+    uint32_t receives_max; /* received messages not yet released, all links; then senders wait */
     uint64_t message_bytes_max; /* payload of one message; more is a protocol error */
-    uint32_t heartbeat_ms;      /* between heartbeats: also under traffic, which may wait at a slow receiver */
-    uint32_t silence_ms;        /* a peer unheard for so long is down; > heartbeat_ms */
+    uint32_t heartbeat_ms; /* between heartbeats: also under traffic, which may wait at a slow receiver */
+    uint32_t silence_ms;   /* a peer unheard for so long is down; > heartbeat_ms */
 } net_options;
 void net_options_defaults(net_options *options);
 
@@ -48,7 +48,8 @@ typedef struct net_identity {
 
 /* CM_E_CONFIG: unknown back-end. CM_E_DEVICE: it cannot start here (err says why). */
 CM_MUST_CHECK cm_status net_open(const net_options *options, net **net_out, cm_error *err);
-/* Ends all links at once (peers see a goodbye or an error), releases everything; unreleased receives are logged. */
+/* Ends all links at once (peers see a goodbye or an error), releases everything; unreleased receives are
+ * logged. */
 void net_close(net *n);
 void net_set_identity(net *n, const net_identity *identity);
 const char *net_backend(const net *n);
@@ -57,12 +58,14 @@ const char *net_backend(const net *n);
  * local: a name unique in this process. Once per object.
  * bound_out: the address others can connect to; for a wildcard host this machine's first outside address.
  * CM_E_EXISTS when it is taken, CM_E_INVALID when it cannot be read, CM_E_UNSUPPORTED: IPv6. */
-CM_MUST_CHECK cm_status net_listen(net *n, const char *address, char bound_out[NET_ADDRESS_BYTES], cm_error *err);
-/* Begins to connect; NET_EV_UP or NET_EV_DOWN follows. Sending before UP is our bug. ucx: the host is numeric, so that
- * nothing is looked up. CM_E_INVALID: address cannot be read; CM_E_UNSUPPORTED: IPv6; CM_E_CAPACITY: peers_max. */
+CM_MUST_CHECK cm_status net_listen(net *n, const char *address, char bound_out[NET_ADDRESS_BYTES],
+                                   cm_error *err);
+/* Begins to connect; NET_EV_UP or NET_EV_DOWN follows. Sending before UP is our bug. ucx: the host is
+ * numeric, so that nothing is looked up. CM_E_INVALID: address cannot be read; CM_E_UNSUPPORTED: IPv6;
+ * CM_E_CAPACITY: peers_max. */
 CM_MUST_CHECK cm_status net_connect(net *n, const char *address, net_peer **peer_out, cm_error *err);
-/* Ends a link; its sends complete with CM_E_CANCELLED (event.peer NULL); no NET_EV_DOWN follows; peer is invalid after
- * the call, events of it that net_poll handed out before excepted. */
+/* Ends a link; its sends complete with CM_E_CANCELLED (event.peer NULL); no NET_EV_DOWN follows; peer is
+ * invalid after the call, events of it that net_poll handed out before excepted. */
 void net_disconnect(net_peer *peer);
 
 void net_peer_set_user(net_peer *peer, void *user);
@@ -76,8 +79,8 @@ typedef struct net_iov {
 } net_iov;
 
 typedef struct net_message {
-    uint16_t type;       /* of proto's tables; the net layer does not look at it */
-    const void *header;  /* copied */
+    uint16_t type;      /* of proto's tables; the net layer does not look at it */
+    const void *header; /* copied */
     uint32_t header_bytes;
     net_iov iov[NET_IOV_MAX]; /* payload pieces, kept until NET_EV_SENT */
     uint32_t n_iov;
@@ -85,17 +88,18 @@ typedef struct net_message {
     void *cookie;         /* comes back in NET_EV_SENT */
 } net_message;
 
-/* CM_OK: NET_EV_SENT with the cookie follows, exactly once, whatever happens to the link (unless net_close). CM_OK there
- * means the payload is ours again; at most sends_max / 2 messages of a link were so reported and not yet taken by the
- * peer's layer, later ones wait for it: that bounds what piles up at a slow receiver.
- * CM_AGAIN: sends_max are on their way, a NET_EV_SENT will come. CM_E_RESET: the link is down (its event is waiting or
- * was delivered). */
+/* CM_OK: NET_EV_SENT with the cookie follows, exactly once, whatever happens to the link (unless net_close).
+ * CM_OK there means the payload is ours again; at most sends_max / 2 messages of a link were so reported and
+ * not yet taken by the peer's layer, later ones wait for it: that bounds what piles up at a slow receiver.
+ * CM_AGAIN: sends_max are on their way, a NET_EV_SENT will come. CM_E_RESET: the link is down (its event is
+ * waiting or was delivered). */
 CM_MUST_CHECK cm_status net_send(net_peer *peer, const net_message *message);
 
 typedef enum net_event_kind {
-    NET_EV_UP,      /* peer: link is up (ours or accepted) */
-    NET_EV_DOWN,    /* peer, status: link is down; the last event of a peer, after it is handled peer is invalid.
-                     * Also for an accepted link that never came up (its user is NULL). A goodbye is CM_E_RESET. */
+    NET_EV_UP,   /* peer: link is up (ours or accepted) */
+    NET_EV_DOWN, /* peer, status: link is down; the last event of a peer, after it is handled peer is invalid.
+                  * Also for an accepted link that never came up (its user is NULL). A goodbye is CM_E_RESET.
+                  */
     NET_EV_MESSAGE, /* peer, type, header, payload; release with net_release */
     NET_EV_SENT,    /* cookie, status (CM_OK, or why not) */
 } net_event_kind;
@@ -115,13 +119,14 @@ typedef struct net_event {
 
 /* Progress; up to events_max events. Never blocks. Call until it returns 0 before sleeping. */
 uint32_t net_poll(net *n, net_event *events_out, uint32_t events_max);
-/* Gives back the memory of a NET_EV_MESSAGE; header and payload are invalid after it. May be called later, from the
- * same thread, also after the peer is gone. */
+/* Gives back the memory of a NET_EV_MESSAGE; header and payload are invalid after it. May be called later,
+ * from the same thread, also after the peer is gone. */
 void net_release(net *n, const net_event *event);
 
 /* Sleeping: readable when there is something to poll. */
 int net_fd(const net *n);
-/* true: nothing is pending, sleep on net_fd is safe until net_next_timer_ms from now. false: poll again first. */
+/* true: nothing is pending, sleep on net_fd is safe until net_next_timer_ms from now. false: poll again
+ * first. */
 bool net_arm(net *n);
 /* Milliseconds until net_poll must run again for heartbeats and deadlines; UINT32_MAX = no need. */
 uint32_t net_next_timer_ms(const net *n);
@@ -130,16 +135,18 @@ uint32_t net_next_timer_ms(const net *n);
 uint32_t net_in_flight(const net *n);
 
 /* ---- the table a back-end fills ----
- * One object per net; the layer above owns peers and calls from its one thread. Handles are the back-end's own. */
+ * One object per net; the layer above owns peers and calls from its one thread. Handles are the back-end's
+ * own. */
 typedef struct net_backend_link net_backend_link; /* the back-end's side of one link */
 
 /* What a back-end tells the layer above, during progress only (never from inside send or connect). */
 typedef struct net_upcalls {
-    /* A stranger connected: the layer answers with its peer, or NULL to refuse (then the back-end drops the link). */
+    /* A stranger connected: the layer answers with its peer, or NULL to refuse (then the back-end drops the
+     * link). */
     void *(*accepted)(void *ctx, net_backend_link *link, const char *address);
-    /* A whole message, type and header first: the layer keeps it until it calls release. Types from NET_TYPE_INTERNAL
-     * up have no payload, need no receive (receive NULL, header valid during the call only) and are delivered also
-     * while receives_max are held; they may then overtake. */
+    /* A whole message, type and header first: the layer keeps it until it calls release. Types from
+     * NET_TYPE_INTERNAL up have no payload, need no receive (receive NULL, header valid during the call only)
+     * and are delivered also while receives_max are held; they may then overtake. */
     void (*received)(void *ctx, void *peer, const net_event *message);
     /* A failure is followed by down. peer is NULL or stale after disconnect. */
     void (*sent)(void *ctx, void *peer, void *send_cookie, cm_status status);
@@ -151,11 +158,14 @@ typedef struct net_upcalls {
 typedef struct net_ops {
     uint32_t version; /* NET_PROTOCOL */
     const char *name;
-    cm_status (*open)(const net_options *options, const net_upcalls *upcalls, void *ctx, void **backend_out, cm_error *err);
+    cm_status (*open)(const net_options *options, const net_upcalls *upcalls, void *ctx, void **backend_out,
+                      cm_error *err);
     void (*close)(void *backend);
     cm_status (*listen)(void *backend, const char *address, char bound_out[NET_ADDRESS_BYTES], cm_error *err);
-    cm_status (*connect)(void *backend, const char *address, void *peer, net_backend_link **link_out, cm_error *err);
-    void (*disconnect)(void *backend, net_backend_link *link); /* at once; no upcall for it afterwards but sent */
+    cm_status (*connect)(void *backend, const char *address, void *peer, net_backend_link **link_out,
+                         cm_error *err);
+    void (*disconnect)(void *backend,
+                       net_backend_link *link); /* at once; no upcall for it afterwards but sent */
     /* Copies the header (NET_WIRE_HEADER_MAX at most) and the iov list, keeps the payload until sent. */
     cm_status (*send)(void *backend, net_backend_link *link, const net_message *message, void *send_cookie);
     bool (*progress)(void *backend); /* true: something happened, call again */
@@ -165,4 +175,5 @@ typedef struct net_ops {
 } net_ops;
 
 /* The seam for the simulator: the same layer over a table of a test. */
-CM_MUST_CHECK cm_status net_open_ops(const net_ops *ops, const net_options *options, net **net_out, cm_error *err);
+CM_MUST_CHECK cm_status net_open_ops(const net_ops *ops, const net_options *options, net **net_out,
+                                     cm_error *err);

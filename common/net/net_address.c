@@ -38,7 +38,8 @@ cm_status net_address_parse(const char *text, bool names, struct sockaddr_in *ad
     }
     if (strchr(host, ':') != NULL) {
         /* UCX 1.13 writes v6 addresses into room for v4 ones when it accepts such a link */
-        return cm_error_set(err, CM_E_UNSUPPORTED, "address", "'%s' is IPv6, which UCX 1.13 breaks on: use IPv4", text);
+        return cm_error_set(err, CM_E_UNSUPPORTED, "address",
+                            "'%s' is IPv6, which UCX 1.13 breaks on: use IPv4", text);
     }
     struct addrinfo hints = {.ai_family = AF_INET,
                              .ai_socktype = SOCK_STREAM,

@@ -9,7 +9,8 @@ cm_status net_buffers_init(net_buffers *buffers, uint32_t n, uint64_t n_bytes, c
 {
     uint64_t stride = (n_bytes + 63) / 64 * 64;
     CM_ASSERT(n > 0 && n_bytes > 0 && stride <= UINT64_MAX / 2 / n);
-    void *base = mmap(NULL, stride * n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *base =
+        mmap(NULL, stride * n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
         return cm_error_set(err, CM_E_MEMORY, "message_bytes_max",
                             "no address space for %u receive buffers of %llu bytes: %s", n,

@@ -1,5 +1,6 @@
-/* Links inside one process. Two objects share a channel with a mailbox for each direction; a message waits in its
- * sender's memory until the receiver has room and copies it, so nothing queues beyond the senders' own limits.
+/* Links inside one process. Two objects share a channel with a mailbox for each direction; a message waits in
+ * its sender's memory until the receiver has room and copies it, so nothing queues beyond the senders' own
+ * limits.
  *
  * Locks, in this order: registry (names) -> bell (an object's accept queue and wake-up flags);
  * channel (mailboxes and both ends) -> bell. The bell is last everywhere; no upcall is made under a lock. */
@@ -35,7 +36,7 @@ typedef struct local_send {
 TAILQ_HEAD(local_send_list, local_send);
 
 typedef struct local_end {
-    local_net *net;                /* whom to ring; NULL before it accepted and once closed */
+    local_net *net; /* whom to ring; NULL before it accepted and once closed */
     bool closed;
     struct local_send_list urgent; /* to this end: the layer's own messages */
     struct local_send_list inbox;  /* to this end: the user's */
@@ -43,10 +44,10 @@ typedef struct local_end {
 } local_end;
 
 struct local_channel {
-    pthread_mutex_t lock; /* protects all below and, while queued here, the sends */
-    uint32_t n_refs;      /* ends not closed */
-    bool refused;         /* the accepting end closed before it was a link */
-    local_end end[2]; /* 0 connected, 1 accepted */
+    pthread_mutex_t lock;              /* protects all below and, while queued here, the sends */
+    uint32_t n_refs;                   /* ends not closed */
+    bool refused;                      /* the accepting end closed before it was a link */
+    local_end end[2];                  /* 0 connected, 1 accepted */
     STAILQ_ENTRY(local_channel) entry; /* of the listener's accept queue, under its bell */
     char address[NET_ADDRESS_BYTES];
 };
@@ -87,7 +88,8 @@ struct local_net {
     uint32_t n_accepts;
 };
 
-static pthread_mutex_t g_registry_lock = PTHREAD_MUTEX_INITIALIZER; /* protects g_listeners and the names in it */
+static pthread_mutex_t g_registry_lock =
+    PTHREAD_MUTEX_INITIALIZER; /* protects g_listeners and the names in it */
 static LIST_HEAD(, local_net) g_listeners = LIST_HEAD_INITIALIZER(g_listeners);
 
 /* ---- wake-up ---- */
@@ -161,7 +163,8 @@ static local_channel *local_channel_create(local_net *connector, const char *add
 }
 
 /* The receiving end has dealt with a send: back to its owner's done list. */
-static void local_send_finish(local_end *sender, struct local_send_list *from, local_send *send, cm_status status)
+static void local_send_finish(local_end *sender, struct local_send_list *from, local_send *send,
+                              cm_status status)
 {
     TAILQ_REMOVE(from, send, entry);
     send->status = status;
@@ -175,10 +178,11 @@ static void local_finish_all(local_end *sender, struct local_send_list *from, cm
     }
 }
 
-/* Closes one end and lets go of the channel. Whatever this end sent and the other did not take is its own again and
- * goes to mine_out; what it did not take goes back to the other as lost. After this, nothing of either owner's memory is
- * in the other's hands. */
-static void local_channel_close(local_channel *channel, uint32_t i_end, bool refused, struct local_send_list *mine_out)
+/* Closes one end and lets go of the channel. Whatever this end sent and the other did not take is its own
+ * again and goes to mine_out; what it did not take goes back to the other as lost. After this, nothing of
+ * either owner's memory is in the other's hands. */
+static void local_channel_close(local_channel *channel, uint32_t i_end, bool refused,
+                                struct local_send_list *mine_out)
 {
     local_end *mine = &channel->end[i_end], *other = &channel->end[1 - i_end];
     pthread_mutex_lock(&channel->lock);
@@ -246,7 +250,8 @@ static void local_link_down(local_net *ln, net_backend_link *link, cm_status sta
     ln->upcalls->down(ln->ctx, peer, status);
 }
 
-/* Puts a new channel into a listener's accept queue, or refuses it there and then. Under the registry lock. */
+/* Puts a new channel into a listener's accept queue, or refuses it there and then. Under the registry lock.
+ */
 static void local_offer(local_net *listener, local_channel *channel)
 {
     pthread_mutex_lock(&listener->bell);
@@ -274,12 +279,12 @@ static cm_status local_connect(void *backend, const char *address, void *peer, n
     }
     net_backend_link *link = local_link_create(ln, peer, NULL, 0);
     if (link == NULL) {
-        return cm_error_set(err, CM_E_CAPACITY, "address", "no link to '%s': all %u are in use or closing", address,
-                            ln->links.n_max);
+        return cm_error_set(err, CM_E_CAPACITY, "address", "no link to '%s': all %u are in use or closing",
+                            address, ln->links.n_max);
     }
     pthread_mutex_lock(&g_registry_lock);
     local_net *it;
-    LIST_FOREACH(it, &g_listeners, listening) {
+    LIST_FOREACH (it, &g_listeners, listening) {
         if (strcmp(it->name, address) == 0) {
             link->channel = local_channel_create(ln, address);
             local_offer(it, link->channel);
@@ -372,8 +377,8 @@ static bool local_take_urgent(net_backend_link *link, local_taken *taken_out)
     pthread_mutex_lock(&channel->lock);
     local_send *send = TAILQ_FIRST(&mine->urgent);
     if (send != NULL) {
-        taken_out->event = (net_event){.type = send->type, .header = taken_out->header,
-                                       .header_bytes = send->header_bytes};
+        taken_out->event =
+            (net_event){.type = send->type, .header = taken_out->header, .header_bytes = send->header_bytes};
         memcpy(taken_out->header, send->header, send->header_bytes);
         local_send_finish(other, &mine->urgent, send, CM_OK);
         local_ring(other->net);
@@ -383,7 +388,8 @@ static bool local_take_urgent(net_backend_link *link, local_taken *taken_out)
 }
 
 /* CM_OK: a message was copied into receive; CM_AGAIN: there is none; CM_E_PROTOCOL: it is too big. */
-static cm_status local_take(local_net *ln, net_backend_link *link, local_receive *receive, net_event *event_out)
+static cm_status local_take(local_net *ln, net_backend_link *link, local_receive *receive,
+                            net_event *event_out)
 {
     local_channel *channel = link->channel;
     local_end *mine = &channel->end[link->i_end], *other = &channel->end[1 - link->i_end];
@@ -526,8 +532,8 @@ static bool local_progress(void *backend)
 
 /* ---- open, listen, close ---- */
 
-static cm_status local_open(const net_options *options, const net_upcalls *upcalls, void *ctx, void **backend_out,
-                            cm_error *err)
+static cm_status local_open(const net_options *options, const net_upcalls *upcalls, void *ctx,
+                            void **backend_out, cm_error *err)
 {
     local_net *ln = cm_alloc(sizeof(*ln));
     *ln = (local_net){.options = options, .upcalls = upcalls, .ctx = ctx};
@@ -542,7 +548,8 @@ static cm_status local_open(const net_options *options, const net_upcalls *upcal
     }
     uint32_t n_links = 2 * options->peers_max; /* those just disconnected count until the next progress */
     cm_pool_init(&ln->links, "local links", sizeof(net_backend_link), n_links);
-    cm_pool_init(&ln->sends, "local sends", sizeof(local_send), n_links * (options->sends_max + LOCAL_NOTES_MAX));
+    cm_pool_init(&ln->sends, "local sends", sizeof(local_send),
+                 n_links * (options->sends_max + LOCAL_NOTES_MAX));
     cm_pool_init(&ln->receives, "local receives", sizeof(local_receive), options->receives_max);
     TAILQ_INIT(&ln->live);
     TAILQ_INIT(&ln->gone);
@@ -559,7 +566,8 @@ err_free:
     return status;
 }
 
-static cm_status local_listen(void *backend, const char *address, char bound_out[NET_ADDRESS_BYTES], cm_error *err)
+static cm_status local_listen(void *backend, const char *address, char bound_out[NET_ADDRESS_BYTES],
+                              cm_error *err)
 {
     local_net *ln = backend;
     size_t n = strlen(address);
@@ -571,7 +579,7 @@ static cm_status local_listen(void *backend, const char *address, char bound_out
     cm_status status = CM_OK;
     pthread_mutex_lock(&g_registry_lock);
     const local_net *it;
-    LIST_FOREACH(it, &g_listeners, listening) {
+    LIST_FOREACH (it, &g_listeners, listening) {
         if (strcmp(it->name, address) == 0) {
             status = cm_error_set(err, CM_E_EXISTS, "address", "local name '%s' is taken", address);
             goto out_unlock;

@@ -31,7 +31,8 @@ net_peer *net_peer_create(net *n, net_backend_link *link, const char *address)
     TAILQ_INIT(&peer->notes);
     TAILQ_INSERT_TAIL(&n->live, peer, entry);
     n->n_live++;
-    /* the hello waits for the next poll: an accepted link can send only after the upcall that made this peer */
+    /* the hello waits for the next poll: an accepted link can send only after the upcall that made this peer
+     */
     peer_due(peer);
     net_timer_at(n, n->now_ms);
     return peer;
@@ -42,7 +43,7 @@ void net_peer_destroy(net_peer *peer)
     net *n = peer->net;
     CM_ASSERT(TAILQ_EMPTY(&peer->sends));
     net_sending *note;
-    TAILQ_FOREACH(note, &peer->notes, entry) {
+    TAILQ_FOREACH (note, &peer->notes, entry) {
         note->peer = NULL;
     }
     if (peer->in_due) {
@@ -187,7 +188,8 @@ static void peer_log_refused(const net_peer *peer, const char *who, uint32_t rea
     const net *n = peer->net;
     switch (reason) {
     case NET_REFUSE_PROTOCOL:
-        cm_warn("link %s refused by %s: protocol %u there, %u here", peer->address, who, protocol, NET_PROTOCOL);
+        cm_warn("link %s refused by %s: protocol %u there, %u here", peer->address, who, protocol,
+                NET_PROTOCOL);
         break;
     case NET_REFUSE_CLUSTER:
         cm_warn("link %s refused by %s: cluster %016llx there, %016llx here", peer->address, who,
@@ -203,12 +205,14 @@ static void peer_heard_hello(net_peer *peer, const net_event *message)
 {
     net *n = peer->net;
     net_hello hello = {0};
-    uint32_t n_bytes = message->header_bytes < sizeof(hello) ? message->header_bytes : (uint32_t)sizeof(hello);
+    uint32_t n_bytes =
+        message->header_bytes < sizeof(hello) ? message->header_bytes : (uint32_t)sizeof(hello);
     memcpy(&hello, message->header, n_bytes);
     net_refuse_reason reason = peer_judge_hello(peer, &hello, message->header_bytes);
     if (reason != 0) {
         peer_log_refused(peer, "us", reason, hello.protocol, hello.cluster);
-        (void)net_peer_speak(peer); /* a hello still due goes first: the other side then knows our numbers too */
+        (void)net_peer_speak(
+            peer); /* a hello still due goes first: the other side then knows our numbers too */
         net_refusal refusal = {.reason = reason, .protocol = NET_PROTOCOL, .cluster = n->identity.cluster};
         peer->state = NET_PEER_REFUSING;
         peer->refused_ms = n->now_ms;
@@ -245,9 +249,9 @@ static void peer_heard_refusal(net_peer *peer, const net_event *message)
 }
 
 /* ---- flow of user messages ----
- * A send is reported once the back-end let go of it and fewer than half a window of older ones wait to be taken by the
- * peer's layer, so a receiver that is slow to release meets at most one and a half windows. The receiver tells its count
- * every half window and with each heartbeat. */
+ * A send is reported once the back-end let go of it and fewer than half a window of older ones wait to be
+ * taken by the peer's layer, so a receiver that is slow to release meets at most one and a half windows. The
+ * receiver tells its count every half window and with each heartbeat. */
 
 void net_peer_taken(net_peer *peer)
 {
@@ -275,7 +279,8 @@ static void peer_heard_heartbeat(net_peer *peer, const net_event *message)
     memcpy(&heartbeat, message->header, sizeof(heartbeat));
     uint32_t n_new = heartbeat.n_taken - peer->n_sent_taken;
     if (n_new > peer->n_sent - peer->n_sent_taken) {
-        cm_warn("peer %s broke the protocol: took %u messages of %u", peer->address, heartbeat.n_taken, peer->n_sent);
+        cm_warn("peer %s broke the protocol: took %u messages of %u", peer->address, heartbeat.n_taken,
+                peer->n_sent);
         net_peer_end(peer, CM_E_PROTOCOL, false);
         return;
     }
@@ -349,7 +354,8 @@ void net_peer_heard(net_peer *peer, const net_event *message)
         cm_debug("link %s ended by the peer's goodbye", peer->address);
         net_peer_end(peer, CM_E_RESET, true);
     } else {
-        cm_warn("peer %s broke the protocol: type %04x in state %d", peer->address, message->type, (int)peer->state);
+        cm_warn("peer %s broke the protocol: type %04x in state %d", peer->address, message->type,
+                (int)peer->state);
         net_peer_end(peer, CM_E_PROTOCOL, false);
     }
 }
@@ -361,9 +367,10 @@ static bool peer_deadline_passed(net_peer *peer)
 {
     net *n = peer->net;
     const net_sending *sending;
-    TAILQ_FOREACH(sending, &peer->sends, entry) {
+    TAILQ_FOREACH (sending, &peer->sends, entry) {
         if (n->now_ms >= sending->deadline_ms) {
-            cm_warn("link %s given up: message %u of type %u %s %llu ms past its deadline, %u of %u taken by the peer",
+            cm_warn("link %s given up: message %u of type %u %s %llu ms past its deadline, %u of %u taken by "
+                    "the peer",
                     peer->address, sending->seq, sending->type, sending->completed ? "not taken" : "not away",
                     (unsigned long long)(n->now_ms - sending->deadline_ms), peer->n_sent_taken, peer->n_sent);
             net_peer_end(peer, CM_E_DEADLINE, false);
@@ -402,7 +409,8 @@ void net_peer_tick(net_peer *peer)
         return;
     }
     if (n->now_ms >= peer->beat_ms + options->heartbeat_ms) {
-        (void)peer_speak_heartbeat(peer); /* not while one is stuck: silence or the deadline judges such a link */
+        (void)peer_speak_heartbeat(
+            peer); /* not while one is stuck: silence or the deadline judges such a link */
         net_timer_at(n, n->now_ms + options->heartbeat_ms);
     } else {
         net_timer_at(n, peer->beat_ms + options->heartbeat_ms);

@@ -82,21 +82,21 @@ struct net_peer {
     net_identity identity;
     char address[NET_ADDRESS_BYTES];
     net_peer_state state;
-    cm_status end_status;   /* from ENDING on */
+    cm_status end_status; /* from ENDING on */
     bool was_up;
-    bool hello_due;         /* hello not sent yet */
-    bool tell_due;          /* a heartbeat should go before its time */
-    bool heartbeat_on_way;  /* one at a time: a stuck link gathers no heartbeats */
-    bool in_due;            /* of net->due */
-    uint32_t window;        /* sends_max of this link */
-    uint32_t n_slots;       /* user sends whose SENT was not handed out */
-    uint32_t n_sent;        /* seq of the newest */
-    uint32_t n_sent_taken;  /* as told by the peer */
-    uint32_t n_taken;       /* seq of the newest received */
+    bool hello_due;        /* hello not sent yet */
+    bool tell_due;         /* a heartbeat should go before its time */
+    bool heartbeat_on_way; /* one at a time: a stuck link gathers no heartbeats */
+    bool in_due;           /* of net->due */
+    uint32_t window;       /* sends_max of this link */
+    uint32_t n_slots;      /* user sends whose SENT was not handed out */
+    uint32_t n_sent;       /* seq of the newest */
+    uint32_t n_sent_taken; /* as told by the peer */
+    uint32_t n_taken;      /* seq of the newest received */
     uint32_t n_taken_told;
-    uint64_t heard_ms;      /* anything from the peer; its start before that */
-    uint64_t beat_ms;       /* our last heartbeat; the start before that */
-    uint64_t refused_ms;    /* when REFUSING began */
+    uint64_t heard_ms;                    /* anything from the peer; its start before that */
+    uint64_t beat_ms;                     /* our last heartbeat; the start before that */
+    uint64_t refused_ms;                  /* when REFUSING began */
     struct net_sending_list sends, notes; /* the user's, oldest first; the layer's own */
     TAILQ_ENTRY(net_peer) entry;          /* of net->live or net->dead */
     TAILQ_ENTRY(net_peer) due_entry;
@@ -118,8 +118,8 @@ struct net {
     uint32_t n_live;
     net_queued *events; /* ring; sized so that it cannot overflow */
     uint32_t events_cap, i_event, n_events;
-    uint64_t now_ms;    /* of the poll in progress */
-    uint64_t timer_ms;  /* no timer is due before it; UINT64_MAX = none */
+    uint64_t now_ms;   /* of the poll in progress */
+    uint64_t timer_ms; /* no timer is due before it; UINT64_MAX = none */
     uint32_t n_in_flight;
 };
 
@@ -130,14 +130,16 @@ void net_timer_at(net *n, uint64_t at_ms);
 /* net_peer.c: one link's life */
 net_peer *net_peer_create(net *n, net_backend_link *link, const char *address); /* NULL: peers_max */
 void net_peer_destroy(net_peer *peer);
-/* Takes the link down: its sends complete with status, then NET_EV_DOWN tells it. orderly: nothing was lost. */
+/* Takes the link down: its sends complete with status, then NET_EV_DOWN tells it. orderly: nothing was lost.
+ */
 void net_peer_end(net_peer *peer, cm_status status, bool orderly);
 /* Sends what is due (hello, heartbeat); true when nothing is left. */
 bool net_peer_speak(net_peer *peer);
 void net_peer_goodbye(net_peer *peer);
 void net_peer_heard(net_peer *peer, const net_event *message); /* one of the layer's own messages */
 void net_peer_taken(net_peer *peer);                           /* counts one received user message */
-/* Judges silence and deadlines, sends a heartbeat if it is time; the next time to look goes to net_timer_at. */
+/* Judges silence and deadlines, sends a heartbeat if it is time; the next time to look goes to net_timer_at.
+ */
 void net_peer_tick(net_peer *peer);
 /* The back-end let go of a sending. */
 void net_sending_done(net *n, net_sending *sending, cm_status status);
@@ -150,8 +152,9 @@ extern const net_ops net_ucx_ops;
 extern const net_ops net_local_ops;
 
 /* ---- net_buffers.c: payload buffers of a back-end ----
- * n buffers of n_bytes, 64-byte aligned, in one anonymous mapping: a page costs memory from its first use on only, and
- * the last returned buffer is the first taken, so that few pages are ever touched. Thread: the owner's. */
+ * n buffers of n_bytes, 64-byte aligned, in one anonymous mapping: a page costs memory from its first use on
+ * only, and the last returned buffer is the first taken, so that few pages are ever touched. Thread: the
+ * owner's. */
 typedef struct net_buffers {
     uint8_t *base;
     uint64_t stride, map_bytes;
@@ -167,7 +170,8 @@ void net_buffers_put(net_buffers *buffers, void *buffer);
 struct sockaddr_in;
 /* names: host may be a name (asks the resolver); otherwise numeric only. CM_E_INVALID with the reason,
  * CM_E_UNSUPPORTED: IPv6. */
-CM_MUST_CHECK cm_status net_address_parse(const char *text, bool names, struct sockaddr_in *address_out, cm_error *err);
+CM_MUST_CHECK cm_status net_address_parse(const char *text, bool names, struct sockaddr_in *address_out,
+                                          cm_error *err);
 void net_address_format(const struct sockaddr_in *address, char text_out[NET_ADDRESS_BYTES]);
 /* Replaces a wildcard host by the first address of this machine that others can reach, else loopback. */
 void net_address_reachable(struct sockaddr_in *address);

@@ -26,15 +26,18 @@ cm_status ucx_status(ucs_status_t status)
     case UCS_ERR_INVALID_ADDR:
         return CM_E_UNREACHABLE;
     default:
-        return CM_E_RESET; /* a dead peer shows as ENDPOINT_TIMEOUT, CONNECTION_RESET or NOT_CONNECTED alike */
+        return CM_E_RESET; /* a dead peer shows as ENDPOINT_TIMEOUT, CONNECTION_RESET or NOT_CONNECTED alike
+                            */
     }
 }
 
 /* ---- the library's process-wide manners ---- */
 
-/* UCX would print to stdout; its lines are for people who debug UCX, what matters to us comes back as a status. */
-static ucs_log_func_rc_t ucx_on_log(const char *file, unsigned line, const char *function, ucs_log_level_t level,
-                                    const ucs_log_component_config_t *comp_conf, const char *message, va_list ap)
+/* UCX would print to stdout; its lines are for people who debug UCX, what matters to us comes back as a
+ * status. */
+static ucs_log_func_rc_t ucx_on_log(const char *file, unsigned line, const char *function,
+                                    ucs_log_level_t level, const ucs_log_component_config_t *comp_conf,
+                                    const char *message, va_list ap)
 {
     (void)function;
     if (level <= comp_conf->log_level) {
@@ -47,7 +50,8 @@ static ucs_log_func_rc_t ucx_on_log(const char *file, unsigned line, const char 
     return UCS_LOG_FUNC_RC_STOP;
 }
 
-/* Its constructor has put handlers on ILL, SEGV, BUS and FPE before main: our crashes are ours (and the sanitizers'). */
+/* Its constructor has put handlers on ILL, SEGV, BUS and FPE before main: our crashes are ours (and the
+ * sanitizers'). */
 static void ucx_tame(void)
 {
     static const int signals[] = {SIGILL, SIGSEGV, SIGBUS, SIGFPE};
@@ -64,7 +68,8 @@ static cm_status ucx_fail(cm_error *err, const char *what, ucs_status_t status)
     return cm_error_set(err, CM_E_DEVICE, "backend", "ucx: %s: %s", what, ucs_status_string(status));
 }
 
-/* Settings in code: they are part of how this back-end works, not a choice of whoever sets the environment. */
+/* Settings in code: they are part of how this back-end works, not a choice of whoever sets the environment.
+ */
 static cm_status ucx_configure(ucp_config_t *config, const net_options *options, cm_error *err)
 {
     char n_eps[16];
@@ -72,16 +77,13 @@ static cm_status ucx_configure(ucp_config_t *config, const net_options *options,
     const struct {
         const char *name, *value;
     } settings[] = {
-        {"TLS", "tcp,self"},         /* shared memory reports no dead peers in 1.13 */
-        {"RNDV_THRESH", "64k"},      /* a row of 14 KB goes at once: 4.5 times as fast as announced */
-        {"TCP_TX_SEG_SIZE", "64k"},
-        {"TCP_RX_SEG_SIZE", "64k"},
-        {"TCP_MAX_NUM_EPS", n_eps},
-        {"TCP_AF_PRIO", "inet"},     /* see net_address_parse */
-        {"TCP_KEEPIDLE", "1s"},      /* a dead host under an idle link, beside our own heartbeats */
-        {"TCP_KEEPINTVL", "1s"},
-        {"TCP_KEEPCNT", "3"},
-        {"TCP_CM_REUSEADDR", "y"},   /* a restarted process takes its port again at once */
+        {"TLS", "tcp,self"},    /* shared memory reports no dead peers in 1.13 */
+        {"RNDV_THRESH", "64k"}, /* a row of 14 KB goes at once: 4.5 times as fast as announced */
+        {"TCP_TX_SEG_SIZE", "64k"}, {"TCP_RX_SEG_SIZE", "64k"},
+        {"TCP_MAX_NUM_EPS", n_eps}, {"TCP_AF_PRIO", "inet"}, /* see net_address_parse */
+        {"TCP_KEEPIDLE", "1s"}, /* a dead host under an idle link, beside our own heartbeats */
+        {"TCP_KEEPINTVL", "1s"},    {"TCP_KEEPCNT", "3"},
+        {"TCP_CM_REUSEADDR", "y"}, /* a restarted process takes its port again at once */
     };
     for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++) {
         ucs_status_t status = ucp_config_modify(config, settings[i].name, settings[i].value);
@@ -153,8 +155,8 @@ err_worker:
     return ucx_fail(err, "worker set-up", rc);
 }
 
-static cm_status ucx_open(const net_options *options, const net_upcalls *upcalls, void *ctx, void **backend_out,
-                          cm_error *err)
+static cm_status ucx_open(const net_options *options, const net_upcalls *upcalls, void *ctx,
+                          void **backend_out, cm_error *err)
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT; /* several objects may open on several threads */
     pthread_once(&once, ucx_tame);
@@ -206,7 +208,8 @@ static void ucx_on_request(ucp_conn_request_h request, void *arg)
     u->requests[u->n_requests++] = request;
 }
 
-static cm_status ucx_listen(void *backend, const char *address, char bound_out[NET_ADDRESS_BYTES], cm_error *err)
+static cm_status ucx_listen(void *backend, const char *address, char bound_out[NET_ADDRESS_BYTES],
+                            cm_error *err)
 {
     ucx_net *u = backend;
     struct sockaddr_in at;
@@ -220,8 +223,9 @@ static cm_status ucx_listen(void *backend, const char *address, char bound_out[N
     ucs_status_t rc = ucp_listener_create(u->worker, &params, &u->listener);
     if (rc != UCS_OK) {
         u->listener = NULL;
-        return cm_error_set(err, rc == UCS_ERR_BUSY ? CM_E_EXISTS : CM_E_DEVICE, "address", "cannot listen at %s: %s",
-                            address, rc == UCS_ERR_BUSY ? "the port is taken" : ucs_status_string(rc));
+        return cm_error_set(err, rc == UCS_ERR_BUSY ? CM_E_EXISTS : CM_E_DEVICE, "address",
+                            "cannot listen at %s: %s", address,
+                            rc == UCS_ERR_BUSY ? "the port is taken" : ucs_status_string(rc));
     }
     ucp_listener_attr_t attr = {.field_mask = UCP_LISTENER_ATTR_FIELD_SOCKADDR};
     rc = ucp_listener_query(u->listener, &attr);
@@ -244,8 +248,8 @@ static cm_status ucx_connect(void *backend, const char *address, void *peer, net
     CM_TRY(net_address_parse(address, false, &to, err));
     net_backend_link *link = ucx_link_create(u, peer);
     if (link == NULL) {
-        return cm_error_set(err, CM_E_CAPACITY, "address", "no link to '%s': all %u are in use or closing", address,
-                            u->links.n_max);
+        return cm_error_set(err, CM_E_CAPACITY, "address", "no link to '%s': all %u are in use or closing",
+                            address, u->links.n_max);
     }
     ucx_link_start(link, &to, NULL);
     *link_out = link;

@@ -82,8 +82,9 @@ void ucx_link_fail(net_backend_link *link, cm_status status)
     link->broken = true;
 }
 
-/* A goodbye must not be overtaken by the news that its connection was closed, which travels apart from the data: the
- * link lingers until the peer leaves, for a moment. It does not linger when sends must be called back. */
+/* A goodbye must not be overtaken by the news that its connection was closed, which travels apart from the
+ * data: the link lingers until the peer leaves, for a moment. It does not linger when sends must be called
+ * back. */
 void ucx_disconnect(void *backend, net_backend_link *link)
 {
     (void)backend;
@@ -113,8 +114,9 @@ static void ucx_arrival_give_back(ucx_net *u, ucx_arrival *arrival)
     cm_pool_put(&u->arrivals, arrival);
 }
 
-/* What had arrived and was not delivered goes down with the link; what is being fetched follows when UCX is done.
- * After the endpoint is gone: before, giving back an announcement would tell the sender that we took its message. */
+/* What had arrived and was not delivered goes down with the link; what is being fetched follows when UCX is
+ * done. After the endpoint is gone: before, giving back an announcement would tell the sender that we took
+ * its message. */
 static void ucx_link_drop_arrivals(net_backend_link *link)
 {
     ucx_net *u = link->net;
@@ -192,7 +194,8 @@ bool ucx_link_close_step(net_backend_link *link)
 static void ucx_on_send_done(void *request, ucs_status_t status, void *user_data)
 {
     ucx_send *send = user_data;
-    send->status = status == UCS_OK ? CM_OK : CM_E_RESET; /* UCX says cancelled for what a loss took with it */
+    send->status =
+        status == UCS_OK ? CM_OK : CM_E_RESET; /* UCX says cancelled for what a loss took with it */
     STAILQ_INSERT_TAIL(&send->link->net->done, send, entry);
     ucp_request_free(request);
 }
@@ -229,7 +232,8 @@ static size_t ucx_send_iov(ucx_send *send, const net_message *message)
     return n;
 }
 
-cm_status ucx_send_message(void *backend, net_backend_link *link, const net_message *message, void *send_cookie)
+cm_status ucx_send_message(void *backend, net_backend_link *link, const net_message *message,
+                           void *send_cookie)
 {
     ucx_net *u = backend;
     ucx_send *send;
@@ -250,8 +254,8 @@ cm_status ucx_send_message(void *backend, net_backend_link *link, const net_mess
     }
     size_t n_iov = ucx_send_iov(send, message);
     ucp_request_param_t param = {
-        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_DATATYPE |
-                        UCP_OP_ATTR_FIELD_FLAGS,
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+                        UCP_OP_ATTR_FIELD_DATATYPE | UCP_OP_ATTR_FIELD_FLAGS,
         .cb.send = ucx_on_send_done,
         .user_data = send,
         .datatype = n_iov > 1 ? ucp_dt_make_iov() : ucp_dt_make_contig(1),
@@ -260,8 +264,8 @@ cm_status ucx_send_message(void *backend, net_backend_link *link, const net_mess
     const void *buffer = n_iov > 1 ? (const void *)send->iov : n_iov == 1 ? send->iov[0].buffer : NULL;
     size_t count = n_iov > 1 ? n_iov : n_iov == 1 ? send->iov[0].length : 0;
     u->dirty = true;
-    ucs_status_ptr_t request = ucp_am_send_nbx(link->ep, 0, send->header, sizeof(prefix) + message->header_bytes, buffer,
-                                               count, &param);
+    ucs_status_ptr_t request = ucp_am_send_nbx(link->ep, 0, send->header,
+                                               sizeof(prefix) + message->header_bytes, buffer, count, &param);
     if (UCS_PTR_IS_ERR(request)) {
         cm_pool_put(&u->sends, send);
         ucx_link_fail(link, CM_E_RESET);
@@ -277,23 +281,26 @@ cm_status ucx_send_message(void *backend, net_backend_link *link, const net_mess
 
 /* ---- receiving ---- */
 
-static bool ucx_check_message(const net_backend_link *link, uint16_t type, size_t header_length, uint64_t payload_bytes)
+static bool ucx_check_message(const net_backend_link *link, uint16_t type, size_t header_length,
+                              uint64_t payload_bytes)
 {
     const ucx_net *u = link->net;
     bool internal = type >= NET_TYPE_INTERNAL;
-    if (header_length < sizeof(ucx_prefix) || header_length > UCX_HEADER_MAX || (internal && payload_bytes > 0)) {
+    if (header_length < sizeof(ucx_prefix) || header_length > UCX_HEADER_MAX ||
+        (internal && payload_bytes > 0)) {
         cm_warn("peer broke the protocol: type %u, header of %zu bytes, payload of %llu", type, header_length,
                 (unsigned long long)payload_bytes);
         return false;
     }
     if (payload_bytes > u->options->message_bytes_max) {
-        cm_warn("peer broke the protocol: message of %llu bytes, %llu are allowed", (unsigned long long)payload_bytes,
-                (unsigned long long)u->options->message_bytes_max);
+        cm_warn("peer broke the protocol: message of %llu bytes, %llu are allowed",
+                (unsigned long long)payload_bytes, (unsigned long long)u->options->message_bytes_max);
         return false;
     }
     /* the layer lets one and a half windows wait at most */
     if (link->n_arrivals >= 2 * u->options->sends_max + UCX_NOTES_MAX) {
-        cm_warn("peer broke the protocol: %u messages wait, windows are %u", link->n_arrivals, u->options->sends_max);
+        cm_warn("peer broke the protocol: %u messages wait, windows are %u", link->n_arrivals,
+                u->options->sends_max);
         return false;
     }
     return true;
@@ -377,7 +384,8 @@ static void ucx_fetch(ucx_arrival *arrival)
         .user_data = arrival,
         .datatype = ucp_dt_make_contig(1),
     };
-    ucs_status_ptr_t request = ucp_am_recv_data_nbx(u->worker, desc, arrival->buffer, arrival->payload_bytes, &param);
+    ucs_status_ptr_t request =
+        ucp_am_recv_data_nbx(u->worker, desc, arrival->buffer, arrival->payload_bytes, &param);
     if (!UCS_PTR_IS_PTR(request)) {
         ucx_on_fetched(NULL, UCS_PTR_RAW_STATUS(request), arrival->payload_bytes, arrival);
     }
@@ -388,7 +396,7 @@ static void ucx_take(net_backend_link *link)
 {
     ucx_net *u = link->net;
     ucx_arrival *arrival;
-    TAILQ_FOREACH(arrival, &link->arrivals, entry) {
+    TAILQ_FOREACH (arrival, &link->arrivals, entry) {
         if (arrival->type >= NET_TYPE_INTERNAL || arrival->state != UCX_ARRIVAL_WAITING) {
             continue;
         }
@@ -408,7 +416,8 @@ static void ucx_deliver(net_backend_link *link, ucx_arrival *arrival)
     ucx_net *u = link->net;
     TAILQ_REMOVE(&link->arrivals, arrival, entry);
     link->n_arrivals--;
-    net_event event = {.type = arrival->type, .header = arrival->header, .header_bytes = arrival->header_bytes};
+    net_event event = {
+        .type = arrival->type, .header = arrival->header, .header_bytes = arrival->header_bytes};
     if (arrival->type >= NET_TYPE_INTERNAL) {
         u->upcalls->received(u->ctx, link->peer, &event);
         ucx_arrival_give_back(u, arrival);
@@ -419,7 +428,8 @@ static void ucx_deliver(net_backend_link *link, ucx_arrival *arrival)
     if (event.payload == NULL) {
         event.payload = u->buffers.base; /* nobody reads it: no payload */
     }
-    CM_ASSERT_MSG((uintptr_t)event.payload % 64 == 0, "payload at %p", event.payload); /* asked of the worker */
+    CM_ASSERT_MSG((uintptr_t)event.payload % 64 == 0, "payload at %p",
+                  event.payload); /* asked of the worker */
     event.payload_bytes = arrival->payload_bytes;
     event.receive = arrival;
     u->upcalls->received(u->ctx, link->peer, &event);

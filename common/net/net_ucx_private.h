@@ -1,8 +1,9 @@
 /* Inside the ucx back-end: its object, its links, its messages.
  *
- * One UCX context, worker and event fd per object. Every message is one active message: header = ucx_prefix and the
- * layer's header, data = payload. Up to 64 KiB payloads come with the message and stay where UCX put them; larger ones
- * are announced, and fetched into a buffer of ours once a receive is free. Both wait in arrival order per link. */
+ * One UCX context, worker and event fd per object. Every message is one active message: header = ucx_prefix
+ * and the layer's header, data = payload. Up to 64 KiB payloads come with the message and stay where UCX put
+ * them; larger ones are announced, and fetched into a buffer of ours once a receive is free. Both wait in
+ * arrival order per link. */
 #pragma once
 #include <netinet/in.h>
 #include <ucp/api/ucp.h>
@@ -62,8 +63,8 @@ struct net_backend_link {
     void *peer; /* NULL: disconnected by the layer, no upcall but sent */
     ucp_ep_h ep;
     bool closing, close_begun;
-    bool broken;          /* UCX or a peer said so; else the layer disconnected */
-    bool said_goodbye;    /* the layer did: the peer may answer by leaving until farewell_ms */
+    bool broken;       /* UCX or a peer said so; else the layer disconnected */
+    bool said_goodbye; /* the layer did: the peer may answer by leaving until farewell_ms */
     uint64_t farewell_ms;
     bool in_waiting;
     cm_status end_status;
@@ -85,7 +86,7 @@ struct ucx_net {
     cm_map eps; /* ucp_ep_h -> link */
     cm_pool links, sends, arrivals;
     net_buffers buffers;
-    uint32_t n_receives; /* of receives_max: taken and not released */
+    uint32_t n_receives;               /* of receives_max: taken and not released */
     struct ucx_link_list all, waiting; /* waiting: those with arrivals, next in turn first */
     uint32_t n_closing;                /* links of all that the next progress must look at */
     struct ucx_send_list done;
@@ -110,9 +111,10 @@ bool ucx_link_close_step(net_backend_link *link);
 
 ucs_status_t ucx_on_message(void *arg, const void *header, size_t header_length, void *data, size_t length,
                             const ucp_am_recv_param_t *param);
-bool ucx_take_all(ucx_net *u);   /* hands arrivals to the layer, as far as receives reach */
+bool ucx_take_all(ucx_net *u); /* hands arrivals to the layer, as far as receives reach */
 bool ucx_report_sent(ucx_net *u);
 
 void ucx_disconnect(void *backend, net_backend_link *link);
-cm_status ucx_send_message(void *backend, net_backend_link *link, const net_message *message, void *send_cookie);
+cm_status ucx_send_message(void *backend, net_backend_link *link, const net_message *message,
+                           void *send_cookie);
 void ucx_release(void *backend, void *receive);

@@ -58,7 +58,7 @@ typedef struct pc_member_options {
 
 /* Strings are copied. Connects in the background and for ever. */
 pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, const pc_member_events *events, void *ctx);
-void pc_member_destroy(pc_member *member);
+void pc_member_destroy(pc_member *member); /* not from inside a callback of it */
 
 void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, const char *text);
 void pc_member_committed(pc_member *member, uint64_t epoch);

@@ -19,8 +19,8 @@ typedef struct pc_process_config {
     {"ready_fd", "0", "launchers only: descriptor that gets one JSON line with our addresses when we listen; 0 = none",        \
      CM_CFG_UINT(type_, member_.ready_fd, 0, 65535)}
 
-/* Loads the configuration, sets up logging and failpoints. Returns the exit code the process should end with, or -1 to go
- * on. */
+/* Loads the configuration, sets up logging and failpoints. Returns the exit code the process should end with (config is
+ * freed then), or -1 to go on. */
 int pc_process_begin(const cm_cfg_table *table, void *config, const pc_process_config *common, int argc, char **argv,
                      const char *role);
 /* Writes {"pid":..,KEY:VALUE,..} to ready_fd and closes it. pairs: key, value, key, value, NULL. */

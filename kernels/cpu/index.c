@@ -26,8 +26,8 @@ static void spread_query(const index_job *j, const uint8_t *rows)
     for (uint32_t h = 0; h < j->heads; h++) {
         const uint8_t *row = rows + (uint64_t)h * row_bytes;
         for (uint32_t i = 0; i < j->dim; i++) {
-            uint32_t code = row[i / 2] >> (i % 2 * 4) & 15u;
-            j->s->index_q[(uint64_t)i * j->width + h] = (int16_t)kn_e2m1_doubled((uint8_t)code);
+            uint8_t code = row[i / 2] >> (i % 2 * 4) & 15;
+            j->s->index_q[(uint64_t)i * j->width + h] = kn_e2m1_doubled(code);
         }
         for (uint32_t b = 0; b < n_block; b++) {
             j->s->index_scale[(uint64_t)b * j->width + h] = kn_e8m0_decode(row[j->dim / 2 + b]);
@@ -57,8 +57,8 @@ static float score_key(const index_job *j, const uint8_t *stored)
     int16_t key[KN_DIM_MAX];
     double dot[HEAD_MAX] = {0}, lane[KN_LANES] = {0};
     for (uint32_t i = 0; i < j->dim / 2; i++) {
-        key[2 * i] = (int16_t)kn_e2m1_doubled(stored[i] & 15);
-        key[2 * i + 1] = (int16_t)kn_e2m1_doubled(stored[i] >> 4);
+        key[2 * i] = kn_e2m1_doubled(stored[i] & 15);
+        key[2 * i + 1] = kn_e2m1_doubled(stored[i] >> 4);
     }
     for (uint32_t b = 0, at = 0; at < j->dim; b++, at += KN_FP4_BLOCK) {
         uint32_t n = j->dim - at < KN_FP4_BLOCK ? j->dim - at : KN_FP4_BLOCK;

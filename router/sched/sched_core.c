@@ -52,11 +52,6 @@ struct rt_sched {
     uint32_t n_word, word_max;
 };
 
-static uint32_t min_u32(uint32_t a, uint32_t b)
-{
-    return a < b ? a : b;
-}
-
 rt_sched *rt_sched_create(const rt_sched_limits *limits)
 {
     CM_ASSERT(limits->slot_max > 0 && limits->queue_max > 0 && limits->queue_max < 1u << 24 &&
@@ -69,8 +64,7 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     cm_pool_init(&sched->seqs, "sequences", sizeof(rt_seq), n_seq_max);
     cm_map_init(&sched->keys, n_seq_max);
     rt_pages_init(&sched->pages, "kv pages", limits->page_max);
-    /* never more running than rows, so that decode rows cannot keep the oldest from its prompt */
-    rt_pages_init(&sched->slots, "state slots", min_u32(limits->slot_max, limits->row_max));
+    rt_pages_init(&sched->slots, "state slots", limits->slot_max);
     TAILQ_INIT(&sched->running);
     TAILQ_INIT(&sched->waiting);
     sched->deadline_next = UINT64_MAX;
@@ -466,7 +460,9 @@ uint64_t rt_sched_next_deadline(const rt_sched *sched)
 /* ---- making a step ----
  * Running sequences get pages and rows oldest first, so a younger one can lose its pages before it is reached
  * but never after; then the head of the queue is admitted while rows, slots and pages last. The oldest always
- * gets a row: it may take the pages of all others, and alone it fits. */
+ * gets a row: it may take the pages of all others, and alone it fits. Decode rows are never crowded out by
+ * prefill chunks: a sequence is admitted only into rows that all older ones left over, and nobody's need of
+ * rows grows, so only the youngest is ever short. */
 
 static void seq_preempt(rt_sched *sched, rt_seq *seq)
 {
@@ -497,10 +493,16 @@ static void seq_take_pages(rt_sched *sched, rt_seq *seq, uint32_t n_token)
     }
 }
 
-/* Gives seq up to n_row_max rows of the step. */
-static void seq_take_rows(rt_sched *sched, rt_seq *seq, uint32_t n_row_max)
+static uint32_t min_u32(uint32_t a, uint32_t b)
 {
-    uint32_t n_row = min_u32(min_u32(seq->n_log - seq->n_done, sched->limits.chunk_max), n_row_max);
+    return a < b ? a : b;
+}
+
+/* Gives seq the rows it needs, as far as the step has rows left and pages cover them. */
+static void seq_take_rows(rt_sched *sched, rt_seq *seq)
+{
+    uint32_t n_row = min_u32(min_u32(seq->n_log - seq->n_done, sched->limits.chunk_max),
+                             sched->limits.row_max - sched->n_row);
     if (n_row > 0) {
         seq_take_pages(sched, seq, seq->n_done + n_row);
         uint64_t n_covered = (uint64_t)seq->n_page * sched->limits.page_tokens;
@@ -512,19 +514,9 @@ static void seq_take_rows(rt_sched *sched, rt_seq *seq, uint32_t n_row_max)
 
 static void sched_serve_running(rt_sched *sched)
 {
-    uint32_t n_decode_left = 0; /* of sequences not reached yet; their rows are kept free */
     rt_seq *seq;
     TAILQ_FOREACH (seq, &sched->running, link) {
-        n_decode_left += seq_decodes(seq);
-    }
-    TAILQ_FOREACH (seq, &sched->running, link) {
-        uint32_t room = sched->limits.row_max - sched->n_row;
-        if (seq_decodes(seq)) {
-            n_decode_left--;
-        } else {
-            room -= min_u32(room, n_decode_left);
-        }
-        seq_take_rows(sched, seq, room);
+        seq_take_rows(sched, seq);
     }
 }
 
@@ -547,7 +539,7 @@ static void sched_admit(rt_sched *sched)
         TAILQ_INSERT_TAIL(&sched->running, seq, link);
         sched->n_running++;
         seq->running = true;
-        seq_take_rows(sched, seq, sched->limits.row_max - sched->n_row);
+        seq_take_rows(sched, seq);
         n_promised += goal - seq->n_page;
     }
 }
@@ -568,7 +560,7 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
             .n_row = seq->n_step,
             .tokens = seq->log + seq->n_done,
             .pages = seq->pages,
-            .n_page = pages_for(sched, seq->n_done + seq->n_step),
+            .n_page = seq->n_page,
             .sample = sample,
             .sampler = sample ? &seq->sampler : NULL,
             .stop_allowed = sample && seq_n_generated(seq) >= seq->sampler.tokens_min,

@@ -228,8 +228,10 @@ void fake_restart(fake_cluster *f)
 {
     fake_forget_writes(f);
     co_core_destroy(f->core);
-    co_core_past past = {
-        .cluster = f->cluster, .next_member_id = f->next_id, .next_number = f->next_number, .epoch = f->epoch};
+    co_core_past past = {.cluster = f->cluster,
+                         .next_member_id = f->next_id,
+                         .next_number = f->next_number,
+                         .epoch = f->epoch};
     f->core = co_core_create(&f->options, &past, f->now_ms);
     FOR_PEERS(f, p)
     {
@@ -403,7 +405,8 @@ bool fake_write(fake_cluster *f)
             f->epoch = co_epoch_hold(store.epoch);
         }
     }
-    fake_step(f, &(co_in){.kind = CO_IN_STORED, .ticket = store.ticket, .status = status, .text = "disk full"});
+    fake_step(f,
+              &(co_in){.kind = CO_IN_STORED, .ticket = store.ticket, .status = status, .text = "disk full"});
     co_epoch_release(store.epoch);
     return true;
 }

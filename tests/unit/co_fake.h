@@ -1,12 +1,20 @@
-/* A fake cluster around the coordinator's machine: members that answer, a log that remembers, and a check of everything
- * the machine says against what it has promised. Assertions fail the running test. */
+/* A fake cluster around the coordinator's machine: members that answer, a log that remembers, and a check of
+ * everything the machine says against what it has promised. Assertions fail the running test. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "coordinator/co_core.h"
 
-enum { FAKE_PEERS = 48, FAKE_MAIL = 64, FAKE_STORES = 64, FAKE_IDS = 4096, FAKE_LAYERS = 3, FAKE_EXPERTS = 8, FAKE_EXPERT_BYTES = 10 };
+enum {
+    FAKE_PEERS = 48,
+    FAKE_MAIL = 64,
+    FAKE_STORES = 64,
+    FAKE_IDS = 4096,
+    FAKE_LAYERS = 3,
+    FAKE_EXPERTS = 8,
+    FAKE_EXPERT_BYTES = 10
+};
 
 typedef struct fake_mail {
     co_out_kind kind;
@@ -55,7 +63,7 @@ typedef struct fake_cluster {
     /* what was seen */
     uint32_t id_max;
     uint64_t id_owner[FAKE_IDS]; /* incarnation that an id was given to */
-    uint64_t number_max; /* highest ever in force */
+    uint64_t number_max;         /* highest ever in force */
     uint32_t n_prepares, n_aborts, n_commits, n_retires, n_warnings;
     uint32_t n_changes; /* epochs that came into force */
 } fake_cluster;

@@ -373,7 +373,7 @@ static const struct {
     phase_fn reach;
     bool aborts; /* a death in this phase undoes the change */
 } phases[] = {
-    {until_numbering, true},    {until_preparing, true},   {until_storing, false},
+    {until_numbering, true},   {until_preparing, true},   {until_storing, false},
     {until_committing, false}, {until_publishing, false},
 };
 
@@ -416,7 +416,8 @@ static void death_at_every_phase(void **state)
                     fake_leave(&f, p);
                 }
                 if (how == 0) {
-                    assert_int_equal(phases[phase].aborts, co_core_epoch(f.core)->number == before && phase < 2);
+                    assert_int_equal(phases[phase].aborts,
+                                     co_core_epoch(f.core)->number == before && phase < 2);
                 }
                 fake_settle(&f);
                 fake_pass(&f, 3500);

@@ -1,1 +1,480 @@
-int main(void){return 0;}
+/* The coordinator with real sessions, all in one process: members join, die, leave and outlive a restart; the
+ * admin service answers; errors name what to do. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "common/base/mem.h"
+#include "common/proc/member.h"
+#include "common/proc/rpc_client.h"
+#include "coordinator/coordinator.h"
+#include "coordinator/epoch.h"
+#include "proto/pack.h"
+
+enum { LAYERS = 2, EXPERTS = 6, EXPERT_BYTES = 100, PEERS = 6, GUARD_MS = 60000 };
+
+typedef struct peer {
+    pc_member *member;
+    uint32_t role, id;
+    uint64_t epoch, retired; /* in force; last Retire */
+    uint32_t n_members, n_ranks, n_stats, n_prepares;
+    cm_status refused;
+    char text[420];
+} peer;
+
+typedef struct world world;
+typedef bool (*world_fn)(const world *w);
+
+struct world {
+    pc_loop *loop;
+    co_config config;
+    co_coordinator *coordinator;
+    pc_timer *guard;
+    world_fn until;
+    bool stopped, guarded;
+    peer peers[PEERS];
+    uint32_t n_peers;
+    uint64_t wanted_epoch; /* argument of conditions */
+    char folder[64];
+};
+
+/* ---- members ---- */
+
+static void on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
+{
+    (void)cluster;
+    ((peer *)ctx)->id = member_id;
+}
+
+static void on_prepare(void *ctx, pc_epoch *epoch)
+{
+    peer *p = ctx;
+    p->n_prepares++;
+    pc_member_prepared(p->member, epoch->number, CM_OK, NULL);
+}
+
+static void on_abort(void *ctx, uint64_t epoch)
+{
+    (void)ctx;
+    (void)epoch;
+}
+
+static void on_commit(void *ctx, pc_epoch *epoch)
+{
+    peer *p = ctx;
+    p->epoch = epoch->number;
+    p->n_members = epoch->n_member;
+    p->n_ranks = epoch->placement->n_rank;
+    pc_member_committed(p->member, epoch->number);
+}
+
+static void on_retire(void *ctx, uint64_t oldest)
+{
+    ((peer *)ctx)->retired = oldest;
+}
+
+static void on_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
+{
+    ((peer *)ctx)->n_stats = (uint32_t)stats->n_members;
+}
+
+static void on_refused(void *ctx, cm_status status, const char *text)
+{
+    peer *p = ctx;
+    p->refused = status;
+    snprintf(p->text, sizeof(p->text), "%s", text);
+}
+
+static const pc_member_events events = {.welcome = on_welcome,
+                                        .prepare = on_prepare,
+                                        .abort = on_abort,
+                                        .commit = on_commit,
+                                        .retire = on_retire,
+                                        .cluster_stats = on_stats,
+                                        .refused = on_refused};
+
+static peer *join(world *w, uint32_t role, const char *fingerprint)
+{
+    assert_true(w->n_peers < PEERS);
+    peer *p = &w->peers[w->n_peers++];
+    p->role = role;
+    pc_member_options options = {.coordinator = co_coordinator_address(w->coordinator),
+                                 .role = role,
+                                 .data_address = role == CO_ROLE_GATEWAY ? NULL : "tcp:127.0.0.1:1",
+                                 .fingerprint = fingerprint,
+                                 .expert_bytes_max =
+                                     role == CO_ROLE_WORKER ? LAYERS * EXPERTS * EXPERT_BYTES : 0,
+                                 .n_layer = LAYERS,
+                                 .n_expert = EXPERTS,
+                                 .expert_bytes = EXPERT_BYTES};
+    p->member = pc_member_create(w->loop, &options, &events, p);
+    return p;
+}
+
+/* ---- the loop until something is so ---- */
+
+static void world_check(void *arg)
+{
+    world *w = arg;
+    if (w->until != NULL && w->until(w)) {
+        w->until = NULL;
+        pc_loop_stop(w->loop);
+    }
+}
+
+static void world_guard(void *arg)
+{
+    world *w = arg;
+    w->guarded = true;
+    pc_loop_stop(w->loop);
+}
+
+static void run_until(world *w, world_fn until)
+{
+    w->until = until;
+    pc_timer_set(w->guard, GUARD_MS);
+    pc_loop_run(w->loop);
+    pc_timer_clear(w->guard);
+    assert_false(w->guarded);
+}
+
+static bool same_epoch(const world *w)
+{
+    uint32_t n_in = 0;
+    for (uint32_t i = 0; i < w->n_peers; i++) {
+        n_in += w->peers[i].member != NULL && w->peers[i].refused == CM_OK;
+    }
+    for (uint32_t i = 0; i < w->n_peers; i++) {
+        const peer *p = &w->peers[i];
+        bool worker = p->role == CO_ROLE_WORKER;
+        if (p->member != NULL && p->refused == CM_OK &&
+            (p->epoch < w->wanted_epoch || p->n_members != n_in || (worker && p->retired != p->epoch))) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool has_stats(const world *w)
+{
+    for (uint32_t i = 0; i < w->n_peers; i++) {
+        if (w->peers[i].role == CO_ROLE_GATEWAY && w->peers[i].n_stats == w->n_peers) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool last_is_refused(const world *w)
+{
+    return w->peers[w->n_peers - 1].refused != CM_OK;
+}
+
+static bool last_is_gone(const world *w)
+{
+    return !pc_member_connected(w->peers[w->n_peers - 1].member);
+}
+
+static bool all_connected(const world *w)
+{
+    for (uint32_t i = 0; i < w->n_peers; i++) {
+        if (!pc_member_connected(w->peers[i].member)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool is_stopped(const world *w)
+{
+    return w->stopped;
+}
+
+/* ---- set-up ---- */
+
+static void world_start(world *w)
+{
+    cm_error err = {0};
+    if (co_coordinator_create(w->loop, &w->config, &w->coordinator, &err) != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+}
+
+static void set(world *w, const char *name, const char *value)
+{
+    cm_error err = {0};
+    if (cm_cfg_set(&co_config_table, &w->config, name, value, &err) != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+}
+
+static int setup(void **state)
+{
+    world *w = cm_alloc(sizeof(*w));
+    *state = w;
+    if (pc_loop_create(&w->loop) != CM_OK) {
+        return -1;
+    }
+    snprintf(w->folder, sizeof(w->folder), "/tmp/t_coordinator.XXXXXX");
+    if (mkdtemp(w->folder) == NULL) {
+        return -1;
+    }
+    w->guard = pc_timer_create(w->loop, world_guard, w);
+    pc_loop_before_sleep(w->loop, world_check, w);
+    cm_cfg_defaults(&co_config_table, &w->config);
+    set(w, "heartbeat_ms", "20");
+    set(w, "lease_ms", "20s"); /* a busy machine is no silence */
+    set(w, "workers_min", "2");
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    world *w = *state;
+    char name[128];
+    for (uint32_t i = 0; i < w->n_peers; i++) {
+        if (w->peers[i].member != NULL) {
+            pc_member_destroy(w->peers[i].member);
+        }
+    }
+    co_coordinator_destroy(w->coordinator);
+    pc_timer_destroy(w->guard);
+    pc_loop_destroy(w->loop);
+    cm_cfg_free(&co_config_table, &w->config);
+    static const char *const suffixes[] = {"", "-wal", "-shm"};
+    for (uint32_t i = 0; i < 3; i++) {
+        snprintf(name, sizeof(name), "%s/coordinator.db%s", w->folder, suffixes[i]);
+        unlink(name);
+    }
+    rmdir(w->folder);
+    cm_free(w);
+    return 0;
+}
+
+/* ---- tests ---- */
+
+static void two_workers_a_router_a_gateway(world *w)
+{
+    join(w, CO_ROLE_GATEWAY, "f00d");
+    join(w, CO_ROLE_ROUTER, "f00d");
+    join(w, CO_ROLE_WORKER, "f00d");
+    join(w, CO_ROLE_WORKER, "f00d");
+    run_until(w, same_epoch);
+}
+
+static void members_join(void **state)
+{
+    world *w = *state;
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    for (uint32_t i = 0; i < 4; i++) {
+        assert_true(w->peers[i].id >= 1 && w->peers[i].id <= 4);
+        assert_int_equal(w->peers[i].n_ranks, 2);
+        assert_int_equal(w->peers[i].n_prepares > 0, w->peers[i].role == CO_ROLE_WORKER);
+    }
+    run_until(w, has_stats);
+}
+
+static void status_tells_all(void **state)
+{
+    world *w = *state;
+    cm_bytes reply;
+    cm_error err = {0};
+    cm_arena arena;
+    Baleen__Control__V1__StatusReply *status = NULL;
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    pc_channel *channel = pc_channel_create(w->loop, co_coordinator_address(w->coordinator));
+    cm_bytes_init(&reply, 0);
+    assert_int_equal(pc_unary_wait(channel, "/baleen.control.v1.Admin/Status", "", 0, 10000, &reply, &err),
+                     CM_OK);
+    cm_arena_init(&arena, "status", 1 << 16, 1 << 20);
+    assert_int_equal(pr_unpack(&baleen__control__v1__status_reply__descriptor, reply.data, reply.len, &arena,
+                               (ProtobufCMessage **)&status),
+                     CM_OK);
+    assert_int_equal(status->n_members, 5);
+    assert_int_equal(status->members[0]->member->role, CO_ROLE_COORDINATOR);
+    assert_int_equal(status->members[0]->member->id, 0);
+    assert_int_equal(status->members[0]->member->pid, getpid());
+    assert_string_equal(status->members[0]->member->grpc_address, co_coordinator_address(w->coordinator));
+    assert_string_equal(status->fingerprint, "f00d");
+    assert_int_equal(status->epoch, w->peers[0].epoch);
+    uint32_t n_expert = 0;
+    for (uint32_t i = 1; i < 5; i++) {
+        assert_string_equal(status->members[i]->state, "ready");
+        n_expert += status->members[i]->n_expert;
+    }
+    assert_int_equal(n_expert, LAYERS * EXPERTS);
+    char bad[] = {(char)0xff, (char)0xff};
+    assert_int_not_equal(
+        pc_unary_wait(channel, "/baleen.control.v1.Admin/Status", bad, 2, 10000, &reply, &err), CM_OK);
+    cm_arena_fini(&arena);
+    cm_bytes_fini(&reply);
+    pc_channel_destroy(channel);
+}
+
+static void a_dead_worker_is_replaced(void **state)
+{
+    world *w = *state;
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    w->wanted_epoch = w->peers[0].epoch + 1;
+    pc_member_destroy(w->peers[3].member);
+    w->peers[3].member = NULL;
+    run_until(w, same_epoch);
+    assert_int_equal(w->peers[1].n_ranks, 1);
+    w->wanted_epoch = w->peers[0].epoch + 1;
+    join(w, CO_ROLE_WORKER, "f00d");
+    run_until(w, same_epoch);
+    assert_int_equal(w->peers[1].n_ranks, 2);
+}
+
+static void a_leaving_member_is_let_go(void **state)
+{
+    world *w = *state;
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    uint64_t before = w->peers[1].epoch;
+    pc_member_leave(w->peers[3].member);
+    run_until(w, last_is_gone);
+    assert_int_equal(w->peers[1].n_ranks, 1); /* the router knew before it was let go */
+    assert_true(w->peers[1].epoch > before);
+}
+
+static void another_checkpoint_is_refused(void **state)
+{
+    world *w = *state;
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    peer *p = join(w, CO_ROLE_WORKER, "beef");
+    run_until(w, last_is_refused);
+    assert_int_equal(p->refused, CM_E_REFUSED);
+    assert_non_null(strstr(p->text, "beef"));
+    assert_non_null(strstr(p->text, "f00d"));
+}
+
+static void a_second_coordinator(void **state)
+{
+    world *w = *state;
+    co_coordinator *second = NULL;
+    cm_error err = {0};
+    set(w, "store", w->folder);
+    world_start(w);
+    set(w, "address", "127.0.0.1:0");
+    assert_int_equal(co_coordinator_create(w->loop, &w->config, &second, &err), CM_E_EXISTS);
+    assert_non_null(strstr(err.text, w->folder));
+    set(w, "store", "");
+    set(w, "address", co_coordinator_address(w->coordinator));
+    assert_int_equal(co_coordinator_create(w->loop, &w->config, &second, &err), CM_E_EXISTS);
+    assert_non_null(strstr(err.text, "is taken: another coordinator?"));
+    assert_non_null(strstr(err.text, co_coordinator_address(w->coordinator)));
+    set(w, "heartbeat_ms", "10s");
+    assert_int_equal(co_coordinator_create(w->loop, &w->config, &second, &err), CM_E_CONFIG);
+}
+
+static void on_stopped(void *arg)
+{
+    ((world *)arg)->stopped = true;
+}
+
+static void members_outlive_a_restart(void **state)
+{
+    world *w = *state;
+    uint32_t ids[4];
+    set(w, "store", w->folder);
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    uint64_t epoch = w->peers[0].epoch;
+    for (uint32_t i = 0; i < 4; i++) {
+        ids[i] = w->peers[i].id;
+    }
+    set(w, "address", co_coordinator_address(w->coordinator));
+    co_coordinator_stop(w->coordinator, on_stopped, w);
+    run_until(w, is_stopped);
+    co_coordinator_destroy(w->coordinator);
+    world_start(w);
+    run_until(w, all_connected);
+    for (uint32_t i = 0; i < 4; i++) {
+        assert_int_equal(w->peers[i].id, ids[i]);
+        assert_int_equal(w->peers[i].epoch, epoch);
+    }
+    w->wanted_epoch = epoch + 1; /* numbers and ids go on */
+    peer *p = join(w, CO_ROLE_WORKER, "f00d");
+    run_until(w, same_epoch);
+    assert_int_equal(p->id, 5);
+}
+
+/* ---- a client that is none of ours ---- */
+
+typedef struct stranger {
+    bool closed;
+    pc_code code;
+} stranger;
+
+static stranger g_stranger;
+
+static void stranger_message(void *ctx, const uint8_t *data, size_t n_bytes)
+{
+    (void)ctx;
+    (void)data;
+    (void)n_bytes;
+}
+
+static void stranger_closed(void *ctx, pc_code code, const char *text)
+{
+    (void)text;
+    *(stranger *)ctx = (stranger){true, code};
+}
+
+static bool stranger_is_closed(const world *w)
+{
+    (void)w;
+    return g_stranger.closed;
+}
+
+static void strangers_are_shown_out(void **state)
+{
+    world *w = *state;
+    static const struct {
+        const char *bytes;
+        size_t n;
+    } words[] = {{"\xff\xff", 2}, {"\x32\x00", 2} /* Leaving */, {"", 0}};
+    static const pc_stream_events stream_events = {stranger_message, stranger_closed};
+    world_start(w);
+    pc_channel *channel = pc_channel_create(w->loop, co_coordinator_address(w->coordinator));
+    for (uint32_t i = 0; i < 4; i++) { /* the last says nothing at all */
+        g_stranger = (stranger){false, PC_CODE_OK};
+        pc_stream *stream =
+            pc_stream_open(channel, "/baleen.control.v1.Control/Session", &stream_events, &g_stranger, 0);
+        if (i < 3) {
+            assert_int_equal(pc_stream_send(stream, words[i].bytes, words[i].n), CM_OK);
+        }
+        if (i == 3) {
+            pc_stream_half_close(stream);
+        }
+        run_until(w, stranger_is_closed);
+        assert_int_equal(g_stranger.code, PC_CODE_INVALID_ARGUMENT);
+    }
+    pc_channel_destroy(channel);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(members_join, setup, teardown),
+        cmocka_unit_test_setup_teardown(status_tells_all, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_dead_worker_is_replaced, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_leaving_member_is_let_go, setup, teardown),
+        cmocka_unit_test_setup_teardown(another_checkpoint_is_refused, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_second_coordinator, setup, teardown),
+        cmocka_unit_test_setup_teardown(members_outlive_a_restart, setup, teardown),
+        cmocka_unit_test_setup_teardown(strangers_are_shown_out, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,5 +1,5 @@
-/* The transport layer over both back-ends: one list of cases, run for each. Waiting is always for a state, asleep on the
- * objects' descriptors; WAIT_MS only ends a test that would hang. */
+/* The transport layer over both back-ends: one list of cases, run for each. Waiting is always for a state,
+ * asleep on the objects' descriptors; WAIT_MS only ends a test that would hang. */
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
@@ -41,7 +41,8 @@ static uint8_t *g_source; /* payloads are pieces of it, so that a receiver can c
 
 static char g_log[1 << 16];
 static size_t g_log_bytes;
-static pthread_mutex_t g_log_lock = PTHREAD_MUTEX_INITIALIZER; /* protects both: ucx logs from a thread of its own */
+static pthread_mutex_t g_log_lock =
+    PTHREAD_MUTEX_INITIALIZER; /* protects both: ucx logs from a thread of its own */
 
 static void log_keep(void *ctx, cm_log_level level, const char *text)
 {
@@ -215,13 +216,13 @@ static net_options small_options(const backend_case *backend)
     return options;
 }
 
-static side *side_open_ops(net_test *t, const net_ops *ops, const net_options *options, uint64_t cluster, uint32_t role)
+static side *side_open_ops(net_test *t, const net_ops *ops, const net_options *options, uint64_t cluster,
+                           uint32_t role)
 {
     cm_error err;
     side *s = &t->sides[t->n_sides];
     *s = (side){0};
-    cm_status status =
-        ops != NULL ? net_open_ops(ops, options, &s->n, &err) : net_open(options, &s->n, &err);
+    cm_status status = ops != NULL ? net_open_ops(ops, options, &s->n, &err) : net_open(options, &s->n, &err);
     if (status != CM_OK) {
         fail_msg("open: %s", err.text);
     }
@@ -266,7 +267,8 @@ static void side_close(side *s)
 }
 
 /* Side 0 listens, side 1 connects; returns with the link up on both. */
-static net_test pair_open(const backend_case *backend, const net_options *listener, const net_options *connector)
+static net_test pair_open(const backend_case *backend, const net_options *listener,
+                          const net_options *connector)
 {
     net_test t = {.backend = backend};
     side *a = side_open(&t, listener, 7, 1);
@@ -343,7 +345,8 @@ static void test_up(void **state)
 static void test_sizes(void **state)
 {
     const backend_case *backend = *state;
-    static const uint64_t sizes[] = {0, 1, 63, 8 << 10, 14 << 10, (64 << 10) - 300, (64 << 10) - 1, 64 << 10, 1 << 20};
+    static const uint64_t sizes[] = {
+        0, 1, 63, 8 << 10, 14 << 10, (64 << 10) - 300, (64 << 10) - 1, 64 << 10, 1 << 20};
     static const uint32_t headers[] = {0, 1, 7, 24, 255, 256};
     net_options options = small_options(backend);
     net_test t = pair_open(backend, &options, &options);
@@ -395,7 +398,8 @@ static void test_order(void **state)
     net_options options = small_options(backend);
     net_test t = pair_open(backend, &options, &options);
     uint32_t n_next[2] = {0, 0};
-    int64_t sent_before = cm_stat_get(CM_STAT_net_sent_bytes), got_before = cm_stat_get(CM_STAT_net_received_bytes);
+    int64_t sent_before = cm_stat_get(CM_STAT_net_sent_bytes),
+            got_before = cm_stat_get(CM_STAT_net_received_bytes);
     while (t.sides[0].n_messages < N || t.sides[1].n_messages < N) {
         for (uint32_t i = 0; i < 2; i++) {
             cm_status status = CM_OK;
@@ -473,7 +477,8 @@ static void test_receives_max(void **state)
     uint32_t n_next = 0;
     /* longer than silence_ms: the link must live on its heartbeats, which pass what waits */
     for (uint64_t until_ms = cm_now_ms() + 2 * receiver.silence_ms; cm_now_ms() < until_ms;) {
-        while (n_next < N && send_piece(from, n_next, n_next, n_next % 3 == 2 ? 150000 : 5000, 2, DEADLINE_MS) == CM_OK) {
+        while (n_next < N &&
+               send_piece(from, n_next, n_next, n_next % 3 == 2 ? 150000 : 5000, 2, DEADLINE_MS) == CM_OK) {
             n_next++;
         }
         turn(&t);
@@ -485,7 +490,8 @@ static void test_receives_max(void **state)
     assert_true(n_next >= WINDOW);
     /* a slow one that releases two at a time: nothing is lost */
     while (to->n_messages < N) {
-        while (n_next < N && send_piece(from, n_next, n_next, n_next % 3 == 2 ? 150000 : 5000, 2, DEADLINE_MS) == CM_OK) {
+        while (n_next < N &&
+               send_piece(from, n_next, n_next, n_next % 3 == 2 ? 150000 : 5000, 2, DEADLINE_MS) == CM_OK) {
             n_next++;
         }
         turn(&t);
@@ -531,7 +537,8 @@ static void test_foreign_cluster(void **state)
 static const net_ops *g_inner;
 static uint32_t g_hello_protocol, g_hello_bytes, g_n_progress;
 
-static cm_status send_other_hello(void *backend, net_backend_link *link, const net_message *message, void *send_cookie)
+static cm_status send_other_hello(void *backend, net_backend_link *link, const net_message *message,
+                                  void *send_cookie)
 {
     net_message changed = *message;
     net_hello hello = {0};
@@ -556,7 +563,8 @@ static void test_other_protocol(void **state)
     side_listen(&t, a);
     side *b = side_open_ops(&t, &ops, &options, 7, 2);
     static const uint32_t protocols[] = {NET_PROTOCOL + 41, NET_PROTOCOL + 41, NET_PROTOCOL};
-    static const uint32_t bytes[] = {sizeof(net_hello), 8, 12}; /* a later version may say less; this one may not */
+    static const uint32_t bytes[] = {sizeof(net_hello), 8,
+                                     12}; /* a later version may say less; this one may not */
     for (uint32_t i = 0; i < 3; i++) {
         g_hello_protocol = protocols[i];
         g_hello_bytes = bytes[i];
@@ -765,7 +773,8 @@ static bool progress_counted(void *backend)
     return did;
 }
 
-/* At rest an object wakes for heartbeats and for nothing else: what it does is bounded by how many there were. */
+/* At rest an object wakes for heartbeats and for nothing else: what it does is bounded by how many there
+ * were. */
 static void test_idle(void **state)
 {
     const backend_case *backend = *state;
@@ -978,7 +987,8 @@ static void *pinger_main(void *arg)
         }
         if (n == 0 && net_arm(p->n)) {
             uint32_t timer_ms = net_next_timer_ms(p->n);
-            poll(&(struct pollfd){.fd = net_fd(p->n), .events = POLLIN}, 1, (int)(timer_ms < 1000 ? timer_ms : 1000));
+            poll(&(struct pollfd){.fd = net_fd(p->n), .events = POLLIN}, 1,
+                 (int)(timer_ms < 1000 ? timer_ms : 1000));
         }
     }
     p->failed = p->failed || p->n_messages < PING_PONGS || p->n_sent < PING_PONGS;
@@ -1158,8 +1168,11 @@ static void test_wildcard(void **state)
 
 /* ---- all ---- */
 
-#define ONE(backend_, test_) {#backend_ " " #test_, test_, NULL, NULL, (void *)(uintptr_t)&g_##backend_}
-#define BOTH(test_)          ONE(ucx, test_), ONE(local, test_)
+#define ONE(backend_, test_)                                                                                 \
+    {                                                                                                        \
+#backend_ " " #test_, test_, NULL, NULL, (void *)(uintptr_t)&g_##backend_                            \
+    }
+#define BOTH(test_) ONE(ucx, test_), ONE(local, test_)
 
 int main(int argc, char **argv)
 {

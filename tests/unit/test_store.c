@@ -1,1 +1,253 @@
-int main(void){return 0;}
+/* The coordinator's log: what was written is there after a restart, one coordinator at a time, damage is
+ * named. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "coordinator/store.h"
+
+enum { EPOCHS_KEPT = 1000 };
+
+static char g_folder[64];
+
+static int make_folder(void **state)
+{
+    (void)state;
+    snprintf(g_folder, sizeof(g_folder), "/tmp/t_store.XXXXXX");
+    return mkdtemp(g_folder) != NULL ? 0 : -1;
+}
+
+static const char *file(const char *suffix)
+{
+    static char name[128];
+    snprintf(name, sizeof(name), "%s/coordinator.db%s", g_folder, suffix);
+    return name;
+}
+
+static int remove_folder(void **state)
+{
+    (void)state;
+    unlink(file(""));
+    unlink(file("-wal"));
+    unlink(file("-shm"));
+    return rmdir(g_folder);
+}
+
+static co_epoch *epoch_of(uint64_t number)
+{
+    co_peer worker = BALEEN__CONTROL__V1__MEMBER__INIT, *members[] = {&worker};
+    uint32_t rank_member[] = {3}, first[] = {0, 1, 2};
+    uint16_t owner[] = {0, 0};
+    pr_placement placement = {
+        .n_layer = 1, .n_expert = 2, .n_rank = 1, .rank_member = rank_member, .first = first, .owner = owner};
+    worker.id = 3;
+    worker.role = CO_ROLE_WORKER;
+    worker.incarnation = 99;
+    return co_epoch_create(number, 5, members, 1, &placement);
+}
+
+static co_store *open_good(const char *folder, co_store_past *past_out)
+{
+    co_store *store = NULL;
+    cm_error err = {0};
+    cm_status status = co_store_open(folder, &store, past_out, &err);
+    if (status != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+    return store;
+}
+
+static void expect_refusal(const char *folder, cm_status expected, const char *needle)
+{
+    co_store *store = NULL;
+    co_store_past past;
+    cm_error err = {0};
+    assert_int_equal(co_store_open(folder, &store, &past, &err), expected);
+    assert_null(store);
+    if (strstr(err.text, needle) == NULL || strstr(err.text, folder) == NULL) {
+        fail_msg("'%s' does not say '%s' and '%s'", err.text, needle, folder);
+    }
+}
+
+static void write_good(co_store *store, uint32_t id, uint64_t number, const co_epoch *epoch)
+{
+    cm_error err = {0};
+    if (co_store_write(store, id, number, epoch, &err) != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+}
+
+static void restart_continues(void **state)
+{
+    (void)state;
+    co_store_past past;
+    co_store *store = open_good(g_folder, &past);
+    uint64_t cluster = past.cluster;
+    assert_true(cluster != 0);
+    assert_int_equal(past.next_member_id, 1);
+    assert_int_equal(past.next_number, 1);
+    assert_null(past.epoch);
+
+    co_epoch *epoch = epoch_of(6);
+    write_good(store, 4, 1, NULL);
+    write_good(store, 4, 7, epoch);
+    write_good(store, 5, 8, NULL);
+    co_store_close(store);
+
+    store = open_good(g_folder, &past);
+    assert_int_equal(past.cluster, cluster);
+    assert_int_equal(past.next_member_id, 5);
+    assert_int_equal(past.next_number, 8);
+    assert_non_null(past.epoch);
+    assert_int_equal(past.epoch->packed.len, epoch->packed.len);
+    assert_memory_equal(past.epoch->packed.data, epoch->packed.data, epoch->packed.len);
+    assert_int_equal(past.epoch->number, 6);
+    assert_int_equal(co_epoch_find(past.epoch, 3)->incarnation, 99);
+    assert_int_equal(past.epoch->placement->rank_member[0], 3);
+    co_epoch_release(past.epoch);
+    co_epoch_release(epoch);
+    co_store_close(store);
+}
+
+static void a_failed_write_leaves_nothing(void **state)
+{
+    (void)state;
+    co_store_past past;
+    cm_error err = {0};
+    co_store *store = open_good(g_folder, &past);
+    co_epoch *epoch = epoch_of(3);
+    write_good(store, 2, 4, epoch);
+    assert_int_equal(co_store_write(store, 20, 40, epoch, &err), CM_E_IO); /* its number is taken */
+    co_store_close(store);
+    store = open_good(g_folder, &past);
+    assert_int_equal(past.next_member_id, 2);
+    assert_int_equal(past.next_number, 4);
+    co_epoch_release(past.epoch);
+    co_epoch_release(epoch);
+    co_store_close(store);
+}
+
+static void old_epochs_are_trimmed(void **state)
+{
+    (void)state;
+    co_store_past past;
+    co_store *store = open_good("", &past); /* in memory: fast */
+    for (uint64_t number = 1; number <= EPOCHS_KEPT + 5; number++) {
+        co_epoch *epoch = epoch_of(number);
+        write_good(store, 4, number + 1, epoch);
+        co_epoch_release(epoch);
+    }
+    co_epoch *early = epoch_of(5), *kept = epoch_of(6);
+    write_good(store, 4, EPOCHS_KEPT + 6, early); /* its place is free again */
+    assert_int_equal(co_store_write(store, 4, EPOCHS_KEPT + 6, kept, NULL), CM_E_IO);
+    co_epoch_release(early);
+    co_epoch_release(kept);
+    co_store_close(store);
+}
+
+static void in_memory_is_forgotten(void **state)
+{
+    (void)state;
+    co_store_past first, second;
+    co_store *a = open_good("", &first), *b = open_good("", &second);
+    assert_true(first.cluster != second.cluster);
+    co_store_close(a);
+    co_store_close(b);
+}
+
+static void second_opener_is_refused(void **state)
+{
+    (void)state;
+    co_store_past past;
+    co_store *store = open_good(g_folder, &past);
+    expect_refusal(g_folder, CM_E_EXISTS, "another coordinator has");
+    write_good(store, 2, 2, NULL);
+    expect_refusal(g_folder, CM_E_EXISTS, "stop it");
+    co_store_close(store);
+    co_store_close(open_good(g_folder, &past));
+}
+
+static void overwrite(long offset, const char *bytes, size_t n)
+{
+    FILE *to = fopen(file(""), offset == 0 ? "w" : "r+");
+    assert_non_null(to);
+    fseek(to, offset, SEEK_SET);
+    fwrite(bytes, 1, n, to);
+    fclose(to);
+}
+
+static void damage_is_named(void **state)
+{
+    (void)state;
+    static const char text[] =
+        "this is a shopping list, and a long one: the header of a database has one hundred bytes "
+        "and this has more than that";
+    overwrite(0, text, sizeof(text));
+    expect_refusal(g_folder, CM_E_CORRUPT, "move it away");
+    unlink(file(""));
+
+    co_store_past past;
+    co_epoch *epoch = epoch_of(1);
+    co_store *store = open_good(g_folder, &past);
+    write_good(store, 2, 2, epoch);
+    co_store_close(store);
+    co_epoch_release(epoch);
+    char noise[3000];
+    memset(noise, 0xa5, sizeof(noise));
+    overwrite(4096, noise, sizeof(noise)); /* the first page after the header's */
+    expect_refusal(g_folder, CM_E_CORRUPT, "move it away");
+}
+
+static void no_such_parent(void **state)
+{
+    (void)state;
+    expect_refusal("/nonexistent/baleen", CM_E_IO, "cannot make the folder");
+}
+
+static void broken_epochs_are_refused(void **state)
+{
+    (void)state;
+    co_epoch *epoch = epoch_of(1), *read = NULL;
+    for (size_t n = 0; n < epoch->packed.len; n++) { /* every truncation */
+        cm_error err = {0};
+        assert_int_equal(co_epoch_unpack(epoch->packed.data, n, &read, &err), CM_E_CORRUPT);
+        assert_true(err.text[0] != 0);
+    }
+    cm_bytes packed;
+    cm_bytes_init(&packed, 0);
+    cm_error err = {0};
+    co_epoch *other = epoch_of(2);
+    size_t at = 0;
+    cm_bytes_append(&packed, other->packed.data, other->packed.len);
+    while (packed.data[at] != 0x1a) { /* field 3: the member; its first field is the id */
+        at++;
+    }
+    assert_int_equal(packed.data[at + 3], 3);
+    packed.data[at + 3] = 4;
+    assert_int_equal(co_epoch_unpack(packed.data, packed.len, &read, &err), CM_E_CORRUPT);
+    assert_non_null(strstr(err.text, "no worker"));
+    cm_bytes_fini(&packed);
+    co_epoch_release(epoch);
+    co_epoch_release(other);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(restart_continues, make_folder, remove_folder),
+        cmocka_unit_test_setup_teardown(a_failed_write_leaves_nothing, make_folder, remove_folder),
+        cmocka_unit_test(old_epochs_are_trimmed),
+        cmocka_unit_test(in_memory_is_forgotten),
+        cmocka_unit_test_setup_teardown(second_opener_is_refused, make_folder, remove_folder),
+        cmocka_unit_test_setup_teardown(damage_is_named, make_folder, remove_folder),
+        cmocka_unit_test(no_such_parent),
+        cmocka_unit_test(broken_epochs_are_refused),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

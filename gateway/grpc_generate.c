@@ -1,0 +1,131 @@
+/* Generate: text or ids in, ids out, with their text when asked for. */
+#include "gateway/grpc_private.h"
+
+static void generate_started(void *ctx, const gw_start *start)
+{
+    gw_grpc_call *call = ctx;
+    Baleen__V1__GenerateStart out = BALEEN__V1__GENERATE_START__INIT;
+    Baleen__V1__GenerateEvent event = BALEEN__V1__GENERATE_EVENT__INIT;
+    out.request_id = (char *)start->request_id;
+    out.prompt_tokens = start->prompt_tokens;
+    out.has_cached_tokens = true;
+    out.cached_tokens = start->cached_tokens;
+    event.event_case = BALEEN__V1__GENERATE_EVENT__EVENT_START;
+    event.start = &out;
+    gw_grpc_send(call, &event.base);
+}
+
+static void generate_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
+{
+    gw_grpc_generate *g = &((gw_grpc_call *)ctx)->generate;
+    if (g->ids.n == 0) {
+        g->offset = offset;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        md_ids_push(&g->ids, ids[i]);
+    }
+}
+
+static void generate_piece(void *ctx, const md_piece *piece)
+{
+    gw_grpc_generate *g = &((gw_grpc_call *)ctx)->generate;
+    if (g->return_text) {
+        cm_bytes_append(&g->text, piece->text, piece->n_bytes);
+    }
+}
+
+/* Whatever has gathered. Text that comes after its ids have gone stands alone, at the offset of the next id. */
+static void send_gathered(gw_grpc_call *call)
+{
+    gw_grpc_generate *g = &call->generate;
+    Baleen__V1__GenerateTokens tokens = BALEEN__V1__GENERATE_TOKENS__INIT;
+    Baleen__V1__GenerateEvent event = BALEEN__V1__GENERATE_EVENT__INIT;
+    tokens.offset = g->offset;
+    tokens.n_ids = g->ids.n;
+    tokens.ids = g->ids.id;
+    if (g->return_text && (g->whole || g->text.len > 0)) {
+        gw_grpc_put_text(call->grpc, &tokens.base, "text", g->text.data, g->text.len);
+    }
+    event.event_case = BALEEN__V1__GENERATE_EVENT__EVENT_TOKENS;
+    event.tokens = &tokens;
+    gw_grpc_send(call, &event.base);
+    g->offset += g->ids.n;
+    g->ids.n = 0;
+    cm_bytes_clear(&g->text);
+}
+
+static void generate_flush(void *ctx)
+{
+    gw_grpc_call *call = ctx;
+    gw_grpc_generate *g = &call->generate;
+    if (!g->whole && (g->ids.n > 0 || g->text.len > 0)) {
+        send_gathered(call);
+    }
+}
+
+static void generate_finished(void *ctx, const gw_finish *finish)
+{
+    gw_grpc_call *call = ctx;
+    Baleen__V1__Usage usage = gw_grpc_usage(&finish->usage);
+    Baleen__V1__GenerateFinish out = BALEEN__V1__GENERATE_FINISH__INIT;
+    Baleen__V1__GenerateEvent event = BALEEN__V1__GENERATE_EVENT__INIT;
+    call->stream = NULL;
+    generate_flush(call);
+    if (call->generate.whole) {
+        send_gathered(call);
+    }
+    out.reason = gw_grpc_finish_reason(finish->reason);
+    out.stop_string = (char *)finish->stop_string;
+    out.has_stop_token_id = finish->stop_id >= 0;
+    out.stop_token_id = out.has_stop_token_id ? (uint32_t)finish->stop_id : 0;
+    out.usage = &usage;
+    event.event_case = BALEEN__V1__GENERATE_EVENT__EVENT_FINISH;
+    event.finish = &out;
+    gw_grpc_send(call, &event.base);
+    gw_grpc_finish(call);
+}
+
+static cm_status make_body(const Baleen__V1__GenerateRequest *request, json_t **body_out, gw_error *error_out)
+{
+    if (request->has_resume_offset) {
+        gw_error_set(error_out, GW_CAUSE_UNSUPPORTED, "resume_offset",
+                     "resume_offset is not supported: a stream that broke must be asked for again");
+        return CM_E_UNSUPPORTED;
+    }
+    return gw_grpc_generate_body(request, body_out, error_out);
+}
+
+void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *message)
+{
+    static const gw_stream_events events = {
+        .started = generate_started,
+        .piece = generate_piece,
+        .tokens = generate_tokens,
+        .flush = generate_flush,
+        .finished = generate_finished,
+        .failed = gw_grpc_stream_failed,
+    };
+    const Baleen__V1__GenerateRequest *request = (const Baleen__V1__GenerateRequest *)message;
+    gw_grpc_generate *g = &call->generate;
+    json_t *body;
+    gw_error error;
+    if (make_body(request, &body, &error) != CM_OK) {
+        gw_grpc_fail(call, &error);
+        return;
+    }
+    bool from_text = request->prompt_case == BALEEN__V1__GENERATE_REQUEST__PROMPT_TEXT;
+    g->whole = request->has_stream && !request->stream;
+    g->return_text = request->has_return_text ? request->return_text : from_text;
+    gw_ask ask = {.kind = GW_ASK_COMPLETE,
+                  .body = body,
+                  .want_ids = true,
+                  .skip_special = !request->has_skip_special_tokens || request->skip_special_tokens};
+    gw_grpc_open(call, &ask, request->routing, &events);
+    json_decref(body);
+}
+
+void gw_grpc_generate_fini(gw_grpc_call *call)
+{
+    md_ids_fini(&call->generate.ids);
+    cm_bytes_fini(&call->generate.text);
+}

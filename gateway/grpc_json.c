@@ -1,0 +1,105 @@
+/* ChatJson: the HTTP surface's body in, its objects out. */
+#include "gateway/grpc_private.h"
+
+enum { BODY_BYTES_MAX = 32 << 20 };
+
+static void json_emit(void *ctx, const char *json, size_t n_bytes, bool last)
+{
+    Baleen__V1__ChatJsonChunk chunk = BALEEN__V1__CHAT_JSON_CHUNK__INIT;
+    chunk.json = (ProtobufCBinaryData){.data = (uint8_t *)json, .len = n_bytes};
+    chunk.has_last = last;
+    chunk.last = last;
+    gw_grpc_send(ctx, &chunk.base);
+}
+
+static void json_started(void *ctx, const gw_start *start)
+{
+    gw_grpc_call *call = ctx;
+    gw_openai_events()->started(call->writer, start);
+}
+
+static void json_piece(void *ctx, const md_piece *piece)
+{
+    gw_grpc_call *call = ctx;
+    gw_openai_events()->piece(call->writer, piece);
+}
+
+static void json_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
+{
+    gw_grpc_call *call = ctx;
+    gw_openai_events()->tokens(call->writer, offset, ids, n);
+}
+
+static void json_flush(void *ctx)
+{
+    (void)ctx; /* every object has been sent */
+}
+
+static void json_finished(void *ctx, const gw_finish *finish)
+{
+    gw_grpc_call *call = ctx;
+    call->stream = NULL;
+    gw_openai_events()->finished(call->writer, finish);
+    gw_grpc_finish(call);
+}
+
+static cm_status read_body(const Baleen__V1__ChatJsonRequest *request, json_t **body_out, gw_error *error_out)
+{
+    json_error_t where;
+    if (request->body.len > BODY_BYTES_MAX) {
+        gw_error_set(error_out, GW_CAUSE_TOO_LARGE, "body", "body has %zu bytes, at most %d are accepted",
+                     request->body.len, BODY_BYTES_MAX);
+        return CM_E_TOO_LONG;
+    }
+    const char *text = request->body.len > 0 ? (const char *)request->body.data : "";
+    json_t *body = json_loadb(text, request->body.len, JSON_ALLOW_NUL, &where);
+    if (body == NULL) {
+        gw_error_set(error_out, GW_CAUSE_BAD_JSON, "body", "body is not valid JSON: %s (line %d, column %d)", where.text,
+                     where.line, where.column);
+        return CM_E_INVALID;
+    }
+    if (!json_is_object(body)) {
+        json_decref(body);
+        gw_error_set(error_out, GW_CAUSE_INVALID, "body", "body must be a JSON object");
+        return CM_E_INVALID;
+    }
+    cm_status status = gw_grpc_put_routing(body, request->routing, error_out);
+    if (status != CM_OK) {
+        json_decref(body);
+        return status;
+    }
+    *body_out = body;
+    return CM_OK;
+}
+
+void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *message)
+{
+    static const gw_stream_events events = {
+        .started = json_started,
+        .piece = json_piece,
+        .tokens = json_tokens,
+        .flush = json_flush,
+        .finished = json_finished,
+        .failed = gw_grpc_stream_failed,
+    };
+    const Baleen__V1__ChatJsonRequest *request = (const Baleen__V1__ChatJsonRequest *)message;
+    json_t *body;
+    gw_error error;
+    gw_info info;
+    if (read_body(request, &body, &error) != CM_OK) {
+        gw_grpc_fail(call, &error);
+        return;
+    }
+    gw_gateway_info(call->grpc->gateway, &info);
+    call->writer = gw_openai_create(GW_ASK_CHAT, body, info.fingerprint, json_emit, call);
+    gw_ask ask = {.kind = GW_ASK_CHAT, .body = body};
+    gw_grpc_open(call, &ask, request->routing, &events);
+    json_decref(body);
+}
+
+void gw_grpc_json_fini(gw_grpc_call *call)
+{
+    if (call->writer != NULL) {
+        gw_openai_destroy(call->writer);
+    }
+}

@@ -1,0 +1,575 @@
+#include "gateway_rig.h"
+
+#include <arpa/inet.h>
+#include <event2/buffer.h>
+#include <event2/event.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+
+#include <cmocka.h>
+
+#include "common/base/log.h"
+#include "common/base/mem.h"
+#include "common/base/stats.h"
+#include "proto/messages.h"
+#include "proto/pack.h"
+
+enum { WATCHDOG_MS = 60000 };
+
+rig R;
+
+/* ---- loop ---- */
+
+static void hook(void *arg)
+{
+    (void)arg;
+    if (R.done != NULL && R.done(R.done_arg)) {
+        pc_loop_stop(R.loop);
+    }
+}
+
+static void watchdog(void *arg)
+{
+    (void)arg;
+    fprintf(stderr, "the awaited state did not come\n");
+    cm_log_dump(2);
+    abort();
+}
+
+void rig_until(bool (*done)(void *), void *arg)
+{
+    pc_timer *timer = pc_timer_create(R.loop, watchdog, NULL);
+    pc_timer_set(timer, WATCHDOG_MS);
+    R.done = done;
+    R.done_arg = arg;
+    pc_loop_run(R.loop);
+    R.done = NULL;
+    pc_timer_destroy(timer);
+}
+
+/* ---- the coordinator ---- */
+
+static void coordinator_say(Baleen__Control__V1__CoordinatorMessage *word)
+{
+    cm_bytes packed;
+    cm_bytes_init(&packed, 0);
+    pr_pack(&word->base, &packed);
+    assert_int_equal(pc_call_send(R.session, packed.data, packed.len), CM_OK);
+    cm_bytes_fini(&packed);
+}
+
+static void say_welcome(void)
+{
+    Baleen__Control__V1__Welcome welcome = BALEEN__CONTROL__V1__WELCOME__INIT;
+    Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
+    welcome.member_id = RIG_GATEWAY;
+    welcome.cluster = RIG_CLUSTER;
+    welcome.heartbeat_ms = 1000;
+    welcome.lease_ms = 5000;
+    word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_WELCOME;
+    word.welcome = &welcome;
+    coordinator_say(&word);
+}
+
+void rig_commit(uint64_t number, bool router, bool placement)
+{
+    uint32_t rank_member[] = {RIG_WORKER}, first[] = {0, 1}, owner[] = {0};
+    Baleen__Control__V1__Placement place = BALEEN__CONTROL__V1__PLACEMENT__INIT;
+    place.n_layer = place.n_expert = 1;
+    place.rank_member = rank_member;
+    place.first = first;
+    place.owner = owner;
+    place.n_rank_member = place.n_owner = 1;
+    place.n_first = 2;
+    Baleen__Control__V1__Member members[2] = {BALEEN__CONTROL__V1__MEMBER__INIT, BALEEN__CONTROL__V1__MEMBER__INIT};
+    Baleen__Control__V1__Member *list[] = {&members[0], &members[1]};
+    members[0].id = RIG_WORKER;
+    members[0].role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER;
+    members[1].id = RIG_ROUTER;
+    members[1].role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER;
+    members[1].incarnation = 9;
+    members[1].data_address = (char[]){"rig-router"};
+    Baleen__Control__V1__Epoch epoch = BALEEN__CONTROL__V1__EPOCH__INIT;
+    epoch.number = number;
+    epoch.cluster = RIG_CLUSTER;
+    epoch.members = list;
+    epoch.n_members = router ? 2 : 1;
+    epoch.placement = placement ? &place : NULL;
+    Baleen__Control__V1__Commit commit = BALEEN__CONTROL__V1__COMMIT__INIT;
+    commit.epoch = &epoch;
+    Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
+    word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_COMMIT;
+    word.commit = &commit;
+    coordinator_say(&word);
+}
+
+void rig_cluster_stats(void)
+{
+    Baleen__Control__V1__StatValue steps = BALEEN__CONTROL__V1__STAT_VALUE__INIT;
+    steps.stat = CM_STAT_steps;
+    steps.value = 4321;
+    Baleen__Control__V1__StatValue *values[] = {&steps};
+    Baleen__Control__V1__MemberStats member = BALEEN__CONTROL__V1__MEMBER_STATS__INIT;
+    member.member_id = RIG_ROUTER;
+    member.role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER;
+    member.stats = values;
+    member.n_stats = 1;
+    Baleen__Control__V1__MemberStats *members[] = {&member};
+    Baleen__Control__V1__ClusterStats stats = BALEEN__CONTROL__V1__CLUSTER_STATS__INIT;
+    stats.members = members;
+    stats.n_members = 1;
+    Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
+    word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS;
+    word.cluster_stats = &stats;
+    coordinator_say(&word);
+}
+
+static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
+{
+    Baleen__Control__V1__MemberMessage *word;
+    R.session = call;
+    assert_int_equal(pr_unpack(&baleen__control__v1__member_message__descriptor, data, n_bytes, &R.arena,
+                               (ProtobufCMessage **)&word),
+                     CM_OK);
+    if (word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_HELLO) {
+        assert_int_equal(word->hello->self->role, BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY);
+        say_welcome();
+    } else if (word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_COMMITTED) {
+        R.epoch_committed = word->committed->epoch;
+    } else if (word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PEER_REPORT) {
+        R.n_reports++;
+    }
+    cm_arena_reset(&R.arena);
+}
+
+static void session_closed(pc_call *call, bool cancelled)
+{
+    (void)cancelled;
+    R.session = R.session == call ? NULL : R.session;
+}
+
+static void coordinator_start(void)
+{
+    static const pc_method method = {.path = "/baleen.control.v1.Control/Session",
+                                     .message = session_message,
+                                     .closed = session_closed,
+                                     .client_streams = true};
+    const pc_rpc_options options = {
+        .address = "127.0.0.1:0", .request_bytes_max = 1 << 20, .calls_max = 4, .queue_bytes_max = 1 << 20};
+    cm_status status = pc_rpc_server_create(R.loop, &options, &method, 1, &R.server, R.coordinator, NULL);
+    assert_int_equal(status, CM_OK);
+}
+
+/* ---- the router ---- */
+
+typedef struct router_frame {
+    cm_bytes bytes;
+} router_frame;
+
+static void router_say(uint64_t stream, uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end)
+{
+    Baleen__Engine__V1__SeqTokens seq = BALEEN__ENGINE__V1__SEQ_TOKENS__INIT;
+    seq.stream = stream;
+    seq.id = (uint32_t *)(uintptr_t)ids;
+    seq.n_id = n;
+    seq.has_offset = true;
+    seq.offset = offset;
+    seq.has_end = true;
+    seq.end = end;
+    seq.has_stop_id = end == BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP;
+    seq.stop_id = md_tokenizer_control(rig_tokenizer(), MD_CTL_EOS);
+    seq.has_status = end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED;
+    seq.status = R.refuse_status;
+    Baleen__Engine__V1__SeqTokens *list[] = {&seq};
+    Baleen__Engine__V1__StepTokens step = BALEEN__ENGINE__V1__STEP_TOKENS__INIT;
+    step.seq = list;
+    step.n_seq = 1;
+    router_frame *frame = cm_alloc(sizeof(*frame));
+    cm_bytes_init(&frame->bytes, 0);
+    pr_pack(&step.base, &frame->bytes);
+    net_message message = {.type = PR_MSG_STEP_TOKENS,
+                           .iov = {{frame->bytes.data, frame->bytes.len}},
+                           .n_iov = 1,
+                           .deadline_ms = WATCHDOG_MS,
+                           .cookie = frame};
+    assert_int_equal(net_send(R.peer, &message), CM_OK);
+    pc_netpump_kick(R.pump);
+}
+
+void rig_tokens(uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end)
+{
+    router_say(R.stream, offset, ids, n, end);
+}
+
+/* Tokens of a flood: a few frames in flight at a time. */
+static void router_flood(void)
+{
+    uint32_t ids[16];
+    for (uint32_t i = 0; i < 16; i++) {
+        ids[i] = R.reply[0];
+    }
+    if (R.mode == RIG_FLOOD && R.stream != R.cancelled && R.sent + 16 <= R.sampler.tokens_max) {
+        router_say(R.stream, R.sent, ids, 16, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+        R.sent += 16;
+    }
+}
+
+static void router_answer(void)
+{
+    router_say(R.stream, 0, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+    uint32_t n = R.n_reply < R.sampler.tokens_max ? R.n_reply : R.sampler.tokens_max;
+    for (uint32_t i = 0; i < n; i++) {
+        bool last = i + 1 == R.sampler.tokens_max;
+        router_say(R.stream, i, &R.reply[i], 1,
+                   last ? BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+    }
+    if (n < R.sampler.tokens_max) {
+        router_say(R.stream, n, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
+    }
+}
+
+static void router_open(const Baleen__Engine__V1__SeqOpen *open)
+{
+    bool probe = open->n_prompt == 1 && open->sampler->tokens_max == 1 && open->sampler->temperature <= 0;
+    if (probe) {
+        uint32_t id = md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS);
+        R.n_probes++;
+        router_say(open->stream, 0, &id, R.probe_fails ? 0 : 1,
+                   R.probe_fails ? BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED : BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH);
+        return;
+    }
+    R.stream = open->stream;
+    R.sent = 0;
+    R.prompt.n = 0;
+    for (size_t i = 0; i < open->n_prompt; i++) {
+        md_ids_push(&R.prompt, open->prompt[i]);
+    }
+    R.sampler = *open->sampler;
+    R.n_stop_id = (uint32_t)open->sampler->n_stop_id;
+    memcpy(R.stop_id, open->sampler->stop_id, R.n_stop_id * sizeof(uint32_t));
+    R.n_opens++;
+    if (R.mode == RIG_ANSWER) {
+        router_answer();
+    } else if (R.mode == RIG_REFUSE) {
+        router_say(R.stream, 0, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED);
+    } else if (R.mode != RIG_MUTE) {
+        router_say(R.stream, 0, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+    }
+}
+
+static void router_message(const net_event *event)
+{
+    ProtobufCMessage *message;
+    if (event->type == PR_MSG_SEQ_OPEN) {
+        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_open__descriptor, event->payload, event->payload_bytes,
+                                   &R.arena, &message),
+                         CM_OK);
+        router_open((const Baleen__Engine__V1__SeqOpen *)message);
+    } else {
+        assert_int_equal(event->type, PR_MSG_SEQ_CANCEL);
+        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload, event->payload_bytes,
+                                   &R.arena, &message),
+                         CM_OK);
+        const Baleen__Engine__V1__SeqCancel *cancel = (const Baleen__Engine__V1__SeqCancel *)message;
+        R.n_cancels += (uint32_t)cancel->n_stream;
+        R.cancelled = cancel->stream[cancel->n_stream - 1];
+    }
+    cm_arena_reset(&R.arena);
+}
+
+static void router_event(void *ctx, const net_event *event)
+{
+    router_frame *frame = event->cookie;
+    (void)ctx;
+    switch (event->kind) {
+    case NET_EV_UP:
+        R.peer = event->peer;
+        R.n_links++;
+        assert_int_equal(net_peer_identity(event->peer)->member, RIG_GATEWAY);
+        break;
+    case NET_EV_DOWN:
+        R.peer = NULL;
+        break;
+    case NET_EV_MESSAGE:
+        router_message(event);
+        net_release(R.net, event);
+        break;
+    case NET_EV_SENT:
+        cm_bytes_fini(&frame->bytes);
+        cm_free(frame);
+        if (event->status == CM_OK) {
+            router_flood();
+        }
+        break;
+    }
+}
+
+void rig_cut(void)
+{
+    net_disconnect(R.peer);
+    R.peer = NULL;
+    pc_netpump_kick(R.pump);
+}
+
+static void router_start(void)
+{
+    net_options options;
+    char bound[NET_ADDRESS_BYTES];
+    const net_identity identity = {RIG_CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, RIG_ROUTER};
+    net_options_defaults(&options);
+    options.backend = "local";
+    assert_int_equal(net_open(&options, &R.net, NULL), CM_OK);
+    net_set_identity(R.net, &identity);
+    assert_int_equal(net_listen(R.net, "rig-router", bound, NULL), CM_OK);
+    R.pump = pc_netpump_create(R.loop, R.net, router_event, NULL);
+}
+
+const md_tokenizer *rig_tokenizer(void)
+{
+    return gw_gateway_tokenizer(R.gateway);
+}
+
+void rig_reply(const char *text)
+{
+    const char *bar = strchr(text, '|');
+    md_ids ids;
+    md_ids_init(&ids);
+    if (bar != NULL) {
+        md_tokenizer_encode(rig_tokenizer(), text, (size_t)(bar - text), MD_TEXT_PLAIN, &ids);
+        md_ids_push(&ids, md_tokenizer_control(rig_tokenizer(), MD_CTL_THINK_END));
+        text = bar + 1;
+    }
+    md_tokenizer_encode(rig_tokenizer(), text, strlen(text), MD_TEXT_PLAIN, &ids);
+    assert_in_range(ids.n, 1, RIG_REPLY_MAX);
+    memcpy(R.reply, ids.id, ids.n * sizeof(uint32_t));
+    R.n_reply = (uint32_t)ids.n;
+    md_ids_fini(&ids);
+}
+
+/* ---- the gateway ---- */
+
+static void left(void *ctx, cm_status status)
+{
+    (void)ctx;
+    R.left = status;
+}
+
+void rig_begin(void)
+{
+    memset(&R, 0, sizeof(R));
+    R.left = CM_AGAIN;
+    cm_log_setup(&(cm_log_options){.level = CM_LOG_ERROR, .fd = 2});
+    assert_int_equal(pc_loop_create(&R.loop), CM_OK);
+    pc_loop_before_sleep(R.loop, hook, NULL);
+    cm_arena_init(&R.arena, "rig", 64 * 1024, 16 * 1024 * 1024);
+    md_ids_init(&R.prompt);
+    coordinator_start();
+    router_start();
+    cm_cfg_defaults(&gw_config_table, &R.config);
+    rig_set("coordinator", R.coordinator);
+    rig_set("model", BALEEN_NANO);
+    rig_set("net", "local");
+    rig_set("grpc", "");
+    rig_set("model_aliases", "other,third");
+}
+
+void rig_set(const char *option, const char *value)
+{
+    cm_error err = {0};
+    if (cm_cfg_set(&gw_config_table, &R.config, option, value, &err) != CM_OK) {
+        fail_msg("%s: %s", option, err.text);
+    }
+}
+
+static bool has_session(void *arg)
+{
+    (void)arg;
+    return R.session != NULL;
+}
+
+void rig_gateway(void)
+{
+    cm_error err = {0};
+    cm_status status = gw_gateway_create(R.loop, &R.config, left, NULL, &R.gateway, &err);
+    if (status != CM_OK) {
+        fail_msg("%s: %s", err.field, err.text);
+    }
+    rig_until(has_session, NULL);
+}
+
+static bool is_ready(void *arg)
+{
+    gw_info info;
+    (void)arg;
+    gw_gateway_info(R.gateway, &info);
+    return info.ready;
+}
+
+void rig_serve(void)
+{
+    rig_commit(1, true, true);
+    rig_until(is_ready, NULL);
+}
+
+void rig_end(void)
+{
+    gw_gateway_destroy(R.gateway);
+    /* frames that were on their way come back before the net may go */
+    while (net_in_flight(R.net) > 0) {
+        net_event events[16];
+        uint32_t n = net_poll(R.net, events, 16);
+        for (uint32_t i = 0; i < n; i++) {
+            R.mode = RIG_MUTE;
+            router_event(NULL, &events[i]);
+        }
+    }
+    pc_netpump_destroy(R.pump);
+    net_close(R.net);
+    pc_rpc_server_destroy(R.server);
+    pc_loop_destroy(R.loop);
+    cm_cfg_free(&gw_config_table, &R.config);
+    md_ids_fini(&R.prompt);
+    cm_arena_fini(&R.arena);
+}
+
+/* ---- the client ---- */
+
+static void client_read(struct bufferevent *bev, void *arg)
+{
+    rig_client *client = arg;
+    struct evbuffer *input = bufferevent_get_input(bev);
+    size_t n = evbuffer_get_length(input);
+    cm_bytes_append(&client->in, evbuffer_pullup(input, -1), n);
+    evbuffer_drain(input, n);
+}
+
+static void client_event(struct bufferevent *bev, short what, void *arg)
+{
+    rig_client *client = arg;
+    if ((what & (BEV_EVENT_EOF | BEV_EVENT_ERROR)) != 0) {
+        client_read(bev, arg);
+        client->closed = true;
+    }
+}
+
+rig_client *rig_open_raw(const char *bytes)
+{
+    rig_client *client = cm_alloc(sizeof(*client));
+    struct sockaddr_in to = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    to.sin_port = htons((uint16_t)atoi(strrchr(gw_gateway_http(R.gateway), ':') + 1));
+    cm_bytes_init(&client->in, 0);
+    client->bev = bufferevent_socket_new(pc_loop_base(R.loop), -1, BEV_OPT_CLOSE_ON_FREE);
+    bufferevent_setcb(client->bev, client_read, NULL, client_event, client);
+    bufferevent_enable(client->bev, EV_READ | EV_WRITE);
+    bufferevent_write(client->bev, bytes, strlen(bytes));
+    assert_int_equal(bufferevent_socket_connect(client->bev, (struct sockaddr *)&to, sizeof(to)), 0);
+    return client;
+}
+
+rig_client *rig_open(const char *method, const char *path, const char *headers, const char *body)
+{
+    cm_bytes text;
+    cm_bytes_init(&text, 0);
+    cm_bytes_printf(&text, "%s %s HTTP/1.1\r\nHost: x\r\n%s", method, path, headers);
+    if (body != NULL) {
+        cm_bytes_printf(&text, "Content-Type: application/json\r\nContent-Length: %zu\r\n", strlen(body));
+    }
+    cm_bytes_printf(&text, "\r\n%s", body != NULL ? body : "");
+    rig_client *client = rig_open_raw(cm_bytes_text(&text));
+    cm_bytes_fini(&text);
+    return client;
+}
+
+void rig_close(rig_client *client)
+{
+    bufferevent_free(client->bev);
+    cm_bytes_fini(&client->in);
+    cm_free(client);
+}
+
+static bool client_closed(void *arg)
+{
+    return ((rig_client *)arg)->closed;
+}
+
+void rig_wait_closed(rig_client *client)
+{
+    rig_until(client_closed, client);
+}
+
+typedef struct awaited {
+    rig_client *client;
+    const char *text;
+} awaited;
+
+static bool has_text(void *arg)
+{
+    awaited *a = arg;
+    return strstr(cm_bytes_text(&a->client->in), a->text) != NULL;
+}
+
+void rig_wait_text(rig_client *client, const char *text)
+{
+    awaited a = {client, text};
+    rig_until(has_text, &a);
+}
+
+int rig_status(const rig_client *client)
+{
+    const char *text = cm_bytes_text(&client->in);
+    return strncmp(text, "HTTP/1.1 ", 9) == 0 ? atoi(text + 9) : 0;
+}
+
+bool rig_header_is(const rig_client *client, const char *name, const char *value)
+{
+    const char *at = cm_bytes_text(&client->in);
+    const char *end = strstr(at, "\r\n\r\n");
+    size_t n = strlen(name);
+    while (at != NULL && end != NULL && (at = strstr(at, "\r\n")) != NULL && at < end) {
+        at += 2;
+        if (strncasecmp(at, name, n) == 0 && at[n] == ':') {
+            const char *found = at + n + 1 + strspn(at + n + 1, " ");
+            return value == NULL || (strncmp(found, value, strlen(value)) == 0 && found[strlen(value)] == '\r');
+        }
+    }
+    return false;
+}
+
+void rig_body(const rig_client *client, cm_bytes *out)
+{
+    const char *at = strstr(cm_bytes_text(&client->in), "\r\n\r\n");
+    assert_non_null(at);
+    at += 4;
+    if (!rig_header_is(client, "Transfer-Encoding", "chunked")) {
+        cm_bytes_append_text(out, at);
+        return;
+    }
+    for (;;) {
+        char *end;
+        size_t n = strtoul(at, &end, 16);
+        if (end == at || n == 0 || strlen(end) < n + 2) {
+            return;
+        }
+        cm_bytes_append(out, end + 2, n);
+        at = end + 2 + n + 2;
+    }
+}
+
+json_t *rig_ask(const char *method, const char *path, const char *body, int *status_out)
+{
+    rig_client *client = rig_open(method, path, "Connection: close\r\n", body);
+    rig_wait_closed(client);
+    *status_out = rig_status(client);
+    cm_bytes text;
+    cm_bytes_init(&text, 0);
+    rig_body(client, &text);
+    json_t *value = json_loadb(cm_bytes_text(&text), text.len, JSON_ALLOW_NUL, NULL);
+    cm_bytes_fini(&text);
+    rig_close(client);
+    return value;
+}

@@ -1,0 +1,164 @@
+/* The gathering machine of a worker: nobody waits longer than the window, nobody idle or gone is waited for, and every frame
+ * comes out exactly once. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <cmocka.h>
+
+#include "common/base/rng.h"
+#include "worker/gather_core.h"
+
+enum { ROUTERS = 4, FRAMES = 8, ROWS = 100, WINDOW_US = 1000 };
+
+static const wk_gather_limits g_limits = {.n_layer = 6, .router_max = ROUTERS, .frame_max = FRAMES, .row_max = ROWS, .window_max_us = WINDOW_US};
+static int g_frames[4096];
+
+static uint32_t next(wk_gather *g, uint64_t now, void **out, uint64_t *wait)
+{
+    return wk_gather_next(g, now, out, FRAMES, wait);
+}
+
+static void test_alone_at_once(void **state)
+{
+    void *out[FRAMES];
+    uint64_t wait;
+    wk_gather *g = wk_gather_create(&g_limits);
+    assert_int_equal(next(g, 0, out, &wait), 0);
+    assert_true(wait == UINT64_MAX);
+    assert_int_equal(wk_gather_arrived(g, 10, 1, 3, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(next(g, 10, out, &wait), 1);
+    assert_ptr_equal(out[0], &g_frames[0]);
+    wk_gather_destroy(g);
+    (void)state;
+}
+
+static void test_waits_for_the_active(void **state)
+{
+    void *out[FRAMES];
+    uint64_t wait;
+    wk_gather *g = wk_gather_create(&g_limits);
+    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 0, 2, 0, 5, &g_frames[1]), CM_OK);
+    assert_int_equal(next(g, 0, out, &wait), 2);
+    /* both are active: the first frame of the next layer waits for the other router, but not for ever */
+    assert_int_equal(wk_gather_arrived(g, 100, 1, 1, 5, &g_frames[2]), CM_OK);
+    assert_int_equal(next(g, 100, out, &wait), 0);
+    assert_true(wait > 0 && wait <= WINDOW_US);
+    assert_int_equal(wk_gather_arrived(g, 110, 2, 1, 5, &g_frames[3]), CM_OK);
+    assert_int_equal(next(g, 110, out, &wait), 2);
+    assert_int_equal(wk_gather_arrived(g, 200, 1, 2, 5, &g_frames[4]), CM_OK);
+    assert_int_equal(next(g, 200, out, &wait), 0);
+    assert_int_equal(next(g, 200 + wait, out, &wait), 1);
+    wk_gather_destroy(g);
+    (void)state;
+}
+
+static void test_idle_and_gone_are_not_waited_for(void **state)
+{
+    void *out[FRAMES];
+    uint64_t wait;
+    wk_gather *g = wk_gather_create(&g_limits);
+    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 0, 2, 0, 5, &g_frames[1]), CM_OK);
+    assert_int_equal(next(g, 0, out, &wait), 2);
+    wk_gather_idle(g, 2);
+    assert_int_equal(wk_gather_arrived(g, 10, 1, 1, 5, &g_frames[2]), CM_OK);
+    assert_int_equal(next(g, 10, out, &wait), 1);
+    assert_int_equal(wk_gather_arrived(g, 20, 2, 2, 5, &g_frames[3]), CM_OK); /* active again */
+    assert_ptr_equal(wk_gather_gone(g, 2), &g_frames[3]);
+    assert_null(wk_gather_gone(g, 2));
+    assert_int_equal(wk_gather_arrived(g, 30, 1, 2, 5, &g_frames[4]), CM_OK);
+    assert_int_equal(next(g, 30, out, &wait), 1);
+    wk_gather_destroy(g);
+    (void)state;
+}
+
+static void test_bounds(void **state)
+{
+    void *out[FRAMES];
+    uint64_t wait;
+    wk_gather *g = wk_gather_create(&g_limits);
+    for (int i = 0; i < FRAMES; i++) {
+        assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 60, &g_frames[i]), CM_OK);
+    }
+    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 1, &g_frames[FRAMES]), CM_E_CAPACITY);
+    for (int i = 0; i < FRAMES; i++) {
+        assert_int_equal(next(g, 0, out, &wait), 1); /* two of 60 rows would pass 100 */
+        assert_ptr_equal(out[0], &g_frames[i]);
+    }
+    for (uint32_t r = 2; r <= ROUTERS; r++) {
+        assert_int_equal(wk_gather_arrived(g, 0, r, 0, 1, &g_frames[r]), CM_OK);
+    }
+    assert_int_equal(wk_gather_arrived(g, 0, ROUTERS + 1, 0, 1, &g_frames[9]), CM_E_CAPACITY);
+    assert_int_equal(next(g, WINDOW_US, out, &wait), ROUTERS - 1);
+    wk_gather_destroy(g);
+    (void)state;
+}
+
+/* Random comings and goings: each frame comes out once, groups are of one layer, no frame waits past the window. */
+static void test_random(void **state)
+{
+    uint64_t seed = cm_random_u64(), now = 0;
+    uint32_t layer_of[4096], router_of[4096], came_out[4096] = {0}, n = 0;
+    uint64_t arrived[4096];
+    print_message("seed %llu\n", (unsigned long long)seed);
+    wk_gather *g = wk_gather_create(&g_limits);
+    for (uint64_t i = 0; i < 20000 && n < 4000; i++) {
+        cm_rng_block draw = cm_rng_at(seed, i, 0);
+        uint32_t router = 1 + draw.word[0] % ROUTERS;
+        now += draw.word[1] % 200;
+        if (draw.word[2] % 10 < 5) {
+            layer_of[n] = draw.word[3] % g_limits.n_layer;
+            router_of[n] = router;
+            arrived[n] = now;
+            g_frames[n] = (int)n;
+            n += wk_gather_arrived(g, now, router, layer_of[n], 1 + draw.word[3] % 40, &g_frames[n]) == CM_OK;
+        } else if (draw.word[2] % 10 == 5) {
+            wk_gather_idle(g, router);
+        } else if (draw.word[2] % 100 == 6) {
+            int *frame;
+            while ((frame = wk_gather_gone(g, router)) != NULL) {
+                assert_int_equal(router_of[*frame], router);
+                came_out[*frame]++;
+            }
+        }
+        void *out[FRAMES];
+        uint64_t wait;
+        uint32_t got = wk_gather_next(g, now, out, FRAMES, &wait);
+        for (uint32_t k = 0; k < got; k++) {
+            int id = *(int *)out[k];
+            assert_int_equal(layer_of[id], layer_of[*(int *)out[0]]);
+            came_out[id]++;
+        }
+        if (got == 0 && wk_gather_waiting(g) > 0) {
+            assert_true(wait <= WINDOW_US);
+            for (uint32_t k = 0; k < n; k++) {
+                assert_true(came_out[k] == 1 || now - arrived[k] < WINDOW_US + FRAMES * 200);
+            }
+        }
+    }
+    void *out[FRAMES];
+    uint64_t wait;
+    while (wk_gather_waiting(g) > 0) {
+        uint32_t got = wk_gather_next(g, now += WINDOW_US, out, FRAMES, &wait);
+        for (uint32_t k = 0; k < got; k++) {
+            came_out[*(int *)out[k]]++;
+        }
+    }
+    for (uint32_t k = 0; k < n; k++) {
+        assert_int_equal(came_out[k], 1);
+    }
+    wk_gather_destroy(g);
+    (void)state;
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_alone_at_once), cmocka_unit_test(test_waits_for_the_active),
+        cmocka_unit_test(test_idle_and_gone_are_not_waited_for), cmocka_unit_test(test_bounds), cmocka_unit_test(test_random),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

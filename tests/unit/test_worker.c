@@ -1,0 +1,296 @@
+/* A worker's engine at its links: answers are the oracle's bits in the order asked, and every old, foreign, broken or
+ * misdirected frame is refused with its reason while the others go on. */
+#include <poll.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/base/clock.h"
+#include "common/base/mem.h"
+#include "common/base/rng.h"
+#include "common/base/stats.h"
+#include "proto/frames.h"
+#include "proto/messages.h"
+#include "worker/engine.h"
+
+enum { ROUTER_ID = 7, WORKER_ID = 3, ROWS = 4, WAIT_MS = 30000 };
+
+typedef struct fixture {
+    md_checkpoint *checkpoint;
+    const md_geometry *g;
+    wk_engine *engine;
+    pthread_t thread;
+    pc_epoch *epoch;
+    net *n;
+    net_peer *peer;
+    uint8_t *payload;
+    pr_dispatch header;
+} fixture;
+
+static void *run(void *arg)
+{
+    wk_engine_run(arg);
+    return NULL;
+}
+
+static pc_epoch *make_epoch(const md_geometry *g, uint64_t number, uint64_t cluster)
+{
+    static const uint32_t members[2] = {WORKER_ID, WORKER_ID + 1};
+    static const uint64_t capacity[2] = {UINT64_MAX, UINT64_MAX};
+    cm_error err;
+    pc_epoch *epoch = cm_alloc(sizeof(*epoch));
+    epoch->refs = 1;
+    epoch->number = number;
+    epoch->cluster = cluster;
+    assert_int_equal(pr_placement_plan(g->n_layer, g->n_expert, members, 2, capacity, NULL, &epoch->placement, &err), CM_OK);
+    return epoch;
+}
+
+/* The next event of a kind; anything else fails the test. */
+static net_event await(fixture *f, net_event_kind kind)
+{
+    net_event event;
+    uint64_t give_up = cm_now_ms() + WAIT_MS;
+    for (;;) {
+        while (net_poll(f->n, &event, 1) == 1) {
+            if (event.kind == kind) {
+                return event;
+            }
+            if (event.kind != NET_EV_SENT) {
+                fail_msg("event %d while waiting for %d: %s", event.kind, kind, cm_status_text(event.status));
+            }
+        }
+        if (cm_now_ms() > give_up) {
+            fail_msg("no event %d", kind);
+        }
+        if (net_arm(f->n)) {
+            struct pollfd fd = {.fd = net_fd(f->n), .events = POLLIN};
+            poll(&fd, 1, 100);
+        }
+    }
+}
+
+static int setup(void **state)
+{
+    fixture *f = cm_alloc(sizeof(*f));
+    cm_error err = {0};
+    char bound[NET_ADDRESS_BYTES];
+    net_options options;
+    if (md_checkpoint_open(BALEEN_TEST_DATA "/model/tiny-odd/ckpt", &f->checkpoint, NULL, NULL, &err) != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+    f->g = md_checkpoint_geometry(f->checkpoint);
+    net_options_defaults(&options);
+    options.backend = "local";
+    options.message_bytes_max = 1 << 20;
+    options.silence_ms = 60000;
+    wk_engine_options engine = {.checkpoint = f->checkpoint, .device = {.backend = "cpu", .isa = "auto", .n_threads = 1},
+                                .rows = options, .address = "t_worker", .row_max = 64, .frame_max = 4, .router_max = 2,
+                                .window_max_us = 100, .answer_ms = 10000};
+    assert_int_equal(wk_engine_create(&engine, &f->engine, bound, &err), CM_OK);
+    f->epoch = make_epoch(f->g, 5, 77);
+    assert_int_equal(wk_shard_load(wk_engine_shard(f->engine), f->epoch->placement, 0, &err), CM_OK);
+    wk_engine_commit(f->engine, f->epoch, WORKER_ID);
+    pthread_create(&f->thread, NULL, run, f->engine);
+
+    assert_int_equal(net_open(&options, &f->n, &err), CM_OK);
+    net_set_identity(f->n, &(net_identity){77, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, ROUTER_ID});
+    for (f->peer = NULL; f->peer == NULL;) {
+        /* the worker tells its cluster once its thread runs: before that it refuses us */
+        net_event event;
+        assert_int_equal(net_connect(f->n, bound, &f->peer, &err), CM_OK);
+        while (net_poll(f->n, &event, 1) == 0) {
+            struct pollfd fd = {.fd = net_fd(f->n), .events = POLLIN};
+            if (net_arm(f->n)) {
+                poll(&fd, 1, 100);
+            }
+        }
+        f->peer = event.kind == NET_EV_UP ? f->peer : NULL;
+    }
+    *state = f;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    fixture *f = *state;
+    net_close(f->n);
+    wk_engine_stop(f->engine);
+    pthread_join(f->thread, NULL);
+    wk_engine_destroy(f->engine);
+    pc_epoch_release(f->epoch);
+    md_checkpoint_close(f->checkpoint);
+    cm_free(f->payload);
+    cm_free(f);
+    assert_int_equal(cm_stat_get(CM_STAT_ledger_frames), 0);
+    return 0;
+}
+
+/* ROWS rows, each to the first two experts of the layer that rank 0 owns. */
+static void make_frame(fixture *f, uint32_t layer)
+{
+    uint32_t d = f->g->d, n_block = kn_blocks(d, KN_ACT_BLOCK), owned[2], n = 0;
+    for (uint32_t e = 0; e < f->g->n_expert && n < 2; e++) {
+        if (pr_placement_owns(f->epoch->placement, layer, e, 0)) {
+            owned[n++] = e;
+        }
+    }
+    f->header = (pr_dispatch){.head = {.version = PR_FRAME_VERSION, .dtype = PR_DTYPE_E4M3, .router = ROUTER_ID, .cluster = 77,
+                                       .epoch = 5, .step = 1, .layer = layer, .exchange = 11},
+                              .d = d, .n_row = ROWS, .n_slot = 2 * ROWS, .row_blocks = n_block};
+    cm_free(f->payload);
+    f->payload = cm_alloc(pr_dispatch_bytes(2 * ROWS, ROWS, d, n_block));
+    for (uint32_t i = 0; i < 2 * ROWS; i++) {
+        ((pr_slot *)f->payload)[i] = (pr_slot){i / 2, owned[i % 2], 0.25f + (float)i};
+    }
+    for (uint32_t i = 0; i < ROWS * d; i++) {
+        uint8_t code = (uint8_t)cm_rng_at(3, i, layer).word[0];
+        f->payload[pr_dispatch_codes_at(2 * ROWS) + i] = (code & 0x7f) == 0x7f ? 0 : code;
+    }
+    memset(f->payload + pr_dispatch_scales_at(2 * ROWS, ROWS, d), 120, ROWS * n_block);
+}
+
+static void send_frame(fixture *f, uint16_t type, uint32_t header_bytes, uint64_t cut)
+{
+    net_message message = {.type = type, .header = &f->header, .header_bytes = header_bytes,
+                           .iov = {{f->payload, pr_dispatch_bytes(f->header.n_slot, f->header.n_row, f->g->d, f->header.row_blocks) - cut}},
+                           .n_iov = 1, .deadline_ms = 10000};
+    assert_int_equal(net_send(f->peer, &message), CM_OK);
+}
+
+static void test_answers(void **state)
+{
+    fixture *f = *state;
+    uint32_t d = f->g->d;
+    for (uint32_t layer = 0; layer < f->g->n_layer; layer++) {
+        make_frame(f, layer);
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        net_event event = await(f, NET_EV_MESSAGE);
+        assert_int_equal(event.type, PR_MSG_COMBINE);
+        const pr_combine *combine = event.header;
+        assert_int_equal(combine->n_slot, 2 * ROWS);
+        assert_int_equal(combine->head.exchange, 11);
+        assert_int_equal(combine->head.layer, layer);
+        assert_int_equal(event.payload_bytes, 2ull * 2 * ROWS * d);
+
+        /* the oracle, one slot at a time */
+        kn_device *device;
+        kn_stream *stream;
+        kn_ptr codes, scales, y;
+        cm_error err;
+        kn_limits limits = {.n_row = ROWS, .n_in = d > f->g->inner ? d : f->g->inner, .n_inner = f->g->inner, .n_head = 1, .head_dim = 64, .n_key = 1, .n_expert = f->g->n_expert};
+        assert_int_equal(kn_device_open(&(kn_device_options){.backend = "ref", .isa = "auto", .n_threads = 1}, &device, &err), CM_OK);
+        assert_int_equal(kn_stream_open(device, &limits, &stream), CM_OK);
+        assert_int_equal(kn_mem_alloc(device, ROWS * d, &codes), CM_OK);
+        assert_int_equal(kn_mem_alloc(device, ROWS * f->header.row_blocks, &scales), CM_OK);
+        assert_int_equal(kn_mem_alloc(device, 2 * d, &y), CM_OK);
+        kn_copy_to_device(stream, codes, f->payload + pr_dispatch_codes_at(2 * ROWS), ROWS * d);
+        kn_copy_to_device(stream, scales, f->payload + pr_dispatch_scales_at(2 * ROWS, ROWS, d), ROWS * f->header.row_blocks);
+        for (uint32_t i = 0; i < 2 * ROWS; i++) {
+            const pr_slot *slot = (const pr_slot *)f->payload + i;
+            kn_expert_item item = {slot->row, 0, slot->weight};
+            kn_expert_group group = {wk_shard_expert(wk_engine_shard(f->engine), layer, slot->expert), 0, 1};
+            kn_moe(device)->experts(stream, &group, 1, &item, (kn_q8){codes, scales}, f->g->swiglu_limit, y);
+            assert_int_equal(kn_stream_sync(stream), CM_OK);
+            assert_memory_equal((const uint16_t *)event.payload + (size_t)i * d, kn_mem_host(device, y), 2 * d);
+        }
+        kn_mem_free(device, codes);
+        kn_mem_free(device, scales);
+        kn_mem_free(device, y);
+        kn_stream_close(stream);
+        kn_device_close(device);
+        net_release(f->n, &event);
+    }
+}
+
+static void expect_refusal(fixture *f, cm_status status)
+{
+    net_event event = await(f, NET_EV_MESSAGE);
+    assert_int_equal(event.type, PR_MSG_REFUSE);
+    assert_int_equal(((const pr_refuse *)event.header)->status, status);
+    assert_int_equal(((const pr_refuse *)event.header)->epoch, 5);
+    net_release(f->n, &event);
+}
+
+static void test_refusals(void **state)
+{
+    fixture *f = *state;
+    int64_t before = cm_stat_get(CM_STAT_frames_refused);
+    make_frame(f, 0);
+    f->header.head.epoch = 4; /* old */
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    expect_refusal(f, CM_E_STALE);
+    f->header.head.epoch = 6; /* not ours yet */
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    expect_refusal(f, CM_E_STALE);
+    make_frame(f, 0);
+    f->header.head.cluster = 78; /* foreign */
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    expect_refusal(f, CM_E_STALE);
+    make_frame(f, 0);
+    f->header.head.version = 2;
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    expect_refusal(f, CM_E_PROTOCOL);
+    make_frame(f, 0);
+    f->header.head.router = ROUTER_ID + 1; /* in another's name */
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    expect_refusal(f, CM_E_PROTOCOL);
+    make_frame(f, 0);
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 64); /* cut */
+    expect_refusal(f, CM_E_PROTOCOL);
+    send_frame(f, PR_MSG_COMBINE, sizeof(f->header), 0); /* not for a worker */
+    expect_refusal(f, CM_E_PROTOCOL);
+    for (uint32_t e = 0; e < f->g->n_expert; e++) {
+        if (!pr_placement_owns(f->epoch->placement, 0, e, 0)) {
+            ((pr_slot *)f->payload)[3].expert = e; /* somebody else's */
+            break;
+        }
+    }
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    expect_refusal(f, CM_E_NO_OWNER);
+    assert_int_equal(cm_stat_get(CM_STAT_frames_refused) - before, 8);
+    test_answers(state); /* nothing else was disturbed */
+}
+
+static void test_epochs(void **state)
+{
+    fixture *f = *state;
+    pc_epoch *newer = make_epoch(f->g, 6, 77);
+    wk_engine_commit(f->engine, newer, WORKER_ID);
+    make_frame(f, 0);
+    f->header.head.epoch = 6;
+    for (bool known = false; !known;) { /* the engine takes it up at its next turn */
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        net_event event = await(f, NET_EV_MESSAGE);
+        known = event.type == PR_MSG_COMBINE;
+        net_release(f->n, &event);
+    }
+    f->header.head.epoch = 5; /* still served: a router may not have heard yet */
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    net_event event = await(f, NET_EV_MESSAGE);
+    assert_int_equal(event.type, PR_MSG_COMBINE);
+    net_release(f->n, &event);
+    wk_engine_retire(f->engine, 6);
+    for (bool stale = false; !stale;) {
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        event = await(f, NET_EV_MESSAGE);
+        stale = event.type == PR_MSG_REFUSE;
+        net_release(f->n, &event);
+    }
+    pc_epoch_release(newer);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_epochs, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
