@@ -1,0 +1,53 @@
+/* The baleen command: the first word chooses what to do. */
+#include <stdio.h>
+#include <string.h>
+
+#include "tools/baleen/cli.h"
+#include "tools/baleen/verbs.h"
+
+typedef struct main_verb {
+    const char *word;
+    int (*run)(int argc, char **argv);
+    const char *doc;
+} main_verb;
+
+static const main_verb g_verbs[] = {
+    {"up", verb_up, "run a whole cluster on this machine, in the foreground"},
+    {"chat", verb_chat, "talk to a cluster"},
+    {"status", verb_status, "members of a cluster, its epoch, placement and load"},
+    {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
+    {"logits", verb_logits, "logits and greedy tokens of given token ids, to compare with other implementations"},
+};
+enum { MAIN_VERBS = sizeof(g_verbs) / sizeof(g_verbs[0]) };
+
+static void main_help(FILE *to)
+{
+    fprintf(to, "baleen: DeepSeek-V4 served by a cluster of processes\n\nusage: baleen VERB [options]\n\n");
+    for (size_t i = 0; i < MAIN_VERBS; i++) {
+        fprintf(to, "  %-8s %s\n", g_verbs[i].word, g_verbs[i].doc);
+    }
+    fprintf(to, "\nbaleen VERB --help lists a verb's options; baleen --version says which version this is.\n");
+}
+
+int main(int argc, char **argv)
+{
+    if (argc < 2) {
+        main_help(stderr);
+        return CLI_USAGE;
+    }
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "help") == 0) {
+        main_help(stdout);
+        return CLI_OK;
+    }
+    if (strcmp(argv[1], "--version") == 0) {
+        printf("baleen %s\n", BALEEN_VERSION);
+        return CLI_OK;
+    }
+    for (size_t i = 0; i < MAIN_VERBS; i++) {
+        if (strcmp(argv[1], g_verbs[i].word) == 0) {
+            return g_verbs[i].run(argc - 1, argv + 1);
+        }
+    }
+    fprintf(stderr, "baleen: unknown verb '%s'; baleen --help lists them\n", argv[1]);
+    return CLI_USAGE;
+}

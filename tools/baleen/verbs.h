@@ -1,0 +1,9 @@
+/* The verbs of the `baleen` command. Each has an option table of its own; argv[0] is the verb's word. They return the
+ * exit code: 0 done, 1 failed, 2 not understood. Thread: main. */
+#pragma once
+
+int verb_up(int argc, char **argv);
+int verb_chat(int argc, char **argv);
+int verb_status(int argc, char **argv);
+int verb_logits(int argc, char **argv);
+int verb_verify(int argc, char **argv);
