@@ -122,6 +122,7 @@ static void gateways_send(rt_gateways *g, gateway_link *link, uint64_t step)
     cm_status status = net_send(link->peer, &out);
     if (status == CM_OK) {
         link->n_word = 0;
+        pc_netpump_kick(g->pump);
         return;
     }
     cm_bytes_fini(packed);
@@ -140,7 +141,6 @@ void rt_gateways_flush(rt_gateways *g, uint64_t step)
             gateways_send(g, &g->links[i], step);
         }
     }
-    pc_netpump_kick(g->pump);
 }
 
 /* ---- messages in ---- */

@@ -18,6 +18,8 @@ enum {
     /* Our own clients ping every 2 s to find dead hosts; only what is clearly faster is answered with a
        goodbye. */
     SERVER_PING_INTERVAL_MIN_MS = 1000,
+    SERVER_PING_MS = 30000, /* so that calls of a host that vanished end */
+    SERVER_PING_ANSWER_MS = 10000,
     /* Room above calls_max so that too many calls are told so and do not wait in the client. */
     SERVER_STREAMS_SPARE = 64,
 };
@@ -393,6 +395,8 @@ cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options, con
         pc_arg_int(GRPC_ARG_MAX_CONCURRENT_STREAMS, (int)options->calls_max + SERVER_STREAMS_SPARE),
         pc_arg_int(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, SERVER_PING_INTERVAL_MIN_MS),
         pc_arg_int(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1),
+        pc_arg_int(GRPC_ARG_KEEPALIVE_TIME_MS, SERVER_PING_MS),
+        pc_arg_int(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, SERVER_PING_ANSWER_MS),
     };
     grpc_channel_args channel_args = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
     server->server = grpc_server_create(&channel_args, NULL);

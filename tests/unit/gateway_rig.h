@@ -5,6 +5,7 @@
 #include <jansson.h>
 
 #include "common/base/bytes.h"
+#include "common/base/mem.h"
 #include "common/model/tokenizer.h"
 #include "common/net/net.h"
 #include "common/proc/rpc_server.h"

@@ -17,7 +17,7 @@
 #include "coordinator/epoch.h"
 #include "proto/pack.h"
 
-enum { LAYERS = 2, EXPERTS = 6, EXPERT_BYTES = 100, PEERS = 6, GUARD_MS = 60000 };
+enum { LAYERS = 2, EXPERTS = 6, EXPERT_BYTES = 100, PEERS = 6, GUARD_MS = 30000 };
 
 typedef struct peer {
     pc_member *member;
@@ -229,7 +229,8 @@ static int setup(void **state)
     pc_loop_before_sleep(w->loop, world_check, w);
     cm_cfg_defaults(&co_config_table, &w->config);
     set(w, "heartbeat_ms", "20");
-    set(w, "lease_ms", "20s"); /* a busy machine is no silence */
+    set(w, "lease_ms",
+        "10m"); /* a busy machine is no silence, and no lease ends in place of what is tested */
     set(w, "workers_min", "2");
     return 0;
 }
@@ -374,7 +375,8 @@ static void a_second_coordinator(void **state)
     assert_int_equal(co_coordinator_create(w->loop, &w->config, &second, &err), CM_E_EXISTS);
     assert_non_null(strstr(err.text, "is taken: another coordinator?"));
     assert_non_null(strstr(err.text, co_coordinator_address(w->coordinator)));
-    set(w, "heartbeat_ms", "10s");
+    set(w, "lease_ms", "100");
+    set(w, "heartbeat_ms", "50");
     assert_int_equal(co_coordinator_create(w->loop, &w->config, &second, &err), CM_E_CONFIG);
 }
 

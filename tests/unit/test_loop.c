@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include <cmocka.h>
 
@@ -92,17 +93,18 @@ static void count(void *arg)
 
 static void test_posted_twice_runs_once(void **state)
 {
-    pc_task task = {.fn = count}, end = {.fn = stop, .arg = *state};
+    pc_task task = {.fn = count}, other = {.fn = count}, end = {.fn = stop, .arg = *state};
     g_count = 0;
     pc_loop_post(*state, &task);
+    pc_loop_post(*state, &other);
     pc_loop_post(*state, &task);
-    pc_loop_post(*state, &end);
-    pc_loop_run(*state);
-    assert_int_equal(g_count, 1);
-    pc_loop_post(*state, &task); /* but it can be posted again */
     pc_loop_post(*state, &end);
     pc_loop_run(*state);
     assert_int_equal(g_count, 2);
+    pc_loop_post(*state, &task); /* but it can be posted again */
+    pc_loop_post(*state, &end);
+    pc_loop_run(*state);
+    assert_int_equal(g_count, 3);
 }
 
 static void test_unpost(void **state)
@@ -291,22 +293,30 @@ static void net_heard(void *ctx, const net_event *event)
     }
 }
 
-static void test_netpump(void **state)
+static void net_link(pc_loop *loop, const net_options *options)
 {
-    net_options options;
     char bound[NET_ADDRESS_BYTES];
     net_peer *peer;
-    net_options_defaults(&options);
-    options.backend = "local";
-    g_net.loop = *state;
+    memset(&g_net, 0, sizeof(g_net));
+    g_net.loop = loop;
     for (uint32_t i = 0; i < 2; i++) {
         net_identity identity = {.cluster = 7, .role = 3 + i, .member = 1 + i};
-        assert_int_equal(net_open(&options, &g_net.nets[i], NULL), CM_OK);
+        assert_int_equal(net_open(options, &g_net.nets[i], NULL), CM_OK);
         net_set_identity(g_net.nets[i], &identity);
-        g_net.pumps[i] = pc_netpump_create(*state, g_net.nets[i], net_heard, g_net.nets[i]);
     }
     assert_int_equal(net_listen(g_net.nets[1], "t_loop", bound, NULL), CM_OK);
     assert_int_equal(net_connect(g_net.nets[0], bound, &peer, NULL), CM_OK);
+}
+
+static void test_netpump(void **state)
+{
+    net_options options;
+    net_options_defaults(&options);
+    options.backend = "local";
+    net_link(*state, &options);
+    for (uint32_t i = 0; i < 2; i++) {
+        g_net.pumps[i] = pc_netpump_create(*state, g_net.nets[i], net_heard, g_net.nets[i]);
+    }
     pc_netpump_kick(g_net.pumps[0]);
     pc_loop_run(*state);
     assert_int_equal(g_net.n_received, N_MESSAGES);
@@ -314,6 +324,32 @@ static void test_netpump(void **state)
         pc_netpump_destroy(g_net.pumps[i]);
         net_close(g_net.nets[i]);
     }
+}
+
+static void net_lost(void *ctx, const net_event *event)
+{
+    (void)ctx;
+    if (event->kind == NET_EV_DOWN) {
+        g_net.n_received = 1;
+        pc_loop_stop(g_net.loop);
+    }
+}
+
+/* The other side is never pumped: only the pump's timer can find that out. */
+static void test_netpump_keeps_time(void **state)
+{
+    net_options options;
+    net_options_defaults(&options);
+    options.backend = "local";
+    options.heartbeat_ms = 10;
+    options.silence_ms = 100;
+    net_link(*state, &options);
+    g_net.pumps[0] = pc_netpump_create(*state, g_net.nets[0], net_lost, NULL);
+    pc_loop_run(*state);
+    assert_int_equal(g_net.n_received, 1);
+    pc_netpump_destroy(g_net.pumps[0]);
+    net_close(g_net.nets[0]);
+    net_close(g_net.nets[1]);
 }
 
 int main(void)
@@ -328,6 +364,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_hooks_once_a_turn, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_signal, set_up, tear_down),
         cmocka_unit_test_setup_teardown(test_netpump, set_up, tear_down),
+        cmocka_unit_test_setup_teardown(test_netpump_keeps_time, set_up, tear_down),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

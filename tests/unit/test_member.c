@@ -646,14 +646,23 @@ static bool is_refused(void)
     return g.n_refused == 1 && g.n_sessions_over == 1;
 }
 
+static void stop(void *arg)
+{
+    pc_loop_stop(arg);
+}
+
 static void test_refused_for_good(void **state)
 {
     (void)state;
+    pc_timer *three_tries = pc_timer_create(g.loop, stop, g.loop);
     g.answer_id = 0;
     g.refuse_final = true;
     until(is_refused);
     assert_int_equal(g.refused_status, CM_E_CORRUPT);
     assert_string_equal(g.refused_text, "another checkpoint");
+    pc_timer_set(three_tries, 300); /* nothing to wait for but that nothing comes */
+    pc_loop_run(g.loop);
+    pc_timer_destroy(three_tries);
     assert_int_equal(g.n_hello, 1);
     assert_int_equal(g.n_welcome, 0);
     assert_false(pc_member_connected(g.member));

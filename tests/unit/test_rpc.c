@@ -555,14 +555,6 @@ static void test_dead_address(void **state)
     assert_true(g_client.text[0] != '\0');
 }
 
-static bool client_got_through(void)
-{
-    if (g_client.n_closed == 1 && g_client.code == PC_CODE_UNAVAILABLE) {
-        client_ask(&g_client, "/t.Echo/Unary", "", 0, 0);
-    }
-    return g_client.n_closed == 1;
-}
-
 static void test_server_back_again(void **state)
 {
     char address[128];
@@ -573,7 +565,8 @@ static void test_server_back_again(void **state)
     assert_int_equal(g_client.code, PC_CODE_UNAVAILABLE);
     assert_int_equal(server_create(g.address, CALLS_MAX, &g.server, address, NULL), CM_OK);
     assert_string_equal(address, g.address);
-    until(client_got_through);
+    client_ask(&g_client, "/t.Echo/Unary", "", 0, 0); /* the first try finds it: no backoff of gRPC's own */
+    until(client_is_closed);
     assert_int_equal(g_client.code, PC_CODE_OK);
 }
 

@@ -204,6 +204,25 @@ static void damage_is_named(void **state)
     expect_refusal(g_folder, CM_E_CORRUPT, "move it away");
 }
 
+/* A leaf of old epochs that nothing would read: found all the same, before it spreads. */
+static void hidden_damage_is_named(void **state)
+{
+    (void)state;
+    enum { PAGE = 4096, FIRST_LEAF = 3 }; /* after the header's page, meta and the root of epochs */
+    co_store_past past;
+    co_store *store = open_good(g_folder, &past);
+    for (uint64_t number = 1; number <= 200; number++) {
+        co_epoch *epoch = epoch_of(number);
+        write_good(store, 4, number + 1, epoch);
+        co_epoch_release(epoch);
+    }
+    co_store_close(store);
+    char noise[PAGE];
+    memset(noise, 0xa5, sizeof(noise));
+    overwrite(FIRST_LEAF * PAGE, noise, sizeof(noise));
+    expect_refusal(g_folder, CM_E_CORRUPT, "move it away");
+}
+
 static void no_such_parent(void **state)
 {
     (void)state;
@@ -246,6 +265,7 @@ int main(void)
         cmocka_unit_test(in_memory_is_forgotten),
         cmocka_unit_test_setup_teardown(second_opener_is_refused, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(damage_is_named, make_folder, remove_folder),
+        cmocka_unit_test_setup_teardown(hidden_damage_is_named, make_folder, remove_folder),
         cmocka_unit_test(no_such_parent),
         cmocka_unit_test(broken_epochs_are_refused),
     };

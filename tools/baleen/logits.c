@@ -185,12 +185,11 @@ static cm_status logits_write(logits_run *run, cm_error *err)
     cm_status status = CM_OK;
     size_t n = json_array_size(run->prompts);
     cm_bytes_init(&text, 0);
-    cm_bytes_append_text(&text, "[");
     for (size_t i = 0; i < n && status == CM_OK; i++) {
         const json_t *prompt = json_array_get(run->prompts, i);
         cli_progress("prompt %zu of %zu: %s, %zu ids", i + 1, n, json_string_value(json_object_get(prompt, "name")),
                      json_array_size(json_object_get(prompt, "prompt_ids")));
-        cm_bytes_append_text(&text, i > 0 ? ",\n" : "\n");
+        cm_bytes_append_text(&text, i == 0 ? "[\n" : ",\n");
         status = prompt_run(run, prompt, &text, err);
         if (status == CM_OK && fwrite(text.data, 1, text.len, run->out) != text.len) {
             status = cm_error_set(err, CM_E_IO, "out", "%s: %s", run->config->out, strerror(errno));

@@ -1,0 +1,345 @@
+#include "grpc_fake.h"
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/base/mem.h"
+
+void fake_init(gw_gateway *gateway, pc_loop *loop)
+{
+    cm_error err;
+    *gateway = (gw_gateway){.loop = loop,
+                            .info = {.model = "nano",
+                                     .fingerprint = "fp_0123456789abcdef",
+                                     .context = 4096,
+                                     .bos_id = 0,
+                                     .eos_id = 1,
+                                     .profile = 'P',
+                                     .ready = true,
+                                     .epoch = 7,
+                                     .running = 2,
+                                     .waiting = 3,
+                                     .kv_used = 0.25,
+                                     .uptime_s = 12.5}};
+    assert_int_equal(md_tokenizer_open(BALEEN_NANO "/tokenizer.json", 0, &gateway->tokenizer, &err), CM_OK);
+    gateway->info.vocab = md_tokenizer_vocab(gateway->tokenizer);
+}
+
+void fake_fini(gw_gateway *gateway)
+{
+    assert_int_equal(gateway->n_live, 0);
+    for (uint32_t i = 0; i < gateway->n_streams; i++) {
+        json_decref(gateway->streams[i].body);
+    }
+    md_tokenizer_close(gateway->tokenizer);
+}
+
+/* ---- streams ---- */
+
+static void run_script(void *arg)
+{
+    gw_stream *stream = arg;
+    if (!stream->over && stream->gateway->script != NULL) {
+        stream->gateway->script(stream);
+    }
+}
+
+static gw_stream *find(gw_gateway *gateway, const char *id)
+{
+    for (uint32_t i = 0; i < gateway->n_streams; i++) {
+        if (!gateway->streams[i].over && strcmp(gateway->streams[i].id, id) == 0) {
+            return &gateway->streams[i];
+        }
+    }
+    return NULL;
+}
+
+cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
+                         gw_stream **stream_out, gw_error *error_out)
+{
+    if (gateway->refuses) {
+        *error_out = gateway->refusal;
+        return CM_E_INVALID;
+    }
+    CM_TRY(gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out));
+    if (ask->request_id != NULL && find(gateway, ask->request_id) != NULL) {
+        gw_error_set(error_out, GW_CAUSE_EXISTS, "request_id", "a request with this id is running");
+        return CM_E_EXISTS;
+    }
+    assert_true(gateway->n_streams < FAKE_STREAMS);
+    gw_stream *stream = &gateway->streams[gateway->n_streams++];
+    *stream = (gw_stream){.gateway = gateway,
+                          .kind = ask->kind,
+                          .body = json_deep_copy(ask->body),
+                          .deadline_ms = ask->deadline_ms,
+                          .want_ids = ask->want_ids,
+                          .skip_special = ask->skip_special,
+                          .events = *events,
+                          .ctx = ctx,
+                          .task = {.fn = run_script, .arg = stream}};
+    snprintf(stream->id, sizeof(stream->id), "%s", ask->request_id != NULL ? ask->request_id : "made-by-gateway");
+    gateway->n_live++;
+    pc_loop_post(gateway->loop, &stream->task);
+    *stream_out = stream;
+    return CM_OK;
+}
+
+static void end(gw_stream *stream)
+{
+    assert_false(stream->over);
+    stream->over = true;
+    stream->gateway->n_live--;
+}
+
+void gw_stream_cancel(gw_stream *stream)
+{
+    end(stream);
+    stream->cancelled = true;
+}
+
+const char *gw_stream_id(const gw_stream *stream)
+{
+    return stream->id;
+}
+
+bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
+{
+    gw_stream *stream = find(gateway, request_id);
+    if (stream != NULL) {
+        fake_fail(stream, GW_CAUSE_ABORTED, "", 0);
+    }
+    return stream != NULL;
+}
+
+uint32_t gw_stream_abort_all(gw_gateway *gateway)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < gateway->n_streams; i++) {
+        if (!gateway->streams[i].over) {
+            fake_fail(&gateway->streams[i], GW_CAUSE_ABORTED, "", 0);
+            n++;
+        }
+    }
+    return n;
+}
+
+/* ---- events ---- */
+
+void fake_started(gw_stream *stream)
+{
+    gw_start start = {.request_id = stream->id,
+                      .model = "nano",
+                      .created_s = 1777472403,
+                      .prompt_tokens = 11,
+                      .cached_tokens = 4,
+                      .thinking = true};
+    if (!stream->over) {
+        stream->events.started(stream->ctx, &start);
+    }
+}
+
+void fake_token(gw_stream *stream, uint64_t offset, uint32_t id)
+{
+    if (!stream->over) {
+        stream->events.tokens(stream->ctx, offset, &id, 1);
+    }
+}
+
+void fake_piece(gw_stream *stream, md_piece_kind kind, uint32_t call, const char *text, size_t n_bytes)
+{
+    md_piece piece = {.kind = kind, .call = call, .text = text, .n_bytes = n_bytes};
+    if (!stream->over) {
+        stream->events.piece(stream->ctx, &piece);
+    }
+}
+
+void fake_text(gw_stream *stream, const char *text)
+{
+    fake_piece(stream, MD_PIECE_CONTENT, 0, text, strlen(text));
+}
+
+void fake_flush(gw_stream *stream)
+{
+    if (!stream->over) {
+        stream->events.flush(stream->ctx);
+    }
+}
+
+void fake_finish(gw_stream *stream, gw_reason reason, const char *stop_string, int64_t stop_id)
+{
+    gw_finish finish = {.reason = reason,
+                        .stop_string = stop_string,
+                        .stop_id = stop_id,
+                        .usage = {.prompt_tokens = 11,
+                                  .cached_tokens = 4,
+                                  .completion_tokens = 6,
+                                  .reasoning_tokens = 2,
+                                  .queue_ms = 1.5,
+                                  .first_token_ms = 2.5,
+                                  .total_ms = 3.5}};
+    if (!stream->over) {
+        end(stream);
+        stream->events.finished(stream->ctx, &finish);
+    }
+}
+
+void fake_fail(gw_stream *stream, gw_cause cause, const char *param, uint32_t retry_ms)
+{
+    gw_error error;
+    gw_error_set(&error, cause, param, "it failed on purpose");
+    error.retry_ms = retry_ms;
+    if (!stream->over) {
+        end(stream);
+        stream->events.failed(stream->ctx, &error);
+    }
+}
+
+/* ---- what surfaces ask besides ---- */
+
+void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out)
+{
+    *info_out = gateway->info;
+}
+
+const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)
+{
+    return gateway->tokenizer;
+}
+
+/* The ids of the first message's content as it is; a message of a tool is refused. */
+cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out, cm_bytes *text_out, gw_error *error_out)
+{
+    const json_t *first = json_array_get(json_object_get(body, "messages"), 0);
+    const char *text = json_string_value(json_object_get(first, "content"));
+    assert_null(json_object_get(body, "temperature"));
+    if (strcmp(json_string_value(json_object_get(first, "role")), "tool") == 0) {
+        gw_error_set(error_out, GW_CAUSE_INVALID, "messages[0].role", "refused on purpose");
+        return CM_E_INVALID;
+    }
+    md_tokenizer_encode(gateway->tokenizer, text, strlen(text), MD_TEXT_PLAIN, ids_out);
+    cm_bytes_append_text(text_out, text);
+    return CM_OK;
+}
+
+cm_status gw_model_check(const gw_gateway *gateway, const char *name, gw_error *error_out)
+{
+    if (name == NULL || strcmp(name, gateway->info.model) == 0) {
+        return CM_OK;
+    }
+    gw_error_set(error_out, GW_CAUSE_MODEL_NOT_FOUND, "model", "there is no model %s here", name);
+    return CM_E_NOT_FOUND;
+}
+
+pc_code gw_error_grpc(const gw_error *error)
+{
+    static const pc_code codes[] = {
+#define GW_ERROR(name, http, type, code, grpc) [GW_CAUSE_##name] = (grpc),
+#include "gateway/errors.def"
+#undef GW_ERROR
+    };
+    return codes[error->cause];
+}
+
+void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char *fmt, ...)
+{
+    va_list args;
+    *error = (gw_error){.cause = cause};
+    snprintf(error->param, sizeof(error->param), "%s", param != NULL ? param : "");
+    va_start(args, fmt);
+    vsnprintf(error->message, sizeof(error->message), fmt, args);
+    va_end(args);
+}
+
+/* ---- a writer of simple objects: start, one per piece, finish and usage; or all text in one ---- */
+
+struct gw_openai {
+    bool stream;
+    gw_openai_emit_fn emit;
+    void *ctx;
+    cm_bytes text;
+};
+
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_openai_emit_fn emit, void *ctx)
+{
+    gw_openai *writer = cm_alloc(sizeof(*writer));
+    assert_int_equal(kind, GW_ASK_CHAT);
+    assert_string_equal(fingerprint, "fp_0123456789abcdef");
+    writer->stream = json_is_true(json_object_get(body, "stream"));
+    writer->emit = emit;
+    writer->ctx = ctx;
+    cm_bytes_init(&writer->text, 0);
+    return writer;
+}
+
+void gw_openai_destroy(gw_openai *writer)
+{
+    cm_bytes_fini(&writer->text);
+    cm_free(writer);
+}
+
+static void writer_emit(gw_openai *writer, const char *text, bool last)
+{
+    writer->emit(writer->ctx, text, strlen(text), last);
+}
+
+static void writer_started(void *ctx, const gw_start *start)
+{
+    gw_openai *writer = ctx;
+    assert_non_null(start->request_id);
+    if (writer->stream) {
+        writer_emit(writer, "{\"start\":1}", false);
+    }
+}
+
+static void writer_piece(void *ctx, const md_piece *piece)
+{
+    gw_openai *writer = ctx;
+    cm_bytes_append(&writer->text, piece->text, piece->n_bytes);
+    if (writer->stream) {
+        writer_emit(writer, cm_bytes_text(&writer->text), false);
+        cm_bytes_clear(&writer->text);
+    }
+}
+
+static void writer_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
+{
+    (void)ctx;
+    (void)offset;
+    (void)ids;
+    (void)n;
+}
+
+static void writer_flush(void *ctx)
+{
+    (void)ctx;
+}
+
+static void writer_finished(void *ctx, const gw_finish *finish)
+{
+    gw_openai *writer = ctx;
+    assert_int_equal(finish->usage.prompt_tokens, 11);
+    if (writer->stream) {
+        writer_emit(writer, "{\"finish\":1}", false);
+        writer_emit(writer, "{\"usage\":1}", true);
+    } else {
+        writer_emit(writer, cm_bytes_text(&writer->text), true);
+    }
+}
+
+static void writer_failed(void *ctx, const gw_error *error)
+{
+    (void)ctx;
+    (void)error;
+}
+
+const gw_stream_events *gw_openai_events(void)
+{
+    static const gw_stream_events events = {writer_started, writer_piece,    writer_tokens,
+                                            writer_flush,   writer_finished, writer_failed};
+    return &events;
+}

@@ -1,0 +1,42 @@
+/* The gateway behind gateway/stream.h as a script of the test: what was asked is kept, events come when the test says so,
+ * never from inside gw_stream_open. Thread: the loop's. */
+#pragma once
+#include "gateway/stream.h"
+
+enum { FAKE_STREAMS = 8 };
+
+struct gw_stream {
+    gw_gateway *gateway;
+    gw_ask_kind kind;
+    json_t *body; /* a copy */
+    char id[160];
+    uint64_t deadline_ms;
+    bool want_ids, skip_special;
+    gw_stream_events events;
+    void *ctx;
+    pc_task task;
+    bool over, cancelled;
+};
+
+struct gw_gateway {
+    pc_loop *loop;
+    gw_info info;
+    md_tokenizer *tokenizer;
+    void (*script)(gw_stream *stream); /* runs as an event after a stream was opened; may be NULL */
+    bool refuses;                      /* the next streams with this error */
+    gw_error refusal;
+    gw_stream streams[FAKE_STREAMS];
+    uint32_t n_streams, n_live;
+};
+
+void fake_init(gw_gateway *gateway, pc_loop *loop);
+void fake_fini(gw_gateway *gateway); /* asserts that no stream lives */
+
+/* Each is left out once the stream is over. */
+void fake_started(gw_stream *stream);
+void fake_token(gw_stream *stream, uint64_t offset, uint32_t id);
+void fake_piece(gw_stream *stream, md_piece_kind kind, uint32_t call, const char *text, size_t n_bytes);
+void fake_text(gw_stream *stream, const char *text); /* a piece of content */
+void fake_flush(gw_stream *stream);
+void fake_finish(gw_stream *stream, gw_reason reason, const char *stop_string, int64_t stop_id);
+void fake_fail(gw_stream *stream, gw_cause cause, const char *param, uint32_t retry_ms);

@@ -1,0 +1,90 @@
+#include "tools/baleen/ready_probe.h"
+
+#include <event2/buffer.h>
+#include <event2/http.h>
+#include <jansson.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/base/assert.h"
+#include "common/base/mem.h"
+
+enum { PROBE_TIMEOUT_S = 10 };
+
+struct ready_probe {
+    struct evhttp_connection *connection;
+    bool asking, ok;
+    char reason[160];
+};
+
+ready_probe *ready_probe_create(pc_loop *loop, const char *address)
+{
+    ready_probe *probe = cm_alloc(sizeof(*probe));
+    char *host = cm_strdup(address), *name = host;
+    char *colon = strrchr(host, ':');
+    CM_ASSERT_MSG(colon != NULL, "address %s", address); /* was checked when it came in */
+    *colon = '\0';
+    if (name[0] == '[' && colon > host && colon[-1] == ']') {
+        colon[-1] = '\0';
+        name++;
+    }
+    probe->connection = evhttp_connection_base_new(pc_loop_base(loop), NULL, name, (uint16_t)atoi(colon + 1));
+    CM_ASSERT(probe->connection != NULL);
+    evhttp_connection_set_timeout(probe->connection, PROBE_TIMEOUT_S);
+    snprintf(probe->reason, sizeof(probe->reason), "the gateway was not asked yet");
+    cm_free(host);
+    return probe;
+}
+
+void ready_probe_destroy(ready_probe *probe)
+{
+    if (probe != NULL) {
+        evhttp_connection_free(probe->connection);
+        cm_free(probe);
+    }
+}
+
+static void probe_answered(struct evhttp_request *request, void *arg)
+{
+    ready_probe *probe = arg;
+    probe->asking = false;
+    int code = request != NULL ? evhttp_request_get_response_code(request) : 0;
+    probe->ok = code == HTTP_OK;
+    if (code == 0) {
+        snprintf(probe->reason, sizeof(probe->reason), "the gateway does not answer");
+        return;
+    }
+    struct evbuffer *body = evhttp_request_get_input_buffer(request);
+    size_t n = evbuffer_get_length(body);
+    json_t *answer = json_loadb((const char *)evbuffer_pullup(body, -1), n, 0, NULL);
+    const char *reason = json_string_value(json_object_get(answer, "reason"));
+    snprintf(probe->reason, sizeof(probe->reason), reason != NULL ? "%.150s" : "the gateway is not ready", reason);
+    json_decref(answer);
+}
+
+void ready_probe_ask(ready_probe *probe)
+{
+    if (probe->asking) {
+        return;
+    }
+    struct evhttp_request *request = evhttp_request_new(probe_answered, probe);
+    CM_ASSERT(request != NULL);
+    /* an idle connection would be one more thing to end when the gateway drains */
+    evhttp_add_header(evhttp_request_get_output_headers(request), "Connection", "close");
+    evhttp_add_header(evhttp_request_get_output_headers(request), "Host", "localhost");
+    probe->asking = true;
+    if (evhttp_make_request(probe->connection, request, EVHTTP_REQ_GET, "/ready") != 0) {
+        probe->asking = false; /* no descriptor or no memory: the next turn tries again */
+    }
+}
+
+bool ready_probe_ok(const ready_probe *probe)
+{
+    return probe->ok;
+}
+
+const char *ready_probe_reason(const ready_probe *probe)
+{
+    return probe->reason;
+}
