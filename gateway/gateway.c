@@ -275,8 +275,10 @@ void gw_gateway_destroy(gw_gateway *gateway)
 
 void gw_drain_check(gw_gateway *gateway)
 {
-    bool idle = TAILQ_EMPTY(&gateway->streams) && gw_http_open(gateway->http) == 0 && gateway->grpc_drained;
-    if (gateway->draining && !gateway->drain_told && idle) {
+    if (!gateway->draining || gateway->drain_told) {
+        return;
+    }
+    if (TAILQ_EMPTY(&gateway->streams) && gw_http_open(gateway->http) == 0 && gateway->grpc_drained) {
         gateway->drain_told = true;
         pc_timer_clear(gateway->drain_timer);
         pc_member_leave(gateway->member);

@@ -1,6 +1,8 @@
 /* A bound on connections, which libevent 2.1 does not have: we make each connection's bufferevent and keep a reference to
- * it. When its owner has freed it (its callbacks are gone, the socket is closed) our reference is the last one and a sweep
- * drops it. While as many live as may, nothing is accepted: the kernel's backlog holds the rest. */
+ * it. When its owner has freed it (its callbacks are gone, the socket is shut down) our reference is the last one; a sweep
+ * drops it. While as many live as may, nothing is accepted: the kernel's backlog holds the rest.
+ * The socket must live as long as the bufferevent (close on free): events on a closed descriptor would come to mean the
+ * next connection that gets its number. */
 #include <event2/listener.h>
 
 #include "common/base/log.h"
@@ -53,7 +55,7 @@ static void sweep_timer(void *arg)
 static struct bufferevent *make_connection(struct event_base *base, void *arg)
 {
     gw_connections *c = arg;
-    struct bufferevent *bev = bufferevent_socket_new(base, -1, 0);
+    struct bufferevent *bev = bufferevent_socket_new(base, -1, BEV_OPT_CLOSE_ON_FREE);
     if (c->n + 1 == c->n_max) {
         sweep(c);
     }

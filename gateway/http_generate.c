@@ -88,11 +88,12 @@ static void exchange_closed(struct evhttp_connection *connection, void *arg)
     exchange_free(x);
 }
 
-/* Ends the connection from our side; the request goes with it. */
+/* Ends the connection from our side, unsent bytes and all; the request goes with it. */
 static void exchange_drop(gw_exchange *x)
 {
     struct evhttp_connection *connection = evhttp_request_get_connection(x->req);
     evhttp_connection_set_closecb(connection, NULL, NULL);
+    bufferevent_disable(evhttp_connection_get_bufferevent(connection), EV_READ | EV_WRITE);
     exchange_free(x);
     evhttp_connection_free(connection);
 }
@@ -253,6 +254,8 @@ void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kin
                                             .failed = on_failed};
     json_t *body = gw_request_json(http, req);
     if (body == NULL) {
+        cm_stat_add(CM_STAT_requests, 1);
+        cm_stat_add(CM_STAT_requests_refused, 1);
         return;
     }
     gw_ask ask = {.kind = kind, .body = body, .deadline_ms = UINT64_MAX, .skip_special = true};

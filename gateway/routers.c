@@ -17,11 +17,13 @@ enum {
     STEP_ARENA_MAX = 64 * 1024 * 1024,
 };
 
-/* A message on its way: net borrows the bytes until it is sent. */
+/* A message: queued at its router, then on its way, when net borrows the bytes until it is sent. */
 typedef struct router_send {
     TAILQ_ENTRY(router_send) link;
+    uint16_t type;
     cm_bytes bytes;
 } router_send;
+TAILQ_HEAD(router_sends, router_send);
 
 struct gw_router {
     TAILQ_ENTRY(gw_router) link;
@@ -37,8 +39,7 @@ struct gw_router {
     uint32_t retry_ms;
     uint32_t running, waiting; /* by its last frame */
     uint32_t n_opened;         /* by us since then */
-    uint64_t *cancel;          /* not yet sent */
-    size_t n_cancel, cancel_cap;
+    struct router_sends queue; /* wait for a place on the link; at most two a stream */
 };
 
 struct gw_routers {
@@ -49,62 +50,65 @@ struct gw_routers {
     void *ctx;
     cm_arena arena; /* one StepTokens at a time */
     TAILQ_HEAD(, gw_router) list; /* ascending member id */
-    TAILQ_HEAD(, router_send) sends;
+    struct router_sends sends;    /* on their way */
 };
 
 /* ---- sending ---- */
 
-static cm_status router_send_message(gw_router *router, uint16_t type, const ProtobufCMessage *message)
+static void sends_free(struct router_sends *sends)
 {
-    gw_routers *routers = router->routers;
-    router_send *send = cm_alloc(sizeof(*send));
-    cm_bytes_init(&send->bytes, 0);
-    pr_pack(message, &send->bytes);
-    net_message m = {.type = type,
-                     .iov = {{send->bytes.data, send->bytes.len}},
-                     .n_iov = 1,
-                     .deadline_ms = SEND_DEADLINE_MS,
-                     .cookie = send};
-    cm_status status = net_send(router->peer, &m);
-    if (status != CM_OK) {
+    router_send *send;
+    while ((send = TAILQ_FIRST(sends)) != NULL) {
+        TAILQ_REMOVE(sends, send, link);
         cm_bytes_fini(&send->bytes);
         cm_free(send);
-        return status;
     }
-    TAILQ_INSERT_TAIL(&routers->sends, send, link);
-    pc_netpump_kick(routers->pump);
-    return CM_OK;
 }
 
-static void router_flush_cancels(gw_router *router)
+/* As much of the queue as the link takes. */
+static void router_flush(gw_router *router)
 {
-    if (!router->up || router->n_cancel == 0) {
-        return;
+    gw_routers *routers = router->routers;
+    router_send *send;
+    while (router->up && (send = TAILQ_FIRST(&router->queue)) != NULL) {
+        net_message message = {.type = send->type,
+                               .iov = {{send->bytes.data, send->bytes.len}},
+                               .n_iov = 1,
+                               .deadline_ms = SEND_DEADLINE_MS,
+                               .cookie = send};
+        if (net_send(router->peer, &message) != CM_OK) {
+            return; /* full: when something was sent; down: its event comes */
+        }
+        TAILQ_REMOVE(&router->queue, send, link);
+        TAILQ_INSERT_TAIL(&routers->sends, send, link);
+        pc_netpump_kick(routers->pump);
     }
-    Baleen__Engine__V1__SeqCancel message = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
-    message.stream = router->cancel;
-    message.n_stream = router->n_cancel;
-    if (router_send_message(router, PR_MSG_SEQ_CANCEL, &message.base) == CM_OK) {
-        router->n_cancel = 0;
-    } /* else it is tried again when something was sent; a lost link forgets all */
 }
 
-cm_status gw_router_open(gw_router *router, const Baleen__Engine__V1__SeqOpen *open)
+static void router_say(gw_router *router, uint16_t type, const ProtobufCMessage *message)
+{
+    router_send *send = cm_alloc(sizeof(*send));
+    send->type = type;
+    cm_bytes_init(&send->bytes, 0);
+    pr_pack(message, &send->bytes);
+    TAILQ_INSERT_TAIL(&router->queue, send, link);
+    router_flush(router);
+}
+
+void gw_router_open(gw_router *router, const Baleen__Engine__V1__SeqOpen *open)
 {
     CM_ASSERT(router->up);
-    CM_TRY(router_send_message(router, PR_MSG_SEQ_OPEN, &open->base));
     router->n_opened++;
-    return CM_OK;
+    router_say(router, PR_MSG_SEQ_OPEN, &open->base);
 }
 
 void gw_router_cancel(gw_router *router, uint64_t stream)
 {
-    if (router->n_cancel == router->cancel_cap) {
-        router->cancel_cap = router->cancel_cap != 0 ? 2 * router->cancel_cap : 16;
-        router->cancel = cm_realloc(router->cancel, router->cancel_cap * sizeof(*router->cancel));
-    }
-    router->cancel[router->n_cancel++] = stream;
-    router_flush_cancels(router);
+    Baleen__Engine__V1__SeqCancel message = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
+    CM_ASSERT(router->up);
+    message.stream = &stream;
+    message.n_stream = 1;
+    router_say(router, PR_MSG_SEQ_CANCEL, &message.base);
 }
 
 /* ---- links ---- */
@@ -131,7 +135,7 @@ static void router_unlink(gw_router *router, cm_status status)
     router->up = false;
     router->broken = false;
     router->running = router->waiting = router->n_opened = 0;
-    router->n_cancel = 0;
+    sends_free(&router->queue);
     if (was_up) {
         router->routers->events.lost(router->routers->ctx, router, status);
     }
@@ -163,6 +167,7 @@ static gw_router *router_add(gw_routers *routers, const struct pc_epoch_member *
                           .incarnation = member->incarnation,
                           .address = cm_strdup(member->data_address),
                           .retry_ms = RETRY_MIN_MS};
+    TAILQ_INIT(&router->queue);
     router->timer = pc_timer_create(routers->loop, router_timer, router);
     gw_router *after;
     TAILQ_FOREACH(after, &routers->list, link) {
@@ -179,7 +184,7 @@ static void router_free(gw_router *router)
 {
     TAILQ_REMOVE(&router->routers->list, router, link);
     pc_timer_destroy(router->timer);
-    cm_free(router->cancel);
+    sends_free(&router->queue);
     cm_free(router->address);
     cm_free(router);
 }
@@ -274,7 +279,7 @@ static void take_sent(gw_routers *routers, const net_event *event)
     cm_free(send);
     gw_router *router;
     TAILQ_FOREACH(router, &routers->list, link) {
-        router_flush_cancels(router);
+        router_flush(router);
     }
 }
 
@@ -343,12 +348,7 @@ void gw_routers_destroy(gw_routers *routers)
     while ((router = TAILQ_FIRST(&routers->list)) != NULL) {
         router_free(router);
     }
-    router_send *send;
-    while ((send = TAILQ_FIRST(&routers->sends)) != NULL) {
-        TAILQ_REMOVE(&routers->sends, send, link);
-        cm_bytes_fini(&send->bytes);
-        cm_free(send);
-    }
+    sends_free(&routers->sends);
     cm_arena_fini(&routers->arena);
     cm_free(routers);
 }

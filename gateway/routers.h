@@ -32,7 +32,6 @@ gw_routers_load gw_routers_get_load(const gw_routers *routers);
 /* The linked router with the fewest sequences, the lowest id among equals; NULL when none is linked. */
 gw_router *gw_routers_pick(gw_routers *routers);
 uint32_t gw_router_member(const gw_router *router);
-/* CM_AGAIN: too much is on its way there. CM_E_RESET: the link is down, lost follows. */
-CM_MUST_CHECK cm_status gw_router_open(gw_router *router, const Baleen__Engine__V1__SeqOpen *open);
-/* Remembered until it could be sent. */
+/* Both are queued, in order, until the link takes them; what is queued when it goes down is forgotten. router: not yet lost. */
+void gw_router_open(gw_router *router, const Baleen__Engine__V1__SeqOpen *open);
 void gw_router_cancel(gw_router *router, uint64_t stream);

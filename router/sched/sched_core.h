@@ -1,17 +1,17 @@
-/* The scheduler of a router as a pure machine: which sequences run, which rows make the next step, who owns which KV page
- * and state slot, what is told to whom. No I/O, no clock, no randomness: time is an argument, the same object runs in
- * production and in the simulator.
+/* The scheduler of a router as a pure machine: which sequences run, which rows make the next step, who owns
+ * which KV page and state slot, what is told to whom. No I/O, no clock, no randomness: time is an argument,
+ * the same object runs in production and in the simulator.
  *
- * A step: decode rows first (one per running sequence whose prompt is done), oldest first, then prefill chunks up to the row
- * budget, oldest first; every prefill chunk is at most chunk_max rows, so prefills cannot starve decodes. One step is in
- * flight at a time. The oldest running sequence has a row in every step. Pages (KN_PAGE_TOKENS tokens each) are taken when a
- * sequence grows into them; when none is left the youngest running sequence is preempted: it gives back pages and slot,
- * waits again at the head of the queue, and starts over from prompt + emitted tokens, with the same output by the
- * determinism contract. The youngest itself waits for a page with what it has. Admission refuses a sequence that could
- * not finish alone.
- * Cancel and deadline: a sequence in the step in flight is freed when that step completes, any other at once.
- * Memory: everything is taken at create; token logs are allocated per sequence at open, never during a step.
- * Thread: the loop's. */
+ * A step: decode rows first (one per running sequence whose prompt is done), oldest first, then prefill
+ * chunks up to the row budget, oldest first; every prefill chunk is at most chunk_max rows, so prefills
+ * cannot starve decodes. One step is in flight at a time. The oldest running sequence has a row in every
+ * step. Pages (KN_PAGE_TOKENS tokens each) are taken when a sequence grows into them; when none is left the
+ * youngest running sequence is preempted: it gives back pages and slot, waits again at the head of the queue,
+ * and starts over from prompt + emitted tokens, with the same output by the determinism contract. The
+ * youngest itself waits for a page with what it has. Admission refuses a sequence that could not finish
+ * alone. Cancel and deadline: a sequence in the step in flight is freed when that step completes, any other
+ * at once. Memory: everything is taken at create; token logs are allocated per sequence at open, never during
+ * a step. Thread: the loop's. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -21,17 +21,18 @@
 typedef struct rt_sched rt_sched;
 
 typedef struct rt_sched_limits {
-    uint32_t slot_max;      /* sequences running at once: fixed state slots */
-    uint32_t queue_max;     /* sequences waiting; more are refused with CM_E_CAPACITY */
-    uint32_t row_max;       /* rows of one step */
-    uint32_t chunk_max;     /* prefill rows of one sequence in one step */
-    uint32_t page_max;      /* KV pages there are */
-    uint32_t page_tokens;   /* tokens of one page */
-    uint32_t context;       /* longest prompt + generated */
+    uint32_t slot_max;    /* sequences running at once: fixed state slots */
+    uint32_t queue_max;   /* sequences waiting; more are refused with CM_E_CAPACITY */
+    uint32_t row_max;     /* rows of one step */
+    uint32_t chunk_max;   /* prefill rows of one sequence in one step */
+    uint32_t page_max;    /* KV pages there are */
+    uint32_t page_tokens; /* tokens of one page */
+    uint32_t context;     /* longest prompt + generated */
     uint32_t vocab;
 } rt_sched_limits;
 
-/* Who asked: the pair names a sequence. owner is any number its user gives (a gateway link); 0 is not used. */
+/* Who asked: the pair names a sequence. owner is any number its user gives (a gateway link); 0 is not used.
+ */
 typedef struct rt_seq_key {
     uint64_t owner, stream;
 } rt_seq_key;
@@ -51,15 +52,17 @@ typedef struct rt_seq_request {
     const uint32_t *emitted; /* generated before, elsewhere; borrowed; copied */
     uint32_t n_emitted;
     rt_sampler sampler;
-    uint64_t deadline_ms;    /* on the clock of now_ms; UINT64_MAX = none */
+    uint64_t deadline_ms; /* on the clock of now_ms; UINT64_MAX = none */
 } rt_seq_request;
 
 rt_sched *rt_sched_create(const rt_sched_limits *limits);
 void rt_sched_destroy(rt_sched *sched);
 
-/* CM_E_INVALID (ids, sampler; err names the field), CM_E_TOO_LONG (prompt + tokens_max over the context, or over all pages),
- * CM_E_CAPACITY (queue full), CM_E_EXISTS, CM_E_UNAVAILABLE (draining), CM_E_DEADLINE (passed before it was opened). */
-CM_MUST_CHECK cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt_seq_request *request, cm_error *err);
+/* CM_E_INVALID (ids, sampler; err names the field), CM_E_TOO_LONG (prompt + tokens_max over the context, or
+ * over all pages), CM_E_CAPACITY (queue full), CM_E_EXISTS, CM_E_UNAVAILABLE (draining), CM_E_DEADLINE
+ * (passed before it was opened). */
+CM_MUST_CHECK cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt_seq_request *request,
+                                      cm_error *err);
 /* No word about the sequence follows, not even its end. Unknown keys are fine. */
 void rt_sched_cancel(rt_sched *sched, rt_seq_key key);
 void rt_sched_cancel_owner(rt_sched *sched, uint64_t owner); /* its link is gone */
@@ -75,25 +78,26 @@ typedef struct rt_step_seg {
     const uint32_t *tokens; /* [n_row]; borrowed until rt_sched_complete */
     const uint32_t *pages;  /* page numbers covering positions 0 .. pos0 + n_row - 1; borrowed likewise */
     uint32_t n_page;
-    bool sample;            /* the last row's logits give a token */
+    bool sample;               /* the last row's logits give a token */
     const rt_sampler *sampler; /* with sample; borrowed likewise */
-    bool stop_allowed;      /* tokens_min is reached: stop ids may be drawn */
+    bool stop_allowed;         /* tokens_min is reached: stop ids may be drawn */
 } rt_step_seg;
 
 typedef struct rt_step {
-    uint64_t number;  /* counts up from 1 */
+    uint64_t number; /* counts up from 1 */
     uint32_t n_seg, n_row, n_sample;
     rt_step_seg *segs; /* [n_seg]; owned by the scheduler, valid until rt_sched_complete */
 } rt_step;
 
-/* The next step's rows; false: nothing to do. Never while a step is in flight. Ends sequences whose deadline has passed. */
+/* The next step's rows; false: nothing to do. Never while a step is in flight. Ends sequences whose deadline
+ * has passed. */
 bool rt_sched_next(rt_sched *sched, uint64_t now_ms, rt_step *step_out);
 
 typedef enum rt_seq_end { RT_GOING_ON, RT_END_STOP, RT_END_LENGTH, RT_END_FAILED } rt_seq_end;
 /* One word to an owner about one sequence. */
 typedef struct rt_word {
     rt_seq_key key;
-    uint64_t offset;  /* index of the token among the generated ones */
+    uint64_t offset; /* index of the token among the generated ones */
     bool has_token;
     uint32_t token;
     rt_seq_end end;
@@ -103,15 +107,16 @@ typedef struct rt_word {
 } rt_word;
 typedef void (*rt_word_fn)(void *ctx, const rt_word *word);
 
-/* The step in flight is done: tokens[i] for the i-th seg with sample, in order. Words go to fn, which may open and cancel.
- * A deadline that passed during the step ends the sequence in the same word as its token. */
+/* The step in flight is done: tokens[i] for the i-th seg with sample, in order. Words go to fn, which may
+ * open and cancel. A deadline that passed during the step ends the sequence in the same word as its token. */
 void rt_sched_complete(rt_sched *sched, uint64_t now_ms, const uint32_t *tokens, rt_word_fn fn, void *ctx);
 /* The step in flight could not be computed: its sequences end with RT_END_FAILED. */
-void rt_sched_fail_step(rt_sched *sched, uint64_t now_ms, cm_status status, const char *text, rt_word_fn fn, void *ctx);
+void rt_sched_fail_step(rt_sched *sched, uint64_t now_ms, cm_status status, const char *text, rt_word_fn fn,
+                        void *ctx);
 /* Words that came up outside a step: deadlines passed while waiting. Call after rt_sched_next. */
 void rt_sched_words(rt_sched *sched, rt_word_fn fn, void *ctx);
-/* When rt_sched_next should be asked again for a deadline's sake; UINT64_MAX = no need, as while a step is in flight. May be
- * too early after a cancel, never too late. */
+/* When rt_sched_next should be asked again for a deadline's sake; UINT64_MAX = no need, as while a step is in
+ * flight. May be too early after a cancel, never too late. */
 uint64_t rt_sched_next_deadline(const rt_sched *sched);
 
 /* ---- the ledger: all zero at rest ---- */

@@ -1,5 +1,5 @@
-/* Memory, map, random numbers, bytes, jobs, log, counters and failpoints. Options have test_config.c. --seed N repeats
- * a random run. */
+/* Memory, map, random numbers, bytes, jobs, log, counters and failpoints. Options have test_config.c. --seed
+ * N repeats a random run. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -280,7 +280,10 @@ static void test_rng_known_answers(void **state)
     } rows[] = {
         {0, 0, 0, {0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}},
         {UINT64_MAX, UINT64_MAX, UINT64_MAX, {0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}},
-        {0x299f31d0a4093822, 0x85a308d3243f6a88, 0x0370734413198a2e, {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
+        {0x299f31d0a4093822,
+         0x85a308d3243f6a88,
+         0x0370734413198a2e,
+         {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
     };
     for (size_t i = 0; i < 3; i++) {
         cm_rng_block block = cm_rng_at(rows[i].key, rows[i].lo, rows[i].hi);
@@ -344,7 +347,7 @@ static void test_bytes(void **state)
 /* ---- jobs ---- */
 
 typedef struct t_job {
-    int pipe_in, pipe_out; /* the job waits for a byte */
+    int told, go; /* writes a byte, then waits for one; -1: neither */
     int order;
     int *n_run;
 } t_job;
@@ -352,9 +355,10 @@ typedef struct t_job {
 static void t_job_run(void *arg)
 {
     t_job *job = arg;
-    char byte;
-    ssize_t n = job->pipe_in >= 0 ? read(job->pipe_in, &byte, 1) : 0;
-    (void)n;
+    char byte = 'x';
+    if (job->told >= 0 && (write(job->told, &byte, 1) != 1 || read(job->go, &byte, 1) != 1)) {
+        return;
+    }
     job->order = (*job->n_run)++; /* one thread: no race */
 }
 
@@ -362,28 +366,32 @@ static void test_jobs(void **state)
 {
     (void)state;
     enum { QUEUE = 3 };
-    int fds[2], n_run = 0;
+    int told[2], go[2], n_run = 0;
+    char byte;
     t_job jobs[QUEUE + 2];
-    assert_int_equal(pipe(fds), 0);
+    assert_int_equal(pipe(told), 0);
+    assert_int_equal(pipe(go), 0);
     cm_jobs *team = cm_jobs_create("test", 1, QUEUE);
-    uint32_t n = 0;
-    while (n < QUEUE + 2) { /* the first blocks the thread; it may or may not be out of the queue yet */
-        jobs[n] = (t_job){n == 0 ? fds[0] : -1, fds[1], -1, &n_run};
-        if (cm_jobs_submit(team, t_job_run, &jobs[n]) != CM_OK) {
-            break;
-        }
-        n++;
+    for (int i = 0; i < QUEUE + 2; i++) {
+        jobs[i] = (t_job){i == 0 ? told[1] : -1, go[0], -1, &n_run};
     }
-    assert_in_range(n, QUEUE, QUEUE + 1);
-    assert_int_equal(cm_jobs_submit(team, t_job_run, &jobs[n]), n == QUEUE + 1 ? CM_E_CAPACITY : CM_E_CAPACITY);
-    assert_int_equal(write(fds[1], "x", 1), 1);
+    assert_int_equal(cm_jobs_submit(team, t_job_run, &jobs[0]), CM_OK);
+    assert_int_equal(read(told[0], &byte, 1), 1); /* it is out of the queue and keeps the only thread */
+    for (int i = 1; i <= QUEUE; i++) {
+        assert_int_equal(cm_jobs_submit(team, t_job_run, &jobs[i]), CM_OK);
+    }
+    assert_int_equal(cm_jobs_submit(team, t_job_run, &jobs[QUEUE + 1]), CM_E_CAPACITY);
+    assert_int_equal(write(go[1], "x", 1), 1);
     cm_jobs_destroy(team); /* runs what is queued */
-    assert_int_equal(n_run, n);
-    for (uint32_t i = 0; i < n; i++) {
+    assert_int_equal(n_run, QUEUE + 1);
+    for (int i = 0; i <= QUEUE; i++) {
         assert_int_equal(jobs[i].order, i);
     }
-    close(fds[0]);
-    close(fds[1]);
+    assert_int_equal(jobs[QUEUE + 1].order, -1);
+    for (int i = 0; i < 2; i++) {
+        close(told[i]);
+        close(go[i]);
+    }
 }
 
 /* ---- log ---- */
@@ -422,7 +430,8 @@ static void test_log(void **state)
     text[sizeof(text) - 1] = '\0';
     t_log_one(false, CM_LOG_INFO, text, line, sizeof(line));
     size_t n = strlen(line);
-    assert_true(n > 800 && n < 1024 && line[n - 1] == '\n' && strchr(line, '\n') == line + n - 1); /* cut, one line */
+    assert_true(n > 800 && n < 1024 && line[n - 1] == '\n' &&
+                strchr(line, '\n') == line + n - 1); /* cut, one line */
     assert_int_equal(cm_log_level_parse("debug", &level), CM_OK);
     assert_int_equal(level, CM_LOG_DEBUG);
     assert_int_equal(cm_log_level_parse("loud", &level), CM_E_CONFIG);
@@ -454,9 +463,11 @@ static void test_stats(void **state)
     cm_stat_source sources[] = {{"router-1", 'R', NULL, 0}, {"router-2", 'R', foreign, 2}};
     cm_stats_render(sources, 2, &text);
     const char *at = cm_bytes_text(&text);
-    assert_non_null(strstr(at, "# TYPE baleen_steps_total counter\nbaleen_steps_total{member=\"router-1\"} 5\n"
-                               "baleen_steps_total{member=\"router-2\"} 41\n"));
-    assert_non_null(strstr(at, "# TYPE baleen_sequences_running gauge\nbaleen_sequences_running{member=\"router-1\"} 9\n"));
+    assert_non_null(strstr(at,
+                           "# TYPE baleen_steps_total counter\nbaleen_steps_total{member=\"router-1\"} 5\n"
+                           "baleen_steps_total{member=\"router-2\"} 41\n"));
+    assert_non_null(strstr(
+        at, "# TYPE baleen_sequences_running gauge\nbaleen_sequences_running{member=\"router-1\"} 9\n"));
     assert_non_null(strstr(at, "# TYPE baleen_step_seconds histogram\n"));
     assert_non_null(strstr(at, "baleen_step_seconds_bucket{member=\"router-1\",le=\"0.001\"} 2\n"));
     assert_non_null(strstr(at, "baleen_step_seconds_bucket{member=\"router-1\",le=\"2560\"} 2\n"));
@@ -488,7 +499,6 @@ static void test_failpoints(void **state)
     assert_int_equal(cm_failpoints_arm("router_step_slow:x", g_seed, &err), CM_E_CONFIG);
     cm_log_handler(t_keep_line, &lines);
     assert_int_equal(cm_failpoints_arm("router_step_slow:2500,worker_load_fails", g_seed, &err), CM_OK);
-    cm_log_handler(NULL, NULL);
     assert_int_equal(lines.n, 2); /* said aloud */
     for (int i = 0; i < 10000; i++) {
         n += cm_failpoint_fires(CM_FAILPOINT_router_step_slow);
@@ -502,6 +512,7 @@ static void test_failpoints(void **state)
     }
     assert_true(pattern != again); /* a sequence, not one draw repeated */
     assert_int_equal(cm_failpoints_arm("router_step_slow:0,worker_load_fails:0", g_seed, &err), CM_OK);
+    cm_log_handler(NULL, NULL);
     assert_false(cm_failpoint_fires(CM_FAILPOINT_worker_load_fails));
 }
 
@@ -512,11 +523,19 @@ int main(int argc, char **argv)
     }
     printf("seed %llu\n", (unsigned long long)g_seed);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_status),      cmocka_unit_test(test_alloc), cmocka_unit_test(test_guard),
-        cmocka_unit_test(test_arena),       cmocka_unit_test(test_pool),  cmocka_unit_test(test_map),
-        cmocka_unit_test(test_rng_known_answers), cmocka_unit_test(test_rng_uniform),
-        cmocka_unit_test(test_bytes),       cmocka_unit_test(test_jobs),  cmocka_unit_test(test_log),
-        cmocka_unit_test(test_stats),       cmocka_unit_test(test_failpoints),
+        cmocka_unit_test(test_status),
+        cmocka_unit_test(test_alloc),
+        cmocka_unit_test(test_guard),
+        cmocka_unit_test(test_arena),
+        cmocka_unit_test(test_pool),
+        cmocka_unit_test(test_map),
+        cmocka_unit_test(test_rng_known_answers),
+        cmocka_unit_test(test_rng_uniform),
+        cmocka_unit_test(test_bytes),
+        cmocka_unit_test(test_jobs),
+        cmocka_unit_test(test_log),
+        cmocka_unit_test(test_stats),
+        cmocka_unit_test(test_failpoints),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

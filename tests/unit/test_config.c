@@ -28,7 +28,8 @@ static const cm_cfg_field t_fields[] = {
     {"lease_ms", "3s", "how long a lease lasts", CM_CFG_MS(t_config, lease_ms, 100, 600000)},
     {"memory", "1g", "memory it may take", CM_CFG_BYTES(t_config, memory_bytes, 4096, 1ull << 40)},
 };
-static const cm_cfg_table t_table = {"baleen-test", "tests options", "[DIR]", t_fields, sizeof(t_fields) / sizeof(t_fields[0])};
+static const cm_cfg_table t_table = {"baleen-test", "tests options", "[DIR]", t_fields,
+                                     sizeof(t_fields) / sizeof(t_fields[0])};
 
 /* cm_cfg_load of up to seven words after the program's name. */
 static cm_status t_load(t_config *config, const char *const words[7], const char **operand_out, cm_error *err)
@@ -84,7 +85,8 @@ static void test_who_wins(void **state)
     (void)state;
     t_config config;
     cm_error err;
-    const char *operand, *path = t_file("# comment\n\n  n_row = 2 \nmode=fast\nlease_ms = 250\ndata-address = a b\n");
+    const char *operand,
+        *path = t_file("# comment\n\n  n_row = 2 \nmode=fast\nlease_ms = 250\ndata-address = a b\n");
     const char *const words[7] = {"--n-row", "4", "--config", path, "--n-row=5", "dir"};
     setenv("BALEEN_N_ROW", "3", 1);
     setenv("BALEEN_MODE", "safe", 1);
@@ -180,7 +182,10 @@ static void test_file_refused(void **state)
     static const struct {
         const char *text, *said;
     } rows[] = {
-        {"n_row = 3\nn_rows = 4\n", "line 2"}, {"n_row 3\n", "no '='"}, {"mode = slow\n", "none of"}, {"n_row =\n", "not a number"},
+        {"n_row = 3\nn_rows = 4\n", "line 2"},
+        {"n_row 3\n", "no '='"},
+        {"mode = slow\n", "none of"},
+        {"n_row =\n", "not a number"},
     };
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
         t_config config;
@@ -247,8 +252,13 @@ static void test_print_round_trip(void **state)
     char *text = NULL, *second = NULL;
     size_t n;
     cm_cfg_defaults(&t_table, &config);
-    static const char *const values[][2] = {{"data_address", "tcp 10.0.0.1"}, {"mode", "safe"}, {"verbose", "on"},
-                                            {"strict", "off"}, {"n_row", "17"}, {"lease_ms", "1234"}, {"memory", "5g"}};
+    static const char *const values[][2] = {{"data_address", "tcp 10.0.0.1"},
+                                            {"mode", "safe"},
+                                            {"verbose", "on"},
+                                            {"strict", "off"},
+                                            {"n_row", "17"},
+                                            {"lease_ms", "1234"},
+                                            {"memory", "5g"}};
     for (size_t i = 0; i < t_table.n_fields; i++) {
         assert_int_equal(cm_cfg_set(&t_table, &config, values[i][0], values[i][1], &err), CM_OK);
     }
@@ -292,9 +302,11 @@ static void test_help(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults), cmocka_unit_test(test_who_wins),    cmocka_unit_test(test_words),
-        cmocka_unit_test(test_refused),  cmocka_unit_test(test_file_refused), cmocka_unit_test(test_environment),
-        cmocka_unit_test(test_set),      cmocka_unit_test(test_print_round_trip), cmocka_unit_test(test_help),
+        cmocka_unit_test(test_defaults),     cmocka_unit_test(test_who_wins),
+        cmocka_unit_test(test_words),        cmocka_unit_test(test_refused),
+        cmocka_unit_test(test_file_refused), cmocka_unit_test(test_environment),
+        cmocka_unit_test(test_set),          cmocka_unit_test(test_print_round_trip),
+        cmocka_unit_test(test_help),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -220,6 +220,45 @@ static void do_linear(rig *r, uint32_t cut, cm_bytes *out)
     }
 }
 
+/* Sums that are zero but for rounding: the second half of every row undoes the first, over many magnitudes. What is
+ * left of them is the order of summation itself. */
+static void do_cancelling(rig *r, uint32_t cut, cm_bytes *out)
+{
+    enum { N = 10, K = 1024, O = 9 };
+    const kn_dense_ops *ops = kn_dense(r->device);
+    kn_matrix wide = random_matrix(r, 110, O, K, KN_BF16, KN_NONE), fp8 = random_matrix(r, 112, O, K, KN_E4M3, KN_F32);
+    kn_ptr x = random_bf16(r, 113, N * K), y = rig_new(r, N * O * 4), y8 = rig_new(r, N * O * 2);
+    kn_q8 q = random_q8(r, 114, N, K);
+    uint16_t *x_host = kn_mem_host(r->device, x), *w_host = kn_mem_host(r->device, wide.data);
+    uint8_t *codes = kn_mem_host(r->device, q.codes), *scales = kn_mem_host(r->device, q.scales);
+    uint8_t *w_codes = kn_mem_host(r->device, fp8.data);
+    float *w_scales = kn_mem_host(r->device, fp8.scale);
+    uint32_t b;
+    for (uint32_t i = 0; i < N * K; i++) {
+        bool second = i % K >= K / 2;
+        x_host[i] = second ? x_host[i - K / 2] : (uint16_t)(x_host[i] & 0x807f) | (uint16_t)((90 + random_u32(115, i) % 70) << 7);
+        codes[i] = second ? codes[i - K / 2] : codes[i];
+        scales[i / 128] = second ? scales[(i - K / 2) / 128] : scales[i / 128];
+    }
+    for (uint32_t i = 0; i < O * K; i++) {
+        bool second = i % K >= K / 2;
+        w_host[i] = second ? w_host[i - K / 2] ^ 0x8000 : w_host[i];
+        w_codes[i] = second ? w_codes[i - K / 2] ^ 0x80 : w_codes[i];
+    }
+    for (uint32_t i = 0; i < K / 256; i++) {
+        w_scales[i] *= ldexpf(1, (int)(random_u32(116, i) % 40));
+        w_scales[K / 256 + i] = w_scales[i];
+    }
+    for (uint32_t at = 0; at < N; at += b) {
+        b = next_cut(cut, at, N);
+        ops->linear_bf16(r->stream, kn_at(x, at * K * 2), &wide, b, KN_F32, kn_at(y, at * O * 4));
+        ops->linear_q8(r->stream, (kn_q8){kn_at(q.codes, at * K), kn_at(q.scales, at * K / 128)}, &fp8, b,
+                       kn_at(y8, at * O * 2));
+    }
+    keep(r, out, y, N * O * 4);
+    keep(r, out, y8, N * O * 2);
+}
+
 static void do_grouped(rig *r, uint32_t cut, cm_bytes *out)
 {
     for (uint32_t f = 0; f < 2; f++) {
@@ -648,6 +687,7 @@ static void compare_ref_cuts(scenario_fn scenario)
 PATH_TEST(rows)
 PATH_TEST(hc)
 PATH_TEST(linear)
+PATH_TEST(cancelling)
 PATH_TEST(grouped)
 PATH_TEST(gate)
 PATH_TEST(experts)
@@ -795,7 +835,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_exp_log),      cmocka_unit_test(test_sin_cos),
         cmocka_unit_test(test_inv_freq),     cmocka_unit_test(test_topk),
         cmocka_unit_test(test_rows),         cmocka_unit_test(test_hc),
-        cmocka_unit_test(test_linear),       cmocka_unit_test(test_grouped),
+        cmocka_unit_test(test_linear),       cmocka_unit_test(test_cancelling),   cmocka_unit_test(test_grouped),
         cmocka_unit_test(test_gate),         cmocka_unit_test(test_experts),
         cmocka_unit_test(test_swiglu_combine), cmocka_unit_test(test_layer_window),
         cmocka_unit_test(test_layer_4),      cmocka_unit_test(test_layer_128),

@@ -21,6 +21,14 @@ static void folder_file(const char *dir, const char *name, cm_bytes *path_out)
     cm_bytes_printf(path_out, "%s/%s", dir, name);
 }
 
+static void folder_unpublish(const char *dir)
+{
+    cm_bytes path;
+    folder_file(dir, "cluster.json", &path);
+    unlink(cm_bytes_text(&path));
+    cm_bytes_fini(&path);
+}
+
 /* The parsed cluster.json; NULL when there is none that can be read. */
 static json_t *folder_read(const char *dir)
 {
@@ -83,6 +91,7 @@ cm_status run_folder_open(const char *dir, run_folder *folder_out, cm_error *err
                      : cm_error_set(err, CM_E_IO, "run", "lock of %s: %s", folder.path, strerror(errno));
         goto err_close;
     }
+    folder_unpublish(folder.path); /* of one that was killed */
     *folder_out = folder;
     return CM_OK;
 
@@ -95,10 +104,7 @@ err_path:
 
 void run_folder_close(run_folder *folder)
 {
-    cm_bytes path;
-    folder_file(folder->path, "cluster.json", &path);
-    unlink(cm_bytes_text(&path));
-    cm_bytes_fini(&path);
+    folder_unpublish(folder->path);
     close(folder->lock);
     cm_free(folder->path);
 }

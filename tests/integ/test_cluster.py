@@ -1,0 +1,138 @@
+"""Membership with real processes: who is there, who is refused, what a death and a drain look like from outside."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import openai
+import pytest
+
+from conftest import NANO, ROOT, WAIT_S, wait_for
+
+COUNT = [{"role": "user", "content": "Count from 1 to 100."}]
+CHAT = {"thinking": {"type": "disabled"}}
+
+
+def client_of(cluster):
+    return openai.OpenAI(base_url=cluster.http + "/v1", api_key="none", max_retries=0)
+
+
+def answer(cluster, messages=COUNT):
+    reply = client_of(cluster).chat.completions.create(model="nano", messages=messages, temperature=0, extra_body=CHAT)
+    return reply.choices[0].message.content
+
+
+def test_status(cluster):
+    status = cluster.status()
+    members = status["members"]
+    roles = sorted(member["role"] for member in members)
+    assert roles == ["coordinator", "gateway", "router", "worker", "worker", "worker"]
+    assert status["epoch"] > 0
+    assert {member["pid"] for member in members} == {process["pid"] for process in cluster.info["processes"]}
+    assert all(member["epoch"] == status["epoch"] and member["state"] == "ready" for member in members)
+
+
+def test_drain_exits_zero(start_cluster):
+    cluster = start_cluster("--workers", "2")
+    pids = [process["pid"] for process in cluster.info["processes"]]
+    assert cluster.stop() == 0, cluster.said()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    assert not os.path.exists(os.path.join(cluster.run, "cluster.json"))
+
+
+def test_a_running_answer_survives_the_drain(start_cluster):
+    cluster = start_cluster("--workers", "2")
+    whole = answer(cluster)
+    stream = client_of(cluster).chat.completions.create(model="nano", messages=COUNT, temperature=0, stream=True, extra_body=CHAT)
+    text = next(stream).choices[0].delta.content or ""
+    cluster.up.send_signal(signal.SIGTERM)
+    text += "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == whole
+    assert cluster.stop() == 0, cluster.said()
+
+
+def test_worker_dies_in_the_middle(start_cluster):
+    """kill -9 of a worker while an answer streams: the others take its experts over and no token changes."""
+    cluster = start_cluster("--workers", "3")
+    whole = answer(cluster)
+    stream = client_of(cluster).chat.completions.create(model="nano", messages=COUNT, temperature=0, stream=True, extra_body=CHAT)
+    text = ""
+    for i, chunk in enumerate(stream):
+        text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+        if i == 20:
+            os.kill(cluster.processes("worker")[1]["pid"], signal.SIGKILL)
+    assert text == whole, cluster.said()
+    members = cluster.status()["members"]
+    assert sum(member["role"] == "worker" for member in members) == 2
+    assert answer(cluster) == whole
+
+
+def test_a_worker_joins(start_cluster, bin_dir):
+    cluster = start_cluster("--workers", "1")
+    whole = answer(cluster)
+    epoch = cluster.status()["epoch"]
+    with open(os.path.join(cluster.run, "late-worker.log"), "w") as log:
+        late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", NANO], stderr=log)
+        wait_for("an epoch with both workers", lambda: sum(
+            m["role"] == "worker" and m["state"] == "ready" and m["epoch"] > epoch for m in cluster.status()["members"]) == 2)
+        assert answer(cluster) == whole
+        late.send_signal(signal.SIGTERM)
+        assert late.wait(timeout=WAIT_S) == 0
+    assert answer(cluster) == whole
+
+
+def test_wrong_checkpoint_is_refused(start_cluster, bin_dir, tmp_path):
+    cluster = start_cluster("--workers", "1")
+    other = os.path.join(ROOT, "tests", "golden", "data", "model", "tiny-pro", "ckpt")
+    out = subprocess.run([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", other],
+                         capture_output=True, text=True, timeout=WAIT_S)
+    assert out.returncode == 1 and "refused" in out.stderr
+    # the same shapes, other weights
+    copy = tmp_path / "nano"
+    shutil.copytree(NANO, copy)
+    with open(copy / "model-00007-of-00008.safetensors", "r+b") as shard:
+        shard.seek(-4096, os.SEEK_END)
+        data = bytearray(shard.read(4096))
+        shard.seek(-4096, os.SEEK_END)
+        shard.write(bytes(byte ^ 1 for byte in data))
+    out = subprocess.run([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", str(copy)],
+                         capture_output=True, text=True, timeout=WAIT_S)
+    assert out.returncode == 1 and "fingerprint" in out.stderr
+    assert "Paris" in answer(cluster, [{"role": "user", "content": "What is the capital of France?"}])
+
+
+def test_second_coordinator_on_the_port(cluster, bin_dir):
+    out = subprocess.run([os.path.join(bin_dir, "baleen-coordinator"), "--address", cluster.coordinator], capture_output=True,
+                         text=True, timeout=WAIT_S)
+    assert out.returncode == 1
+    assert cluster.coordinator in out.stderr and "taken" in out.stderr
+
+
+def test_second_up_in_the_same_folder(cluster, bin_dir):
+    out = subprocess.run([os.path.join(bin_dir, "baleen"), "up", "--run", cluster.run, "--model", NANO], capture_output=True,
+                         text=True, timeout=WAIT_S)
+    assert out.returncode != 0 and cluster.run in out.stderr
+
+
+def test_queue_full_is_429(start_cluster):
+    """Two slots, a queue of two: the fifth is told to come back."""
+    cluster = start_cluster("--workers", "1", env={"BALEEN_SEQUENCES_MAX": "2", "BALEEN_QUEUE_MAX": "2"})
+    client = client_of(cluster)
+    streams, refused = [], 0
+    try:
+        for _ in range(12):
+            try:
+                streams.append(client.chat.completions.create(model="nano", messages=COUNT, stream=True, temperature=0,
+                                                              extra_body={"ignore_eos": True, **CHAT}))
+            except openai.RateLimitError as error:
+                refused += 1
+                assert error.response.headers.get("retry-after")
+    finally:
+        for stream in streams:
+            stream.close()
+    assert refused >= 1
+    wait_for("the ledger to be zero", cluster.ledger_is_zero)
+    assert answer(cluster)

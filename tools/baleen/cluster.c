@@ -1,0 +1,493 @@
+#include "tools/baleen/cluster.h"
+
+#include <errno.h>
+#include <jansson.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "common/base/assert.h"
+#include "common/base/clock.h"
+#include "common/base/mem.h"
+#include "tools/baleen/cli.h"
+#include "tools/baleen/ready_probe.h"
+#include "tools/baleen/spawn.h"
+
+enum {
+    CLUSTER_TICK_MS = 50,
+    CLUSTER_KILL_MS = 5000, /* beyond what a process was told it may take */
+    CLUSTER_READY_LINE_MAX = 4096,
+    CLUSTER_ADDRESS_BYTES = 128,
+};
+
+typedef enum cluster_role {
+    CLUSTER_COORDINATOR,
+    CLUSTER_ROUTER,
+    CLUSTER_WORKER,
+    CLUSTER_GATEWAY,
+    CLUSTER_ROLES,
+} cluster_role;
+
+static const char *const g_role_names[CLUSTER_ROLES] = {"coordinator", "router", "worker", "gateway"};
+
+/* Requests end first; workers last, who then have nobody to wait for. */
+static const cluster_role g_drain_order[CLUSTER_ROLES] = {CLUSTER_GATEWAY, CLUSTER_ROUTER, CLUSTER_COORDINATOR,
+                                                          CLUSTER_WORKER};
+
+typedef enum cluster_state { CLUSTER_STARTING, CLUSTER_READY, CLUSTER_DRAINING, CLUSTER_ENDED } cluster_state;
+
+typedef struct cluster_child {
+    cluster *cluster;
+    cluster_role role;
+    uint32_t index;
+    char name[32]; /* "worker-0"; of its log too */
+    pid_t pid;     /* 0: not running */
+    int ready_fd;  /* -1: closed */
+    struct event *ready_event;
+    cm_bytes ready_line; /* so far */
+    bool listens;
+    char address[CLUSTER_ADDRESS_BYTES]; /* "" for gateways, which have two */
+} cluster_child;
+
+struct cluster {
+    pc_loop *loop;
+    const cluster_options *options;
+    cluster_state state;
+    cluster_child *children;
+    uint32_t n_children;
+    char http[CLUSTER_ADDRESS_BYTES], grpc[CLUSTER_ADDRESS_BYTES];
+    ready_probe *probe;
+    pc_timer *tick, *kill_timer;
+    uint64_t begin_ms;
+    uint32_t drain_stage; /* in g_drain_order */
+    int code;
+};
+
+static void cluster_fail(cluster *self, const char *fmt, ...) CM_PRINTF(2, 3);
+
+/* ---- small questions ---- */
+
+static void child_log_path(const cluster_child *child, cm_bytes *path_out)
+{
+    cm_bytes_init(path_out, 0);
+    cm_bytes_printf(path_out, "%s/%s.log", child->cluster->options->run_dir, child->name);
+}
+
+static uint32_t cluster_count(const cluster *self, cluster_role role, bool only_listening)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        const cluster_child *child = &self->children[i];
+        n += child->role == role && child->pid != 0 && (child->listens || !only_listening);
+    }
+    return n;
+}
+
+static bool cluster_all_listen(const cluster *self)
+{
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        if (!self->children[i].listens) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* ---- starting ---- */
+
+static void args_for_role(const cluster *self, const cluster_child *child, spawn_args *args)
+{
+    const cluster_options *options = self->options;
+    const up_config *config = options->config;
+    spawn_args_add(args, "%s/baleen-%s", options->bin_dir, g_role_names[child->role]);
+    spawn_args_add(args, "--log-level=%s", config->log_level);
+    spawn_args_add(args, "--failpoints=%s", config->failpoints);
+    spawn_args_add(args, "--seed=%llu", (unsigned long long)config->seed);
+    if (child->role == CLUSTER_COORDINATOR) {
+        spawn_args_add(args, "--workers-min=%llu", (unsigned long long)config->workers);
+        return;
+    }
+    spawn_args_add(args, "--coordinator=%s", self->children[0].address);
+    spawn_args_add(args, "--model=%s", options->model_dir);
+    if (child->role == CLUSTER_GATEWAY) {
+        spawn_args_add(args, "--http=%s", config->http);
+        spawn_args_add(args, "--grpc=%s", config->grpc);
+        spawn_args_add(args, "--model-name=%s", options->model_name);
+    } else {
+        spawn_args_add(args, "--device=%s", config->device);
+        spawn_args_add(args, "--threads=%llu", (unsigned long long)config->threads);
+    }
+    if (child->role != CLUSTER_WORKER) {
+        spawn_args_add(args, "--drain-ms=%llu", (unsigned long long)config->drain_ms);
+    }
+}
+
+static void child_readable(evutil_socket_t fd, short what, void *arg);
+
+static cm_status child_start(cluster_child *child, cm_error *err)
+{
+    cluster *self = child->cluster;
+    spawn_args args = {.n = 0};
+    cm_bytes log_path;
+    args_for_role(self, child, &args);
+    child_log_path(child, &log_path);
+    cm_status status = spawn_start(&args, self->options->env, cm_bytes_text(&log_path), &child->pid, &child->ready_fd, err);
+    cm_bytes_fini(&log_path);
+    spawn_args_fini(&args);
+    if (status == CM_OK) {
+        child->ready_event =
+            event_new(pc_loop_base(self->loop), child->ready_fd, EV_READ | EV_PERSIST, child_readable, child);
+        CM_ASSERT(child->ready_event != NULL && event_add(child->ready_event, NULL) == 0);
+    }
+    return status;
+}
+
+static void child_stop_reading(cluster_child *child)
+{
+    if (child->ready_event != NULL) {
+        event_free(child->ready_event);
+        child->ready_event = NULL;
+        close(child->ready_fd);
+        child->ready_fd = -1;
+    }
+}
+
+static void cluster_start_others(cluster *self)
+{
+    cm_error err = {0};
+    for (uint32_t i = 1; i < self->n_children; i++) {
+        if (child_start(&self->children[i], &err) != CM_OK) {
+            cluster_fail(self, "%s", err.text);
+            return;
+        }
+    }
+}
+
+/* ---- the ready line ---- */
+
+static bool address_from(const json_t *line, const char *key, char out[CLUSTER_ADDRESS_BYTES])
+{
+    const char *address = json_string_value(json_object_get(line, key));
+    if (address == NULL || strchr(address, ':') == NULL || strlen(address) >= CLUSTER_ADDRESS_BYTES) {
+        return false;
+    }
+    snprintf(out, CLUSTER_ADDRESS_BYTES, "%s", address);
+    return true;
+}
+
+static void child_heard(cluster_child *child)
+{
+    cluster *self = child->cluster;
+    json_t *line = json_loadb((const char *)child->ready_line.data, child->ready_line.len, 0, NULL);
+    bool gateway = child->role == CLUSTER_GATEWAY;
+    bool ok = gateway ? address_from(line, "http", self->http) && address_from(line, "grpc", self->grpc)
+                      : address_from(line, "address", child->address);
+    json_decref(line);
+    child_stop_reading(child);
+    if (!ok) {
+        cluster_fail(self, "%s does not say where it listens: %s", child->name, cm_bytes_text(&child->ready_line));
+        return;
+    }
+    child->listens = true;
+    if (self->state != CLUSTER_STARTING) {
+        return;
+    }
+    if (child->role == CLUSTER_COORDINATOR) {
+        cluster_start_others(self);
+    } else if (gateway) {
+        self->probe = ready_probe_create(self->loop, self->http);
+    }
+}
+
+static void child_readable(evutil_socket_t fd, short what, void *arg)
+{
+    cluster_child *child = arg;
+    char chunk[512];
+    (void)what;
+    ssize_t n = read((int)fd, chunk, sizeof(chunk));
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
+        return;
+    }
+    if (n <= 0) {
+        child_stop_reading(child); /* it ends without a word: SIGCHLD tells the rest */
+        return;
+    }
+    cm_bytes_append(&child->ready_line, chunk, (size_t)n);
+    if (memchr(chunk, '\n', (size_t)n) != NULL || child->ready_line.overflow) {
+        child_heard(child);
+    }
+}
+
+/* ---- waiting until it serves ---- */
+
+static void cluster_draw(const cluster *self)
+{
+    const up_config *config = self->options->config;
+    cli_progress("starting: coordinator %u/1, routers %u/%llu, workers %u/%llu, gateway %u/1, %.1f s: %s",
+                 cluster_count(self, CLUSTER_COORDINATOR, true), cluster_count(self, CLUSTER_ROUTER, true),
+                 (unsigned long long)config->routers, cluster_count(self, CLUSTER_WORKER, true),
+                 (unsigned long long)config->workers, cluster_count(self, CLUSTER_GATEWAY, true),
+                 (double)(cm_now_ms() - self->begin_ms) / 1e3,
+                 self->probe != NULL ? ready_probe_reason(self->probe) : "processes start");
+}
+
+static void cluster_ticked(void *arg)
+{
+    cluster *self = arg;
+    uint64_t ready_ms = self->options->config->ready_ms;
+    if (self->probe != NULL && ready_probe_ok(self->probe) && cluster_all_listen(self)) {
+        cli_progress_clear();
+        ready_probe_destroy(self->probe);
+        self->probe = NULL;
+        self->state = CLUSTER_READY;
+        self->options->ready(self->options->ctx);
+        return;
+    }
+    if (cm_now_ms() - self->begin_ms > ready_ms) {
+        cluster_fail(self, "the cluster is not ready after %llu ms: %s; the logs are in %s", (unsigned long long)ready_ms,
+                     self->probe != NULL ? ready_probe_reason(self->probe) : "not all processes listen",
+                     self->options->run_dir);
+        return;
+    }
+    if (self->probe != NULL) {
+        ready_probe_ask(self->probe);
+    }
+    cluster_draw(self);
+    pc_timer_set(self->tick, CLUSTER_TICK_MS);
+}
+
+/* ---- ends ---- */
+
+static void cluster_say(const char *fmt, ...) CM_PRINTF(1, 2);
+static void cluster_say(const char *fmt, ...)
+{
+    va_list args;
+    cli_progress_clear();
+    fputs("baleen up: ", stderr);
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+    fputc('\n', stderr);
+}
+
+static void cluster_fail(cluster *self, const char *fmt, ...)
+{
+    char text[1024];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof(text), fmt, args);
+    va_end(args);
+    cluster_say("%s", text);
+    self->code = CLI_FAILED;
+    cluster_drain(self);
+}
+
+/* A process ended although nobody asked it to. */
+static void child_lost(cluster_child *child, const char *how, pid_t pid)
+{
+    cluster *self = child->cluster;
+    cm_bytes log_path;
+    uint32_t n_left = cluster_count(self, child->role, false);
+    child_log_path(child, &log_path);
+    if (self->state == CLUSTER_STARTING) {
+        cluster_say("%s (process %d) %s before the cluster was ready; the end of its log %s:", child->name, (int)pid, how,
+                    cm_bytes_text(&log_path));
+        spawn_show_log_tail(cm_bytes_text(&log_path), stderr);
+        self->code = CLI_FAILED;
+        cluster_drain(self);
+    } else {
+        cluster_say("%s (process %d) %s; its log is %s", child->name, (int)pid, how, cm_bytes_text(&log_path));
+        if (child->role != CLUSTER_WORKER && n_left == 0) {
+            cluster_fail(self, "no %s is left: the others are stopped", g_role_names[child->role]);
+        } else {
+            cluster_say("the cluster goes on with %u %s%s", n_left, g_role_names[child->role], n_left == 1 ? "" : "s");
+            self->options->changed(self->options->ctx);
+        }
+    }
+    cm_bytes_fini(&log_path);
+}
+
+static void child_ended(cluster_child *child, int wait_status)
+{
+    cluster *self = child->cluster;
+    pid_t pid = child->pid;
+    char how[96];
+    child->pid = 0;
+    child_stop_reading(child);
+    spawn_describe_end(wait_status, how);
+    if (self->state == CLUSTER_STARTING || self->state == CLUSTER_READY) {
+        child_lost(child, how, pid);
+    } else if (!WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0) {
+        self->code = CLI_FAILED;
+        cluster_say("%s (process %d) %s while it was stopped; its log is %s/%s.log", child->name, (int)pid, how,
+                    self->options->run_dir, child->name);
+    }
+}
+
+/* ---- the drain ---- */
+
+static void stage_signal(cluster *self, int number)
+{
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        cluster_child *child = &self->children[i];
+        if (child->role == g_drain_order[self->drain_stage] && child->pid != 0) {
+            if (number == SIGKILL) {
+                cluster_say("%s (process %d) does not end and is killed", child->name, (int)child->pid);
+            }
+            kill(child->pid, number);
+        }
+    }
+}
+
+/* Goes to the first stage in which somebody runs. */
+static void cluster_next_stage(cluster *self)
+{
+    while (self->drain_stage < CLUSTER_ROLES && cluster_count(self, g_drain_order[self->drain_stage], false) == 0) {
+        self->drain_stage++;
+    }
+    if (self->drain_stage == CLUSTER_ROLES) {
+        pc_timer_clear(self->kill_timer);
+        self->state = CLUSTER_ENDED;
+        cli_progress_clear();
+        self->options->ended(self->options->ctx, self->code);
+        return;
+    }
+    cli_progress("stopping: %s", g_role_names[g_drain_order[self->drain_stage]]);
+    stage_signal(self, SIGTERM);
+    pc_timer_set(self->kill_timer, self->options->config->drain_ms + CLUSTER_KILL_MS);
+}
+
+static void cluster_kill_due(void *arg)
+{
+    stage_signal(arg, SIGKILL);
+}
+
+void cluster_drain(cluster *self)
+{
+    if (self->state == CLUSTER_DRAINING || self->state == CLUSTER_ENDED) {
+        return;
+    }
+    self->state = CLUSTER_DRAINING;
+    pc_timer_clear(self->tick);
+    cluster_next_stage(self);
+}
+
+/* One SIGCHLD may stand for several ends. */
+static void cluster_reap(void *arg)
+{
+    cluster *self = arg;
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        cluster_child *child = &self->children[i];
+        int wait_status;
+        if (child->pid != 0 && waitpid(child->pid, &wait_status, WNOHANG) == child->pid) {
+            child_ended(child, wait_status);
+        }
+    }
+    if (self->state == CLUSTER_DRAINING && cluster_count(self, g_drain_order[self->drain_stage], false) == 0) {
+        cluster_next_stage(self);
+    }
+}
+
+/* ---- life ---- */
+
+static void cluster_add(cluster *self, cluster_role role, uint32_t index, bool numbered)
+{
+    cluster_child *child = &self->children[self->n_children++];
+    *child = (cluster_child){.cluster = self, .role = role, .index = index, .ready_fd = -1};
+    cm_bytes_init(&child->ready_line, CLUSTER_READY_LINE_MAX);
+    if (numbered) {
+        snprintf(child->name, sizeof(child->name), "%s-%u", g_role_names[role], index);
+    } else {
+        snprintf(child->name, sizeof(child->name), "%s", g_role_names[role]);
+    }
+}
+
+cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster **cluster_out, cm_error *err)
+{
+    const up_config *config = options->config;
+    cluster *self = cm_alloc(sizeof(*self));
+    self->loop = loop;
+    self->options = options;
+    self->begin_ms = cm_now_ms();
+    self->tick = pc_timer_create(loop, cluster_ticked, self);
+    self->kill_timer = pc_timer_create(loop, cluster_kill_due, self);
+    self->children = cm_alloc(sizeof(cluster_child) * (size_t)(2 + config->routers + config->workers));
+    cluster_add(self, CLUSTER_COORDINATOR, 0, false);
+    for (uint32_t i = 0; i < config->routers; i++) {
+        cluster_add(self, CLUSTER_ROUTER, i, true);
+    }
+    for (uint32_t i = 0; i < config->workers; i++) {
+        cluster_add(self, CLUSTER_WORKER, i, true);
+    }
+    cluster_add(self, CLUSTER_GATEWAY, 0, false);
+    pc_loop_on_signal(loop, SIGCHLD, cluster_reap, self);
+    cm_status status = child_start(&self->children[0], err);
+    if (status != CM_OK) {
+        cluster_destroy(self);
+        return status;
+    }
+    pc_timer_set(self->tick, CLUSTER_TICK_MS);
+    *cluster_out = self;
+    return CM_OK;
+}
+
+void cluster_destroy(cluster *self)
+{
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        CM_ASSERT_MSG(self->children[i].pid == 0, "%s still runs", self->children[i].name);
+        child_stop_reading(&self->children[i]);
+        cm_bytes_fini(&self->children[i].ready_line);
+    }
+    ready_probe_destroy(self->probe);
+    pc_timer_destroy(self->tick);
+    pc_timer_destroy(self->kill_timer);
+    cm_free(self->children);
+    cm_free(self);
+}
+
+/* ---- what others want to know ---- */
+
+const char *cluster_http(const cluster *self)
+{
+    return self->http;
+}
+
+const char *cluster_grpc(const cluster *self)
+{
+    return self->grpc;
+}
+
+char *cluster_describe(const cluster *self)
+{
+    json_t *processes = json_array();
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        const cluster_child *child = &self->children[i];
+        if (child->pid == 0) {
+            continue;
+        }
+        json_t *row = json_pack("{s:s, s:i, s:s, s:i}", "role", g_role_names[child->role], "id", (int)child->index, "name",
+                                child->name, "pid", (int)child->pid);
+        if (child->address[0] != '\0') {
+            json_object_set_new(row, "address", json_string(child->address));
+        }
+        json_array_append_new(processes, row);
+    }
+    json_t *all = json_pack("{s:s, s:s, s:s, s:s, s:i, s:o}", "http", self->http, "grpc", self->grpc, "coordinator",
+                            self->children[0].address, "model", self->options->model_name, "pid", (int)getpid(),
+                            "processes", processes);
+    char *dumped = json_dumps(all, JSON_INDENT(2)), *text = cm_strdup(dumped);
+    free(dumped);
+    json_decref(all);
+    return text;
+}
+
+void cluster_list(const cluster *self, cm_bytes *text)
+{
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        cm_bytes_printf(text, "%s%s %d", i > 0 ? ", " : "", self->children[i].name, (int)self->children[i].pid);
+    }
+}

@@ -1,0 +1,46 @@
+/* A cluster of processes on this machine: started in order, watched, drained in order. Used by `baleen up`.
+ * Coordinator first; when it listens, everything else; ready when every process listens and the gateway's /ready says so.
+ * Speaks to the person on stderr. Thread: the loop's. */
+#pragma once
+#include <stdint.h>
+
+#include "common/base/status.h"
+#include "common/proc/loop.h"
+
+typedef struct cluster cluster;
+
+typedef struct up_config {
+    char *model, *http, *grpc, *run, *name, *device, *log_level, *failpoints;
+    uint64_t workers, routers, threads, seed, ready_ms, drain_ms;
+} up_config;
+
+typedef struct cluster_options {
+    const up_config *config;
+    const char *run_dir;    /* logs go there */
+    const char *bin_dir;    /* of the servers' programs */
+    const char *model_dir;  /* absolute */
+    const char *model_name; /* what clients ask for */
+    char *const *env;       /* of the children */
+    void (*ready)(void *ctx);
+    void (*changed)(void *ctx);         /* while ready: a process is gone and the cluster goes on */
+    void (*ended)(void *ctx, int code); /* no process is left; exit code. Not before cluster_create has returned */
+    void *ctx;
+} cluster_options;
+
+/* options and what they point to are kept. An error when the first process cannot be started. */
+CM_MUST_CHECK cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster **cluster_out, cm_error *err);
+/* Gateway, routers, coordinator, workers: each is asked, given drain_ms and a little more, then killed. ended follows, with
+ * code 0 when all of them left in order. A second call changes nothing. */
+void cluster_drain(cluster *self);
+/* After ended. */
+void cluster_destroy(cluster *self);
+
+/* ---- when ready ---- */
+
+const char *cluster_http(const cluster *self);
+const char *cluster_grpc(const cluster *self);
+/* cluster.json: addresses, model, the processes that live. Returned: free with cm_free. */
+char *cluster_describe(const cluster *self);
+/* "coordinator 123, router-0 124, ..." Appended. */
+#include "common/base/bytes.h"
+void cluster_list(const cluster *self, cm_bytes *text);

@@ -1,0 +1,219 @@
+/* baleen up: a whole cluster on this machine, in the foreground. */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+#include "common/base/bytes.h"
+#include "common/base/mem.h"
+#include "common/model/geometry.h"
+#include "common/proc/process.h"
+#include "tools/baleen/cli.h"
+#include "tools/baleen/cluster.h"
+#include "tools/baleen/run_folder.h"
+#include "tools/baleen/verbs.h"
+
+extern char **environ;
+
+static const cm_cfg_field g_fields[] = {
+    {"workers", "3", "processes that hold experts", CM_CFG_UINT(up_config, workers, 1, 256)},
+    {"routers", "1", "processes that run sequences", CM_CFG_UINT(up_config, routers, 1, 64)},
+    {"model", "models/nano", "folder of the checkpoint", CM_CFG_STRING(up_config, model)},
+    {"http", "127.0.0.1:0", "address of the HTTP interface; port 0 takes a free one", CM_CFG_STRING(up_config, http)},
+    {"grpc", "127.0.0.1:0", "address of the gRPC interface; port 0 takes a free one", CM_CFG_STRING(up_config, grpc)},
+    {"run", "", "folder for logs and cluster.json; a fresh one in $TMPDIR or /tmp when none is given",
+     CM_CFG_STRING(up_config, run)},
+    {"name", "", "name of the model for clients; the name of its folder when none is given",
+     CM_CFG_STRING(up_config, name)},
+    {"device", "cpu", "what computes", CM_CFG_CHOICE(up_config, device, "cpu|ref")},
+    {"threads", "1", "compute threads of each router and worker", CM_CFG_UINT(up_config, threads, 1, 1024)},
+    {"log_level", "info", "least severe lines in the logs", CM_CFG_CHOICE(up_config, log_level, "error|warn|info|debug")},
+    {"ready_ms", "60s", "how long the cluster may take to serve", CM_CFG_MS(up_config, ready_ms, 100, 86400000)},
+    {"drain_ms", "30s", "how long running requests may take to finish when asked to stop",
+     CM_CFG_MS(up_config, drain_ms, 0, 3600000)},
+    {"failpoints", "", "tests only: name:odds,.. of failpoints to arm in every process",
+     CM_CFG_STRING(up_config, failpoints)},
+    {"seed", "0", "tests only: seed of armed failpoints", CM_CFG_UINT(up_config, seed, 0, UINT64_MAX)},
+};
+
+static const cm_cfg_table g_table = {
+    .program = "baleen up",
+    .summary = "runs a whole cluster on this machine until Ctrl-C; other options of the servers: from the environment",
+    .operands = "",
+    .fields = g_fields,
+    .n_fields = sizeof(g_fields) / sizeof(g_fields[0]),
+};
+
+typedef struct up {
+    up_config config;
+    pc_loop *loop;
+    run_folder folder;
+    cluster *cluster;
+    cluster_options options;
+    char *bin_dir, *model_dir;
+    char **env;
+    int code;
+} up;
+
+/* ---- what the children get ---- */
+
+/* Our own options go to them as flags, if at all; the other variables are theirs. */
+static bool env_is_ours(const char *variable)
+{
+    static const char prefix[] = "BALEEN_";
+    const char *name = variable + sizeof(prefix) - 1;
+    if (strncmp(variable, prefix, sizeof(prefix) - 1) != 0) {
+        return false;
+    }
+    for (size_t i = 0; i < g_table.n_fields; i++) {
+        size_t n = strlen(g_fields[i].name);
+        if (strncasecmp(name, g_fields[i].name, n) == 0 && name[n] == '=') {
+            return true;
+        }
+    }
+    return false;
+}
+
+static char **env_for_children(void)
+{
+    size_t n = 0, kept = 0;
+    while (environ[n] != NULL) {
+        n++;
+    }
+    char **env = cm_alloc(sizeof(*env) * (n + 1));
+    for (size_t i = 0; i < n; i++) {
+        if (!env_is_ours(environ[i])) {
+            env[kept++] = environ[i];
+        }
+    }
+    return env;
+}
+
+static cm_status find_programs(char **bin_dir_out, cm_error *err)
+{
+    char path[4096];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
+    if (n <= 0) {
+        return cm_error_set(err, CM_E_IO, NULL, "/proc/self/exe: %s", strerror(errno));
+    }
+    path[n] = '\0';
+    *strrchr(path, '/') = '\0';
+    *bin_dir_out = cm_strdup(path);
+    return CM_OK;
+}
+
+static cm_status find_model(up *self, cm_error *err)
+{
+    md_geometry geometry;
+    char *real = realpath(self->config.model, NULL);
+    if (real == NULL) {
+        return cm_error_set(err, CM_E_NOT_FOUND, "model", "no model in %s: %s; give its folder with --model DIR",
+                            self->config.model, strerror(errno));
+    }
+    self->model_dir = cm_strdup(real);
+    free(real);
+    return md_geometry_load(self->model_dir, &geometry, err); /* rather now than from every process' log */
+}
+
+/* ---- the cluster's words ---- */
+
+static void up_publish(up *self)
+{
+    cm_error err = {0};
+    char *json = cluster_describe(self->cluster);
+    if (run_folder_publish(&self->folder, json, &err) != CM_OK) {
+        cli_complain(&g_table, CLI_FAILED, "%s", err.text); /* the cluster serves all the same */
+    }
+    cm_free(json);
+}
+
+static void up_ready(void *ctx)
+{
+    up *self = ctx;
+    cm_bytes list;
+    up_publish(self); /* before the line: who reads it may look */
+    cm_bytes_init(&list, 0);
+    cluster_list(self->cluster, &list);
+    printf("baleen is ready: http://%s grpc %s model %s processes %s\n", cluster_http(self->cluster),
+           cluster_grpc(self->cluster), self->options.model_name, cm_bytes_text(&list));
+    fflush(stdout);
+    cm_bytes_fini(&list);
+}
+
+static void up_changed(void *ctx)
+{
+    up_publish(ctx);
+}
+
+static void up_ended(void *ctx, int code)
+{
+    up *self = ctx;
+    self->code = code;
+    pc_loop_stop(self->loop);
+}
+
+static void up_terminate(void *arg)
+{
+    cluster_drain(((up *)arg)->cluster);
+}
+
+/* ---- life ---- */
+
+static cm_status up_run(up *self, cm_error *err)
+{
+    self->options = (cluster_options){
+        .config = &self->config,
+        .run_dir = self->folder.path,
+        .bin_dir = self->bin_dir,
+        .model_dir = self->model_dir,
+        .model_name = self->config.name[0] != '\0' ? self->config.name : strrchr(self->model_dir, '/') + 1,
+        .env = self->env,
+        .ready = up_ready,
+        .changed = up_changed,
+        .ended = up_ended,
+        .ctx = self,
+    };
+    fprintf(stderr, "baleen up: run folder %s (logs, cluster.json)\n", self->folder.path);
+    CM_TRY(cluster_create(self->loop, &self->options, &self->cluster, err));
+    pc_process_on_terminate(self->loop, up_terminate, self);
+    pc_loop_run(self->loop);
+    cluster_destroy(self->cluster);
+    return CM_OK;
+}
+
+static cm_status up_prepare(up *self, cm_error *err)
+{
+    CM_TRY(find_programs(&self->bin_dir, err));
+    CM_TRY(find_model(self, err));
+    self->env = env_for_children();
+    if (pc_loop_create(&self->loop) != CM_OK) {
+        return cm_error_set(err, CM_E_IO, NULL, "no event loop");
+    }
+    return run_folder_open(self->config.run, &self->folder, err);
+}
+
+int verb_up(int argc, char **argv)
+{
+    up self = {.code = CLI_OK};
+    cm_error err = {0};
+    int code = cli_begin(&g_table, &self.config, argc, argv, NULL, 0, NULL);
+    if (code >= 0) {
+        return code;
+    }
+    cm_status status = up_prepare(&self, &err);
+    if (status == CM_OK) {
+        status = up_run(&self, &err);
+        run_folder_close(&self.folder);
+    }
+    code = status == CM_OK ? self.code : cli_fail(&g_table, &err);
+    if (self.loop != NULL) {
+        pc_loop_destroy(self.loop);
+    }
+    cm_free(self.env);
+    cm_free(self.model_dir);
+    cm_free(self.bin_dir);
+    cm_cfg_free(&g_table, &self.config);
+    return code;
+}
