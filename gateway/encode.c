@@ -68,8 +68,8 @@ static void encode_run(void *arg)
     gw_encoded *result = &encode->result;
     result->status = CM_OK;
     if (encode->kind == GW_ASK_CHAT) {
-        result->status = gw_encode_chat(&encode->encoder, encode->body, &result->ids, NULL, &result->continues,
-                                        &result->error);
+        result->status = gw_encode_chat(&encode->encoder, encode->body, &result->ids, NULL,
+                                        &result->continues, &result->error);
         result->thinking = ends_in_thinking(tokenizer, &result->ids);
     } else if (encode->suffix != NULL) {
         md_fim_encode(tokenizer, encode->prompt, encode->prompt_bytes, encode->suffix, encode->suffix_bytes,
@@ -94,8 +94,8 @@ static void encode_done(void *arg)
     cm_free(encode);
 }
 
-cm_status gw_encode_begin(const gw_encoder *encoder, gw_request *request, const json_t *body, gw_encoded_fn fn,
-                          void *ctx, gw_encode **encode_out)
+cm_status gw_encode_begin(const gw_encoder *encoder, gw_request *request, const json_t *body,
+                          gw_encoded_fn fn, void *ctx, gw_encode **encode_out)
 {
     gw_encode *encode = cm_alloc(sizeof(*encode));
     *encode = (gw_encode){.encoder = *encoder,

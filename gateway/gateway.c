@@ -15,7 +15,6 @@ static void on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
 {
     gw_gateway *gateway = ctx;
     gateway->member_id = member_id;
-    cm_log_identity("gateway", (int)member_id);
     gw_routers_identity(gateway->routers, cluster, member_id);
 }
 
@@ -24,7 +23,6 @@ static void on_commit(void *ctx, pc_epoch *epoch)
     gw_gateway *gateway = ctx;
     pc_epoch_release(gateway->epoch);
     gateway->epoch = pc_epoch_hold(epoch);
-    cm_log_epoch(epoch->number);
     gw_routers_epoch(gateway->routers, epoch);
     pc_member_committed(gateway->member, epoch->number);
     gw_probe_consider(gateway);
@@ -105,8 +103,8 @@ static cm_status take_names(gw_gateway *gateway, cm_error *err)
     return CM_OK;
 }
 
-/* A gateway's host may have the tokenizer and config.json without the weights: then it cannot say which weights it means,
- * and says so by an empty fingerprint. */
+/* A gateway's host may have the tokenizer and config.json without the weights: then it cannot say which
+ * weights it means, and says so by an empty fingerprint. */
 static void take_fingerprint(gw_gateway *gateway)
 {
     md_checkpoint *checkpoint;
@@ -139,7 +137,8 @@ static cm_status open_model(gw_gateway *gateway, cm_error *err)
     cm_bytes path;
     cm_bytes_init(&path, 0);
     cm_bytes_printf(&path, "%s/tokenizer.json", dir);
-    cm_status status = md_tokenizer_open(cm_bytes_text(&path), gateway->geometry.vocab, &gateway->tokenizer, err);
+    cm_status status =
+        md_tokenizer_open(cm_bytes_text(&path), gateway->geometry.vocab, &gateway->tokenizer, err);
     cm_bytes_fini(&path);
     return status;
 }
@@ -150,7 +149,8 @@ static cm_status open_surfaces(gw_gateway *gateway, cm_error *err)
     CM_TRY(gw_http_create(gateway, config->http, &gateway->http, gateway->http_bound, err));
     gateway->grpc_drained = true;
     if (config->grpc[0] != 0) {
-        CM_TRY(gw_grpc_create(gateway, gateway->loop, config->grpc, &gateway->grpc, gateway->grpc_bound, err));
+        CM_TRY(
+            gw_grpc_create(gateway, gateway->loop, config->grpc, &gateway->grpc, gateway->grpc_bound, err));
         gateway->grpc_drained = false;
     }
     return CM_OK;
@@ -206,7 +206,8 @@ static gw_gateway *gateway_make(pc_loop *loop, const gw_config *config, gw_leave
 cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn leave, void *ctx,
                             gw_gateway **gateway_out, cm_error *err)
 {
-    static const gw_routers_events events = {.linked = on_linked, .lost = on_lost, .tokens = gw_streams_tokens};
+    static const gw_routers_events events = {
+        .linked = on_linked, .lost = on_lost, .tokens = gw_streams_tokens};
     if (config->coordinator[0] == 0) {
         return cm_error_set(err, CM_E_CONFIG, "coordinator", "the address of the coordinator must be given");
     }
@@ -237,8 +238,8 @@ err_gateway:
     return status;
 }
 
-/* Takes apart what is there: also a gateway that was not created to its end. Surfaces end first: their streams need the rest
- * to say goodbye. */
+/* Takes apart what is there: also a gateway that was not created to its end. Surfaces end first: their
+ * streams need the rest to say goodbye. */
 void gw_gateway_destroy(gw_gateway *gateway)
 {
     gateway->draining = true;
@@ -377,12 +378,13 @@ cm_status gw_model_check(const gw_gateway *gateway, const char *name, gw_error *
             return CM_OK;
         }
     }
-    gw_error_set(error_out, GW_CAUSE_MODEL_NOT_FOUND, "model", "The model '%.200s' does not exist; this server has '%.100s'",
-                 name, gateway->model);
+    gw_error_set(error_out, GW_CAUSE_MODEL_NOT_FOUND, "model",
+                 "The model '%.200s' does not exist; this server has '%.100s'", name, gateway->model);
     return CM_E_NOT_FOUND;
 }
 
-cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out, cm_bytes *text_out, gw_error *error_out)
+cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out, cm_bytes *text_out,
+                      gw_error *error_out)
 {
     bool continues;
     return gw_encode_chat(&gateway->encoder, body, ids_out, text_out, &continues, error_out);

@@ -59,7 +59,7 @@ struct gw_gateway {
 
     gw_stream_list streams;
     uint32_t n_streams; /* without the probe's */
-    cm_map by_number; /* stream number -> gw_stream */
+    cm_map by_number;   /* stream number -> gw_stream */
     uint64_t next_number;
     gw_probe probe;
 
@@ -76,8 +76,9 @@ struct gw_gateway {
 
 /* ---- stream.c ---- */
 /* As gw_stream_open, for ourselves: not counted, not refused for a limit. */
-CM_MUST_CHECK cm_status gw_stream_open_probe(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
-                                             void *ctx, gw_stream **stream_out, gw_error *error_out);
+CM_MUST_CHECK cm_status gw_stream_open_probe(gw_gateway *gateway, const gw_ask *ask,
+                                             const gw_stream_events *events, void *ctx,
+                                             gw_stream **stream_out, gw_error *error_out);
 void gw_streams_tokens(void *gateway, gw_router *router, const Baleen__Engine__V1__SeqTokens *seq);
 void gw_streams_lost(gw_gateway *gateway, gw_router *router);
 /* Fails every stream. */

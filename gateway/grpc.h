@@ -1,4 +1,5 @@
-/* The gateway's gRPC surface: asks, streams and answers through gateway/stream.h alone. Thread: the loop's. */
+/* The gateway's gRPC surface: asks, streams and answers through gateway/stream.h alone. Thread: the loop's.
+ */
 #pragma once
 #include "common/proc/loop.h"
 #include "gateway/stream.h"
@@ -6,8 +7,8 @@
 typedef struct gw_grpc gw_grpc;
 
 /* Listens. bound_out: "host:port" really in use. CM_E_EXISTS: the address is taken. */
-CM_MUST_CHECK cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, gw_grpc **grpc_out,
-                                       char bound_out[128], cm_error *err);
+CM_MUST_CHECK cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address,
+                                       gw_grpc **grpc_out, char bound_out[128], cm_error *err);
 /* Refuses new calls, running ones go on; done runs when none is left. */
 void gw_grpc_drain(gw_grpc *grpc, pc_fn done, void *arg);
 /* Cancels what still runs. */

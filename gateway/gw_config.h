@@ -3,12 +3,12 @@
 #include "common/proc/process.h"
 
 typedef struct gw_config {
-    char *http, *grpc;       /* listening addresses, "host:port" */
-    char *coordinator;       /* "host:port" */
-    char *model;             /* folder */
-    char *model_name;        /* "": the folder's name */
-    char *model_aliases;     /* "a,b" */
-    char *net;               /* back-end towards the routers */
+    char *http, *grpc;   /* listening addresses, "host:port" */
+    char *coordinator;   /* "host:port" */
+    char *model;         /* folder */
+    char *model_name;    /* "": the folder's name */
+    char *model_aliases; /* "a,b" */
+    char *net;           /* back-end towards the routers */
     uint64_t streams_max, encode_threads;
     uint64_t request_bytes_max, slow_reader_bytes;
     uint64_t connections_max, http_timeout_ms, keep_alive_ms;

@@ -46,8 +46,8 @@ static void bound_address(struct evhttp_bound_socket *bound, char out[128])
     }
 }
 
-/* libevent answers a body beyond its own limit with a page of its own; ours is below, so that a client that is a little
- * over gets an error object. */
+/* libevent answers a body beyond its own limit with a page of its own; ours is below, so that a client that
+ * is a little over gets an error object. */
 static void set_limits(struct evhttp *server, const gw_config *config)
 {
     struct timeval timeout = {.tv_sec = (time_t)(config->http_timeout_ms / 1000),
@@ -60,7 +60,8 @@ static void set_limits(struct evhttp *server, const gw_config *config)
                                            EVHTTP_REQ_DELETE | EVHTTP_REQ_OPTIONS | EVHTTP_REQ_PATCH);
 }
 
-cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **http_out, char bound_out[128], cm_error *err)
+cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **http_out, char bound_out[128],
+                         cm_error *err)
 {
     char host[96];
     uint16_t port = 0;
@@ -74,8 +75,8 @@ cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **htt
     if (bound == NULL) {
         int cause = errno;
         evhttp_free(server);
-        return cm_error_set(err, cause == EADDRINUSE ? CM_E_EXISTS : CM_E_IO, "http", "cannot listen at %s: %s", address,
-                            strerror(cause));
+        return cm_error_set(err, cause == EADDRINUSE ? CM_E_EXISTS : CM_E_IO, "http",
+                            "cannot listen at %s: %s", address, strerror(cause));
     }
     gw_http *http = cm_alloc(sizeof(*http));
     http->gateway = gateway;

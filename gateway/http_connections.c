@@ -1,8 +1,8 @@
-/* A bound on connections, which libevent 2.1 does not have: we make each connection's bufferevent and keep a reference to
- * it. When its owner has freed it (its callbacks are gone, the socket is shut down) our reference is the last one; a sweep
- * drops it. While as many live as may, nothing is accepted: the kernel's backlog holds the rest.
- * The socket must live as long as the bufferevent (close on free): events on a closed descriptor would come to mean the
- * next connection that gets its number. */
+/* A bound on connections, which libevent 2.1 does not have: we make each connection's bufferevent and keep a
+ * reference to it. When its owner has freed it (its callbacks are gone, the socket is shut down) our
+ * reference is the last one; a sweep drops it. While as many live as may, nothing is accepted: the kernel's
+ * backlog holds the rest. The socket must live as long as the bufferevent (close on free): events on a closed
+ * descriptor would come to mean the next connection that gets its number. */
 #include <event2/listener.h>
 
 #include "common/base/log.h"
@@ -72,7 +72,8 @@ static struct bufferevent *make_connection(struct event_base *base, void *arg)
     return bev;
 }
 
-gw_connections *gw_connections_create(gw_gateway *gateway, struct evhttp *server, struct evconnlistener *listener)
+gw_connections *gw_connections_create(gw_gateway *gateway, struct evhttp *server,
+                                      struct evconnlistener *listener)
 {
     gw_connections *c = cm_alloc(sizeof(*c));
     c->listener = listener;

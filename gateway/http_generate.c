@@ -1,5 +1,6 @@
-/* Generating requests: one exchange from the parsed body to the last byte of the answer. The status is sent once a router
- * has accepted the request, never before; a client that goes away, reads nothing or is too slow ends its stream. */
+/* Generating requests: one exchange from the parsed body to the last byte of the answer. The status is sent
+ * once a router has accepted the request, never before; a client that goes away, reads nothing or is too slow
+ * ends its stream. */
 #include <string.h>
 
 #include "common/base/log.h"
@@ -7,7 +8,9 @@
 #include "common/base/stats.h"
 #include "gateway/http_private.h"
 
-enum { INPUT_WHILE_ANSWERING = 64 * 1024 }; /* bytes of further requests on the connection; then it is not read */
+enum {
+    INPUT_WHILE_ANSWERING = 64 * 1024
+}; /* bytes of further requests on the connection; then it is not read */
 
 struct gw_exchange {
     TAILQ_ENTRY(gw_exchange) link;
@@ -15,8 +18,8 @@ struct gw_exchange {
     struct evhttp_request *req;
     gw_stream *stream; /* NULL: it has ended */
     gw_openai *writer;
-    bool sse;       /* answered in events */
-    bool head_sent; /* status and headers are out: errors go into the body */
+    bool sse;                 /* answered in events */
+    bool head_sent;           /* status and headers are out: errors go into the body */
     struct evbuffer *pending; /* of this step, not yet given to the connection */
     pc_timer *keep_alive;
 };
@@ -28,8 +31,8 @@ static struct timeval timeval_ms(uint64_t ms)
 
 /* ---- the connection under it ---- */
 
-/* evhttp stops reading when a request is complete, and a connection that is not read never tells that it was closed. Its
- * own read callback would take more input for a broken state, so there is none meanwhile. */
+/* evhttp stops reading when a request is complete, and a connection that is not read never tells that it was
+ * closed. Its own read callback would take more input for a broken state, so there is none meanwhile. */
 static void watch_connection(gw_exchange *x, struct evhttp_connection *connection)
 {
     struct bufferevent *bev = evhttp_connection_get_bufferevent(connection);
@@ -77,7 +80,8 @@ static void exchange_written(struct evhttp_request *req, void *arg)
     exchange_free(arg);
 }
 
-/* The connection goes down. A request that was not answered to its end has been taken off it by evhttp and is ours. */
+/* The connection goes down. A request that was not answered to its end has been taken off it by evhttp and is
+ * ours. */
 static void exchange_closed(struct evhttp_connection *connection, void *arg)
 {
     gw_exchange *x = arg;
@@ -229,7 +233,8 @@ static void on_failed(void *ctx, const gw_error *error)
 
 /* ---- begin ---- */
 
-static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req, gw_ask_kind kind, const json_t *body)
+static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req, gw_ask_kind kind,
+                                  const json_t *body)
 {
     gw_exchange *x = cm_alloc(sizeof(*x));
     gw_info info;

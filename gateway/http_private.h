@@ -21,11 +21,13 @@ struct gw_http {
 };
 
 /* ---- http_connections.c: how many there may be ---- */
-gw_connections *gw_connections_create(gw_gateway *gateway, struct evhttp *server, struct evconnlistener *listener);
+gw_connections *gw_connections_create(gw_gateway *gateway, struct evhttp *server,
+                                      struct evconnlistener *listener);
 void gw_connections_destroy(gw_connections *connections); /* after evhttp_free */
 
 /* ---- http_reply.c: answers in one piece ---- */
-void gw_reply(struct evhttp_request *req, int code, const char *content_type, const void *body, size_t n_bytes);
+void gw_reply(struct evhttp_request *req, int code, const char *content_type, const void *body,
+              size_t n_bytes);
 void gw_reply_json(struct evhttp_request *req, int code, const json_t *value);
 void gw_reply_error(struct evhttp_request *req, const gw_error *error);
 /* Before any answer: x-request-id, CORS. */

@@ -57,7 +57,8 @@ void gw_reply_headers(struct evhttp_request *req)
     evhttp_add_header(out, "Access-Control-Expose-Headers", "x-request-id, retry-after");
 }
 
-void gw_reply(struct evhttp_request *req, int code, const char *content_type, const void *body, size_t n_bytes)
+void gw_reply(struct evhttp_request *req, int code, const char *content_type, const void *body,
+              size_t n_bytes)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(req);
     char length[24];
@@ -118,7 +119,8 @@ json_t *gw_request_json(gw_http *http, struct evhttp_request *req)
     size_t n = evbuffer_get_length(input);
     gw_error error;
     if (n > http->gateway->config->request_bytes_max) {
-        gw_error_set(&error, GW_CAUSE_TOO_LARGE, NULL, "the request body has %zu bytes, at most %llu are accepted", n,
+        gw_error_set(&error, GW_CAUSE_TOO_LARGE, NULL,
+                     "the request body has %zu bytes, at most %llu are accepted", n,
                      (unsigned long long)http->gateway->config->request_bytes_max);
         gw_reply_error(req, &error);
         return NULL;
@@ -127,8 +129,9 @@ json_t *gw_request_json(gw_http *http, struct evhttp_request *req)
     const char *text = n > 0 ? (const char *)evbuffer_pullup(input, -1) : "";
     json_t *body = json_loadb(text, n, JSON_ALLOW_NUL, &where);
     if (body == NULL) {
-        gw_error_set(&error, GW_CAUSE_BAD_JSON, NULL, "the request body is not valid JSON: %s (line %d, column %d)",
-                     where.text, where.line, where.column);
+        gw_error_set(&error, GW_CAUSE_BAD_JSON, NULL,
+                     "the request body is not valid JSON: %s (line %d, column %d)", where.text, where.line,
+                     where.column);
         gw_reply_error(req, &error);
         return NULL;
     }

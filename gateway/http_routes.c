@@ -13,8 +13,8 @@ typedef void (*route_fn)(gw_http *http, struct evhttp_request *req, const char *
 static json_t *model_object(const gw_info *info, const char *id)
 {
     return json_pack("{s:s, s:s, s:I, s:s, s:I, s:s}", "id", id, "object", "model", "created",
-                     (json_int_t)info->created_s, "owned_by", "deepseek", "max_model_len", (json_int_t)info->context,
-                     "root", info->model);
+                     (json_int_t)info->created_s, "owned_by", "deepseek", "max_model_len",
+                     (json_int_t)info->context, "root", info->model);
 }
 
 static void route_models(gw_http *http, struct evhttp_request *req, const char *rest)
@@ -34,7 +34,10 @@ static void route_models(gw_http *http, struct evhttp_request *req, const char *
 
 static int hex_digit(char c)
 {
-    return c >= '0' && c <= '9' ? c - '0' : c >= 'a' && c <= 'f' ? c - 'a' + 10 : c >= 'A' && c <= 'F' ? c - 'A' + 10 : -1;
+    return c >= '0' && c <= '9'   ? c - '0'
+           : c >= 'a' && c <= 'f' ? c - 'a' + 10
+           : c >= 'A' && c <= 'F' ? c - 'A' + 10
+                                  : -1;
 }
 
 /* In place; a % that begins no %XX stays. */
@@ -116,11 +119,13 @@ static cm_status prompt_ids(gw_http *http, const json_t *body, md_ids *ids, gw_e
         return CM_E_INVALID;
     }
     if (special != NULL && !json_is_boolean(special)) {
-        gw_error_set(error, GW_CAUSE_INVALID, "add_special_tokens", "add_special_tokens must be true or false");
+        gw_error_set(error, GW_CAUSE_INVALID, "add_special_tokens",
+                     "add_special_tokens must be true or false");
         return CM_E_INVALID;
     }
     if (json_is_false(special)) {
-        md_tokenizer_encode(tokenizer, json_string_value(prompt), json_string_length(prompt), MD_TEXT_CONTROL, ids);
+        md_tokenizer_encode(tokenizer, json_string_value(prompt), json_string_length(prompt), MD_TEXT_CONTROL,
+                            ids);
     } else {
         md_raw_encode(tokenizer, json_string_value(prompt), json_string_length(prompt), ids);
     }
@@ -137,7 +142,8 @@ static void route_tokenize(gw_http *http, struct evhttp_request *req, const char
     md_ids ids;
     gw_error error;
     md_ids_init(&ids);
-    cm_status status = gw_model_check(http->gateway, json_string_value(json_object_get(body, "model")), &error);
+    cm_status status =
+        gw_model_check(http->gateway, json_string_value(json_object_get(body, "model")), &error);
     if (status == CM_OK) {
         status = prompt_ids(http, body, &ids, &error);
     }
@@ -150,7 +156,8 @@ static void route_tokenize(gw_http *http, struct evhttp_request *req, const char
     json_decref(body);
 }
 
-static cm_status detokenize(const md_tokenizer *tokenizer, const json_t *tokens, cm_bytes *text, gw_error *error)
+static cm_status detokenize(const md_tokenizer *tokenizer, const json_t *tokens, cm_bytes *text,
+                            gw_error *error)
 {
     md_detok detok;
     size_t i;
@@ -185,7 +192,8 @@ static void route_detokenize(gw_http *http, struct evhttp_request *req, const ch
     gw_error error;
     cm_bytes_init(&text, 0);
     cm_bytes_init(&out, 0);
-    if (detokenize(gw_gateway_tokenizer(http->gateway), json_object_get(body, "tokens"), &text, &error) == CM_OK) {
+    if (detokenize(gw_gateway_tokenizer(http->gateway), json_object_get(body, "tokens"), &text, &error) ==
+        CM_OK) {
         cm_bytes_append_text(&out, "{\"prompt\":");
         gw_json_string(&out, cm_bytes_text(&text), text.len);
         cm_bytes_append_text(&out, "}");
@@ -260,8 +268,8 @@ static void route_complete(gw_http *http, struct evhttp_request *req, const char
 
 typedef struct route {
     const char *path;
-    bool openai; /* also below /v1 and /beta */
-    bool prefix; /* what follows path is the handler's */
+    bool openai;                 /* also below /v1 and /beta */
+    bool prefix;                 /* what follows path is the handler's */
     enum evhttp_cmd_type method; /* HEAD wherever GET is */
     route_fn fn;
 } route;
@@ -304,7 +312,8 @@ static void reply_options(struct evhttp_request *req)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(req);
     evhttp_add_header(out, "Access-Control-Allow-Methods", "GET, POST, HEAD, OPTIONS");
-    const char *wanted = evhttp_find_header(evhttp_request_get_input_headers(req), "Access-Control-Request-Headers");
+    const char *wanted =
+        evhttp_find_header(evhttp_request_get_input_headers(req), "Access-Control-Request-Headers");
     evhttp_add_header(out, "Access-Control-Allow-Headers", wanted != NULL ? wanted : "*");
     evhttp_add_header(out, "Access-Control-Max-Age", "86400");
     gw_reply(req, 204, NULL, "", 0);
@@ -315,7 +324,8 @@ static void reply_no_route(struct evhttp_request *req, const char *path, const r
     gw_error error;
     if (other != NULL) {
         bool get = other->method == EVHTTP_REQ_GET;
-        evhttp_add_header(evhttp_request_get_output_headers(req), "Allow", get ? "GET, HEAD, OPTIONS" : "POST, OPTIONS");
+        evhttp_add_header(evhttp_request_get_output_headers(req), "Allow",
+                          get ? "GET, HEAD, OPTIONS" : "POST, OPTIONS");
         gw_error_set(&error, GW_CAUSE_METHOD, NULL, "%.200s takes %s only", path, get ? "GET" : "POST");
     } else {
         gw_error_set(&error, GW_CAUSE_NO_ROUTE, NULL, "there is nothing at %.200s", path);

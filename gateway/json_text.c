@@ -2,11 +2,16 @@
 
 #include <string.h>
 
-/* Length of the UTF-8 character at text[0], 0 if there is none (RFC 3629: no surrogates, nothing overlong). */
+/* Length of the UTF-8 character at text[0], 0 if there is none (RFC 3629: no surrogates, nothing overlong).
+ */
 static size_t utf8_length(const unsigned char *text, size_t n)
 {
     unsigned char lead = text[0];
-    size_t length = lead < 0x80 ? 1 : lead >= 0xc2 && lead < 0xe0 ? 2 : (lead & 0xf0) == 0xe0 ? 3 : lead >= 0xf0 && lead < 0xf5 ? 4 : 0;
+    size_t length = lead < 0x80                   ? 1
+                    : lead >= 0xc2 && lead < 0xe0 ? 2
+                    : (lead & 0xf0) == 0xe0       ? 3
+                    : lead >= 0xf0 && lead < 0xf5 ? 4
+                                                  : 0;
     if (length == 0 || length > n) {
         return 0;
     }

@@ -44,7 +44,8 @@ static int serve(const gw_config *config)
         return status == CM_E_CONFIG ? 2 : 1;
     }
     pc_process_on_terminate(process.loop, terminate, &process);
-    const char *const pairs[] = {"http", gw_gateway_http(process.gateway), "grpc", gw_gateway_grpc(process.gateway), NULL};
+    const char *const pairs[] = {"http", gw_gateway_http(process.gateway), "grpc",
+                                 gw_gateway_grpc(process.gateway), NULL};
     pc_process_ready(&config->process, pairs);
     cm_info("http %s grpc %s", pairs[1], pairs[3]);
     pc_loop_run(process.loop);

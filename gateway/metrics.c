@@ -25,7 +25,8 @@ static char role_letter(uint32_t role, const char **word_out)
     }
 }
 
-static void take_member(gw_member_stats *stats, const Baleen__Control__V1__MemberStats *member, const char *word)
+static void take_member(gw_member_stats *stats, const Baleen__Control__V1__MemberStats *member,
+                        const char *word)
 {
     snprintf(stats->label, sizeof(stats->label), "%s-%u", word, member->member_id);
     stats->values = cm_alloc(member->n_stats * sizeof(*stats->values));
@@ -43,7 +44,8 @@ void gw_member_stats_take(gw_gateway *gateway, const Baleen__Control__V1__Cluste
         const Baleen__Control__V1__MemberStats *member = message->members[i];
         const char *word;
         char role = role_letter(member->role, &word);
-        bool us = member->role == BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY && member->member_id == gateway->member_id;
+        bool us = member->role == BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY &&
+                  member->member_id == gateway->member_id;
         if (role != 0 && !us) {
             gw_member_stats *stats = &gateway->stats[gateway->n_stats++];
             stats->role = role;
@@ -82,8 +84,10 @@ void gw_metrics_render(gw_gateway *gateway, cm_bytes *out)
     sources[0] = (cm_stat_source){.member = own, .role = 'G'};
     for (uint32_t i = 0; i < gateway->n_stats; i++) {
         const gw_member_stats *stats = &gateway->stats[i];
-        sources[i + 1] = (cm_stat_source){
-            .member = stats->label, .role = stats->role, .values = stats->values, .n_values = stats->n_values};
+        sources[i + 1] = (cm_stat_source){.member = stats->label,
+                                          .role = stats->role,
+                                          .values = stats->values,
+                                          .n_values = stats->n_values};
     }
     cm_stats_render(sources, gateway->n_stats + 1, out);
     cm_free(sources);

@@ -32,8 +32,8 @@ struct gw_openai {
     uint32_t n_calls;
 };
 
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_openai_emit_fn emit,
-                            void *ctx)
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
+                            gw_openai_emit_fn emit, void *ctx)
 {
     gw_openai *writer = cm_alloc(sizeof(*writer));
     *writer = (gw_openai){.kind = kind,
@@ -90,7 +90,8 @@ static void begin_object(gw_openai *writer)
     cm_bytes_clear(&writer->out);
     put(writer, "{\"id\":");
     put_string(writer, writer->id, strlen(writer->id));
-    cm_bytes_printf(&writer->out, ",\"object\":\"%s\",\"created\":%lld,\"model\":", object, (long long)writer->created_s);
+    cm_bytes_printf(&writer->out, ",\"object\":\"%s\",\"created\":%lld,\"model\":", object,
+                    (long long)writer->created_s);
     put_string(writer, writer->model, strlen(writer->model));
     put(writer, ",\"system_fingerprint\":");
     put_string(writer, writer->fingerprint, strlen(writer->fingerprint));
@@ -110,7 +111,8 @@ static void put_usage(gw_openai *writer, const gw_usage *usage)
                     "\"prompt_cache_hit_tokens\":%u,\"prompt_cache_miss_tokens\":%u}",
                     usage->prompt_tokens, usage->completion_tokens,
                     (unsigned long long)usage->prompt_tokens + usage->completion_tokens, usage->cached_tokens,
-                    usage->reasoning_tokens, usage->cached_tokens, usage->prompt_tokens - usage->cached_tokens);
+                    usage->reasoning_tokens, usage->cached_tokens,
+                    usage->prompt_tokens - usage->cached_tokens);
 }
 
 static void end_object(gw_openai *writer, const gw_usage *usage, bool last)
@@ -176,8 +178,10 @@ static void delta_call(gw_openai *writer, const md_piece *piece)
 {
     char id[40];
     make_call_id(piece->call, id);
-    cm_bytes_printf(&writer->out, "\"tool_calls\":[{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":",
-                    piece->call, id);
+    cm_bytes_printf(
+        &writer->out,
+        "\"tool_calls\":[{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":",
+        piece->call, id);
     put_string(writer, piece->text, piece->n_bytes);
     put(writer, ",\"arguments\":\"\"}}]");
 }
@@ -253,7 +257,8 @@ static void put_calls(gw_openai *writer)
 {
     for (uint32_t i = 0; i < writer->n_calls; i++) {
         const openai_call *call = &writer->calls[i];
-        cm_bytes_printf(&writer->out, "%s{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":",
+        cm_bytes_printf(&writer->out,
+                        "%s{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":",
                         i == 0 ? ",\"tool_calls\":[" : ",", i, call->id);
         put_bytes(writer, &call->name);
         put(writer, ",\"arguments\":");

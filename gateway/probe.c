@@ -70,8 +70,8 @@ void gw_probe_consider(gw_gateway *gateway)
         return;
     }
     json_t *body = json_pack("{s:[i], s:i, s:i, s:b}", "prompt",
-                             (int)md_tokenizer_control(gateway->tokenizer, MD_CTL_BOS), "max_tokens", 1, "temperature", 0,
-                             "ignore_eos", 1);
+                             (int)md_tokenizer_control(gateway->tokenizer, MD_CTL_BOS), "max_tokens", 1,
+                             "temperature", 0, "ignore_eos", 1);
     gw_ask ask = {.kind = GW_ASK_COMPLETE, .body = body, .deadline_ms = PROBE_DEADLINE_MS};
     gw_error error;
     cm_status status = gw_stream_open_probe(gateway, &ask, &events, gateway, &gateway->probe.stream, &error);

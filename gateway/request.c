@@ -67,7 +67,8 @@ static cm_status parse_stop(const parse_at *at)
 
 static bool is_id(const json_t *value, uint32_t vocab)
 {
-    return json_is_integer(value) && json_integer_value(value) >= 0 && json_integer_value(value) < (json_int_t)vocab;
+    return json_is_integer(value) && json_integer_value(value) >= 0 &&
+           json_integer_value(value) < (json_int_t)vocab;
 }
 
 static cm_status parse_stop_ids(const parse_at *at)
@@ -109,7 +110,8 @@ static cm_status parse_prompt(const parse_at *at)
     const json_t *first = json_array_get(prompt, 0);
     if (json_is_string(first) || json_is_array(first)) {
         if (json_array_size(prompt) > 1) {
-            return unsupported(at->error, at->name, "with more than one entry is not supported: send one request for each");
+            return unsupported(at->error, at->name,
+                               "with more than one entry is not supported: send one request for each");
         }
         prompt = first;
     }
@@ -131,8 +133,9 @@ static cm_status parse_suffix(const parse_at *at)
 
 static cm_status parse_messages(const parse_at *at)
 {
-    return json_array_size(at->value) > 0 ? CM_OK
-                                          : refuse(at->error, at->name, "must be a list of at least one message");
+    return json_array_size(at->value) > 0
+               ? CM_OK
+               : refuse(at->error, at->name, "must be a list of at least one message");
 }
 
 static cm_status parse_stream_options(const parse_at *at)
@@ -152,7 +155,8 @@ static cm_status parse_response_format(const parse_at *at)
         return CM_OK;
     }
     if (type != NULL && (strcmp(type, "json_object") == 0 || strcmp(type, "json_schema") == 0)) {
-        return unsupported(at->error, at->name, "json_object and json_schema are not supported: only text is");
+        return unsupported(at->error, at->name,
+                           "json_object and json_schema are not supported: only text is");
     }
     return refuse(at->error, at->name, "must have a type of text, json_object or json_schema");
 }
@@ -188,7 +192,9 @@ static cm_status parse_top_k(const parse_at *at)
     if (k < -1) {
         return refuse(at->error, at->name, "must be -1 or an integer from 0");
     }
-    return k <= 0 ? CM_OK : unsupported(at->error, at->name, "is not supported: leave it out, or use -1 or 0 for all tokens");
+    return k <= 0 ? CM_OK
+                  : unsupported(at->error, at->name,
+                                "is not supported: leave it out, or use -1 or 0 for all tokens");
 }
 
 static cm_status parse_keep_special(const parse_at *at)
@@ -205,13 +211,22 @@ static cm_status parse_seed(const parse_at *at)
 }
 
 /* ---- the table ----
- * A row says which bodies a field belongs to, what its value must be and where it goes. A row with a neutral value is a
- * field that we cannot honour: only the value that changes nothing is let through. JSON null is an absent field. */
+ * A row says which bodies a field belongs to, what its value must be and where it goes. A row with a neutral
+ * value is a field that we cannot honour: only the value that changes nothing is let through. JSON null is an
+ * absent field. */
 
-typedef enum field_type { FIELD_BOOL, FIELD_UINT, FIELD_INT, FIELD_NUMBER, FIELD_STRING, FIELD_OBJECT, FIELD_LIST, FIELD_ANY } field_type;
+typedef enum field_type {
+    FIELD_BOOL,
+    FIELD_UINT,
+    FIELD_INT,
+    FIELD_NUMBER,
+    FIELD_STRING,
+    FIELD_OBJECT,
+    FIELD_LIST,
+    FIELD_ANY
+} field_type;
 
 enum { CHAT = 1u << GW_ASK_CHAT, TEXT = 1u << GW_ASK_COMPLETE, BOTH = CHAT | TEXT };
-
 
 typedef struct field {
     const char *name;
@@ -226,9 +241,9 @@ typedef struct field {
     cm_status (*parse)(const parse_at *at); /* after the check of the type; may be NULL */
 } field;
 
-#define TO(member_)     .stored = true, .offset = offsetof(gw_request, member_)
-#define ONLY(value_)    .neutral_only = true, .neutral = (value_)
-#define TYPE_ONLY .stored = false
+#define TO(member_)       .stored = true, .offset = offsetof(gw_request, member_)
+#define ONLY(value_)      .neutral_only = true, .neutral = (value_)
+#define TYPE_ONLY         .stored = false
 #define RANGE(min_, max_) .min = (min_), .max = (max_)
 
 /* max_completion_tokens stands behind max_tokens because it wins. */
@@ -344,7 +359,8 @@ static void store(const field *f, const json_t *value, gw_request *request)
     }
 }
 
-static cm_status parse_field(const field *f, const json_t *value, gw_request *request, uint32_t vocab, gw_error *error)
+static cm_status parse_field(const field *f, const json_t *value, gw_request *request, uint32_t vocab,
+                             gw_error *error)
 {
     CM_TRY(check_type(f, value, error));
     if (f->neutral_only && !is_neutral(f, value)) {
@@ -389,7 +405,8 @@ cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab,
     md_ids_init(&r.prompt_ids);
     cm_status status = CM_OK;
     for (size_t i = 0; i < N_FIELDS && status == CM_OK; i++) {
-        const json_t *value = (FIELDS[i].in & (1u << kind)) != 0 ? json_object_get(body, FIELDS[i].name) : NULL;
+        const json_t *value =
+            (FIELDS[i].in & (1u << kind)) != 0 ? json_object_get(body, FIELDS[i].name) : NULL;
         if (value != NULL && !json_is_null(value)) {
             status = parse_field(&FIELDS[i], value, &r, vocab, error_out);
         }
@@ -431,10 +448,11 @@ cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n
 {
     if (n_prompt >= context) {
         const char *param = request->kind == GW_ASK_CHAT ? "messages" : "prompt";
-        gw_error_set(error_out, GW_CAUSE_CONTEXT, param,
-                     "This model's maximum context length is %u tokens. However, your prompt has %u tokens. Please "
-                     "shorten it.",
-                     context, n_prompt);
+        gw_error_set(
+            error_out, GW_CAUSE_CONTEXT, param,
+            "This model's maximum context length is %u tokens. However, your prompt has %u tokens. Please "
+            "shorten it.",
+            context, n_prompt);
         return CM_E_TOO_LONG;
     }
     uint32_t wanted = request->tokens_max;

@@ -1,8 +1,7 @@
-/* What a client asked for, checked: every field of an OpenAI chat or completion body that we know is held against one
- * table (name, type, range, where it goes). A field we do not know is ignored; one that we know and cannot honour is
- * refused unless its value changes nothing. What a body does to the prompt (messages, tools, thinking) is the chat
- * encoder's to check.
- * A value type that owns its lists. Thread: any. */
+/* What a client asked for, checked: every field of an OpenAI chat or completion body that we know is held
+ * against one table (name, type, range, where it goes). A field we do not know is ignored; one that we know
+ * and cannot honour is refused unless its value changes nothing. What a body does to the prompt (messages,
+ * tools, thinking) is the chat encoder's to check. A value type that owns its lists. Thread: any. */
 #pragma once
 #include <jansson.h>
 #include <stdbool.h>
@@ -21,8 +20,8 @@ typedef struct gw_request {
     uint32_t tokens_max; /* 0: the default of the mode */
     uint32_t tokens_min;
     bool ignore_eos;
-    bool include_stop;      /* keep the matched stop string in the text */
-    bool keep_special;      /* skip_special_tokens: false */
+    bool include_stop; /* keep the matched stop string in the text */
+    bool keep_special; /* skip_special_tokens: false */
     uint32_t n_stop, n_stop_id;
     char *stop[GW_STOP_MAX]; /* owned */
     uint32_t stop_id[GW_STOP_IDS_MAX];
@@ -33,17 +32,17 @@ typedef struct gw_request {
     size_t suffix_bytes;
 } gw_request;
 
-/* vocab: ids must be below it. CM_E_INVALID or CM_E_UNSUPPORTED with error_out filled; nothing is kept then. The model's
- * name is not looked at. */
-CM_MUST_CHECK cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab, gw_request *request_out,
-                                         gw_error *error_out);
+/* vocab: ids must be below it. CM_E_INVALID or CM_E_UNSUPPORTED with error_out filled; nothing is kept then.
+ * The model's name is not looked at. */
+CM_MUST_CHECK cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab,
+                                         gw_request *request_out, gw_error *error_out);
 void gw_request_free(gw_request *request);
 
 /* stream and stream_options alone, for a surface that must know them before and after the stream's life. */
 bool gw_request_streams(const json_t *body);
 bool gw_request_wants_usage(const json_t *body);
 
-/* Tokens that may be generated: what was asked for or the mode's default, cut to the context. GW_CAUSE_CONTEXT when not even
- * one fits behind the prompt. */
-CM_MUST_CHECK cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n_prompt, uint32_t context,
-                                          uint32_t *tokens_max_out, gw_error *error_out);
+/* Tokens that may be generated: what was asked for or the mode's default, cut to the context.
+ * GW_CAUSE_CONTEXT when not even one fits behind the prompt. */
+CM_MUST_CHECK cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n_prompt,
+                                          uint32_t context, uint32_t *tokens_max_out, gw_error *error_out);

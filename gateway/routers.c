@@ -31,11 +31,11 @@ struct gw_router {
     uint32_t member;
     uint64_t incarnation;
     char *address;
-    net_peer *peer;     /* NULL: waiting for the next try */
-    bool up;            /* greeted */
-    bool broken;        /* sent what cannot be read: the link is ended outside of its own event */
-    bool stays;         /* scratch of gw_routers_epoch */
-    pc_timer *timer;    /* next try, or the end of a broken link */
+    net_peer *peer;  /* NULL: waiting for the next try */
+    bool up;         /* greeted */
+    bool broken;     /* sent what cannot be read: the link is ended outside of its own event */
+    bool stays;      /* scratch of gw_routers_epoch */
+    pc_timer *timer; /* next try, or the end of a broken link */
     uint32_t retry_ms;
     uint32_t running, waiting; /* by its last frame */
     uint32_t n_opened;         /* by us since then */
@@ -48,7 +48,7 @@ struct gw_routers {
     pc_netpump *pump;
     gw_routers_events events;
     void *ctx;
-    cm_arena arena; /* one StepTokens at a time */
+    cm_arena arena;               /* one StepTokens at a time */
     TAILQ_HEAD(, gw_router) list; /* ascending member id */
     struct router_sends sends;    /* on their way */
 };
@@ -105,7 +105,9 @@ void gw_router_open(gw_router *router, const Baleen__Engine__V1__SeqOpen *open)
 void gw_router_cancel(gw_router *router, uint64_t stream)
 {
     Baleen__Engine__V1__SeqCancel message = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
-    CM_ASSERT(router->up);
+    if (!router->up) {
+        return; /* it is being lost, and all of its sequences with it */
+    }
     message.stream = &stream;
     message.n_stream = 1;
     router_say(router, PR_MSG_SEQ_CANCEL, &message.base);
@@ -170,7 +172,7 @@ static gw_router *router_add(gw_routers *routers, const struct pc_epoch_member *
     TAILQ_INIT(&router->queue);
     router->timer = pc_timer_create(routers->loop, router_timer, router);
     gw_router *after;
-    TAILQ_FOREACH(after, &routers->list, link) {
+    TAILQ_FOREACH (after, &routers->list, link) {
         if (after->member > router->member) {
             TAILQ_INSERT_BEFORE(after, router, link);
             return router;
@@ -192,7 +194,7 @@ static void router_free(gw_router *router)
 static gw_router *router_find(const gw_routers *routers, const struct pc_epoch_member *member)
 {
     gw_router *router;
-    TAILQ_FOREACH(router, &routers->list, link) {
+    TAILQ_FOREACH (router, &routers->list, link) {
         if (router->member == member->id && router->incarnation == member->incarnation &&
             strcmp(router->address, member->data_address) == 0) {
             return router;
@@ -204,7 +206,7 @@ static gw_router *router_find(const gw_routers *routers, const struct pc_epoch_m
 void gw_routers_epoch(gw_routers *routers, const pc_epoch *epoch)
 {
     gw_router *router, *next;
-    TAILQ_FOREACH(router, &routers->list, link) {
+    TAILQ_FOREACH (router, &routers->list, link) {
         router->stays = false;
     }
     for (uint32_t i = 0; i < epoch->n_member; i++) {
@@ -236,8 +238,8 @@ void gw_routers_epoch(gw_routers *routers, const pc_epoch *epoch)
 static void take_step(gw_routers *routers, gw_router *router, const net_event *event)
 {
     Baleen__Engine__V1__StepTokens *step;
-    cm_status status = pr_unpack(&baleen__engine__v1__step_tokens__descriptor, event->payload, event->payload_bytes,
-                                 &routers->arena, (ProtobufCMessage **)&step);
+    cm_status status = pr_unpack(&baleen__engine__v1__step_tokens__descriptor, event->payload,
+                                 event->payload_bytes, &routers->arena, (ProtobufCMessage **)&step);
     if (status != CM_OK) {
         cm_error_log("router %u sent %llu bytes that are no tokens: %s", router->member,
                      (unsigned long long)event->payload_bytes, cm_status_text(status));
@@ -265,7 +267,8 @@ static void take_message(gw_routers *routers, const net_event *event)
         take_step(routers, router, event);
         cm_arena_reset(&routers->arena);
     } else {
-        cm_error_log("router %u sent %s, which is not for a gateway", router->member, pr_message_name(event->type));
+        cm_error_log("router %u sent %s, which is not for a gateway", router->member,
+                     pr_message_name(event->type));
         router->broken = true;
         pc_timer_set(router->timer, 0);
     }
@@ -278,7 +281,7 @@ static void take_sent(gw_routers *routers, const net_event *event)
     cm_bytes_fini(&send->bytes);
     cm_free(send);
     gw_router *router;
-    TAILQ_FOREACH(router, &routers->list, link) {
+    TAILQ_FOREACH (router, &routers->list, link) {
         router_flush(router);
     }
 }
@@ -355,7 +358,8 @@ void gw_routers_destroy(gw_routers *routers)
 
 void gw_routers_identity(gw_routers *routers, uint64_t cluster, uint32_t member_id)
 {
-    net_identity identity = {.cluster = cluster, .role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY, .member = member_id};
+    net_identity identity = {
+        .cluster = cluster, .role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY, .member = member_id};
     net_set_identity(routers->n, &identity);
 }
 
@@ -363,7 +367,7 @@ gw_routers_load gw_routers_get_load(const gw_routers *routers)
 {
     gw_routers_load load = {0};
     const gw_router *router;
-    TAILQ_FOREACH(router, &routers->list, link) {
+    TAILQ_FOREACH (router, &routers->list, link) {
         if (router->up) {
             load.n_linked++;
             load.running += router->running;
@@ -377,7 +381,7 @@ gw_router *gw_routers_pick(gw_routers *routers)
 {
     gw_router *router, *best = NULL;
     uint64_t best_load = UINT64_MAX;
-    TAILQ_FOREACH(router, &routers->list, link) {
+    TAILQ_FOREACH (router, &routers->list, link) {
         uint64_t load = (uint64_t)router->running + router->waiting + router->n_opened;
         if (router->up && !router->broken && load < best_load) {
             best = router;

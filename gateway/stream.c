@@ -146,7 +146,7 @@ const char *gw_stream_id(const gw_stream *stream)
 static gw_stream *find_by_id(gw_gateway *gateway, const char *id)
 {
     gw_stream *stream;
-    TAILQ_FOREACH(stream, &gateway->streams, link) {
+    TAILQ_FOREACH (stream, &gateway->streams, link) {
         if (!stream->probe && strcmp(stream->id, id) == 0) {
             return stream;
         }
@@ -167,12 +167,13 @@ bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
 
 static uint32_t fail_all(gw_gateway *gateway, const gw_error *error)
 {
-    /* a handler may open or cancel others: start over after each; what is opened meanwhile is not ours to fail */
+    /* a handler may open or cancel others: start over after each; what is opened meanwhile is not ours to
+     * fail */
     uint64_t before = gateway->next_number;
     uint32_t n = 0;
     for (;;) {
         gw_stream *stream;
-        TAILQ_FOREACH(stream, &gateway->streams, link) {
+        TAILQ_FOREACH (stream, &gateway->streams, link) {
             if (!stream->probe && stream->number < before) {
                 break;
             }
@@ -207,7 +208,7 @@ void gw_streams_lost(gw_gateway *gateway, gw_router *router)
     error.retry_ms = GW_RETRY_MS;
     for (;;) {
         gw_stream *stream;
-        TAILQ_FOREACH(stream, &gateway->streams, link) {
+        TAILQ_FOREACH (stream, &gateway->streams, link) {
             if (stream->router == router) {
                 break;
             }
@@ -243,7 +244,8 @@ static void send_open(gw_stream *stream)
     sampler.temperature = (float)request->temperature;
     sampler.top_p = (float)request->top_p;
     sampler.tokens_max = stream->core.tokens_max;
-    sampler.tokens_min = request->tokens_min < stream->core.tokens_max ? request->tokens_min : stream->core.tokens_max;
+    sampler.tokens_min =
+        request->tokens_min < stream->core.tokens_max ? request->tokens_min : stream->core.tokens_max;
     sampler.stop_id = stop;
     sampler.n_stop_id = n_stop;
 
@@ -292,8 +294,8 @@ static void stream_encoded(void *ctx, gw_encoded *encoded)
     cm_status status = encoded->status;
     stream->encode = NULL;
     if (status == CM_OK) {
-        status = gw_request_budget(&stream->request, encoded->thinking, (uint32_t)encoded->ids.n, geometry->context,
-                                   &tokens_max, &error);
+        status = gw_request_budget(&stream->request, encoded->thinking, (uint32_t)encoded->ids.n,
+                                   geometry->context, &tokens_max, &error);
     }
     if (status == CM_OK) {
         gw_core_init(&stream->core, &encoded->ids, tokens_max, geometry->vocab);
@@ -335,7 +337,8 @@ static cm_status admit(gw_gateway *gateway, const gw_ask *ask, gw_error *error_o
         return CM_E_EXISTS;
     }
     if (gateway->n_streams >= gateway->config->streams_max) {
-        gw_error_set(error_out, GW_CAUSE_CAPACITY, NULL, "too many requests at once (%llu); please try again in 1s",
+        gw_error_set(error_out, GW_CAUSE_CAPACITY, NULL,
+                     "too many requests at once (%llu); please try again in 1s",
                      (unsigned long long)gateway->config->streams_max);
         error_out->retry_ms = GW_RETRY_MS;
         return CM_E_CAPACITY;
@@ -356,13 +359,13 @@ static char *make_id(void)
     cm_random_bytes(b, sizeof(b));
     b[6] = (uint8_t)((b[6] & 0x0f) | 0x40); /* RFC 9562: version 4, its variant */
     b[8] = (uint8_t)((b[8] & 0x3f) | 0x80);
-    snprintf(text, sizeof(text), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0], b[1], b[2],
-             b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
+    snprintf(text, sizeof(text), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0],
+             b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
     return cm_strdup(text);
 }
 
-static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
-                              const gw_request *request, bool probe)
+static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
+                              void *ctx, const gw_request *request, bool probe)
 {
     gw_stream *stream = cm_alloc(sizeof(*stream));
     *stream = (gw_stream){.gateway = gateway,
@@ -372,7 +375,8 @@ static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_s
                           .events = *events,
                           .ctx = ctx,
                           .want_ids = ask->want_ids,
-                          .skip_special = ask->skip_special && !request->keep_special,
+                          .keep_special =
+                              ask->kind == GW_ASK_COMPLETE && (request->keep_special || !ask->skip_special),
                           .probe = probe,
                           .created_s = (int64_t)(cm_wall_us() / 1000000u),
                           .received_ns = cm_now_ns()};
@@ -384,12 +388,13 @@ static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_s
     return stream;
 }
 
-static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
-                              bool probe, gw_stream **stream_out, gw_error *error_out)
+static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
+                              void *ctx, bool probe, gw_stream **stream_out, gw_error *error_out)
 {
     gw_request request;
     CM_TRY(gw_request_parse(ask->kind, ask->body, gateway->geometry.vocab, &request, error_out));
-    cm_status status = gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out);
+    cm_status status =
+        gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out);
     if (status == CM_OK && !probe) {
         status = admit(gateway, ask, error_out);
     }
@@ -399,7 +404,8 @@ static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_s
     }
 
     gw_stream *stream = stream_make(gateway, ask, events, ctx, &request, probe);
-    status = gw_encode_begin(&gateway->encoder, &stream->request, ask->body, stream_encoded, stream, &stream->encode);
+    status = gw_encode_begin(&gateway->encoder, &stream->request, ask->body, stream_encoded, stream,
+                             &stream->encode);
     if (status == CM_OK) {
         status = cm_map_put(&gateway->by_number, stream->number, stream);
         if (status != CM_OK) {
@@ -428,8 +434,8 @@ cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream
     return status;
 }
 
-cm_status gw_stream_open_probe(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
-                               gw_stream **stream_out, gw_error *error_out)
+cm_status gw_stream_open_probe(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
+                               void *ctx, gw_stream **stream_out, gw_error *error_out)
 {
     return stream_start(gateway, ask, events, ctx, true, stream_out, error_out);
 }

@@ -54,7 +54,8 @@ static cm_status check_end(const gw_core *core, const Baleen__Engine__V1__SeqTok
     }
 }
 
-cm_status gw_core_take(gw_core *core, const Baleen__Engine__V1__SeqTokens *frame, gw_core_news *news_out, cm_error *err)
+cm_status gw_core_take(gw_core *core, const Baleen__Engine__V1__SeqTokens *frame, gw_core_news *news_out,
+                       cm_error *err)
 {
     if (core->state == GW_CORE_ENDED) {
         return cm_error_set(err, CM_E_PROTOCOL, NULL, "a frame after the end");

@@ -1,7 +1,7 @@
-/* The token log of one stream, as a pure machine: what was asked, what has been generated, whether it was accepted and has
- * ended. Routers speak in offsets; a frame that repeats or skips tokens, comes after the end or holds more than was asked
- * for is refused, so that nothing a router does wrong can reach a client as text.
- * Owns its lists. No I/O, no clock. Thread: one at a time. */
+/* The token log of one stream, as a pure machine: what was asked, what has been generated, whether it was
+ * accepted and has ended. Routers speak in offsets; a frame that repeats or skips tokens, comes after the end
+ * or holds more than was asked for is refused, so that nothing a router does wrong can reach a client as
+ * text. Owns its lists. No I/O, no clock. Thread: one at a time. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -10,7 +10,7 @@
 #include "proto/engine.pb-c.h"
 
 typedef enum gw_core_state {
-    GW_CORE_OPENING,  /* asked for, not yet accepted */
+    GW_CORE_OPENING, /* asked for, not yet accepted */
     GW_CORE_RUNNING,
     GW_CORE_ENDED,
 } gw_core_state;
@@ -27,13 +27,14 @@ void gw_core_fini(gw_core *core);
 
 /* What one frame about the stream came to. */
 typedef struct gw_core_news {
-    bool accepted;           /* the first word of the router that is no failure */
-    uint64_t offset;         /* of id[0] among the generated tokens */
-    const uint32_t *id;      /* in the log: valid until the next frame */
+    bool accepted;      /* the first word of the router that is no failure */
+    uint64_t offset;    /* of id[0] among the generated tokens */
+    const uint32_t *id; /* in the log: valid until the next frame */
     uint32_t n_id;
     Baleen__Engine__V1__SeqEnd end;
 } gw_core_news;
 
-/* Takes a frame into the log. CM_E_PROTOCOL: refused, nothing has changed; err says what was wrong with it. */
-CM_MUST_CHECK cm_status gw_core_take(gw_core *core, const Baleen__Engine__V1__SeqTokens *frame, gw_core_news *news_out,
-                                     cm_error *err);
+/* Takes a frame into the log. CM_E_PROTOCOL: refused, nothing has changed; err says what was wrong with it.
+ */
+CM_MUST_CHECK cm_status gw_core_take(gw_core *core, const Baleen__Engine__V1__SeqTokens *frame,
+                                     gw_core_news *news_out, cm_error *err);

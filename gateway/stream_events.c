@@ -49,8 +49,13 @@ static bool tell_id(gw_stream *stream, uint64_t offset, uint32_t id)
     if (stream->want_ids) {
         stream->events.tokens(stream->ctx, offset, &id, 1);
     }
-    if (stream->over || (stream->skip_special && md_tokenizer_is_special(tokenizer, id))) {
+    if (stream->over) {
         return false;
+    }
+    if (stream->keep_special && md_tokenizer_is_special(tokenizer, id)) {
+        size_t n;
+        const char *text = (const char *)md_tokenizer_bytes(tokenizer, id, &n);
+        return md_parser_push_text(stream->parser, text, n, tell_piece, stream);
     }
     return md_parser_push_id(stream->parser, tokenizer, id, tell_piece, stream);
 }
@@ -62,9 +67,12 @@ static void fail_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqToken
         gw_cause cause;
         uint32_t retry_ms;
     } known[] = {
-        {CM_E_CAPACITY, GW_CAUSE_CAPACITY, GW_RETRY_MS},       {CM_E_DEADLINE, GW_CAUSE_DEADLINE, 0},
-        {CM_E_UNAVAILABLE, GW_CAUSE_UNAVAILABLE, GW_RETRY_MS}, {CM_E_CANCELLED, GW_CAUSE_ABORTED, 0},
-        {CM_E_TOO_LONG, GW_CAUSE_CONTEXT, 0},                  {CM_E_INVALID, GW_CAUSE_INVALID, 0},
+        {CM_E_CAPACITY, GW_CAUSE_CAPACITY, GW_RETRY_MS},
+        {CM_E_DEADLINE, GW_CAUSE_DEADLINE, 0},
+        {CM_E_UNAVAILABLE, GW_CAUSE_UNAVAILABLE, GW_RETRY_MS},
+        {CM_E_CANCELLED, GW_CAUSE_ABORTED, 0},
+        {CM_E_TOO_LONG, GW_CAUSE_CONTEXT, 0},
+        {CM_E_INVALID, GW_CAUSE_INVALID, 0},
         {CM_E_UNSUPPORTED, GW_CAUSE_UNSUPPORTED, 0},
     };
     cm_status status = frame->has_status ? (cm_status)frame->status : CM_E_IO;
@@ -91,7 +99,7 @@ static void end_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqTokens
     }
     bool stopped = frame->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP;
     bool by_caller = stopped && frame->has_stop_id && frame->stop_id != stream->gateway->geometry.eos_id;
-    gw_reason reason = !stopped                                   ? GW_REASON_LENGTH
+    gw_reason reason = !stopped                              ? GW_REASON_LENGTH
                        : md_parser_calls(stream->parser) > 0 ? GW_REASON_TOOL_CALLS
                                                              : GW_REASON_STOP;
     gw_stream_finish(stream, reason, by_caller ? (int64_t)frame->stop_id : -1);
@@ -129,7 +137,8 @@ static void take_frame(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *f
         cm_error_log("router %u, stream %llu: %s", gw_router_member(stream->router),
                      (unsigned long long)stream->number, err.text);
         gw_error error;
-        gw_error_set(&error, GW_CAUSE_INTERNAL, NULL, "the router sent an answer that does not fit the request");
+        gw_error_set(&error, GW_CAUSE_INTERNAL, NULL,
+                     "the router sent an answer that does not fit the request");
         gw_stream_fail(stream, &error);
         return;
     }

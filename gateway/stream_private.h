@@ -1,4 +1,5 @@
-/* One client's generation. stream.c opens and ends it, stream_events.c turns frames into events. Thread: the loop's. */
+/* One client's generation. stream.c opens and ends it, stream_events.c turns frames into events. Thread: the
+ * loop's. */
 #pragma once
 #include "gateway/gateway_private.h"
 #include "gateway/stream_core.h"
@@ -11,10 +12,11 @@ struct gw_stream {
     gw_request request;
     gw_stream_events events;
     void *ctx;
-    bool want_ids, skip_special, probe;
+    bool want_ids, probe;
+    bool keep_special; /* a raw completion's special tokens are text; the parser drops them else */
 
-    gw_encode *encode;  /* its prompt is being encoded; else NULL */
-    gw_router *router;  /* it was opened there; else NULL */
+    gw_encode *encode; /* its prompt is being encoded; else NULL */
+    gw_router *router; /* it was opened there; else NULL */
     bool has_core, thinking;
     gw_core core;
     md_parser *parser;
@@ -24,7 +26,8 @@ struct gw_stream {
     uint64_t received_ns, accepted_ns, first_ns; /* 0: not yet */
     uint32_t completion_tokens, reasoning_tokens;
 
-    /* An event's handler may cancel the stream: it is then over at once, and freed when nobody holds it any more. */
+    /* An event's handler may cancel the stream: it is then over at once, and freed when nobody holds it any
+     * more. */
     bool over;
     uint32_t n_holds;
 };

@@ -563,6 +563,7 @@ static void engine_wind_up(wk_engine *e)
         }
     }
     net_close(e->rows);
+    cm_stat_set(CM_STAT_ledger_frames, 0);
 }
 
 void wk_engine_run(wk_engine *e)

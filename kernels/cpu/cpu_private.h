@@ -8,6 +8,7 @@
 
 enum {
     CPU_TILE = 8,             /* rows that share one reading of the weights */
+    CPU_OUTS = 4,             /* outputs that share one reading of the inputs */
     CPU_CHUNK = KN_ACT_BLOCK, /* inputs decoded at a time */
     CPU_HEADS = 8,            /* heads that share one reading of the keys */
     CPU_INDEX_MAX = 1 << 16,  /* indexer heads (rounded up to CPU_INDEX_PAD) * dim */

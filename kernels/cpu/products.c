@@ -160,6 +160,15 @@ typedef struct product_job {
     uint32_t out0;
 } product_job;
 
+/* With many rows the inputs come from a farther cache than the decoded weights, so they are read once for several
+ * outputs; with few the weights are the traffic, and one row of them after another is read fastest. The order of
+ * every sum is the same. */
+static uint32_t outs_at_once(const cpu_tile *t, uint32_t n_left)
+{
+    uint32_t n = t->n < CPU_TILE / 2 ? 1 : CPU_OUTS;
+    return n < n_left ? n : n_left;
+}
+
 static inline double e4m3_scale(const kn_matrix *w, uint32_t o, uint32_t block)
 {
     uint64_t at = (uint64_t)(o / KN_ACT_BLOCK) * kn_blocks(w->n_in, KN_ACT_BLOCK) + block;
@@ -167,37 +176,47 @@ static inline double e4m3_scale(const kn_matrix *w, uint32_t o, uint32_t block)
                                     : kn_e8m0_decode(((const uint8_t *)kn_host(w->scale))[at]);
 }
 
-static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, double *acc)
+static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out, double acc[][CPU_TILE])
 {
-    const uint8_t *row = (const uint8_t *)kn_host(w->data) + (uint64_t)o * w->n_in;
+    const uint8_t *rows = (const uint8_t *)kn_host(w->data) + (uint64_t)o * w->n_in;
     uint8_t spare[CPU_CHUNK];
-    double weight[CPU_CHUNK];
+    double weight[CPU_OUTS][CPU_CHUNK], scale[CPU_OUTS];
     for (uint32_t at = 0, b = 0; at < w->n_in; at += CPU_CHUNK, b++) {
-        double scale = e4m3_scale(w, o, b);
-        decode_e4m3(chunk_bytes(row, at, chunk_len(w->n_in, at), CPU_CHUNK, spare), weight);
+        for (uint32_t j = 0; j < n_out; j++) {
+            scale[j] = e4m3_scale(w, o + j, b);
+            decode_e4m3(chunk_bytes(rows + (uint64_t)j * w->n_in, at, chunk_len(w->n_in, at), CPU_CHUNK, spare),
+                        weight[j]);
+        }
         for (uint32_t r = 0; r < t->n; r++) {
-            double sum = exact_dot_chunk(t->x + r * t->stride + at, weight);
-            acc[r] += sum * (kn_e8m0_decode(t->scales[r][b]) * scale);
+            double x_scale = kn_e8m0_decode(t->scales[r][b]);
+            for (uint32_t j = 0; j < n_out; j++) {
+                acc[j][r] += exact_dot_chunk(t->x + r * t->stride + at, weight[j]) * (x_scale * scale[j]);
+            }
         }
     }
 }
 
-static void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, double *acc)
+static void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out, double acc[][CPU_TILE])
 {
-    const uint8_t *row = (const uint8_t *)kn_host(w->data) + (uint64_t)o * (w->n_in / 2);
-    const uint8_t *scales = (const uint8_t *)kn_host(w->scale) + (uint64_t)o * kn_blocks(w->n_in, KN_FP4_BLOCK);
+    uint64_t row_bytes = w->n_in / 2, n_scale = kn_blocks(w->n_in, KN_FP4_BLOCK);
+    const uint8_t *rows = (const uint8_t *)kn_host(w->data) + o * row_bytes;
+    const uint8_t *scales = (const uint8_t *)kn_host(w->scale) + o * n_scale;
     uint8_t spare[CPU_CHUNK / 2];
-    double weight[CPU_CHUNK];
+    double weight[CPU_OUTS][CPU_CHUNK];
     for (uint32_t at = 0; at < w->n_in; at += CPU_CHUNK) {
         uint32_t len = chunk_len(w->n_in, at), n_block = kn_blocks(len, KN_FP4_BLOCK);
-        decode_e2m1(chunk_bytes(row, at / 2, len / 2, CPU_CHUNK / 2, spare), weight);
+        for (uint32_t j = 0; j < n_out; j++) {
+            decode_e2m1(chunk_bytes(rows + j * row_bytes, at / 2, len / 2, CPU_CHUNK / 2, spare), weight[j]);
+        }
         for (uint32_t r = 0; r < t->n; r++) {
             const double *x = t->x + r * t->stride + at;
             uint8_t x_scale = t->scales[r][at / KN_ACT_BLOCK];
-            for (uint32_t b = 0; b < n_block; b++) {
-                /* The decoded weights are doubled: half of the sum, exact again. */
-                double sum = 0.5 * exact_dot_fp4_block(x, weight, b);
-                acc[r] += sum * kn_e8m0_product(x_scale, scales[at / KN_FP4_BLOCK + b]);
+            for (uint32_t j = 0; j < n_out; j++) {
+                const uint8_t *scale = scales + j * n_scale + at / KN_FP4_BLOCK;
+                for (uint32_t b = 0; b < n_block; b++) {
+                    /* The decoded weights are doubled: half of the sum, exact again. */
+                    acc[j][r] += 0.5 * exact_dot_fp4_block(x, weight[j], b) * kn_e8m0_product(x_scale, scale[b]);
+                }
             }
         }
     }
@@ -207,15 +226,18 @@ static void product_q8_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_
 {
     const product_job *job = arg;
     (void)i_thread;
-    for (uint32_t o = begin; o < end; o++) {
-        double acc[CPU_TILE] = {0};
+    for (uint32_t o = begin, n_out; o < end; o += n_out) {
+        double acc[CPU_OUTS][CPU_TILE] = {{0}};
+        n_out = outs_at_once(job->tile, end - o);
         if (job->w->dtype == KN_E2M1) {
-            dot_e2m1(job->tile, job->w, o, acc);
+            dot_e2m1(job->tile, job->w, o, n_out, acc);
         } else {
-            dot_e4m3(job->tile, job->w, o, acc);
+            dot_e4m3(job->tile, job->w, o, n_out, acc);
         }
         for (uint32_t r = 0; r < job->tile->n; r++) {
-            job->tile->y[r][o] = kn_bf16_from_f64(acc[r]);
+            for (uint32_t j = 0; j < n_out; j++) {
+                job->tile->y[r][o + j] = kn_bf16_from_f64(acc[j][r]);
+            }
         }
     }
 }
@@ -244,28 +266,39 @@ static void decode_chunk(const kn_matrix *w, uint32_t o, uint32_t at, double *we
     }
 }
 
+static void put_sum(const cpu_tile *t, uint32_t r, uint32_t o, double sum)
+{
+    if (t->y[r] != NULL) {
+        t->y[r][o] = kn_bf16_from_f64(sum);
+    } else if (t->y32[r] != NULL) {
+        t->y32[r][o] = (float)sum;
+    } else {
+        t->y64[r][o] = sum;
+    }
+}
+
 static void product_lanes_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
     const product_job *job = arg;
     const cpu_tile *t = job->tile;
-    double weight[CPU_CHUNK];
+    double weight[CPU_OUTS][CPU_CHUNK];
     (void)i_thread;
-    for (uint32_t o = begin; o < end; o++) {
-        double lane[CPU_TILE][KN_LANES] = {{0}};
+    for (uint32_t o = begin, n_out; o < end; o += n_out) {
+        double lane[CPU_OUTS][CPU_TILE][KN_LANES] = {{{0}}};
+        n_out = outs_at_once(t, end - o);
         for (uint32_t at = 0; at < job->w->n_in; at += CPU_CHUNK) {
-            decode_chunk(job->w, job->out0 + o, at, weight);
+            for (uint32_t j = 0; j < n_out; j++) {
+                decode_chunk(job->w, job->out0 + o + j, at, weight[j]);
+            }
             for (uint32_t r = 0; r < t->n; r++) {
-                kn_lanes_add(lane[r], t->x + r * t->stride + at, weight, CPU_CHUNK);
+                for (uint32_t j = 0; j < n_out; j++) {
+                    kn_lanes_add(lane[j][r], t->x + r * t->stride + at, weight[j], CPU_CHUNK);
+                }
             }
         }
         for (uint32_t r = 0; r < t->n; r++) {
-            double sum = kn_fold_lanes(lane[r]);
-            if (t->y[r] != NULL) {
-                t->y[r][o] = kn_bf16_from_f64(sum);
-            } else if (t->y32[r] != NULL) {
-                t->y32[r][o] = (float)sum;
-            } else {
-                t->y64[r][o] = sum;
+            for (uint32_t j = 0; j < n_out; j++) {
+                put_sum(t, r, o + j, kn_fold_lanes(lane[j][r]));
             }
         }
     }

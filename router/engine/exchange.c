@@ -92,6 +92,7 @@ cm_status rt_exchange_create(const rt_exchange_options *options, rt_exchange **e
 void rt_exchange_destroy(rt_exchange *x)
 {
     net_close(x->rows);
+    cm_stat_set(CM_STAT_ledger_frames, 0);
     close(x->wake_fd);
     pc_epoch_release(x->offered);
     pc_epoch_release(x->epoch);

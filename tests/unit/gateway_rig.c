@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <strings.h>
+#include <sys/queue.h>
 
 #include <cmocka.h>
 
@@ -86,7 +87,8 @@ void rig_commit(uint64_t number, bool router, bool placement)
     place.owner = owner;
     place.n_rank_member = place.n_owner = 1;
     place.n_first = 2;
-    Baleen__Control__V1__Member members[2] = {BALEEN__CONTROL__V1__MEMBER__INIT, BALEEN__CONTROL__V1__MEMBER__INIT};
+    Baleen__Control__V1__Member members[2] = {BALEEN__CONTROL__V1__MEMBER__INIT,
+                                              BALEEN__CONTROL__V1__MEMBER__INIT};
     Baleen__Control__V1__Member *list[] = {&members[0], &members[1]};
     members[0].id = RIG_WORKER;
     members[0].role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER;
@@ -168,10 +170,41 @@ static void coordinator_start(void)
 /* ---- the router ---- */
 
 typedef struct router_frame {
+    STAILQ_ENTRY(router_frame) link;
     cm_bytes bytes;
 } router_frame;
 
-static void router_say(uint64_t stream, uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end)
+/* Frames that wait for a place on the link. */
+static STAILQ_HEAD(, router_frame) waiting = STAILQ_HEAD_INITIALIZER(waiting);
+
+static void frame_free(router_frame *frame)
+{
+    cm_bytes_fini(&frame->bytes);
+    cm_free(frame);
+}
+
+static void router_flush(void)
+{
+    router_frame *frame;
+    while ((frame = STAILQ_FIRST(&waiting)) != NULL) {
+        net_message message = {.type = PR_MSG_STEP_TOKENS,
+                               .iov = {{frame->bytes.data, frame->bytes.len}},
+                               .n_iov = 1,
+                               .deadline_ms = WATCHDOG_MS,
+                               .cookie = frame};
+        if (R.peer != NULL && net_send(R.peer, &message) != CM_OK) {
+            return;
+        }
+        STAILQ_REMOVE_HEAD(&waiting, link);
+        if (R.peer == NULL) {
+            frame_free(frame);
+        }
+    }
+    pc_netpump_kick(R.pump);
+}
+
+static void router_say(uint64_t stream, uint64_t offset, const uint32_t *ids, uint32_t n,
+                       Baleen__Engine__V1__SeqEnd end)
 {
     Baleen__Engine__V1__SeqTokens seq = BALEEN__ENGINE__V1__SEQ_TOKENS__INIT;
     seq.stream = stream;
@@ -192,13 +225,8 @@ static void router_say(uint64_t stream, uint64_t offset, const uint32_t *ids, ui
     router_frame *frame = cm_alloc(sizeof(*frame));
     cm_bytes_init(&frame->bytes, 0);
     pr_pack(&step.base, &frame->bytes);
-    net_message message = {.type = PR_MSG_STEP_TOKENS,
-                           .iov = {{frame->bytes.data, frame->bytes.len}},
-                           .n_iov = 1,
-                           .deadline_ms = WATCHDOG_MS,
-                           .cookie = frame};
-    assert_int_equal(net_send(R.peer, &message), CM_OK);
-    pc_netpump_kick(R.pump);
+    STAILQ_INSERT_TAIL(&waiting, frame, link);
+    router_flush();
 }
 
 void rig_tokens(uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end)
@@ -221,12 +249,19 @@ static void router_flood(void)
 
 static void router_answer(void)
 {
+    if (R.mode == RIG_ECHO) {
+        R.n_reply = RIG_REPLY_MAX;
+        for (uint32_t i = 0; i < R.n_reply; i++) {
+            R.reply[i] = R.prompt.id[R.prompt.n - 1];
+        }
+    }
     router_say(R.stream, 0, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
     uint32_t n = R.n_reply < R.sampler.tokens_max ? R.n_reply : R.sampler.tokens_max;
     for (uint32_t i = 0; i < n; i++) {
         bool last = i + 1 == R.sampler.tokens_max;
         router_say(R.stream, i, &R.reply[i], 1,
-                   last ? BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+                   last ? BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH
+                        : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
     }
     if (n < R.sampler.tokens_max) {
         router_say(R.stream, n, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
@@ -240,7 +275,8 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
         uint32_t id = md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS);
         R.n_probes++;
         router_say(open->stream, 0, &id, R.probe_fails ? 0 : 1,
-                   R.probe_fails ? BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED : BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH);
+                   R.probe_fails ? BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED
+                                 : BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH);
         return;
     }
     R.stream = open->stream;
@@ -253,7 +289,7 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
     R.n_stop_id = (uint32_t)open->sampler->n_stop_id;
     memcpy(R.stop_id, open->sampler->stop_id, R.n_stop_id * sizeof(uint32_t));
     R.n_opens++;
-    if (R.mode == RIG_ANSWER) {
+    if (R.mode == RIG_ANSWER || R.mode == RIG_ECHO) {
         router_answer();
     } else if (R.mode == RIG_REFUSE) {
         router_say(R.stream, 0, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED);
@@ -266,14 +302,14 @@ static void router_message(const net_event *event)
 {
     ProtobufCMessage *message;
     if (event->type == PR_MSG_SEQ_OPEN) {
-        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_open__descriptor, event->payload, event->payload_bytes,
-                                   &R.arena, &message),
+        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_open__descriptor, event->payload,
+                                   event->payload_bytes, &R.arena, &message),
                          CM_OK);
         router_open((const Baleen__Engine__V1__SeqOpen *)message);
     } else {
         assert_int_equal(event->type, PR_MSG_SEQ_CANCEL);
-        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload, event->payload_bytes,
-                                   &R.arena, &message),
+        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload,
+                                   event->payload_bytes, &R.arena, &message),
                          CM_OK);
         const Baleen__Engine__V1__SeqCancel *cancel = (const Baleen__Engine__V1__SeqCancel *)message;
         R.n_cancels += (uint32_t)cancel->n_stream;
@@ -300,8 +336,8 @@ static void router_event(void *ctx, const net_event *event)
         net_release(R.net, event);
         break;
     case NET_EV_SENT:
-        cm_bytes_fini(&frame->bytes);
-        cm_free(frame);
+        frame_free(frame);
+        router_flush();
         if (event->status == CM_OK) {
             router_flood();
         }
@@ -534,7 +570,8 @@ bool rig_header_is(const rig_client *client, const char *name, const char *value
         at += 2;
         if (strncasecmp(at, name, n) == 0 && at[n] == ':') {
             const char *found = at + n + 1 + strspn(at + n + 1, " ");
-            return value == NULL || (strncmp(found, value, strlen(value)) == 0 && found[strlen(value)] == '\r');
+            return value == NULL ||
+                   (strncmp(found, value, strlen(value)) == 0 && found[strlen(value)] == '\r');
         }
     }
     return false;

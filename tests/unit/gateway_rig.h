@@ -1,5 +1,5 @@
-/* A real gateway between three scripts on one loop: a coordinator (gRPC), a router (net's local back-end) and an HTTP
- * client that sees every byte. Failures are cmocka's. */
+/* A real gateway between three scripts on one loop: a coordinator (gRPC), a router (net's local back-end) and
+ * an HTTP client that sees every byte. Failures are cmocka's. */
 #pragma once
 #include <event2/bufferevent.h>
 #include <jansson.h>
@@ -21,6 +21,7 @@ typedef enum rig_mode {
     RIG_HOLD,   /* accepts and waits for the test */
     RIG_MUTE,   /* says nothing */
     RIG_REFUSE, /* fails it with refuse_status */
+    RIG_ECHO,   /* the prompt's last id, as often as may be */
     RIG_FLOOD,  /* accepts and gives tokens until it is cancelled */
 } rig_mode;
 
@@ -28,7 +29,7 @@ typedef struct rig {
     pc_loop *loop;
     gw_config config;
     gw_gateway *gateway;
-    cm_status left;       /* what the gateway's leave was told; CM_AGAIN: nothing */
+    cm_status left; /* what the gateway's leave was told; CM_AGAIN: nothing */
     bool drained;
     bool (*done)(void *); /* what the loop runs for */
     void *done_arg;
@@ -50,10 +51,10 @@ typedef struct rig {
     bool probe_fails;
     cm_status refuse_status;
     uint32_t reply[RIG_REPLY_MAX], n_reply;
-    uint32_t n_opens, n_cancels, n_probes; /* opens without probes */
-    uint64_t stream, cancelled;            /* the newest ones */
-    uint32_t sent;                         /* tokens of the newest stream */
-    md_ids prompt;                         /* of the newest SeqOpen */
+    uint32_t n_opens, n_cancels, n_probes;     /* opens without probes */
+    uint64_t stream, cancelled;                /* the newest ones */
+    uint32_t sent;                             /* tokens of the newest stream */
+    md_ids prompt;                             /* of the newest SeqOpen */
     Baleen__Engine__V1__SamplerParams sampler; /* likewise; without its list */
     uint32_t n_stop_id, stop_id[8];
 } rig;
@@ -82,8 +83,8 @@ void rig_cut(void);
 
 typedef struct rig_client {
     struct bufferevent *bev;
-    cm_bytes in;   /* everything the server sent */
-    bool closed;   /* by the server */
+    cm_bytes in; /* everything the server sent */
+    bool closed; /* by the server */
 } rig_client;
 /* Sends the request bytes; body may be NULL. headers: lines with CRLF. */
 rig_client *rig_open(const char *method, const char *path, const char *headers, const char *body);

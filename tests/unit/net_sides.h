@@ -48,6 +48,7 @@ typedef struct net_test {
 /* Once per program, before any test; log lines are kept instead of printed. */
 void sides_init(void);
 void sides_fini(void);
+int sides_setup(void **state); /* before each test */
 bool log_has(const char *text);
 
 net_options small_options(const backend_case *backend);
@@ -83,6 +84,6 @@ void turn(net_test *t);
 
 #define ONE(backend_, test_)                                                                                 \
     {                                                                                                        \
-#backend_ " " #test_, test_, NULL, NULL, (void *)(uintptr_t)&g_##backend_                            \
+#backend_ " " #test_, test_, sides_setup, NULL, (void *)(uintptr_t)&g_##backend_                     \
     }
 #define BOTH(test_) ONE(ucx, test_), ONE(local, test_)

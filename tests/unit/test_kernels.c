@@ -236,13 +236,14 @@ static void do_cancelling(rig *r, uint32_t cut, cm_bytes *out)
     uint32_t b;
     for (uint32_t i = 0; i < N * K; i++) {
         bool second = i % K >= K / 2;
-        x_host[i] = second ? x_host[i - K / 2] : (uint16_t)(x_host[i] & 0x807f) | (uint16_t)((90 + random_u32(115, i) % 70) << 7);
+        uint32_t other = i / K * K + (i + 5) % (K / 2); /* in another lane */
+        x_host[i] = second ? x_host[other] : (uint16_t)(x_host[i] & 0x807f) | (uint16_t)((90 + random_u32(115, i) % 70) << 7);
         codes[i] = second ? codes[i - K / 2] : codes[i];
         scales[i / 128] = second ? scales[(i - K / 2) / 128] : scales[i / 128];
     }
     for (uint32_t i = 0; i < O * K; i++) {
         bool second = i % K >= K / 2;
-        w_host[i] = second ? w_host[i - K / 2] ^ 0x8000 : w_host[i];
+        w_host[i] = second ? w_host[i / K * K + (i + 5) % (K / 2)] ^ 0x8000 : w_host[i];
         w_codes[i] = second ? w_codes[i - K / 2] ^ 0x80 : w_codes[i];
     }
     for (uint32_t i = 0; i < K / 256; i++) {

@@ -38,7 +38,8 @@ static void sink_free(sink *s)
 
 static void start(gw_openai *writer, bool thinking)
 {
-    gw_start event = {.request_id = "r1", .model = "m", .created_s = 5, .prompt_tokens = 4, .thinking = thinking};
+    gw_start event = {
+        .request_id = "r1", .model = "m", .created_s = 5, .prompt_tokens = 4, .thinking = thinking};
     gw_openai_events()->started(writer, &event);
 }
 
@@ -50,9 +51,10 @@ static void piece(gw_openai *writer, md_piece_kind kind, uint32_t call, const ch
 
 static void finish(gw_openai *writer, gw_reason reason)
 {
-    gw_finish event = {.reason = reason,
-                       .stop_id = -1,
-                       .usage = {.prompt_tokens = 4, .cached_tokens = 1, .completion_tokens = 3, .reasoning_tokens = 2}};
+    gw_finish event = {
+        .reason = reason,
+        .stop_id = -1,
+        .usage = {.prompt_tokens = 4, .cached_tokens = 1, .completion_tokens = 3, .reasoning_tokens = 2}};
     gw_openai_events()->finished(writer, &event);
 }
 
@@ -66,10 +68,12 @@ static gw_openai *make(sink *s, gw_ask_kind kind, const char *body_text)
     return writer;
 }
 
-#define HEAD(object) "{\"id\":\"r1\",\"object\":\"" object "\",\"created\":5,\"model\":\"m\",\"system_fingerprint\":\"fp_0\",\"choices\":["
+#define HEAD(object)                                                                                         \
+    "{\"id\":\"r1\",\"object\":\"" object                                                                    \
+    "\",\"created\":5,\"model\":\"m\",\"system_fingerprint\":\"fp_0\",\"choices\":["
 #define USAGE                                                                                                \
-    "{\"prompt_tokens\":4,\"completion_tokens\":3,\"total_tokens\":7,\"prompt_tokens_details\":"              \
-    "{\"cached_tokens\":1},\"completion_tokens_details\":{\"reasoning_tokens\":2},"                           \
+    "{\"prompt_tokens\":4,\"completion_tokens\":3,\"total_tokens\":7,\"prompt_tokens_details\":"             \
+    "{\"cached_tokens\":1},\"completion_tokens_details\":{\"reasoning_tokens\":2},"                          \
     "\"prompt_cache_hit_tokens\":1,\"prompt_cache_miss_tokens\":3}"
 #define DELTA(delta, reason, usage)                                                                          \
     HEAD("chat.completion.chunk")                                                                            \
@@ -97,7 +101,8 @@ static void chat_stream_thinking(void **state)
 {
     (void)state;
     sink s;
-    gw_openai *writer = make(&s, GW_ASK_CHAT, "{\"stream\":true,\"stream_options\":{\"include_usage\":true}}");
+    gw_openai *writer =
+        make(&s, GW_ASK_CHAT, "{\"stream\":true,\"stream_options\":{\"include_usage\":true}}");
     start(writer, true);
     piece(writer, MD_PIECE_REASONING, 0, "hm \"so\"");
     piece(writer, MD_PIECE_CONTENT, 0, "a\n\\b\x01");
@@ -118,7 +123,8 @@ static void chat_stream_plain(void **state)
     piece(writer, MD_PIECE_CONTENT, 0, "\xe4\xbd\xa0\xf0\x9f\x91\x8d");
     finish(writer, GW_REASON_LENGTH);
     EXPECT(&s, DELTA("\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":null", "null", "null"),
-           DELTA("\"content\":\"\xe4\xbd\xa0\xf0\x9f\x91\x8d\"", "null", "null"), DELTA("", "\"length\"", USAGE));
+           DELTA("\"content\":\"\xe4\xbd\xa0\xf0\x9f\x91\x8d\"", "null", "null"),
+           DELTA("", "\"length\"", USAGE));
     gw_openai_destroy(writer);
 }
 
@@ -150,15 +156,19 @@ static void chat_stream_calls(void **state)
     for (uint32_t i = 0; i < s.n; i++) {
         strip_call_ids(&s.object[i]);
     }
-    EXPECT(&s, DELTA("\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":null", "null", "null"),
-           DELTA("\"tool_calls\":[{\"index\":0,\"id\":\"call_00_************************\",\"type\":\"function\","
-                 "\"function\":{\"name\":\"f\",\"arguments\":\"\"}}]",
-                 "null", "null"),
-           DELTA("\"tool_calls\":[{\"index\":0,\"function\":{\"arguments\":\"{\\\"a\\\": 1}\"}}]", "null", "null"),
-           DELTA("\"tool_calls\":[{\"index\":1,\"id\":\"call_01_************************\",\"type\":\"function\","
-                 "\"function\":{\"name\":\"g\",\"arguments\":\"\"}}]",
-                 "null", "null"),
-           DELTA("", "\"tool_calls\"", USAGE));
+    EXPECT(
+        &s, DELTA("\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":null", "null", "null"),
+        DELTA(
+            "\"tool_calls\":[{\"index\":0,\"id\":\"call_00_************************\",\"type\":\"function\","
+            "\"function\":{\"name\":\"f\",\"arguments\":\"\"}}]",
+            "null", "null"),
+        DELTA("\"tool_calls\":[{\"index\":0,\"function\":{\"arguments\":\"{\\\"a\\\": 1}\"}}]", "null",
+              "null"),
+        DELTA(
+            "\"tool_calls\":[{\"index\":1,\"id\":\"call_01_************************\",\"type\":\"function\","
+            "\"function\":{\"name\":\"g\",\"arguments\":\"\"}}]",
+            "null", "null"),
+        DELTA("", "\"tool_calls\"", USAGE));
     gw_openai_destroy(writer);
 }
 
@@ -173,9 +183,12 @@ static void chat_whole(void **state)
     piece(writer, MD_PIECE_CONTENT, 0, "c");
     piece(writer, MD_PIECE_CONTENT, 0, "3");
     finish(writer, GW_REASON_STOP);
-    EXPECT(&s, HEAD("chat.completion") "{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"c3\","
-                                       "\"reasoning_content\":\"r2\"},\"logprobs\":null,\"finish_reason\":\"stop\"}],"
-                                       "\"usage\":" USAGE "}");
+    EXPECT(
+        &s,
+        HEAD(
+            "chat.completion") "{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"c3\","
+                               "\"reasoning_content\":\"r2\"},\"logprobs\":null,\"finish_reason\":\"stop\"}],"
+                               "\"usage\":" USAGE "}");
     gw_openai_destroy(writer);
 
     writer = make(&s, GW_ASK_CHAT, "{\"stream\":false}");
@@ -187,13 +200,16 @@ static void chat_whole(void **state)
     piece(writer, MD_PIECE_ARGS, 1, "{}");
     finish(writer, GW_REASON_TOOL_CALLS);
     strip_call_ids(&s.object[0]);
-    EXPECT(&s,
-           HEAD("chat.completion") "{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":["
-                                   "{\"index\":0,\"id\":\"call_00_************************\",\"type\":\"function\","
-                                   "\"function\":{\"name\":\"f\",\"arguments\":\"{}\"}},"
-                                   "{\"index\":1,\"id\":\"call_01_************************\",\"type\":\"function\","
-                                   "\"function\":{\"name\":\"g\",\"arguments\":\"{}\"}}]},"
-                                   "\"logprobs\":null,\"finish_reason\":\"tool_calls\"}],\"usage\":" USAGE "}");
+    EXPECT(&s, HEAD("chat.completion") "{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"\","
+                                       "\"tool_calls\":["
+                                       "{\"index\":0,\"id\":\"call_00_************************\",\"type\":"
+                                       "\"function\","
+                                       "\"function\":{\"name\":\"f\",\"arguments\":\"{}\"}},"
+                                       "{\"index\":1,\"id\":\"call_01_************************\",\"type\":"
+                                       "\"function\","
+                                       "\"function\":{\"name\":\"g\",\"arguments\":\"{}\"}}]},"
+                                       "\"logprobs\":null,\"finish_reason\":\"tool_calls\"}],\"usage\":" USAGE
+                                       "}");
     gw_openai_destroy(writer);
 }
 
@@ -205,7 +221,8 @@ static void completions(void **state)
 {
     (void)state;
     sink s;
-    gw_openai *writer = make(&s, GW_ASK_COMPLETE, "{\"stream\":true,\"stream_options\":{\"include_usage\":true}}");
+    gw_openai *writer =
+        make(&s, GW_ASK_COMPLETE, "{\"stream\":true,\"stream_options\":{\"include_usage\":true}}");
     start(writer, false);
     piece(writer, MD_PIECE_CONTENT, 0, "a");
     piece(writer, MD_PIECE_CONTENT, 0, "b");
@@ -230,9 +247,11 @@ static void nothing_generated(void **state)
     gw_openai *writer = make(&s, GW_ASK_CHAT, "{}");
     start(writer, true);
     finish(writer, GW_REASON_STOP);
-    EXPECT(&s, HEAD("chat.completion") "{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"\","
-                                       "\"reasoning_content\":\"\"},\"logprobs\":null,\"finish_reason\":\"stop\"}],"
-                                       "\"usage\":" USAGE "}");
+    EXPECT(
+        &s,
+        HEAD("chat.completion") "{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"\","
+                                "\"reasoning_content\":\"\"},\"logprobs\":null,\"finish_reason\":\"stop\"}],"
+                                "\"usage\":" USAGE "}");
     gw_openai_destroy(writer);
 }
 
@@ -244,13 +263,15 @@ static void errors(void **state)
     cm_bytes_init(&out, 0);
     gw_error_set(&error, GW_CAUSE_CONTEXT, "messages", "%d \"too\" many", 3);
     gw_openai_error(&error, &out);
-    assert_string_equal(cm_bytes_text(&out), "{\"error\":{\"message\":\"3 \\\"too\\\" many\",\"type\":\"invalid_request_error\","
-                                             "\"param\":\"messages\",\"code\":\"context_length_exceeded\"}}");
+    assert_string_equal(cm_bytes_text(&out),
+                        "{\"error\":{\"message\":\"3 \\\"too\\\" many\",\"type\":\"invalid_request_error\","
+                        "\"param\":\"messages\",\"code\":\"context_length_exceeded\"}}");
     cm_bytes_clear(&out);
     gw_error_set(&error, GW_CAUSE_UNAVAILABLE, NULL, "a broken byte \xff here");
     gw_openai_error(&error, &out);
-    assert_string_equal(cm_bytes_text(&out), "{\"error\":{\"message\":\"a broken byte \xef\xbf\xbd here\",\"type\":"
-                                             "\"service_unavailable_error\",\"param\":null,\"code\":\"unavailable\"}}");
+    assert_string_equal(cm_bytes_text(&out),
+                        "{\"error\":{\"message\":\"a broken byte \xef\xbf\xbd here\",\"type\":"
+                        "\"service_unavailable_error\",\"param\":null,\"code\":\"unavailable\"}}");
     cm_bytes_fini(&out);
     assert_int_equal(gw_error_http(&error), 503);
     assert_int_equal(gw_error_grpc(&error), PC_CODE_UNAVAILABLE);
@@ -259,8 +280,12 @@ static void errors(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(chat_stream_thinking), cmocka_unit_test(chat_stream_plain), cmocka_unit_test(chat_stream_calls),
-        cmocka_unit_test(chat_whole),           cmocka_unit_test(completions),       cmocka_unit_test(nothing_generated),
+        cmocka_unit_test(chat_stream_thinking),
+        cmocka_unit_test(chat_stream_plain),
+        cmocka_unit_test(chat_stream_calls),
+        cmocka_unit_test(chat_whole),
+        cmocka_unit_test(completions),
+        cmocka_unit_test(nothing_generated),
         cmocka_unit_test(errors),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,4 +1,5 @@
-/* Every field of the bodies: a good value, a wrong type, a value out of range, and what cannot be honoured. */
+/* Every field of the bodies: a good value, a wrong type, a value out of range, and what cannot be honoured.
+ */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -22,14 +23,33 @@ typedef struct field_case {
     const char *param; /* the field that is blamed */
 } field_case;
 
-#define CHAT_GOOD(field)              {GW_ASK_CHAT, field, GOOD, ""}
-#define CHAT_BAD(field, param)        {GW_ASK_CHAT, field, GW_CAUSE_INVALID, param}
-#define CHAT_NO(field, param)         {GW_ASK_CHAT, field, GW_CAUSE_UNSUPPORTED, param}
-#define TEXT_GOOD(field)              {GW_ASK_COMPLETE, field, GOOD, ""}
-#define TEXT_BAD(field, param)        {GW_ASK_COMPLETE, field, GW_CAUSE_INVALID, param}
-#define TEXT_NO(field, param)         {GW_ASK_COMPLETE, field, GW_CAUSE_UNSUPPORTED, param}
+#define CHAT_GOOD(field)                                                                                     \
+    {                                                                                                        \
+        GW_ASK_CHAT, field, GOOD, ""                                                                         \
+    }
+#define CHAT_BAD(field, param)                                                                               \
+    {                                                                                                        \
+        GW_ASK_CHAT, field, GW_CAUSE_INVALID, param                                                          \
+    }
+#define CHAT_NO(field, param)                                                                                \
+    {                                                                                                        \
+        GW_ASK_CHAT, field, GW_CAUSE_UNSUPPORTED, param                                                      \
+    }
+#define TEXT_GOOD(field)                                                                                     \
+    {                                                                                                        \
+        GW_ASK_COMPLETE, field, GOOD, ""                                                                     \
+    }
+#define TEXT_BAD(field, param)                                                                               \
+    {                                                                                                        \
+        GW_ASK_COMPLETE, field, GW_CAUSE_INVALID, param                                                      \
+    }
+#define TEXT_NO(field, param)                                                                                \
+    {                                                                                                        \
+        GW_ASK_COMPLETE, field, GW_CAUSE_UNSUPPORTED, param                                                  \
+    }
 
-#define SIXTEEN "\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\",\"j\",\"k\",\"l\",\"m\",\"n\",\"o\",\"p\""
+#define SIXTEEN                                                                                              \
+    "\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\",\"j\",\"k\",\"l\",\"m\",\"n\",\"o\",\"p\""
 
 static const field_case CASES[] = {
     CHAT_GOOD("\"model\":\"m\""),
@@ -170,8 +190,8 @@ static void check_outcome(cm_status status, const gw_error *error, const field_c
         return;
     }
     if (status == CM_OK || (int)error->cause != c->cause || strcmp(error->param, c->param) != 0) {
-        fail_msg("%s: status %d cause %d param '%s', wanted cause %d param '%s'", body, status, (int)error->cause,
-                 error->param, c->cause, c->param);
+        fail_msg("%s: status %d cause %d param '%s', wanted cause %d param '%s'", body, status,
+                 (int)error->cause, error->param, c->cause, c->param);
     }
     assert_non_null(strstr(error->message, c->param)); /* the sentence names the field */
 }
@@ -182,7 +202,8 @@ static void every_field(void **state)
     for (size_t i = 0; i < sizeof(CASES) / sizeof(CASES[0]); i++) {
         const field_case *c = &CASES[i];
         char text[512];
-        snprintf(text, sizeof(text), "{%s,%s}", c->kind == GW_ASK_CHAT ? MESSAGES : "\"prompt\":\"hi\"", c->field);
+        snprintf(text, sizeof(text), "{%s,%s}", c->kind == GW_ASK_CHAT ? MESSAGES : "\"prompt\":\"hi\"",
+                 c->field);
         json_t *body = json_loads(text, JSON_ALLOW_NUL, NULL);
         assert_non_null(body);
         gw_request request;
@@ -239,15 +260,17 @@ static void whole_bodies(void **state)
 static void values_arrive(void **state)
 {
     (void)state;
-    json_t *body = json_loads("{" MESSAGES ",\"stream\":true,\"stream_options\":{\"include_usage\":true},"
-                              "\"max_completion_tokens\":7,\"max_tokens\":9,\"min_tokens\":3,\"temperature\":0.5,"
-                              "\"top_p\":0.25,\"seed\":-5,\"stop\":[\"x\",\"\",\"yz\"],\"stop_token_ids\":[4,5],"
-                              "\"ignore_eos\":true,\"skip_special_tokens\":false,\"include_stop_str_in_output\":true}",
-                              0, NULL);
+    json_t *body =
+        json_loads("{" MESSAGES ",\"stream\":true,\"stream_options\":{\"include_usage\":true},"
+                   "\"max_completion_tokens\":7,\"max_tokens\":9,\"min_tokens\":3,\"temperature\":0.5,"
+                   "\"top_p\":0.25,\"seed\":-5,\"stop\":[\"x\",\"\",\"yz\"],\"stop_token_ids\":[4,5],"
+                   "\"ignore_eos\":true,\"skip_special_tokens\":false,\"include_stop_str_in_output\":true}",
+                   0, NULL);
     gw_request r;
     gw_error error;
     assert_int_equal(gw_request_parse(GW_ASK_CHAT, body, VOCAB, &r, &error), CM_OK);
-    assert_true(r.stream && r.include_usage && r.ignore_eos && r.keep_special && r.include_stop && r.has_seed);
+    assert_true(r.stream && r.include_usage && r.ignore_eos && r.keep_special && r.include_stop &&
+                r.has_seed);
     assert_int_equal(r.tokens_max, 7); /* the newer name wins */
     assert_int_equal(r.tokens_min, 3);
     assert_true(r.temperature > 0.49 && r.temperature < 0.51 && r.top_p > 0.24 && r.top_p < 0.26);
@@ -263,7 +286,8 @@ static void values_arrive(void **state)
     body = json_loads("{\"prompt\":[3,1],\"model\":null}", 0, NULL);
     assert_int_equal(gw_request_parse(GW_ASK_COMPLETE, body, VOCAB, &r, &error), CM_OK);
     assert_false(r.stream || r.include_usage || r.ignore_eos || r.keep_special || r.has_seed);
-    assert_true(r.temperature > 0.99 && r.top_p > 0.99 && r.tokens_max == 0 && r.prompt == NULL && r.suffix == NULL);
+    assert_true(r.temperature > 0.99 && r.top_p > 0.99 && r.tokens_max == 0 && r.prompt == NULL &&
+                r.suffix == NULL);
     assert_int_equal(r.prompt_ids.n, 2);
     assert_int_equal(r.prompt_ids.id[0], 3);
     gw_request_free(&r);

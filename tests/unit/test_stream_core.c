@@ -22,8 +22,8 @@ static void begin(gw_core *core)
     assert_int_equal(core->prompt.n, 2);
 }
 
-static cm_status take(gw_core *core, uint64_t offset, uint32_t n, uint32_t first, Baleen__Engine__V1__SeqEnd end,
-                      gw_core_news *news)
+static cm_status take(gw_core *core, uint64_t offset, uint32_t n, uint32_t first,
+                      Baleen__Engine__V1__SeqEnd end, gw_core_news *news)
 {
     uint32_t ids[16];
     for (uint32_t i = 0; i < n; i++) {
@@ -99,15 +99,15 @@ static void refused(void **state)
         uint32_t n, first;
         int end;
     } frames[] = {
-        {0, 1, 1, GOING_ON},              /* told before */
-        {1, 1, 1, GOING_ON},              /* half told before */
-        {3, 1, 1, GOING_ON},              /* one is missing */
-        {UINT64_MAX, 1, 1, GOING_ON},     /* nonsense */
-        {2, 4, 1, GOING_ON},              /* more than asked for */
-        {2, 1, VOCAB, GOING_ON},          /* no token */
-        {2, 2, VOCAB - 1, GOING_ON},      /* its second is none */
-        {2, 1, 1, LENGTH},                /* too early */
-        {2, 0, 0, 9},                     /* an end we do not know */
+        {0, 1, 1, GOING_ON},          /* told before */
+        {1, 1, 1, GOING_ON},          /* half told before */
+        {3, 1, 1, GOING_ON},          /* one is missing */
+        {UINT64_MAX, 1, 1, GOING_ON}, /* nonsense */
+        {2, 4, 1, GOING_ON},          /* more than asked for */
+        {2, 1, VOCAB, GOING_ON},      /* no token */
+        {2, 2, VOCAB - 1, GOING_ON},  /* its second is none */
+        {2, 1, 1, LENGTH},            /* too early */
+        {2, 0, 0, 9},                 /* an end we do not know */
     };
     gw_core core;
     gw_core_news news;

@@ -7,8 +7,6 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "common/base/log.h"
-
 static bool g_progress; /* a progress line is on the terminal */
 
 int cli_begin(const cm_cfg_table *table, void *config, int argc, char **argv, const char **operands_out,
@@ -16,7 +14,6 @@ int cli_begin(const cm_cfg_table *table, void *config, int argc, char **argv, co
 {
     cm_cfg_outcome outcome;
     cm_error err = {0};
-    cm_log_setup(&(cm_log_options){.level = CM_LOG_WARN, .fd = STDERR_FILENO});
     if (cm_cfg_load(table, config, argc, argv, operands_out, operands_max, n_operands_out, &outcome, &err) !=
         CM_OK) {
         return cli_complain(table, CLI_USAGE, "%s", err.text);
@@ -46,7 +43,8 @@ int cli_fail(const cm_cfg_table *table, const cm_error *err)
                         err->text[0] != '\0' ? err->text : cm_status_text(err->status));
 }
 
-cm_status cli_parse_double(const char *option, const char *text, double min, double max, double *value_out, cm_error *err)
+cm_status cli_parse_double(const char *option, const char *text, double min, double max, double *value_out,
+                           cm_error *err)
 {
     char *end;
     errno = 0;

@@ -7,7 +7,7 @@
 
 enum { CLI_OK = 0, CLI_FAILED = 1, CLI_USAGE = 2 };
 
-/* Loads the options and sets the log to warnings on stderr. Returns the exit code to end with, or -1 to go on; then
+/* Loads the options. Returns the exit code to end with, or -1 to go on; then
  * config is to be freed with cm_cfg_free. operands as for cm_cfg_load; n_operands_out may be NULL. */
 int cli_begin(const cm_cfg_table *table, void *config, int argc, char **argv, const char **operands_out,
               size_t operands_max, size_t *n_operands_out);
@@ -17,8 +17,8 @@ int cli_complain(const cm_cfg_table *table, int code, const char *fmt, ...) CM_P
 int cli_fail(const cm_cfg_table *table, const cm_error *err);
 
 /* A number from an option's text, for the options that are no whole numbers. */
-CM_MUST_CHECK cm_status cli_parse_double(const char *option, const char *text, double min, double max, double *value_out,
-                                         cm_error *err);
+CM_MUST_CHECK cm_status cli_parse_double(const char *option, const char *text, double min, double max,
+                                         double *value_out, cm_error *err);
 
 /* One line on stderr that the next one replaces; nothing when stderr is no terminal. */
 void cli_progress(const char *fmt, ...) CM_PRINTF(1, 2);

@@ -35,8 +35,8 @@ typedef enum cluster_role {
 static const char *const g_role_names[CLUSTER_ROLES] = {"coordinator", "router", "worker", "gateway"};
 
 /* Requests end first; workers last, who then have nobody to wait for. */
-static const cluster_role g_drain_order[CLUSTER_ROLES] = {CLUSTER_GATEWAY, CLUSTER_ROUTER, CLUSTER_COORDINATOR,
-                                                          CLUSTER_WORKER};
+static const cluster_role g_drain_order[CLUSTER_ROLES] = {CLUSTER_GATEWAY, CLUSTER_ROUTER,
+                                                          CLUSTER_COORDINATOR, CLUSTER_WORKER};
 
 typedef enum cluster_state { CLUSTER_STARTING, CLUSTER_READY, CLUSTER_DRAINING, CLUSTER_ENDED } cluster_state;
 
@@ -63,11 +63,37 @@ struct cluster {
     ready_probe *probe;
     pc_timer *tick, *kill_timer;
     uint64_t begin_ms;
+    bool served;          /* was ready once: before that processes may end in any way when stopped */
     uint32_t drain_stage; /* in g_drain_order */
     int code;
 };
 
+/* ---- words to the person ---- */
+
+static void cluster_say(const char *fmt, ...) CM_PRINTF(1, 2);
+static void cluster_say(const char *fmt, ...)
+{
+    va_list args;
+    cli_progress_clear();
+    fputs("baleen up: ", stderr);
+    va_start(args, fmt);
+    vfprintf(stderr, fmt, args);
+    va_end(args);
+    fputc('\n', stderr);
+}
+
 static void cluster_fail(cluster *self, const char *fmt, ...) CM_PRINTF(2, 3);
+static void cluster_fail(cluster *self, const char *fmt, ...)
+{
+    char text[1024];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof(text), fmt, args);
+    va_end(args);
+    cluster_say("%s", text);
+    self->code = CLI_FAILED;
+    cluster_drain(self);
+}
 
 /* ---- small questions ---- */
 
@@ -135,7 +161,8 @@ static cm_status child_start(cluster_child *child, cm_error *err)
     cm_bytes log_path;
     args_for_role(self, child, &args);
     child_log_path(child, &log_path);
-    cm_status status = spawn_start(&args, self->options->env, cm_bytes_text(&log_path), &child->pid, &child->ready_fd, err);
+    cm_status status =
+        spawn_start(&args, self->options->env, cm_bytes_text(&log_path), &child->pid, &child->ready_fd, err);
     cm_bytes_fini(&log_path);
     spawn_args_fini(&args);
     if (status == CM_OK) {
@@ -189,7 +216,8 @@ static void child_heard(cluster_child *child)
     json_decref(line);
     child_stop_reading(child);
     if (!ok) {
-        cluster_fail(self, "%s does not say where it listens: %s", child->name, cm_bytes_text(&child->ready_line));
+        cluster_fail(self, "%s does not say where it listens: %s", child->name,
+                     cm_bytes_text(&child->ready_line));
         return;
     }
     child->listens = true;
@@ -244,11 +272,13 @@ static void cluster_ticked(void *arg)
         ready_probe_destroy(self->probe);
         self->probe = NULL;
         self->state = CLUSTER_READY;
+        self->served = true;
         self->options->ready(self->options->ctx);
         return;
     }
     if (cm_now_ms() - self->begin_ms > ready_ms) {
-        cluster_fail(self, "the cluster is not ready after %llu ms: %s; the logs are in %s", (unsigned long long)ready_ms,
+        cluster_fail(self, "the cluster is not ready after %llu ms: %s; the logs are in %s",
+                     (unsigned long long)ready_ms,
                      self->probe != NULL ? ready_probe_reason(self->probe) : "not all processes listen",
                      self->options->run_dir);
         return;
@@ -262,30 +292,6 @@ static void cluster_ticked(void *arg)
 
 /* ---- ends ---- */
 
-static void cluster_say(const char *fmt, ...) CM_PRINTF(1, 2);
-static void cluster_say(const char *fmt, ...)
-{
-    va_list args;
-    cli_progress_clear();
-    fputs("baleen up: ", stderr);
-    va_start(args, fmt);
-    vfprintf(stderr, fmt, args);
-    va_end(args);
-    fputc('\n', stderr);
-}
-
-static void cluster_fail(cluster *self, const char *fmt, ...)
-{
-    char text[1024];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(text, sizeof(text), fmt, args);
-    va_end(args);
-    cluster_say("%s", text);
-    self->code = CLI_FAILED;
-    cluster_drain(self);
-}
-
 /* A process ended although nobody asked it to. */
 static void child_lost(cluster_child *child, const char *how, pid_t pid)
 {
@@ -294,17 +300,19 @@ static void child_lost(cluster_child *child, const char *how, pid_t pid)
     uint32_t n_left = cluster_count(self, child->role, false);
     child_log_path(child, &log_path);
     if (self->state == CLUSTER_STARTING) {
-        cluster_say("%s (process %d) %s before the cluster was ready; the end of its log %s:", child->name, (int)pid, how,
-                    cm_bytes_text(&log_path));
+        cluster_say("%s (process %d) %s before the cluster was ready; the end of its log %s:", child->name,
+                    (int)pid, how, cm_bytes_text(&log_path));
         spawn_show_log_tail(cm_bytes_text(&log_path), stderr);
         self->code = CLI_FAILED;
         cluster_drain(self);
     } else {
-        cluster_say("%s (process %d) %s; its log is %s", child->name, (int)pid, how, cm_bytes_text(&log_path));
+        cluster_say("%s (process %d) %s; its log is %s", child->name, (int)pid, how,
+                    cm_bytes_text(&log_path));
         if (child->role != CLUSTER_WORKER && n_left == 0) {
             cluster_fail(self, "no %s is left: the others are stopped", g_role_names[child->role]);
         } else {
-            cluster_say("the cluster goes on with %u %s%s", n_left, g_role_names[child->role], n_left == 1 ? "" : "s");
+            cluster_say("the cluster goes on with %u %s%s", n_left, g_role_names[child->role],
+                        n_left == 1 ? "" : "s");
             self->options->changed(self->options->ctx);
         }
     }
@@ -321,10 +329,10 @@ static void child_ended(cluster_child *child, int wait_status)
     spawn_describe_end(wait_status, how);
     if (self->state == CLUSTER_STARTING || self->state == CLUSTER_READY) {
         child_lost(child, how, pid);
-    } else if (!WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0) {
+    } else if (self->served && (!WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0)) {
         self->code = CLI_FAILED;
-        cluster_say("%s (process %d) %s while it was stopped; its log is %s/%s.log", child->name, (int)pid, how,
-                    self->options->run_dir, child->name);
+        cluster_say("%s (process %d) %s while it was stopped; its log is %s/%s.log", child->name, (int)pid,
+                    how, self->options->run_dir, child->name);
     }
 }
 
@@ -346,7 +354,8 @@ static void stage_signal(cluster *self, int number)
 /* Goes to the first stage in which somebody runs. */
 static void cluster_next_stage(cluster *self)
 {
-    while (self->drain_stage < CLUSTER_ROLES && cluster_count(self, g_drain_order[self->drain_stage], false) == 0) {
+    while (self->drain_stage < CLUSTER_ROLES &&
+           cluster_count(self, g_drain_order[self->drain_stage], false) == 0) {
         self->drain_stage++;
     }
     if (self->drain_stage == CLUSTER_ROLES) {
@@ -387,7 +396,8 @@ static void cluster_reap(void *arg)
             child_ended(child, wait_status);
         }
     }
-    if (self->state == CLUSTER_DRAINING && cluster_count(self, g_drain_order[self->drain_stage], false) == 0) {
+    if (self->state == CLUSTER_DRAINING &&
+        cluster_count(self, g_drain_order[self->drain_stage], false) == 0) {
         cluster_next_stage(self);
     }
 }
@@ -469,16 +479,16 @@ char *cluster_describe(const cluster *self)
         if (child->pid == 0) {
             continue;
         }
-        json_t *row = json_pack("{s:s, s:i, s:s, s:i}", "role", g_role_names[child->role], "id", (int)child->index, "name",
-                                child->name, "pid", (int)child->pid);
+        json_t *row = json_pack("{s:s, s:i, s:s, s:i}", "role", g_role_names[child->role], "id",
+                                (int)child->index, "name", child->name, "pid", (int)child->pid);
         if (child->address[0] != '\0') {
             json_object_set_new(row, "address", json_string(child->address));
         }
         json_array_append_new(processes, row);
     }
-    json_t *all = json_pack("{s:s, s:s, s:s, s:s, s:i, s:o}", "http", self->http, "grpc", self->grpc, "coordinator",
-                            self->children[0].address, "model", self->options->model_name, "pid", (int)getpid(),
-                            "processes", processes);
+    json_t *all = json_pack("{s:s, s:s, s:s, s:s, s:i, s:o}", "http", self->http, "grpc", self->grpc,
+                            "coordinator", self->children[0].address, "model", self->options->model_name,
+                            "pid", (int)getpid(), "processes", processes);
     char *dumped = json_dumps(all, JSON_INDENT(2)), *text = cm_strdup(dumped);
     free(dumped);
     json_decref(all);
@@ -488,6 +498,7 @@ char *cluster_describe(const cluster *self)
 void cluster_list(const cluster *self, cm_bytes *text)
 {
     for (uint32_t i = 0; i < self->n_children; i++) {
-        cm_bytes_printf(text, "%s%s %d", i > 0 ? ", " : "", self->children[i].name, (int)self->children[i].pid);
+        cm_bytes_printf(text, "%s%s %d", i > 0 ? ", " : "", self->children[i].name,
+                        (int)self->children[i].pid);
     }
 }

@@ -1,6 +1,6 @@
 /* A cluster of processes on this machine: started in order, watched, drained in order. Used by `baleen up`.
- * Coordinator first; when it listens, everything else; ready when every process listens and the gateway's /ready says so.
- * Speaks to the person on stderr. Thread: the loop's. */
+ * Coordinator first; when it listens, everything else; ready when every process listens and the gateway's
+ * /ready says so. Speaks to the person on stderr. Thread: the loop's. */
 #pragma once
 #include <stdint.h>
 
@@ -22,15 +22,17 @@ typedef struct cluster_options {
     const char *model_name; /* what clients ask for */
     char *const *env;       /* of the children */
     void (*ready)(void *ctx);
-    void (*changed)(void *ctx);         /* while ready: a process is gone and the cluster goes on */
-    void (*ended)(void *ctx, int code); /* no process is left; exit code. Not before cluster_create has returned */
+    void (*changed)(void *ctx); /* while ready: a process is gone and the cluster goes on */
+    void (*ended)(void *ctx,
+                  int code); /* no process is left; exit code. Not before cluster_create has returned */
     void *ctx;
 } cluster_options;
 
 /* options and what they point to are kept. An error when the first process cannot be started. */
-CM_MUST_CHECK cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster **cluster_out, cm_error *err);
-/* Gateway, routers, coordinator, workers: each is asked, given drain_ms and a little more, then killed. ended follows, with
- * code 0 when all of them left in order. A second call changes nothing. */
+CM_MUST_CHECK cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster **cluster_out,
+                                       cm_error *err);
+/* Gateway, routers, coordinator, workers: each is asked, given drain_ms and a little more, then killed. ended
+ * follows, with code 0 when all of them left in order. A second call changes nothing. */
 void cluster_drain(cluster *self);
 /* After ended. */
 void cluster_destroy(cluster *self);

@@ -1,4 +1,5 @@
-/* baleen logits: the engines' answer to given token ids, in a file that any other implementation can be held against. */
+/* baleen logits: the engines' answer to given token ids, in a file that any other implementation can be held
+ * against. */
 #include <errno.h>
 #include <jansson.h>
 #include <math.h>
@@ -21,11 +22,15 @@ typedef struct logits_config {
 
 static const cm_cfg_field g_fields[] = {
     {"model", "", "folder of the checkpoint", CM_CFG_STRING(logits_config, model)},
-    {"prompts", "", "file with a JSON list of {\"name\", \"prompt_ids\"}", CM_CFG_STRING(logits_config, prompts)},
-    {"out", "", "file that gets a JSON list of {\"name\", \"prompt_ids\", \"logits\" of the last position, \"greedy\": 32 ids}",
+    {"prompts", "", "file with a JSON list of {\"name\", \"prompt_ids\"}",
+     CM_CFG_STRING(logits_config, prompts)},
+    {"out", "",
+     "file that gets a JSON list of {\"name\", \"prompt_ids\", \"logits\" of the last position, \"greedy\": "
+     "32 ids}",
      CM_CFG_STRING(logits_config, out)},
     {"workers", "1", "expert ranks the layers are spread over", CM_CFG_UINT(logits_config, workers, 1, 32)},
-    {"transport", "local", "how rows travel between the ranks", CM_CFG_CHOICE(logits_config, transport, "local|ucx")},
+    {"transport", "local", "how rows travel between the ranks",
+     CM_CFG_CHOICE(logits_config, transport, "local|ucx")},
     {"device", "cpu", "what computes", CM_CFG_CHOICE(logits_config, device, "cpu|ref")},
     {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(logits_config, cpu_isa)},
     {"chunk", "128", "prompt rows of one step", CM_CFG_UINT(logits_config, chunk, 1, 256)},
@@ -35,7 +40,8 @@ static const cm_cfg_field g_fields[] = {
 
 static const cm_cfg_table g_table = {
     .program = "baleen logits",
-    .summary = "logits and greedy tokens of given token ids; the result depends on nothing but checkpoint and ids",
+    .summary =
+        "logits and greedy tokens of given token ids; the result depends on nothing but checkpoint and ids",
     .operands = "",
     .fields = g_fields,
     .n_fields = sizeof(g_fields) / sizeof(g_fields[0]),
@@ -64,14 +70,19 @@ static cm_status prompt_check(const json_t *prompt, size_t i, const md_geometry 
     }
     if (n + LOGITS_GREEDY > g->context) {
         return cm_error_set(err, CM_E_TOO_LONG, name,
-                            "prompt '%.80s' has %zu ids; with %d more the context of %u is too short", name, n,
-                            LOGITS_GREEDY, g->context);
+                            "prompt '%.80s' has %zu ids; with %d more the context of %u is too short", name,
+                            n, LOGITS_GREEDY, g->context);
     }
     for (size_t k = 0; k < n; k++) {
         const json_t *id = json_array_get(ids, k);
-        if (!json_is_integer(id) || json_integer_value(id) < 0 || json_integer_value(id) >= (json_int_t)g->vocab) {
-            return cm_error_set(err, CM_E_INVALID, name, "prompt '%.80s': id %zu is no whole number in 0..%u", name, k,
-                                g->vocab - 1);
+        if (!json_is_integer(id)) {
+            return cm_error_set(err, CM_E_INVALID, name, "prompt '%.80s': id %zu of it is no whole number",
+                                name, k);
+        }
+        json_int_t value = json_integer_value(id);
+        if (value < 0 || value >= (json_int_t)g->vocab) {
+            return cm_error_set(err, CM_E_INVALID, name, "prompt '%.80s': id %lld is outside 0..%u", name,
+                                (long long)value, g->vocab - 1);
         }
     }
     return CM_OK;
@@ -83,7 +94,8 @@ static cm_status prompts_load(const char *path, const md_geometry *g, json_t **p
     json_t *prompts = json_load_file(path, JSON_REJECT_DUPLICATES, &wrong);
     cm_status status = CM_OK;
     if (prompts == NULL) {
-        return cm_error_set(err, CM_E_INVALID, "prompts", "%s line %d: %s", path, wrong.line, wrong.text);
+        return cm_error_set(err, CM_E_INVALID, "prompts", "%s is no JSON, line %d: %s", path, wrong.line,
+                            wrong.text);
     }
     if (!json_is_array(prompts)) {
         status = cm_error_set(err, CM_E_INVALID, "prompts", "%s is not a JSON list", path);
@@ -122,16 +134,16 @@ static cm_status append_logits(const logits_run *run, const char *name, cm_bytes
     return CM_OK;
 }
 
-static cm_status prompt_render(logits_run *run, const json_t *prompt, const uint32_t *ids, uint32_t n_ids, cm_bytes *text,
-                               cm_error *err)
+static cm_status prompt_render(logits_run *run, const json_t *prompt, const uint32_t *ids, uint32_t n_ids,
+                               cm_bytes *text, cm_error *err)
 {
     uint32_t greedy[LOGITS_GREEDY];
     const json_t *name = json_object_get(prompt, "name");
-    cm_status status = solo_greedy(run->engine, 0, ids, n_ids, (uint32_t)run->config->chunk, LOGITS_GREEDY, greedy,
-                                   run->logits);
+    cm_status status = solo_greedy(run->engine, 0, ids, n_ids, (uint32_t)run->config->chunk, LOGITS_GREEDY,
+                                   greedy, run->logits);
     if (status != CM_OK) {
-        return cm_error_set(err, status, json_string_value(name), "prompt '%.80s': %s", json_string_value(name),
-                            cm_status_text(status));
+        return cm_error_set(err, status, json_string_value(name), "prompt '%.80s': %s",
+                            json_string_value(name), cm_status_text(status));
     }
     char *quoted = json_dumps(name, JSON_ENCODE_ANY);
     cm_bytes_printf(text, "{\"name\":%s,\"prompt_ids\":[", quoted);
@@ -171,9 +183,10 @@ static cm_status prompts_fit(const logits_run *run, cm_error *err)
         size_t n = json_array_size(json_object_get(prompt, "prompt_ids"));
         if (n + LOGITS_GREEDY > n_max) {
             const char *name = json_string_value(json_object_get(prompt, "name"));
-            return cm_error_set(err, CM_E_TOO_LONG, name,
-                                "prompt '%.80s' has %zu ids; with %d more they need more than --kv-bytes %llu", name, n,
-                                LOGITS_GREEDY, (unsigned long long)run->config->kv_bytes);
+            return cm_error_set(
+                err, CM_E_TOO_LONG, name,
+                "prompt '%.80s' has %zu ids; with %d more they need more than --kv-bytes %llu", name, n,
+                LOGITS_GREEDY, (unsigned long long)run->config->kv_bytes);
         }
     }
     return CM_OK;
@@ -187,7 +200,8 @@ static cm_status logits_write(logits_run *run, cm_error *err)
     cm_bytes_init(&text, 0);
     for (size_t i = 0; i < n && status == CM_OK; i++) {
         const json_t *prompt = json_array_get(run->prompts, i);
-        cli_progress("prompt %zu of %zu: %s, %zu ids", i + 1, n, json_string_value(json_object_get(prompt, "name")),
+        cli_progress("prompt %zu of %zu: %s, %zu ids", i + 1, n,
+                     json_string_value(json_object_get(prompt, "name")),
                      json_array_size(json_object_get(prompt, "prompt_ids")));
         cm_bytes_append_text(&text, i == 0 ? "[\n" : ",\n");
         status = prompt_run(run, prompt, &text, err);

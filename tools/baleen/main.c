@@ -1,7 +1,9 @@
 /* The baleen command: the first word chooses what to do. */
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
+#include "common/base/log.h"
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
@@ -16,7 +18,8 @@ static const main_verb g_verbs[] = {
     {"chat", verb_chat, "talk to a cluster"},
     {"status", verb_status, "members of a cluster, its epoch, placement and load"},
     {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
-    {"logits", verb_logits, "logits and greedy tokens of given token ids, to compare with other implementations"},
+    {"logits", verb_logits,
+     "logits and greedy tokens of given token ids, to compare with other implementations"},
 };
 enum { MAIN_VERBS = sizeof(g_verbs) / sizeof(g_verbs[0]) };
 
@@ -26,7 +29,8 @@ static void main_help(FILE *to)
     for (size_t i = 0; i < MAIN_VERBS; i++) {
         fprintf(to, "  %-8s %s\n", g_verbs[i].word, g_verbs[i].doc);
     }
-    fprintf(to, "\nbaleen VERB --help lists a verb's options; baleen --version says which version this is.\n");
+    fprintf(to,
+            "\nbaleen VERB --help lists a verb's options; baleen --version says which version this is.\n");
 }
 
 int main(int argc, char **argv)
@@ -43,6 +47,7 @@ int main(int argc, char **argv)
         printf("baleen %s\n", BALEEN_VERSION);
         return CLI_OK;
     }
+    cm_log_setup(&(cm_log_options){.level = CM_LOG_WARN, .fd = STDERR_FILENO});
     for (size_t i = 0; i < MAIN_VERBS; i++) {
         if (strcmp(argv[1], g_verbs[i].word) == 0) {
             return g_verbs[i].run(argc - 1, argv + 1);

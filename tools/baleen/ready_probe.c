@@ -59,7 +59,8 @@ static void probe_answered(struct evhttp_request *request, void *arg)
     size_t n = evbuffer_get_length(body);
     json_t *answer = json_loadb((const char *)evbuffer_pullup(body, -1), n, 0, NULL);
     const char *reason = json_string_value(json_object_get(answer, "reason"));
-    snprintf(probe->reason, sizeof(probe->reason), "%.150s", reason != NULL ? reason : "the gateway is not ready");
+    snprintf(probe->reason, sizeof(probe->reason), "%.150s",
+             reason != NULL ? reason : "the gateway is not ready");
     json_decref(answer);
 }
 

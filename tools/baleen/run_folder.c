@@ -54,7 +54,8 @@ static cm_status folder_make(const char *dir, char **path_out, cm_error *err)
     char *made = mkdtemp((char *)path.data);
     cm_status status = CM_OK;
     if (made == NULL) {
-        status = cm_error_set(err, CM_E_IO, "run", "run folder %s: %s", cm_bytes_text(&path), strerror(errno));
+        status =
+            cm_error_set(err, CM_E_IO, "run", "run folder %s: %s", cm_bytes_text(&path), strerror(errno));
     } else {
         *path_out = cm_strdup(made);
     }
@@ -68,11 +69,12 @@ static cm_status folder_occupied(const char *dir, cm_error *err)
     long long pid = (long long)json_integer_value(json_object_get(cluster, "pid"));
     json_decref(cluster);
     if (pid > 0) {
-        return cm_error_set(err, CM_E_EXISTS, "run",
-                            "in %s a cluster is running (baleen up, process %lld): stop it or give another --run", dir, pid);
+        return cm_error_set(
+            err, CM_E_EXISTS, "run",
+            "in %s a cluster is running (baleen up, process %lld): stop it or give another --run", dir, pid);
     }
-    return cm_error_set(err, CM_E_EXISTS, "run", "in %s a cluster is starting or ending: wait for it or give another --run",
-                        dir);
+    return cm_error_set(err, CM_E_EXISTS, "run",
+                        "in %s a cluster is starting or ending: wait for it or give another --run", dir);
 }
 
 cm_status run_folder_open(const char *dir, run_folder *folder_out, cm_error *err)
@@ -125,7 +127,8 @@ cm_status run_folder_publish(const run_folder *folder, const char *json, cm_erro
     cm_status status = CM_OK;
     folder_file(folder->path, "cluster.json", &path);
     folder_file(folder->path, "cluster.json.new", &fresh);
-    if (!file_write(cm_bytes_text(&fresh), json) || rename(cm_bytes_text(&fresh), cm_bytes_text(&path)) != 0) {
+    if (!file_write(cm_bytes_text(&fresh), json) ||
+        rename(cm_bytes_text(&fresh), cm_bytes_text(&path)) != 0) {
         status = cm_error_set(err, CM_E_IO, "run", "%s: %s", cm_bytes_text(&path), strerror(errno));
     }
     cm_bytes_fini(&fresh);
@@ -133,7 +136,8 @@ cm_status run_folder_publish(const run_folder *folder, const char *json, cm_erro
     return status;
 }
 
-static cm_status address_take(const json_t *cluster, const char *dir, const char *key, char out[128], cm_error *err)
+static cm_status address_take(const json_t *cluster, const char *dir, const char *key, char out[128],
+                              cm_error *err)
 {
     const char *address = json_string_value(json_object_get(cluster, key));
     if (address == NULL || strlen(address) >= 128) {
@@ -148,13 +152,15 @@ cm_status run_folder_addresses(const char *dir, run_addresses *addresses_out, cm
     run_addresses addresses;
     json_t *cluster = folder_read(dir);
     if (cluster == NULL) {
-        return cm_error_set(err, CM_E_NOT_FOUND, "run", "no cluster is running in %s (it has no cluster.json)", dir);
+        return cm_error_set(err, CM_E_NOT_FOUND, "run",
+                            "no cluster is running in %s (it has no cluster.json)", dir);
     }
     long long pid = (long long)json_integer_value(json_object_get(cluster, "pid"));
     cm_status status = CM_OK;
     if (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH) {
-        status = cm_error_set(err, CM_E_NOT_FOUND, "run",
-                              "no cluster is running in %s any more (baleen up, process %lld, is gone)", dir, pid);
+        status =
+            cm_error_set(err, CM_E_NOT_FOUND, "run",
+                         "no cluster is running in %s any more (baleen up, process %lld, is gone)", dir, pid);
     }
     if (status == CM_OK) {
         status = address_take(cluster, dir, "http", addresses.http, err);

@@ -1,5 +1,5 @@
-/* The folder of one `baleen up`: logs, and cluster.json while the cluster serves. A lock on the folder says whether its
- * cluster lives, so that a crash needs no cleaning up. Thread: main. */
+/* The folder of one `baleen up`: logs, and cluster.json while the cluster serves. A lock on the folder says
+ * whether its cluster lives, so that a crash needs no cleaning up. Thread: main. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -11,8 +11,8 @@ typedef struct run_folder {
     int lock;   /* descriptor of the folder, held while the cluster lives */
 } run_folder;
 
-/* dir "" makes a fresh folder below $TMPDIR or /tmp; any other is made if it is not there. CM_E_EXISTS: a cluster lives
- * in it. */
+/* dir "" makes a fresh folder below $TMPDIR or /tmp; any other is made if it is not there. CM_E_EXISTS: a
+ * cluster lives in it. */
 CM_MUST_CHECK cm_status run_folder_open(const char *dir, run_folder *folder_out, cm_error *err);
 /* Removes cluster.json; the logs stay. */
 void run_folder_close(run_folder *folder);

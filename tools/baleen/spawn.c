@@ -52,7 +52,8 @@ _Noreturn static void child_give_up(const char *program)
     _exit(SPAWN_EXIT_NO_EXEC);
 }
 
-/* The caught signals of the parent's loop must not run its handlers here: all are blocked until they are gone. */
+/* The caught signals of the parent's loop must not run its handlers here: all are blocked until they are
+ * gone. */
 static void child_reset_signals(void)
 {
     static const int caught[] = {SIGTERM, SIGINT, SIGCHLD, SIGPIPE};
@@ -66,14 +67,16 @@ static void child_reset_signals(void)
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-_Noreturn static void child_exec(char *const *argv, char *const *env, int null_fd, int log_fd, int ready_fd, pid_t parent)
+_Noreturn static void child_exec(char *const *argv, char *const *env, int null_fd, int log_fd, int ready_fd,
+                                 pid_t parent)
 {
     prctl(PR_SET_PDEATHSIG, SIGTERM);
     if (getppid() != parent) {
         _exit(SPAWN_EXIT_NO_EXEC); /* it ended before we asked to be told */
     }
     setpgid(0, 0);
-    if (dup2(null_fd, STDIN_FILENO) < 0 || dup2(log_fd, STDOUT_FILENO) < 0 || dup2(log_fd, STDERR_FILENO) < 0) {
+    if (dup2(null_fd, STDIN_FILENO) < 0 || dup2(log_fd, STDOUT_FILENO) < 0 ||
+        dup2(log_fd, STDERR_FILENO) < 0) {
         _exit(SPAWN_EXIT_NO_EXEC);
     }
     if (ready_fd == SPAWN_READY_FD ? fcntl(ready_fd, F_SETFD, 0) < 0 : dup2(ready_fd, SPAWN_READY_FD) < 0) {
@@ -102,8 +105,8 @@ static pid_t spawn_fork(char *const *argv, char *const *env, int null_fd, int lo
     return pid;
 }
 
-cm_status spawn_start(spawn_args *args, char *const *env, const char *log_path, pid_t *pid_out, int *ready_fd_out,
-                      cm_error *err)
+cm_status spawn_start(spawn_args *args, char *const *env, const char *log_path, pid_t *pid_out,
+                      int *ready_fd_out, cm_error *err)
 {
     int pipe_fd[2], null_fd, log_fd;
     cm_status status = CM_OK;

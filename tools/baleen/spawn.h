@@ -1,6 +1,6 @@
-/* Child processes of `baleen up`: started without a shell, output into a log, a pipe for the ready line. They are in
- * process groups of their own, so that a terminal's Ctrl-C reaches only us and the order of the drain is ours; they get
- * SIGTERM when the thread that started them ends in any way. Thread: main. */
+/* Child processes of `baleen up`: started without a shell, output into a log, a pipe for the ready line. They
+ * are in process groups of their own, so that a terminal's Ctrl-C reaches only us and the order of the drain
+ * is ours; they get SIGTERM when the thread that started them ends in any way. Thread: main. */
 #pragma once
 #include <stdio.h>
 #include <sys/types.h>

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "common/base/bytes.h"
+#include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/model/geometry.h"
 #include "common/proc/process.h"
@@ -21,16 +22,20 @@ static const cm_cfg_field g_fields[] = {
     {"workers", "3", "processes that hold experts", CM_CFG_UINT(up_config, workers, 1, 256)},
     {"routers", "1", "processes that run sequences", CM_CFG_UINT(up_config, routers, 1, 64)},
     {"model", "models/nano", "folder of the checkpoint", CM_CFG_STRING(up_config, model)},
-    {"http", "127.0.0.1:0", "address of the HTTP interface; port 0 takes a free one", CM_CFG_STRING(up_config, http)},
-    {"grpc", "127.0.0.1:0", "address of the gRPC interface; port 0 takes a free one", CM_CFG_STRING(up_config, grpc)},
+    {"http", "127.0.0.1:0", "address of the HTTP interface; port 0 takes a free one",
+     CM_CFG_STRING(up_config, http)},
+    {"grpc", "127.0.0.1:0", "address of the gRPC interface; port 0 takes a free one",
+     CM_CFG_STRING(up_config, grpc)},
     {"run", "", "folder for logs and cluster.json; a fresh one in $TMPDIR or /tmp when none is given",
      CM_CFG_STRING(up_config, run)},
     {"name", "", "name of the model for clients; the name of its folder when none is given",
      CM_CFG_STRING(up_config, name)},
     {"device", "cpu", "what computes", CM_CFG_CHOICE(up_config, device, "cpu|ref")},
     {"threads", "1", "compute threads of each router and worker", CM_CFG_UINT(up_config, threads, 1, 1024)},
-    {"log_level", "info", "least severe lines in the logs", CM_CFG_CHOICE(up_config, log_level, "error|warn|info|debug")},
-    {"ready_ms", "60s", "how long the cluster may take to serve", CM_CFG_MS(up_config, ready_ms, 100, 86400000)},
+    {"log_level", "info", "least severe lines in the logs",
+     CM_CFG_CHOICE(up_config, log_level, "error|warn|info|debug")},
+    {"ready_ms", "60s", "how long the cluster may take to serve",
+     CM_CFG_MS(up_config, ready_ms, 100, 86400000)},
     {"drain_ms", "30s", "how long running requests may take to finish when asked to stop",
      CM_CFG_MS(up_config, drain_ms, 0, 3600000)},
     {"failpoints", "", "tests only: name:odds,.. of failpoints to arm in every process",
@@ -40,7 +45,8 @@ static const cm_cfg_field g_fields[] = {
 
 static const cm_cfg_table g_table = {
     .program = "baleen up",
-    .summary = "runs a whole cluster on this machine until Ctrl-C; other options of the servers: from the environment",
+    .summary = "runs a whole cluster on this machine until Ctrl-C; other options of the servers: from the "
+               "environment",
     .operands = "",
     .fields = g_fields,
     .n_fields = sizeof(g_fields) / sizeof(g_fields[0]),
@@ -109,8 +115,9 @@ static cm_status find_model(up *self, cm_error *err)
     md_geometry geometry;
     char *real = realpath(self->config.model, NULL);
     if (real == NULL) {
-        return cm_error_set(err, CM_E_NOT_FOUND, "model", "no model in %s: %s; give its folder with --model DIR",
-                            self->config.model, strerror(errno));
+        return cm_error_set(err, CM_E_NOT_FOUND, "model",
+                            "no model in %s: %s; give its folder with --model DIR", self->config.model,
+                            strerror(errno));
     }
     self->model_dir = cm_strdup(real);
     free(real);
@@ -198,6 +205,8 @@ int verb_up(int argc, char **argv)
 {
     up self = {.code = CLI_OK};
     cm_error err = {0};
+    /* variables that we do not know are the servers' */
+    cm_log_setup(&(cm_log_options){.level = CM_LOG_ERROR, .fd = STDERR_FILENO});
     int code = cli_begin(&g_table, &self.config, argc, argv, NULL, 0, NULL);
     if (code >= 0) {
         return code;

@@ -1,5 +1,5 @@
-/* The verbs of the `baleen` command. Each has an option table of its own; argv[0] is the verb's word. They return the
- * exit code: 0 done, 1 failed, 2 not understood. Thread: main. */
+/* The verbs of the `baleen` command. Each has an option table of its own; argv[0] is the verb's word. They
+ * return the exit code: 0 done, 1 failed, 2 not understood. Thread: main. */
 #pragma once
 
 int verb_up(int argc, char **argv);

@@ -10,7 +10,8 @@
 
 static const cm_cfg_table g_table = {
     .program = "baleen verify",
-    .summary = "holds a checkpoint against the list of tensors its config.json demands, then reads every value",
+    .summary =
+        "holds a checkpoint against the list of tensors its config.json demands, then reads every value",
     .operands = "DIR",
 };
 
@@ -51,8 +52,8 @@ static void verify_draw(verify_run *run)
     run->drawn_ms = now_ms;
     cli_format_bytes(run->n_bytes, have);
     cli_format_bytes(total, all);
-    cli_progress("[%.*s%.*s] %3.0f%%  %s of %s  %.0f MB/s", n, "##############################", VERIFY_BAR - n,
-                 "..............................", share * 100, have, all,
+    cli_progress("[%.*s%.*s] %3.0f%%  %s of %s  %.0f MB/s", n, "##############################",
+                 VERIFY_BAR - n, "..............................", share * 100, have, all,
                  (double)run->n_bytes / 1e6 / verify_seconds(run));
 }
 

@@ -1,0 +1,279 @@
+/* Streams without a surface: what gRPC and HTTP both stand on. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/base/stats.h"
+#include "gateway_rig.h"
+
+enum { BURST = 100 };
+
+/* What one stream told. */
+typedef struct told {
+    gw_stream *stream;
+    uint32_t n_started, n_finished, n_failed, n_flush, n_ids, n_pieces;
+    uint32_t id[RIG_REPLY_MAX];
+    cm_bytes text;
+    gw_error error;
+    gw_finish finish;
+    bool cancel_in_piece;
+} told;
+
+static void on_started(void *ctx, const gw_start *start)
+{
+    told *t = ctx;
+    assert_int_equal(t->n_ids + t->n_pieces + t->n_failed, 0);
+    assert_string_equal(start->request_id, gw_stream_id(t->stream));
+    t->n_started++;
+}
+
+static void on_piece(void *ctx, const md_piece *piece)
+{
+    told *t = ctx;
+    assert_int_equal(t->n_started, 1);
+    t->n_pieces++;
+    cm_bytes_append(&t->text, piece->text, piece->n_bytes);
+    if (t->cancel_in_piece) {
+        gw_stream_cancel(t->stream);
+        t->stream = NULL;
+    }
+}
+
+static void on_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
+{
+    told *t = ctx;
+    assert_int_equal(offset, t->n_ids);
+    for (uint32_t i = 0; i < n; i++) {
+        t->id[t->n_ids++] = ids[i];
+    }
+}
+
+static void on_flush(void *ctx)
+{
+    ((told *)ctx)->n_flush++;
+}
+
+static void on_finished(void *ctx, const gw_finish *finish)
+{
+    told *t = ctx;
+    t->finish = *finish;
+    t->n_finished++;
+    t->stream = NULL;
+}
+
+static void on_failed(void *ctx, const gw_error *error)
+{
+    told *t = ctx;
+    t->error = *error;
+    t->n_failed++;
+    t->stream = NULL;
+}
+
+static const gw_stream_events EVENTS = {.started = on_started,
+                                        .piece = on_piece,
+                                        .tokens = on_tokens,
+                                        .flush = on_flush,
+                                        .finished = on_finished,
+                                        .failed = on_failed};
+
+static cm_status ask(told *t, const char *id, uint64_t deadline_ms, const char *body_text, gw_error *error)
+{
+    json_t *body = json_loads(body_text, 0, NULL);
+    assert_non_null(body);
+    gw_ask a = {.kind = GW_ASK_COMPLETE,
+                .body = body,
+                .request_id = id,
+                .deadline_ms = deadline_ms,
+                .want_ids = true,
+                .skip_special = true};
+    memset(t, 0, sizeof(*t));
+    cm_status status = gw_stream_open(R.gateway, &a, &EVENTS, t, &t->stream, error);
+    json_decref(body);
+    assert_int_equal(t->n_started + t->n_failed, 0); /* never from inside the call */
+    return status;
+}
+
+static bool is_over(void *arg)
+{
+    return ((told *)arg)->stream == NULL;
+}
+
+static bool has_opened(void *arg)
+{
+    (void)arg;
+    return R.n_opens > 0;
+}
+
+static bool has_cancelled(void *arg)
+{
+    (void)arg;
+    return R.n_cancels > 0;
+}
+
+static int setup(void **state)
+{
+    (void)state;
+    rig_begin();
+    rig_gateway();
+    rig_serve();
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    (void)state;
+    assert_int_equal(cm_stat_get(CM_STAT_ledger_streams), 0);
+    rig_end();
+    return 0;
+}
+
+static void ids_and_text(void **state)
+{
+    (void)state;
+    told t;
+    gw_error error;
+    rig_reply("one two");
+    assert_int_equal(ask(&t, "id-1", UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    rig_until(is_over, &t);
+    assert_int_equal(t.n_started, 1);
+    assert_int_equal(t.n_finished, 1);
+    assert_int_equal(t.n_ids, R.n_reply);
+    assert_memory_equal(t.id, R.reply, R.n_reply * sizeof(uint32_t));
+    assert_string_equal(cm_bytes_text(&t.text), "one two");
+    assert_int_equal(t.n_flush, R.n_reply); /* one a frame */
+    assert_int_equal(t.finish.reason, GW_REASON_STOP);
+    assert_int_equal(t.finish.stop_id, -1); /* the end of sequence is nobody's stop id */
+    assert_int_equal(t.finish.usage.completion_tokens, R.n_reply);
+    cm_bytes_fini(&t.text);
+}
+
+/* More at once than the link takes: each gets its own answer. */
+static void burst(void **state)
+{
+    (void)state;
+    static told t[BURST];
+    gw_error error;
+    R.mode = RIG_ECHO;
+    for (uint32_t i = 0; i < BURST; i++) {
+        char body[64];
+        snprintf(body, sizeof(body), "{\"prompt\":[7,%u],\"max_tokens\":%u}", 100 + i, 1 + i % 5);
+        assert_int_equal(ask(&t[i], NULL, UINT64_MAX, body, &error), CM_OK);
+    }
+    for (uint32_t i = 0; i < BURST; i++) {
+        rig_until(is_over, &t[i]);
+        assert_int_equal(t[i].n_finished, 1);
+        assert_int_equal(t[i].n_ids, 1 + i % 5);
+        assert_int_equal(t[i].id[0], 100 + i);
+        cm_bytes_fini(&t[i].text);
+    }
+    assert_int_equal(R.n_opens, BURST);
+}
+
+static void deadline(void **state)
+{
+    (void)state;
+    told t;
+    gw_error error;
+    R.mode = RIG_MUTE;
+    int64_t aborted = cm_stat_get(CM_STAT_requests_aborted);
+    assert_int_equal(ask(&t, NULL, 300, "{\"prompt\":\"a\"}", &error), CM_OK);
+    rig_until(is_over, &t);
+    assert_int_equal(t.n_failed, 1);
+    assert_int_equal(t.n_started, 0);
+    assert_int_equal(t.error.cause, GW_CAUSE_DEADLINE);
+    assert_int_equal(cm_stat_get(CM_STAT_requests_aborted), aborted + 1);
+    rig_until(has_cancelled, NULL);
+    assert_int_equal(ask(&t, NULL, 0, "{\"prompt\":\"a\"}", &error), CM_OK); /* passed when it came */
+    rig_until(is_over, &t);
+    assert_int_equal(t.error.cause, GW_CAUSE_DEADLINE);
+}
+
+static void same_id_and_abort(void **state)
+{
+    (void)state;
+    told t, again;
+    gw_error error;
+    R.mode = RIG_HOLD;
+    assert_int_equal(ask(&t, "mine", UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    assert_int_equal(ask(&again, "mine", UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_E_EXISTS);
+    assert_int_equal(error.cause, GW_CAUSE_EXISTS);
+    rig_until(has_opened, NULL);
+    assert_false(gw_stream_abort(R.gateway, "other"));
+    assert_true(gw_stream_abort(R.gateway, "mine"));
+    assert_int_equal(t.error.cause, GW_CAUSE_ABORTED);
+    assert_false(gw_stream_abort(R.gateway, "mine"));
+    rig_until(has_cancelled, NULL);
+    assert_int_equal(ask(&t, "mine", UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK); /* free again */
+    assert_int_equal(gw_stream_abort_all(R.gateway), 1);
+    assert_int_equal(t.n_failed, 1);
+}
+
+/* A surface may cancel from inside an event; nothing is told after it. */
+static void cancel_inside(void **state)
+{
+    (void)state;
+    told t;
+    gw_error error;
+    rig_reply("one two three");
+    assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    t.cancel_in_piece = true;
+    rig_until(is_over, &t);
+    rig_until(has_cancelled, NULL);
+    assert_int_equal(t.n_pieces, 1);
+    assert_int_equal(t.n_finished + t.n_failed, 0);
+    cm_bytes_fini(&t.text);
+}
+
+static void special_tokens(void **state)
+{
+    (void)state;
+    told t;
+    gw_error error;
+    rig_reply("ab");
+    R.reply[R.n_reply++] = md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS);
+    assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    rig_until(is_over, &t);
+    assert_string_equal(cm_bytes_text(&t.text), "ab");
+    assert_int_equal(t.n_ids, R.n_reply); /* the id is told all the same */
+    cm_bytes_fini(&t.text);
+    assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\",\"skip_special_tokens\":false}", &error),
+                     CM_OK);
+    rig_until(is_over, &t);
+    assert_non_null(strstr(cm_bytes_text(&t.text), md_control_text(MD_CTL_BOS)));
+    cm_bytes_fini(&t.text);
+}
+
+/* A router that has left the epoch takes its streams with it; a member lost on the way is reported. */
+static void router_leaves(void **state)
+{
+    (void)state;
+    told t;
+    gw_error error;
+    R.mode = RIG_HOLD;
+    assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    rig_until(has_opened, NULL);
+    rig_commit(2, false, true);
+    rig_until(is_over, &t);
+    assert_int_equal(t.error.cause, GW_CAUSE_UNAVAILABLE);
+    assert_true(t.error.retry_ms > 0);
+    gw_info info;
+    gw_gateway_info(R.gateway, &info);
+    assert_false(info.ready);
+    assert_int_equal(info.epoch, 2);
+    assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_E_UNAVAILABLE);
+}
+
+int main(void)
+{
+#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+    const struct CMUnitTest tests[] = {
+        TEST(ids_and_text),  TEST(burst),          TEST(deadline),      TEST(same_id_and_abort),
+        TEST(cancel_inside), TEST(special_tokens), TEST(router_leaves),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
