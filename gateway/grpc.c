@@ -11,7 +11,8 @@ enum {
     REQUEST_BYTES_MAX = 64 << 20,
     ARENA_CHUNK_BYTES = 64 << 10,
     ARENA_BYTES_MAX = 256 << 20, /* small parts grow when they are unpacked: this bounds their number */
-    CALLS_MAX = 70000,           /* above any number of streams that a gateway lets in: it refuses, with details */
+    CALLS_MAX = 70000, /* above any number of streams that a gateway lets in: it refuses, with details */
+    SCRATCH_BYTES_MAX = 1 << 20, /* kept between messages */
     QUEUE_BYTES_MAX = 1 << 20,   /* unsent bytes of one call; more, and its client reads too slowly */
 };
 
@@ -38,8 +39,12 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
      .request = &baleen__v1__detokenize_request__descriptor,
      .ask = gw_grpc_detokenize,
      .typed = true},
-    {.path = "/baleen.v1.Inference/Abort", .request = &baleen__v1__abort_request__descriptor, .ask = gw_grpc_abort},
-    {.path = "/baleen.v1.Inference/Info", .request = &baleen__v1__info_request__descriptor, .ask = gw_grpc_info},
+    {.path = "/baleen.v1.Inference/Abort",
+     .request = &baleen__v1__abort_request__descriptor,
+     .ask = gw_grpc_abort},
+    {.path = "/baleen.v1.Inference/Info",
+     .request = &baleen__v1__info_request__descriptor,
+     .ask = gw_grpc_info},
     {.path = "/grpc.health.v1.Health/Check",
      .request = &grpc__health__v1__health_check_request__descriptor,
      .ask = gw_grpc_health_check,
@@ -62,7 +67,8 @@ static void drop_slow_reader(gw_grpc_call *call)
         call->stream = NULL;
     }
     gw_error_set(&error, GW_CAUSE_SLOW_READER, NULL,
-                 "the client reads too slowly: %llu bytes of the answer were waiting to be read", (unsigned long long)n);
+                 "the client reads too slowly: %llu bytes of the answer were waiting to be read",
+                 (unsigned long long)n);
     gw_grpc_fail(call, &error);
 }
 
@@ -72,6 +78,10 @@ void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
     cm_bytes_clear(packed);
     pr_pack(message, packed);
     cm_status status = pc_call_send(call->call, cm_bytes_text(packed), packed->len);
+    if (packed->cap > SCRATCH_BYTES_MAX) {
+        cm_bytes_fini(packed);
+        cm_bytes_fini(&call->grpc->text);
+    }
     if (status == CM_AGAIN) {
         drop_slow_reader(call);
     }
@@ -91,7 +101,8 @@ static bool is_request_id(const char *id)
     return id[n] == 0 && n >= 1 && n <= 128;
 }
 
-static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_events *events, gw_error *error_out)
+static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_events *events,
+                             gw_error *error_out)
 {
     if (ask->request_id != NULL && !is_request_id(ask->request_id)) {
         gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
@@ -99,13 +110,15 @@ static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_ev
         return CM_E_INVALID;
     }
     if (ask->deadline_ms == 0) {
-        gw_error_set(error_out, GW_CAUSE_DEADLINE, NULL, "the deadline of the request passed before it was begun");
+        gw_error_set(error_out, GW_CAUSE_DEADLINE, NULL,
+                     "the deadline of the request passed before it was begun");
         return CM_E_DEADLINE;
     }
     return gw_stream_open(call->grpc->gateway, ask, events, call, &call->stream, error_out);
 }
 
-void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const gw_stream_events *events)
+void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+                  const gw_stream_events *events)
 {
     gw_error error;
     ask->request_id = routing != NULL ? routing->request_id : NULL;
@@ -140,7 +153,8 @@ Baleen__V1__FinishReason gw_grpc_finish_reason(gw_reason reason)
 Baleen__V1__Usage gw_grpc_usage(const gw_usage *usage)
 {
     Baleen__V1__Usage out = BALEEN__V1__USAGE__INIT;
-    out.has_prompt_tokens = out.has_cached_tokens = out.has_completion_tokens = out.has_reasoning_tokens = true;
+    out.has_prompt_tokens = out.has_cached_tokens = out.has_completion_tokens = out.has_reasoning_tokens =
+        true;
     out.has_queue_ms = out.has_first_token_ms = out.has_total_ms = true;
     out.prompt_tokens = usage->prompt_tokens;
     out.cached_tokens = usage->cached_tokens;
@@ -154,29 +168,30 @@ Baleen__V1__Usage gw_grpc_usage(const gw_usage *usage)
 
 /* ---- a call ---- */
 
-static cm_status unpack(gw_grpc_call *call, const uint8_t *data, size_t n_bytes, ProtobufCMessage **request_out,
-                        gw_error *error_out)
+static cm_status unpack(gw_grpc_call *call, const uint8_t *data, size_t n_bytes,
+                        ProtobufCMessage **request_out, gw_error *error_out)
 {
     const gw_grpc_method *method = call->method;
     cm_status status = pr_unpack(method->request, data, n_bytes, &call->grpc->arena, request_out);
     if (status == CM_E_TOO_LONG) {
-        gw_error_set(error_out, GW_CAUSE_TOO_LARGE, NULL, "the request has too many parts: unpacked it is above %d MiB",
-                     ARENA_BYTES_MAX >> 20);
+        gw_error_set(error_out, GW_CAUSE_TOO_LARGE, NULL,
+                     "the request has too many parts: unpacked it is above %d MiB", ARENA_BYTES_MAX >> 20);
         return status;
     }
     if (status != CM_OK) {
-        gw_error_set(error_out, GW_CAUSE_INVALID, NULL, "the request is no %s, or a required field is missing",
-                     method->request->short_name);
+        gw_error_set(error_out, GW_CAUSE_INVALID, NULL,
+                     "the request is no %s, or a required field is missing", method->request->short_name);
         return status;
     }
     return gw_grpc_check_strings(method->request, data, n_bytes, error_out);
 }
 
-static cm_status call_begin(gw_grpc_call *call, const uint8_t *data, size_t n_bytes, ProtobufCMessage **request_out,
-                            gw_error *error_out)
+static cm_status call_begin(gw_grpc_call *call, const uint8_t *data, size_t n_bytes,
+                            ProtobufCMessage **request_out, gw_error *error_out)
 {
     if (call->grpc->draining && !call->method->health) {
-        gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL, "this gateway is shutting down; please try again");
+        gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL,
+                     "this gateway is shutting down; please try again");
         return CM_E_UNAVAILABLE;
     }
     return unpack(call, data, n_bytes, request_out, error_out);
@@ -236,8 +251,8 @@ static void grpc_free(gw_grpc *grpc)
     cm_free(grpc);
 }
 
-cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, gw_grpc **grpc_out, char bound_out[128],
-                         cm_error *err)
+cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, gw_grpc **grpc_out,
+                         char bound_out[128], cm_error *err)
 {
     gw_grpc *grpc = cm_alloc(sizeof(*grpc));
     grpc->gateway = gateway;
@@ -247,7 +262,8 @@ cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address
     cm_bytes_init(&grpc->text, 0);
     grpc->poll = pc_timer_create(loop, gw_grpc_health_poll, grpc);
     for (uint32_t i = 0; i < GW_GRPC_N_METHODS; i++) {
-        grpc->methods[i] = (pc_method){.path = gw_grpc_methods[i].path, .message = call_message, .closed = call_closed};
+        grpc->methods[i] =
+            (pc_method){.path = gw_grpc_methods[i].path, .message = call_message, .closed = call_closed};
     }
     pc_rpc_options options = {.address = address,
                               .request_bytes_max = REQUEST_BYTES_MAX,
@@ -264,7 +280,8 @@ cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address
     return CM_OK;
 }
 
-/* The server goes on taking calls until the last of ours has ended, so that health checks are answered meanwhile. */
+/* The server goes on taking calls until the last of ours has ended, so that health checks are answered
+ * meanwhile. */
 void gw_grpc_drain(gw_grpc *grpc, pc_fn done, void *arg)
 {
     CM_ASSERT(!grpc->draining);

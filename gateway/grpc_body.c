@@ -1,5 +1,6 @@
-/* Typed requests to the JSON bodies of the HTTP surface, so that every field is checked in one place. Here only what a body
- * cannot say is refused: unknown enum values, fields that another role has, numbers that JSON has not. */
+/* Typed requests to the JSON bodies of the HTTP surface, so that every field is checked in one place. Here
+ * only what a body cannot say is refused: unknown enum values, fields that another role has, numbers that
+ * JSON has not. */
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,7 +15,8 @@ static cm_status refuse(gw_error *error, const char *field, const char *what)
     return CM_E_INVALID;
 }
 
-/* The request's strings have been checked, so a JSON string can be made of each. text NULL: the field is absent. */
+/* The request's strings have been checked, so a JSON string can be made of each. text NULL: the field is
+ * absent. */
 static void put_string(json_t *object, const char *key, const char *text)
 {
     if (text != NULL) {
@@ -110,8 +112,8 @@ static cm_status put_schema(json_t *body, const char *text, gw_error *error)
         return refuse(error, "sampling.json_schema", "must be the text of a JSON object");
     }
     json_object_set_new(body, "response_format",
-                        json_pack("{s:s, s:{s:s, s:o}}", "type", "json_schema", "json_schema", "name", "response",
-                                  "schema", schema));
+                        json_pack("{s:s, s:{s:s, s:o}}", "type", "json_schema", "json_schema", "name",
+                                  "response", "schema", schema));
     return CM_OK;
 }
 
@@ -195,8 +197,8 @@ static const char *role_word(Baleen__V1__Role role)
 
 static json_t *call_json(const Baleen__V1__ToolCall *call)
 {
-    json_t *json = json_pack("{s:s, s:{s:s, s:s}}", "type", "function", "function", "name", call->name, "arguments",
-                             call->arguments != NULL ? call->arguments : "{}");
+    json_t *json = json_pack("{s:s, s:{s:s, s:s}}", "type", "function", "function", "name", call->name,
+                             "arguments", call->arguments != NULL ? call->arguments : "{}");
     put_string(json, "id", call->id);
     return json;
 }
@@ -318,8 +320,9 @@ static cm_status put_tool_mode(json_t *body, const Baleen__V1__ChatRequest *requ
         if (request->tool_name == NULL) {
             return refuse(error, "tool_name", "is needed with TOOL_NAMED");
         }
-        json_object_set_new(body, "tool_choice",
-                            json_pack("{s:s, s:{s:s}}", "type", "function", "function", "name", request->tool_name));
+        json_object_set_new(
+            body, "tool_choice",
+            json_pack("{s:s, s:{s:s}}", "type", "function", "function", "name", request->tool_name));
         return CM_OK;
     default:
         return refuse(error, "tool_mode", "has a value that this interface does not know");
@@ -347,10 +350,10 @@ static cm_status put_thinking(json_t *body, const Baleen__V1__ChatRequest *reque
 static cm_status put_effort(json_t *body, const Baleen__V1__ChatRequest *request, gw_error *error)
 {
     static const char *const words[] = {
-        [BALEEN__V1__EFFORT__EFFORT_NONE] = "none",   [BALEEN__V1__EFFORT__EFFORT_MINIMAL] = "minimal",
-        [BALEEN__V1__EFFORT__EFFORT_LOW] = "low",     [BALEEN__V1__EFFORT__EFFORT_MEDIUM] = "medium",
-        [BALEEN__V1__EFFORT__EFFORT_HIGH] = "high",   [BALEEN__V1__EFFORT__EFFORT_XHIGH] = "xhigh",
-        [BALEEN__V1__EFFORT__EFFORT_MAX] = "max",     [BALEEN__V1__EFFORT__EFFORT_ULTRA] = "ultra",
+        [BALEEN__V1__EFFORT__EFFORT_NONE] = "none", [BALEEN__V1__EFFORT__EFFORT_MINIMAL] = "minimal",
+        [BALEEN__V1__EFFORT__EFFORT_LOW] = "low",   [BALEEN__V1__EFFORT__EFFORT_MEDIUM] = "medium",
+        [BALEEN__V1__EFFORT__EFFORT_HIGH] = "high", [BALEEN__V1__EFFORT__EFFORT_XHIGH] = "xhigh",
+        [BALEEN__V1__EFFORT__EFFORT_MAX] = "max",   [BALEEN__V1__EFFORT__EFFORT_ULTRA] = "ultra",
     };
     uint32_t effort = request->has_effort ? (uint32_t)request->effort : 0;
     if (effort >= sizeof(words) / sizeof(words[0])) {
@@ -367,7 +370,8 @@ static cm_status fill_chat(json_t *body, const Baleen__V1__ChatRequest *request,
     put_string(body, "model", request->model);
     put_bool(body, "parallel_tool_calls", request->has_parallel_tool_calls, request->parallel_tool_calls);
     if (request->has_drop_thinking) {
-        json_object_set_new(body, "chat_template_kwargs", json_pack("{s:b}", "drop_thinking", request->drop_thinking));
+        json_object_set_new(body, "chat_template_kwargs",
+                            json_pack("{s:b}", "drop_thinking", request->drop_thinking));
     }
     CM_TRY(put_messages(body, request, error));
     CM_TRY(put_tools(body, request, error));
@@ -408,7 +412,8 @@ static cm_status fill_generate(json_t *body, const Baleen__V1__GenerateRequest *
     return gw_grpc_put_routing(body, request->routing, error);
 }
 
-cm_status gw_grpc_generate_body(const Baleen__V1__GenerateRequest *request, json_t **body_out, gw_error *error_out)
+cm_status gw_grpc_generate_body(const Baleen__V1__GenerateRequest *request, json_t **body_out,
+                                gw_error *error_out)
 {
     json_t *body = json_object();
     cm_status status = fill_generate(body, request, error_out);

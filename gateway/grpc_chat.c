@@ -138,8 +138,9 @@ void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *message)
         gw_grpc_fail(call, &error);
         return;
     }
-    gw_ask ask = {
-        .kind = GW_ASK_CHAT, .body = body, .want_ids = request->has_return_token_ids && request->return_token_ids};
+    gw_ask ask = {.kind = GW_ASK_CHAT,
+                  .body = body,
+                  .want_ids = request->has_return_token_ids && request->return_token_ids};
     gw_grpc_open(call, &ask, request->routing, &events);
     json_decref(body);
 }

@@ -34,7 +34,8 @@ static void generate_piece(void *ctx, const md_piece *piece)
     }
 }
 
-/* Whatever has gathered. Text that comes after its ids have gone stands alone, at the offset of the next id. */
+/* Whatever has gathered. Text that comes after its ids have gone stands alone, at the offset of the next id.
+ */
 static void send_gathered(gw_grpc_call *call)
 {
     gw_grpc_generate *g = &call->generate;

@@ -1,5 +1,5 @@
-/* grpc.health.v1: the same fact as /ready. Readiness changes in many places and seldom, so watchers are served by looking
- * at it from time to time. */
+/* grpc.health.v1: the same fact as /ready. Readiness changes in many places and seldom, so watchers are
+ * served by looking at it from time to time. */
 #include <string.h>
 
 #include "gateway/grpc_private.h"
@@ -31,9 +31,10 @@ static void send_status(gw_grpc_call *call, serving_status status)
 
 void gw_grpc_health_check(gw_grpc_call *call, const ProtobufCMessage *message)
 {
-    const Grpc__Health__V1__HealthCheckRequest *request = (const Grpc__Health__V1__HealthCheckRequest *)message;
+    const Grpc__Health__V1__HealthCheckRequest *request =
+        (const Grpc__Health__V1__HealthCheckRequest *)message;
     if (!is_service(request->service)) {
-        gw_error error;
+        gw_error error; /* what the cause is to other surfaces does not matter here: its code is NOT_FOUND */
         gw_error_set(&error, GW_CAUSE_MODEL_NOT_FOUND, "service", "no service %.200s here", request->service);
         gw_grpc_fail(call, &error);
         return;
@@ -60,7 +61,8 @@ static void watch_tell(gw_grpc_call *call, serving_status now)
 
 void gw_grpc_health_watch(gw_grpc_call *call, const ProtobufCMessage *message)
 {
-    const Grpc__Health__V1__HealthCheckRequest *request = (const Grpc__Health__V1__HealthCheckRequest *)message;
+    const Grpc__Health__V1__HealthCheckRequest *request =
+        (const Grpc__Health__V1__HealthCheckRequest *)message;
     call->watch.known = is_service(request->service);
     watch_tell(call, status_now(call->grpc));
     pc_timer_set(call->grpc->poll, POLL_MS);
@@ -72,7 +74,7 @@ void gw_grpc_health_poll(void *arg)
     gw_grpc_call *call;
     bool watched = false;
     serving_status now = status_now(grpc);
-    TAILQ_FOREACH(call, &grpc->calls, link) {
+    TAILQ_FOREACH (call, &grpc->calls, link) {
         if (call->method->ask == gw_grpc_health_watch) {
             watch_tell(call, now);
             watched = true;

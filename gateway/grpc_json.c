@@ -54,8 +54,8 @@ static cm_status read_body(const Baleen__V1__ChatJsonRequest *request, json_t **
     const char *text = request->body.len > 0 ? (const char *)request->body.data : "";
     json_t *body = json_loadb(text, request->body.len, JSON_ALLOW_NUL, &where);
     if (body == NULL) {
-        gw_error_set(error_out, GW_CAUSE_BAD_JSON, "body", "body is not valid JSON: %s (line %d, column %d)", where.text,
-                     where.line, where.column);
+        gw_error_set(error_out, GW_CAUSE_BAD_JSON, "body", "body is not valid JSON: %s (line %d, column %d)",
+                     where.text, where.line, where.column);
         return CM_E_INVALID;
     }
     if (!json_is_object(body)) {

@@ -1,5 +1,5 @@
-/* What the parts of the gRPC surface share: a table of methods, and a call from its request to its end. Thread: the
- * loop's. */
+/* What the parts of the gRPC surface share: a table of methods, and a call from its request to its end.
+ * Thread: the loop's. */
 #pragma once
 #include <sys/queue.h>
 
@@ -20,8 +20,8 @@ typedef struct gw_grpc_method {
     /* request is borrowed for the call. Ends the call, or opens a stream that will. */
     void (*ask)(gw_grpc_call *call, const ProtobufCMessage *request);
     void (*fini)(gw_grpc_call *call); /* frees its part of the call; NULL: nothing to free */
-    bool typed;  /* its body was built from fields: errors name those, not the body's */
-    bool health; /* answered also while draining */
+    bool typed;                       /* its body was built from fields: errors name those, not the body's */
+    bool health;                      /* answered also while draining */
 } gw_grpc_method;
 extern const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS];
 
@@ -65,7 +65,7 @@ struct gw_grpc {
     TAILQ_HEAD(, gw_grpc_call) calls;
     pc_timer *poll; /* set while somebody watches */
     bool draining;
-    bool closing;   /* the server itself takes no more calls */
+    bool closing; /* the server itself takes no more calls */
     pc_fn drained;
     void *drained_arg;
     /* scratch of one call at a time */
@@ -78,8 +78,10 @@ struct gw_grpc {
 /* A client that reads too slowly loses its stream and is told so. */
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message);
 void gw_grpc_finish(gw_grpc_call *call); /* OK */
-/* Opens the stream of a call or fails it. routing may be NULL; ask's request id and deadline are filled in here. */
-void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const gw_stream_events *events);
+/* Opens the stream of a call or fails it. routing may be NULL; ask's request id and deadline are filled in
+ * here. */
+void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+                  const gw_stream_events *events);
 /* The failed event of every surface's stream. */
 void gw_grpc_stream_failed(void *call, const gw_error *error);
 
@@ -91,19 +93,22 @@ void gw_grpc_name_field(gw_error *error);
 
 /* ---- grpc_text.c ---- */
 /* Sets a string field from text of any bytes; at most one per message sent. */
-void gw_grpc_put_text(gw_grpc *grpc, ProtobufCMessage *message, const char *field, const void *text, size_t n_bytes);
+void gw_grpc_put_text(gw_grpc *grpc, ProtobufCMessage *message, const char *field, const void *text,
+                      size_t n_bytes);
 /* Every string of a packed message is UTF-8 without U+0000. CM_E_INVALID names the field. */
-CM_MUST_CHECK cm_status gw_grpc_check_strings(const ProtobufCMessageDescriptor *descriptor, const uint8_t *data,
-                                              size_t n_bytes, gw_error *error_out);
+CM_MUST_CHECK cm_status gw_grpc_check_strings(const ProtobufCMessageDescriptor *descriptor,
+                                              const uint8_t *data, size_t n_bytes, gw_error *error_out);
 
 /* ---- grpc_body.c ---- */
-/* JSON bodies for gw_stream_open; *body_out is a new reference. CM_E_INVALID, CM_E_UNSUPPORTED: error names the proto's
- * field. */
-CM_MUST_CHECK cm_status gw_grpc_chat_body(const Baleen__V1__ChatRequest *request, json_t **body_out, gw_error *error_out);
+/* JSON bodies for gw_stream_open; *body_out is a new reference. CM_E_INVALID, CM_E_UNSUPPORTED: error names
+ * the proto's field. */
+CM_MUST_CHECK cm_status gw_grpc_chat_body(const Baleen__V1__ChatRequest *request, json_t **body_out,
+                                          gw_error *error_out);
 CM_MUST_CHECK cm_status gw_grpc_generate_body(const Baleen__V1__GenerateRequest *request, json_t **body_out,
                                               gw_error *error_out);
 /* What of a Routing belongs into a body; replaces what is there. routing may be NULL. */
-CM_MUST_CHECK cm_status gw_grpc_put_routing(json_t *body, const Baleen__V1__Routing *routing, gw_error *error_out);
+CM_MUST_CHECK cm_status gw_grpc_put_routing(json_t *body, const Baleen__V1__Routing *routing,
+                                            gw_error *error_out);
 
 /* ---- the methods ---- */
 void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *request);

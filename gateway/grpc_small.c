@@ -14,10 +14,11 @@ static void answer(gw_grpc_call *call, const ProtobufCMessage *message)
 
 /* ---- Tokenize ---- */
 
-static void tokenize_text(const md_tokenizer *tokenizer, const Baleen__V1__TokenizeRequest *request, md_ids *ids,
-                          cm_bytes *rendered)
+static void tokenize_text(const md_tokenizer *tokenizer, const Baleen__V1__TokenizeRequest *request,
+                          md_ids *ids, cm_bytes *rendered)
 {
-    md_text_kind kind = request->has_allow_control && request->allow_control ? MD_TEXT_CONTROL : MD_TEXT_PLAIN;
+    md_text_kind kind =
+        request->has_allow_control && request->allow_control ? MD_TEXT_CONTROL : MD_TEXT_PLAIN;
     if (request->has_add_bos && request->add_bos) {
         md_ids_push(ids, md_tokenizer_control(tokenizer, MD_CTL_BOS));
         cm_bytes_append_text(rendered, md_control_text(MD_CTL_BOS));
@@ -38,8 +39,8 @@ static void name_chat_field(gw_error *error)
     }
 }
 
-static cm_status tokenize_chat(gw_gateway *gateway, const Baleen__V1__ChatRequest *chat, md_ids *ids, cm_bytes *rendered,
-                               gw_error *error_out)
+static cm_status tokenize_chat(gw_gateway *gateway, const Baleen__V1__ChatRequest *chat, md_ids *ids,
+                               cm_bytes *rendered, gw_error *error_out)
 {
     Baleen__V1__ChatRequest prompt = *chat;
     json_t *body = NULL;
@@ -121,7 +122,8 @@ static cm_status detokenize(gw_gateway *gateway, const Baleen__V1__DetokenizeReq
         uint32_t id = request->ids[i];
         const uint8_t *bytes = md_tokenizer_bytes(tokenizer, id, &n);
         if (bytes == NULL) {
-            gw_error_set(error_out, GW_CAUSE_INVALID, "ids", "ids[%zu] is %u, which is no token id of this model", i, id);
+            gw_error_set(error_out, GW_CAUSE_INVALID, "ids",
+                         "ids[%zu] is %u, which is no token id of this model", i, id);
             return CM_E_INVALID;
         }
         md_detok_push(&detok, tokenizer, id, text);
@@ -162,8 +164,9 @@ void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *message)
     gw_gateway *gateway = call->grpc->gateway;
     if (request->n_request_ids > ABORT_IDS_MAX) {
         gw_error error;
-        gw_error_set(&error, GW_CAUSE_INVALID, "request_ids", "request_ids has %zu entries, at most %d are accepted",
-                     request->n_request_ids, ABORT_IDS_MAX);
+        gw_error_set(&error, GW_CAUSE_INVALID, "request_ids",
+                     "request_ids has %zu entries, at most %d are accepted", request->n_request_ids,
+                     ABORT_IDS_MAX);
         gw_grpc_fail(call, &error);
         return;
     }

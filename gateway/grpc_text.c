@@ -1,5 +1,6 @@
-/* Strings between protobuf-c and us. Its strings end at a NUL, those on the wire need not: what we send is written with
- * its length, and what we get is held against the packed request before anybody believes the unpacked one. */
+/* Strings between protobuf-c and us. Its strings end at a NUL, those on the wire need not: what we send is
+ * written with its length, and what we get is held against the packed request before anybody believes the
+ * unpacked one. */
 #include <jansson.h>
 #include <stdio.h>
 #include <string.h>
@@ -21,12 +22,15 @@ static void put_varint(cm_bytes *out, uint64_t value)
     cm_bytes_append(out, &high, 1);
 }
 
-/* A field that protobuf-c does not know it packs as it is: number, length and bytes are those of the string. Where the
- * field is required, the empty string packed for it comes first and the last one counts. */
-void gw_grpc_put_text(gw_grpc *grpc, ProtobufCMessage *message, const char *field, const void *text, size_t n_bytes)
+/* A field that protobuf-c does not know it packs as it is: number, length and bytes are those of the string.
+ * Where the field is required, the empty string packed for it comes first and the last one counts. */
+void gw_grpc_put_text(gw_grpc *grpc, ProtobufCMessage *message, const char *field, const void *text,
+                      size_t n_bytes)
 {
-    const ProtobufCFieldDescriptor *known = protobuf_c_message_descriptor_get_field_by_name(message->descriptor, field);
-    CM_ASSERT_MSG(known != NULL && known->type == PROTOBUF_C_TYPE_STRING, "%s.%s", message->descriptor->name, field);
+    const ProtobufCFieldDescriptor *known =
+        protobuf_c_message_descriptor_get_field_by_name(message->descriptor, field);
+    CM_ASSERT_MSG(known != NULL && known->type == PROTOBUF_C_TYPE_STRING, "%s.%s", message->descriptor->name,
+                  field);
     cm_bytes_clear(&grpc->text);
     put_varint(&grpc->text, n_bytes);
     cm_bytes_append(&grpc->text, text, n_bytes);
@@ -114,7 +118,8 @@ static cm_status check_string(const wire_field *field, const char *path, gw_erro
     return CM_OK;
 }
 
-static cm_status check_message(const ProtobufCMessageDescriptor *descriptor, wire w, const char *path, gw_error *error_out);
+static cm_status check_message(const ProtobufCMessageDescriptor *descriptor, wire w, const char *path,
+                               gw_error *error_out);
 
 static cm_status check_field(const ProtobufCFieldDescriptor *known, const wire_field *field, uint32_t index,
                              const char *path, gw_error *error_out)
@@ -132,7 +137,8 @@ static cm_status check_field(const ProtobufCFieldDescriptor *known, const wire_f
     return check_message(known->descriptor, inner, child, error_out);
 }
 
-static cm_status check_message(const ProtobufCMessageDescriptor *descriptor, wire w, const char *path, gw_error *error_out)
+static cm_status check_message(const ProtobufCMessageDescriptor *descriptor, wire w, const char *path,
+                               gw_error *error_out)
 {
     uint32_t n_seen[FIELDS_MAX] = {0};
     wire_field field;
@@ -142,7 +148,8 @@ static cm_status check_message(const ProtobufCMessageDescriptor *descriptor, wir
             gw_error_set(error_out, GW_CAUSE_INVALID, path, "the request is not well-formed");
             return CM_E_INVALID;
         }
-        const ProtobufCFieldDescriptor *known = protobuf_c_message_descriptor_get_field(descriptor, field.number);
+        const ProtobufCFieldDescriptor *known =
+            protobuf_c_message_descriptor_get_field(descriptor, field.number);
         if (known == NULL || field.data == NULL ||
             (known->type != PROTOBUF_C_TYPE_STRING && known->type != PROTOBUF_C_TYPE_MESSAGE)) {
             continue;
@@ -152,8 +159,8 @@ static cm_status check_message(const ProtobufCMessageDescriptor *descriptor, wir
     return CM_OK;
 }
 
-cm_status gw_grpc_check_strings(const ProtobufCMessageDescriptor *descriptor, const uint8_t *data, size_t n_bytes,
-                                gw_error *error_out)
+cm_status gw_grpc_check_strings(const ProtobufCMessageDescriptor *descriptor, const uint8_t *data,
+                                size_t n_bytes, gw_error *error_out)
 {
     return check_message(descriptor, (wire){data, data + n_bytes}, "", error_out);
 }

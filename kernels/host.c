@@ -5,7 +5,8 @@
 #include "kernels/kn_math.h"
 #include "kernels/kn_private.h"
 
-/* cm_try_alloc aligns for any scalar only, so a block keeps its own start just below the address it hands out. */
+/* cm_try_alloc aligns for any scalar only, so a block keeps its own start just below the address it hands
+ * out. */
 enum { ALIGN = 64 };
 
 cm_status kn_host_alloc(kn_device *device, uint64_t n_bytes, kn_ptr *ptr_out)

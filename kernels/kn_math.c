@@ -26,7 +26,8 @@ static double split_exponent(double u, int32_t *k_out)
     return m;
 }
 
-/* k ln2 + ln(1 + f) + c, by ln(1+f) = 2 atanh(s), s = f / (2 + f), arranged so that f itself is never rounded. */
+/* k ln2 + ln(1 + f) + c, by ln(1+f) = 2 atanh(s), s = f / (2 + f), arranged so that f itself is never
+ * rounded. */
 static double log_parts(int32_t k, double f, double c)
 {
     double s = f / (2.0 + f), z = s * s, half = 0.5 * f * f, series = 0;
@@ -184,8 +185,9 @@ static void softmax_rows(double c[KN_HC_MAX][KN_HC_MAX], uint32_t hc, double eps
     }
 }
 
-void kn_hc_coefficients(const double *m, const float *base, const float *scale, uint32_t hc, uint32_t sinkhorn_iters,
-                        float hc_eps, float *pre_out, float *post_out, float *comb_out)
+void kn_hc_coefficients(const double *m, const float *base, const float *scale, uint32_t hc,
+                        uint32_t sinkhorn_iters, float hc_eps, float *pre_out, float *post_out,
+                        float *comb_out)
 {
     double c[KN_HC_MAX][KN_HC_MAX];
     CM_ASSERT(hc >= 1 && hc <= KN_HC_MAX);
@@ -211,8 +213,8 @@ void kn_hc_coefficients(const double *m, const float *base, const float *scale, 
     }
 }
 
-void kn_hc_head_coefficients(const double *m, const float *base, const float *scale, uint32_t hc, float hc_eps,
-                             float *pre_out)
+void kn_hc_head_coefficients(const double *m, const float *base, const float *scale, uint32_t hc,
+                             float hc_eps, float *pre_out)
 {
     for (uint32_t j = 0; j < hc; j++) {
         pre_out[j] = (float)(kn_sigmoid(m[j] * scale[0] + base[j]) + hc_eps);
@@ -226,8 +228,8 @@ static double yarn_dim(double theta, uint32_t dim, double original, double turns
     return dim * kn_log(original / (turns * two_pi)) / (2.0 * kn_log(theta));
 }
 
-void kn_rope_inv_freq(double theta, uint32_t dim, double factor, double original, double beta_fast, double beta_slow,
-                      bool yarn, float *inv_freq_out)
+void kn_rope_inv_freq(double theta, uint32_t dim, double factor, double original, double beta_fast,
+                      double beta_slow, bool yarn, float *inv_freq_out)
 {
     double low = 0, high = 0;
     float span;

@@ -1,7 +1,7 @@
-/* Scalar arithmetic every back-end shares: the storage formats, and functions whose bits must not depend on the CPU.
- * exp, log, sin and cos are written here from their series because libm picks other instructions on other CPUs and
- * then differs in the last bit. Callers compile with -ffp-contract=off.
- * Thread: any. Owns nothing. */
+/* Scalar arithmetic every back-end shares: the storage formats, and functions whose bits must not depend on
+ * the CPU. exp, log, sin and cos are written here from their series because libm picks other instructions on
+ * other CPUs and then differs in the last bit. Callers compile with -ffp-contract=off. Thread: any. Owns
+ * nothing. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -35,8 +35,8 @@ static inline float kn_bf16_decode(uint16_t b)
     return kn_f32_from_bits((uint32_t)b << 16);
 }
 
-/* The conversions below choose by masks where C would choose by `?:`: the compiler turns the latter into branches and
- * then cannot make vector code of a loop around them. */
+/* The conversions below choose by masks where C would choose by `?:`: the compiler turns the latter into
+ * branches and then cannot make vector code of a loop around them. */
 static inline uint32_t kn_mask_if(bool condition)
 {
     return 0u - (uint32_t)condition;
@@ -82,7 +82,7 @@ static inline uint8_t kn_e4m3_encode(float x)
 /* e2m1 codes 0..7 are 0 0.5 1 1.5 2 3 4 6, bit 3 is the sign. Twice the value is a small integer. */
 static inline int8_t kn_e2m1_doubled(uint8_t code)
 {
-    int8_t m = (int8_t)(code & 7), sign = (int8_t)-((code >> 3) & 1);
+    int8_t m = (int8_t)(code & 7), sign = (int8_t) - ((code >> 3) & 1);
     int8_t over4 = (int8_t)(m > 4 ? m - 4 : 0), over6 = (int8_t)(m > 6 ? 2 : 0);
     return (int8_t)(((m + over4 + over6) ^ sign) - sign);
 }
@@ -145,8 +145,8 @@ static inline float kn_exp2i(int32_t e)
 
 /* ---- functions ---- */
 
-/* e^x within 1 ulp; 0 below the smallest subnormal, infinity above the largest double. Written without branches so
- * that a loop over it becomes vector code with the same bits. */
+/* e^x within 1 ulp; 0 below the smallest subnormal, infinity above the largest double. Written without
+ * branches so that a loop over it becomes vector code with the same bits. */
 static inline double kn_exp(double x)
 {
     /* x = k ln2 + r, |r| <= ln2 / 2. The high part of ln2 has 32 bits, so k times it is exact. */
@@ -175,7 +175,8 @@ static inline double kn_exp(double x)
     bits = (bits + 2048u) & 0xfffu;
     half = bits >> 1;
     rest = bits - half;
-    return q * kn_f64_from_bits((half + 1023u - 1024u) << 52) * kn_f64_from_bits((rest + 1023u - 1024u) << 52);
+    return q * kn_f64_from_bits((half + 1023u - 1024u) << 52) *
+           kn_f64_from_bits((rest + 1023u - 1024u) << 52);
 }
 
 static inline double kn_sigmoid(double x)
@@ -191,8 +192,8 @@ double kn_log(double x);
 double kn_sin(double x);
 double kn_cos(double x);
 
-/* Walsh-Hadamard transform of v [n] in place, Sylvester order, unscaled; n a power of two. By butterflies: the
- * order of additions is fixed by n. */
+/* Walsh-Hadamard transform of v [n] in place, Sylvester order, unscaled; n a power of two. By butterflies:
+ * the order of additions is fixed by n. */
 static inline void kn_hadamard(double *v, uint32_t n)
 {
     for (uint32_t h = 1; h < n; h *= 2) {
@@ -213,17 +214,18 @@ float kn_sqrt_softplus(float z);
  *   m [(2 + hc) * hc] double: scaled dot products; base likewise, scale [3]
  *   pre_out, post_out [hc], comb_out [hc source][hc destination]; hc <= KN_HC_MAX */
 enum { KN_HC_MAX = 8 };
-void kn_hc_coefficients(const double *m, const float *base, const float *scale, uint32_t hc, uint32_t sinkhorn_iters,
-                        float hc_eps, float *pre_out, float *post_out, float *comb_out);
+void kn_hc_coefficients(const double *m, const float *base, const float *scale, uint32_t hc,
+                        uint32_t sinkhorn_iters, float hc_eps, float *pre_out, float *post_out,
+                        float *comb_out);
 /* The head's variant: one scale, pre only, m [hc]. */
-void kn_hc_head_coefficients(const double *m, const float *base, const float *scale, uint32_t hc, float hc_eps,
-                             float *pre_out);
+void kn_hc_head_coefficients(const double *m, const float *base, const float *scale, uint32_t hc,
+                             float hc_eps, float *pre_out);
 
-/* Frequencies of a rotation of dim values: inv_freq_out [dim / 2]. Without yarn factor, original, beta_fast and
- * beta_slow are not read. */
-void kn_rope_inv_freq(double theta, uint32_t dim, double factor, double original, double beta_fast, double beta_slow,
-                      bool yarn, float *inv_freq_out);
+/* Frequencies of a rotation of dim values: inv_freq_out [dim / 2]. Without yarn factor, original, beta_fast
+ * and beta_slow are not read. */
+void kn_rope_inv_freq(double theta, uint32_t dim, double factor, double original, double beta_fast,
+                      double beta_slow, bool yarn, float *inv_freq_out);
 
-/* Indexes of the k largest of score [n] in descending order, the lower index first among equals (-0 equals 0);
- * k <= n, picks_out [k]. O(n log k). */
+/* Indexes of the k largest of score [n] in descending order, the lower index first among equals (-0 equals
+ * 0); k <= n, picks_out [k]. O(n log k). */
 void kn_topk(const float *score, uint32_t n, uint32_t k, int32_t *picks_out);

@@ -6,8 +6,8 @@
 #include "kernels/kn.h"
 
 enum {
-    KN_DIM_MAX = 1024,  /* head dim and indexer dim: rows of this size stand on the stack */
-    KN_TOPK_MAX = 32,   /* experts of one row */
+    KN_DIM_MAX = 1024, /* head dim and indexer dim: rows of this size stand on the stack */
+    KN_TOPK_MAX = 32,  /* experts of one row */
 };
 
 typedef struct kn_backend {
@@ -75,7 +75,8 @@ static inline uint16_t kn_u16_at(const void *data, uint64_t i)
     return v;
 }
 
-/* Keys of one query at position p, in the order they are summed: raw rows from raw0 on, then compressed rows. */
+/* Keys of one query at position p, in the order they are summed: raw rows from raw0 on, then compressed rows.
+ */
 static inline uint32_t kn_raw_first(uint32_t p, uint32_t window)
 {
     return p + 1 > window ? p + 1 - window : 0;
@@ -92,7 +93,8 @@ static inline uint8_t *kn_page_row(const kn_batch *b, const kn_seg *seg, uint64_
 }
 
 /* The raw row of position p: from the batch's own rows, or from the sequence's window. */
-static inline const uint8_t *kn_raw_row(const kn_seg *seg, const kn_attn *a, const uint8_t *chunk_rows, uint32_t p)
+static inline const uint8_t *kn_raw_row(const kn_seg *seg, const kn_attn *a, const uint8_t *chunk_rows,
+                                        uint32_t p)
 {
     uint64_t row_bytes = a->layout.row_bytes;
     if (p >= seg->pos0) {

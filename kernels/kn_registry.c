@@ -14,8 +14,9 @@ cm_status kn_device_open(const kn_device_options *options, kn_device **device_ou
             return BACKENDS[i]->open(options, device_out, err);
         }
     }
-    return cm_error_set(err, CM_E_CONFIG, "backend", "there is no kernel back-end \"%s\"; there are %s and %s", name,
-                        BACKENDS[0]->name, BACKENDS[1]->name);
+    return cm_error_set(err, CM_E_CONFIG, "backend",
+                        "there is no kernel back-end \"%s\"; there are %s and %s", name, BACKENDS[0]->name,
+                        BACKENDS[1]->name);
 }
 
 void kn_device_close(kn_device *device)

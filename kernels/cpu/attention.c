@@ -149,7 +149,8 @@ static void op_attention(kn_stream *base, const kn_batch *b, const kn_attn *a, k
                     .dim = cpu_round_up(a->dim, KN_LANES),
                     .score_width = cpu_round_up(s->limits.n_key, KN_LANES)};
     CM_ASSERT_MSG(a->dim <= s->limits.head_dim, "dim %u limit %u", a->dim, s->limits.head_dim);
-    kn_team_run(s->team, b->n_row * job.n_block, (uint64_t)a->window * a->dim * CPU_HEADS, attention_part, &job);
+    kn_team_run(s->team, b->n_row * job.n_block, (uint64_t)a->window * a->dim * CPU_HEADS, attention_part,
+                &job);
 }
 
 static void op_raw_commit(kn_stream *s, const kn_batch *b, const kn_attn *a, kn_ptr chunk_rows)
@@ -191,7 +192,8 @@ static void rope_table_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_
 
 static void op_rope_table(kn_stream *s, kn_ptr inv_freq, uint32_t half, kn_ptr pos, uint32_t n, kn_ptr cs_out)
 {
-    rows_job job = {.inv_freq = kn_host(inv_freq), .pos = kn_host(pos), .cs = kn_host(cs_out), .rope = 2 * half};
+    rows_job job = {
+        .inv_freq = kn_host(inv_freq), .pos = kn_host(pos), .cs = kn_host(cs_out), .rope = 2 * half};
     kn_team_run(((cpu_stream *)s)->team, n, 100ull * half, rope_table_part, &job);
 }
 
@@ -202,13 +204,14 @@ static void rope_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread
     for (uint64_t r = begin; r < end; r++) {
         for (uint32_t h = 0; h < j->heads; h++) {
             KN_FN(kn_cpu_rotate)
-            (j->x_inout + (r * j->heads + h + 1) * j->dim - j->rope, j->rope / 2, j->cs + r * j->rope, j->inverse);
+            (j->x_inout + (r * j->heads + h + 1) * j->dim - j->rope, j->rope / 2, j->cs + r * j->rope,
+             j->inverse);
         }
     }
 }
 
-static void op_rope(kn_stream *s, kn_ptr x, uint32_t n, uint32_t heads, uint32_t dim, uint32_t half, kn_ptr cs,
-                    bool inverse)
+static void op_rope(kn_stream *s, kn_ptr x, uint32_t n, uint32_t heads, uint32_t dim, uint32_t half,
+                    kn_ptr cs, bool inverse)
 {
     rows_job job = {.x_inout = kn_host(x),
                     .cs = kn_host(cs),
@@ -224,7 +227,8 @@ static void kv_pack_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
     const rows_job *j = arg;
     (void)i_thread;
     for (uint64_t r = begin; r < end; r++) {
-        KN_FN(kn_cpu_kv_pack)(j->x + r * j->dim, j->dim, j->rope, j->rows + r * kn_kv_row_bytes(j->dim, j->rope));
+        KN_FN(kn_cpu_kv_pack)
+        (j->x + r * j->dim, j->dim, j->rope, j->rows + r * kn_kv_row_bytes(j->dim, j->rope));
     }
 }
 

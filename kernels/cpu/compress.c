@@ -136,7 +136,8 @@ void KN_FN(kn_cpu_compress)(kn_stream *s, const kn_batch *b, const kn_compress *
     kn_team_run(((cpu_stream *)s)->team, n, 30ull * c->dim * (c->ratio + 8), emit_part, &job);
 }
 
-void KN_FN(kn_cpu_compress_commit)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score)
+void KN_FN(kn_cpu_compress_commit)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv,
+                                   kn_ptr score)
 {
     const kn_seg *segs = kn_host(b->segs);
     uint64_t width = kn_compress_width(c->ratio, c->dim);

@@ -9,7 +9,7 @@
     extern const kn_moe_ops kn_cpu_moe_##isa;
 #define PATH(isa)                                                                                            \
     {                                                                                                        \
-        #isa, &kn_cpu_dense_##isa, &kn_cpu_attn_##isa, &kn_cpu_moe_##isa                                     \
+#isa, &kn_cpu_dense_##isa, &kn_cpu_attn_##isa, &kn_cpu_moe_##isa                                     \
     }
 
 DECLARE_PATH(portable)
@@ -32,8 +32,8 @@ enum { N_PATH = sizeof(PATHS) / sizeof(PATHS[0]) };
 static bool machine_has(const char *isa)
 {
 #if defined(__x86_64__)
-    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-              __builtin_cpu_supports("bmi2");
+    bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     if (strcmp(isa, "avx2") == 0) {
         return v3;
     }

@@ -1,6 +1,6 @@
-/* The cpu back-end: the same values as the oracle, bit for bit, from C that the compiler turns into vector code.
- * The files named in KN_CPU_ISA_SOURCES are compiled once per instruction set with KN_ISA as the suffix of what they
- * export; cpu_open.c picks one set of tables. */
+/* The cpu back-end: the same values as the oracle, bit for bit, from C that the compiler turns into vector
+ * code. The files named in KN_CPU_ISA_SOURCES are compiled once per instruction set with KN_ISA as the suffix
+ * of what they export; cpu_open.c picks one set of tables. */
 #pragma once
 #include "kernels/cpu/team.h"
 #include "kernels/kn_math.h"
@@ -32,18 +32,18 @@ typedef struct cpu_stream {
     kn_stream base;
     kn_team *team;
     kn_limits limits;
-    kn_ptr block;     /* all that follows lies in it */
-    double *x_tile;   /* [CPU_TILE][n_in rounded up to CPU_CHUNK], widened inputs */
-    double *h_tile;   /* [CPU_TILE][n_inner rounded up], widened expert inner values */
-    uint16_t *inner;  /* [3][CPU_TILE][n_inner]: g, u, h */
-    uint8_t *codes;   /* [CPU_TILE][n_inner], h quantized */
-    uint8_t *scales;  /* [CPU_TILE][blocks of n_inner] */
-    float *gate;      /* [n_row][n_expert] logits */
-    float *biased;    /* [n_expert] for each thread */
-    float *index_score;        /* [n_index_row] */
-    int16_t *index_q;          /* [CPU_INDEX_MAX] doubled codes, [dim][heads] */
-    double *index_scale;       /* [CPU_INDEX_MAX / KN_FP4_BLOCK] scales, [block][heads] */
-    cpu_attn_scratch *attn;    /* one for each thread */
+    kn_ptr block;           /* all that follows lies in it */
+    double *x_tile;         /* [CPU_TILE][n_in rounded up to CPU_CHUNK], widened inputs */
+    double *h_tile;         /* [CPU_TILE][n_inner rounded up], widened expert inner values */
+    uint16_t *inner;        /* [3][CPU_TILE][n_inner]: g, u, h */
+    uint8_t *codes;         /* [CPU_TILE][n_inner], h quantized */
+    uint8_t *scales;        /* [CPU_TILE][blocks of n_inner] */
+    float *gate;            /* [n_row][n_expert] logits */
+    float *biased;          /* [n_expert] for each thread */
+    float *index_score;     /* [n_index_row] */
+    int16_t *index_q;       /* [CPU_INDEX_MAX] doubled codes, [dim][heads] */
+    double *index_scale;    /* [CPU_INDEX_MAX / KN_FP4_BLOCK] scales, [block][heads] */
+    cpu_attn_scratch *attn; /* one for each thread */
 } cpu_stream;
 
 typedef struct cpu_tables {

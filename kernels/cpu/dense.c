@@ -28,7 +28,8 @@ static void op_linear_q8(kn_stream *s, kn_q8 x, const kn_matrix *w, uint32_t n, 
     }
 }
 
-static void op_linear_bf16(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t n, kn_dtype y_dtype, kn_ptr y_out)
+static void op_linear_bf16(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t n, kn_dtype y_dtype,
+                           kn_ptr y_out)
 {
     cpu_stream *c = (cpu_stream *)s;
     uint32_t k = w->n_in, stride = cpu_round_up(k, CPU_CHUNK);
@@ -37,7 +38,8 @@ static void op_linear_bf16(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t 
         cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
         for (uint32_t r = 0; r < tile.n; r++) {
             uint64_t row = r0 + r;
-            KN_FN(kn_cpu_widen_bf16)((const uint16_t *)kn_host(x) + row * k, k, c->x_tile + (uint64_t)r * stride);
+            KN_FN(kn_cpu_widen_bf16)
+            ((const uint16_t *)kn_host(x) + row * k, k, c->x_tile + (uint64_t)r * stride);
             if (y_dtype == KN_F32) {
                 tile.y32[r] = (float *)kn_host(y_out) + row * w->n_out;
             } else {
@@ -48,7 +50,8 @@ static void op_linear_bf16(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t 
     }
 }
 
-static void op_linear_grouped(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t groups, uint32_t n, kn_ptr y_out)
+static void op_linear_grouped(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t groups, uint32_t n,
+                              kn_ptr y_out)
 {
     cpu_stream *c = (cpu_stream *)s;
     uint32_t k = w->n_in, stride = cpu_round_up(k, CPU_CHUNK), per_group = w->n_out / groups;
@@ -69,7 +72,8 @@ static void op_linear_grouped(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32
 
 /* ---- rows ---- */
 
-static void op_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32_t n, uint32_t hc, kn_ptr x_out)
+static void op_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32_t n, uint32_t hc,
+                     kn_ptr x_out)
 {
     const uint32_t *ids = kn_host(ids_in);
     uint64_t d = table->n_in;
@@ -78,7 +82,8 @@ static void op_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32
         CM_ASSERT_MSG(ids[r] < table->n_out, "token %u of %u", ids[r], table->n_out);
         for (uint32_t j = 0; j < hc; j++) {
             memcpy((uint16_t *)kn_host(x_out) + ((uint64_t)r * hc + j) * d,
-                   (const uint8_t *)kn_host(table->data) + ids[r] * d * sizeof(uint16_t), d * sizeof(uint16_t));
+                   (const uint8_t *)kn_host(table->data) + ids[r] * d * sizeof(uint16_t),
+                   d * sizeof(uint16_t));
         }
     }
 }
@@ -117,7 +122,8 @@ static void quant_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
     (void)i_thread;
     for (uint64_t r = begin; r < end; r++) {
         KN_FN(kn_cpu_quant_fp8)
-        (j->x + r * j->k, j->k, KN_ACT_BLOCK, j->codes + r * j->k, j->scales + r * kn_blocks(j->k, KN_ACT_BLOCK));
+        (j->x + r * j->k, j->k, KN_ACT_BLOCK, j->codes + r * j->k,
+         j->scales + r * kn_blocks(j->k, KN_ACT_BLOCK));
     }
 }
 
@@ -224,18 +230,20 @@ static void hc_rows_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
             j->mix[r][k] *= s;
         }
         if (j->post == NULL) {
-            kn_hc_head_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->hc_eps, pre);
+            kn_hc_head_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->hc_eps,
+                                    pre);
         } else {
             kn_hc_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->sinkhorn_iters,
-                               j->p->hc_eps, pre, j->post + (uint64_t)r * hc, j->comb + (uint64_t)r * hc * hc);
+                               j->p->hc_eps, pre, j->post + (uint64_t)r * hc,
+                               j->comb + (uint64_t)r * hc * hc);
         }
         collapse(wide, j->p->d, hc, pre, j->x_out + (uint64_t)r * j->p->d);
     }
 }
 
 /* post and comb NULL: the head's variant. */
-static void hc_run(cpu_stream *c, const kn_hc *p, const uint16_t *x, uint32_t n, uint32_t n_mix, uint16_t *x_out,
-                   float *post, float *comb)
+static void hc_run(cpu_stream *c, const kn_hc *p, const uint16_t *x, uint32_t n, uint32_t n_mix,
+                   uint16_t *x_out, float *post, float *comb)
 {
     uint32_t width = p->hc * p->d, stride = cpu_round_up(width, CPU_CHUNK);
     kn_matrix fn = {.data = p->fn, .n_out = n_mix, .n_in = width, .dtype = KN_F32};
@@ -313,8 +321,8 @@ static void hc_post_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
     }
 }
 
-static void op_hc_post(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y, kn_ptr x, kn_ptr post, kn_ptr comb, uint32_t n,
-                       kn_ptr x_out)
+static void op_hc_post(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y, kn_ptr x, kn_ptr post, kn_ptr comb,
+                       uint32_t n, kn_ptr x_out)
 {
     hc_post_job job = {.x = kn_host(x),
                        .y = kn_host(y),

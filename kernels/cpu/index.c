@@ -1,6 +1,6 @@
 /* The indexer: scores of every visible key for one query at a time, and the best of them.
- * Codes are doubled into small integers and summed in 16 bits: 32 products of at most 144 fit. Heads stand side by
- * side, so that a key's value meets all of them at once and no sum across a vector is needed. */
+ * Codes are doubled into small integers and summed in 16 bits: 32 products of at most 144 fit. Heads stand
+ * side by side, so that a key's value meets all of them at once and no sum across a vector is needed. */
 #include <math.h>
 
 #include "common/base/assert.h"
@@ -95,8 +95,8 @@ static uint32_t sortable(float x)
     return (u & 0x80000000u) ? ~u : u | 0x80000000u;
 }
 
-/* The k-th largest of score [n], 1 <= k <= n, as sortable bits; n_above_out: how many are larger. Three passes of
- * 11, 11 and 10 bits, each counting the scores that share the bits found so far. */
+/* The k-th largest of score [n], 1 <= k <= n, as sortable bits; n_above_out: how many are larger. Three
+ * passes of 11, 11 and 10 bits, each counting the scores that share the bits found so far. */
 static uint32_t kth_largest(const float *score, uint32_t n, uint32_t k, uint32_t *n_above_out)
 {
     static const uint32_t shift[] = {21, 10, 0}, bits[] = {11, 11, 10};
@@ -132,7 +132,8 @@ static void pick_best(const float *score, uint32_t n, uint32_t k, int32_t *picks
     }
 }
 
-static void pick_row(index_job *j, uint32_t visible, uint32_t topk, const uint8_t *q, const uint16_t *w, int32_t *picks)
+static void pick_row(index_job *j, uint32_t visible, uint32_t topk, const uint8_t *q, const uint16_t *w,
+                     int32_t *picks)
 {
     uint32_t n = visible < topk ? visible : topk;
     if (visible <= topk) {
@@ -141,7 +142,8 @@ static void pick_row(index_job *j, uint32_t visible, uint32_t topk, const uint8_
         }
     } else {
         float factor = (float)(1.0 / sqrt((double)j->dim * j->heads));
-        CM_ASSERT_MSG(visible <= j->s->limits.n_index_row, "rows %u limit %u", visible, j->s->limits.n_index_row);
+        CM_ASSERT_MSG(visible <= j->s->limits.n_index_row, "rows %u limit %u", visible,
+                      j->s->limits.n_index_row);
         for (uint32_t h = 0; h < j->width; h++) {
             j->weight[h] = h < j->heads ? kn_bf16_decode(w[h]) * factor : 0;
         }

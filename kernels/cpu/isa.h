@@ -1,4 +1,5 @@
-/* For the files that are compiled once per instruction set: names with its suffix, and vectors of its width. */
+/* For the files that are compiled once per instruction set: names with its suffix, and vectors of its width.
+ */
 #pragma once
 #include <string.h>
 #if defined(__FMA__)
@@ -39,8 +40,8 @@ static inline void kn_vd_store(double *p, kn_vd v)
     memcpy(p, &v, sizeof(v));
 }
 
-/* a * b + c where a and b came from float32 or narrower: their product is exact in double, so fusing cannot change
- * the result. Never for other products. */
+/* a * b + c where a and b came from float32 or narrower: their product is exact in double, so fusing cannot
+ * change the result. Never for other products. */
 static inline kn_vd kn_vd_add_exact_product(kn_vd a, kn_vd b, kn_vd c)
 {
 #if defined(__AVX512F__)
@@ -89,8 +90,8 @@ static inline void kn_lanes_add(double *lane, const double *x, const double *w, 
     }
     for (uint32_t i = 0; i < n; i += KN_LANES) {
         for (int v = 0; v < KN_LANE_VECTORS; v++) {
-            acc[v] = kn_vd_add_exact_product(kn_vd_load(x + i + v * KN_VD_WIDTH), kn_vd_load(w + i + v * KN_VD_WIDTH),
-                                             acc[v]);
+            acc[v] = kn_vd_add_exact_product(kn_vd_load(x + i + v * KN_VD_WIDTH),
+                                             kn_vd_load(w + i + v * KN_VD_WIDTH), acc[v]);
         }
     }
     for (int v = 0; v < KN_LANE_VECTORS; v++) {
@@ -99,8 +100,8 @@ static inline void kn_lanes_add(double *lane, const double *x, const double *w, 
 }
 
 /* ---- products (products.c) ----
- * A tile: up to CPU_TILE rows of inputs widened to double, rows `stride` apart, zero past n_in up to a multiple of
- * CPU_CHUNK. */
+ * A tile: up to CPU_TILE rows of inputs widened to double, rows `stride` apart, zero past n_in up to a
+ * multiple of CPU_CHUNK. */
 typedef struct cpu_tile {
     const double *x;
     uint64_t stride;
@@ -116,13 +117,14 @@ void KN_FN(kn_cpu_widen_codes)(const uint8_t *codes, uint32_t k, kn_dtype w, dou
 void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out);
 /* Outputs w->n_out of the tile against a quantized matrix, split over the team. */
 void KN_FN(kn_cpu_product_q8)(kn_team *team, const cpu_tile *tile, const kn_matrix *w);
-/* Outputs out0 .. out0 + n_out - 1 by lane sums; w BF16, F32, or E4M3 taken as bf16(code * scale). Output o is
- * written at y[..][o - out0]. */
+/* Outputs out0 .. out0 + n_out - 1 by lane sums; w BF16, F32, or E4M3 taken as bf16(code * scale). Output o
+ * is written at y[..][o - out0]. */
 void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                  uint32_t n_out);
 
 /* ---- rows (rows.c) ---- */
-void KN_FN(kn_cpu_quant_fp8)(const uint16_t *x, uint32_t k, uint32_t block, uint8_t *codes_out, uint8_t *scales_out);
+void KN_FN(kn_cpu_quant_fp8)(const uint16_t *x, uint32_t k, uint32_t block, uint8_t *codes_out,
+                             uint8_t *scales_out);
 void KN_FN(kn_cpu_rmsnorm)(const uint16_t *x, const uint16_t *w, uint32_t d, float eps, uint16_t *y_out);
 /* Rotates 2 * half values in place; cs [half][2]. */
 void KN_FN(kn_cpu_rotate)(uint16_t *x, uint32_t half, const float *cs, bool inverse);
@@ -133,9 +135,10 @@ void KN_FN(kn_cpu_index_pack)(const uint16_t *x, uint32_t dim, uint8_t *row_out)
 
 /* Operations that have files of their own: compress.c, index.c. */
 void KN_FN(kn_cpu_compress)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score);
-void KN_FN(kn_cpu_compress_commit)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score);
-void KN_FN(kn_cpu_index_topk)(kn_stream *s, const kn_batch *b, const kn_kv_layout *layout, uint32_t heads, uint32_t dim,
-                              uint32_t topk, kn_ptr iq, kn_ptr w, kn_ptr picks_out);
+void KN_FN(kn_cpu_compress_commit)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv,
+                                   kn_ptr score);
+void KN_FN(kn_cpu_index_topk)(kn_stream *s, const kn_batch *b, const kn_kv_layout *layout, uint32_t heads,
+                              uint32_t dim, uint32_t topk, kn_ptr iq, kn_ptr w, kn_ptr picks_out);
 
 extern const kn_dense_ops KN_FN(kn_cpu_dense);
 extern const kn_attn_ops KN_FN(kn_cpu_attn);

@@ -49,9 +49,13 @@ static void op_gate(kn_stream *base, const kn_gate *g, kn_ptr x, kn_ptr ids, uin
                     kn_ptr weights_out)
 {
     cpu_stream *s = (cpu_stream *)base;
-    gate_job job = {
-        .s = s, .g = g, .ids = kn_host(ids), .experts = kn_host(experts_out), .weights = kn_host(weights_out)};
-    CM_ASSERT_MSG(n <= s->limits.n_row && g->n_expert <= s->limits.n_expert, "rows %u experts %u", n, g->n_expert);
+    gate_job job = {.s = s,
+                    .g = g,
+                    .ids = kn_host(ids),
+                    .experts = kn_host(experts_out),
+                    .weights = kn_host(weights_out)};
+    CM_ASSERT_MSG(n <= s->limits.n_row && g->n_expert <= s->limits.n_expert, "rows %u experts %u", n,
+                  g->n_expert);
     kn_dense(base->device)->linear_bf16(base, x, &g->weight, n, KN_F32, (kn_ptr){(uintptr_t)s->gate});
     kn_team_run(s->team, n, 50ull * g->n_expert, gate_part, &job);
 }
@@ -59,8 +63,8 @@ static void op_gate(kn_stream *base, const kn_gate *g, kn_ptr x, kn_ptr ids, uin
 /* ---- experts ---- */
 
 /* h = bf16([weight *] silu(min(g, limit)) * clamp(u, limit)); no weight: NULL. */
-static void swiglu_row(const uint16_t *g_in, const uint16_t *u_in, const float *weight, uint32_t n, float limit,
-                       uint16_t *h_out)
+static void swiglu_row(const uint16_t *g_in, const uint16_t *u_in, const float *weight, uint32_t n,
+                       float limit, uint16_t *h_out)
 {
     enum { STEP = 64 };
     for (uint32_t at = 0; at < n; at += STEP) {
@@ -99,13 +103,13 @@ static void swiglu_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thre
     const swiglu_job *j = arg;
     (void)i_thread;
     for (uint64_t r = begin; r < end; r++) {
-        swiglu_row(j->g + r * j->inner, j->u + r * j->inner, j->weight != NULL ? &j->weight[r] : NULL, j->inner,
-                   j->limit, j->h + r * j->inner);
+        swiglu_row(j->g + r * j->inner, j->u + r * j->inner, j->weight != NULL ? &j->weight[r] : NULL,
+                   j->inner, j->limit, j->h + r * j->inner);
     }
 }
 
-static void op_swiglu(kn_stream *base, kn_ptr g, kn_ptr u, kn_ptr weight, uint32_t n, uint32_t inner, float limit,
-                      kn_ptr h_out)
+static void op_swiglu(kn_stream *base, kn_ptr g, kn_ptr u, kn_ptr weight, uint32_t n, uint32_t inner,
+                      float limit, kn_ptr h_out)
 {
     swiglu_job job = {.g = kn_host(g),
                       .u = kn_host(u),
@@ -132,8 +136,10 @@ static void expert_inner_part(void *arg, uint32_t begin, uint32_t end, uint32_t 
     uint16_t *g = s->inner, *u = g + CPU_TILE * inner, *h = u + CPU_TILE * inner;
     (void)i_thread;
     for (uint32_t r = begin; r < end; r++) {
-        uint8_t *codes = s->codes + r * inner, *scales = s->scales + r * kn_blocks((uint32_t)inner, KN_ACT_BLOCK);
-        swiglu_row(g + r * inner, u + r * inner, &j->items[r].weight, (uint32_t)inner, j->limit, h + r * inner);
+        uint8_t *codes = s->codes + r * inner,
+                *scales = s->scales + r * kn_blocks((uint32_t)inner, KN_ACT_BLOCK);
+        swiglu_row(g + r * inner, u + r * inner, &j->items[r].weight, (uint32_t)inner, j->limit,
+                   h + r * inner);
         KN_FN(kn_cpu_quant_fp8)(h + r * inner, (uint32_t)inner, KN_ACT_BLOCK, codes, scales);
         KN_FN(kn_cpu_widen_codes)(codes, (uint32_t)inner, j->e->w2.dtype, s->h_tile + r * stride);
     }
@@ -165,14 +171,15 @@ static void expert_tile(cpu_stream *s, const kn_expert *e, const kn_expert_item 
     KN_FN(kn_cpu_product_q8)(s->team, &down, &e->w2);
 }
 
-static void op_experts(kn_stream *base, const kn_expert_group *groups, uint32_t n_group, const kn_expert_item *items,
-                       kn_q8 x, float limit, kn_ptr y_out)
+static void op_experts(kn_stream *base, const kn_expert_group *groups, uint32_t n_group,
+                       const kn_expert_item *items, kn_q8 x, float limit, kn_ptr y_out)
 {
     cpu_stream *s = (cpu_stream *)base;
     for (uint32_t g = 0; g < n_group; g++) {
         const kn_expert *e = groups[g].expert;
         uint32_t end = groups[g].item0 + groups[g].n_item;
-        CM_ASSERT_MSG(e->w1.n_in <= s->limits.n_in && e->w1.n_out <= s->limits.n_inner && e->w1.dtype == e->w3.dtype,
+        CM_ASSERT_MSG(e->w1.n_in <= s->limits.n_in && e->w1.n_out <= s->limits.n_inner &&
+                          e->w1.dtype == e->w3.dtype,
                       "n_in %u inner %u", e->w1.n_in, e->w1.n_out);
         for (uint32_t i = groups[g].item0; i < end; i += CPU_TILE) {
             expert_tile(s, e, items + i, end - i < CPU_TILE ? end - i : CPU_TILE, x, limit, kn_host(y_out));
@@ -218,14 +225,15 @@ static void combine_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
                 }
             }
             for (uint32_t i = 0; i < n; i++) {
-                j->out[r * j->d + at + i] = kn_bf16_encode(acc[i] + kn_bf16_decode(j->shared[r * j->d + at + i]));
+                j->out[r * j->d + at + i] =
+                    kn_bf16_encode(acc[i] + kn_bf16_decode(j->shared[r * j->d + at + i]));
             }
         }
     }
 }
 
-static void op_combine(kn_stream *base, kn_ptr y, kn_ptr experts, kn_ptr shared, uint32_t n, uint32_t topk, uint32_t d,
-                       kn_ptr out)
+static void op_combine(kn_stream *base, kn_ptr y, kn_ptr experts, kn_ptr shared, uint32_t n, uint32_t topk,
+                       uint32_t d, kn_ptr out)
 {
     combine_job job = {.y = kn_host(y),
                        .shared = kn_host(shared),

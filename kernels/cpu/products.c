@@ -1,10 +1,12 @@
-/* Matrix products: weights are decoded from their stored form a chunk at a time and used for every row of a tile. */
+/* Matrix products: weights are decoded from their stored form a chunk at a time and used for every row of a
+ * tile. */
 #include "common/base/assert.h"
 #include "kernels/cpu/isa.h"
 
 /* ---- decoding CPU_CHUNK values ---- */
 
-/* An E4M3 code moved to the bits of a half float is 2^-8 of its value; the hardware widens those, subnormals too. */
+/* An E4M3 code moved to the bits of a half float is 2^-8 of its value; the hardware widens those, subnormals
+ * too. */
 #if defined(__AVX512F__)
 static void decode_e4m3(const uint8_t *codes, double *out)
 {
@@ -46,8 +48,8 @@ static void decode_e4m3(const uint8_t *codes, double *out)
 }
 #endif
 
-/* Doubled values; all low nibbles of the chunk first, then all high ones: block sums are exact, so any order will do,
- * and this one needs no interleaving. kn_cpu_widen_codes puts the inputs in the same order. */
+/* Doubled values; all low nibbles of the chunk first, then all high ones: block sums are exact, so any order
+ * will do, and this one needs no interleaving. kn_cpu_widen_codes puts the inputs in the same order. */
 static void decode_e2m1(const uint8_t *pairs, double *out)
 {
     int8_t value[CPU_CHUNK];
@@ -84,7 +86,8 @@ static void decode_scaled_e4m3(const uint8_t *codes, float scale, double *out)
 }
 
 /* Bytes of a chunk, from the matrix or, for a short last chunk, from a copy filled up with zeros. */
-static const void *chunk_bytes(const void *row, uint32_t at_byte, uint32_t n_valid, uint32_t n_bytes, uint8_t *spare)
+static const void *chunk_bytes(const void *row, uint32_t at_byte, uint32_t n_valid, uint32_t n_bytes,
+                               uint8_t *spare)
 {
     const uint8_t *from = (const uint8_t *)row + at_byte;
     if (n_valid == n_bytes) {
@@ -149,7 +152,8 @@ static inline double exact_dot_fp4_block(const double *x, const double *w, uint3
     w += b * KN_FP4_BLOCK / 2;
     for (int i = 0; i < KN_FP4_BLOCK / 2; i += KN_VD_WIDTH) {
         low = kn_vd_add_exact_product(kn_vd_load(x + i), kn_vd_load(w + i), low);
-        high = kn_vd_add_exact_product(kn_vd_load(x + CPU_CHUNK / 2 + i), kn_vd_load(w + CPU_CHUNK / 2 + i), high);
+        high = kn_vd_add_exact_product(kn_vd_load(x + CPU_CHUNK / 2 + i), kn_vd_load(w + CPU_CHUNK / 2 + i),
+                                       high);
     }
     return kn_vd_sum(low + high);
 }
@@ -160,9 +164,9 @@ typedef struct product_job {
     uint32_t out0;
 } product_job;
 
-/* With many rows the inputs come from a farther cache than the decoded weights, so they are read once for several
- * outputs; with few the weights are the traffic, and one row of them after another is read fastest. The order of
- * every sum is the same. */
+/* With many rows the inputs come from a farther cache than the decoded weights, so they are read once for
+ * several outputs; with few the weights are the traffic, and one row of them after another is read fastest.
+ * The order of every sum is the same. */
 static uint32_t outs_at_once(const cpu_tile *t, uint32_t n_left)
 {
     uint32_t n = t->n < CPU_TILE / 2 ? 1 : CPU_OUTS;
@@ -176,7 +180,8 @@ static inline double e4m3_scale(const kn_matrix *w, uint32_t o, uint32_t block)
                                     : kn_e8m0_decode(((const uint8_t *)kn_host(w->scale))[at]);
 }
 
-static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out, double acc[][CPU_TILE])
+static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out,
+                     double acc[][CPU_TILE])
 {
     const uint8_t *rows = (const uint8_t *)kn_host(w->data) + (uint64_t)o * w->n_in;
     uint8_t spare[CPU_CHUNK];
@@ -184,8 +189,9 @@ static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t
     for (uint32_t at = 0, b = 0; at < w->n_in; at += CPU_CHUNK, b++) {
         for (uint32_t j = 0; j < n_out; j++) {
             scale[j] = e4m3_scale(w, o + j, b);
-            decode_e4m3(chunk_bytes(rows + (uint64_t)j * w->n_in, at, chunk_len(w->n_in, at), CPU_CHUNK, spare),
-                        weight[j]);
+            decode_e4m3(
+                chunk_bytes(rows + (uint64_t)j * w->n_in, at, chunk_len(w->n_in, at), CPU_CHUNK, spare),
+                weight[j]);
         }
         for (uint32_t r = 0; r < t->n; r++) {
             double x_scale = kn_e8m0_decode(t->scales[r][b]);
@@ -196,7 +202,8 @@ static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t
     }
 }
 
-static void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out, double acc[][CPU_TILE])
+static void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out,
+                     double acc[][CPU_TILE])
 {
     uint64_t row_bytes = w->n_in / 2, n_scale = kn_blocks(w->n_in, KN_FP4_BLOCK);
     const uint8_t *rows = (const uint8_t *)kn_host(w->data) + o * row_bytes;
@@ -215,7 +222,8 @@ static void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t
                 const uint8_t *scale = scales + j * n_scale + at / KN_FP4_BLOCK;
                 for (uint32_t b = 0; b < n_block; b++) {
                     /* The decoded weights are doubled: half of the sum, exact again. */
-                    acc[j][r] += 0.5 * exact_dot_fp4_block(x, weight[j], b) * kn_e8m0_product(x_scale, scale[b]);
+                    acc[j][r] +=
+                        0.5 * exact_dot_fp4_block(x, weight[j], b) * kn_e8m0_product(x_scale, scale[b]);
                 }
             }
         }
@@ -304,7 +312,8 @@ static void product_lanes_part(void *arg, uint32_t begin, uint32_t end, uint32_t
     }
 }
 
-void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0, uint32_t n_out)
+void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
+                                 uint32_t n_out)
 {
     product_job job = {.tile = tile, .w = w, .out0 = out0};
     CM_ASSERT(w->dtype == KN_BF16 || w->dtype == KN_F32 || w->dtype == KN_E4M3);

@@ -15,7 +15,8 @@ static float largest(const uint16_t *x, uint32_t n)
     return kn_bf16_decode(top);
 }
 
-void KN_FN(kn_cpu_quant_fp8)(const uint16_t *x, uint32_t k, uint32_t block, uint8_t *codes_out, uint8_t *scales_out)
+void KN_FN(kn_cpu_quant_fp8)(const uint16_t *x, uint32_t k, uint32_t block, uint8_t *codes_out,
+                             uint8_t *scales_out)
 {
     for (uint32_t b = 0, at = 0; at < k; b++, at += block) {
         uint32_t n = k - at < block ? k - at : block;

@@ -8,7 +8,7 @@
 #include "common/base/mem.h"
 
 enum {
-    SPIN_MAX = 2000,     /* polls before sleeping: some tens of microseconds, the gap between two operations */
+    SPIN_MAX = 2000, /* polls before sleeping: some tens of microseconds, the gap between two operations */
     WORTH_WAKING = 1 << 16,
 };
 

@@ -11,7 +11,8 @@ static const kn_seg *segment_at(const kn_batch *b, uint32_t i)
 
 /* ---- rows ---- */
 
-static void ref_rope_table(kn_stream *s, kn_ptr inv_freq, uint32_t half, kn_ptr pos, uint32_t n, kn_ptr cs_out)
+static void ref_rope_table(kn_stream *s, kn_ptr inv_freq, uint32_t half, kn_ptr pos, uint32_t n,
+                           kn_ptr cs_out)
 {
     (void)s;
     for (uint32_t r = 0; r < n; r++) {
@@ -20,14 +21,15 @@ static void ref_rope_table(kn_stream *s, kn_ptr inv_freq, uint32_t half, kn_ptr 
     }
 }
 
-static void ref_rope(kn_stream *s, kn_ptr x_in, uint32_t n, uint32_t heads, uint32_t dim, uint32_t half, kn_ptr cs,
-                     bool inverse)
+static void ref_rope(kn_stream *s, kn_ptr x_in, uint32_t n, uint32_t heads, uint32_t dim, uint32_t half,
+                     kn_ptr cs, bool inverse)
 {
     (void)s;
     for (uint32_t r = 0; r < n; r++) {
         for (uint32_t h = 0; h < heads; h++) {
             uint16_t *x = (uint16_t *)kn_host(x_in) + ((uint64_t)r * heads + h) * dim;
-            ref_rope_row(x + dim - 2 * half, half, (const float *)kn_host(cs) + (uint64_t)r * half * 2, inverse);
+            ref_rope_row(x + dim - 2 * half, half, (const float *)kn_host(cs) + (uint64_t)r * half * 2,
+                         inverse);
         }
     }
 }
@@ -53,8 +55,8 @@ static void ref_index_pack(kn_stream *s, kn_ptr x, uint32_t n, uint32_t heads, u
 /* ---- compressor ---- */
 
 /* kv or score of position p, column i: from the batch, or from the state for what came before it. */
-static double entry(const kn_seg *seg, const kn_compress *c, const float *batch_rows, uint32_t i_array, uint32_t p,
-                    uint32_t i)
+static double entry(const kn_seg *seg, const kn_compress *c, const float *batch_rows, uint32_t i_array,
+                    uint32_t p, uint32_t i)
 {
     uint64_t width = kn_compress_width(c->ratio, c->dim);
     uint32_t span = kn_compress_span(c->ratio);
@@ -66,8 +68,8 @@ static double entry(const kn_seg *seg, const kn_compress *c, const float *batch_
 }
 
 /* Softmax over the window's terms for one dim; the window ends at position last. */
-static double pooled(const kn_seg *seg, const kn_compress *c, const float *kv, const float *score, uint32_t last,
-                     uint32_t i)
+static double pooled(const kn_seg *seg, const kn_compress *c, const float *kv, const float *score,
+                     uint32_t last, uint32_t i)
 {
     double value[KN_PAGE_TOKENS + 8], weight[KN_PAGE_TOKENS + 8], top = -INFINITY, sum = 0, den = 0;
     uint32_t first = last + 1 - c->ratio, n = 0;
@@ -93,8 +95,8 @@ static double pooled(const kn_seg *seg, const kn_compress *c, const float *kv, c
     return sum / den;
 }
 
-static void emit_row(const kn_batch *b, const kn_seg *seg, const kn_compress *c, const float *kv, const float *score,
-                     uint32_t last)
+static void emit_row(const kn_batch *b, const kn_seg *seg, const kn_compress *c, const float *kv,
+                     const float *score, uint32_t last)
 {
     uint16_t row[KN_DIM_MAX];
     float cs[KN_DIM_MAX];
@@ -134,7 +136,8 @@ static void ref_compress(kn_stream *s, const kn_batch *b, const kn_compress *c, 
     }
 }
 
-static void ref_compress_commit(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score)
+static void ref_compress_commit(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv,
+                                kn_ptr score)
 {
     uint64_t width = kn_compress_width(c->ratio, c->dim);
     uint32_t span = kn_compress_span(c->ratio);
@@ -191,8 +194,8 @@ static void sort_picks(int32_t *picks, uint32_t n)
     }
 }
 
-static void ref_index_topk(kn_stream *s, const kn_batch *b, const kn_kv_layout *layout, uint32_t heads, uint32_t dim,
-                           uint32_t topk, kn_ptr iq, kn_ptr w, kn_ptr picks_out)
+static void ref_index_topk(kn_stream *s, const kn_batch *b, const kn_kv_layout *layout, uint32_t heads,
+                           uint32_t dim, uint32_t topk, kn_ptr iq, kn_ptr w, kn_ptr picks_out)
 {
     float *score = ((ref_stream *)s)->index_score;
     uint64_t q_bytes = (uint64_t)heads * kn_index_row_bytes(dim);
@@ -203,10 +206,11 @@ static void ref_index_topk(kn_stream *s, const kn_batch *b, const kn_kv_layout *
             uint32_t n = visible < topk ? visible : topk;
             int32_t *picks = (int32_t *)kn_host(picks_out) + (uint64_t)r * topk;
             for (uint32_t j = 0; j < visible; j++) {
-                score[j] = index_score((const uint8_t *)kn_host(iq) + r * q_bytes,
-                                       (const uint16_t *)kn_host(w) + (uint64_t)r * heads,
-                                       kn_page_row(b, seg, layout->page_index, layout->ratio, layout->index_bytes, j),
-                                       heads, dim);
+                score[j] = index_score(
+                    (const uint8_t *)kn_host(iq) + r * q_bytes,
+                    (const uint16_t *)kn_host(w) + (uint64_t)r * heads,
+                    kn_page_row(b, seg, layout->page_index, layout->ratio, layout->index_bytes, j), heads,
+                    dim);
             }
             kn_topk(score, visible, n, picks);
             sort_picks(picks, n);
@@ -220,8 +224,8 @@ static void ref_index_topk(kn_stream *s, const kn_batch *b, const kn_kv_layout *
 /* ---- attention ---- */
 
 /* Key i of the query at position p, or NULL past the last one. */
-static const uint8_t *key_at(const kn_batch *b, const kn_seg *seg, const kn_attn *a, const uint8_t *chunk_rows,
-                             const int32_t *picks, uint32_t p, uint32_t i)
+static const uint8_t *key_at(const kn_batch *b, const kn_seg *seg, const kn_attn *a,
+                             const uint8_t *chunk_rows, const int32_t *picks, uint32_t p, uint32_t i)
 {
     const kn_kv_layout *l = &a->layout;
     uint32_t raw0 = kn_raw_first(p, a->window), n_raw = p + 1 - raw0;
@@ -245,7 +249,8 @@ static const uint8_t *key_at(const kn_batch *b, const kn_seg *seg, const kn_attn
 }
 
 static void attend(const kn_batch *b, const kn_seg *seg, const kn_attn *a, const uint8_t *chunk_rows,
-                   const int32_t *picks, uint32_t p, uint32_t h, const uint16_t *q, double *score, uint16_t *o_out)
+                   const int32_t *picks, uint32_t p, uint32_t h, const uint16_t *q, double *score,
+                   uint16_t *o_out)
 {
     double sink = ((const float *)kn_host(a->sink))[h], scale = 1.0 / sqrt(a->dim), top = sink, den;
     double o[KN_DIM_MAX] = {0};
@@ -272,18 +277,20 @@ static void attend(const kn_batch *b, const kn_seg *seg, const kn_attn *a, const
     }
 }
 
-static void ref_attention(kn_stream *s, const kn_batch *b, const kn_attn *a, kn_ptr q, kn_ptr chunk_rows, kn_ptr picks,
-                          kn_ptr o_out)
+static void ref_attention(kn_stream *s, const kn_batch *b, const kn_attn *a, kn_ptr q, kn_ptr chunk_rows,
+                          kn_ptr picks, kn_ptr o_out)
 {
     CM_ASSERT(a->dim <= KN_DIM_MAX);
     for (uint32_t g = 0; g < b->n_seg; g++) {
         const kn_seg *seg = segment_at(b, g);
         for (uint32_t r = seg->row0; r < seg->row0 + seg->n_row; r++) {
-            const int32_t *row_picks = (const int32_t *)kn_host(picks) + (picks.addr != 0 ? (uint64_t)r * a->topk : 0);
+            const int32_t *row_picks =
+                (const int32_t *)kn_host(picks) + (picks.addr != 0 ? (uint64_t)r * a->topk : 0);
             for (uint32_t h = 0; h < a->n_head; h++) {
                 uint64_t at = ((uint64_t)r * a->n_head + h) * a->dim;
                 attend(b, seg, a, kn_host(chunk_rows), row_picks, seg->pos0 + (r - seg->row0), h,
-                       (const uint16_t *)kn_host(q) + at, ((ref_stream *)s)->score, (uint16_t *)kn_host(o_out) + at);
+                       (const uint16_t *)kn_host(q) + at, ((ref_stream *)s)->score,
+                       (uint16_t *)kn_host(o_out) + at);
             }
         }
     }

@@ -64,13 +64,14 @@ static void ref_linear_q8(kn_stream *s, kn_q8 x, const kn_matrix *w, uint32_t n,
     (void)s;
     for (uint32_t r = 0; r < n; r++) {
         for (uint32_t o = 0; o < w->n_out; o++) {
-            y[(uint64_t)r * w->n_out + o] = ref_dot_q8(codes + (uint64_t)r * w->n_in,
-                                                       scales + (uint64_t)r * kn_blocks(w->n_in, KN_ACT_BLOCK), w, o);
+            y[(uint64_t)r * w->n_out + o] = ref_dot_q8(
+                codes + (uint64_t)r * w->n_in, scales + (uint64_t)r * kn_blocks(w->n_in, KN_ACT_BLOCK), w, o);
         }
     }
 }
 
-static void ref_linear_bf16(kn_stream *s, kn_ptr x_in, const kn_matrix *w, uint32_t n, kn_dtype y_dtype, kn_ptr y_out)
+static void ref_linear_bf16(kn_stream *s, kn_ptr x_in, const kn_matrix *w, uint32_t n, kn_dtype y_dtype,
+                            kn_ptr y_out)
 {
     const uint16_t *x = kn_host(x_in);
     (void)s;
@@ -87,7 +88,8 @@ static void ref_linear_bf16(kn_stream *s, kn_ptr x_in, const kn_matrix *w, uint3
     }
 }
 
-static void ref_linear_grouped(kn_stream *s, kn_ptr x_in, const kn_matrix *w, uint32_t groups, uint32_t n, kn_ptr y_out)
+static void ref_linear_grouped(kn_stream *s, kn_ptr x_in, const kn_matrix *w, uint32_t groups, uint32_t n,
+                               kn_ptr y_out)
 {
     const uint16_t *x = kn_host(x_in);
     uint16_t *y = kn_host(y_out);
@@ -108,7 +110,8 @@ static void ref_linear_grouped(kn_stream *s, kn_ptr x_in, const kn_matrix *w, ui
 
 /* ---- rows ---- */
 
-static void ref_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32_t n, uint32_t hc, kn_ptr x_out)
+static void ref_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32_t n, uint32_t hc,
+                      kn_ptr x_out)
 {
     const uint32_t *ids = kn_host(ids_in);
     const uint8_t *rows = kn_host(table->data);
@@ -256,8 +259,8 @@ static void ref_hc_head(kn_stream *s, const kn_hc *p, kn_ptr x_in, uint32_t n, k
     }
 }
 
-static void ref_hc_post(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y_in, kn_ptr x_in, kn_ptr post_in, kn_ptr comb_in,
-                        uint32_t n, kn_ptr x_out)
+static void ref_hc_post(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y_in, kn_ptr x_in, kn_ptr post_in,
+                        kn_ptr comb_in, uint32_t n, kn_ptr x_out)
 {
     (void)s;
     CM_ASSERT(hc <= KN_HC_MAX);

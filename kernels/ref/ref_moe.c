@@ -5,8 +5,8 @@
 
 /* ---- gate ---- */
 
-static void gate_row(ref_stream *s, const kn_gate *g, const uint16_t *x, const int64_t *table_row, int32_t *experts,
-                     float *weights)
+static void gate_row(ref_stream *s, const kn_gate *g, const uint16_t *x, const int64_t *table_row,
+                     int32_t *experts, float *weights)
 {
     float *a = s->gate_score, *biased = a + g->n_expert;
     const float *bias = kn_host(g->bias);
@@ -36,7 +36,8 @@ static void ref_gate(kn_stream *s, const kn_gate *g, kn_ptr x, kn_ptr ids, uint3
 {
     const int64_t *table = kn_host(g->tid2eid);
     for (uint32_t r = 0; r < n; r++) {
-        const int64_t *row = table != NULL ? table + (uint64_t)((const uint32_t *)kn_host(ids))[r] * g->topk : NULL;
+        const int64_t *row =
+            table != NULL ? table + (uint64_t)((const uint32_t *)kn_host(ids))[r] * g->topk : NULL;
         gate_row((ref_stream *)s, g, (const uint16_t *)kn_host(x) + (uint64_t)r * g->weight.n_in, row,
                  (int32_t *)kn_host(experts_out) + (uint64_t)r * g->topk,
                  (float *)kn_host(weights_out) + (uint64_t)r * g->topk);
@@ -55,8 +56,8 @@ static uint16_t swiglu_value(uint16_t g_in, uint16_t u_in, const float *weight, 
     return kn_bf16_from_f64(weight != NULL ? *weight * h : h);
 }
 
-static void ref_swiglu(kn_stream *s, kn_ptr g, kn_ptr u, kn_ptr weight, uint32_t n, uint32_t inner, float limit,
-                       kn_ptr h_out)
+static void ref_swiglu(kn_stream *s, kn_ptr g, kn_ptr u, kn_ptr weight, uint32_t n, uint32_t inner,
+                       float limit, kn_ptr h_out)
 {
     const float *w = kn_host(weight);
     (void)s;
@@ -70,14 +71,15 @@ static void ref_swiglu(kn_stream *s, kn_ptr g, kn_ptr u, kn_ptr weight, uint32_t
     }
 }
 
-static void expert_row(ref_stream *s, const kn_expert *e, const uint8_t *codes, const uint8_t *scales, float weight,
-                       float limit, uint16_t *y_out)
+static void expert_row(ref_stream *s, const kn_expert *e, const uint8_t *codes, const uint8_t *scales,
+                       float weight, float limit, uint16_t *y_out)
 {
     uint32_t inner = e->w1.n_out;
     uint16_t *h = s->inner;
     uint8_t *h_codes = (uint8_t *)(h + inner), *h_scales = h_codes + inner;
     for (uint32_t i = 0; i < inner; i++) {
-        h[i] = swiglu_value(ref_dot_q8(codes, scales, &e->w1, i), ref_dot_q8(codes, scales, &e->w3, i), &weight, limit);
+        h[i] = swiglu_value(ref_dot_q8(codes, scales, &e->w1, i), ref_dot_q8(codes, scales, &e->w3, i),
+                            &weight, limit);
     }
     ref_quant_fp8(h, inner, KN_ACT_BLOCK, h_codes, h_scales);
     for (uint32_t o = 0; o < e->w2.n_out; o++) {
@@ -85,8 +87,8 @@ static void expert_row(ref_stream *s, const kn_expert *e, const uint8_t *codes, 
     }
 }
 
-static void ref_experts(kn_stream *s, const kn_expert_group *groups, uint32_t n_group, const kn_expert_item *items,
-                        kn_q8 x, float limit, kn_ptr y_out)
+static void ref_experts(kn_stream *s, const kn_expert_group *groups, uint32_t n_group,
+                        const kn_expert_item *items, kn_q8 x, float limit, kn_ptr y_out)
 {
     for (uint32_t g = 0; g < n_group; g++) {
         const kn_expert *e = groups[g].expert;
@@ -101,8 +103,8 @@ static void ref_experts(kn_stream *s, const kn_expert_group *groups, uint32_t n_
 
 /* ---- combine ---- */
 
-static void ref_combine(kn_stream *s, kn_ptr y_in, kn_ptr experts_in, kn_ptr shared_in, uint32_t n, uint32_t topk,
-                        uint32_t d, kn_ptr out_in)
+static void ref_combine(kn_stream *s, kn_ptr y_in, kn_ptr experts_in, kn_ptr shared_in, uint32_t n,
+                        uint32_t topk, uint32_t d, kn_ptr out_in)
 {
     (void)s;
     CM_ASSERT(topk <= KN_TOPK_MAX);

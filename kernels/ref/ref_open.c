@@ -7,7 +7,8 @@ static cm_status ref_open(const kn_device_options *options, kn_device **device_o
 {
     kn_device *device;
     if (options->isa != NULL && strcmp(options->isa, "auto") != 0 && strcmp(options->isa, "portable") != 0) {
-        return cm_error_set(err, CM_E_CONFIG, "isa", "the ref back-end has no path \"%s\", only portable", options->isa);
+        return cm_error_set(err, CM_E_CONFIG, "isa", "the ref back-end has no path \"%s\", only portable",
+                            options->isa);
     }
     device = cm_alloc(sizeof(*device));
     *device = (kn_device){.backend = &kn_backend_ref,

@@ -1,15 +1,15 @@
-/* The oracle: every operation as its definition reads, one value at a time in double. Speed does not matter here;
- * being obviously right does. */
+/* The oracle: every operation as its definition reads, one value at a time in double. Speed does not matter
+ * here; being obviously right does. */
 #pragma once
 #include "kernels/kn_math.h"
 #include "kernels/kn_private.h"
 
 typedef struct ref_stream {
     kn_stream base;
-    double *score;       /* [n_key] */
-    float *index_score;  /* [n_index_row] */
-    float *gate_score;   /* [n_expert] activation, then [n_expert] biased */
-    uint16_t *inner;     /* [2][n_inner]: h of one expert row, then its codes and scales */
+    double *score;      /* [n_key] */
+    float *index_score; /* [n_index_row] */
+    float *gate_score;  /* [n_expert] activation, then [n_expert] biased */
+    uint16_t *inner;    /* [2][n_inner]: h of one expert row, then its codes and scales */
 } ref_stream;
 
 extern const kn_dense_ops kn_ref_dense;

@@ -5,8 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
-#include <setjmp.h>
 #include <cmocka.h>
+#include <setjmp.h>
 
 #include "common/base/mem.h"
 
@@ -36,7 +36,8 @@ static uint8_t *read_whole(const char *path, size_t *n_bytes_out)
     return bytes;
 }
 
-static void read_tensor(fx_tensor *t, const char *name, const json_t *entry, const uint8_t *data, size_t n_bytes)
+static void read_tensor(fx_tensor *t, const char *name, const json_t *entry, const uint8_t *data,
+                        size_t n_bytes)
 {
     const json_t *shape = json_object_get(entry, "shape"), *range = json_object_get(entry, "data_offsets");
     uint64_t begin = (uint64_t)json_integer_value(json_array_get(range, 0));
@@ -136,7 +137,8 @@ json_t *fx_json(const char *path)
     size_t n_bytes;
     char *text = (char *)read_whole(path, &n_bytes), *at = text;
     /* the fixtures write infinite margins as Python does; JSON has no word for them */
-    for (size_t left = n_bytes; (at = memmem(at, left, "Infinity", 8)) != NULL; left = n_bytes - (size_t)(at - text)) {
+    for (size_t left = n_bytes; (at = memmem(at, left, "Infinity", 8)) != NULL;
+         left = n_bytes - (size_t)(at - text)) {
         memcpy(at, "   1e308", 8);
     }
     json_t *json = json_loadb(text, n_bytes, 0, &error);
@@ -187,8 +189,8 @@ static void compare_exact(const char *what, const fx_tensor *golden, const void 
     uint64_t item_bytes = golden->n_item > 0 ? golden->n_bytes / golden->n_item : 0;
     for (uint64_t i = 0; i < golden->n_item; i++) {
         double want = value_at(golden->dtype, golden->data, i), have = value_at(golden->dtype, got, i);
-        bool same = memcmp((const uint8_t *)golden->data + i * item_bytes, (const uint8_t *)got + i * item_bytes,
-                           item_bytes) == 0;
+        bool same = memcmp((const uint8_t *)golden->data + i * item_bytes,
+                           (const uint8_t *)got + i * item_bytes, item_bytes) == 0;
         if (!same && !(isnan(want) && isnan(have))) {
             fail_msg("%s: item %llu is %.9g, golden %.9g", what, (unsigned long long)i, have, want);
         }
@@ -213,13 +215,14 @@ void fx_compare(const char *what, const fx_tensor *golden, const void *got, cons
         sum += off * off;
         sum_golden += want * want;
         if (bound->max_rel > 0 && fabs(want) >= bound->rel_floor && !(off <= bound->max_rel * fabs(want))) {
-            fail_msg("%s: item %llu is %.9g, golden %.9g, relative error above %g", what, (unsigned long long)i, have,
-                     want, bound->max_rel);
+            fail_msg("%s: item %llu is %.9g, golden %.9g, relative error above %g", what,
+                     (unsigned long long)i, have, want, bound->max_rel);
         }
     }
     if (!(worst <= bound->max_abs) || !(sqrt(sum) <= bound->rel_rms * sqrt(sum_golden))) {
-        fail_msg("%s: worst item %llu is %.9g, golden %.9g (off %g, bound %g); relative rms %g, bound %g", what,
-                 (unsigned long long)at, value_at(golden->dtype, got, at), value_at(golden->dtype, golden->data, at),
-                 worst, bound->max_abs, sum_golden > 0 ? sqrt(sum / sum_golden) : 0, bound->rel_rms);
+        fail_msg("%s: worst item %llu is %.9g, golden %.9g (off %g, bound %g); relative rms %g, bound %g",
+                 what, (unsigned long long)at, value_at(golden->dtype, got, at),
+                 value_at(golden->dtype, golden->data, at), worst, bound->max_abs,
+                 sum_golden > 0 ? sqrt(sum / sum_golden) : 0, bound->rel_rms);
     }
 }

@@ -1,5 +1,5 @@
-/* Golden data for tests: safetensors files read whole, JSON files, and comparison with a tolerance. Anything wrong
- * with a file fails the running test. Thread: one. */
+/* Golden data for tests: safetensors files read whole, JSON files, and comparison with a tolerance. Anything
+ * wrong with a file fails the running test. Thread: one. */
 #pragma once
 #include <jansson.h>
 #include <stdbool.h>
@@ -30,11 +30,13 @@ json_t *fx_json(const char *path);
 /* How an output is to be compared: "exact" (equal bits, NaN equals any NaN) or within both bounds. */
 typedef struct fx_bound {
     bool exact;
-    double max_abs, rel_rms;   /* rms(difference) / rms(golden) */
-    double max_rel, rel_floor; /* max_rel 0: none; else for elements whose golden magnitude is at least rel_floor */
+    double max_abs, rel_rms; /* rms(difference) / rms(golden) */
+    double max_rel,
+        rel_floor; /* max_rel 0: none; else for elements whose golden magnitude is at least rel_floor */
 } fx_bound;
 
 /* From an output's description in an index file, class "D" or "F". */
 fx_bound fx_bound_read(const json_t *output, const char *numeric_class);
-/* got [n_item] in the tensor's own dtype (F32, BF16, U8 or I64). Fails the test with what, the place and values. */
+/* got [n_item] in the tensor's own dtype (F32, BF16, U8 or I64). Fails the test with what, the place and
+ * values. */
 void fx_compare(const char *what, const fx_tensor *golden, const void *got, const fx_bound *bound);

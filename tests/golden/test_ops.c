@@ -1,12 +1,12 @@
-/* Every case of data/ops on every back-end and every path this machine has. Each case must compare each of its
- * outputs; a case nobody knows is a failure. */
+/* Every case of data/ops on every back-end and every path this machine has. Each case must compare each of
+ * its outputs; a case nobody knows is a failure. */
+#include <cmocka.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
-#include <cmocka.h>
 
 #include "common/base/mem.h"
 #include "kernels/kn_math.h"
@@ -70,7 +70,8 @@ static kn_dtype dtype_of(const fx_tensor *t)
     static const struct {
         const char *name;
         kn_dtype dtype;
-    } names[] = {{"F32", KN_F32}, {"BF16", KN_BF16}, {"F8_E4M3", KN_E4M3}, {"I8", KN_E2M1}, {"F8_E8M0", KN_E8M0}};
+    } names[] = {
+        {"F32", KN_F32}, {"BF16", KN_BF16}, {"F8_E4M3", KN_E4M3}, {"I8", KN_E2M1}, {"F8_E8M0", KN_E8M0}};
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
         if (strcmp(t->dtype, names[i].name) == 0) {
             return names[i].dtype;
@@ -85,7 +86,8 @@ static kn_matrix matrix(op_case *c, const char *name)
     const fx_tensor *w = fx_get(c->file, "%s.in.%s.weight", c->name, name);
     char scale_name[128];
     const fx_tensor *scale;
-    kn_matrix m = {.data = rig_up(c->rig, w->data, w->n_bytes), .dtype = dtype_of(w), .n_out = (uint32_t)w->dim[0]};
+    kn_matrix m = {
+        .data = rig_up(c->rig, w->data, w->n_bytes), .dtype = dtype_of(w), .n_out = (uint32_t)w->dim[0]};
     m.n_in = (uint32_t)w->dim[1] * (m.dtype == KN_E2M1 ? 2 : 1);
     snprintf(scale_name, sizeof(scale_name), "%s.in.%s.scale", c->name, name);
     scale = fx_find(c->file, scale_name);
@@ -198,8 +200,8 @@ static void check_quantized(op_case *c, const uint8_t *codes, const uint8_t *sca
             exponent[r * n_block + b] = scales[r * n_block + b] - 127;
         }
         for (uint32_t i = 0; i < k; i++) {
-            y[r * k + i] =
-                kn_bf16_encode(kn_e4m3_decode(codes[r * k + i]) * kn_e8m0_decode(scales[r * n_block + i / block]));
+            y[r * k + i] = kn_bf16_encode(kn_e4m3_decode(codes[r * k + i]) *
+                                          kn_e8m0_decode(scales[r * n_block + i / block]));
         }
     }
     check(c, "code", codes);
@@ -273,7 +275,8 @@ static void unpack_kv(const uint8_t *row, uint32_t dim, uint32_t rope, uint16_t 
 {
     uint32_t nope = dim - rope;
     for (uint32_t i = 0; i < nope; i++) {
-        x_out[i] = kn_bf16_encode(kn_e4m3_decode(row[i]) * kn_e8m0_decode(row[nope + 2 * rope + i / KN_KV_BLOCK]));
+        x_out[i] =
+            kn_bf16_encode(kn_e4m3_decode(row[i]) * kn_e8m0_decode(row[nope + 2 * rope + i / KN_KV_BLOCK]));
     }
     memcpy(x_out + nope, row + nope, 2 * rope);
 }
@@ -334,7 +337,8 @@ static void case_norm(op_case *c)
 {
     const fx_tensor *x = in(c, "x");
     kn_ptr y = rig_new(c->rig, x->n_bytes);
-    dense(c)->rmsnorm(c->rig->stream, up(c, "x"), up(c, "w"), (uint32_t)x->dim[0], (uint32_t)x->dim[1], EPS, y);
+    dense(c)->rmsnorm(c->rig->stream, up(c, "x"), up(c, "w"), (uint32_t)x->dim[0], (uint32_t)x->dim[1], EPS,
+                      y);
     check_at(c, "y", y);
 }
 
@@ -342,7 +346,8 @@ static void case_head_q(op_case *c)
 {
     const fx_tensor *q = in(c, "q");
     kn_ptr y = up(c, "q");
-    dense(c)->rmsnorm(c->rig->stream, y, (kn_ptr){0}, (uint32_t)(q->dim[0] * q->dim[1]), (uint32_t)q->dim[2], EPS, y);
+    dense(c)->rmsnorm(c->rig->stream, y, (kn_ptr){0}, (uint32_t)(q->dim[0] * q->dim[1]), (uint32_t)q->dim[2],
+                      EPS, y);
     check_at(c, "q", y);
 }
 
@@ -352,7 +357,8 @@ static void inv_freq_of(const op_case *c, float *inv_freq_out)
     kn_rope_inv_freq(attr(c, "theta"), 64, json_number_value(json_object_get(yarn, "factor")),
                      json_number_value(json_object_get(yarn, "original")),
                      json_number_value(json_object_get(yarn, "beta_fast")),
-                     json_number_value(json_object_get(yarn, "beta_slow")), json_is_object(yarn), inv_freq_out);
+                     json_number_value(json_object_get(yarn, "beta_slow")), json_is_object(yarn),
+                     inv_freq_out);
 }
 
 static void case_rope(op_case *c)
@@ -369,7 +375,8 @@ static void case_rope(op_case *c)
     for (uint32_t r = 0; r < N; r++) {
         pos[r] = (uint32_t)pos64[r];
     }
-    ops->rope_table(s, rig_up(c->rig, inv_freq, sizeof(inv_freq)), HALF, rig_up(c->rig, pos, sizeof(pos)), N, table);
+    ops->rope_table(s, rig_up(c->rig, inv_freq, sizeof(inv_freq)), HALF, rig_up(c->rig, pos, sizeof(pos)), N,
+                    table);
     rig_down(c->rig, cs, table, sizeof(cs));
     for (uint32_t r = 0; r < N; r++) {
         for (uint32_t i = 0; i < HALF; i++) {
@@ -400,7 +407,8 @@ static void case_coefficients(op_case *c)
         for (uint32_t i = 0; i < MIX; i++) {
             wide[i] = m[r * MIX + i];
         }
-        kn_hc_coefficients(wide, in(c, "base")->data, in(c, "scale")->data, HC, 20, EPS, pre[r], post[r], comb[r]);
+        kn_hc_coefficients(wide, in(c, "base")->data, in(c, "scale")->data, HC, 20, EPS, pre[r], post[r],
+                           comb[r]);
     }
     check(c, "pre", pre);
     check(c, "post", post);
@@ -413,8 +421,14 @@ static void case_mhc_site(op_case *c)
     uint32_t n = (uint32_t)x_in->dim[0], hc = (uint32_t)x_in->dim[1], d = (uint32_t)x_in->dim[2];
     kn_ptr x = up(c, "X"), out = rig_new(c->rig, n * d * 2ull);
     kn_ptr post = rig_new(c->rig, n * hc * 4ull), comb = rig_new(c->rig, n * hc * hc * 4ull);
-    kn_hc p = {.fn = up(c, "p_fn"), .base = up(c, "p_base"), .scale = up(c, "p_scale"), .d = d, .hc = hc,
-               .sinkhorn_iters = 20, .norm_eps = EPS, .hc_eps = EPS};
+    kn_hc p = {.fn = up(c, "p_fn"),
+               .base = up(c, "p_base"),
+               .scale = up(c, "p_scale"),
+               .d = d,
+               .hc = hc,
+               .sinkhorn_iters = 20,
+               .norm_eps = EPS,
+               .hc_eps = EPS};
     kn_hc head = p;
     dense(c)->hc_pre(c->rig->stream, &p, x, n, out, post, comb);
     check_at(c, "x", out);
@@ -504,9 +518,11 @@ static void attend_window(op_case *c, uint32_t n, uint32_t pos, uint32_t window)
     ops->kv_pack(s, rig_up(c->rig, keys->data, keys->n_bytes), n, DIM, DIM, rows);
     rig_down(c->rig, host, rows, n * row_bytes);
     for (uint32_t i = 0; i + 1 < n; i++) {
-        kn_copy_to_device(s, kn_at(seg.slot, (pos + 1 - n + i) % window * row_bytes), host + i * row_bytes, row_bytes);
+        kn_copy_to_device(s, kn_at(seg.slot, (pos + 1 - n + i) % window * row_bytes), host + i * row_bytes,
+                          row_bytes);
     }
-    ops->attention(s, &b, &a, rig_up(c->rig, q->data, q->n_bytes), kn_at(rows, (n - 1) * row_bytes), (kn_ptr){0}, o);
+    ops->attention(s, &b, &a, rig_up(c->rig, q->data, q->n_bytes), kn_at(rows, (n - 1) * row_bytes),
+                   (kn_ptr){0}, o);
     check_at(c, "o", o);
     cm_free(host);
 }
@@ -530,16 +546,24 @@ typedef struct compressor_run {
 
 static compressor_run compressor_prepare(op_case *c)
 {
-    uint32_t ratio = (uint32_t)attr(c, "ratio"), dim = (uint32_t)attr(c, "dim"), n = (uint32_t)in(c, "x")->dim[0];
+    uint32_t ratio = (uint32_t)attr(c, "ratio"), dim = (uint32_t)attr(c, "dim"),
+             n = (uint32_t)in(c, "x")->dim[0];
     uint32_t n_page = kn_blocks(n, KN_PAGE_TOKENS), list[8];
     float inv_freq[32];
     compressor_run run = {.n_token = n, .width = kn_compress_width(ratio, dim)};
     kn_ptr freq;
     inv_freq_of(c, inv_freq);
     freq = rig_up(c->rig, inv_freq, sizeof(inv_freq));
-    run.c = (kn_compress){.ape = up(c, "c.ape"), .norm = up(c, "c.norm.weight"), .inv_freq = freq, .ratio = ratio,
-                          .dim = dim, .rope = 64, .eps = EPS, .index = strncmp(c->name, "index", 5) == 0,
-                          .page_rows = 40, .slot_state = 64};
+    run.c = (kn_compress){.ape = up(c, "c.ape"),
+                          .norm = up(c, "c.norm.weight"),
+                          .inv_freq = freq,
+                          .ratio = ratio,
+                          .dim = dim,
+                          .rope = 64,
+                          .eps = EPS,
+                          .index = strncmp(c->name, "index", 5) == 0,
+                          .page_rows = 40,
+                          .slot_state = 64};
     run.c.row_bytes = run.c.index ? kn_index_row_bytes(dim) : kn_kv_row_bytes(dim, 64);
     run.page_bytes = run.c.page_rows + (uint64_t)KN_PAGE_TOKENS / ratio * run.c.row_bytes;
     run.pool_bytes = run.page_bytes * n_page;
@@ -558,7 +582,8 @@ static void compressor_feed(op_case *c, const compressor_run *run, uint32_t firs
 {
     const kn_attn_ops *ops = kn_attention(c->rig->device);
     kn_matrix wkv = matrix(c, "c.wkv"), wgate = matrix(c, "c.wgate");
-    kn_ptr x = rig_up(c->rig, (const uint16_t *)in(c, "x")->data + (uint64_t)first * wkv.n_in, 2ull * n * wkv.n_in);
+    kn_ptr x =
+        rig_up(c->rig, (const uint16_t *)in(c, "x")->data + (uint64_t)first * wkv.n_in, 2ull * n * wkv.n_in);
     kn_ptr kv = rig_new(c->rig, 4ull * n * run->width), score = rig_new(c->rig, 4ull * n * run->width);
     kn_seg seg = {.row0 = 0, .n_row = n, .pos0 = first, .page0 = 0, .slot = run->slot};
     kn_batch b = {.segs = rig_up(c->rig, &seg, sizeof(seg)),
@@ -603,7 +628,8 @@ static void compressor_check(op_case *c, const compressor_run *run)
         check(c, i_array == 0 ? "tail_kv" : "tail_score", part);
         if (ratio == 4) { /* the last whole window's half that feeds the next row */
             for (uint32_t i = 0; i < 4; i++) {
-                memcpy(part + (uint64_t)i * dim, entries + (uint64_t)((cut - 4 + i) % span) * width, 4ull * dim);
+                memcpy(part + (uint64_t)i * dim, entries + (uint64_t)((cut - 4 + i) % span) * width,
+                       4ull * dim);
             }
             check(c, i_array == 0 ? "overlap_kv" : "overlap_score", part);
         }
@@ -667,8 +693,8 @@ static void store_index_row(const uint16_t *x, uint32_t dim, uint8_t *row_out)
     }
 }
 
-/* Scores do not leave the operation, but for every k the k best picks must be those of the golden scores: that
- * fixes their whole order, ties included. */
+/* Scores do not leave the operation, but for every k the k best picks must be those of the golden scores:
+ * that fixes their whole order, ties included. */
 static void case_index_scores(op_case *c)
 {
     enum { N = 5, HEADS = 4, DIM = 128, ROWS = 40, PER_PAGE = 32 };
@@ -704,7 +730,8 @@ static void case_index_scores(op_case *c)
     check(c, "w", w32);
     for (uint32_t k = 1; k <= ROWS; k++) {
         int32_t picks[N * ROWS];
-        kn_attention(c->rig->device)->index_topk(c->rig->stream, &b, &layout, HEADS, DIM, k, iq_rows, w, picks_at);
+        kn_attention(c->rig->device)
+            ->index_topk(c->rig->stream, &b, &layout, HEADS, DIM, k, iq_rows, w, picks_at);
         rig_down(c->rig, picks, picks_at, N * k * 4);
         for (uint32_t r = 0; r < N; r++) {
             int32_t best[ROWS];
@@ -781,7 +808,8 @@ static void case_gate(op_case *c)
     uint32_t n = (uint32_t)in(c, "x")->dim[0], ids[N_MAX] = {0};
     bool hash = strncmp(c->name, "hash", 4) == 0;
     kn_gate g = {.weight = matrix(c, "g.gate"), .topk = TOPK, .route_scale = (float)attr(c, "route_scale")};
-    kn_ptr x = up(c, "x"), experts_at = rig_new(c->rig, n * TOPK * 4), weights = rig_new(c->rig, n * TOPK * 4);
+    kn_ptr x = up(c, "x"), experts_at = rig_new(c->rig, n * TOPK * 4),
+           weights = rig_new(c->rig, n * TOPK * 4);
     kn_ptr z = rig_new(c->rig, (uint64_t)n * g.weight.n_out * 4);
     float z_host[N_MAX * 16];
     int32_t experts[N_MAX * TOPK];
@@ -795,7 +823,8 @@ static void case_gate(op_case *c)
     } else {
         g.bias = up(c, "g.gate.bias");
     }
-    kn_moe(c->rig->device)->gate(c->rig->stream, &g, x, rig_up(c->rig, ids, sizeof(ids)), n, experts_at, weights);
+    kn_moe(c->rig->device)
+        ->gate(c->rig->stream, &g, x, rig_up(c->rig, ids, sizeof(ids)), n, experts_at, weights);
     rig_down(c->rig, experts, experts_at, n * TOPK * 4);
     for (uint32_t i = 0; i < n * TOPK; i++) {
         experts64[i] = experts[i];
@@ -826,8 +855,8 @@ static void case_expert(op_case *c)
     kn_expert_group groups[2] = {{&e, 0, n - 1}, {&e, n - 1, 1}};
     kn_ptr y = rig_new(c->rig, 2ull * n * d), g = rig_new(c->rig, 2ull * n * inner), u, h;
     for (uint32_t i = 0; i < n; i++) {
-        items[i] = (kn_expert_item){.row = n - 1 - i, .out = n - 1 - i,
-                                    .weight = ((const float *)in(c, "wt")->data)[n - 1 - i]};
+        items[i] = (kn_expert_item){
+            .row = n - 1 - i, .out = n - 1 - i, .weight = ((const float *)in(c, "wt")->data)[n - 1 - i]};
     }
     kn_moe(c->rig->device)->experts(s, groups, 2, items, x, limit, y);
     check_at(c, "y", y);
@@ -934,7 +963,8 @@ static void run_case(void **state)
 }
 
 /* Tests of one device, named after it; returns how many cases were added. */
-static uint32_t add_cases(const json_t *ops, fx_file **files, rig *r, struct CMUnitTest *tests, op_case *cases)
+static uint32_t add_cases(const json_t *ops, fx_file **files, rig *r, struct CMUnitTest *tests,
+                          op_case *cases)
 {
     const char *group;
     const json_t *list, *entry;
@@ -951,9 +981,10 @@ static uint32_t add_cases(const json_t *ops, fx_file **files, rig *r, struct CMU
                                  .json = entry,
                                  .file = files[i_file],
                                  .rig = r};
-            snprintf(name, sizeof(name), "%s %s %s/%s", kn_device_name(r->device), kn_device_isa(r->device), group,
-                     cases[n].name);
-            tests[n] = (struct CMUnitTest){.name = cm_strdup(name), .test_func = run_case, .initial_state = &cases[n]};
+            snprintf(name, sizeof(name), "%s %s %s/%s", kn_device_name(r->device), kn_device_isa(r->device),
+                     group, cases[n].name);
+            tests[n] = (struct CMUnitTest){
+                .name = cm_strdup(name), .test_func = run_case, .initial_state = &cases[n]};
             n++;
         }
         i_file++;
@@ -966,8 +997,14 @@ int main(void)
     static struct CMUnitTest tests[N_PATH_MAX * N_CASE];
     static op_case cases[N_PATH_MAX * N_CASE];
     static rig rigs[N_PATH_MAX];
-    const kn_limits limits = {.n_row = 512, .n_in = 1024, .n_inner = 512, .n_head = 4, .head_dim = 512, .n_key = 512,
-                              .n_index_row = 64, .n_expert = 16};
+    const kn_limits limits = {.n_row = 512,
+                              .n_in = 1024,
+                              .n_inner = 512,
+                              .n_head = 4,
+                              .head_dim = 512,
+                              .n_key = 512,
+                              .n_index_row = 64,
+                              .n_expert = 16};
     json_t *index = fx_json(OPS "index.json");
     const json_t *ops = json_object_get(index, "ops");
     fx_file *files[16];

@@ -40,7 +40,8 @@ static void client_closed(void *ctx, pc_code code, const char *text)
     c->stream = NULL;
 }
 
-void client_ask(client *c, pc_channel *channel, const char *path, const ProtobufCMessage *request, uint64_t deadline_ms)
+void client_ask(client *c, pc_channel *channel, const char *path, const ProtobufCMessage *request,
+                uint64_t deadline_ms)
 {
     static const pc_stream_events events = {.message = client_message, .closed = client_closed};
     cm_bytes packed;
@@ -75,7 +76,8 @@ static void plain_find(const grpc_metadata_array *array, const char *key, char *
 static void plain_batch(grpc_call *call, grpc_completion_queue *cq, const grpc_op *ops, size_t n)
 {
     assert_int_equal(grpc_call_start_batch(call, ops, n, (void *)1, NULL), GRPC_CALL_OK);
-    assert_int_equal(grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type, GRPC_OP_COMPLETE);
+    assert_int_equal(grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type,
+                     GRPC_OP_COMPLETE);
 }
 
 static void plain_begin(plain *p, grpc_call *call, grpc_completion_queue *cq)
@@ -119,7 +121,8 @@ static void plain_end(plain *p, grpc_call *call, grpc_completion_queue *cq)
     grpc_slice text;
     grpc_status_code code;
     grpc_op op = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT,
-                  .data.recv_status_on_client = {.trailing_metadata = &trailers, .status = &code, .status_details = &text}};
+                  .data.recv_status_on_client = {
+                      .trailing_metadata = &trailers, .status = &code, .status_details = &text}};
     grpc_metadata_array_init(&trailers);
     plain_batch(call, cq, &op, 1);
     p->code = (int)code;
@@ -130,7 +133,8 @@ static void plain_end(plain *p, grpc_call *call, grpc_completion_queue *cq)
                             GRPC_SLICE_LENGTH(trailers.metadata[i].value));
         }
     }
-    snprintf(p->text, sizeof(p->text), "%.*s", (int)GRPC_SLICE_LENGTH(text), (const char *)GRPC_SLICE_START_PTR(text));
+    snprintf(p->text, sizeof(p->text), "%.*s", (int)GRPC_SLICE_LENGTH(text),
+             (const char *)GRPC_SLICE_START_PTR(text));
     grpc_slice_unref(text);
     grpc_metadata_array_destroy(&trailers);
 }
@@ -153,7 +157,8 @@ static void *plain_thread(void *arg)
     grpc_slice_unref(path);
     grpc_channel_destroy(channel);
     grpc_completion_queue_shutdown(cq);
-    while (grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type != GRPC_QUEUE_SHUTDOWN) {
+    while (grpc_completion_queue_next(cq, gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL).type !=
+           GRPC_QUEUE_SHUTDOWN) {
     }
     grpc_completion_queue_destroy(cq);
     grpc_shutdown();
@@ -168,7 +173,8 @@ static void plain_ended(void *arg)
     pc_loop_stop(p->loop);
 }
 
-void plain_run(plain *p, pc_loop *loop, const char *address, const char *path, const void *request, size_t n_bytes)
+void plain_run(plain *p, pc_loop *loop, const char *address, const char *path, const void *request,
+               size_t n_bytes)
 {
     pthread_t thread;
     *p = (plain){.path = path, .loop = loop, .task = {.fn = plain_ended, .arg = p}};

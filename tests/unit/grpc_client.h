@@ -1,5 +1,5 @@
-/* Two clients for tests of a gRPC surface: ours on the loop, which can wait, cancel and talk to several servers at once, and
- * a plain one on a thread of its own, which also sees metadata and trailers. */
+/* Two clients for tests of a gRPC surface: ours on the loop, which can wait, cancel and talk to several
+ * servers at once, and a plain one on a thread of its own, which also sees metadata and trailers. */
 #pragma once
 #include <protobuf-c/protobuf-c.h>
 
@@ -20,7 +20,8 @@ typedef struct client {
 } client;
 
 /* Sends one request, waits for nothing. */
-void client_ask(client *c, pc_channel *channel, const char *path, const ProtobufCMessage *request, uint64_t deadline_ms);
+void client_ask(client *c, pc_channel *channel, const char *path, const ProtobufCMessage *request,
+                uint64_t deadline_ms);
 void client_fini(client *c);
 
 typedef struct plain {
@@ -30,14 +31,16 @@ typedef struct plain {
     uint32_t n_messages;
     int code;
     char text[512], request_id[192], retry[32]; /* x-request-id, grpc-retry-pushback-ms; "" when absent */
-    cm_bytes details;                          /* packed google.rpc.Status */
+    cm_bytes details;                           /* packed google.rpc.Status */
     bool ended;
     pc_loop *loop;
     pc_task task;
 } plain;
 
 /* Runs the loop until the call and its thread have ended. */
-void plain_run(plain *p, pc_loop *loop, const char *address, const char *path, const void *request, size_t n_bytes);
+void plain_run(plain *p, pc_loop *loop, const char *address, const char *path, const void *request,
+               size_t n_bytes);
 void plain_fini(plain *p);
-/* The first detail of that type ("google.rpc.BadRequest") unpacked into the arena; NULL when there is none. */
+/* The first detail of that type ("google.rpc.BadRequest") unpacked into the arena; NULL when there is none.
+ */
 void *plain_detail(const plain *p, const ProtobufCMessageDescriptor *type, cm_arena *arena);

@@ -82,7 +82,8 @@ cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream
                           .events = *events,
                           .ctx = ctx,
                           .task = {.fn = run_script, .arg = stream}};
-    snprintf(stream->id, sizeof(stream->id), "%s", ask->request_id != NULL ? ask->request_id : "made-by-gateway");
+    snprintf(stream->id, sizeof(stream->id), "%s",
+             ask->request_id != NULL ? ask->request_id : "made-by-gateway");
     gateway->n_live++;
     pc_loop_post(gateway->loop, &stream->task);
     *stream_out = stream;
@@ -212,7 +213,8 @@ const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)
 }
 
 /* The ids of the first message's content as it is; a message of a tool is refused. */
-cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out, cm_bytes *text_out, gw_error *error_out)
+cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out, cm_bytes *text_out,
+                      gw_error *error_out)
 {
     const json_t *first = json_array_get(json_object_get(body, "messages"), 0);
     const char *text = json_string_value(json_object_get(first, "content"));
@@ -264,7 +266,8 @@ struct gw_openai {
     cm_bytes text;
 };
 
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_openai_emit_fn emit, void *ctx)
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
+                            gw_openai_emit_fn emit, void *ctx)
 {
     gw_openai *writer = cm_alloc(sizeof(*writer));
     assert_int_equal(kind, GW_ASK_CHAT);

@@ -1,5 +1,5 @@
-/* The gateway behind gateway/stream.h as a script of the test: what was asked is kept, events come when the test says so,
- * never from inside gw_stream_open. Thread: the loop's. */
+/* The gateway behind gateway/stream.h as a script of the test: what was asked is kept, events come when the
+ * test says so, never from inside gw_stream_open. Thread: the loop's. */
 #pragma once
 #include "gateway/stream.h"
 

@@ -74,7 +74,8 @@ void *message(const client *c, uint32_t i, const ProtobufCMessageDescriptor *typ
 {
     ProtobufCMessage *out;
     assert_true(i < c->n_messages && i < CLIENT_MESSAGES);
-    assert_int_equal(pr_unpack(type, cm_bytes_text(&c->messages[i]), c->messages[i].len, &g.arena, &out), CM_OK);
+    assert_int_equal(pr_unpack(type, cm_bytes_text(&c->messages[i]), c->messages[i].len, &g.arena, &out),
+                     CM_OK);
     assert_int_equal(out->n_unknown_fields, 0);
     return out;
 }
@@ -145,4 +146,3 @@ void script_start_only(gw_stream *stream)
 {
     fake_started(stream);
 }
-

@@ -53,7 +53,8 @@ void ask_and_wait(const char *path, const void *request);
 void *message(const client *c, uint32_t i, const ProtobufCMessageDescriptor *type);
 /* Refused with this code, this field named in the details ("" = none). */
 void expect_refused(const char *path, const void *request, pc_code code, const char *field);
-void expect_refused_bytes(const char *path, const void *data, size_t n_bytes, pc_code code, const char *field);
+void expect_refused_bytes(const char *path, const void *data, size_t n_bytes, pc_code code,
+                          const char *field);
 
 /* A chat of one user's message, with room to spoil it. */
 typedef struct simple_chat {

@@ -1,4 +1,5 @@
-/* Generating calls of the gRPC surface: what a request asks the gateway for, in which order events leave, what an error says. */
+/* Generating calls of the gRPC surface: what a request asks the gateway for, in which order events leave,
+ * what an error says. */
 #include <math.h>
 #include <string.h>
 
@@ -168,7 +169,8 @@ static void test_chat_body(void **state)
     uint32_t stop_ids[] = {5, 6};
     bias.token_id = 9;
     bias.bias = -1.5f;
-    s->has_max_tokens = s->has_min_tokens = s->has_temperature = s->has_top_p = s->has_top_k = s->has_min_p = true;
+    s->has_max_tokens = s->has_min_tokens = s->has_temperature = s->has_top_p = s->has_top_k = s->has_min_p =
+        true;
     s->has_presence_penalty = s->has_frequency_penalty = s->has_repetition_penalty = s->has_seed = true;
     s->has_ignore_eos = s->has_include_stop = s->has_top_logprobs = true;
     s->max_tokens = 7;
@@ -202,24 +204,29 @@ static void test_chat_body(void **state)
     assert_int_equal(stream->kind, GW_ASK_CHAT);
     assert_false(stream->want_ids);
     assert_true(stream->deadline_ms == UINT64_MAX);
-    assert_json(stream->body,
-                "{\"model\":\"nano\",\"messages\":["
-                "{\"role\":\"system\",\"content\":\"s\"},{\"role\":\"user\",\"content\":\"u\",\"task\":\"title\"},"
-                "{\"role\":\"assistant\",\"reasoning_content\":\"why\",\"prefix\":false,\"tool_calls\":[{\"id\":\"c1\","
-                "\"type\":\"function\",\"function\":{\"name\":\"add\",\"arguments\":\"{}\"}}]},"
-                "{\"role\":\"tool\",\"content\":\"3\",\"tool_call_id\":\"c1\"},"
-                "{\"role\":\"latest_reminder\",\"content\":\"r\"}],"
-                "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"add\",\"description\":\"adds\","
-                "\"parameters\":{\"type\":\"object\"},\"strict\":false}}],"
-                "\"tool_choice\":{\"type\":\"function\",\"function\":{\"name\":\"add\"}},\"parallel_tool_calls\":false,"
-                "\"thinking\":{\"type\":\"enabled\"},\"reasoning_effort\":\"xhigh\","
-                "\"chat_template_kwargs\":{\"drop_thinking\":false},"
-                "\"max_tokens\":7,\"min_tokens\":2,\"temperature\":0.5,\"top_p\":0.25,\"top_k\":3,\"min_p\":0.125,"
-                "\"presence_penalty\":1.0,\"frequency_penalty\":-1.0,\"repetition_penalty\":1.5,\"seed\":-77,"
-                "\"ignore_eos\":true,\"include_stop_str_in_output\":false,\"stop\":[\"a\",\"b\"],\"stop_token_ids\":[5,6],"
-                "\"logit_bias\":{\"9\":-1.5},\"logprobs\":true,\"top_logprobs\":4,"
-                "\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"response\",\"schema\":{\"x\":1}}},"
-                "\"user_id\":\"me\",\"priority\":-3}");
+    assert_json(
+        stream->body,
+        "{\"model\":\"nano\",\"messages\":["
+        "{\"role\":\"system\",\"content\":\"s\"},{\"role\":\"user\",\"content\":\"u\",\"task\":\"title\"},"
+        "{\"role\":\"assistant\",\"reasoning_content\":\"why\",\"prefix\":false,\"tool_calls\":[{\"id\":"
+        "\"c1\","
+        "\"type\":\"function\",\"function\":{\"name\":\"add\",\"arguments\":\"{}\"}}]},"
+        "{\"role\":\"tool\",\"content\":\"3\",\"tool_call_id\":\"c1\"},"
+        "{\"role\":\"latest_reminder\",\"content\":\"r\"}],"
+        "\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"add\",\"description\":\"adds\","
+        "\"parameters\":{\"type\":\"object\"},\"strict\":false}}],"
+        "\"tool_choice\":{\"type\":\"function\",\"function\":{\"name\":\"add\"}},\"parallel_tool_calls\":"
+        "false,"
+        "\"thinking\":{\"type\":\"enabled\"},\"reasoning_effort\":\"xhigh\","
+        "\"chat_template_kwargs\":{\"drop_thinking\":false},"
+        "\"max_tokens\":7,\"min_tokens\":2,\"temperature\":0.5,\"top_p\":0.25,\"top_k\":3,\"min_p\":0.125,"
+        "\"presence_penalty\":1.0,\"frequency_penalty\":-1.0,\"repetition_penalty\":1.5,\"seed\":-77,"
+        "\"ignore_eos\":true,\"include_stop_str_in_output\":false,\"stop\":[\"a\",\"b\"],\"stop_token_ids\":["
+        "5,6],"
+        "\"logit_bias\":{\"9\":-1.5},\"logprobs\":true,\"top_logprobs\":4,"
+        "\"response_format\":{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"response\",\"schema\":{"
+        "\"x\":1}}},"
+        "\"user_id\":\"me\",\"priority\":-3}");
 }
 
 static void test_chat_defaults(void **state)
@@ -256,8 +263,9 @@ static void test_chat_text_with_nul(void **state)
     ask_and_wait(CHAT, &chat.request);
     assert_int_equal(g.c.n_messages, 3);
     assert_int_equal(g.c.messages[1].len, 7);
-    assert_memory_equal(g.c.messages[1].data, "\x12\x05\x12\x03"
-                                              "a\0b",
+    assert_memory_equal(g.c.messages[1].data,
+                        "\x12\x05\x12\x03"
+                        "a\0b",
                         7);
     assert_int_equal(chat_event(2)->finish->reason, BALEEN__V1__FINISH_REASON__FINISH_LENGTH);
 }
@@ -418,10 +426,12 @@ static void test_refused_with_retry(void **state)
     simple_chat chat;
     simple_init(&chat);
     g.gateway.refuses = true;
-    gw_error_set(&g.gateway.refusal, GW_CAUSE_CAPACITY, NULL, "too many, the client said %s", "caf\xc3\xa9 \xf0\x9f\x98");
+    gw_error_set(&g.gateway.refusal, GW_CAUSE_CAPACITY, NULL, "too many, the client said %s",
+                 "caf\xc3\xa9 \xf0\x9f\x98");
     g.gateway.refusal.retry_ms = 1250;
     expect_refused(CHAT, &chat.request, PC_CODE_RESOURCE_EXHAUSTED, "");
-    assert_string_equal(g.p.text, "too many, the client said caf\xc3\xa9 "); /* cut in a character: it is left out */
+    assert_string_equal(g.p.text,
+                        "too many, the client said caf\xc3\xa9 "); /* cut in a character: it is left out */
     assert_string_equal(g.p.retry, "1250");
     Google__Rpc__RetryInfo *retry = plain_detail(&g.p, &google__rpc__retry_info__descriptor, &g.arena);
     assert_non_null(retry);
@@ -487,7 +497,8 @@ static void script_flood_at_end(gw_stream *stream)
     for (int i = 0; i < 15; i++) {
         fake_piece(stream, MD_PIECE_CONTENT, 0, g_block, sizeof(g_block));
     }
-    fake_piece(stream, MD_PIECE_CONTENT, 0, g_block, MIB - START_BYTES - 15 * (sizeof(g_block) + DELTA_BYTES) - DELTA_BYTES - 10);
+    fake_piece(stream, MD_PIECE_CONTENT, 0, g_block,
+               MIB - START_BYTES - 15 * (sizeof(g_block) + DELTA_BYTES) - DELTA_BYTES - 10);
     fake_finish(stream, GW_REASON_STOP, NULL, -1);
     assert_false(stream->cancelled);
 }

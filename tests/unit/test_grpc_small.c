@@ -182,7 +182,8 @@ static void test_info(void **state)
 
 static int status_in(const client *c, uint32_t i)
 {
-    Grpc__Health__V1__HealthCheckResponse *response = message(c, i, &grpc__health__v1__health_check_response__descriptor);
+    Grpc__Health__V1__HealthCheckResponse *response =
+        message(c, i, &grpc__health__v1__health_check_response__descriptor);
     assert_true(response->has_status);
     return (int)response->status;
 }
@@ -314,15 +315,9 @@ static void test_taken_address(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        RIG_TEST(test_tokenize_text),
-        RIG_TEST(test_tokenize_chat),
-        RIG_TEST(test_detokenize),
-        RIG_TEST(test_abort),
-        RIG_TEST(test_info),
-        RIG_TEST(test_health_check),
-        RIG_TEST(test_health_watch),
-        RIG_TEST(test_drain),
-        RIG_TEST(test_destroy_with_a_stream),
+        RIG_TEST(test_tokenize_text), RIG_TEST(test_tokenize_chat), RIG_TEST(test_detokenize),
+        RIG_TEST(test_abort),         RIG_TEST(test_info),          RIG_TEST(test_health_check),
+        RIG_TEST(test_health_watch),  RIG_TEST(test_drain),         RIG_TEST(test_destroy_with_a_stream),
         RIG_TEST(test_taken_address),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,6 +1,7 @@
-/* Every path of the cpu back-end against the oracle, bit for bit: random values, sizes that are multiples of nothing,
- * one to three threads, and every batch cut into calls in other ways. Then the arithmetic of kn_math.h against libm.
- * Usage: t_kernels [seed] */
+/* Every path of the cpu back-end against the oracle, bit for bit: random values, sizes that are multiples of
+ * nothing, one to three threads, and every batch cut into calls in other ways. Then the arithmetic of
+ * kn_math.h against libm. Usage: t_kernels [seed] */
+#include <cmocka.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -8,7 +9,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <cmocka.h>
 
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
@@ -98,7 +98,8 @@ static kn_ptr random_codes(rig *r, uint64_t key, uint64_t n)
     return p;
 }
 
-static kn_matrix random_matrix(rig *r, uint64_t key, uint32_t n_out, uint32_t n_in, kn_dtype dtype, kn_dtype scale)
+static kn_matrix random_matrix(rig *r, uint64_t key, uint32_t n_out, uint32_t n_in, kn_dtype dtype,
+                               kn_dtype scale)
 {
     kn_matrix m = {.n_out = n_out, .n_in = n_in, .dtype = dtype, .scale_dtype = scale};
     uint64_t n = (uint64_t)n_out * n_in, n_scale;
@@ -109,7 +110,8 @@ static kn_matrix random_matrix(rig *r, uint64_t key, uint32_t n_out, uint32_t n_
     n_scale = dtype == KN_E2M1 ? (uint64_t)n_out * kn_blocks(n_in, KN_FP4_BLOCK)
                                : (uint64_t)kn_blocks(n_out, KN_ACT_BLOCK) * kn_blocks(n_in, KN_ACT_BLOCK);
     m.data = dtype == KN_E2M1 ? random_bytes(r, key, n / 2, 0, 256) : random_codes(r, key, n);
-    m.scale = scale == KN_F32 ? random_f32(r, key + 1000, n_scale) : random_bytes(r, key + 1000, n_scale, 110, 20);
+    m.scale =
+        scale == KN_F32 ? random_f32(r, key + 1000, n_scale) : random_bytes(r, key + 1000, n_scale, 110, 20);
     return m;
 }
 
@@ -144,8 +146,10 @@ static void do_rows(rig *r, uint32_t cut, cm_bytes *out)
     const kn_dense_ops *ops = kn_dense(r->device);
     uint32_t n = 13, d = random_between(1, 30, 400), hc = random_between(2, 1, 5), vocab = 57, ids[13], b;
     kn_matrix table = random_matrix(r, 3, vocab, d, KN_BF16, KN_NONE);
-    kn_ptr x = random_bf16(r, 4, n * d), w = random_bf16(r, 5, d), wide = rig_new(r, n * hc * d * 2), y, ids_at;
-    kn_ptr normed = rig_new(r, n * d * 2), plain = rig_new(r, n * d * 2), logits = random_f32(r, 6, n * 61), best;
+    kn_ptr x = random_bf16(r, 4, n * d), w = random_bf16(r, 5, d), wide = rig_new(r, n * hc * d * 2), y,
+           ids_at;
+    kn_ptr normed = rig_new(r, n * d * 2), plain = rig_new(r, n * d * 2), logits = random_f32(r, 6, n * 61),
+           best;
     kn_q8 q = {rig_new(r, n * d), rig_new(r, n * kn_blocks(d, KN_ACT_BLOCK))};
     for (uint32_t i = 0; i < n; i++) {
         ids[i] = random_u32(7, i) % vocab;
@@ -177,12 +181,20 @@ static void do_hc(rig *r, uint32_t cut, cm_bytes *out)
     const kn_dense_ops *ops = kn_dense(r->device);
     uint32_t n = 11, d = random_between(20, 20, 300), hc = random_between(21, 2, 5), n_mix = (2 + hc) * hc, b;
     uint64_t row = (uint64_t)hc * d;
-    kn_hc p = {.fn = random_f32(r, 22, n_mix * row), .base = random_f32(r, 23, n_mix), .scale = random_f32(r, 24, 3),
-               .d = d, .hc = hc, .sinkhorn_iters = 20, .norm_eps = 1e-6f, .hc_eps = 1e-6f};
-    kn_ptr x = random_bf16(r, 25, n * row), y = random_bf16(r, 26, (uint64_t)n * d), pre = rig_new(r, n * d * 2);
+    kn_hc p = {.fn = random_f32(r, 22, n_mix * row),
+               .base = random_f32(r, 23, n_mix),
+               .scale = random_f32(r, 24, 3),
+               .d = d,
+               .hc = hc,
+               .sinkhorn_iters = 20,
+               .norm_eps = 1e-6f,
+               .hc_eps = 1e-6f};
+    kn_ptr x = random_bf16(r, 25, n * row), y = random_bf16(r, 26, (uint64_t)n * d),
+           pre = rig_new(r, n * d * 2);
     kn_ptr post = rig_new(r, n * hc * 4), comb = rig_new(r, n * hc * hc * 4), head = rig_new(r, n * d * 2);
     for (uint32_t at = 0; at < n; at += b) {
-        kn_ptr xa = kn_at(x, at * row * 2), post_at = kn_at(post, at * hc * 4), comb_at = kn_at(comb, at * hc * hc * 4);
+        kn_ptr xa = kn_at(x, at * row * 2), post_at = kn_at(post, at * hc * 4),
+               comb_at = kn_at(comb, at * hc * hc * 4);
         b = next_cut(cut, at, n);
         ops->hc_pre(r->stream, &p, xa, b, kn_at(pre, at * d * 2), post_at, comb_at);
         ops->hc_head(r->stream, &p, xa, b, kn_at(head, at * d * 2));
@@ -213,20 +225,22 @@ static void do_linear(rig *r, uint32_t cut, cm_bytes *out)
             if (quantized) {
                 ops->linear_q8(r->stream, q_at, &w, b, kn_at(y, at * o * 2));
             } else {
-                ops->linear_bf16(r->stream, kn_at(x, at * k * 2), &w, b, forms[f][1], kn_at(y, at * o * item));
+                ops->linear_bf16(r->stream, kn_at(x, at * k * 2), &w, b, forms[f][1],
+                                 kn_at(y, at * o * item));
             }
         }
         keep(r, out, y, n * o * (quantized ? 2 : item));
     }
 }
 
-/* Sums that are zero but for rounding: the second half of every row undoes the first, over many magnitudes. What is
- * left of them is the order of summation itself. */
+/* Sums that are zero but for rounding: the second half of every row undoes the first, over many magnitudes.
+ * What is left of them is the order of summation itself. */
 static void do_cancelling(rig *r, uint32_t cut, cm_bytes *out)
 {
     enum { N = 10, K = 1024, O = 9 };
     const kn_dense_ops *ops = kn_dense(r->device);
-    kn_matrix wide = random_matrix(r, 110, O, K, KN_BF16, KN_NONE), fp8 = random_matrix(r, 112, O, K, KN_E4M3, KN_F32);
+    kn_matrix wide = random_matrix(r, 110, O, K, KN_BF16, KN_NONE),
+              fp8 = random_matrix(r, 112, O, K, KN_E4M3, KN_F32);
     kn_ptr x = random_bf16(r, 113, N * K), y = rig_new(r, N * O * 4), y8 = rig_new(r, N * O * 2);
     kn_q8 q = random_q8(r, 114, N, K);
     uint16_t *x_host = kn_mem_host(r->device, x), *w_host = kn_mem_host(r->device, wide.data);
@@ -237,7 +251,8 @@ static void do_cancelling(rig *r, uint32_t cut, cm_bytes *out)
     for (uint32_t i = 0; i < N * K; i++) {
         bool second = i % K >= K / 2;
         uint32_t other = i / K * K + (i + 5) % (K / 2); /* in another lane */
-        x_host[i] = second ? x_host[other] : (uint16_t)(x_host[i] & 0x807f) | (uint16_t)((90 + random_u32(115, i) % 70) << 7);
+        x_host[i] = second ? x_host[other]
+                           : (uint16_t)(x_host[i] & 0x807f) | (uint16_t)((90 + random_u32(115, i) % 70) << 7);
         codes[i] = second ? codes[i - K / 2] : codes[i];
         scales[i / 128] = second ? scales[(i - K / 2) / 128] : scales[i / 128];
     }
@@ -263,13 +278,14 @@ static void do_cancelling(rig *r, uint32_t cut, cm_bytes *out)
 static void do_grouped(rig *r, uint32_t cut, cm_bytes *out)
 {
     for (uint32_t f = 0; f < 2; f++) {
-        uint32_t n = 10, k = random_between(100 + f, 20, 300), groups = 3, per = random_between(102 + f, 5, 90), b;
+        uint32_t n = 10, k = random_between(100 + f, 20, 300), groups = 3,
+                 per = random_between(102 + f, 5, 90), b;
         kn_matrix w = random_matrix(r, 104 + f, groups * per, k, KN_E4M3, f == 0 ? KN_E8M0 : KN_F32);
         kn_ptr x = random_bf16(r, 106, n * groups * k), y = rig_new(r, n * groups * per * 2);
         for (uint32_t at = 0; at < n; at += b) {
             b = next_cut(cut, at, n);
-            kn_dense(r->device)
-                ->linear_grouped(r->stream, kn_at(x, at * groups * k * 2), &w, groups, b, kn_at(y, at * groups * per * 2));
+            kn_dense(r->device)->linear_grouped(r->stream, kn_at(x, at * groups * k * 2), &w, groups, b,
+                                                kn_at(y, at * groups * per * 2));
         }
         keep(r, out, y, n * groups * per * 2);
     }
@@ -278,10 +294,14 @@ static void do_grouped(rig *r, uint32_t cut, cm_bytes *out)
 static void do_gate(rig *r, uint32_t cut, cm_bytes *out)
 {
     for (uint32_t hash = 0; hash < 2; hash++) {
-        uint32_t n = 14, d = random_between(120, 20, 300), n_expert = random_between(121, 7, 40), topk = 6, b, ids[14];
-        kn_gate g = {.weight = random_matrix(r, 122, n_expert, d, KN_BF16, KN_NONE), .n_expert = n_expert, .topk = topk,
+        uint32_t n = 14, d = random_between(120, 20, 300), n_expert = random_between(121, 7, 40), topk = 6, b,
+                 ids[14];
+        kn_gate g = {.weight = random_matrix(r, 122, n_expert, d, KN_BF16, KN_NONE),
+                     .n_expert = n_expert,
+                     .topk = topk,
                      .route_scale = 2.5f};
-        kn_ptr x = random_bf16(r, 123, n * d), experts = rig_new(r, n * topk * 4), weights = rig_new(r, n * topk * 4);
+        kn_ptr x = random_bf16(r, 123, n * d), experts = rig_new(r, n * topk * 4),
+               weights = rig_new(r, n * topk * 4);
         kn_ptr ids_at;
         int64_t table[9 * 6];
         for (uint32_t i = 0; i < 9 * topk; i++) {
@@ -303,9 +323,11 @@ static void do_gate(rig *r, uint32_t cut, cm_bytes *out)
     }
 }
 
-static kn_expert random_expert(rig *r, uint64_t key, uint32_t d, uint32_t inner, kn_dtype dtype, kn_dtype scale)
+static kn_expert random_expert(rig *r, uint64_t key, uint32_t d, uint32_t inner, kn_dtype dtype,
+                               kn_dtype scale)
 {
-    return (kn_expert){random_matrix(r, key, inner, d, dtype, scale), random_matrix(r, key + 1, inner, d, dtype, scale),
+    return (kn_expert){random_matrix(r, key, inner, d, dtype, scale),
+                       random_matrix(r, key + 1, inner, d, dtype, scale),
                        random_matrix(r, key + 2, d, inner, dtype, scale)};
 }
 
@@ -321,8 +343,8 @@ static void do_experts(rig *r, uint32_t cut, cm_bytes *out)
         kn_expert_item items[N_ITEM];
         kn_ptr y = rig_new(r, N_ITEM * d * 2);
         for (uint32_t i = 0; i < N_ITEM; i++) {
-            items[i] = (kn_expert_item){.row = (i * 7) % N, .out = N_ITEM - 1 - i,
-                                        .weight = fabsf(random_value(190 + f, i))};
+            items[i] = (kn_expert_item){
+                .row = (i * 7) % N, .out = N_ITEM - 1 - i, .weight = fabsf(random_value(190 + f, i))};
         }
         for (uint32_t at = 0; at < N; at += b) {
             kn_expert_group groups[2];
@@ -353,8 +375,8 @@ static void do_swiglu_combine(rig *r, uint32_t cut, cm_bytes *out)
         b = next_cut(cut, at, N);
         ops->swiglu(r->stream, kn_at(g, row), kn_at(u, row), kn_at(w, at * 4), b, d, 10.0f, kn_at(h, row));
         ops->swiglu(r->stream, kn_at(g, row), kn_at(u, row), (kn_ptr){0}, b, d, 10.0f, kn_at(plain, row));
-        ops->combine(r->stream, kn_at(y, TOPK * row), kn_at(experts, at * TOPK * 4), kn_at(shared, row), b, TOPK, d,
-                     kn_at(sum, row));
+        ops->combine(r->stream, kn_at(y, TOPK * row), kn_at(experts, at * TOPK * 4), kn_at(shared, row), b,
+                     TOPK, d, kn_at(sum, row));
     }
     keep(r, out, h, N * d * 2);
     keep(r, out, plain, N * d * 2);
@@ -392,8 +414,11 @@ static layer layer_open(rig *r, uint32_t ratio)
     float inv_freq[ROPE / 2];
     kn_rope_inv_freq(160000, ROPE, 16, 256, 32, 1, true, inv_freq);
     l.inv_freq = rig_up(r, inv_freq, sizeof(inv_freq));
-    *kv = (kn_kv_layout){.ratio = ratio, .row_bytes = kn_kv_row_bytes(DIM, ROPE),
-                         .index_bytes = kn_index_row_bytes(INDEX_DIM), .page_rows = 24, .slot_raw = 8};
+    *kv = (kn_kv_layout){.ratio = ratio,
+                         .row_bytes = kn_kv_row_bytes(DIM, ROPE),
+                         .index_bytes = kn_index_row_bytes(INDEX_DIM),
+                         .page_rows = 24,
+                         .slot_raw = 8};
     kv->page_index = kv->page_rows + (uint64_t)per_page * kv->row_bytes;
     kv->slot_main = kv->slot_raw + WINDOW * kv->row_bytes;
     kv->slot_index = kv->slot_main + (ratio != 0 ? kn_compress_state_bytes(ratio, DIM) : 0);
@@ -412,13 +437,25 @@ static layer layer_open(rig *r, uint32_t ratio)
     l.a.topk = TOPK;
     if (ratio != 0) {
         l.main = (kn_compress){.ape = random_f32(r, 301, ratio * kn_compress_width(ratio, DIM)),
-                               .norm = random_bf16(r, 302, DIM), .inv_freq = l.inv_freq, .ratio = ratio, .dim = DIM,
-                               .rope = ROPE, .eps = 1e-6f, .page_rows = kv->page_rows, .slot_state = kv->slot_main,
+                               .norm = random_bf16(r, 302, DIM),
+                               .inv_freq = l.inv_freq,
+                               .ratio = ratio,
+                               .dim = DIM,
+                               .rope = ROPE,
+                               .eps = 1e-6f,
+                               .page_rows = kv->page_rows,
+                               .slot_state = kv->slot_main,
                                .row_bytes = kv->row_bytes};
         l.index = (kn_compress){.ape = random_f32(r, 303, ratio * kn_compress_width(ratio, INDEX_DIM)),
-                                .norm = random_bf16(r, 304, INDEX_DIM), .inv_freq = l.inv_freq, .ratio = ratio,
-                                .dim = INDEX_DIM, .rope = ROPE, .eps = 1e-6f, .index = true,
-                                .page_rows = kv->page_index, .slot_state = kv->slot_index,
+                                .norm = random_bf16(r, 304, INDEX_DIM),
+                                .inv_freq = l.inv_freq,
+                                .ratio = ratio,
+                                .dim = INDEX_DIM,
+                                .rope = ROPE,
+                                .eps = 1e-6f,
+                                .index = true,
+                                .page_rows = kv->page_index,
+                                .slot_state = kv->slot_index,
                                 .row_bytes = kv->index_bytes};
     }
     for (uint32_t i = 0; i < N_SEQ; i++) {
@@ -450,14 +487,16 @@ typedef struct step_rows {
     kn_ptr pos, q, kv, iq, iw, main_kv, main_score, index_kv, index_score;
 } step_rows;
 
-static void fill_rows(rig *r, const layer *l, step_rows *s, uint32_t row, uint32_t i_seq, uint32_t at, uint32_t n)
+static void fill_rows(rig *r, const layer *l, step_rows *s, uint32_t row, uint32_t i_seq, uint32_t at,
+                      uint32_t n)
 {
     uint64_t key = 400 + 20 * i_seq, main = kn_compress_width(l->a.layout.ratio, DIM);
     uint64_t index = kn_compress_width(l->a.layout.ratio, INDEX_DIM);
     for (uint32_t i = 0; i < n; i++) {
         ((uint32_t *)kn_mem_host(r->device, s->pos))[row + i] = at + i;
     }
-    fill_bf16(r, kn_at(s->q, row * 2ull * HEADS * DIM), key, at * (uint64_t)HEADS * DIM, n * (uint64_t)HEADS * DIM);
+    fill_bf16(r, kn_at(s->q, row * 2ull * HEADS * DIM), key, at * (uint64_t)HEADS * DIM,
+              n * (uint64_t)HEADS * DIM);
     fill_bf16(r, kn_at(s->kv, row * 2ull * DIM), key + 1, at * DIM, n * DIM);
     fill_bf16(r, kn_at(s->iq, row * 2ull * INDEX_HEADS * INDEX_DIM), key + 2, at * INDEX_HEADS * INDEX_DIM,
               n * INDEX_HEADS * INDEX_DIM);
@@ -494,10 +533,14 @@ static bool layer_step(rig *r, layer *l, uint32_t chunk, uint16_t *const *o_out,
     uint64_t main = ratio != 0 ? kn_compress_width(ratio, DIM) : 0, o_row = HEADS * DIM;
     uint64_t index = ratio != 0 ? kn_compress_width(ratio, INDEX_DIM) : 0;
     kn_seg segs[N_SEQ];
-    step_rows s = {rig_new(r, n_max * 4),         rig_new(r, n_max * 2 * o_row),
-                   rig_new(r, n_max * 2 * DIM),   rig_new(r, n_max * 2 * INDEX_HEADS * INDEX_DIM),
-                   rig_new(r, n_max * 2 * INDEX_HEADS), rig_new(r, n_max * 4 * main),
-                   rig_new(r, n_max * 4 * main),  rig_new(r, n_max * 4 * index),
+    step_rows s = {rig_new(r, n_max * 4),
+                   rig_new(r, n_max * 2 * o_row),
+                   rig_new(r, n_max * 2 * DIM),
+                   rig_new(r, n_max * 2 * INDEX_HEADS * INDEX_DIM),
+                   rig_new(r, n_max * 2 * INDEX_HEADS),
+                   rig_new(r, n_max * 4 * main),
+                   rig_new(r, n_max * 4 * main),
+                   rig_new(r, n_max * 4 * index),
                    rig_new(r, n_max * 4 * index)};
     kn_ptr cs = rig_new(r, n_max * half * 8), rows = rig_new(r, n_max * l->a.layout.row_bytes);
     kn_ptr iq = rig_new(r, n_max * INDEX_HEADS * kn_index_row_bytes(INDEX_DIM));
@@ -508,8 +551,11 @@ static bool layer_step(rig *r, layer *l, uint32_t chunk, uint16_t *const *o_out,
         if (count > 0) {
             fill_rows(r, l, &s, l->b.n_row, i, l->done[i], count);
             seq_of[l->b.n_seg] = i;
-            segs[l->b.n_seg++] = (kn_seg){.row0 = l->b.n_row, .n_row = count, .pos0 = l->done[i],
-                                          .page0 = l->page0[i], .slot = l->slots[i]};
+            segs[l->b.n_seg++] = (kn_seg){.row0 = l->b.n_row,
+                                          .n_row = count,
+                                          .pos0 = l->done[i],
+                                          .page0 = l->page0[i],
+                                          .slot = l->slots[i]};
             l->b.n_row += count;
         }
     }
@@ -617,7 +663,8 @@ static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
             b = next_cut(cut, at, N);
             part.segs = kn_at(batch.segs, at * sizeof(kn_seg));
             part.n_seg = part.n_row = b;
-            kn_attention(r->device)->index_topk(r->stream, &part, &layout, INDEX_HEADS, INDEX_DIM, topk[k], iq, w, picks);
+            kn_attention(r->device)->index_topk(r->stream, &part, &layout, INDEX_HEADS, INDEX_DIM, topk[k],
+                                                iq, w, picks);
         }
         keep(r, out, picks, N * 4ull * topk[k]);
     }
@@ -626,8 +673,14 @@ static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
 
 /* ---- ref against every path ---- */
 
-static const kn_limits LIMITS = {.n_row = 1024, .n_in = 2048, .n_inner = 320, .n_head = HEADS, .head_dim = 96,
-                                 .n_key = 256, .n_index_row = 3001, .n_expert = 40};
+static const kn_limits LIMITS = {.n_row = 1024,
+                                 .n_in = 2048,
+                                 .n_inner = 320,
+                                 .n_head = HEADS,
+                                 .head_dim = 96,
+                                 .n_key = 256,
+                                 .n_index_row = 3001,
+                                 .n_expert = 40};
 
 static void compare_paths(scenario_fn scenario)
 {
@@ -650,8 +703,8 @@ static void compare_paths(scenario_fn scenario)
             for (size_t k = 0; k < want.len; k++) {
                 if (got.data[k] != want.data[k]) {
                     fail_msg("%s, %u threads, cut %u, seed %llu: byte %zu of %zu differs from ref",
-                             kn_device_isa(r.device), ways[i].n_threads, ways[i].cut, (unsigned long long)seed, k,
-                             want.len);
+                             kn_device_isa(r.device), ways[i].n_threads, ways[i].cut,
+                             (unsigned long long)seed, k, want.len);
                 }
             }
             cm_bytes_fini(&got);
@@ -720,8 +773,9 @@ static double ulps(double got, double want)
 
 static void test_exp_log(void **state)
 {
-    static const double edges[] = {0, -0.0, 1, -1, 709.78, 709.79, 720, 1e308, INFINITY, -708.4, -744.4, -745.1, -745.2,
-                                   -750, -1e308, -INFINITY, 1e-300, -1e-300, NAN};
+    static const double edges[] = {0,      -0.0,      1,      -1,      709.78, 709.79, 720,
+                                   1e308,  INFINITY,  -708.4, -744.4,  -745.1, -745.2, -750,
+                                   -1e308, -INFINITY, 1e-300, -1e-300, NAN};
     double worst_exp = 0, worst_log1p = 0, worst_log = 0;
     (void)state;
     for (size_t i = 0; i < sizeof(edges) / sizeof(edges[0]); i++) {
@@ -736,7 +790,8 @@ static void test_exp_log(void **state)
         worst_log1p = fmax(worst_log1p, ulps(kn_log1p(x), log1p(x)));
         worst_log = fmax(worst_log, ulps(kn_log(exp(u * 300)), log(exp(u * 300))));
     }
-    print_message("units in the last place: exp %.2f log1p %.2f log %.2f\n", worst_exp, worst_log1p, worst_log);
+    print_message("units in the last place: exp %.2f log1p %.2f log %.2f\n", worst_exp, worst_log1p,
+                  worst_log);
     assert_true(worst_exp <= 1 && worst_log1p <= 2 && worst_log <= 2);
 }
 
@@ -804,7 +859,8 @@ static void test_open_refuses(void **state)
     assert_int_equal(kn_device_open(&(kn_device_options){.backend = "abacus", .n_threads = 1}, &device, &err),
                      CM_E_CONFIG);
     assert_non_null(strstr(err.text, "cpu"));
-    assert_int_equal(kn_device_open(&(kn_device_options){.isa = "mmx", .n_threads = 1}, &device, &err), CM_E_CONFIG);
+    assert_int_equal(kn_device_open(&(kn_device_options){.isa = "mmx", .n_threads = 1}, &device, &err),
+                     CM_E_CONFIG);
     assert_non_null(strstr(err.text, "portable"));
     assert_int_equal(kn_device_open(&(kn_device_options){.n_threads = 0}, &device, &err), CM_E_CONFIG);
     assert_null(device);
@@ -836,11 +892,12 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_exp_log),      cmocka_unit_test(test_sin_cos),
         cmocka_unit_test(test_inv_freq),     cmocka_unit_test(test_topk),
         cmocka_unit_test(test_rows),         cmocka_unit_test(test_hc),
-        cmocka_unit_test(test_linear),       cmocka_unit_test(test_cancelling),   cmocka_unit_test(test_grouped),
-        cmocka_unit_test(test_gate),         cmocka_unit_test(test_experts),
-        cmocka_unit_test(test_swiglu_combine), cmocka_unit_test(test_layer_window),
-        cmocka_unit_test(test_layer_4),      cmocka_unit_test(test_layer_128),
-        cmocka_unit_test(test_index_ties),   cmocka_unit_test(test_ref_cuts),
+        cmocka_unit_test(test_linear),       cmocka_unit_test(test_cancelling),
+        cmocka_unit_test(test_grouped),      cmocka_unit_test(test_gate),
+        cmocka_unit_test(test_experts),      cmocka_unit_test(test_swiglu_combine),
+        cmocka_unit_test(test_layer_window), cmocka_unit_test(test_layer_4),
+        cmocka_unit_test(test_layer_128),    cmocka_unit_test(test_index_ties),
+        cmocka_unit_test(test_ref_cuts),
     };
     if (argc > 1) {
         seed = strtoull(argv[1], NULL, 0);
