@@ -3,12 +3,14 @@
 #include "common/base/assert.h"
 #include "kernels/cpu/isa.h"
 
-/* ---- decoding CPU_CHUNK values ---- */
+/* ---- decoding CPU_CHUNK values ----
+ * Never inlined: one call per chunk is nothing, and what the compiler merges across it costs more. */
+#define APART static __attribute__((noinline))
 
 /* An E4M3 code moved to the bits of a half float is 2^-8 of its value; the hardware widens those, subnormals
  * too. */
 #if defined(__AVX512F__)
-static void decode_e4m3(const uint8_t *codes, double *out)
+APART void decode_e4m3(const uint8_t *codes, double *out)
 {
     const __m256i magnitude = _mm256_set1_epi16(0x7f), nan = _mm256_set1_epi16(0x7e00);
     for (int i = 0; i < CPU_CHUNK; i += 16) {
@@ -24,7 +26,7 @@ static void decode_e4m3(const uint8_t *codes, double *out)
     }
 }
 #elif defined(__F16C__)
-static void decode_e4m3(const uint8_t *codes, double *out)
+APART void decode_e4m3(const uint8_t *codes, double *out)
 {
     const __m128i magnitude = _mm_set1_epi16(0x7f), nan = _mm_set1_epi16(0x7e00);
     for (int i = 0; i < CPU_CHUNK; i += 8) {
@@ -40,7 +42,7 @@ static void decode_e4m3(const uint8_t *codes, double *out)
     }
 }
 #else
-static void decode_e4m3(const uint8_t *codes, double *out)
+APART void decode_e4m3(const uint8_t *codes, double *out)
 {
     for (int i = 0; i < CPU_CHUNK; i++) {
         out[i] = kn_e4m3_decode(codes[i]);
@@ -50,7 +52,7 @@ static void decode_e4m3(const uint8_t *codes, double *out)
 
 /* Doubled values; all low nibbles of the chunk first, then all high ones: block sums are exact, so any order
  * will do, and this one needs no interleaving. kn_cpu_widen_codes puts the inputs in the same order. */
-static void decode_e2m1(const uint8_t *pairs, double *out)
+APART void decode_e2m1(const uint8_t *pairs, double *out)
 {
     int8_t value[CPU_CHUNK];
     for (int i = 0; i < CPU_CHUNK / 2; i++) {
@@ -64,21 +66,21 @@ static void decode_e2m1(const uint8_t *pairs, double *out)
     }
 }
 
-static void decode_bf16(const void *x, double *out)
+APART void decode_bf16(const void *x, double *out)
 {
     for (uint32_t i = 0; i < CPU_CHUNK; i++) {
         out[i] = kn_bf16_decode(kn_u16_at(x, i));
     }
 }
 
-static void decode_f32(const void *x, double *out)
+APART void decode_f32(const void *x, double *out)
 {
     for (uint32_t i = 0; i < CPU_CHUNK; i++) {
         out[i] = kn_f32_at(x, i);
     }
 }
 
-static void decode_scaled_e4m3(const uint8_t *codes, float scale, double *out)
+APART void decode_scaled_e4m3(const uint8_t *codes, float scale, double *out)
 {
     for (int i = 0; i < CPU_CHUNK; i++) {
         out[i] = kn_bf16_decode(kn_bf16_encode(kn_e4m3_decode(codes[i]) * scale));
@@ -165,12 +167,13 @@ typedef struct product_job {
 } product_job;
 
 /* With many rows the inputs come from a farther cache than the decoded weights, so they are read once for
- * several outputs; with few the weights are the traffic, and one row of them after another is read fastest.
- * The order of every sum is the same. */
+ * CPU_OUTS outputs; with few the weights are the traffic, and one row of them after another is read fastest.
+ * The order of every sum is the same. n_out is a constant in each copy of what follows. */
+#define INLINED static inline __attribute__((always_inline))
+
 static uint32_t outs_at_once(const cpu_tile *t, uint32_t n_left)
 {
-    uint32_t n = t->n < CPU_TILE / 2 ? 1 : CPU_OUTS;
-    return n < n_left ? n : n_left;
+    return t->n < CPU_TILE / 2 || n_left < CPU_OUTS ? 1 : CPU_OUTS;
 }
 
 static inline double e4m3_scale(const kn_matrix *w, uint32_t o, uint32_t block)
@@ -180,8 +183,8 @@ static inline double e4m3_scale(const kn_matrix *w, uint32_t o, uint32_t block)
                                     : kn_e8m0_decode(((const uint8_t *)kn_host(w->scale))[at]);
 }
 
-static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out,
-                     double acc[][CPU_TILE])
+INLINED void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out,
+                      double acc[][CPU_TILE])
 {
     const uint8_t *rows = (const uint8_t *)kn_host(w->data) + (uint64_t)o * w->n_in;
     uint8_t spare[CPU_CHUNK];
@@ -202,8 +205,8 @@ static void dot_e4m3(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t
     }
 }
 
-static void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out,
-                     double acc[][CPU_TILE])
+INLINED void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t n_out,
+                      double acc[][CPU_TILE])
 {
     uint64_t row_bytes = w->n_in / 2, n_scale = kn_blocks(w->n_in, KN_FP4_BLOCK);
     const uint8_t *rows = (const uint8_t *)kn_host(w->data) + o * row_bytes;
@@ -230,22 +233,33 @@ static void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_t
     }
 }
 
+INLINED void product_q8_outs(const product_job *job, uint32_t o, uint32_t n_out)
+{
+    double acc[CPU_OUTS][CPU_TILE];
+    memset(acc, 0, n_out * sizeof(acc[0]));
+    if (job->w->dtype == KN_E2M1) {
+        dot_e2m1(job->tile, job->w, o, n_out, acc);
+    } else {
+        dot_e4m3(job->tile, job->w, o, n_out, acc);
+    }
+    for (uint32_t r = 0; r < job->tile->n; r++) {
+        for (uint32_t j = 0; j < n_out; j++) {
+            job->tile->y[r][o + j] = kn_bf16_from_f64(acc[j][r]);
+        }
+    }
+}
+
 static void product_q8_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
     const product_job *job = arg;
     (void)i_thread;
-    for (uint32_t o = begin, n_out; o < end; o += n_out) {
-        double acc[CPU_OUTS][CPU_TILE] = {{0}};
-        n_out = outs_at_once(job->tile, end - o);
-        if (job->w->dtype == KN_E2M1) {
-            dot_e2m1(job->tile, job->w, o, n_out, acc);
+    for (uint32_t o = begin; o < end;) {
+        if (outs_at_once(job->tile, end - o) == CPU_OUTS) {
+            product_q8_outs(job, o, CPU_OUTS);
+            o += CPU_OUTS;
         } else {
-            dot_e4m3(job->tile, job->w, o, n_out, acc);
-        }
-        for (uint32_t r = 0; r < job->tile->n; r++) {
-            for (uint32_t j = 0; j < n_out; j++) {
-                job->tile->y[r][o + j] = kn_bf16_from_f64(acc[j][r]);
-            }
+            product_q8_outs(job, o, 1);
+            o += 1;
         }
     }
 }
@@ -285,29 +299,41 @@ static void put_sum(const cpu_tile *t, uint32_t r, uint32_t o, double sum)
     }
 }
 
-static void product_lanes_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+INLINED void product_lanes_outs(const product_job *job, uint32_t o, uint32_t n_out)
 {
-    const product_job *job = arg;
     const cpu_tile *t = job->tile;
-    double weight[CPU_OUTS][CPU_CHUNK];
-    (void)i_thread;
-    for (uint32_t o = begin, n_out; o < end; o += n_out) {
-        double lane[CPU_OUTS][CPU_TILE][KN_LANES] = {{{0}}};
-        n_out = outs_at_once(t, end - o);
-        for (uint32_t at = 0; at < job->w->n_in; at += CPU_CHUNK) {
-            for (uint32_t j = 0; j < n_out; j++) {
-                decode_chunk(job->w, job->out0 + o + j, at, weight[j]);
-            }
-            for (uint32_t r = 0; r < t->n; r++) {
-                for (uint32_t j = 0; j < n_out; j++) {
-                    kn_lanes_add(lane[j][r], t->x + r * t->stride + at, weight[j], CPU_CHUNK);
-                }
-            }
+    double weight[CPU_OUTS][CPU_CHUNK], lane[CPU_OUTS][CPU_TILE][KN_LANES];
+    for (uint32_t j = 0; j < n_out; j++) {
+        memset(lane[j], 0, t->n * sizeof(lane[j][0]));
+    }
+    for (uint32_t at = 0; at < job->w->n_in; at += CPU_CHUNK) {
+        for (uint32_t j = 0; j < n_out; j++) {
+            decode_chunk(job->w, job->out0 + o + j, at, weight[j]);
         }
         for (uint32_t r = 0; r < t->n; r++) {
             for (uint32_t j = 0; j < n_out; j++) {
-                put_sum(t, r, o + j, kn_fold_lanes(lane[j][r]));
+                kn_lanes_add(lane[j][r], t->x + r * t->stride + at, weight[j], CPU_CHUNK);
             }
+        }
+    }
+    for (uint32_t r = 0; r < t->n; r++) {
+        for (uint32_t j = 0; j < n_out; j++) {
+            put_sum(t, r, o + j, kn_fold_lanes(lane[j][r]));
+        }
+    }
+}
+
+static void product_lanes_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    const product_job *job = arg;
+    (void)i_thread;
+    for (uint32_t o = begin; o < end;) {
+        if (outs_at_once(job->tile, end - o) == CPU_OUTS) {
+            product_lanes_outs(job, o, CPU_OUTS);
+            o += CPU_OUTS;
+        } else {
+            product_lanes_outs(job, o, 1);
+            o += 1;
         }
     }
 }

@@ -40,6 +40,7 @@ class Cluster:
     def __init__(self, bin_dir, run, *args, env=None):
         self.bin_dir = bin_dir
         self.run = str(run)
+        self.terminated = False
         self.errors = open(os.path.join(self.run, "up.err"), "w")
         self.up = subprocess.Popen([os.path.join(bin_dir, "baleen"), "up", "--run", self.run, *args], stdout=subprocess.PIPE,
                                    stderr=self.errors, text=True, env={**os.environ, **(env or {})})
@@ -84,13 +85,18 @@ class Cluster:
     LEDGER = ("baleen_streams", "baleen_sequences", "baleen_kv_pages_used", "baleen_sequence_slots_used", "baleen_frames_in_flight")
 
     def ledger_is_zero(self):
-        metrics = self.metrics()
-        return all(value == 0 for name in self.LEDGER for value in metrics[name].values())
+        metrics = self.metrics()  # members' values come with their first heartbeat
+        return all(name in metrics and not any(metrics[name].values()) for name in self.LEDGER)
+
+    def terminate(self):
+        """Begins the drain, once: a second signal would end it at once."""
+        if not self.terminated and self.up.poll() is None:
+            self.terminated = True
+            self.up.send_signal(signal.SIGTERM)
 
     def stop(self):
-        """SIGTERM, and the exit code after the drain."""
-        if self.up.poll() is None:
-            self.up.send_signal(signal.SIGTERM)
+        """The exit code after the drain."""
+        self.terminate()
         code = self.up.wait(timeout=WAIT_S)
         self.up.stdout.close()
         self.errors.close()

@@ -48,7 +48,7 @@ def test_a_running_answer_survives_the_drain(start_cluster):
     whole = answer(cluster)
     stream = client_of(cluster).chat.completions.create(model="nano", messages=COUNT, temperature=0, stream=True, extra_body=CHAT)
     text = next(stream).choices[0].delta.content or ""
-    cluster.up.send_signal(signal.SIGTERM)
+    cluster.terminate()
     text += "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
     assert text == whole
     assert cluster.stop() == 0, cluster.said()

@@ -52,9 +52,13 @@ def test_stream_equals_answer(client):
 
 
 def test_thinking_is_the_default(client):
-    reply = client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "What is 17 + 25?"}], temperature=0)
+    reply = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0)
     assert reply.choices[0].message.reasoning_content
-    assert "42" in reply.choices[0].message.content
+    # low effort adds nothing to the prompt: the only way nano was trained to think
+    reply = client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "What is 72 - 38?"}], temperature=0,
+                                           reasoning_effort="low")
+    assert reply.choices[0].message.reasoning_content
+    assert "34" in reply.choices[0].message.content
     assert reply.usage.completion_tokens_details.reasoning_tokens > 0
 
 

@@ -335,6 +335,72 @@ static void test_disconnect_sending(void **state)
     pair_close(&t);
 }
 
+/* A release alone lets the next waiting message through: nobody else needs to stir. */
+static void test_release_wakes(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.heartbeat_ms = 100000;
+    options.silence_ms = 600000;
+    options.receives_max = 1;
+    net_test t = pair_open(backend, &options, &options);
+    side *a = &t.sides[0], *b = &t.sides[1];
+    a->hold = true;
+    for (uint32_t i = 0; i < 3; i++) {
+        assert_int_equal(send_piece(b, i, i, 100, 1, DEADLINE_MS), CM_OK);
+    }
+    WAIT(&t, a->n_messages == 1);
+    uint64_t until_ms = cm_now_ms() + WAIT_MS;
+    while (side_poll(b) != 0 || side_poll(a) != 0 || !net_arm(a->n)) {
+        assert_true(cm_now_ms() < until_ms);
+    }
+    b->frozen = true;
+    for (uint32_t i = 1; i < 3; i++) {
+        side_release(a);
+        assert_false(net_arm(a->n));
+        WAIT(&t, a->n_messages == i + 1);
+    }
+    b->frozen = false;
+    side_release(a);
+    pair_close(&t);
+}
+
+/* The receiver leaves while payloads are on their way to it: their receives must come back to it. */
+static void test_disconnect_receiving(void **state)
+{
+    const backend_case *backend = *state;
+    enum { ROOM = 2 };
+    net_options options = small_options(backend);
+    options.receives_max = ROOM;
+    net_test t = {.backend = backend};
+    side *a = side_open(&t, &options, 7, 1);
+    side_listen(&t, a);
+    side *b = side_open(&t, &options, 7, 2);
+    for (uint32_t round = 0; round < 4; round++) {
+        side_connect(&t, b);
+        WAIT(&t, a->n_up == round + 1 && b->n_up == round + 1);
+        a->n_messages = 0;
+        a->hold = true;
+        for (uint32_t i = 0; i < ROOM; i++) {
+            assert_int_equal(send_piece(b, i, i, 1 << 20, 1, DEADLINE_MS), CM_OK);
+        }
+        if (round == 3) {
+            WAIT(&t, a->n_held == ROOM); /* all receives are there */
+            continue;
+        }
+        /* the announcements are in, the payloads need the other's help */
+        struct pollfd fd = {.fd = net_fd(a->n), .events = POLLIN};
+        while (side_poll(a) != 0 || !net_arm(a->n)) {
+        }
+        poll(&fd, 1, 100); /* nothing may come: a local payload was copied at once */
+        (void)side_poll(a);
+        side_release(a);
+        net_disconnect(a->peer);
+        WAIT(&t, b->n_down == round + 1);
+    }
+    pair_close(&t);
+}
+
 static void test_peer_close(void **state)
 {
     const backend_case *backend = *state;
@@ -637,6 +703,8 @@ int main(void)
         BOTH(test_other_protocol),
         BOTH(test_oversize),
         BOTH(test_disconnect_sending),
+        BOTH(test_release_wakes),
+        BOTH(test_disconnect_receiving),
         BOTH(test_peer_close),
         BOTH(test_send_after_loss),
         BOTH(test_silence),

@@ -97,26 +97,39 @@ static cm_status chat_turn(chat *self, const char *prompt, cm_error *err)
     return status;
 }
 
+/* A line of stdin without its end; false when there is none. */
+static bool read_line(cm_bytes *line_out)
+{
+    char piece[512];
+    cm_bytes_clear(line_out);
+    while (fgets(piece, sizeof(piece), stdin) != NULL) {
+        size_t n = strcspn(piece, "\n");
+        cm_bytes_append(line_out, piece, n);
+        if (piece[n] == '\n') {
+            return true;
+        }
+    }
+    return line_out->len > 0;
+}
+
 /* Each line is a turn. A failed turn ends a script's conversation; a person may go on. */
 static cm_status chat_converse(chat *self, cm_error *err)
 {
-    char *line = NULL;
-    size_t cap = 0;
+    cm_bytes line;
     bool person = isatty(STDIN_FILENO) != 0;
     cm_status status = CM_OK;
+    cm_bytes_init(&line, 0);
     while (status == CM_OK) {
         if (person) {
             fputs("> ", stderr);
         }
-        ssize_t n = getline(&line, &cap, stdin);
-        if (n < 0) {
+        if (!read_line(&line)) {
             break;
         }
-        line[strcspn(line, "\n")] = '\0';
-        if (line[0] == '\0') {
+        if (line.len == 0) {
             continue;
         }
-        status = chat_turn(self, line, err);
+        status = chat_turn(self, cm_bytes_text(&line), err);
         if (status != CM_OK && person) {
             cli_complain(&g_table, CLI_FAILED, "%s; this turn is forgotten", err->text);
             status = CM_OK;
@@ -125,7 +138,7 @@ static cm_status chat_converse(chat *self, cm_error *err)
     if (person) {
         fputc('\n', stderr);
     }
-    free(line);
+    cm_bytes_fini(&line);
     return status;
 }
 

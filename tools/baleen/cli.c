@@ -7,6 +7,8 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "common/base/assert.h"
+
 static bool g_progress; /* a progress line is on the terminal */
 
 int cli_begin(const cm_cfg_table *table, void *config, int argc, char **argv, const char **operands_out,
@@ -92,4 +94,16 @@ void cli_format_bytes(uint64_t n_bytes, char out[32])
         unit++;
     }
     snprintf(out, 32, unit == 0 ? "%.0f %s" : "%.2f %s", value, units[unit]);
+}
+
+static int append_piece(const char *piece, size_t n, void *text)
+{
+    cm_bytes_append(text, piece, n);
+    return 0;
+}
+
+void cli_append_json(cm_bytes *text, const json_t *value, size_t flags)
+{
+    int rc = json_dump_callback(value, append_piece, text, flags);
+    CM_ASSERT_MSG(rc == 0, "a value that is no JSON");
 }

@@ -1,8 +1,10 @@
 /* What the verbs share: options to exit codes, sentences and progress on stderr. Thread: main. */
 #pragma once
+#include <jansson.h>
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "common/base/bytes.h"
 #include "common/base/config.h"
 
 enum { CLI_OK = 0, CLI_FAILED = 1, CLI_USAGE = 2 };
@@ -23,5 +25,7 @@ CM_MUST_CHECK cm_status cli_parse_double(const char *option, const char *text, d
 /* One line on stderr that the next one replaces; nothing when stderr is no terminal. */
 void cli_progress(const char *fmt, ...) CM_PRINTF(1, 2);
 void cli_progress_clear(void);
+/* Appends a value in JSON's compact or indented form (flags of jansson). */
+void cli_append_json(cm_bytes *text, const json_t *value, size_t flags);
 /* "1.5 GB", powers of 1000. */
 void cli_format_bytes(uint64_t n_bytes, char out[32]);

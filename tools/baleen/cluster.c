@@ -5,7 +5,6 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -63,7 +62,8 @@ struct cluster {
     ready_probe *probe;
     pc_timer *tick, *kill_timer;
     uint64_t begin_ms;
-    bool served;          /* was ready once: before that processes may end in any way when stopped */
+    bool watch_ends; /* once stopped, every process must end in order: it was ready, and nobody is in a hurry
+                      */
     uint32_t drain_stage; /* in g_drain_order */
     int code;
 };
@@ -272,7 +272,7 @@ static void cluster_ticked(void *arg)
         ready_probe_destroy(self->probe);
         self->probe = NULL;
         self->state = CLUSTER_READY;
-        self->served = true;
+        self->watch_ends = true;
         self->options->ready(self->options->ctx);
         return;
     }
@@ -329,7 +329,7 @@ static void child_ended(cluster_child *child, int wait_status)
     spawn_describe_end(wait_status, how);
     if (self->state == CLUSTER_STARTING || self->state == CLUSTER_READY) {
         child_lost(child, how, pid);
-    } else if (self->served && (!WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0)) {
+    } else if (self->watch_ends && (!WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0)) {
         self->code = CLI_FAILED;
         cluster_say("%s (process %d) %s while it was stopped; its log is %s/%s.log", child->name, (int)pid,
                     how, self->options->run_dir, child->name);
@@ -383,6 +383,19 @@ void cluster_drain(cluster *self)
     self->state = CLUSTER_DRAINING;
     pc_timer_clear(self->tick);
     cluster_next_stage(self);
+}
+
+void cluster_kill(cluster *self)
+{
+    cluster_drain(self);
+    self->watch_ends = false;
+    self->code = CLI_FAILED;
+    cluster_say("kills what still runs");
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        if (self->children[i].pid != 0) {
+            kill(self->children[i].pid, SIGKILL);
+        }
+    }
 }
 
 /* One SIGCHLD may stand for several ends. */
@@ -471,7 +484,7 @@ const char *cluster_grpc(const cluster *self)
     return self->grpc;
 }
 
-char *cluster_describe(const cluster *self)
+void cluster_describe(const cluster *self, cm_bytes *json)
 {
     json_t *processes = json_array();
     for (uint32_t i = 0; i < self->n_children; i++) {
@@ -489,10 +502,8 @@ char *cluster_describe(const cluster *self)
     json_t *all = json_pack("{s:s, s:s, s:s, s:s, s:i, s:o}", "http", self->http, "grpc", self->grpc,
                             "coordinator", self->children[0].address, "model", self->options->model_name,
                             "pid", (int)getpid(), "processes", processes);
-    char *dumped = json_dumps(all, JSON_INDENT(2)), *text = cm_strdup(dumped);
-    free(dumped);
+    cli_append_json(json, all, JSON_INDENT(2));
     json_decref(all);
-    return text;
 }
 
 void cluster_list(const cluster *self, cm_bytes *text)

@@ -4,6 +4,7 @@
 #pragma once
 #include <stdint.h>
 
+#include "common/base/bytes.h"
 #include "common/base/status.h"
 #include "common/proc/loop.h"
 
@@ -34,6 +35,8 @@ CM_MUST_CHECK cm_status cluster_create(pc_loop *loop, const cluster_options *opt
 /* Gateway, routers, coordinator, workers: each is asked, given drain_ms and a little more, then killed. ended
  * follows, with code 0 when all of them left in order. A second call changes nothing. */
 void cluster_drain(cluster *self);
+/* For people in a hurry: kills what still runs. ended follows, with code 1. */
+void cluster_kill(cluster *self);
 /* After ended. */
 void cluster_destroy(cluster *self);
 
@@ -41,8 +44,7 @@ void cluster_destroy(cluster *self);
 
 const char *cluster_http(const cluster *self);
 const char *cluster_grpc(const cluster *self);
-/* cluster.json: addresses, model, the processes that live. Returned: free with cm_free. */
-char *cluster_describe(const cluster *self);
-/* "coordinator 123, router-0 124, ..." Appended. */
-#include "common/base/bytes.h"
+/* Appends what goes into cluster.json: addresses, model, the processes that live. */
+void cluster_describe(const cluster *self, cm_bytes *json);
+/* Appends "coordinator 123, router-0 124, ...". */
 void cluster_list(const cluster *self, cm_bytes *text);

@@ -4,7 +4,6 @@
 #include <jansson.h>
 #include <math.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "common/base/bytes.h"
@@ -145,9 +144,9 @@ static cm_status prompt_render(logits_run *run, const json_t *prompt, const uint
         return cm_error_set(err, status, json_string_value(name), "prompt '%.80s': %s",
                             json_string_value(name), cm_status_text(status));
     }
-    char *quoted = json_dumps(name, JSON_ENCODE_ANY);
-    cm_bytes_printf(text, "{\"name\":%s,\"prompt_ids\":[", quoted);
-    free(quoted);
+    cm_bytes_append_text(text, "{\"name\":");
+    cli_append_json(text, name, JSON_ENCODE_ANY);
+    cm_bytes_append_text(text, ",\"prompt_ids\":[");
     append_ids(text, ids, n_ids);
     cm_bytes_append_text(text, "],\"logits\":[");
     CM_TRY(append_logits(run, json_string_value(name), text, err));

@@ -1,5 +1,7 @@
 /* baleen up: a whole cluster on this machine, in the foreground. */
 #include <errno.h>
+#include <limits.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +12,6 @@
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/model/geometry.h"
-#include "common/proc/process.h"
 #include "tools/baleen/cli.h"
 #include "tools/baleen/cluster.h"
 #include "tools/baleen/run_folder.h"
@@ -60,6 +61,7 @@ typedef struct up {
     cluster_options options;
     char *bin_dir, *model_dir;
     char **env;
+    bool interrupted;
     int code;
 } up;
 
@@ -99,7 +101,7 @@ static char **env_for_children(void)
 
 static cm_status find_programs(char **bin_dir_out, cm_error *err)
 {
-    char path[4096];
+    char path[PATH_MAX];
     ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
     if (n <= 0) {
         return cm_error_set(err, CM_E_IO, NULL, "/proc/self/exe: %s", strerror(errno));
@@ -113,14 +115,13 @@ static cm_status find_programs(char **bin_dir_out, cm_error *err)
 static cm_status find_model(up *self, cm_error *err)
 {
     md_geometry geometry;
-    char *real = realpath(self->config.model, NULL);
-    if (real == NULL) {
+    char real[PATH_MAX];
+    if (realpath(self->config.model, real) == NULL) {
         return cm_error_set(err, CM_E_NOT_FOUND, "model",
                             "no model in %s: %s; give its folder with --model DIR", self->config.model,
                             strerror(errno));
     }
     self->model_dir = cm_strdup(real);
-    free(real);
     return md_geometry_load(self->model_dir, &geometry, err); /* rather now than from every process' log */
 }
 
@@ -129,11 +130,13 @@ static cm_status find_model(up *self, cm_error *err)
 static void up_publish(up *self)
 {
     cm_error err = {0};
-    char *json = cluster_describe(self->cluster);
-    if (run_folder_publish(&self->folder, json, &err) != CM_OK) {
+    cm_bytes json;
+    cm_bytes_init(&json, 0);
+    cluster_describe(self->cluster, &json);
+    if (run_folder_publish(&self->folder, cm_bytes_text(&json), &err) != CM_OK) {
         cli_complain(&g_table, CLI_FAILED, "%s", err.text); /* the cluster serves all the same */
     }
-    cm_free(json);
+    cm_bytes_fini(&json);
 }
 
 static void up_ready(void *ctx)
@@ -161,9 +164,31 @@ static void up_ended(void *ctx, int code)
     pc_loop_stop(self->loop);
 }
 
+/* A supervisor may ask twice and means the same. */
 static void up_terminate(void *arg)
 {
     cluster_drain(((up *)arg)->cluster);
+}
+
+/* A person who presses Ctrl-C again does not want to wait. */
+static void up_interrupt(void *arg)
+{
+    up *self = arg;
+    if (self->interrupted) {
+        cluster_kill(self->cluster);
+    } else {
+        self->interrupted = true;
+        cluster_drain(self->cluster);
+    }
+}
+
+static void up_watch_signals(up *self)
+{
+    struct sigaction ignore = {.sa_handler = SIG_IGN};
+    sigemptyset(&ignore.sa_mask);
+    sigaction(SIGPIPE, &ignore, NULL); /* who reads our lines may go away before the cluster does */
+    pc_loop_on_signal(self->loop, SIGTERM, up_terminate, self);
+    pc_loop_on_signal(self->loop, SIGINT, up_interrupt, self);
 }
 
 /* ---- life ---- */
@@ -184,7 +209,7 @@ static cm_status up_run(up *self, cm_error *err)
     };
     fprintf(stderr, "baleen up: run folder %s (logs, cluster.json)\n", self->folder.path);
     CM_TRY(cluster_create(self->loop, &self->options, &self->cluster, err));
-    pc_process_on_terminate(self->loop, up_terminate, self);
+    up_watch_signals(self);
     pc_loop_run(self->loop);
     cluster_destroy(self->cluster);
     return CM_OK;
