@@ -12,7 +12,7 @@ static const cm_cfg_field co_config_fields[] = {
      CM_CFG_UINT(co_config, workers_min, 1, PR_RANK_MAX)},
     {"members_max", "64", "members of all roles together",
      CM_CFG_UINT(co_config, members_max, 1, PR_RANK_MAX)},
-    {"heartbeat_ms", "500", "how often members say that they live",
+    {"heartbeat_ms", "1000", "how often members say that they live",
      CM_CFG_MS(co_config, heartbeat_ms, 10, 60000)},
     {"lease_ms", "3000", "how long a process stays a member without a heartbeat; at least three heartbeats",
      CM_CFG_MS(co_config, lease_ms, 100, 600000)},

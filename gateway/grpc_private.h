@@ -53,7 +53,7 @@ struct gw_grpc_call {
     union {            /* by method */
         gw_grpc_chat chat;
         gw_grpc_generate generate;
-        gw_openai *writer; /* ChatJson; NULL until its stream is open */
+        gw_openai *writer; /* ChatJson; NULL: its body was refused */
         gw_grpc_watch watch;
     };
 };

@@ -239,7 +239,7 @@ static void send_open(gw_stream *stream)
         stop[n_stop++] = stream->gateway->geometry.eos_id;
     }
     Baleen__Engine__V1__SamplerParams sampler = BALEEN__ENGINE__V1__SAMPLER_PARAMS__INIT;
-    sampler.seed = request->has_seed ? (uint64_t)request->seed : cm_random_u64();
+    sampler.seed = (uint64_t)request->seed;
     sampler.has_temperature = sampler.has_top_p = sampler.has_tokens_min = true;
     sampler.temperature = (float)request->temperature;
     sampler.top_p = (float)request->top_p;
@@ -393,6 +393,9 @@ static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_s
 {
     gw_request request;
     CM_TRY(gw_request_parse(ask->kind, ask->body, gateway->geometry.vocab, &request, error_out));
+    if (!request.has_seed) {
+        request.seed = (int64_t)cm_random_u64(); /* belongs to the stream's log: a retry must draw the same */
+    }
     cm_status status =
         gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out);
     if (status == CM_OK && !probe) {

@@ -21,7 +21,7 @@ void net_options_defaults(net_options *options)
         .sends_max = 32,
         .receives_max = 256,
         .message_bytes_max = 32u << 20,
-        .heartbeat_ms = 500,
+        .heartbeat_ms = 1000,
         .silence_ms = 3000,
     };
 }

@@ -223,7 +223,7 @@ INLINED void dot_e2m1(const cpu_tile *t, const kn_matrix *w, uint32_t o, uint32_
             uint8_t x_scale = t->scales[r][at / KN_ACT_BLOCK];
             for (uint32_t j = 0; j < n_out; j++) {
                 const uint8_t *scale = scales + j * n_scale + at / KN_FP4_BLOCK;
-                for (uint32_t b = 0; b < n_block; b++) {
+                for (uint32_t b = 0; b < CPU_CHUNK / KN_FP4_BLOCK && b < n_block; b++) {
                     /* The decoded weights are doubled: half of the sum, exact again. */
                     acc[j][r] +=
                         0.5 * exact_dot_fp4_block(x, weight[j], b) * kn_e8m0_product(x_scale, scale[b]);
