@@ -7,8 +7,8 @@ host=${1%:*} port=${1##*:}
 shift
 
 ask() {
-    local body="{\"model\": \"nano\", \"stream\": true, \"temperature\": 0, \"thinking\": {\"type\": \"disabled\"}, \"messages\": [{\"role\": \"user\", \"content\": \"$1\"}]}"
-    local answer="" line piece count=0 start=$EPOCHREALTIME
+    local body="{\"model\": \"nano\", \"stream\": true, \"stream_options\": {\"include_usage\": true}, \"temperature\": 0, \"thinking\": {\"type\": \"disabled\"}, \"messages\": [{\"role\": \"user\", \"content\": \"$1\"}]}"
+    local answer="" line piece tokens=0 start=$EPOCHREALTIME
     exec 3<>"/dev/tcp/$host/$port"
     printf 'POST /v1/chat/completions HTTP/1.1\r\nHost: %s:%s\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s' \
         "$host" "$port" "${#body}" "$body" >&3
@@ -18,14 +18,17 @@ ask() {
             piece=${line#*\"content\":\"}
             piece=${piece%%\"*}
             answer+=$piece
-            [ -n "$piece" ] && count=$((count + 1))
+            ;;
+        *'"completion_tokens":'*)
+            tokens=${line#*\"completion_tokens\":}
+            tokens=${tokens%%[!0-9]*}
             ;;
         *'[DONE]'*) break ;;
         esac
     done
     exec 3>&-
     local us=$((${EPOCHREALTIME/./} - ${start/./}))
-    printf '%s\n  [%d pieces in %d ms]\n' "$answer" "$count" $((us / 1000))
+    printf '%s\n  [%d tokens in %d ms, %d tok/s]\n' "$answer" "$tokens" $((us / 1000)) $((tokens * 1000000 / us))
 }
 
 pids=()

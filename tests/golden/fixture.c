@@ -5,8 +5,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#include <cmocka.h>
 #include <setjmp.h>
+
+#include <cmocka.h>
 
 #include "common/base/mem.h"
 

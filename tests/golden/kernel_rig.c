@@ -1,9 +1,10 @@
 #include "tests/golden/kernel_rig.h"
 
-#include <cmocka.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+
+#include <cmocka.h>
 
 void rig_open(rig *r, const char *backend, const char *isa, uint32_t n_threads, const kn_limits *limits)
 {

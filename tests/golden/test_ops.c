@@ -1,12 +1,13 @@
 /* Every case of data/ops on every back-end and every path this machine has. Each case must compare each of
  * its outputs; a case nobody knows is a failure. */
-#include <cmocka.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <string.h>
+
+#include <cmocka.h>
 
 #include "common/base/mem.h"
 #include "kernels/kn_math.h"

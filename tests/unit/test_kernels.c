@@ -1,7 +1,6 @@
 /* Every path of the cpu back-end against the oracle, bit for bit: random values, sizes that are multiples of
  * nothing, one to three threads, and every batch cut into calls in other ways. Then the arithmetic of
  * kn_math.h against libm. Usage: t_kernels [seed] */
-#include <cmocka.h>
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -9,6 +8,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include <cmocka.h>
 
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
