@@ -22,6 +22,7 @@ enum {
     ENGINE_EVENTS = 64,
     ENGINE_EPOCHS = 4,  /* held at once: in force, before it until retired, and slack for a slow retire */
     ENGINE_GROUP = 64,  /* frames computed together */
+    ENGINE_RESULTS = 4, /* groups whose answers may be on their way at once; each has results of row_max rows */
     ENGINE_LINGER_MS = 500, /* at the end: for answers to leave */
 };
 
@@ -54,7 +55,7 @@ struct wk_engine {
     wk_gather *gather;
     cm_pool frames; /* engine_frame */
     cm_pool groups; /* engine_group; each owns a results buffer by its index */
-    kn_ptr *results;
+    kn_ptr results[ENGINE_RESULTS];
     kn_q8 q8; /* gathered rows: codes [row_max][d], scales */
     kn_expert_item *items;
     kn_expert_group *expert_groups;
@@ -78,7 +79,6 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
 {
     const md_geometry *g = e->geometry;
     uint64_t n = e->options.row_max;
-    uint32_t n_group = e->options.frame_max;
     kn_limits limits = {.n_row = e->options.row_max, .n_in = g->d > g->inner ? g->d : g->inner, .n_inner = g->inner,
                         .n_head = 1, .head_dim = g->head_dim, .n_key = 1, .n_expert = g->n_expert};
     cm_status status = kn_stream_open(e->device, &limits, &e->stream);
@@ -88,19 +88,18 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     if (status == CM_OK) {
         status = kn_mem_alloc(e->device, n * kn_blocks(g->d, KN_ACT_BLOCK), &e->q8.scales);
     }
-    e->results = cm_alloc(sizeof(kn_ptr) * n_group);
-    for (uint32_t i = 0; i < n_group && status == CM_OK; i++) {
+    for (uint32_t i = 0; i < ENGINE_RESULTS && status == CM_OK; i++) {
         status = kn_mem_alloc(e->device, 2 * n * g->d, &e->results[i]);
     }
     if (status != CM_OK) {
-        return cm_error_set(err, status, "rows_max", "no device memory for %u rows in %u groups: lower rows_max or frames_max",
-                            e->options.row_max, n_group);
+        return cm_error_set(err, status, "rows_max", "no device memory for %u groups of %u rows: lower rows_max or frame_bytes",
+                            ENGINE_RESULTS, e->options.row_max);
     }
     e->items = cm_alloc(sizeof(kn_expert_item) * n);
     e->expert_groups = cm_alloc(sizeof(kn_expert_group) * g->n_expert);
     e->counts = cm_alloc(sizeof(uint32_t) * (g->n_expert + 1));
     cm_pool_init(&e->frames, "dispatch frames", sizeof(engine_frame), e->options.frame_max);
-    cm_pool_init(&e->groups, "result groups", sizeof(engine_group), n_group);
+    cm_pool_init(&e->groups, "result groups", sizeof(engine_group), ENGINE_RESULTS);
     return CM_OK;
 }
 
@@ -110,6 +109,9 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
     wk_engine *e = cm_alloc(sizeof(*e));
     e->options = *options;
     e->geometry = md_checkpoint_geometry(options->checkpoint);
+    /* whatever fits a frame can be computed: its answer has two bytes a value */
+    uint32_t frame_rows = (uint32_t)(options->rows.message_bytes_max / (2ull * e->geometry->d));
+    e->options.row_max = options->row_max > frame_rows ? options->row_max : frame_rows;
     cm_status status = kn_device_open(&options->device, &e->device, err);
     if (status != CM_OK) {
         goto err_free;
@@ -164,12 +166,11 @@ void wk_engine_destroy(wk_engine *e)
     wk_gather_destroy(e->gather);
     cm_pool_fini(&e->frames);
     cm_pool_fini(&e->groups);
-    for (uint32_t i = 0; i < e->options.frame_max; i++) {
+    for (uint32_t i = 0; i < ENGINE_RESULTS; i++) {
         kn_mem_free(e->device, e->results[i]);
     }
     kn_mem_free(e->device, e->q8.codes);
     kn_mem_free(e->device, e->q8.scales);
-    cm_free(e->results);
     cm_free(e->items);
     cm_free(e->expert_groups);
     cm_free(e->counts);
@@ -328,7 +329,8 @@ static void engine_on_dispatch(wk_engine *e, const net_event *event)
         status = cm_error_set(&err, CM_E_PROTOCOL, "router", "it names router %u", frame->head.router);
     }
     if (status == CM_OK && frame->n_slot > e->options.row_max) {
-        status = cm_error_set(&err, CM_E_PROTOCOL, "n_slot", "%u slots, rows_max is %u", frame->n_slot, e->options.row_max);
+        status = cm_error_set(&err, CM_E_PROTOCOL, "n_slot", "%u slots, at most %u: is frame_bytes the same on all?",
+                              frame->n_slot, e->options.row_max);
     }
     if (status != CM_OK) {
         engine_refuse(e, event, status, 0, err.text);

@@ -86,7 +86,7 @@ static size_t log_format(char *line, size_t cap, cm_log_level level, const char 
     cm_wall_format(cm_wall_us(), when, sizeof(when));
     int n;
     if (g_log.options.json) {
-        char escaped[LOG_LINE_BYTES];
+        char escaped[LOG_LINE_BYTES - 192]; /* the rest of the object always fits after it */
         log_escape_json(escaped, sizeof(escaped), text);
         n = snprintf(line, cap, "{\"time\":\"%s\",\"level\":\"%s\",\"role\":\"%s\",\"id\":%d,\"epoch\":%llu,\"text\":\"%s\"}\n",
                      when, g_level_names[level], g_log.role != NULL ? g_log.role : "", g_log.id,

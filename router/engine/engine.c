@@ -58,13 +58,20 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
 
 static cm_status engine_open_exchange(rt_engine *e, cm_error *err)
 {
+    const md_geometry *g = e->geometry;
     net *rows;
+    uint64_t row = pr_dispatch_bytes(g->topk, 1, g->d, kn_blocks(g->d, KN_ACT_BLOCK)), answer = 2ull * g->topk * g->d;
+    uint64_t least = row > answer ? row : answer;
+    if (e->options.rows.message_bytes_max < least) {
+        return cm_error_set(err, CM_E_CONFIG, "frame_bytes", "frame_bytes %llu cannot hold one row of this model: %llu needed",
+                            (unsigned long long)e->options.rows.message_bytes_max, (unsigned long long)least);
+    }
     CM_TRY(net_open(&e->options.rows, &rows, err));
     rt_exchange_options options = {
         .rows = rows,
         .limits = {.row_max = e->options.row_max,
-                   .topk = e->geometry->topk,
-                   .d = e->geometry->d,
+                   .topk = g->topk,
+                   .d = g->d,
                    .frame_bytes_max = e->options.rows.message_bytes_max},
         .answer_ms = e->options.answer_ms,
         .wait_ms = e->options.wait_ms,
