@@ -156,7 +156,9 @@ static cm_status gateways_read_sampler(const Baleen__Engine__V1__SamplerParams *
     if (in->n_stop_id > GATEWAYS_STOP_MAX) {
         return cm_error_set(err, CM_E_INVALID, "stop_id", "%zu stop ids, at most %d", in->n_stop_id, GATEWAYS_STOP_MAX);
     }
-    memcpy(out->stop, in->stop_id, sizeof(uint32_t) * in->n_stop_id);
+    for (size_t i = 0; i < in->n_stop_id; i++) {
+        out->stop[i] = in->stop_id[i];
+    }
     return CM_OK;
 }
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "common/base/assert.h"
+#include "common/base/clock.h"
 #include "common/base/jobs.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
@@ -14,6 +15,7 @@
 
 enum {
     WORKER_DRAIN_MS = 10000, /* for the coordinator to publish an epoch without us */
+    WORKER_DRAIN_TICK_MS = 50, /* between looks whether it is still there */
     WORKER_EPOCHS = 4,       /* known and not retired */
 };
 
@@ -46,6 +48,7 @@ struct wk_worker {
     uint32_t n_known;
     LIST_HEAD(, worker_load) loads; /* on the job thread or on their way back */
     bool draining;
+    uint64_t drain_until_ms;
 };
 
 static void *worker_thread(void *arg)
@@ -278,10 +281,15 @@ const char *wk_worker_address(const wk_worker *w)
     return w->address;
 }
 
-static void worker_drain_expired(void *arg)
+static void worker_drain_tick(void *arg)
 {
     wk_worker *w = arg;
-    cm_warn("leaving without an epoch that knows it");
+    if (pc_member_connected(w->member) && cm_now_ms() < w->drain_until_ms) {
+        pc_timer_set(w->drain_timer, WORKER_DRAIN_TICK_MS);
+        return;
+    }
+    cm_info("leaving without an epoch that knows it: the coordinator %s",
+            pc_member_connected(w->member) ? "published none" : "is gone");
     w->finished(w->ctx, 0);
 }
 
@@ -296,8 +304,9 @@ void wk_worker_drain(wk_worker *w)
         return;
     }
     pc_member_leave(w->member);
-    w->drain_timer = pc_timer_create(w->loop, worker_drain_expired, w);
-    pc_timer_set(w->drain_timer, WORKER_DRAIN_MS);
+    w->drain_until_ms = cm_now_ms() + WORKER_DRAIN_MS;
+    w->drain_timer = pc_timer_create(w->loop, worker_drain_tick, w);
+    pc_timer_set(w->drain_timer, WORKER_DRAIN_TICK_MS);
 }
 
 void wk_worker_destroy(wk_worker *w)

@@ -1,4 +1,5 @@
 """The baleen command without a cluster: logits and verify."""
+import array
 import json
 import os
 import shutil
@@ -14,6 +15,19 @@ MODELS = os.path.join(ROOT, "tests", "golden", "data", "model")
 
 def baleen(bin_dir, *args):
     return subprocess.run([os.path.join(bin_dir, "baleen"), *args], capture_output=True, text=True, timeout=5 * WAIT_S)
+
+
+def read_tensors(path):
+    """The F32 tensors of a safetensors file, flat."""
+    with open(path, "rb") as file:
+        data = file.read()
+    n = struct.unpack("<Q", data[:8])[0]
+    tensors = {}
+    for name, entry in json.loads(data[8:8 + n]).items():
+        if name != "__metadata__" and entry["dtype"] == "F32":
+            begin, end = entry["data_offsets"]
+            tensors[name] = array.array("f", data[8 + n + begin:8 + n + end])
+    return tensors
 
 
 @pytest.mark.parametrize("model", ["tiny-pro", "tiny-flash", "tiny-base", "tiny-odd"])
@@ -32,9 +46,12 @@ def test_logits_same_bytes(bin_dir, tmp_path, model):
             assert done.returncode == 0, done.stderr
             outputs.add(out.read_bytes())
     assert len(outputs) == 1
-    for got, want in zip(json.loads(outputs.pop()), fixture["prompts"]):
+    golden = read_tensors(os.path.join(MODELS, model, "logits.safetensors"))
+    for i, (got, want) in enumerate(zip(json.loads(outputs.pop()), fixture["prompts"])):
         assert got["greedy"] == want["greedy"]
         assert got["prompt_ids"] == want["prompt_ids"]
+        last = golden[f"p{i}.logits"][-len(got["logits"]):]
+        assert max(abs(a - b) for a, b in zip(got["logits"], last)) <= fixture["tol"]["D"]["max_abs"]
 
 
 def test_logits_refuses_bad_prompts(bin_dir, tmp_path):
