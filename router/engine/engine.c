@@ -45,7 +45,7 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
     uint64_t page_bytes;
     rt_kv_layout_build(g, &e->kv);
     page_bytes = e->kv.page_bytes != 0 ? e->kv.page_bytes : 1; /* a model of windows only needs pages in name */
-    uint32_t per_seq = kn_blocks(g->context, KN_PAGE_TOKENS);
+    uint32_t per_seq = rt_kv_seq_pages(g->context);
     uint64_t n_page = e->options.kv_bytes / page_bytes, useful = (uint64_t)per_seq * e->options.slot_max;
     if (n_page == 0) {
         return cm_error_set(err, CM_E_CONFIG, "kv_bytes", "kv_bytes %llu is less than one page of %llu bytes",
@@ -83,6 +83,18 @@ static cm_status engine_open_exchange(rt_engine *e, cm_error *err)
         net_close(rows);
     }
     return status;
+}
+
+static void engine_log_sizes(const rt_engine *e)
+{
+    rt_kv_sizes kv;
+    rt_kv_sizes_get(e->geometry, &kv);
+    cm_info("device %s path %s, dense weights %llu MB, %u KV pages of %llu bytes, %u sequence slots of %llu bytes",
+            kn_device_name(e->device), kn_device_isa(e->device), (unsigned long long)(e->weights.n_bytes >> 20), e->n_page,
+            (unsigned long long)kv.page_bytes, e->options.slot_max, (unsigned long long)kv.slot_bytes);
+    cm_info("a token of context takes %.2f bytes, a sequence of %u tokens %u pages and %.2f MB with its slot",
+            (double)kv.row_bytes / KN_PAGE_TOKENS, e->geometry->context, rt_kv_seq_pages(e->geometry->context),
+            (double)rt_kv_seq_bytes(&kv, e->geometry->context) / 1048576.0);
 }
 
 cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_out, cm_error *err)
@@ -128,9 +140,7 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->host_experts = cm_alloc(sizeof(int32_t) * options->row_max * g->topk);
     e->host_route = cm_alloc(sizeof(float) * options->row_max * g->topk);
     e->host_logits = cm_alloc(sizeof(float) * (size_t)options->slot_max * g->vocab);
-    cm_info("device %s path %s, dense weights %llu MB, %u KV pages of %llu bytes, %u sequence slots of %llu bytes",
-            kn_device_name(e->device), kn_device_isa(e->device), (unsigned long long)(e->weights.n_bytes >> 20), e->n_page,
-            (unsigned long long)e->kv.page_bytes, options->slot_max, (unsigned long long)e->kv.slot_bytes);
+    engine_log_sizes(e);
     *engine_out = e;
     return CM_OK;
 

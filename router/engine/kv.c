@@ -1,8 +1,57 @@
 #include "router/engine/kv.h"
 
+#include "common/base/assert.h"
+
+enum { KV_ALIGN = 64 }; /* slots start aligned for the float states, pages for whole cache lines */
+
+static uint64_t kv_round_up(uint64_t n_bytes)
+{
+    return (n_bytes + KV_ALIGN - 1) / KV_ALIGN * KV_ALIGN;
+}
+
+/* ---- closed formulas ---- */
+
+static uint32_t kv_layers_of(const md_geometry *g, uint32_t ratio)
+{
+    uint32_t n = 0;
+    for (uint32_t l = 0; l < g->n_layer; l++) {
+        n += g->ratio[l] == ratio;
+    }
+    return n;
+}
+
+void rt_kv_sizes_get(const md_geometry *g, rt_kv_sizes *sizes_out)
+{
+    uint64_t row = kn_kv_row_bytes(g->head_dim, g->rope_dim), key = kn_index_row_bytes(g->index_dim);
+    uint64_t n4 = kv_layers_of(g, 4), n128 = kv_layers_of(g, 128);
+    rt_kv_sizes sizes = {
+        .row_bytes = n4 * (KN_PAGE_TOKENS / 4) * (row + key) + n128 * (KN_PAGE_TOKENS / 128) * row,
+        .window_bytes = (uint64_t)g->n_layer * g->window * row,
+        .state_bytes = n4 * (kn_compress_state_bytes(4, g->head_dim) + kn_compress_state_bytes(4, g->index_dim)) +
+                       n128 * kn_compress_state_bytes(128, g->head_dim),
+    };
+    sizes.page_bytes = kv_round_up(sizes.row_bytes);
+    sizes.slot_bytes = kv_round_up(sizes.window_bytes + sizes.state_bytes);
+    *sizes_out = sizes;
+}
+
+uint32_t rt_kv_seq_pages(uint64_t n_token)
+{
+    return (uint32_t)(n_token / KN_PAGE_TOKENS + (n_token % KN_PAGE_TOKENS != 0));
+}
+
+uint64_t rt_kv_seq_bytes(const rt_kv_sizes *sizes, uint64_t n_token)
+{
+    return rt_kv_seq_pages(n_token) * sizes->page_bytes + sizes->slot_bytes;
+}
+
+/* ---- layout ---- */
+
 void rt_kv_layout_build(const md_geometry *geometry, rt_kv_layout *layout_out)
 {
     uint64_t page = 0, slot = 0;
+    rt_kv_sizes sizes;
+    rt_kv_sizes_get(geometry, &sizes);
     for (uint32_t l = 0; l < geometry->n_layer; l++) {
         uint32_t ratio = geometry->ratio[l];
         kn_kv_layout *layer = &layout_out->layer[l];
@@ -24,7 +73,10 @@ void rt_kv_layout_build(const md_geometry *geometry, rt_kv_layout *layout_out)
             slot += kn_compress_state_bytes(ratio, geometry->index_dim);
         }
     }
-    /* rows of a page are 8-byte multiples in sum; slots start aligned for the float states */
-    layout_out->page_bytes = (page + 63) / 64 * 64;
-    layout_out->slot_bytes = (slot + 63) / 64 * 64;
+    CM_ASSERT_MSG(page == sizes.row_bytes && slot == sizes.window_bytes + sizes.state_bytes,
+                  "layers take %llu and %llu bytes, the formula says %llu and %llu", (unsigned long long)page,
+                  (unsigned long long)slot, (unsigned long long)sizes.row_bytes,
+                  (unsigned long long)(sizes.window_bytes + sizes.state_bytes));
+    layout_out->page_bytes = sizes.page_bytes;
+    layout_out->slot_bytes = sizes.slot_bytes;
 }

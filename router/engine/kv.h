@@ -5,9 +5,24 @@
 #include "common/model/geometry.h"
 #include "kernels/kn.h"
 
+/* The closed formulas, from how many layers of each ratio there are. */
+typedef struct rt_kv_sizes {
+    uint64_t row_bytes;    /* what KN_PAGE_TOKENS tokens of context leave behind: row_bytes / KN_PAGE_TOKENS per token, exactly */
+    uint64_t window_bytes; /* raw windows of one sequence */
+    uint64_t state_bytes;  /* compressor states of one sequence */
+    uint64_t page_bytes;   /* row_bytes as allocated: a multiple of 64 */
+    uint64_t slot_bytes;   /* window_bytes + state_bytes likewise */
+} rt_kv_sizes;
+
+void rt_kv_sizes_get(const md_geometry *geometry, rt_kv_sizes *sizes_out);
+/* Pages that hold n_token tokens of one sequence. */
+uint32_t rt_kv_seq_pages(uint64_t n_token);
+/* What one sequence of n_token tokens takes from the allocator: its pages and its slot. */
+uint64_t rt_kv_seq_bytes(const rt_kv_sizes *sizes, uint64_t n_token);
+
 typedef struct rt_kv_layout {
     kn_kv_layout layer[MD_LAYER_MAX];
-    uint64_t page_bytes, slot_bytes;
+    uint64_t page_bytes, slot_bytes; /* those of rt_kv_sizes */
 } rt_kv_layout;
 
 void rt_kv_layout_build(const md_geometry *geometry, rt_kv_layout *layout_out);
