@@ -21,7 +21,10 @@ enum { D = 128, ROWS = 40, TOPK = 3, LAYERS = 2, EXPERTS = 12, CLUSTER = 99, SEL
 
 typedef enum habit { HONEST, STALE_UNTIL_2, DIES, MUTE, NONSENSE_FIRST } habit;
 
+enum { ANSWERS_MAX = 4096 };
+
 typedef struct fake {
+    void *answers[ANSWERS_MAX]; /* payloads on their way; NULL: free */
     net *n;
     pthread_t thread;
     char address[NET_ADDRESS_BYTES];
@@ -39,7 +42,25 @@ static void fake_refuse(fake *w, const net_event *event)
     (void)w;
 }
 
-static void fake_answer(const net_event *event, bool nonsense)
+static void *fake_keep(fake *w, void *payload)
+{
+    for (uint32_t i = 0; i < ANSWERS_MAX; i++) {
+        if (w->answers[i] == NULL) {
+            w->answers[i] = payload;
+            return &w->answers[i];
+        }
+    }
+    fail_msg("more than %d answers on their way", ANSWERS_MAX);
+    return NULL;
+}
+
+static void fake_drop(void **answer)
+{
+    cm_free(*answer);
+    *answer = NULL;
+}
+
+static void fake_answer(fake *w, const net_event *event, bool nonsense)
 {
     const pr_dispatch *frame = event->header;
     const pr_slot *slots = event->payload;
@@ -54,7 +75,7 @@ static void fake_answer(const net_event *event, bool nonsense)
     pr_combine header = {.head = frame->head, .d = D, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
     net_message message = {.type = PR_MSG_COMBINE, .header = &header, .header_bytes = sizeof(header), .iov = {{rows, 2ull * n * D}},
-                           .n_iov = 1, .deadline_ms = 10000, .cookie = rows};
+                           .n_iov = 1, .deadline_ms = 10000, .cookie = fake_keep(w, rows)};
     assert_int_equal(net_send(event->peer, &message), CM_OK);
 }
 
@@ -68,9 +89,9 @@ static void fake_on_dispatch(fake *w, const net_event *event)
         fake_refuse(w, event);
     } else if (w->habit != MUTE) {
         if (w->habit == NONSENSE_FIRST && n_asked == 0) {
-            fake_answer(event, true); /* too few slots: dropped; the right one follows */
+            fake_answer(w, event, true); /* too few slots: dropped; the right one follows */
         }
-        fake_answer(event, false);
+        fake_answer(w, event, false);
     }
 }
 
@@ -86,8 +107,8 @@ static void *fake_run(void *arg)
                     fake_on_dispatch(w, &events[i]);
                 }
                 net_release(w->n, &events[i]);
-            } else if (events[i].kind == NET_EV_SENT) {
-                cm_free(events[i].cookie);
+            } else if (events[i].kind == NET_EV_SENT && events[i].cookie != NULL) {
+                fake_drop(events[i].cookie);
             }
         }
         if (n == 0 && net_arm(w->n)) {
@@ -96,6 +117,9 @@ static void *fake_run(void *arg)
         }
     }
     net_close(w->n);
+    for (uint32_t i = 0; i < ANSWERS_MAX; i++) {
+        fake_drop(&w->answers[i]); /* closing tells no more about them */
+    }
     return NULL;
 }
 
@@ -113,7 +137,8 @@ static void fake_start(fake *w, habit how)
     cm_error err = {0};
     net_options options;
     options_for(&options);
-    *w = (fake){.habit = how};
+    memset(w, 0, sizeof(*w));
+    w->habit = how;
     snprintf(name, sizeof(name), "t_exchange-%016llx", (unsigned long long)cm_random_u64());
     assert_int_equal(net_open(&options, &w->n, &err), CM_OK);
     assert_int_equal(net_listen(w->n, name, w->address, &err), CM_OK);
