@@ -1,4 +1,5 @@
 /* What a client is told when a call fails: code, sentence and google.rpc details. */
+#include <stdio.h>
 #include <string.h>
 
 #include "gateway/grpc_private.h"
@@ -37,7 +38,7 @@ void gw_grpc_name_field(gw_error *error)
     };
     for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
         if (strcmp(error->param, names[i][0]) == 0) {
-            strcpy(error->param, names[i][1]); /* every name is far shorter than a param may be */
+            snprintf(error->param, sizeof(error->param), "%s", names[i][1]);
             return;
         }
     }

@@ -37,8 +37,8 @@ void pr_pack(const ProtobufCMessage *message, cm_bytes *out)
     protobuf_c_message_pack_to_buffer(message, &sink.base);
 }
 
-cm_status pr_unpack(const ProtobufCMessageDescriptor *descriptor, const void *data, size_t n_bytes, cm_arena *arena,
-                    ProtobufCMessage **message_out)
+cm_status pr_unpack(const ProtobufCMessageDescriptor *descriptor, const void *data, size_t n_bytes,
+                    cm_arena *arena, ProtobufCMessage **message_out)
 {
     pack_allocator state = {.arena = arena};
     ProtobufCAllocator allocator = {pack_alloc, pack_free, &state};

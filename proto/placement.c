@@ -73,9 +73,9 @@ uint32_t pr_placement_count(const pr_placement *p, uint32_t rank)
 }
 
 /* ---- planning ----
- * Per layer every rank gets a quota of floor or ceil(n_expert / n_rank), the extra ones turning with the layer, cut
- * by capacity and handed on to ranks with room. Experts stay where they were while that rank's quota lasts; the
- * others go, in ascending order, to the ranks with quota left. */
+ * Per layer every rank gets a quota of floor or ceil(n_expert / n_rank), the extra ones turning with the
+ * layer, cut by capacity and handed on to ranks with room. Experts stay where they were while that rank's
+ * quota lasts; the others go, in ascending order, to the ranks with quota left. */
 
 typedef struct placement_planner {
     uint32_t n_layer, n_expert, n_rank;
@@ -114,7 +114,8 @@ static void planner_set_quotas(placement_planner *planner, uint32_t layer)
     }
 }
 
-static void planner_place_layer(placement_planner *planner, uint32_t layer, const pr_placement *before, uint16_t *owner)
+static void planner_place_layer(placement_planner *planner, uint32_t layer, const pr_placement *before,
+                                uint16_t *owner)
 {
     for (uint32_t e = 0; e < planner->n_expert; e++) {
         owner[e] = UINT16_MAX;
@@ -144,7 +145,8 @@ static void planner_place_layer(placement_planner *planner, uint32_t layer, cons
 }
 
 cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, const uint32_t *rank_member, uint32_t n_rank,
-                            const uint64_t *capacity, const pr_placement *before, pr_placement **placement_out, cm_error *err)
+                            const uint64_t *capacity, const pr_placement *before,
+                            pr_placement **placement_out, cm_error *err)
 {
     uint64_t need = (uint64_t)n_layer * n_expert, sum = 0;
     for (uint32_t r = 0; r < n_rank; r++) {
@@ -152,8 +154,8 @@ cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, const uint32_t 
     }
     if (n_rank == 0 || n_rank > PR_RANK_MAX || sum < need) {
         return cm_error_set(err, CM_E_CAPACITY, "workers",
-                            "%u workers can hold %llu experts, the model has %llu: add workers or memory", n_rank,
-                            (unsigned long long)sum, (unsigned long long)need);
+                            "%u workers can hold %llu experts, the model has %llu: add workers or memory",
+                            n_rank, (unsigned long long)sum, (unsigned long long)need);
     }
     placement_planner planner = {.n_layer = n_layer, .n_expert = n_expert, .n_rank = n_rank};
     planner.room = cm_alloc(sizeof(uint64_t) * n_rank);
@@ -207,12 +209,14 @@ void pr_placement_message_free(Baleen__Control__V1__Placement *message)
     message->owner = NULL;
 }
 
-cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message, pr_placement **placement_out, cm_error *err)
+cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message, pr_placement **placement_out,
+                              cm_error *err)
 {
     uint64_t n_pair = (uint64_t)message->n_layer * message->n_expert;
     if (n_pair == 0 || n_pair > 1u << 24 || message->n_first != n_pair + 1 || message->n_rank_member == 0 ||
         message->n_rank_member > PR_RANK_MAX) {
-        return cm_error_set(err, CM_E_PROTOCOL, "placement", "placement of %u layers, %u experts, %zu ranks with %zu entries",
+        return cm_error_set(err, CM_E_PROTOCOL, "placement",
+                            "placement of %u layers, %u experts, %zu ranks with %zu entries",
                             message->n_layer, message->n_expert, message->n_rank_member, message->n_first);
     }
     for (size_t i = 0; i < n_pair; i++) {
@@ -221,8 +225,8 @@ cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message, pr_
         }
     }
     if (message->first[0] != 0 || message->first[n_pair] != message->n_owner) {
-        return cm_error_set(err, CM_E_PROTOCOL, "placement.first", "covers %u of %zu owners", message->first[n_pair],
-                            message->n_owner);
+        return cm_error_set(err, CM_E_PROTOCOL, "placement.first", "covers %u of %zu owners",
+                            message->first[n_pair], message->n_owner);
     }
     for (size_t i = 0; i < message->n_owner; i++) {
         if (message->owner[i] >= message->n_rank_member) {

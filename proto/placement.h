@@ -1,6 +1,6 @@
-/* Placement as a value: which ranks own which (layer, expert) in one epoch. A rank is a position in the epoch's list of
- * workers; messages use member ids, arrays use ranks. Immutable once built; shared by pointer, freed by its owner.
- * Thread: any (read-only). */
+/* Placement as a value: which ranks own which (layer, expert) in one epoch. A rank is a position in the
+ * epoch's list of workers; messages use member ids, arrays use ranks. Immutable once built; shared by
+ * pointer, freed by its owner. Thread: any (read-only). */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -18,7 +18,8 @@ typedef struct pr_placement {
 } pr_placement;
 
 /* All owners of (layer, expert); *n_out may be 0. */
-static inline const uint16_t *pr_placement_owners(const pr_placement *p, uint32_t layer, uint32_t expert, uint32_t *n_out)
+static inline const uint16_t *pr_placement_owners(const pr_placement *p, uint32_t layer, uint32_t expert,
+                                                  uint32_t *n_out)
 {
     uint32_t i = layer * p->n_expert + expert;
     *n_out = p->first[i + 1] - p->first[i];
@@ -29,19 +30,20 @@ bool pr_placement_owns(const pr_placement *p, uint32_t layer, uint32_t expert, u
 uint32_t pr_placement_rank_of(const pr_placement *p, uint32_t member_id);
 uint32_t pr_placement_count(const pr_placement *p, uint32_t rank); /* (layer, expert) pairs of a rank */
 
-/* Spreads all experts evenly: every layer over all ranks, the remainder turning from layer to layer, so that totals differ
- * by at most one per rank as far as capacity lets them. before (may be NULL): the placement in force; an expert stays with
- * an owner that is still there unless balance demands a move. capacity[r]: (layer, expert) pairs rank r can hold.
- * CM_E_CAPACITY when the sum is too small (err says by how much). */
-CM_MUST_CHECK cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, const uint32_t *rank_member, uint32_t n_rank,
-                                          const uint64_t *capacity, const pr_placement *before,
-                                          pr_placement **placement_out, cm_error *err);
+/* Spreads all experts evenly: every layer over all ranks, the remainder turning from layer to layer, so that
+ * totals differ by at most one per rank as far as capacity lets them. before (may be NULL): the placement in
+ * force; an expert stays with an owner that is still there unless balance demands a move. capacity[r]:
+ * (layer, expert) pairs rank r can hold. CM_E_CAPACITY when the sum is too small (err says by how much). */
+CM_MUST_CHECK cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, const uint32_t *rank_member,
+                                          uint32_t n_rank, const uint64_t *capacity,
+                                          const pr_placement *before, pr_placement **placement_out,
+                                          cm_error *err);
 pr_placement *pr_placement_clone(const pr_placement *p);
 void pr_placement_free(pr_placement *p); /* NULL is fine */
 
-/* To and from the message. unpack checks every number (CM_E_PROTOCOL). The message borrows p's arrays where types allow and
- * owns the rest until pr_placement_message_free. */
+/* To and from the message. unpack checks every number (CM_E_PROTOCOL). The message borrows p's arrays where
+ * types allow and owns the rest until pr_placement_message_free. */
 void pr_placement_pack(const pr_placement *p, Baleen__Control__V1__Placement *message);
 void pr_placement_message_free(Baleen__Control__V1__Placement *message);
-CM_MUST_CHECK cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message, pr_placement **placement_out,
-                                            cm_error *err);
+CM_MUST_CHECK cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message,
+                                            pr_placement **placement_out, cm_error *err);

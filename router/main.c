@@ -37,7 +37,8 @@ int main(int argc, char **argv)
         m.code = 1;
     } else {
         pc_process_on_terminate(m.loop, main_terminate, &m);
-        pc_process_ready(&config.process, (const char *const[]){"address", rt_router_address(m.router), NULL});
+        pc_process_ready(&config.process,
+                         (const char *const[]){"address", rt_router_address(m.router), NULL});
         pc_loop_run(m.loop);
         rt_router_destroy(m.router);
     }

@@ -86,8 +86,9 @@ static void router_step_done(void *ctx, cm_status status, const uint32_t *tokens
     } else {
         cm_error_log("step %llu of %u rows failed: %s", (unsigned long long)r->step.number, r->step.n_row,
                      cm_status_text(status));
-        rt_sched_fail_step(r->sched, now, CM_E_UNAVAILABLE, "the experts for this request are not available at the moment",
-                           rt_gateways_word, r->gateways);
+        rt_sched_fail_step(r->sched, now, CM_E_UNAVAILABLE,
+                           "the experts for this request are not available at the moment", rt_gateways_word,
+                           r->gateways);
     }
 }
 
@@ -103,7 +104,8 @@ static void router_on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
 {
     rt_router *r = ctx;
     r->self = member_id;
-    rt_gateways_identify(r->gateways, &(net_identity){cluster, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, member_id});
+    rt_gateways_identify(r->gateways,
+                         &(net_identity){cluster, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, member_id});
     cm_info("joined cluster %016llx as member %u", (unsigned long long)cluster, member_id);
 }
 
@@ -195,14 +197,16 @@ static cm_status router_open_gateways(rt_router *r, cm_error *err)
     net *n;
     router_net_options(r->config, &options);
     options.peers_max = (uint32_t)r->config->gateways_max;
-    options.message_bytes_max = ROUTER_OPEN_BYTES_MIN + 5ull * g->context; /* a varint id takes at most 5 bytes */
+    options.message_bytes_max =
+        ROUTER_OPEN_BYTES_MIN + 5ull * g->context; /* a varint id takes at most 5 bytes */
     CM_TRY(net_open(&options, &n, err));
     cm_status status = net_listen(n, r->config->address, r->address, err);
     if (status != CM_OK) {
         net_close(n);
         return status;
     }
-    r->gateways = rt_gateways_create(r->loop, n, r->sched, (uint32_t)r->config->gateways_max, router_changed, r);
+    r->gateways =
+        rt_gateways_create(r->loop, n, r->sched, (uint32_t)r->config->gateways_max, router_changed, r);
     return CM_OK;
 }
 
@@ -221,11 +225,12 @@ static void router_join(rt_router *r)
     r->member = pc_member_create(r->loop, &options, &g_member_events, r);
 }
 
-cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finished)(void *ctx, int code), void *ctx,
-                           rt_router **router_out, cm_error *err)
+cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finished)(void *ctx, int code),
+                           void *ctx, rt_router **router_out, cm_error *err)
 {
     if (config->model[0] == '\0' || config->coordinator[0] == '\0') {
-        return cm_error_set(err, CM_E_CONFIG, "model", "a router needs --model DIR and --coordinator HOST:PORT");
+        return cm_error_set(err, CM_E_CONFIG, "model",
+                            "a router needs --model DIR and --coordinator HOST:PORT");
     }
     rt_sched_limits limits;
     rt_router *r = cm_alloc(sizeof(*r));
@@ -279,7 +284,8 @@ static void router_drain_expired(void *arg)
     rt_router *r = arg;
     rt_sched_ledger ledger;
     rt_sched_ledger_get(r->sched, &ledger);
-    cm_warn("stopping with %u sequences unfinished after %llu ms", ledger.n_seq, (unsigned long long)r->config->drain_ms);
+    cm_warn("stopping with %u sequences unfinished after %llu ms", ledger.n_seq,
+            (unsigned long long)r->config->drain_ms);
     r->finished(r->ctx, 0);
 }
 

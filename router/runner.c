@@ -86,7 +86,8 @@ static void *runner_thread(void *arg)
     }
 }
 
-rt_runner *rt_runner_create(pc_loop *loop, rt_engine *engine, uint32_t sample_max, rt_runner_done_fn done, void *ctx)
+rt_runner *rt_runner_create(pc_loop *loop, rt_engine *engine, uint32_t sample_max, rt_runner_done_fn done,
+                            void *ctx)
 {
     rt_runner *runner = cm_alloc(sizeof(*runner));
     runner->loop = loop;

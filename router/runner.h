@@ -1,14 +1,16 @@
-/* The compute thread of a router: one step at a time from the loop, its result back as a loop event; between steps it
- * keeps the links to workers alive. Thread: create, destroy and start from the loop. */
+/* The compute thread of a router: one step at a time from the loop, its result back as a loop event; between
+ * steps it keeps the links to workers alive. Thread: create, destroy and start from the loop. */
 #pragma once
 #include "common/proc/loop.h"
 #include "router/engine/engine.h"
 
 typedef struct rt_runner rt_runner;
-/* The step given to rt_runner_start is done (loop thread). tokens: as rt_engine_step; valid until the next start. */
+/* The step given to rt_runner_start is done (loop thread). tokens: as rt_engine_step; valid until the next
+ * start. */
 typedef void (*rt_runner_done_fn)(void *ctx, cm_status status, const uint32_t *tokens);
 
-rt_runner *rt_runner_create(pc_loop *loop, rt_engine *engine, uint32_t sample_max, rt_runner_done_fn done, void *ctx);
+rt_runner *rt_runner_create(pc_loop *loop, rt_engine *engine, uint32_t sample_max, rt_runner_done_fn done,
+                            void *ctx);
 /* Ends the step under way (CM_E_CANCELLED), joins the thread. done is not called any more. */
 void rt_runner_destroy(rt_runner *runner);
 /* step is borrowed until done. One at a time. */

@@ -20,17 +20,18 @@
 
 enum {
     ENGINE_EVENTS = 64,
-    ENGINE_EPOCHS = 4,  /* held at once: in force, before it until retired, and slack for a slow retire */
-    ENGINE_GROUP = 64,  /* frames computed together */
-    ENGINE_RESULTS = 4, /* groups whose answers may be on their way at once; each has results of row_max rows */
+    ENGINE_EPOCHS = 4, /* held at once: in force, before it until retired, and slack for a slow retire */
+    ENGINE_GROUP = 64, /* frames computed together */
+    ENGINE_RESULTS =
+        4, /* groups whose answers may be on their way at once; each has results of row_max rows */
     ENGINE_LINGER_MS = 500, /* at the end: for answers to leave */
 };
 
 /* A dispatch frame on its way through: received, gathered, computed, answered. */
 typedef struct engine_frame {
-    net_event event;       /* the received message; its memory is released once computed */
-    uint32_t link;         /* number of the link it came by, as the gathering knows it */
-    uint32_t slot0;        /* first row of its answer in the group's results */
+    net_event event; /* the received message; its memory is released once computed */
+    uint32_t link;   /* number of the link it came by, as the gathering knows it */
+    uint32_t slot0;  /* first row of its answer in the group's results */
     struct engine_group *group;
 } engine_frame;
 
@@ -79,8 +80,13 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
 {
     const md_geometry *g = e->geometry;
     uint64_t n = e->options.row_max;
-    kn_limits limits = {.n_row = e->options.row_max, .n_in = g->d > g->inner ? g->d : g->inner, .n_inner = g->inner,
-                        .n_head = 1, .head_dim = g->head_dim, .n_key = 1, .n_expert = g->n_expert};
+    kn_limits limits = {.n_row = e->options.row_max,
+                        .n_in = g->d > g->inner ? g->d : g->inner,
+                        .n_inner = g->inner,
+                        .n_head = 1,
+                        .head_dim = g->head_dim,
+                        .n_key = 1,
+                        .n_expert = g->n_expert};
     cm_status status = kn_stream_open(e->device, &limits, &e->stream);
     if (status == CM_OK) {
         status = kn_mem_alloc(e->device, n * g->d, &e->q8.codes);
@@ -92,7 +98,8 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
         status = kn_mem_alloc(e->device, 2 * n * g->d, &e->results[i]);
     }
     if (status != CM_OK) {
-        return cm_error_set(err, status, "rows_max", "no device memory for %u groups of %u rows: lower rows_max or frame_bytes",
+        return cm_error_set(err, status, "rows_max",
+                            "no device memory for %u groups of %u rows: lower rows_max or frame_bytes",
                             ENGINE_RESULTS, e->options.row_max);
     }
     e->items = cm_alloc(sizeof(kn_expert_item) * n);
@@ -103,8 +110,8 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     return CM_OK;
 }
 
-cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_out, char bound_out[NET_ADDRESS_BYTES],
-                           cm_error *err)
+cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_out,
+                           char bound_out[NET_ADDRESS_BYTES], cm_error *err)
 {
     wk_engine *e = cm_alloc(sizeof(*e));
     e->options = *options;
@@ -141,7 +148,8 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
                                                      .row_max = options->row_max,
                                                      .window_max_us = options->window_max_us});
     pthread_mutex_init(&e->lock, NULL);
-    cm_info("device %s path %s, listening for rows on %s", kn_device_name(e->device), kn_device_isa(e->device), bound_out);
+    cm_info("device %s path %s, listening for rows on %s", kn_device_name(e->device),
+            kn_device_isa(e->device), bound_out);
     *engine_out = e;
     return CM_OK;
 
@@ -279,13 +287,14 @@ static const engine_epoch *engine_find_epoch(const wk_engine *e, const pr_frame_
 
 /* ---- frames in ---- */
 
-static void engine_refuse(wk_engine *e, const net_event *event, cm_status status, uint32_t expert, const char *why)
+static void engine_refuse(wk_engine *e, const net_event *event, cm_status status, uint32_t expert,
+                          const char *why)
 {
     const pr_frame_head *head = event->header;
     pr_refuse header = {.status = status, .expert = expert, .epoch = e->newest};
     cm_stat_add(CM_STAT_frames_refused, 1);
-    cm_debug("refused a %s frame from %s: %s: %s", pr_message_name(event->type), net_peer_address(event->peer),
-             cm_status_text(status), why);
+    cm_debug("refused a %s frame from %s: %s: %s", pr_message_name(event->type),
+             net_peer_address(event->peer), cm_status_text(status), why);
     if (event->header_bytes >= sizeof(*head)) {
         header.head = *head;
         net_message message = {.type = PR_MSG_REFUSE,
@@ -301,7 +310,8 @@ static void engine_refuse(wk_engine *e, const net_event *event, cm_status status
 }
 
 /* The first expert of the frame that is not ours in its epoch; n_expert when all are. */
-static uint32_t engine_stranger(const wk_engine *e, const pr_dispatch *frame, const pr_slot *slots, const engine_epoch *epoch)
+static uint32_t engine_stranger(const wk_engine *e, const pr_dispatch *frame, const pr_slot *slots,
+                                const engine_epoch *epoch)
 {
     for (uint32_t i = 0; i < frame->n_slot; i++) {
         if (epoch->epoch->placement == NULL ||
@@ -323,14 +333,15 @@ static void engine_on_dispatch(wk_engine *e, const net_event *event)
     const md_geometry *g = e->geometry;
     const pr_dispatch *frame = event->header;
     cm_error err = {0};
-    cm_status status = pr_dispatch_check(event->header, event->header_bytes, event->payload, event->payload_bytes, g->d,
-                                         g->n_layer, g->n_expert, &err);
+    cm_status status = pr_dispatch_check(event->header, event->header_bytes, event->payload,
+                                         event->payload_bytes, g->d, g->n_layer, g->n_expert, &err);
     if (status == CM_OK && frame->head.router != net_peer_identity(event->peer)->member) {
         status = cm_error_set(&err, CM_E_PROTOCOL, "router", "it names router %u", frame->head.router);
     }
     if (status == CM_OK && frame->n_slot > e->options.row_max) {
-        status = cm_error_set(&err, CM_E_PROTOCOL, "n_slot", "%u slots, at most %u: is frame_bytes the same on all?",
-                              frame->n_slot, e->options.row_max);
+        status = cm_error_set(&err, CM_E_PROTOCOL, "n_slot",
+                              "%u slots, at most %u: is frame_bytes the same on all?", frame->n_slot,
+                              e->options.row_max);
     }
     if (status != CM_OK) {
         engine_refuse(e, event, status, 0, err.text);
@@ -353,7 +364,8 @@ static void engine_on_dispatch(wk_engine *e, const net_event *event)
     }
     entry->event = *event;
     entry->link = engine_link(event->peer);
-    status = wk_gather_arrived(e->gather, cm_now_ns() / 1000, entry->link, frame->head.layer, frame->n_slot, entry);
+    status = wk_gather_arrived(e->gather, cm_now_ns() / 1000, entry->link, frame->head.layer, frame->n_slot,
+                               entry);
     if (status != CM_OK) {
         cm_pool_put(&e->frames, entry);
         engine_refuse(e, event, status, 0, "too many frames or routers");
@@ -385,7 +397,8 @@ static void engine_on_event(wk_engine *e, const net_event *event)
     switch (event->kind) {
     case NET_EV_UP:
         net_peer_set_user(event->peer, (void *)(uintptr_t)++e->n_links);
-        cm_info("router %u linked from %s", net_peer_identity(event->peer)->member, net_peer_address(event->peer));
+        cm_info("router %u linked from %s", net_peer_identity(event->peer)->member,
+                net_peer_address(event->peer));
         break;
     case NET_EV_DOWN:
         cm_info("router link %s down: %s", net_peer_address(event->peer), cm_status_text(event->status));
@@ -409,7 +422,8 @@ static void engine_on_event(wk_engine *e, const net_event *event)
 
 /* ---- compute ---- */
 
-/* Sorts the group's slots by expert (counting sort: order inside an expert is frame order) and copies rows together. */
+/* Sorts the group's slots by expert (counting sort: order inside an expert is frame order) and copies rows
+ * together. */
 static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame, uint32_t layer)
 {
     const md_geometry *g = e->geometry;
@@ -425,7 +439,8 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
     }
     for (uint32_t x = 0; x < g->n_expert; x++) {
         if (e->counts[x + 1] > 0) {
-            e->expert_groups[n_group++] = (kn_expert_group){wk_shard_expert(e->shard, layer, x), e->counts[x], e->counts[x + 1]};
+            e->expert_groups[n_group++] =
+                (kn_expert_group){wk_shard_expert(e->shard, layer, x), e->counts[x], e->counts[x + 1]};
         }
         e->counts[x + 1] += e->counts[x];
     }
@@ -434,12 +449,14 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
         const pr_dispatch *frame = entry->event.header;
         const uint8_t *payload = entry->event.payload;
         const pr_slot *slots = entry->event.payload;
-        kn_copy_to_device(e->stream, kn_at(e->q8.codes, (uint64_t)row0 * g->d), payload + pr_dispatch_codes_at(frame->n_slot),
-                          (uint64_t)frame->n_row * g->d);
+        kn_copy_to_device(e->stream, kn_at(e->q8.codes, (uint64_t)row0 * g->d),
+                          payload + pr_dispatch_codes_at(frame->n_slot), (uint64_t)frame->n_row * g->d);
         kn_copy_to_device(e->stream, kn_at(e->q8.scales, (uint64_t)row0 * n_block),
-                          payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, g->d), (uint64_t)frame->n_row * n_block);
+                          payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, g->d),
+                          (uint64_t)frame->n_row * n_block);
         for (uint32_t i = 0; i < frame->n_slot; i++) {
-            e->items[e->counts[slots[i].expert]++] = (kn_expert_item){row0 + slots[i].row, slot0 + i, slots[i].weight};
+            e->items[e->counts[slots[i].expert]++] =
+                (kn_expert_item){row0 + slots[i].row, slot0 + i, slots[i].weight};
         }
         entry->slot0 = slot0;
         row0 += frame->n_row;
@@ -458,7 +475,8 @@ static void engine_answer(wk_engine *e, engine_frame *entry, engine_group *group
         .type = PR_MSG_COMBINE,
         .header = &header,
         .header_bytes = sizeof(header),
-        .iov = {{(const uint8_t *)kn_mem_host(e->device, group->results) + 2ull * entry->slot0 * d, 2ull * frame->n_slot * d}},
+        .iov = {{(const uint8_t *)kn_mem_host(e->device, group->results) + 2ull * entry->slot0 * d,
+                 2ull * frame->n_slot * d}},
         .n_iov = 1,
         .deadline_ms = e->options.answer_ms,
         .cookie = entry,
@@ -478,9 +496,11 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
     const engine_frame *first = frames[0];
     uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer, n_slot = 0;
     uint32_t n_group = engine_pack(e, frames, n_frame, layer);
-    kn_moe(e->device)->experts(e->stream, e->expert_groups, n_group, e->items, e->q8, e->geometry->swiglu_limit, group->results);
+    kn_moe(e->device)->experts(e->stream, e->expert_groups, n_group, e->items, e->q8,
+                               e->geometry->swiglu_limit, group->results);
     cm_status status = kn_stream_sync(e->stream);
-    CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device), layer);
+    CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
+                  layer);
     group->n_open = 1; /* ours, until all answers are on their way */
     for (uint32_t f = 0; f < n_frame; f++) {
         n_slot += ((const pr_dispatch *)((engine_frame *)frames[f])->event.header)->n_slot;
@@ -529,7 +549,8 @@ static void engine_sleep(wk_engine *e, uint64_t wait_us)
     }
     uint64_t timer_us = (uint64_t)net_next_timer_ms(e->rows) * 1000;
     wait_us = timer_us < wait_us ? timer_us : wait_us;
-    struct timespec at_most = {.tv_sec = (time_t)(wait_us / 1000000), .tv_nsec = (long)(wait_us % 1000000) * 1000};
+    struct timespec at_most = {.tv_sec = (time_t)(wait_us / 1000000),
+                               .tv_nsec = (long)(wait_us % 1000000) * 1000};
     struct pollfd fds[2] = {{.fd = net_fd(e->rows), .events = POLLIN}, {.fd = e->wake_fd, .events = POLLIN}};
     ppoll(fds, 2, &at_most, NULL);
     if (fds[1].revents != 0) {
@@ -549,7 +570,8 @@ static uint32_t engine_poll(wk_engine *e)
     return n;
 }
 
-/* Waiting frames are dropped (their routers see the link end and ask another owner); answers on their way may leave. */
+/* Waiting frames are dropped (their routers see the link end and ask another owner); answers on their way may
+ * leave. */
 static void engine_wind_up(wk_engine *e)
 {
     uint64_t give_up_ms = cm_now_ms() + ENGINE_LINGER_MS;

@@ -1,8 +1,7 @@
-/* The expert engine of a worker as a library: takes dispatch frames from routers, gathers those of one layer, computes them
- * on one device, answers with one row per slot. Keeps no state of any sequence. Used by the worker process, by
- * `baleen logits`, and by tests.
- * Thread: wk_engine_run is the compute thread and owns the net object, the device and all memory of the path; the other
- * calls may come from any thread. */
+/* The expert engine of a worker as a library: takes dispatch frames from routers, gathers those of one layer,
+ * computes them on one device, answers with one row per slot. Keeps no state of any sequence. Used by the
+ * worker process, by `baleen logits`, and by tests. Thread: wk_engine_run is the compute thread and owns the
+ * net object, the device and all memory of the path; the other calls may come from any thread. */
 #pragma once
 #include "common/model/checkpoint.h"
 #include "common/net/net.h"
@@ -15,10 +14,10 @@ typedef struct wk_engine wk_engine;
 typedef struct wk_engine_options {
     const md_checkpoint *checkpoint; /* kept */
     kn_device_options device;
-    net_options rows;       /* message_bytes_max bounds a frame */
-    const char *address;    /* to listen on */
-    uint32_t row_max;       /* slots computed together */
-    uint32_t frame_max;     /* frames waiting or being answered */
+    net_options rows;    /* message_bytes_max bounds a frame */
+    const char *address; /* to listen on */
+    uint32_t row_max;    /* slots computed together */
+    uint32_t frame_max;  /* frames waiting or being answered */
     uint32_t router_max;
     uint32_t window_max_us; /* longest wait for other routers' rows of a layer */
     uint32_t answer_ms;     /* an answer that did not leave by then costs the link */

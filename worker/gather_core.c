@@ -52,7 +52,8 @@ static uint32_t gather_find_router(const wk_gather *g, uint32_t id)
     return i;
 }
 
-cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint32_t layer, uint32_t n_row, void *frame)
+cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint32_t layer, uint32_t n_row,
+                            void *frame)
 {
     CM_ASSERT(router != 0);
     uint32_t i = gather_find_router(g, router);
@@ -140,12 +141,15 @@ static uint32_t gather_take_layer(wk_gather *g, void **frames_out, uint32_t fram
     uint64_t aim_us = lag_us != 0 ? lag_us * 2 : g->window_us / 2;
     /* never to nothing: a window of zero could not learn that waiting pays again */
     uint64_t least_us = g->limits.window_max_us / 16;
-    aim_us = aim_us < least_us ? least_us : aim_us < g->limits.window_max_us ? aim_us : g->limits.window_max_us;
+    aim_us = aim_us < least_us                  ? least_us
+             : aim_us < g->limits.window_max_us ? aim_us
+                                                : g->limits.window_max_us;
     g->window_us = (uint32_t)((g->window_us * 7ull + aim_us) / 8);
     return n;
 }
 
-uint32_t wk_gather_next(wk_gather *g, uint64_t now_us, void **frames_out, uint32_t frames_max, uint64_t *wait_us_out)
+uint32_t wk_gather_next(wk_gather *g, uint64_t now_us, void **frames_out, uint32_t frames_max,
+                        uint64_t *wait_us_out)
 {
     if (g->n_frame == 0) {
         *wait_us_out = UINT64_MAX;

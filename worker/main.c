@@ -37,7 +37,8 @@ int main(int argc, char **argv)
         m.code = 1;
     } else {
         pc_process_on_terminate(m.loop, main_terminate, &m);
-        pc_process_ready(&config.process, (const char *const[]){"address", wk_worker_address(m.worker), NULL});
+        pc_process_ready(&config.process,
+                         (const char *const[]){"address", wk_worker_address(m.worker), NULL});
         pc_loop_run(m.loop);
         wk_worker_destroy(m.worker);
     }

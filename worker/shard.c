@@ -42,11 +42,13 @@ void wk_shard_destroy(wk_shard *shard)
     cm_free(shard);
 }
 
-static cm_status shard_load_matrix(wk_shard *shard, uint32_t layer, uint32_t expert, const char *name, kn_matrix *matrix_out,
-                                   cm_error *err)
+static cm_status shard_load_matrix(wk_shard *shard, uint32_t layer, uint32_t expert, const char *name,
+                                   kn_matrix *matrix_out, cm_error *err)
 {
-    const md_tensor *weight = md_checkpoint_tensor(shard->checkpoint, "layers.%u.ffn.experts.%u.%s.weight", layer, expert, name);
-    const md_tensor *scale = md_checkpoint_tensor(shard->checkpoint, "layers.%u.ffn.experts.%u.%s.scale", layer, expert, name);
+    const md_tensor *weight =
+        md_checkpoint_tensor(shard->checkpoint, "layers.%u.ffn.experts.%u.%s.weight", layer, expert, name);
+    const md_tensor *scale =
+        md_checkpoint_tensor(shard->checkpoint, "layers.%u.ffn.experts.%u.%s.scale", layer, expert, name);
     bool fp4 = weight->dtype == MD_I8;
     kn_matrix matrix = {
         .n_out = (uint32_t)weight->dim[0],
@@ -68,7 +70,8 @@ static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t exp
 {
     shard_entry *entry = &shard->entries[(size_t)layer * shard->geometry->n_expert + expert];
     if (cm_failpoint_fires(CM_FAILPOINT_worker_load_fails)) {
-        return cm_error_set(err, CM_E_IO, "", "layer %u expert %u: load failed by a failpoint", layer, expert);
+        return cm_error_set(err, CM_E_IO, "", "layer %u expert %u: load failed by a failpoint", layer,
+                            expert);
     }
     CM_TRY(shard_load_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
     CM_TRY(shard_load_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
@@ -102,8 +105,8 @@ cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t
     cm_stat_set(CM_STAT_worker_experts, wk_shard_count(shard));
     if (n_new > 0) {
         cm_info("loaded %u experts, %llu MB, in %llu ms; %u held", n_new,
-                (unsigned long long)(n_new * md_expert_bytes(g) >> 20), (unsigned long long)(cm_now_ms() - start_ms),
-                wk_shard_count(shard));
+                (unsigned long long)(n_new * md_expert_bytes(g) >> 20),
+                (unsigned long long)(cm_now_ms() - start_ms), wk_shard_count(shard));
     }
     return CM_OK;
 }

@@ -1,7 +1,7 @@
-/* A worker's experts: (layer, expert) -> weights, read from the checkpoint's mapping in their stored formats. Which ones
- * are held follows the epochs this worker knows: an expert is loaded (read through and checked) when an epoch that gives it
- * to us is prepared, and let go when the last such epoch is retired.
- * Thread: load on a job thread, one at a time; the rest on the loop; the compute thread reads experts only of epochs that
+/* A worker's experts: (layer, expert) -> weights, read from the checkpoint's mapping in their stored formats.
+ * Which ones are held follows the epochs this worker knows: an expert is loaded (read through and checked)
+ * when an epoch that gives it to us is prepared, and let go when the last such epoch is retired. Thread: load
+ * on a job thread, one at a time; the rest on the loop; the compute thread reads experts only of epochs that
  * were handed to it after their load. */
 #pragma once
 #include "common/model/checkpoint.h"
@@ -10,11 +10,14 @@
 
 typedef struct wk_shard wk_shard;
 
-CM_MUST_CHECK cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk_shard **shard_out);
+CM_MUST_CHECK cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device,
+                                        wk_shard **shard_out);
 void wk_shard_destroy(wk_shard *shard);
 
-/* Reads and checks every expert of `rank` that is not held yet. CM_E_CORRUPT names the tensor. Progress goes to the log. */
-CM_MUST_CHECK cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t rank, cm_error *err);
+/* Reads and checks every expert of `rank` that is not held yet. CM_E_CORRUPT names the tensor. Progress goes
+ * to the log. */
+CM_MUST_CHECK cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t rank,
+                                      cm_error *err);
 /* Lets go of every expert that none of the placements gives to us. rank[i] is our rank in placements[i]. */
 void wk_shard_keep(wk_shard *shard, const pr_placement *const *placements, const uint32_t *ranks, uint32_t n);
 /* NULL when not held. */

@@ -14,9 +14,9 @@
 #include "worker/engine.h"
 
 enum {
-    WORKER_DRAIN_MS = 10000, /* for the coordinator to publish an epoch without us */
+    WORKER_DRAIN_MS = 10000,   /* for the coordinator to publish an epoch without us */
     WORKER_DRAIN_TICK_MS = 50, /* between looks whether it is still there */
-    WORKER_EPOCHS = 4,       /* known and not retired */
+    WORKER_EPOCHS = 4,         /* known and not retired */
 };
 
 /* A load on the job thread; its result comes back as a loop event. */
@@ -43,7 +43,7 @@ struct wk_worker {
     char address[NET_ADDRESS_BYTES];
     char fingerprint[33];
     uint32_t self;
-    pc_epoch *prepared; /* loaded or loading, not yet in force */
+    pc_epoch *prepared;             /* loaded or loading, not yet in force */
     pc_epoch *known[WORKER_EPOCHS]; /* in force and not retired; newest last */
     uint32_t n_known;
     LIST_HEAD(, worker_load) loads; /* on the job thread or on their way back */
@@ -84,7 +84,8 @@ static void worker_loaded(void *arg)
         }
     }
     if (load->status != CM_OK) {
-        cm_error_log("epoch %llu cannot be prepared: %s", (unsigned long long)load->epoch->number, load->err.text);
+        cm_error_log("epoch %llu cannot be prepared: %s", (unsigned long long)load->epoch->number,
+                     load->err.text);
     }
     pc_epoch_release(load->epoch);
     cm_free(load);
@@ -151,7 +152,8 @@ static void worker_on_commit(void *ctx, pc_epoch *epoch)
     }
     wk_engine_commit(w->engine, epoch, w->self);
     pc_member_committed(w->member, epoch->number);
-    bool ours = epoch->placement != NULL && pr_placement_rank_of(epoch->placement, w->self) < epoch->placement->n_rank;
+    bool ours = epoch->placement != NULL &&
+                pr_placement_rank_of(epoch->placement, w->self) < epoch->placement->n_rank;
     if (w->draining && !ours) {
         w->finished(w->ctx, 0);
     }
@@ -239,11 +241,12 @@ static void worker_join(wk_worker *w)
     w->member = pc_member_create(w->loop, &options, &g_member_events, w);
 }
 
-cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finished)(void *ctx, int code), void *ctx,
-                           wk_worker **worker_out, cm_error *err)
+cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finished)(void *ctx, int code),
+                           void *ctx, wk_worker **worker_out, cm_error *err)
 {
     if (config->model[0] == '\0' || config->coordinator[0] == '\0') {
-        return cm_error_set(err, CM_E_CONFIG, "model", "a worker needs --model DIR and --coordinator HOST:PORT");
+        return cm_error_set(err, CM_E_CONFIG, "model",
+                            "a worker needs --model DIR and --coordinator HOST:PORT");
     }
     wk_worker *w = cm_alloc(sizeof(*w));
     LIST_INIT(&w->loads);

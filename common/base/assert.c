@@ -16,8 +16,8 @@ void cm_assert_fail(const char *file, int line, const char *expr, const char *fm
     vsnprintf(values, sizeof(values), fmt, args);
     va_end(args);
     int n = snprintf(text, sizeof(text),
-                     "baleen bug: assertion failed: %s at %s:%d %s\nlast events of this process:\n", expr, file,
-                     line, values);
+                     "baleen bug: assertion failed: %s at %s:%d %s\nlast events of this process:\n", expr,
+                     file, line, values);
     ssize_t written = write(2, text, n > 0 ? strnlen(text, sizeof(text)) : 0);
     (void)written;
     cm_log_dump(2);

@@ -1,10 +1,11 @@
-/* Assertions are for our own bugs only and stay on in release: they print the expression, the place, a sentence
- * with the values, and the last log lines of this process, then abort. What a peer, a client, a file, a device or
- * the clock can cause is an error, never an assertion. */
+/* Assertions are for our own bugs only and stay on in release: they print the expression, the place, a
+ * sentence with the values, and the last log lines of this process, then abort. What a peer, a client, a
+ * file, a device or the clock can cause is an error, never an assertion. */
 #pragma once
 #include "common/base/status.h"
 
-_Noreturn void cm_assert_fail(const char *file, int line, const char *expr, const char *fmt, ...) CM_PRINTF(4, 5);
+_Noreturn void cm_assert_fail(const char *file, int line, const char *expr, const char *fmt, ...)
+    CM_PRINTF(4, 5);
 
 #define CM_ASSERT(expr)                                                                                      \
     do {                                                                                                     \

@@ -1,5 +1,5 @@
-/* A growable byte buffer with a bound, for text and messages put together piece by piece. Always followed by a NUL
- * that is not counted. Thread: one at a time. */
+/* A growable byte buffer with a bound, for text and messages put together piece by piece. Always followed by
+ * a NUL that is not counted. Thread: one at a time. */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>

@@ -27,6 +27,6 @@ void cm_wall_format(uint64_t wall_us, char *text_out, size_t cap)
     time_t seconds = (time_t)(wall_us / 1000000u);
     struct tm tm;
     gmtime_r(&seconds, &tm);
-    snprintf(text_out, cap, "%04d-%02d-%02dT%02d:%02d:%02d.%03uZ", tm.tm_year + 1900, tm.tm_mon + 1, tm.tm_mday,
-             tm.tm_hour, tm.tm_min, tm.tm_sec, (unsigned)(wall_us / 1000u % 1000u));
+    snprintf(text_out, cap, "%04d-%02d-%02dT%02d:%02d:%02d.%03uZ", tm.tm_year + 1900, tm.tm_mon + 1,
+             tm.tm_mday, tm.tm_hour, tm.tm_min, tm.tm_sec, (unsigned)(wall_us / 1000u % 1000u));
 }

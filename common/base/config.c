@@ -42,7 +42,10 @@ static cm_status cfg_parse_number(const cm_cfg_field *field, const char *value, 
     if (*end != '\0') {
         if (field->type == CM_CFG_TYPE_MS) {
             known = true;
-            unit = strcmp(end, "ms") == 0 ? 1 : strcmp(end, "s") == 0 ? 1000 : strcmp(end, "m") == 0 ? 60000 : 0;
+            unit = strcmp(end, "ms") == 0  ? 1
+                   : strcmp(end, "s") == 0 ? 1000
+                   : strcmp(end, "m") == 0 ? 60000
+                                           : 0;
         } else if (field->type == CM_CFG_TYPE_BYTES) {
             char c = (char)tolower((unsigned char)end[0]);
             unit = end[1] != '\0' ? 0 : c == 'k' ? 1u << 10 : c == 'm' ? 1u << 20 : c == 'g' ? 1u << 30 : 0;
@@ -52,7 +55,8 @@ static cm_status cfg_parse_number(const cm_cfg_field *field, const char *value, 
         known = unit != 0;
     }
     if (!known) {
-        return cm_error_set(err, CM_E_CONFIG, field->name, "%s: '%s' has an unknown unit '%s'", field->name, value, end);
+        return cm_error_set(err, CM_E_CONFIG, field->name, "%s: '%s' has an unknown unit '%s'", field->name,
+                            value, end);
     }
     if (n > UINT64_MAX / unit || n * unit < field->min || n * unit > field->max) {
         return cm_error_set(err, CM_E_CONFIG, field->name, "%s: %s is outside %llu..%llu", field->name, value,
@@ -125,7 +129,8 @@ void cm_cfg_defaults(const cm_cfg_table *table, void *config)
     }
 }
 
-cm_status cm_cfg_set(const cm_cfg_table *table, void *config, const char *name, const char *value, cm_error *err)
+cm_status cm_cfg_set(const cm_cfg_table *table, void *config, const char *name, const char *value,
+                     cm_error *err)
 {
     const cm_cfg_field *field = cfg_find(table, name, strlen(name));
     if (field == NULL) {
@@ -204,7 +209,8 @@ static cm_status cfg_load_environment(const cm_cfg_table *table, void *config, c
         }
         const cm_cfg_field *field = cfg_find(table, lower, n);
         if (field == NULL) {
-            cm_warn("environment variable %s%.*s is no option of %s and is ignored", prefix, (int)n, name, table->program);
+            cm_warn("environment variable %s%.*s is no option of %s and is ignored", prefix, (int)n, name,
+                    table->program);
             continue;
         }
         CM_TRY(cfg_assign(field, config, equals + 1, err));
@@ -219,7 +225,8 @@ typedef struct cfg_args {
     const char *file;
 } cfg_args;
 
-/* Two passes over argv: the first (config NULL) finds --config, --help and --print-config, the second assigns. */
+/* Two passes over argv: the first (config NULL) finds --config, --help and --print-config, the second
+ * assigns. */
 static cm_status cfg_walk_args(const cm_cfg_table *table, void *config, int argc, char **argv, cfg_args *args,
                                cm_error *err)
 {
@@ -229,7 +236,8 @@ static cm_status cfg_walk_args(const cm_cfg_table *table, void *config, int argc
         const char *word = argv[i];
         if (only_operands || strncmp(word, "--", 2) != 0) {
             if (word[0] == '-' && word[1] != '\0' && !only_operands) {
-                return cm_error_set(err, CM_E_CONFIG, word, "unknown option '%s'; options are written --name", word);
+                return cm_error_set(err, CM_E_CONFIG, word, "unknown option '%s'; options are written --name",
+                                    word);
             }
             if (args->n_operands == args->operands_max) {
                 return cm_error_set(err, CM_E_CONFIG, word, "unexpected word '%s'", word);
@@ -258,7 +266,8 @@ static cm_status cfg_walk_args(const cm_cfg_table *table, void *config, int argc
         bool is_file = n == 6 && strncmp(name, "config", n) == 0;
         const cm_cfg_field *field = cfg_find(table, name, n);
         if (field == NULL && !is_file) {
-            return cm_error_set(err, CM_E_CONFIG, word, "unknown option '--%.*s'; --help lists them", (int)n, name);
+            return cm_error_set(err, CM_E_CONFIG, word, "unknown option '--%.*s'; --help lists them", (int)n,
+                                name);
         }
         const char *value = equals != NULL ? equals + 1 : NULL;
         if (value == NULL && !is_file && field->type == CM_CFG_TYPE_BOOL) {
@@ -279,8 +288,9 @@ static cm_status cfg_walk_args(const cm_cfg_table *table, void *config, int argc
     return CM_OK;
 }
 
-cm_status cm_cfg_load(const cm_cfg_table *table, void *config, int argc, char **argv, const char **operands_out,
-                      size_t operands_max, size_t *n_operands_out, cm_cfg_outcome *outcome_out, cm_error *err)
+cm_status cm_cfg_load(const cm_cfg_table *table, void *config, int argc, char **argv,
+                      const char **operands_out, size_t operands_max, size_t *n_operands_out,
+                      cm_cfg_outcome *outcome_out, cm_error *err)
 {
     cfg_args args = {.operands = operands_out, .operands_max = operands_max};
     cm_cfg_defaults(table, config);

@@ -1,5 +1,6 @@
-/* Options of a process, defined once. A table of cm_cfg_field rows describes a struct; from the table come the
- * flags (--name value, --name=value), the environment (BALEEN_NAME), the file (name = value, # comments), bounds,
+/* Options of a process, defined once. A table of cm_cfg_field rows describes a struct; from the table come
+ * the flags (--name value, --name=value), the environment (BALEEN_NAME), the file (name = value, # comments),
+ * bounds,
  * --help, --print-config and the tables in the docs. Later sources win: default, file, environment, flags.
  * An unknown flag or key is an error; a BALEEN_ variable that no table of this process knows is a warning.
  * Thread: start-up only. */
@@ -38,8 +39,8 @@ typedef struct cm_cfg_field {
 #define CM_CFG_CHOICE(type_, member_, choices_)  CM_CFG_TYPE_CHOICE, offsetof(type_, member_), 0, 0, choices_
 
 typedef struct cm_cfg_table {
-    const char *program; /* "baleen-router" */
-    const char *summary; /* a line for --help */
+    const char *program;  /* "baleen-router" */
+    const char *summary;  /* a line for --help */
     const char *operands; /* what follows the options, "" if nothing may; e.g. "DIR" or "[PROMPT]" */
     const cm_cfg_field *fields;
     size_t n_fields;
@@ -50,17 +51,18 @@ typedef enum cm_cfg_outcome {
     CM_CFG_EXIT, /* --help, --version or --print-config was answered on stdout: exit 0 */
 } cm_cfg_outcome;
 
-/* Fills the struct at config from defaults, the file named by --config FILE, the environment and argv[1..argc-1].
- * Words that are no options are left in operands_out (borrowed from argv), at most operands_max of them; more, or
- * any where table->operands is "", is an error. *outcome_out says whether to go on. err names option and reason. */
+/* Fills the struct at config from defaults, the file named by --config FILE, the environment and
+ * argv[1..argc-1]. Words that are no options are left in operands_out (borrowed from argv), at most
+ * operands_max of them; more, or any where table->operands is "", is an error. *outcome_out says whether to
+ * go on. err names option and reason. */
 CM_MUST_CHECK cm_status cm_cfg_load(const cm_cfg_table *table, void *config, int argc, char **argv,
                                     const char **operands_out, size_t operands_max, size_t *n_operands_out,
                                     cm_cfg_outcome *outcome_out, cm_error *err);
 /* Defaults only: for engines built inside another process and for tests. */
 void cm_cfg_defaults(const cm_cfg_table *table, void *config);
 /* Sets one option from text, checked as on the command line. */
-CM_MUST_CHECK cm_status cm_cfg_set(const cm_cfg_table *table, void *config, const char *name, const char *value,
-                                   cm_error *err);
+CM_MUST_CHECK cm_status cm_cfg_set(const cm_cfg_table *table, void *config, const char *name,
+                                   const char *value, cm_error *err);
 void cm_cfg_free(const cm_cfg_table *table, void *config);
 
 void cm_cfg_print_help(const cm_cfg_table *table, FILE *to);

@@ -30,7 +30,8 @@ static cm_status failpoint_arm_one(const char *text, size_t len, cm_error *err)
     if (colon != NULL) {
         *colon = '\0';
         if (sscanf(colon + 1, "%u", &odds) != 1 || odds > FAILPOINT_ODDS_MAX) {
-            return cm_error_set(err, CM_E_CONFIG, "failpoints", "failpoint %s: odds must be 0..%d", name, FAILPOINT_ODDS_MAX);
+            return cm_error_set(err, CM_E_CONFIG, "failpoints", "failpoint %s: odds must be 0..%d", name,
+                                FAILPOINT_ODDS_MAX);
         }
     }
     for (int i = 0; i < CM_FAILPOINT_COUNT; i++) {

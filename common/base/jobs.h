@@ -1,6 +1,6 @@
-/* Slow or blocking work off the loop thread: a bounded queue in front of a few threads. A job runs on a job thread
- * and then hands its result back itself (pc_loop_post); jobs are FIFO, one owner at a time.
- * Thread: submit from any; create and destroy from the owner. */
+/* Slow or blocking work off the loop thread: a bounded queue in front of a few threads. A job runs on a job
+ * thread and then hands its result back itself (pc_loop_post); jobs are FIFO, one owner at a time. Thread:
+ * submit from any; create and destroy from the owner. */
 #pragma once
 #include <stdint.h>
 

@@ -88,9 +88,11 @@ static size_t log_format(char *line, size_t cap, cm_log_level level, const char 
     if (g_log.options.json) {
         char escaped[LOG_LINE_BYTES - 192]; /* the rest of the object always fits after it */
         log_escape_json(escaped, sizeof(escaped), text);
-        n = snprintf(line, cap, "{\"time\":\"%s\",\"level\":\"%s\",\"role\":\"%s\",\"id\":%d,\"epoch\":%llu,\"text\":\"%s\"}\n",
-                     when, g_level_names[level], g_log.role != NULL ? g_log.role : "", g_log.id,
-                     (unsigned long long)epoch, escaped);
+        n = snprintf(
+            line, cap,
+            "{\"time\":\"%s\",\"level\":\"%s\",\"role\":\"%s\",\"id\":%d,\"epoch\":%llu,\"text\":\"%s\"}\n",
+            when, g_level_names[level], g_log.role != NULL ? g_log.role : "", g_log.id,
+            (unsigned long long)epoch, escaped);
     } else {
         if (g_log.role != NULL && g_log.id >= 0) {
             snprintf(who, sizeof(who), "%s %d epoch %llu: ", g_log.role, g_log.id, (unsigned long long)epoch);

@@ -1,7 +1,7 @@
-/* One line per event. error: cannot go on as asked; warn: odd, going on; info: few per process life; debug: per
- * object; trace: per message (compiled out unless CM_DEBUG). Lower case, no final full stop, numbers in the text.
- * Role, id and epoch are put in front by the logger. The last 64 lines of every level are kept for cm_assert.
- * Thread: any; one line is one write. */
+/* One line per event. error: cannot go on as asked; warn: odd, going on; info: few per process life; debug:
+ * per object; trace: per message (compiled out unless CM_DEBUG). Lower case, no final full stop, numbers in
+ * the text. Role, id and epoch are put in front by the logger. The last 64 lines of every level are kept for
+ * cm_assert. Thread: any; one line is one write. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>

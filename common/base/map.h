@@ -1,5 +1,5 @@
-/* A hash map from 64-bit keys to pointers with a fixed number of entries: open addressing, nothing allocated after
- * init. Pointers are kept, not owned. Thread: one at a time. */
+/* A hash map from 64-bit keys to pointers with a fixed number of entries: open addressing, nothing allocated
+ * after init. Pointers are kept, not owned. Thread: one at a time. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>

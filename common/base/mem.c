@@ -153,8 +153,8 @@ void *cm_arena_alloc(cm_arena *arena, size_t n_bytes)
 void *cm_arena_take(cm_arena *arena, size_t n_bytes)
 {
     void *p = cm_arena_alloc(arena, n_bytes);
-    CM_ASSERT_MSG(p != NULL, "arena %s: %zu bytes asked, %zu of %zu used", arena->name, n_bytes, arena->used_bytes,
-                  arena->max_bytes);
+    CM_ASSERT_MSG(p != NULL, "arena %s: %zu bytes asked, %zu of %zu used", arena->name, n_bytes,
+                  arena->used_bytes, arena->max_bytes);
     return p;
 }
 
@@ -199,8 +199,8 @@ uint32_t cm_pool_fini(cm_pool *pool)
     for (uint32_t i = 0; i < pool->n_max && n_leaked > 0; i++) {
         if (pool->in_use[i]) {
             const uint8_t *b = pool->objects + pool->object_bytes * i;
-            cm_warn("pool %s: object %u was not returned, begins %02x%02x%02x%02x %02x%02x%02x%02x", pool->name, i,
-                    b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]);
+            cm_warn("pool %s: object %u was not returned, begins %02x%02x%02x%02x %02x%02x%02x%02x",
+                    pool->name, i, b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]);
         }
     }
     cm_free(pool->objects);

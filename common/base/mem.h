@@ -1,6 +1,6 @@
-/* Memory by lifetime: process (cm_alloc at start), object (cm_pool), step or request (cm_arena, reset at the end).
- * malloc is called in mem.c only. After start the step path does not allocate: cm_mem_guard_begin makes any
- * cm_alloc on this thread an assertion failure. */
+/* Memory by lifetime: process (cm_alloc at start), object (cm_pool), step or request (cm_arena, reset at the
+ * end). malloc is called in mem.c only. After start the step path does not allocate: cm_mem_guard_begin makes
+ * any cm_alloc on this thread an assertion failure. */
 #pragma once
 #include <stdbool.h>
 #include <stddef.h>
@@ -8,7 +8,8 @@
 
 #include "common/base/status.h"
 
-/* Zeroed; ends the process when memory is out (start-up, fixed sizes). n_bytes 0 gives a pointer all the same. */
+/* Zeroed; ends the process when memory is out (start-up, fixed sizes). n_bytes 0 gives a pointer all the
+ * same. */
 void *cm_alloc(size_t n_bytes);
 /* Aligned to 64 bytes, zeroed, same failure rule; free with cm_free. */
 void *cm_alloc_aligned(size_t n_bytes);
@@ -22,7 +23,8 @@ void cm_free(void *p);
 /* Per thread, nestable; what is shown when the guard trips. */
 void cm_mem_guard_begin(const char *what);
 void cm_mem_guard_end(void);
-/* For what may allocate although it happens inside (a change of membership): pause returns what resume wants back. */
+/* For what may allocate although it happens inside (a change of membership): pause returns what resume wants
+ * back. */
 int cm_mem_guard_pause(void);
 void cm_mem_guard_resume(int depth);
 
@@ -66,6 +68,6 @@ void cm_pool_init(cm_pool *pool, const char *name, size_t object_bytes, uint32_t
 /* Logs every object not returned (name, index, first bytes) and returns how many there were. */
 uint32_t cm_pool_fini(cm_pool *pool);
 CM_MUST_CHECK cm_status cm_pool_get(cm_pool *pool, void **object_out); /* CM_AGAIN when all are in use */
-void cm_pool_put(cm_pool *pool, void *object);                         /* asserts on strangers and double puts */
+void cm_pool_put(cm_pool *pool, void *object); /* asserts on strangers and double puts */
 uint32_t cm_pool_index(const cm_pool *pool, const void *object);
 void *cm_pool_at(const cm_pool *pool, uint32_t index); /* NULL when not in use */

@@ -1,6 +1,6 @@
-/* Counter-based random numbers (Philox 4x32-10, Salmon et al. 2011): the n-th number of a key is a pure function
- * of (key, n), so nothing has to be stored, restored or advanced. Sampling uses key = request seed, counter =
- * position. Thread: any. */
+/* Counter-based random numbers (Philox 4x32-10, Salmon et al. 2011): the n-th number of a key is a pure
+ * function of (key, n), so nothing has to be stored, restored or advanced. Sampling uses key = request seed,
+ * counter = position. Thread: any. */
 #pragma once
 #include <stdint.h>
 

@@ -87,11 +87,12 @@ static void stats_render_histogram(uint32_t i, const char *member, cm_bytes *out
     for (int k = 0; k <= STAT_BOUNDS; k++) {
         total += atomic_load_explicit(&g_stats.bucket[i][k], memory_order_relaxed);
         if (k < STAT_BOUNDS) {
-            cm_bytes_printf(out, "%s_bucket{member=\"%s\",le=\"%g\"} %lld\n", g_rows[i].name, member, g_time_bounds[k],
-                            (long long)total);
+            cm_bytes_printf(out, "%s_bucket{member=\"%s\",le=\"%g\"} %lld\n", g_rows[i].name, member,
+                            g_time_bounds[k], (long long)total);
         }
     }
-    cm_bytes_printf(out, "%s_bucket{member=\"%s\",le=\"+Inf\"} %lld\n", g_rows[i].name, member, (long long)total);
+    cm_bytes_printf(out, "%s_bucket{member=\"%s\",le=\"+Inf\"} %lld\n", g_rows[i].name, member,
+                    (long long)total);
     cm_bytes_printf(out, "%s_sum{member=\"%s\"} %.9g\n", g_rows[i].name, member,
                     (double)atomic_load_explicit(&g_stats.sum_ns[i], memory_order_relaxed) * 1e-9);
     cm_bytes_printf(out, "%s_count{member=\"%s\"} %lld\n", g_rows[i].name, member, (long long)total);
@@ -126,8 +127,8 @@ void cm_stats_render(const cm_stat_source *sources, uint32_t n_sources, cm_bytes
                 continue;
             }
             if (!headed) {
-                cm_bytes_printf(out, "# HELP %s %s\n# TYPE %s %s\n", g_rows[i].name, g_rows[i].help, g_rows[i].name,
-                                kind_names[g_rows[i].kind]);
+                cm_bytes_printf(out, "# HELP %s %s\n# TYPE %s %s\n", g_rows[i].name, g_rows[i].help,
+                                g_rows[i].name, kind_names[g_rows[i].kind]);
                 headed = true;
             }
             stats_render_one(i, &sources[s], out);

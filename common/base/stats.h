@@ -1,4 +1,5 @@
-/* Counters, gauges and histograms of this process, defined once in stats.def. Thread: any (relaxed atomics). */
+/* Counters, gauges and histograms of this process, defined once in stats.def. Thread: any (relaxed atomics).
+ */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>

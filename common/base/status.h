@@ -4,7 +4,7 @@
 #pragma once
 #include <stddef.h>
 
-#define CM_MUST_CHECK        __attribute__((warn_unused_result))
+#define CM_MUST_CHECK         __attribute__((warn_unused_result))
 #define CM_PRINTF(fmt_, arg_) __attribute__((format(printf, fmt_, arg_)))
 
 /* name, number, text. The hundreds of the number are the scope: 0 request, 100 peer, 200 process. */
@@ -54,12 +54,15 @@ const char *cm_status_text(cm_status status); /* "stale epoch" */
  * client, a flag) and the reader is not the log. A cm_error may be NULL wherever one is accepted. */
 typedef struct cm_error {
     cm_status status;
-    char field[96];  /* what it is about: a JSON field, an option, a tensor; "" when nothing smaller than all */
-    char text[416];  /* the sentence, without a final full stop */
+    char
+        field[96]; /* what it is about: a JSON field, an option, a tensor; "" when nothing smaller than all */
+    char text[416]; /* the sentence, without a final full stop */
 } cm_error;
 
-/* Fills *err (if not NULL) and returns status, so that `return cm_error_set(...)` reads well. field may be NULL. */
-cm_status cm_error_set(cm_error *err, cm_status status, const char *field, const char *fmt, ...) CM_PRINTF(4, 5);
+/* Fills *err (if not NULL) and returns status, so that `return cm_error_set(...)` reads well. field may be
+ * NULL. */
+cm_status cm_error_set(cm_error *err, cm_status status, const char *field, const char *fmt, ...)
+    CM_PRINTF(4, 5);
 
 #define CM_TRY(expr)                                                                                         \
     do {                                                                                                     \

@@ -190,8 +190,9 @@ static cm_status header_read(json_t *root, uint64_t data_bytes, const char *file
         reader.name = name;
         reader.value = value;
         CM_TRY(row_read(&reader, row));
-        row->tensor.name = strcpy(name_at, name);
-        name_at += strlen(name) + 1;
+        size_t name_bytes = strlen(name) + 1;
+        row->tensor.name = memcpy(name_at, name, name_bytes);
+        name_at += name_bytes;
         header->n++;
     }
     qsort(header->rows, header->n, sizeof header->rows[0], row_compare);

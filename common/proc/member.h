@@ -1,6 +1,6 @@
-/* A process as a member of the cluster: its session with the coordinator. Says hello, heartbeats with the counters of its
- * role, hears of epochs; reconnects by itself when the coordinator is lost (serving goes on meanwhile on the epoch in
- * force). Thread: the loop's; callbacks come on it. */
+/* A process as a member of the cluster: its session with the coordinator. Says hello, heartbeats with the
+ * counters of its role, hears of epochs; reconnects by itself when the coordinator is lost (serving goes on
+ * meanwhile on the epoch in force). Thread: the loop's; callbacks come on it. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -22,11 +22,12 @@ typedef struct pc_epoch {
         uint32_t role; /* Baleen__Control__V1__Role */
         uint64_t incarnation;
         char *data_address; /* "" when none */
-    } *members;
+    } * members;
 } pc_epoch;
 pc_epoch *pc_epoch_hold(pc_epoch *epoch);
 void pc_epoch_release(pc_epoch *epoch); /* NULL is fine */
-CM_MUST_CHECK cm_status pc_epoch_unpack(const Baleen__Control__V1__Epoch *message, pc_epoch **epoch_out, cm_error *err);
+CM_MUST_CHECK cm_status pc_epoch_unpack(const Baleen__Control__V1__Epoch *message, pc_epoch **epoch_out,
+                                        cm_error *err);
 const struct pc_epoch_member *pc_epoch_member_find(const pc_epoch *epoch, uint32_t id); /* NULL when absent */
 
 typedef struct pc_member_events {
@@ -47,8 +48,8 @@ typedef struct pc_member_events {
 } pc_member_events; /* members that a role does not use may be NULL */
 
 typedef struct pc_member_options {
-    const char *coordinator; /* "host:port" */
-    uint32_t role;           /* Baleen__Control__V1__Role */
+    const char *coordinator;                                /* "host:port" */
+    uint32_t role;                                          /* Baleen__Control__V1__Role */
     const char *data_address, *http_address, *grpc_address; /* NULL when none */
     const char *fingerprint;
     uint64_t expert_bytes_max; /* workers */
@@ -57,7 +58,8 @@ typedef struct pc_member_options {
 } pc_member_options;
 
 /* Strings are copied. Connects in the background and for ever. */
-pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, const pc_member_events *events, void *ctx);
+pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, const pc_member_events *events,
+                            void *ctx);
 void pc_member_destroy(pc_member *member); /* not from inside a callback of it */
 
 void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, const char *text);

@@ -1,3 +1,4 @@
+#include <stdio.h>
 #include <string.h>
 
 #include "common/base/mem.h"
@@ -67,9 +68,9 @@ static const cpu_tables *choose_path(const char *isa)
 static cm_status refuse_isa(const char *isa, cm_error *err)
 {
     char names[64] = "";
-    for (uint32_t i = 0; kn_cpu_isa_at(i) != NULL; i++) {
-        strcat(names, i > 0 ? ", " : "");
-        strcat(names, kn_cpu_isa_at(i));
+    size_t n = 0;
+    for (uint32_t i = 0; kn_cpu_isa_at(i) != NULL && n < sizeof(names); i++) {
+        n += (size_t)snprintf(names + n, sizeof(names) - n, "%s%s", i > 0 ? ", " : "", kn_cpu_isa_at(i));
     }
     return cm_error_set(err, CM_E_CONFIG, "isa", "this machine has no path \"%s\"; it has %s", isa, names);
 }

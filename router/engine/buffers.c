@@ -18,7 +18,8 @@ static uint32_t buffer_table(rt_engine *engine, buffer_row rows[BUFFER_ROWS])
 {
     const md_geometry *g = engine->geometry;
     rt_buffers *b = &engine->buf;
-    uint64_t n = engine->options.row_max, n_slot = engine->options.slot_max, o_width = (uint64_t)g->o_groups * g->o_rank;
+    uint64_t n = engine->options.row_max, n_slot = engine->options.slot_max,
+             o_width = (uint64_t)g->o_groups * g->o_rank;
     uint64_t wide = u64_max(g->d, o_width);
     uint32_t row_bytes = kn_kv_row_bytes(g->head_dim, g->rope_dim), k = 0;
 #define BUFFER(ptr_, bytes_) rows[k++] = (buffer_row){&(ptr_), (bytes_)}
@@ -81,7 +82,8 @@ cm_status rt_buffers_create(rt_engine *engine, cm_error *err)
         if (status != CM_OK) {
             rt_buffers_destroy(engine);
             return cm_error_set(err, status, "rows_max",
-                                "no device memory for %llu bytes of buffers: lower rows_max (%u), sequences_max (%u) or kv_bytes",
+                                "no device memory for %llu bytes of buffers: lower rows_max (%u), "
+                                "sequences_max (%u) or kv_bytes",
                                 (unsigned long long)total, engine->options.row_max, engine->options.slot_max);
         }
     }

@@ -43,14 +43,14 @@ struct rt_exchange {
     rt_exchange_options options;
     net *rows;
     rt_plan *plan;
-    uint8_t *wanted;    /* [row_max * topk] slots without a result */
-    uint64_t *avoid;    /* bit per rank: no link up */
-    uint8_t *staging;   /* payloads of the round's frames; free for reuse once n_sending is 0 */
+    uint8_t *wanted;  /* [row_max * topk] slots without a result */
+    uint64_t *avoid;  /* bit per rank: no link up */
+    uint8_t *staging; /* payloads of the round's frames; free for reuse once n_sending is 0 */
     exchange_part *parts;
     uint32_t n_part;
     uint32_t first_exchange; /* number of part 0 of the round; the others follow */
     uint32_t next_exchange;
-    uint32_t n_sending;      /* frames whose NET_EV_SENT is to come */
+    uint32_t n_sending; /* frames whose NET_EV_SENT is to come */
 
     pthread_mutex_t lock; /* protects offered, offered_self */
     pc_epoch *offered;
@@ -204,7 +204,8 @@ static void exchange_adopt_epoch(rt_exchange *x, pc_epoch *epoch, uint32_t self)
         } else {
             const struct pc_epoch_member *member = pc_epoch_member_find(epoch, p->rank_member[r]);
             links[r].member_id = p->rank_member[r];
-            strncpy(links[r].address, member != NULL ? member->data_address : "", sizeof(links[r].address) - 1);
+            strncpy(links[r].address, member != NULL ? member->data_address : "",
+                    sizeof(links[r].address) - 1);
         }
         if (links[r].peer != NULL) {
             net_peer_set_user(links[r].peer, &links[r]);
@@ -257,8 +258,9 @@ static void exchange_take_results(rt_exchange *x, uint32_t i, const uint16_t *ro
 static uint32_t exchange_part_of(const rt_exchange *x, const pr_frame_head *head, const net_peer *peer)
 {
     uint32_t i = head->exchange - x->first_exchange;
-    if (i >= x->n_part || x->parts[i].state != PART_OPEN || x->parts[i].link->peer != peer || x->layer == NULL ||
-        head->step != x->layer->step || head->layer != x->layer->layer || head->cluster != x->epoch->cluster) {
+    if (i >= x->n_part || x->parts[i].state != PART_OPEN || x->parts[i].link->peer != peer ||
+        x->layer == NULL || head->step != x->layer->step || head->layer != x->layer->layer ||
+        head->cluster != x->epoch->cluster) {
         return x->n_part;
     }
     return i;
@@ -269,7 +271,8 @@ static void exchange_on_message(rt_exchange *x, const net_event *event)
     cm_error err = {0};
     uint32_t i = x->n_part;
     if (event->type == PR_MSG_COMBINE &&
-        pr_combine_check(event->header, event->header_bytes, event->payload_bytes, x->options.limits.d, &err) == CM_OK) {
+        pr_combine_check(event->header, event->header_bytes, event->payload_bytes, x->options.limits.d,
+                         &err) == CM_OK) {
         const pr_combine *frame = event->header;
         i = exchange_part_of(x, &frame->head, event->peer);
         if (i < x->n_part && frame->n_slot == x->plan->parts[i].n_slot) {
@@ -280,9 +283,9 @@ static void exchange_on_message(rt_exchange *x, const net_event *event)
         const pr_refuse *frame = event->header;
         i = exchange_part_of(x, &frame->head, event->peer);
         if (i < x->n_part) {
-            cm_debug("worker %u refused layer %u of epoch %llu: %s, it holds %llu", x->parts[i].link->member_id,
-                     frame->head.layer, (unsigned long long)frame->head.epoch, cm_status_text((cm_status)frame->status),
-                     (unsigned long long)frame->epoch);
+            cm_debug("worker %u refused layer %u of epoch %llu: %s, it holds %llu",
+                     x->parts[i].link->member_id, frame->head.layer, (unsigned long long)frame->head.epoch,
+                     cm_status_text((cm_status)frame->status), (unsigned long long)frame->epoch);
             x->parts[i].state = PART_FAILED;
             return;
         }
@@ -420,7 +423,8 @@ static cm_status exchange_round(rt_exchange *x, bool *overlap_done)
     uint8_t *payload = x->staging;
     uint32_t d = x->options.limits.d;
     while (x->n_sending > 0) {
-        exchange_wait(x, EXCHANGE_RETRY_MS); /* frames of an earlier round still stand in the staging memory */
+        exchange_wait(x,
+                      EXCHANGE_RETRY_MS); /* frames of an earlier round still stand in the staging memory */
     }
     x->n_part = 0;
     x->first_exchange = x->next_exchange;
@@ -464,8 +468,8 @@ static cm_status exchange_plan(rt_exchange *x, const rt_exchange_layer *layer, u
             x->avoid[r / 64] |= 1ull << (r % 64);
         }
     }
-    return rt_plan_build(x->plan, &x->options.limits, x->epoch->placement, layer->layer, layer->experts, layer->weights,
-                         layer->n_row, x->wanted, x->avoid, expert_out);
+    return rt_plan_build(x->plan, &x->options.limits, x->epoch->placement, layer->layer, layer->experts,
+                         layer->weights, layer->n_row, x->wanted, x->avoid, expert_out);
 }
 
 cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
@@ -493,7 +497,8 @@ cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
             status = CM_E_CANCELLED;
         } else if (cm_now_ms() >= give_up_ms) {
             status = CM_E_NO_OWNER;
-            cm_error_log("layer %u expert %u has had no live owner for %u ms", layer->layer, expert, x->options.wait_ms);
+            cm_error_log("layer %u expert %u has had no live owner for %u ms", layer->layer, expert,
+                         x->options.wait_ms);
         } else {
             exchange_wait(x, EXCHANGE_RETRY_MS);
         }
@@ -515,7 +520,10 @@ void rt_exchange_announce_idle(rt_exchange *x, uint64_t step)
                            .cluster = x->epoch->cluster,
                            .epoch = x->epoch->number,
                            .step = step}};
-        net_message message = {.type = PR_MSG_IDLE, .header = &header, .header_bytes = sizeof(header), .deadline_ms = x->options.answer_ms};
+        net_message message = {.type = PR_MSG_IDLE,
+                               .header = &header,
+                               .header_bytes = sizeof(header),
+                               .deadline_ms = x->options.answer_ms};
         x->n_sending += net_send(x->links[r].peer, &message) == CM_OK; /* a full queue means it is no news */
     }
 }

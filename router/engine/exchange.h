@@ -1,7 +1,8 @@
-/* Rows to experts and back: one MoE layer of one step. Plans slots by the placement in force, sends one copy of a row per
- * rank, collects one result row per slot, and goes on over losses: what a dead, silent or stale worker did not answer is
- * planned again on the placement of a newer epoch (or on another owner at once). An expert is never skipped.
- * Thread: the compute thread's; only rt_exchange_offer_epoch may be called from the loop thread. */
+/* Rows to experts and back: one MoE layer of one step. Plans slots by the placement in force, sends one copy
+ * of a row per rank, collects one result row per slot, and goes on over losses: what a dead, silent or stale
+ * worker did not answer is planned again on the placement of a newer epoch (or on another owner at once). An
+ * expert is never skipped. Thread: the compute thread's; only rt_exchange_offer_epoch may be called from the
+ * loop thread. */
 #pragma once
 #include "common/net/net.h"
 #include "common/proc/member.h"
@@ -11,16 +12,17 @@
 typedef struct rt_exchange rt_exchange;
 
 typedef struct rt_exchange_options {
-    net *rows;                /* owned by the exchange from now on */
+    net *rows; /* owned by the exchange from now on */
     rt_plan_limits limits;
-    uint32_t answer_ms;       /* a worker that has not answered a frame by then is dropped */
-    uint32_t wait_ms;         /* how long a layer waits for an epoch in which every expert has an owner */
+    uint32_t answer_ms; /* a worker that has not answered a frame by then is dropped */
+    uint32_t wait_ms;   /* how long a layer waits for an epoch in which every expert has an owner */
     /* A worker's link was lost: tell the coordinator. Compute thread. May be NULL. */
     void (*peer_lost)(void *ctx, uint32_t member_id, cm_status status);
     void *ctx;
 } rt_exchange_options;
 
-CM_MUST_CHECK cm_status rt_exchange_create(const rt_exchange_options *options, rt_exchange **exchange_out, cm_error *err);
+CM_MUST_CHECK cm_status rt_exchange_create(const rt_exchange_options *options, rt_exchange **exchange_out,
+                                           cm_error *err);
 void rt_exchange_destroy(rt_exchange *exchange);
 
 /* Any thread: the epoch to switch to at the next chance. Held by the exchange. self: our member id. */
@@ -31,22 +33,23 @@ void rt_exchange_wake(rt_exchange *exchange);
 typedef struct rt_exchange_layer {
     uint64_t step;
     uint32_t layer, n_row;
-    const int32_t *experts; /* [n_row][topk], host */
-    const float *weights;   /* [n_row][topk], host */
-    const uint8_t *codes;   /* [n_row][d], host view of the quantized rows */
-    const uint8_t *scales;  /* [n_row][ceil(d/128)] */
-    uint16_t *results;      /* BF16 [n_row][topk][d], host view; every slot is written */
+    const int32_t *experts;     /* [n_row][topk], host */
+    const float *weights;       /* [n_row][topk], host */
+    const uint8_t *codes;       /* [n_row][d], host view of the quantized rows */
+    const uint8_t *scales;      /* [n_row][ceil(d/128)] */
+    uint16_t *results;          /* BF16 [n_row][topk][d], host view; every slot is written */
     void (*overlap)(void *ctx); /* work to do while rows fly; called once */
     void *overlap_ctx;
 } rt_exchange_layer;
 
-/* CM_E_NO_OWNER: wait_ms passed without an epoch in which every expert has a live owner. CM_E_CANCELLED: the exchange was
- * told to stop. */
+/* CM_E_NO_OWNER: wait_ms passed without an epoch in which every expert has a live owner. CM_E_CANCELLED: the
+ * exchange was told to stop. */
 CM_MUST_CHECK cm_status rt_exchange_run(rt_exchange *exchange, const rt_exchange_layer *layer);
 
 /* Tells all workers that nothing will come for a while, so that they do not wait for us. */
 void rt_exchange_announce_idle(rt_exchange *exchange, uint64_t step);
-/* Between steps: keeps links alive and follows epochs; sleeps until something happens, rt_exchange_wake, or sleep_ms. */
+/* Between steps: keeps links alive and follows epochs; sleeps until something happens, rt_exchange_wake, or
+ * sleep_ms. */
 void rt_exchange_idle(rt_exchange *exchange, uint32_t sleep_ms);
 /* Any thread: rt_exchange_run ends soon with CM_E_CANCELLED; for shutdown. */
 void rt_exchange_stop(rt_exchange *exchange);

@@ -27,8 +27,9 @@ void rt_kv_sizes_get(const md_geometry *g, rt_kv_sizes *sizes_out)
     rt_kv_sizes sizes = {
         .row_bytes = n4 * (KN_PAGE_TOKENS / 4) * (row + key) + n128 * (KN_PAGE_TOKENS / 128) * row,
         .window_bytes = (uint64_t)g->n_layer * g->window * row,
-        .state_bytes = n4 * (kn_compress_state_bytes(4, g->head_dim) + kn_compress_state_bytes(4, g->index_dim)) +
-                       n128 * kn_compress_state_bytes(128, g->head_dim),
+        .state_bytes =
+            n4 * (kn_compress_state_bytes(4, g->head_dim) + kn_compress_state_bytes(4, g->index_dim)) +
+            n128 * kn_compress_state_bytes(128, g->head_dim),
     };
     sizes.page_bytes = kv_round_up(sizes.row_bytes);
     sizes.slot_bytes = kv_round_up(sizes.window_bytes + sizes.state_bytes);
@@ -55,7 +56,8 @@ void rt_kv_layout_build(const md_geometry *geometry, rt_kv_layout *layout_out)
     for (uint32_t l = 0; l < geometry->n_layer; l++) {
         uint32_t ratio = geometry->ratio[l];
         kn_kv_layout *layer = &layout_out->layer[l];
-        *layer = (kn_kv_layout){.ratio = ratio, .row_bytes = kn_kv_row_bytes(geometry->head_dim, geometry->rope_dim)};
+        *layer = (kn_kv_layout){.ratio = ratio,
+                                .row_bytes = kn_kv_row_bytes(geometry->head_dim, geometry->rope_dim)};
         layer->slot_raw = slot;
         slot += (uint64_t)geometry->window * layer->row_bytes;
         if (ratio == 0) {

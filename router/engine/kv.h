@@ -1,13 +1,15 @@
-/* Where KV lives (model section 10): one page of KN_PAGE_TOKENS tokens holds the compressed rows and indexer keys of all
- * layers; one slot per running sequence holds what does not grow: raw windows and compressor states of all layers.
- * Pure arithmetic on the geometry; allocator, planner and metrics all use it. Thread: any. */
+/* Where KV lives (model section 10): one page of KN_PAGE_TOKENS tokens holds the compressed rows and indexer
+ * keys of all layers; one slot per running sequence holds what does not grow: raw windows and compressor
+ * states of all layers. Pure arithmetic on the geometry; allocator, planner and metrics all use it. Thread:
+ * any. */
 #pragma once
 #include "common/model/geometry.h"
 #include "kernels/kn.h"
 
 /* The closed formulas, from how many layers of each ratio there are. */
 typedef struct rt_kv_sizes {
-    uint64_t row_bytes;    /* what KN_PAGE_TOKENS tokens of context leave behind: row_bytes / KN_PAGE_TOKENS per token, exactly */
+    uint64_t row_bytes; /* what KN_PAGE_TOKENS tokens of context leave behind: row_bytes / KN_PAGE_TOKENS per
+                           token, exactly */
     uint64_t window_bytes; /* raw windows of one sequence */
     uint64_t state_bytes;  /* compressor states of one sequence */
     uint64_t page_bytes;   /* row_bytes as allocated: a multiple of 64 */

@@ -1,5 +1,5 @@
-/* The two sites of a layer (model sections 3 to 6), as sequences of operations. Arithmetic is in kernels; the order here is
- * the model's: raw row, compressors, indexer, then attention over all of them. */
+/* The two sites of a layer (model sections 3 to 6), as sequences of operations. Arithmetic is in kernels; the
+ * order here is the model's: raw row, compressors, indexer, then attention over all of them. */
 #include "router/engine/engine_private.h"
 
 #include "common/base/assert.h"
@@ -49,8 +49,8 @@ static void layer_index(rt_engine *e, const rt_layer *w)
     e->attn->rope(e->stream, b->iq, n, g->index_head, g->index_dim, g->rope_dim / 2, b->cs_compress, false);
     e->attn->index_pack(e->stream, b->iq, n, g->index_head, g->index_dim, b->iq_rows);
     e->dense->linear_bf16(e->stream, b->in, &w->index_weights, n, KN_BF16, b->iw);
-    e->attn->index_topk(e->stream, &e->batch, &w->attn.layout, g->index_head, g->index_dim, g->index_topk, b->iq_rows, b->iw,
-                        b->picks);
+    e->attn->index_topk(e->stream, &e->batch, &w->attn.layout, g->index_head, g->index_dim, g->index_topk,
+                        b->iq_rows, b->iw, b->picks);
 }
 
 void rt_layer_attention(rt_engine *e, uint32_t layer)
@@ -65,14 +65,16 @@ void rt_layer_attention(rt_engine *e, uint32_t layer)
     layer_query(e, w);
     layer_raw_row(e, w);
     if (ratio == 4) {
-        layer_compress(e, &w->index, b->ikv, b->iscore); /* also when every row will be picked: later queries need the keys */
+        layer_compress(e, &w->index, b->ikv,
+                       b->iscore); /* also when every row will be picked: later queries need the keys */
         layer_index(e, w);
         rt_tap_at(e, layer, RT_TAP_PICKS, b->picks, 4ull * g->index_topk);
     }
     if (ratio != 0) {
         layer_compress(e, &w->main, b->ckv, b->cscore);
     }
-    e->attn->attention(e->stream, &e->batch, &w->attn, b->q, b->rows, ratio == 4 ? b->picks : (kn_ptr){0}, b->o);
+    e->attn->attention(e->stream, &e->batch, &w->attn, b->q, b->rows, ratio == 4 ? b->picks : (kn_ptr){0},
+                       b->o);
     e->attn->rope(e->stream, b->o, n, g->n_head, g->head_dim, g->rope_dim / 2, cs, true);
     e->dense->linear_grouped(e->stream, b->o, &w->wo_a, g->o_groups, n, b->t);
     e->dense->quant_act(e->stream, b->t, n, g->o_groups * g->o_rank, b->q8);

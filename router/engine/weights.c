@@ -20,7 +20,7 @@ typedef struct weight_binder {
 static kn_dtype weight_dtype(md_dtype dtype)
 {
     static const kn_dtype table[MD_DTYPE_COUNT] = {
-        [MD_F32] = KN_F32,       [MD_BF16] = KN_BF16, [MD_F8_E4M3] = KN_E4M3,
+        [MD_F32] = KN_F32,      [MD_BF16] = KN_BF16, [MD_F8_E4M3] = KN_E4M3,
         [MD_F8_E8M0] = KN_E8M0, [MD_I8] = KN_E2M1,   [MD_I64] = KN_I64,
     };
     return table[dtype];
@@ -62,8 +62,9 @@ static void weight_vector(weight_binder *binder, const char *name, kn_ptr *ptr_o
 static void weight_matrix(weight_binder *binder, const char *name, kn_matrix *matrix_out)
 {
     const md_tensor *tensor = weight_tensor(binder, name, ".weight");
-    *matrix_out = (kn_matrix){
-        .n_out = (uint32_t)tensor->dim[0], .n_in = (uint32_t)tensor->dim[1], .dtype = weight_dtype(tensor->dtype)};
+    *matrix_out = (kn_matrix){.n_out = (uint32_t)tensor->dim[0],
+                              .n_in = (uint32_t)tensor->dim[1],
+                              .dtype = weight_dtype(tensor->dtype)};
     weight_place(binder, tensor, &matrix_out->data);
     if (tensor->dtype == MD_F8_E4M3) {
         const md_tensor *scale = weight_tensor(binder, name, ".scale");
@@ -76,7 +77,11 @@ static void weight_hc(weight_binder *binder, const char *name, kn_hc *hc_out)
 {
     const md_geometry *g = binder->weights->geometry;
     char full[64];
-    *hc_out = (kn_hc){.d = g->d, .hc = g->hc, .sinkhorn_iters = g->sinkhorn_iters, .norm_eps = g->norm_eps, .hc_eps = g->hc_eps};
+    *hc_out = (kn_hc){.d = g->d,
+                      .hc = g->hc,
+                      .sinkhorn_iters = g->sinkhorn_iters,
+                      .norm_eps = g->norm_eps,
+                      .hc_eps = g->hc_eps};
     snprintf(full, sizeof(full), "%s_fn", name);
     weight_vector(binder, full, &hc_out->fn);
     snprintf(full, sizeof(full), "%s_base", name);
@@ -163,8 +168,8 @@ static cm_status weight_rope_tables(rt_weights *weights, kn_stream *stream)
     uint64_t n_bytes = sizeof(float) * (g->rope_dim / 2);
     float *window = cm_alloc(n_bytes), *compress = cm_alloc(n_bytes);
     kn_rope_inv_freq(g->rope_theta, g->rope_dim, 1, 1, 1, 1, false, window);
-    kn_rope_inv_freq(g->compress_theta, g->rope_dim, g->yarn.factor, g->yarn.original_positions, g->yarn.beta_fast,
-                     g->yarn.beta_slow, g->yarn.factor > 0, compress);
+    kn_rope_inv_freq(g->compress_theta, g->rope_dim, g->yarn.factor, g->yarn.original_positions,
+                     g->yarn.beta_fast, g->yarn.beta_slow, g->yarn.factor > 0, compress);
     cm_status status = kn_mem_alloc(weights->device, n_bytes, &weights->inv_freq_window);
     if (status == CM_OK) {
         status = kn_mem_alloc(weights->device, n_bytes, &weights->inv_freq_compress);
@@ -179,8 +184,8 @@ static cm_status weight_rope_tables(rt_weights *weights, kn_stream *stream)
     return status;
 }
 
-cm_status rt_weights_open(const md_checkpoint *checkpoint, kn_device *device, kn_stream *stream, rt_weights *weights_out,
-                          cm_error *err)
+cm_status rt_weights_open(const md_checkpoint *checkpoint, kn_device *device, kn_stream *stream,
+                          rt_weights *weights_out, cm_error *err)
 {
     const md_geometry *g = md_checkpoint_geometry(checkpoint);
     rt_kv_layout *kv = cm_alloc(sizeof(*kv));

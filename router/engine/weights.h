@@ -1,5 +1,6 @@
-/* The dense weights of a checkpoint, bound by meaning once: after this no name is looked up and no shape is doubted.
- * Weights stay in the checkpoint's mapping, in their stored formats. Thread: any after open (read-only). */
+/* The dense weights of a checkpoint, bound by meaning once: after this no name is looked up and no shape is
+ * doubted. Weights stay in the checkpoint's mapping, in their stored formats. Thread: any after open
+ * (read-only). */
 #pragma once
 #include "common/model/checkpoint.h"
 #include "kernels/kn.h"
@@ -15,7 +16,7 @@ typedef struct rt_layer {
     kn_ptr attn_norm, q_norm, kv_norm, ffn_norm; /* BF16 */
     kn_matrix wq_a, wq_b, wkv, wo_a, wo_b;
     kn_attn attn;
-    kn_ptr inv_freq; /* F32 [rope / 2] of this layer's rotation */
+    kn_ptr inv_freq;     /* F32 [rope / 2] of this layer's rotation */
     rt_compressor main;  /* ratio != 0 */
     rt_compressor index; /* ratio 4 */
     kn_matrix index_wq_b, index_weights;

@@ -1,6 +1,6 @@
-/* The engine against the four golden models: every layer's sub-blocks from golden inputs, and every prompt's logits and greedy
- * tokens from its ids, within the fixtures' class D tolerances. Run with the path as argument, "ref" or a cpu path; none =
- * the best cpu path. */
+/* The engine against the four golden models: every layer's sub-blocks from golden inputs, and every prompt's
+ * logits and greedy tokens from its ids, within the fixtures' class D tolerances. Run with the path as
+ * argument, "ref" or a cpu path; none = the best cpu path. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -62,8 +62,8 @@ static void worst_note(worst *w, double ratio, const char *what)
 }
 
 /* got and golden BF16 [n_row][width]. */
-static void compare_rows(const json_t *tol, const char *output, uint32_t layer, const uint16_t *got, const uint16_t *golden,
-                         uint64_t n_row, uint64_t width, worst *w)
+static void compare_rows(const json_t *tol, const char *output, uint32_t layer, const uint16_t *got,
+                         const uint16_t *golden, uint64_t n_row, uint64_t width, worst *w)
 {
     const json_t *bound = json_object_get(json_object_get(tol, output), "D");
     double max_abs = 0, sum_diff = 0, sum_gold = 0, worst_row = 0;
@@ -72,7 +72,8 @@ static void compare_rows(const json_t *tol, const char *output, uint32_t layer, 
     for (uint64_t r = 0; r < n_row; r++) {
         double row_diff = 0, row_gold = 0;
         for (uint64_t i = 0; i < width; i++) {
-            double g = (double)bf16_value(golden[r * width + i]), d = (double)bf16_value(got[r * width + i]) - g;
+            double g = (double)bf16_value(golden[r * width + i]),
+                   d = (double)bf16_value(got[r * width + i]) - g;
             max_abs = fabs(d) > max_abs ? fabs(d) : max_abs;
             row_diff += d * d;
             row_gold += g * g;
@@ -91,8 +92,8 @@ static void compare_rows(const json_t *tol, const char *output, uint32_t layer, 
     worst_note(w, rel_rms / most_rel, what);
     worst_note(w, worst_row / most_row, what);
     if (max_abs > most_abs || rel_rms > most_rel || worst_row > most_row) {
-        fail_msg("%s: max_abs %g of %g, rel_rms %g of %g, worst row %g of %g", what, max_abs, most_abs, rel_rms, most_rel,
-                 worst_row, most_row);
+        fail_msg("%s: max_abs %g of %g, rel_rms %g of %g, worst row %g of %g", what, max_abs, most_abs,
+                 rel_rms, most_rel, worst_row, most_row);
     }
 }
 
@@ -101,7 +102,7 @@ typedef struct layer_case {
     rt_engine *e;
     const fx_file *file;
     const json_t *tol;
-    uint32_t layer, n;      /* positions chosen */
+    uint32_t layer, n; /* positions chosen */
     const int64_t *ids, *pos;
     worst *w;
 } layer_case;
@@ -117,13 +118,15 @@ static const void *golden(layer_case *c, const char *name)
 }
 
 /* The chosen positions as rows of one made-up step: enough for everything but attention. */
-static void begin_rows(layer_case *c, rt_step_seg *seg, rt_step *step, uint32_t *tokens, uint32_t n, const int64_t *pos)
+static void begin_rows(layer_case *c, rt_step_seg *seg, rt_step *step, uint32_t *tokens, uint32_t n,
+                       const int64_t *pos)
 {
     static const uint32_t pages[4] = {0, 1, 2, 3};
     for (uint32_t i = 0; i < n; i++) {
         tokens[i] = (uint32_t)c->ids[pos != NULL ? pos[i] : (int64_t)i];
     }
-    *seg = (rt_step_seg){.n_row = n, .tokens = tokens, .pages = pages, .n_page = kn_blocks(n, KN_PAGE_TOKENS)};
+    *seg =
+        (rt_step_seg){.n_row = n, .tokens = tokens, .pages = pages, .n_page = kn_blocks(n, KN_PAGE_TOKENS)};
     *step = (rt_step){.number = 1, .n_seg = 1, .n_row = n, .segs = seg};
     rt_step_begin(c->e, step);
 }
@@ -140,14 +143,16 @@ static void check_attention(layer_case *c)
     rt_layer_attention(c->e, c->layer);
     assert_int_equal(kn_stream_sync(c->e->stream), CM_OK);
     for (uint32_t i = 0; i < c->n; i++) {
-        memcpy(chosen + (size_t)i * g->d, (uint16_t *)host(c, c->e->buf.out) + (size_t)c->pos[i] * g->d, 2ull * g->d);
+        memcpy(chosen + (size_t)i * g->d, (uint16_t *)host(c, c->e->buf.out) + (size_t)c->pos[i] * g->d,
+               2ull * g->d);
     }
     compare_rows(c->tol, "attn_out", c->layer, chosen, golden(c, "attn_out"), c->n, g->d, c->w);
     if (g->ratio[c->layer] == 4) {
         const int64_t *picks = golden(c, "index_picks");
         for (uint32_t i = 0; i < c->n; i++) {
             const int32_t *got = (int32_t *)host(c, c->e->buf.picks) + (size_t)c->pos[i] * g->index_topk;
-            for (uint32_t k = 0; k < g->index_topk; k++) { /* as sets: the fixture's order is by score, ours by row */
+            for (uint32_t k = 0; k < g->index_topk;
+                 k++) { /* as sets: the fixture's order is by score, ours by row */
                 bool found = false;
                 for (uint32_t j = 0; j < g->index_topk; j++) {
                     found |= got[j] == (int32_t)picks[(size_t)i * g->index_topk + k];
@@ -181,7 +186,8 @@ static void check_sites(layer_case *c)
     compare_rows(c->tol, "attn_in", c->layer, host(c, b->in), chosen, c->n, g->d, c->w);
     memcpy(host(c, b->out), golden(c, "attn_out"), row * c->n);
     e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, c->n, b->x);
-    compare_rows(c->tol, "X_mid", c->layer, host(c, b->x), golden(c, "X_mid"), c->n, (uint64_t)g->d * g->hc, c->w);
+    compare_rows(c->tol, "X_mid", c->layer, host(c, b->x), golden(c, "X_mid"), c->n, (uint64_t)g->d * g->hc,
+                 c->w);
 
     memcpy(host(c, b->x), golden(c, "X_mid"), streams * c->n);
     e->dense->hc_pre(e->stream, &w->hc_ffn, b->x, c->n, b->in, b->post, b->comb);
@@ -198,7 +204,8 @@ static void check_sites(layer_case *c)
     }
     memcpy(host(c, b->out), golden(c, "ffn_out"), row * c->n);
     e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, c->n, b->x);
-    compare_rows(c->tol, "X_out", c->layer, host(c, b->x), golden(c, "X_out"), c->n, (uint64_t)g->d * g->hc, c->w);
+    compare_rows(c->tol, "X_out", c->layer, host(c, b->x), golden(c, "X_out"), c->n, (uint64_t)g->d * g->hc,
+                 c->w);
 }
 
 static void test_layers(void **state)
@@ -225,7 +232,8 @@ static void test_layers(void **state)
             check_attention(&c);
             check_sites(&c);
         }
-        print_message("%-10s layers: worst error %.3f of its tolerance (%s)\n", g_models[m], w.ratio, w.where);
+        print_message("%-10s layers: worst error %.3f of its tolerance (%s)\n", g_models[m], w.ratio,
+                      w.where);
         json_decref(list);
         fx_close(file);
         solo_destroy(s);
@@ -247,8 +255,8 @@ static uint32_t read_ids(const json_t *list, uint32_t *ids)
 }
 
 static uint16_t g_streams[8][8 * 8 * 1024]; /* per layer: BF16 [5][hc][d] of the last prompt of five tokens */
-static void tap_streams(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data, uint64_t row_bytes,
-                        uint32_t n_row)
+static void tap_streams(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data,
+                        uint64_t row_bytes, uint32_t n_row)
 {
     (void)ctx;
     if (point == RT_TAP_STREAMS_OUT && layer < 8) {
@@ -256,11 +264,13 @@ static void tap_streams(void *ctx, uint32_t layer, rt_tap_point point, const rt_
     }
 }
 
-/* Rows whose logits the fixture has run one by one, what is before them in one go: chunks of any size give the same. */
+/* Rows whose logits the fixture has run one by one, what is before them in one go: chunks of any size give
+ * the same. */
 static double check_prompt(solo *s, const json_t *prompt, const fx_file *file, uint32_t index, double max_abs)
 {
     static uint32_t ids[1024];
-    uint32_t greedy[32], token = 0, vocab = solo_geometry(s)->vocab, n = read_ids(json_object_get(prompt, "prompt_ids"), ids);
+    uint32_t greedy[32], token = 0, vocab = solo_geometry(s)->vocab,
+                         n = read_ids(json_object_get(prompt, "prompt_ids"), ids);
     uint32_t first = (uint32_t)json_integer_value(json_object_get(prompt, "logits_first_position"));
     const fx_tensor *logits = fx_get(file, "p%u.logits", index);
     double worst_abs = 0;
@@ -271,12 +281,14 @@ static double check_prompt(solo *s, const json_t *prompt, const fx_file *file, u
     }
     for (uint32_t p = first; p < n; p++) {
         assert_int_equal(solo_step(s, 0, p, ids + p, 1, true, &token), CM_OK);
-        const float *got = rt_engine_logits(solo_engine(s)), *want = (const float *)logits->data + (size_t)(p - first) * vocab;
+        const float *got = rt_engine_logits(solo_engine(s)),
+                    *want = (const float *)logits->data + (size_t)(p - first) * vocab;
         for (uint32_t v = 0; v < vocab; v++) {
             double d = fabs((double)got[v] - (double)want[v]);
             worst_abs = d > worst_abs ? d : worst_abs;
             if (!(d <= max_abs)) {
-                fail_msg("prompt %u position %u token %u: logit %.9g, golden %.9g", index, p, v, (double)got[v], (double)want[v]);
+                fail_msg("prompt %u position %u token %u: logit %.9g, golden %.9g", index, p, v,
+                         (double)got[v], (double)want[v]);
             }
         }
     }
@@ -313,8 +325,8 @@ static void test_prompts(void **state)
         fx_file *file = fx_open(path);
         snprintf(path, sizeof(path), "%s/model/%s/prompts.json", BALEEN_TEST_DATA, g_models[m]);
         json_t *json = fx_json(path), *prompt;
-        double max_abs = json_number_value(
-            json_object_get(json_object_get(json_object_get(json, "tol"), "D"), "max_abs"));
+        double max_abs =
+            json_number_value(json_object_get(json_object_get(json_object_get(json, "tol"), "D"), "max_abs"));
         size_t i;
         assert_true(max_abs > 0);
         json_array_foreach(json_object_get(json, "prompts"), i, prompt)
@@ -327,7 +339,8 @@ static void test_prompts(void **state)
                 check_streams(s, file, (uint32_t)i);
             }
         }
-        print_message("%-10s %zu prompts: worst logit error %g of %g, greedy equal\n", g_models[m], i, worst_abs, max_abs);
+        print_message("%-10s %zu prompts: worst logit error %g of %g, greedy equal\n", g_models[m], i,
+                      worst_abs, max_abs);
         json_decref(json);
         fx_close(file);
         solo_destroy(s);

@@ -1,5 +1,5 @@
-/* V4-Nano: the 30 greedy continuations that a class D implementation must give exactly, and the same bits whatever the
- * number of workers, the transport, the chunk size and the company in the batch. */
+/* V4-Nano: the 30 greedy continuations that a class D implementation must give exactly, and the same bits
+ * whatever the number of workers, the transport, the chunk size and the company in the batch. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -89,14 +89,17 @@ static void make_prompts(uint64_t seed)
 
 static void assert_same(const outcome *a, const outcome *b, const char *what)
 {
-    if (memcmp(a->greedy, b->greedy, sizeof(a->greedy)) != 0 || memcmp(a->logits, b->logits, sizeof(a->logits)) != 0) {
+    if (memcmp(a->greedy, b->greedy, sizeof(a->greedy)) != 0 ||
+        memcmp(a->logits, b->logits, sizeof(a->logits)) != 0) {
         fail_msg("%s: other bits than the undisturbed run", what);
     }
 }
 
 static void run_alone(solo *s, uint32_t p, uint32_t chunk, outcome *out)
 {
-    assert_int_equal(solo_greedy(s, p % SLOTS, g_prompts[p], g_lengths[p], chunk, GREEDY, out->greedy, out->logits), CM_OK);
+    assert_int_equal(
+        solo_greedy(s, p % SLOTS, g_prompts[p], g_lengths[p], chunk, GREEDY, out->greedy, out->logits),
+        CM_OK);
 }
 
 /* All three prompts at once, rows of different sequences in one step, chunk sizes drawn by the seed. */
@@ -117,7 +120,8 @@ static void run_together(solo *s, uint64_t seed, outcome *out)
         rt_step step = {.number = 1000000 + number, .segs = segs};
         for (uint32_t p = 0; p < 3; p++) {
             uint32_t total = g_lengths[p] + made[p], left = total - done[p];
-            uint32_t n = left > 1 ? 1 + cm_rng_at(seed, number, 100 + p).word[0] % (left < 80 ? left : 80) : left;
+            uint32_t n =
+                left > 1 ? 1 + cm_rng_at(seed, number, 100 + p).word[0] % (left < 80 ? left : 80) : left;
             if (made[p] == GREEDY || n == 0) {
                 continue;
             }
@@ -141,7 +145,8 @@ static void run_together(solo *s, uint64_t seed, outcome *out)
             done[p] += segs[i].n_row;
             if (segs[i].sample) {
                 if (made[p] == 0) {
-                    memcpy(out[p].logits, rt_engine_logits(solo_engine(s)) + (size_t)k * vocab, sizeof(float) * vocab);
+                    memcpy(out[p].logits, rt_engine_logits(solo_engine(s)) + (size_t)k * vocab,
+                           sizeof(float) * vocab);
                 }
                 out[p].greedy[made[p]] = token[k];
                 log[p][g_lengths[p] + made[p]++] = token[k++];
@@ -170,13 +175,15 @@ static void test_schedules(void **state)
             s = open_nano(workers[w], transports[t], "auto");
             for (uint32_t p = 0; p < 3; p++) {
                 uint32_t chunk = 1 + cm_rng_at(seed, p, 1000 + w * 2 + t).word[0] % 200;
-                snprintf(what, sizeof(what), "%u workers over %s, prompt %u in chunks of %u", workers[w], transports[t], p, chunk);
+                snprintf(what, sizeof(what), "%u workers over %s, prompt %u in chunks of %u", workers[w],
+                         transports[t], p, chunk);
                 run_alone(s, p, chunk, &other);
                 assert_same(&alone[p], &other, what);
             }
             run_together(s, seed + w * 2 + t, together);
             for (uint32_t p = 0; p < 3; p++) {
-                snprintf(what, sizeof(what), "%u workers over %s, prompt %u among others", workers[w], transports[t], p);
+                snprintf(what, sizeof(what), "%u workers over %s, prompt %u among others", workers[w],
+                         transports[t], p);
                 assert_same(&alone[p], &together[p], what);
             }
             solo_destroy(s);

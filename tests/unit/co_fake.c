@@ -1,4 +1,4 @@
-#include "co_fake.h"
+#include "tests/unit/co_fake.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,4 +1,4 @@
-#include "gateway_rig.h"
+#include "tests/unit/gateway_rig.h"
 
 #include <arpa/inet.h>
 #include <event2/buffer.h>

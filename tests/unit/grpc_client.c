@@ -1,4 +1,4 @@
-#include "grpc_client.h"
+#include "tests/unit/grpc_client.h"
 
 #include <grpc/byte_buffer.h>
 #include <grpc/byte_buffer_reader.h>

@@ -1,4 +1,4 @@
-#include "grpc_fake.h"
+#include "tests/unit/grpc_fake.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -1,4 +1,4 @@
-#include "grpc_rig.h"
+#include "tests/unit/grpc_rig.h"
 
 #include <string.h>
 

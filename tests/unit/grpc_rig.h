@@ -8,8 +8,8 @@
 #include <cmocka.h>
 
 #include "gateway/grpc.h"
-#include "grpc_client.h"
-#include "grpc_fake.h"
+#include "tests/unit/grpc_client.h"
+#include "tests/unit/grpc_fake.h"
 #include "proto/baleen_v1.pb-c.h"
 #include "proto/health.pb-c.h"
 

@@ -70,8 +70,8 @@ static void draw_prompt(t_rng *rng, const md_geometry *g, uint32_t first, uint32
     seq->prompt[0] = first % g->vocab;
 }
 
-/* Sequences that grow into a page beyond those the scheduler saved for them, so that the youngest loses its pages: a prompt
- * just short of a page's end and more than a page of answer. */
+/* Sequences that grow into a page beyond those the scheduler saved for them, so that the youngest loses its
+ * pages: a prompt just short of a page's end and more than a page of answer. */
 static void draw_growing(t_rng *rng, t_case *c, uint32_t first)
 {
     c->n_seq = t_below(rng, 4) != 0 ? 2 : 3;
@@ -87,7 +87,8 @@ static void draw_plain(t_rng *rng, t_case *c, uint32_t first)
 {
     c->n_seq = t_between(rng, 1, T_SEQ_MAX);
     for (uint32_t i = 0; i < c->n_seq; i++) {
-        draw_prompt(rng, &c->geometry, first + i, t_below(rng, 5) == 0 ? t_between(rng, 1, 9) : t_between(rng, 1, T_PROMPT_MAX),
+        draw_prompt(rng, &c->geometry, first + i,
+                    t_below(rng, 5) == 0 ? t_between(rng, 1, 9) : t_between(rng, 1, T_PROMPT_MAX),
                     &c->seqs[i]);
         draw_sampler(rng, t_between(rng, 1, 16), &c->seqs[i].sampler);
         c->seqs[i].arrival = t_below(rng, 12);
@@ -128,8 +129,9 @@ static void draw_limits(t_rng *rng, t_case *c, bool growing)
         c->slot_max = t_between(rng, 1, c->n_all + 1);
     }
     c->row_max = draw_log(rng, growing ? 16 : 4, longest + 40);
-    c->chunk_max = draw_log(rng, 1, growing ? c->row_max / 2 : c->row_max); /* rows are left for the second meanwhile */
-    c->chunk_max = u32_max(c->chunk_max, rows / STEPS_MAX + 1); /* not one row a step for thousands */
+    c->chunk_max =
+        draw_log(rng, 1, growing ? c->row_max / 2 : c->row_max); /* rows are left for the second meanwhile */
+    c->chunk_max = u32_max(c->chunk_max, rows / STEPS_MAX + 1);  /* not one row a step for thousands */
 }
 
 /* ---- the cluster ---- */
@@ -140,7 +142,8 @@ static void draw_device(t_rng *rng, t_device *device_out)
     while (kn_cpu_isa_at(n_isa) != NULL) {
         n_isa++;
     }
-    *device_out = (t_device){.isa = kn_cpu_isa_at(t_below(rng, n_isa)), .n_threads = t_between(rng, 1, 3)};
+    *device_out = (t_device){.isa = kn_cpu_isa_at(t_below(rng, n_isa)),
+                             .n_threads = t_below(rng, 2) == 0 ? 1 : t_between(rng, 1, 3)};
 }
 
 static void draw_cluster(t_rng *rng, t_case *c)
@@ -230,11 +233,12 @@ void t_case_undisturbed(const t_case *c, t_case *out)
 
 void t_case_print(const t_case *c)
 {
-    print_message("seed %llu: %s, %u sequences and %u cancelled, rows %u, chunk %u, pages %u, slots %u, %u workers over %s, frames "
+    print_message("seed %llu: %s, %u sequences and %u cancelled, rows %u, chunk %u, pages %u, slots %u, %u "
+                  "workers over %s, frames "
                   "%llu bytes, router %s x%u",
-                  (unsigned long long)c->seed, t_model_names[c->model], c->n_seq, c->n_all - c->n_seq, c->row_max, c->chunk_max,
-                  c->page_max, c->slot_max, c->n_worker, c->transport, (unsigned long long)c->frame_bytes, c->router.isa,
-                  c->router.n_threads);
+                  (unsigned long long)c->seed, t_model_names[c->model], c->n_seq, c->n_all - c->n_seq,
+                  c->row_max, c->chunk_max, c->page_max, c->slot_max, c->n_worker, c->transport,
+                  (unsigned long long)c->frame_bytes, c->router.isa, c->router.n_threads);
     for (uint32_t i = 0; i < c->n_worker; i++) {
         print_message(", %s x%u", c->workers[i].isa, c->workers[i].n_threads);
     }

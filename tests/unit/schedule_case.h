@@ -1,5 +1,5 @@
-/* One random schedule, drawn from its seed: what runs, among whom, in which pieces, on which cluster. The same seed draws the
- * same case on machines with the same CPU paths. Thread: any. */
+/* One random schedule, drawn from its seed: what runs, among whom, in which pieces, on which cluster. The
+ * same seed draws the same case on machines with the same CPU paths. Thread: any. */
 #pragma once
 #include "common/model/geometry.h"
 #include "kernels/kn.h"
@@ -24,7 +24,8 @@ uint32_t t_below(t_rng *rng, uint32_t n);
 uint32_t t_between(t_rng *rng, uint32_t low, uint32_t high); /* both included */
 
 typedef struct t_seq {
-    uint32_t prompt[T_PROMPT_MAX], n_prompt; /* the first id is no other sequence's: it tells them apart in a step */
+    uint32_t prompt[T_PROMPT_MAX],
+        n_prompt; /* the first id is no other sequence's: it tells them apart in a step */
     rt_sampler sampler;
     uint32_t arrival;   /* turn in which it is opened */
     uint32_t cancel;    /* extras: turn in which it is cancelled */
@@ -49,16 +50,16 @@ typedef struct t_case {
     uint64_t frame_bytes; /* largest message: small ones make many frames of one layer */
     uint32_t frame_max, window_us;
     t_device router, workers[T_WORKER_MAX];
-    bool whole;             /* every worker owns every expert; else owners are random */
-    uint32_t epoch_turn;    /* turn in whose step the second placement comes; 0: none */
-    uint32_t epoch_layer;   /* just before this layer's experts */
-    bool router_first;      /* the router hears of it before the workers do */
-    bool retire;            /* the first is refused at once by the workers */
+    bool whole;           /* every worker owns every expert; else owners are random */
+    uint32_t epoch_turn;  /* turn in whose step the second placement comes; 0: none */
+    uint32_t epoch_layer; /* just before this layer's experts */
+    bool router_first;    /* the router hears of it before the workers do */
+    bool retire;          /* the first is refused at once by the workers */
 } t_case;
 
 void t_case_draw(uint64_t seed, t_case *case_out);
-/* The same judged sequences on an undisturbed cluster: one worker, local, portable path, room for a prompt in one step and
- * for each sequence's own slot and pages. */
+/* The same judged sequences on an undisturbed cluster: one worker, local, portable path, room for a prompt in
+ * one step and for each sequence's own slot and pages. */
 void t_case_undisturbed(const t_case *c, t_case *case_out);
 void t_case_print(const t_case *c);
 

@@ -1,5 +1,5 @@
-/* A router's engine and up to T_WORKER_MAX expert engines in one process, on random placements that change by epoch. What
- * cannot be set up fails the test. Thread: the caller's is the router's compute thread. */
+/* A router's engine and up to T_WORKER_MAX expert engines in one process, on random placements that change by
+ * epoch. What cannot be set up fails the test. Thread: the caller's is the router's compute thread. */
 #pragma once
 #include "router/engine/engine.h"
 #include "tests/unit/schedule_case.h"

@@ -30,8 +30,8 @@ static void watch_logits(run_watch *w, uint32_t seq, uint32_t pos, uint64_t hash
     w->out->logits[seq][i] = hash;
 }
 
-static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const rt_step *step, const uint8_t *data,
-                       uint64_t row_bytes)
+static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const rt_step *step,
+                       const uint8_t *data, uint64_t row_bytes)
 {
     uint64_t row = 0;
     for (uint32_t i = 0; i < step->n_seg; i++) {
@@ -55,8 +55,8 @@ static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const r
     }
 }
 
-static void watch_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data, uint64_t row_bytes,
-                      uint32_t n_row)
+static void watch_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data,
+                      uint64_t row_bytes, uint32_t n_row)
 {
     run_watch *w = ctx;
     (void)n_row;
@@ -70,7 +70,11 @@ static void watch_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_st
 
 static void watch_open(run_watch *w, const t_case *c, t_trace *trace, t_outcome *out)
 {
-    *w = (run_watch){.c = c, .cluster = t_cluster_create(c), .trace = trace, .out = out, .switch_layer = c->geometry.n_layer};
+    *w = (run_watch){.c = c,
+                     .cluster = t_cluster_create(c),
+                     .trace = trace,
+                     .out = out,
+                     .switch_layer = c->geometry.n_layer};
     memset(out, 0, sizeof(*out));
     rt_engine_set_tap(t_cluster_engine(w->cluster), watch_tap, w);
 }
@@ -80,7 +84,8 @@ static void watch_open(run_watch *w, const t_case *c, t_trace *trace, t_outcome 
 static void run_one(run_watch *w, uint32_t seq, uint64_t *number)
 {
     const t_seq *s = &w->c->seqs[seq];
-    uint32_t log[T_PROMPT_MAX + T_TOKENS_MAX], pages[8], n_log = s->n_prompt, n_done = 0, n_page = w->c->page_max / w->c->n_seq;
+    uint32_t log[T_PROMPT_MAX + T_TOKENS_MAX], pages[8], n_log = s->n_prompt, n_done = 0,
+                                                         n_page = w->c->page_max / w->c->n_seq;
     memcpy(log, s->prompt, sizeof(uint32_t) * s->n_prompt);
     for (uint32_t i = 0; i < n_page; i++) {
         pages[i] = seq * n_page + i;

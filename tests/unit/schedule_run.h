@@ -1,5 +1,5 @@
-/* The two runs of a case: each sequence alone on an undisturbed cluster, and all together as drawn, through the real scheduler.
- * Thread: the caller's computes. */
+/* The two runs of a case: each sequence alone on an undisturbed cluster, and all together as drawn, through
+ * the real scheduler. Thread: the caller's computes. */
 #pragma once
 #include "tests/unit/schedule_case.h"
 #include "tests/unit/schedule_trace.h"

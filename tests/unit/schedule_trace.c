@@ -10,8 +10,9 @@
 
 enum { POINTS = RT_TAP_LOGITS + 1, POSITIONS = T_PROMPT_MAX + T_TOKENS_MAX };
 
-static const char *const g_point_names[POINTS] = {"STREAMS_IN", "ATTN_IN", "PICKS",   "ATTN_OUT",    "STREAMS_MID", "FFN_IN",
-                                                  "EXPERTS",    "ROUTE",   "FFN_OUT", "STREAMS_OUT", "LOGITS"};
+static const char *const g_point_names[POINTS] = {"STREAMS_IN",  "ATTN_IN",     "PICKS",   "ATTN_OUT",
+                                                  "STREAMS_MID", "FFN_IN",      "EXPERTS", "ROUTE",
+                                                  "FFN_OUT",     "STREAMS_OUT", "LOGITS"};
 
 struct t_trace {
     const t_case *c;
@@ -41,10 +42,13 @@ void t_trace_compare(t_trace *trace)
     trace->comparing = true;
 }
 
-void t_trace_row(t_trace *trace, uint32_t seq, uint32_t pos, uint32_t layer, rt_tap_point point, uint64_t step, uint64_t hash)
+void t_trace_row(t_trace *trace, uint32_t seq, uint32_t pos, uint32_t layer, rt_tap_point point,
+                 uint64_t step, uint64_t hash)
 {
     uint64_t *known =
-        &trace->hashes[(((uint64_t)seq * POSITIONS + pos) * (trace->c->geometry.n_layer + 1) + layer) * POINTS + point];
+        &trace->hashes[(((uint64_t)seq * POSITIONS + pos) * (trace->c->geometry.n_layer + 1) + layer) *
+                           POINTS +
+                       point];
     if (!trace->comparing) {
         *known = hash;
         return;
@@ -67,8 +71,10 @@ void t_trace_print(const t_trace *trace)
                       (unsigned long long)trace->n_compared);
         return;
     }
-    print_message("  first different row: layer %u (ratio %u), point %s, position %u of sequence %u (prompt of %u), step %llu\n",
-                  trace->layer, trace->layer < trace->c->geometry.n_layer ? trace->c->geometry.ratio[trace->layer] : 0,
+    print_message("  first different row: layer %u (ratio %u), point %s, position %u of sequence %u (prompt "
+                  "of %u), step %llu\n",
+                  trace->layer,
+                  trace->layer < trace->c->geometry.n_layer ? trace->c->geometry.ratio[trace->layer] : 0,
                   g_point_names[trace->point], trace->pos, trace->seq, trace->c->seqs[trace->seq].n_prompt,
                   (unsigned long long)trace->step);
 }

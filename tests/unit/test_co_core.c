@@ -8,7 +8,7 @@
 
 #include <cmocka.h>
 
-#include "co_fake.h"
+#include "tests/unit/co_fake.h"
 #include "common/base/rng.h"
 
 static uint64_t g_seed;

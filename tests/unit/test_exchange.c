@@ -1,5 +1,6 @@
-/* The exchange of a router over scripted workers: every slot gets its own expert's row whatever happens on the way: stale epochs,
- * a worker that dies, one that is silent, nonsense answers. The fake worker answers a slot with its expert's number. */
+/* The exchange of a router over scripted workers: every slot gets its own expert's row whatever happens on
+ * the way: stale epochs, a worker that dies, one that is silent, nonsense answers. The fake worker answers a
+ * slot with its expert's number. */
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -37,7 +38,8 @@ static void fake_refuse(fake *w, const net_event *event)
 {
     const pr_dispatch *frame = event->header;
     pr_refuse header = {.head = frame->head, .status = CM_E_STALE, .epoch = 2};
-    net_message message = {.type = PR_MSG_REFUSE, .header = &header, .header_bytes = sizeof(header), .deadline_ms = 10000};
+    net_message message = {
+        .type = PR_MSG_REFUSE, .header = &header, .header_bytes = sizeof(header), .deadline_ms = 10000};
     assert_int_equal(net_send(event->peer, &message), CM_OK);
     (void)w;
 }
@@ -67,15 +69,21 @@ static void fake_answer(fake *w, const net_event *event, bool nonsense)
     uint32_t n = frame->n_slot - (nonsense ? 1 : 0);
     uint16_t *rows = cm_alloc(2ull * frame->n_slot * D);
     for (uint32_t i = 0; i < frame->n_slot; i++) {
-        uint8_t first = ((const uint8_t *)event->payload)[pr_dispatch_codes_at(frame->n_slot) + slots[i].row * D];
+        uint8_t first =
+            ((const uint8_t *)event->payload)[pr_dispatch_codes_at(frame->n_slot) + slots[i].row * D];
         for (uint32_t k = 0; k < D; k++) {
             rows[i * D + k] = (uint16_t)(slots[i].expert * 256 + first); /* expert and row */
         }
     }
     pr_combine header = {.head = frame->head, .d = D, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
-    net_message message = {.type = PR_MSG_COMBINE, .header = &header, .header_bytes = sizeof(header), .iov = {{rows, 2ull * n * D}},
-                           .n_iov = 1, .deadline_ms = 10000, .cookie = fake_keep(w, rows)};
+    net_message message = {.type = PR_MSG_COMBINE,
+                           .header = &header,
+                           .header_bytes = sizeof(header),
+                           .iov = {{rows, 2ull * n * D}},
+                           .n_iov = 1,
+                           .deadline_ms = 10000,
+                           .cookie = fake_keep(w, rows)};
     assert_int_equal(net_send(event->peer, &message), CM_OK);
 }
 
@@ -168,7 +176,8 @@ static pc_epoch *make_epoch(uint64_t number, fake *const *fakes, const uint32_t 
         epoch->members[i].role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER;
         epoch->members[i].data_address = cm_strdup(fakes[i]->address);
     }
-    assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, ids, n, capacity, NULL, &epoch->placement, &err), CM_OK);
+    assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, ids, n, capacity, NULL, &epoch->placement, &err),
+                     CM_OK);
     return epoch;
 }
 
@@ -196,7 +205,9 @@ static void exchange_open(uint32_t answer_ms, uint32_t wait_ms)
     cm_error err = {0};
     net_options options;
     rt_exchange_options x = {.limits = {.row_max = ROWS, .topk = TOPK, .d = D, .frame_bytes_max = 16384},
-                             .answer_ms = answer_ms, .wait_ms = wait_ms, .peer_lost = on_lost};
+                             .answer_ms = answer_ms,
+                             .wait_ms = wait_ms,
+                             .peer_lost = on_lost};
     options_for(&options);
     assert_int_equal(net_open(&options, &x.rows, &err), CM_OK);
     assert_int_equal(rt_exchange_create(&x, &g_exchange, &err), CM_OK);
@@ -219,8 +230,16 @@ static cm_status exchange_run(uint32_t layer)
         }
     }
     memset(results, 0xee, sizeof(results));
-    rt_exchange_layer run = {.step = 1, .layer = layer, .n_row = ROWS, .experts = experts, .weights = weights, .codes = codes,
-                             .scales = scales, .results = results, .overlap = no_overlap, .overlap_ctx = &n_overlap};
+    rt_exchange_layer run = {.step = 1,
+                             .layer = layer,
+                             .n_row = ROWS,
+                             .experts = experts,
+                             .weights = weights,
+                             .codes = codes,
+                             .scales = scales,
+                             .results = results,
+                             .overlap = no_overlap,
+                             .overlap_ctx = &n_overlap};
     cm_mem_guard_begin("an exchange");
     cm_status status = rt_exchange_run(g_exchange, &run);
     cm_mem_guard_end();
@@ -289,7 +308,8 @@ static void test_stale(void **state)
     (void)state;
 }
 
-/* A worker dies with our rows, or says nothing: the epoch without it finishes the layer, with the rows we kept. */
+/* A worker dies with our rows, or says nothing: the epoch without it finishes the layer, with the rows we
+ * kept. */
 static void lose_one(habit how, uint32_t answer_ms)
 {
     fake a, b;
@@ -341,7 +361,8 @@ static void test_gives_up(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_plain), cmocka_unit_test(test_stale), cmocka_unit_test(test_death),
-                                       cmocka_unit_test(test_silence), cmocka_unit_test(test_gives_up)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_plain), cmocka_unit_test(test_stale),
+                                       cmocka_unit_test(test_death), cmocka_unit_test(test_silence),
+                                       cmocka_unit_test(test_gives_up)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -24,8 +24,11 @@ static void make(frame *f)
 {
     static const uint32_t rows[SLOTS] = {0, 0, 1, 2, 2};
     memset(f, 0, sizeof(*f));
-    f->header = (pr_dispatch){.head = {.version = PR_FRAME_VERSION, .dtype = PR_DTYPE_E4M3, .layer = 1}, .d = D, .n_row = ROWS,
-                              .n_slot = SLOTS, .row_blocks = 2};
+    f->header = (pr_dispatch){.head = {.version = PR_FRAME_VERSION, .dtype = PR_DTYPE_E4M3, .layer = 1},
+                              .d = D,
+                              .n_row = ROWS,
+                              .n_slot = SLOTS,
+                              .row_blocks = 2};
     f->header_bytes = sizeof(f->header);
     f->payload_bytes = pr_dispatch_bytes(SLOTS, ROWS, D, 2);
     for (uint32_t i = 0; i < SLOTS; i++) {
@@ -35,7 +38,8 @@ static void make(frame *f)
 
 static cm_status check(const frame *f, cm_error *err)
 {
-    return pr_dispatch_check(&f->header, f->header_bytes, f->payload, f->payload_bytes, D, LAYERS, EXPERTS, err);
+    return pr_dispatch_check(&f->header, f->header_bytes, f->payload, f->payload_bytes, D, LAYERS, EXPERTS,
+                             err);
 }
 
 static void expect(const frame *f, const char *field)
@@ -95,7 +99,8 @@ static void test_dispatch(void **state)
 static void test_combine(void **state)
 {
     cm_error err;
-    pr_combine header = {.head = {.version = PR_FRAME_VERSION, .dtype = PR_DTYPE_BF16}, .d = D, .n_slot = SLOTS};
+    pr_combine header = {
+        .head = {.version = PR_FRAME_VERSION, .dtype = PR_DTYPE_BF16}, .d = D, .n_slot = SLOTS};
     assert_int_equal(pr_combine_check(&header, sizeof(header), 2ull * SLOTS * D, D, &err), CM_OK);
     assert_int_equal(pr_combine_check(&header, sizeof(header), 2ull * SLOTS * D - 2, D, &err), CM_E_PROTOCOL);
     assert_int_equal(pr_combine_check(&header, sizeof(header) + 8, 2ull * SLOTS * D, D, &err), CM_E_PROTOCOL);
@@ -113,6 +118,7 @@ static void test_names(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_dispatch), cmocka_unit_test(test_combine), cmocka_unit_test(test_names)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_dispatch), cmocka_unit_test(test_combine),
+                                       cmocka_unit_test(test_names)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,5 +1,5 @@
-/* The gathering machine of a worker: nobody waits longer than the window, nobody idle or gone is waited for, and every frame
- * comes out exactly once. */
+/* The gathering machine of a worker: nobody waits longer than the window, nobody idle or gone is waited for,
+ * and every frame comes out exactly once. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -12,7 +12,8 @@
 
 enum { ROUTERS = 4, FRAMES = 8, ROWS = 100, WINDOW_US = 1000 };
 
-static const wk_gather_limits g_limits = {.n_layer = 6, .router_max = ROUTERS, .frame_max = FRAMES, .row_max = ROWS, .window_max_us = WINDOW_US};
+static const wk_gather_limits g_limits = {
+    .n_layer = 6, .router_max = ROUTERS, .frame_max = FRAMES, .row_max = ROWS, .window_max_us = WINDOW_US};
 static int g_frames[4096];
 
 static uint32_t next(wk_gather *g, uint64_t now, void **out, uint64_t *wait)
@@ -97,7 +98,8 @@ static void test_bounds(void **state)
     (void)state;
 }
 
-/* Random comings and goings: each frame comes out once, groups are of one layer, no frame waits past the window. */
+/* Random comings and goings: each frame comes out once, groups are of one layer, no frame waits past the
+ * window. */
 static void test_random(void **state)
 {
     uint64_t seed = cm_random_u64(), now = 0;
@@ -157,8 +159,11 @@ static void test_random(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_alone_at_once), cmocka_unit_test(test_waits_for_the_active),
-        cmocka_unit_test(test_idle_and_gone_are_not_waited_for), cmocka_unit_test(test_bounds), cmocka_unit_test(test_random),
+        cmocka_unit_test(test_alone_at_once),
+        cmocka_unit_test(test_waits_for_the_active),
+        cmocka_unit_test(test_idle_and_gone_are_not_waited_for),
+        cmocka_unit_test(test_bounds),
+        cmocka_unit_test(test_random),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "grpc_rig.h"
+#include "tests/unit/grpc_rig.h"
 #include "proto/pack.h"
 
 enum { MIB = 1 << 20 };

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "grpc_rig.h"
+#include "tests/unit/grpc_rig.h"
 
 static bool c_has_two(void)
 {

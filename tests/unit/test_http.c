@@ -11,7 +11,7 @@
 
 #include "common/base/mem.h"
 #include "common/base/stats.h"
-#include "gateway_rig.h"
+#include "tests/unit/gateway_rig.h"
 
 #define USER(text)  "\"messages\":[{\"role\":\"user\",\"content\":\"" text "\"}]"
 #define CHAT        "/v1/chat/completions"

@@ -1,5 +1,5 @@
-/* KV capacity: what the layout takes is what the closed formula says, on every geometry, and the formula gives the released
- * models' published numbers (model section 10). */
+/* KV capacity: what the layout takes is what the closed formula says, on every geometry, and the formula
+ * gives the released models' published numbers (model section 10). */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -85,7 +85,8 @@ static void check_layout(const char *path)
             pieces_add(&slot, layer->slot_main, kn_compress_state_bytes(layer->ratio, g.head_dim));
         }
         if (layer->ratio == 4) {
-            pieces_add(&page, layer->page_index, (uint64_t)KN_PAGE_TOKENS / layer->ratio * layer->index_bytes);
+            pieces_add(&page, layer->page_index,
+                       (uint64_t)KN_PAGE_TOKENS / layer->ratio * layer->index_bytes);
             pieces_add(&slot, layer->slot_index, kn_compress_state_bytes(layer->ratio, g.index_dim));
         }
     }
@@ -167,7 +168,7 @@ static void test_flash(void **state)
     rt_kv_sizes sizes;
     geometry_released("flash", &g);
     rt_kv_sizes_get(&g, &sizes);
-    assert_int_equal(sizes.row_bytes, 449824); /* 3514.25 * 128 */
+    assert_int_equal(sizes.row_bytes, 449824);                                   /* 3514.25 * 128 */
     assert_printed((double)sizes.row_bytes / KN_PAGE_TOKENS, "%.2f", "3514.25"); /* published as 3514.3 */
     assert_printed(MIB(sizes.window_bytes), "%.2f", "3.07");
     assert_printed(MIB(sizes.state_bytes), "%.2f", "11.64");
@@ -202,7 +203,8 @@ static void test_one_layer(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_layout), cmocka_unit_test(test_sequence), cmocka_unit_test(test_pro),
-                                       cmocka_unit_test(test_flash), cmocka_unit_test(test_one_layer)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_layout), cmocka_unit_test(test_sequence),
+                                       cmocka_unit_test(test_pro), cmocka_unit_test(test_flash),
+                                       cmocka_unit_test(test_one_layer)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,7 +9,7 @@
 #include <cmocka.h>
 
 #include "common/base/stats.h"
-#include "gateway_rig.h"
+#include "tests/unit/gateway_rig.h"
 
 enum { BURST = 100 };
 

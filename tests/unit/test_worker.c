@@ -1,5 +1,5 @@
-/* A worker's engine at its links: answers are the oracle's bits in the order asked, and every old, foreign, broken or
- * misdirected frame is refused with its reason while the others go on. */
+/* A worker's engine at its links: answers are the oracle's bits in the order asked, and every old, foreign,
+ * broken or misdirected frame is refused with its reason while the others go on. */
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -47,7 +47,9 @@ static pc_epoch *make_epoch(const md_geometry *g, uint64_t number, uint64_t clus
     epoch->refs = 1;
     epoch->number = number;
     epoch->cluster = cluster;
-    assert_int_equal(pr_placement_plan(g->n_layer, g->n_expert, members, 2, capacity, NULL, &epoch->placement, &err), CM_OK);
+    assert_int_equal(
+        pr_placement_plan(g->n_layer, g->n_expert, members, 2, capacity, NULL, &epoch->placement, &err),
+        CM_OK);
     return epoch;
 }
 
@@ -81,7 +83,8 @@ static int setup(void **state)
     cm_error err = {0};
     char bound[NET_ADDRESS_BYTES];
     net_options options;
-    if (md_checkpoint_open(BALEEN_TEST_DATA "/model/tiny-odd/ckpt", &f->checkpoint, NULL, NULL, &err) != CM_OK) {
+    if (md_checkpoint_open(BALEEN_TEST_DATA "/model/tiny-odd/ckpt", &f->checkpoint, NULL, NULL, &err) !=
+        CM_OK) {
         fail_msg("%s", err.text);
     }
     f->g = md_checkpoint_geometry(f->checkpoint);
@@ -89,9 +92,15 @@ static int setup(void **state)
     options.backend = "local";
     options.message_bytes_max = 1 << 20;
     options.silence_ms = 60000;
-    wk_engine_options engine = {.checkpoint = f->checkpoint, .device = {.backend = "cpu", .isa = "auto", .n_threads = 1},
-                                .rows = options, .address = "t_worker", .row_max = 64, .frame_max = 4, .router_max = 2,
-                                .window_max_us = 100, .answer_ms = 10000};
+    wk_engine_options engine = {.checkpoint = f->checkpoint,
+                                .device = {.backend = "cpu", .isa = "auto", .n_threads = 1},
+                                .rows = options,
+                                .address = "t_worker",
+                                .row_max = 64,
+                                .frame_max = 4,
+                                .router_max = 2,
+                                .window_max_us = 100,
+                                .answer_ms = 10000};
     assert_int_equal(wk_engine_create(&engine, &f->engine, bound, &err), CM_OK);
     f->epoch = make_epoch(f->g, 5, 77);
     assert_int_equal(wk_shard_load(wk_engine_shard(f->engine), f->epoch->placement, 0, &err), CM_OK);
@@ -140,9 +149,18 @@ static void make_frame(fixture *f, uint32_t layer)
             owned[n++] = e;
         }
     }
-    f->header = (pr_dispatch){.head = {.version = PR_FRAME_VERSION, .dtype = PR_DTYPE_E4M3, .router = ROUTER_ID, .cluster = 77,
-                                       .epoch = 5, .step = 1, .layer = layer, .exchange = 11},
-                              .d = d, .n_row = ROWS, .n_slot = 2 * ROWS, .row_blocks = n_block};
+    f->header = (pr_dispatch){.head = {.version = PR_FRAME_VERSION,
+                                       .dtype = PR_DTYPE_E4M3,
+                                       .router = ROUTER_ID,
+                                       .cluster = 77,
+                                       .epoch = 5,
+                                       .step = 1,
+                                       .layer = layer,
+                                       .exchange = 11},
+                              .d = d,
+                              .n_row = ROWS,
+                              .n_slot = 2 * ROWS,
+                              .row_blocks = n_block};
     cm_free(f->payload);
     f->payload = cm_alloc(pr_dispatch_bytes(2 * ROWS, ROWS, d, n_block));
     for (uint32_t i = 0; i < 2 * ROWS; i++) {
@@ -157,9 +175,14 @@ static void make_frame(fixture *f, uint32_t layer)
 
 static void send_frame(fixture *f, uint16_t type, uint32_t header_bytes, uint64_t cut)
 {
-    net_message message = {.type = type, .header = &f->header, .header_bytes = header_bytes,
-                           .iov = {{f->payload, pr_dispatch_bytes(f->header.n_slot, f->header.n_row, f->g->d, f->header.row_blocks) - cut}},
-                           .n_iov = 1, .deadline_ms = 10000};
+    net_message message = {
+        .type = type,
+        .header = &f->header,
+        .header_bytes = header_bytes,
+        .iov = {{f->payload,
+                 pr_dispatch_bytes(f->header.n_slot, f->header.n_row, f->g->d, f->header.row_blocks) - cut}},
+        .n_iov = 1,
+        .deadline_ms = 10000};
     assert_int_equal(net_send(f->peer, &message), CM_OK);
 }
 
@@ -183,21 +206,31 @@ static void test_answers(void **state)
         kn_stream *stream;
         kn_ptr codes, scales, y;
         cm_error err;
-        kn_limits limits = {.n_row = ROWS, .n_in = d > f->g->inner ? d : f->g->inner, .n_inner = f->g->inner, .n_head = 1, .head_dim = 64, .n_key = 1, .n_expert = f->g->n_expert};
-        assert_int_equal(kn_device_open(&(kn_device_options){.backend = "ref", .isa = "auto", .n_threads = 1}, &device, &err), CM_OK);
+        kn_limits limits = {.n_row = ROWS,
+                            .n_in = d > f->g->inner ? d : f->g->inner,
+                            .n_inner = f->g->inner,
+                            .n_head = 1,
+                            .head_dim = 64,
+                            .n_key = 1,
+                            .n_expert = f->g->n_expert};
+        assert_int_equal(kn_device_open(&(kn_device_options){.backend = "ref", .isa = "auto", .n_threads = 1},
+                                        &device, &err),
+                         CM_OK);
         assert_int_equal(kn_stream_open(device, &limits, &stream), CM_OK);
         assert_int_equal(kn_mem_alloc(device, ROWS * d, &codes), CM_OK);
         assert_int_equal(kn_mem_alloc(device, ROWS * f->header.row_blocks, &scales), CM_OK);
         assert_int_equal(kn_mem_alloc(device, 2 * d, &y), CM_OK);
         kn_copy_to_device(stream, codes, f->payload + pr_dispatch_codes_at(2 * ROWS), ROWS * d);
-        kn_copy_to_device(stream, scales, f->payload + pr_dispatch_scales_at(2 * ROWS, ROWS, d), ROWS * f->header.row_blocks);
+        kn_copy_to_device(stream, scales, f->payload + pr_dispatch_scales_at(2 * ROWS, ROWS, d),
+                          ROWS * f->header.row_blocks);
         for (uint32_t i = 0; i < 2 * ROWS; i++) {
             const pr_slot *slot = (const pr_slot *)f->payload + i;
             kn_expert_item item = {slot->row, 0, slot->weight};
             kn_expert_group group = {wk_shard_expert(wk_engine_shard(f->engine), layer, slot->expert), 0, 1};
             kn_moe(device)->experts(stream, &group, 1, &item, (kn_q8){codes, scales}, f->g->swiglu_limit, y);
             assert_int_equal(kn_stream_sync(stream), CM_OK);
-            assert_memory_equal((const uint16_t *)event.payload + (size_t)i * d, kn_mem_host(device, y), 2 * d);
+            assert_memory_equal((const uint16_t *)event.payload + (size_t)i * d, kn_mem_host(device, y),
+                                2 * d);
         }
         kn_mem_free(device, codes);
         kn_mem_free(device, scales);
