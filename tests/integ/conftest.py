@@ -88,6 +88,15 @@ class Cluster:
         metrics = self.metrics()  # members' values come with their first heartbeat
         return all(name in metrics and not any(metrics[name].values()) for name in self.LEDGER)
 
+    def cancelled(self):
+        """Sequences that routers ended because they were told to. A sequence that merely finished is none."""
+        return sum(self.metrics().get("baleen_sequences_cancelled_total", {}).values())
+
+    def wait_until_freed(self, cancelled_before):
+        """One more sequence was cancelled, and nothing is held any more."""
+        wait_for("the cancel to reach the router", lambda: self.cancelled() == cancelled_before + 1)
+        wait_for("the ledger to be zero", self.ledger_is_zero)
+
     def terminate(self):
         """Begins the drain, once: a second signal would end it at once."""
         if not self.terminated and self.up.poll() is None:

@@ -138,12 +138,13 @@ def test_bad_input(stub, pb):
 
 
 def test_cancel_frees_everything(stub, pb, cluster):
+    cancelled = cluster.cancelled()
     call = stub.Chat(question(pb, "Count from 1 to 100."), timeout=TIMEOUT_S)
     for event in call:
         if event.WhichOneof("event") == "delta":
             break
     call.cancel()
-    wait_for("the ledger to be zero", cluster.ledger_is_zero)
+    cluster.wait_until_freed(cancelled)
 
 
 def test_abort(stub, pb, cluster):
@@ -159,10 +160,11 @@ def test_abort(stub, pb, cluster):
 
 
 def test_deadline(stub, pb, cluster):
+    cancelled = cluster.cancelled()
     with pytest.raises(grpc.RpcError) as error:
         list(stub.Chat(question(pb, "Count from 1 to 100."), timeout=0.1))
     assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    wait_for("the ledger to be zero", cluster.ledger_is_zero)
+    cluster.wait_until_freed(cancelled)
 
 
 def test_many_at_once(stub, pb):
