@@ -386,3 +386,9 @@ const char *cm_env_get(const char *name)
 {
     return getenv(name);
 }
+
+void cm_env_default(const char *name, const char *value)
+{
+    int rc = setenv(name, value, 0);
+    CM_ASSERT_MSG(rc == 0, "environment variable %s", name);
+}

@@ -71,3 +71,6 @@ void cm_cfg_print(const cm_cfg_table *table, const void *config, FILE *to);
 
 /* The environment outside the table: the only getenv. NULL when unset. */
 const char *cm_env_get(const char *name);
+/* For libraries that read their settings from the environment alone: sets it unless the user did. At start
+ * only, before threads that may read the environment. */
+void cm_env_default(const char *name, const char *value);

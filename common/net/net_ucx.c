@@ -9,6 +9,7 @@
 
 #include "common/base/assert.h"
 #include "common/base/clock.h"
+#include "common/base/config.h"
 #include "common/base/log.h"
 #include "common/net/net_ucx_private.h"
 
@@ -70,20 +71,13 @@ static cm_status ucx_fail(cm_error *err, const char *what, ucs_status_t status)
 
 /* Settings in code: they are part of how this back-end works, not a choice of whoever sets the environment.
  */
-static cm_status ucx_configure(ucp_config_t *config, const net_options *options, cm_error *err)
+static cm_status ucx_configure(ucp_config_t *config, cm_error *err)
 {
-    char n_eps[16];
-    snprintf(n_eps, sizeof(n_eps), "%u", 4 * options->peers_max + 16);
-    const struct {
+    static const struct {
         const char *name, *value;
     } settings[] = {
         {"TLS", "tcp,self"},    /* shared memory reports no dead peers in 1.13 */
         {"RNDV_THRESH", "64k"}, /* a row of 14 KB goes at once: 4.5 times as fast as announced */
-        {"TCP_TX_SEG_SIZE", "64k"}, {"TCP_RX_SEG_SIZE", "64k"},
-        {"TCP_MAX_NUM_EPS", n_eps}, {"TCP_AF_PRIO", "inet"}, /* see net_address_parse */
-        {"TCP_KEEPIDLE", "1s"}, /* a dead host under an idle link, beside our own heartbeats */
-        {"TCP_KEEPINTVL", "1s"},    {"TCP_KEEPCNT", "3"},
-        {"TCP_CM_REUSEADDR", "y"}, /* a restarted process takes its port again at once */
     };
     for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++) {
         ucs_status_t status = ucp_config_modify(config, settings[i].name, settings[i].value);
@@ -94,14 +88,28 @@ static cm_status ucx_configure(ucp_config_t *config, const net_options *options,
     return CM_OK;
 }
 
+/* A transport's own settings: ucp_config_modify of 1.13 takes them and never applies them (its worker then
+ * warns of "invalid configurations"); the environment reaches them. What the user set stays. */
+static void ucx_configure_tcp(void)
+{
+    cm_env_default("UCX_TCP_TX_SEG_SIZE", "64k");
+    cm_env_default("UCX_TCP_RX_SEG_SIZE", "64k");
+    cm_env_default("UCX_TCP_AF_PRIO", "inet"); /* see net_address_parse */
+    cm_env_default("UCX_TCP_KEEPIDLE", "1s");  /* a dead host under an idle link, beside our own heartbeats */
+    cm_env_default("UCX_TCP_KEEPINTVL", "1s");
+    cm_env_default("UCX_TCP_KEEPCNT", "3");
+    cm_env_default("UCX_TCP_CM_REUSEADDR", "y"); /* a restarted process takes its port again at once */
+}
+
 static cm_status ucx_open_context(ucx_net *u, cm_error *err)
 {
     ucp_config_t *config;
+    ucx_configure_tcp();
     ucs_status_t rc = ucp_config_read(NULL, NULL, &config);
     if (rc != UCS_OK) {
         return ucx_fail(err, "configuration", rc);
     }
-    cm_status status = ucx_configure(config, u->options, err);
+    cm_status status = ucx_configure(config, err);
     if (status == CM_OK) {
         ucp_params_t params = {
             .field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS,

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "common/base/log.h"
 #include "tests/unit/net_sides.h"
 
 /* ---- local only: two threads, one object each ---- */
@@ -244,11 +245,34 @@ static void test_wildcard(void **state)
     pair_close(&t);
 }
 
+static uint32_t g_n_unused; /* log lines in which UCX says that a setting of ours reached nobody */
+
+static void count_unused(void *ctx, cm_log_level level, const char *text)
+{
+    (void)ctx;
+    (void)level;
+    g_n_unused += strstr(text, "invalid configuration") != NULL;
+}
+
+static void test_settings_reach(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    g_n_unused = 0;
+    cm_log_handler(count_unused, NULL);
+    side *a = side_open(&t, &options, 7, 1);
+    cm_log_handler(NULL, NULL);
+    assert_non_null(a);
+    assert_int_equal(g_n_unused, 0);
+    pair_close(&t);
+}
+
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         ONE(local, test_two_threads), ONE(ucx, test_killed),   ONE(ucx, test_stopped),
-        ONE(ucx, test_ipv6),          ONE(ucx, test_wildcard),
+        ONE(ucx, test_ipv6),          ONE(ucx, test_wildcard), ONE(ucx, test_settings_reach),
     };
     sides_init();
     if (argc == 4 && strcmp(argv[1], "--child") == 0) {
