@@ -29,7 +29,8 @@ static void engine_kn_limits(const rt_engine *e, kn_limits *limits_out)
     uint32_t group_in = g->n_head / g->o_groups * g->head_dim;
     *limits_out = (kn_limits){
         .n_row = u32_max(e->options.row_max, e->options.slot_max),
-        .n_in = u32_max(u32_max(g->hc * g->d, g->o_groups * g->o_rank), u32_max(group_in, u32_max(g->q_rank, g->inner))),
+        .n_in = u32_max(u32_max(g->hc * g->d, g->o_groups * g->o_rank),
+                        u32_max(group_in, u32_max(g->q_rank, g->inner))),
         .n_inner = g->inner,
         .n_head = g->n_head,
         .head_dim = g->head_dim,
@@ -44,7 +45,8 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
     const md_geometry *g = e->geometry;
     uint64_t page_bytes;
     rt_kv_layout_build(g, &e->kv);
-    page_bytes = e->kv.page_bytes != 0 ? e->kv.page_bytes : 1; /* a model of windows only needs pages in name */
+    page_bytes =
+        e->kv.page_bytes != 0 ? e->kv.page_bytes : 1; /* a model of windows only needs pages in name */
     uint32_t per_seq = kn_blocks(g->context, KN_PAGE_TOKENS);
     uint64_t n_page = e->options.kv_bytes / page_bytes, useful = (uint64_t)per_seq * e->options.slot_max;
     if (n_page == 0) {
@@ -121,9 +123,11 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->host_experts = cm_alloc(sizeof(int32_t) * options->row_max * g->topk);
     e->host_route = cm_alloc(sizeof(float) * options->row_max * g->topk);
     e->host_logits = cm_alloc(sizeof(float) * (size_t)options->slot_max * g->vocab);
-    cm_info("device %s path %s, dense weights %llu MB, %u KV pages of %llu bytes, %u sequence slots of %llu bytes",
-            kn_device_name(e->device), kn_device_isa(e->device), (unsigned long long)(e->weights.n_bytes >> 20), e->n_page,
-            (unsigned long long)e->kv.page_bytes, options->slot_max, (unsigned long long)e->kv.slot_bytes);
+    cm_info("device %s path %s, dense weights %llu MB, %u KV pages of %llu bytes, %u sequence slots of %llu "
+            "bytes",
+            kn_device_name(e->device), kn_device_isa(e->device),
+            (unsigned long long)(e->weights.n_bytes >> 20), e->n_page, (unsigned long long)e->kv.page_bytes,
+            options->slot_max, (unsigned long long)e->kv.slot_bytes);
     *engine_out = e;
     return CM_OK;
 
@@ -236,8 +240,10 @@ void rt_step_begin(rt_engine *e, const rt_step *step)
                           .page_bytes = e->kv.page_bytes,
                           .n_seg = step->n_seg,
                           .n_row = row};
-    e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, row, b->cs_window);
-    e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, row, b->cs_compress);
+    e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, row,
+                        b->cs_window);
+    e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, row,
+                        b->cs_compress);
 }
 
 static cm_status engine_layer(rt_engine *e, uint32_t layer)
@@ -296,11 +302,12 @@ static void engine_sample(rt_engine *e, const rt_step *step, uint32_t *tokens_ou
         const rt_step_seg *seg = &step->segs[i];
         if (seg->sample) {
             const float *logits = e->host_logits + (size_t)n * e->geometry->vocab;
-            tokens_out[n++] = rt_sample(e->scratch, logits, seg->sampler, seg->stop_allowed, seg->pos0 + seg->n_row);
+            tokens_out[n++] = rt_sample(e->scratch, logits, seg);
         }
     }
     if (e->tap != NULL) {
-        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, e->host_logits, 4ull * e->geometry->vocab, n);
+        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, e->host_logits,
+               4ull * e->geometry->vocab, n);
     }
 }
 
