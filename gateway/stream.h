@@ -1,7 +1,7 @@
-/* The gateway behind its surfaces. A surface (HTTP, gRPC) turns what a client sent into a gw_ask, gets a gw_stream and
- * answers its events; everything between (validation, chat encoding, tokenizing, choice of router, token log, detokenizing,
- * parsing, stop strings, usage, counters) is written once, behind this header.
- * Thread: the loop's. */
+/* The gateway behind its surfaces. A surface (HTTP, gRPC) turns what a client sent into a gw_ask, gets a
+ * gw_stream and answers its events; everything between (validation, chat encoding, tokenizing, choice of
+ * router, token log, detokenizing, parsing, stop strings, usage, counters) is written once, behind this
+ * header. Thread: the loop's. */
 #pragma once
 #include <jansson.h>
 #include <stdbool.h>
@@ -14,7 +14,8 @@
 typedef struct gw_gateway gw_gateway;
 typedef struct gw_stream gw_stream;
 
-/* What a client is told. One table (errors.def) gives each cause its HTTP status, OpenAI type and code, and gRPC code. */
+/* What a client is told. One table (errors.def) gives each cause its HTTP status, OpenAI type and code, and
+ * gRPC code. */
 typedef enum gw_cause {
 #define GW_ERROR(name, http, type, code, grpc) GW_CAUSE_##name,
 #include "gateway/errors.def"
@@ -38,8 +39,8 @@ typedef enum gw_ask_kind {
     GW_ASK_COMPLETE, /* body is an OpenAI completion request: prompt text or ids, optional suffix */
 } gw_ask_kind;
 
-/* body: borrowed for the call. Both gRPC Chat and Generate are turned into such a body first, so that every field is
- * checked in one place. */
+/* body: borrowed for the call. Both gRPC Chat and Generate are turned into such a body first, so that every
+ * field is checked in one place. */
 typedef struct gw_ask {
     gw_ask_kind kind;
     const json_t *body;
@@ -47,6 +48,8 @@ typedef struct gw_ask {
     uint64_t deadline_ms;   /* from now; UINT64_MAX = none */
     bool want_ids;          /* tokens events, with or without text */
     bool skip_special;      /* GW_ASK_COMPLETE: leave special tokens out of the text */
+    uint32_t choices_max;   /* answers (n) this surface can give, each a stream; 0: one */
+    uint32_t choice; /* which of them: with a seed, each is drawn by one of its own, 0 by the client's */
 } gw_ask;
 
 typedef struct gw_start {
@@ -54,7 +57,7 @@ typedef struct gw_start {
     const char *model;
     int64_t created_s; /* since 1970 */
     uint32_t prompt_tokens, cached_tokens;
-    bool thinking;      /* chat: the prompt ended in <think> */
+    bool thinking; /* chat: the prompt ended in <think> */
 } gw_start;
 
 typedef enum gw_reason { GW_REASON_STOP, GW_REASON_LENGTH, GW_REASON_TOOL_CALLS } gw_reason;
@@ -69,13 +72,31 @@ typedef struct gw_finish {
     gw_usage usage;
 } gw_finish;
 
+/* token's bytes belong to the tokenizer; NULL for an id without a token. */
+typedef struct gw_logprob {
+    uint32_t id;
+    float logprob; /* natural logarithm; -9999 for probability zero */
+    const uint8_t *bytes;
+    size_t n_bytes;
+} gw_logprob;
+typedef struct gw_logprobs {
+    gw_logprob token;      /* the generated one */
+    const gw_logprob *top; /* [n_top] the likeliest, best first; borrowed */
+    uint32_t n_top;
+    md_piece_kind kind; /* what its text belongs to: reasoning or anything else */
+    bool is_marker;     /* it ends the reasoning: it has no text */
+} gw_logprobs;
+
 typedef struct gw_stream_events {
     /* Validated, tokenized, accepted by a router: nothing is refused after this. */
     void (*started)(void *ctx, const gw_start *start);
     /* A piece of text of one kind; never empty but for calls' names, never part of a character. */
     void (*piece)(void *ctx, const md_piece *piece);
-    /* want_ids: new ids, EOS not included; offset of ids[0] among the generated tokens. Comes before its pieces. */
+    /* want_ids: new ids, EOS not included; offset of ids[0] among the generated tokens. Comes before its
+     * pieces. */
     void (*tokens)(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n);
+    /* The body asks for log-probabilities: of one new token. Comes before its pieces. */
+    void (*logprobs)(void *ctx, const gw_logprobs *logprobs);
     /* All pieces of one step were told: a good moment to write. */
     void (*flush)(void *ctx);
     /* Last event, one of the two; the stream is invalid after it. failed may come without started. */
@@ -84,8 +105,8 @@ typedef struct gw_stream_events {
 } gw_stream_events;
 
 /* CM_OK: events follow, never from inside this call. Else *error_out says why (nothing is kept). */
-CM_MUST_CHECK cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
-                                       gw_stream **stream_out, gw_error *error_out);
+CM_MUST_CHECK cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
+                                       void *ctx, gw_stream **stream_out, gw_error *error_out);
 /* The client went away: no event follows; the router hears of it at once. */
 void gw_stream_cancel(gw_stream *stream);
 const char *gw_stream_id(const gw_stream *stream);
@@ -96,35 +117,40 @@ uint32_t gw_stream_abort_all(gw_gateway *gateway); /* how many */
 /* ---- what surfaces ask besides ---- */
 
 typedef struct gw_info {
-    const char *model;        /* served name */
-    const char *fingerprint;  /* "fp_" and 16 hex digits */
+    const char *model;       /* served name */
+    const char *fingerprint; /* "fp_" and 16 hex digits */
     uint32_t context, vocab, bos_id, eos_id;
-    char profile;             /* 'G' or 'P' */
-    bool ready;               /* a router is linked, experts are placed and a step has completed */
+    char profile; /* 'G' or 'P' */
+    bool ready;   /* a router is linked, experts are placed and a step has completed */
     bool draining;
     uint64_t epoch;
     uint32_t running, waiting; /* over all routers, from their last frames */
     double kv_used;            /* 0..1 */
     double uptime_s;
-    int64_t created_s;         /* of the process */
+    int64_t created_s; /* of the process */
 } gw_info;
 void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out);
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway);
 /* Ids of a chat body or of text, exactly as generation would use them. */
-CM_MUST_CHECK cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out, cm_bytes *text_out,
-                                    gw_error *error_out);
+CM_MUST_CHECK cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out,
+                                    cm_bytes *text_out, gw_error *error_out);
 /* GW_CAUSE_MODEL_NOT_FOUND unless name is NULL or the served model. */
 CM_MUST_CHECK cm_status gw_model_check(const gw_gateway *gateway, const char *name, gw_error *error_out);
 /* Prometheus text of this gateway and of the members it hears of. */
 void gw_metrics_render(gw_gateway *gateway, cm_bytes *out);
 
 /* ---- the OpenAI objects, for both HTTP and ChatJson ----
- * A writer turns a stream's events into response objects: chunks when stream is true, one object else. Each object is handed
- * to emit as JSON text without newline; last is true on the final one. error objects are the caller's. */
+ * A writer turns a stream's events into response objects: chunks when stream is true, one object else. Each
+ * object is handed to emit as JSON text without newline; last is true on the final one, which comes when all
+ * of the body's n choices have finished. error objects are the caller's. */
 typedef struct gw_openai gw_openai;
+typedef struct gw_openai_choice gw_openai_choice; /* one of its n answers */
 typedef void (*gw_openai_emit_fn)(void *ctx, const char *json, size_t n_bytes, bool last);
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_openai_emit_fn emit, void *ctx);
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
+                            gw_openai_emit_fn emit, void *ctx);
 void gw_openai_destroy(gw_openai *writer);
-const gw_stream_events *gw_openai_events(void); /* ctx is the gw_openai; flush, failed are no-ops: wrap them */
+gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice);
+const gw_stream_events *gw_openai_events(
+    void); /* ctx is a gw_openai_choice; flush, failed are no-ops: wrap them */
 /* {"error":{...}} */
 void gw_openai_error(const gw_error *error, cm_bytes *out);
