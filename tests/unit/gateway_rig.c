@@ -314,8 +314,10 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
     R.n_stop_id = (uint32_t)open->sampler->n_stop_id;
     memcpy(R.stop_id, open->sampler->stop_id, R.n_stop_id * sizeof(uint32_t));
     R.n_bias = (uint32_t)open->sampler->n_bias;
-    memcpy(R.bias_id, open->sampler->bias_id, R.n_bias * sizeof(uint32_t));
-    memcpy(R.bias, open->sampler->bias, R.n_bias * sizeof(float));
+    for (uint32_t i = 0; i < R.n_bias; i++) {
+        R.bias_id[i] = open->sampler->bias_id[i];
+        R.bias[i] = open->sampler->bias[i];
+    }
     if (R.n_opens < RIG_OPENED_MAX) {
         R.opened[R.n_opens].stream = open->stream;
         R.opened[R.n_opens].seed = open->sampler->seed;
