@@ -37,7 +37,8 @@ typedef struct rt_seq_key {
     uint64_t owner, stream;
 } rt_seq_key;
 
-enum { RT_STOP_MAX = 16, RT_BIAS_MAX = 1024, RT_LOGPROBS_TOP_MAX = 20 };
+/* As many as a gateway lets through; its end of sequence is one more stop id. */
+enum { RT_STOP_MAX = 65, RT_BIAS_MAX = 1024, RT_LOGPROBS_TOP_MAX = 20 };
 
 typedef struct rt_bias {
     uint32_t id;

@@ -90,6 +90,14 @@ def test_length_and_stop(client):
     assert reply.choices[0].finish_reason == "stop"
 
 
+def test_many_stop_ids(client, cluster):
+    """As many as may be asked for, and the end of sequence besides."""
+    paris = ids_of(cluster, " Paris")
+    reply = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0,
+                                           extra_body={**CHAT, "stop_token_ids": [*range(3000, 3063), paris[0]]})
+    assert "Paris" not in reply.choices[0].message.content and reply.choices[0].finish_reason == "stop"
+
+
 def test_seed_repeats(client):
     def draw(seed):
         reply = client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "Tell me a story."}],

@@ -91,7 +91,7 @@ static const t_refusal t_refusals[] = {
     {"bias", "bias", CM_E_INVALID, T_GOOD, .n_bias = 2, .bias = __builtin_nanf("")},
     {"nothing to do", "tokens_max", CM_E_INVALID, T_GOOD, .tokens_max = 0},
     {"min over max", "tokens_min", CM_E_INVALID, T_GOOD, .tokens_min = 9},
-    {"17 stops", "stop", CM_E_INVALID, T_GOOD, .n_stop = 17},
+    {"too many stops", "stop", CM_E_INVALID, T_GOOD, .n_stop = RT_STOP_MAX + 1},
     {"stop id", "stop", CM_E_INVALID, T_GOOD, .n_stop = 2, .bad_stop = 1},
     {"context", "tokens_max", CM_E_TOO_LONG, T_GOOD, .n_prompt = 40, .tokens_max = 25},
     {"context, wrapping", "tokens_max", CM_E_TOO_LONG, T_GOOD, .tokens_max = UINT32_MAX},
