@@ -24,16 +24,19 @@ static void chat_started(void *ctx, const gw_start *start)
     send_event(ctx, &event);
 }
 
-/* Takes along the ids that came since the last delta. */
+/* Takes along the ids and log-probabilities that came since the last delta. */
 static void send_delta(gw_grpc_call *call, Baleen__V1__ChatDelta *delta)
 {
     Baleen__V1__ChatEvent event = BALEEN__V1__CHAT_EVENT__INIT;
     delta->n_token_ids = call->chat.ids.n;
     delta->token_ids = call->chat.ids.id;
+    delta->n_logprobs = call->chat.logprobs.n;
+    delta->logprobs = call->chat.logprobs.list;
     event.event_case = BALEEN__V1__CHAT_EVENT__EVENT_DELTA;
     event.delta = delta;
     send_event(call, &event);
     call->chat.ids.n = 0;
+    gw_grpc_logprobs_clear(&call->chat.logprobs);
 }
 
 static void send_text(gw_grpc_call *call, const char *field, const char *text, size_t n_bytes)
@@ -95,6 +98,12 @@ static void chat_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_
     }
 }
 
+static void chat_logprobs(void *ctx, const gw_logprobs *logprobs)
+{
+    gw_grpc_call *call = ctx;
+    gw_grpc_logprobs_add(&call->chat.logprobs, logprobs);
+}
+
 static void chat_flush(void *ctx)
 {
     (void)ctx; /* every piece has been sent */
@@ -107,8 +116,8 @@ static void chat_finished(void *ctx, const gw_finish *finish)
     Baleen__V1__ChatFinish out = BALEEN__V1__CHAT_FINISH__INIT;
     Baleen__V1__ChatEvent event = BALEEN__V1__CHAT_EVENT__INIT;
     call->stream = NULL;
-    if (call->chat.ids.n > 0) {
-        send_text(call, "content", "", 0); /* ids that became no text, such as those of a stop string */
+    if (call->chat.ids.n > 0 || call->chat.logprobs.n > 0) {
+        send_text(call, "content", "", 0); /* tokens that became no text, such as those of a stop string */
     }
     out.reason = gw_grpc_finish_reason(finish->reason);
     out.stop_string = (char *)finish->stop_string;
@@ -127,6 +136,7 @@ void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *message)
         .started = chat_started,
         .piece = chat_piece,
         .tokens = chat_tokens,
+        .logprobs = chat_logprobs,
         .flush = chat_flush,
         .finished = chat_finished,
         .failed = gw_grpc_stream_failed,
@@ -148,4 +158,5 @@ void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *message)
 void gw_grpc_chat_fini(gw_grpc_call *call)
 {
     md_ids_fini(&call->chat.ids);
+    gw_grpc_logprobs_fini(&call->chat.logprobs);
 }

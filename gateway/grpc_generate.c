@@ -26,6 +26,11 @@ static void generate_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uin
     }
 }
 
+static void generate_logprobs(void *ctx, const gw_logprobs *logprobs)
+{
+    gw_grpc_logprobs_add(&((gw_grpc_call *)ctx)->generate.logprobs, logprobs);
+}
+
 static void generate_piece(void *ctx, const md_piece *piece)
 {
     gw_grpc_generate *g = &((gw_grpc_call *)ctx)->generate;
@@ -44,6 +49,8 @@ static void send_gathered(gw_grpc_call *call)
     tokens.offset = g->offset;
     tokens.n_ids = g->ids.n;
     tokens.ids = g->ids.id;
+    tokens.n_logprobs = g->logprobs.n;
+    tokens.logprobs = g->logprobs.list;
     if (g->return_text && (g->whole || g->text.len > 0)) {
         gw_grpc_put_text(call->grpc, &tokens.base, "text", g->text.data, g->text.len);
     }
@@ -52,6 +59,7 @@ static void send_gathered(gw_grpc_call *call)
     gw_grpc_send(call, &event.base);
     g->offset += g->ids.n;
     g->ids.n = 0;
+    gw_grpc_logprobs_clear(&g->logprobs);
     cm_bytes_clear(&g->text);
 }
 
@@ -102,6 +110,7 @@ void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *message)
         .started = generate_started,
         .piece = generate_piece,
         .tokens = generate_tokens,
+        .logprobs = generate_logprobs,
         .flush = generate_flush,
         .finished = generate_finished,
         .failed = gw_grpc_stream_failed,
@@ -129,4 +138,5 @@ void gw_grpc_generate_fini(gw_grpc_call *call)
 {
     md_ids_fini(&call->generate.ids);
     cm_bytes_fini(&call->generate.text);
+    gw_grpc_logprobs_fini(&call->generate.logprobs);
 }

@@ -15,19 +15,25 @@ static void json_emit(void *ctx, const char *json, size_t n_bytes, bool last)
 static void json_started(void *ctx, const gw_start *start)
 {
     gw_grpc_call *call = ctx;
-    gw_openai_events()->started(call->writer, start);
+    gw_openai_events()->started(gw_openai_choice_of(call->writer, 0), start);
 }
 
 static void json_piece(void *ctx, const md_piece *piece)
 {
     gw_grpc_call *call = ctx;
-    gw_openai_events()->piece(call->writer, piece);
+    gw_openai_events()->piece(gw_openai_choice_of(call->writer, 0), piece);
 }
 
 static void json_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
 {
     gw_grpc_call *call = ctx;
-    gw_openai_events()->tokens(call->writer, offset, ids, n);
+    gw_openai_events()->tokens(gw_openai_choice_of(call->writer, 0), offset, ids, n);
+}
+
+static void json_logprobs(void *ctx, const gw_logprobs *logprobs)
+{
+    gw_grpc_call *call = ctx;
+    gw_openai_events()->logprobs(gw_openai_choice_of(call->writer, 0), logprobs);
 }
 
 static void json_flush(void *ctx)
@@ -39,7 +45,7 @@ static void json_finished(void *ctx, const gw_finish *finish)
 {
     gw_grpc_call *call = ctx;
     call->stream = NULL;
-    gw_openai_events()->finished(call->writer, finish);
+    gw_openai_events()->finished(gw_openai_choice_of(call->writer, 0), finish);
     gw_grpc_finish(call);
 }
 
@@ -78,6 +84,7 @@ void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *message)
         .started = json_started,
         .piece = json_piece,
         .tokens = json_tokens,
+        .logprobs = json_logprobs,
         .flush = json_flush,
         .finished = json_finished,
         .failed = gw_grpc_stream_failed,

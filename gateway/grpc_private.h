@@ -3,6 +3,7 @@
 #pragma once
 #include <sys/queue.h>
 
+#include "common/base/assert.h"
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
 #include "gateway/grpc.h"
@@ -10,7 +11,7 @@
 #include "proto/health.pb-c.h"
 #include "proto/pack.h"
 
-enum { GW_GRPC_N_METHODS = 9 };
+enum { GW_GRPC_N_METHODS = 9, GW_GRPC_TOP_MAX = 20 };
 
 typedef struct gw_grpc_call gw_grpc_call;
 
@@ -25,17 +26,24 @@ typedef struct gw_grpc_method {
 } gw_grpc_method;
 extern const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS];
 
+/* Of tokens that were generated and not yet sent. */
+typedef struct gw_grpc_logprobs {
+    Baleen__V1__TokenLogprob **list; /* [n] owned; as a message wants it */
+    uint32_t n, cap;
+} gw_grpc_logprobs;
+
 typedef struct gw_grpc_chat {
-    bool return_ids;
     md_ids ids; /* generated, not yet sent with a delta */
+    gw_grpc_logprobs logprobs;
 } gw_grpc_chat;
 
 typedef struct gw_grpc_generate {
     bool whole; /* one tokens event at the end */
     bool return_text;
     uint64_t offset; /* of ids.id[0] */
-    md_ids ids;      /* not yet sent, as is text */
+    md_ids ids;      /* not yet sent, as are text and logprobs */
     cm_bytes text;
+    gw_grpc_logprobs logprobs;
 } gw_grpc_generate;
 
 typedef struct gw_grpc_watch {
@@ -98,6 +106,12 @@ void gw_grpc_put_text(gw_grpc *grpc, ProtobufCMessage *message, const char *fiel
 /* Every string of a packed message is UTF-8 without U+0000. CM_E_INVALID names the field. */
 CM_MUST_CHECK cm_status gw_grpc_check_strings(const ProtobufCMessageDescriptor *descriptor,
                                               const uint8_t *data, size_t n_bytes, gw_error *error_out);
+
+/* ---- grpc_logprobs.c ---- */
+/* A list of zeros is empty. The bytes of tokens stay the tokenizer's. */
+void gw_grpc_logprobs_add(gw_grpc_logprobs *list, const gw_logprobs *logprobs);
+void gw_grpc_logprobs_clear(gw_grpc_logprobs *list);
+void gw_grpc_logprobs_fini(gw_grpc_logprobs *list);
 
 /* ---- grpc_body.c ---- */
 /* JSON bodies for gw_stream_open; *body_out is a new reference. CM_E_INVALID, CM_E_UNSUPPORTED: error names

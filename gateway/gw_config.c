@@ -14,6 +14,8 @@ static const cm_cfg_field FIELDS[] = {
     {"net", "ucx", "transport to the routers", CM_CFG_CHOICE(gw_config, net, "ucx|local")},
     {"streams_max", "1024", "requests generating or waiting at once; more are refused",
      CM_CFG_UINT(gw_config, streams_max, 1, 65536)},
+    {"choices_max", "16", "answers to one request (n); more are refused",
+     CM_CFG_UINT(gw_config, choices_max, 1, 128)},
     {"encode_threads", "2", "threads that turn prompts into token ids",
      CM_CFG_UINT(gw_config, encode_threads, 1, 64)},
     {"request_bytes_max", "32m", "longest request body",

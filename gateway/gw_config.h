@@ -9,7 +9,7 @@ typedef struct gw_config {
     char *model_name;    /* "": the folder's name */
     char *model_aliases; /* "a,b" */
     char *net;           /* back-end towards the routers */
-    uint64_t streams_max, encode_threads;
+    uint64_t streams_max, choices_max, encode_threads;
     uint64_t request_bytes_max, slow_reader_bytes;
     uint64_t connections_max, http_timeout_ms, keep_alive_ms;
     uint64_t drain_ms;

@@ -12,11 +12,19 @@ enum {
     INPUT_WHILE_ANSWERING = 64 * 1024
 }; /* bytes of further requests on the connection; then it is not read */
 
+/* One of the answers of an exchange. */
+typedef struct exchange_choice {
+    gw_exchange *x;
+    gw_stream *stream; /* NULL: it has ended */
+    gw_openai_choice *writer;
+} exchange_choice;
+
 struct gw_exchange {
     TAILQ_ENTRY(gw_exchange) link;
     gw_http *http;
     struct evhttp_request *req;
-    gw_stream *stream; /* NULL: it has ended */
+    exchange_choice *choices;
+    uint32_t n_choice, n_started, n_finished;
     gw_openai *writer;
     bool sse;                 /* answered in events */
     bool head_sent;           /* status and headers are out: errors go into the body */
@@ -57,12 +65,22 @@ static void unwatch_connection(gw_exchange *x)
     evhttp_connection_set_closecb(connection, NULL, NULL);
 }
 
+static void cancel_streams(gw_exchange *x)
+{
+    for (uint32_t i = 0; i < x->n_choice; i++) {
+        gw_stream *stream = x->choices[i].stream;
+        x->choices[i].stream = NULL;
+        if (stream != NULL) {
+            gw_stream_cancel(stream);
+        }
+    }
+}
+
 static void exchange_free(gw_exchange *x)
 {
     gw_http *http = x->http;
-    if (x->stream != NULL) {
-        gw_stream_cancel(x->stream);
-    }
+    cancel_streams(x);
+    cm_free(x->choices);
     TAILQ_REMOVE(&http->exchanges, x, link);
     http->n_exchanges--;
     pc_timer_destroy(x->keep_alive);
@@ -176,12 +194,18 @@ static void end_answer(gw_exchange *x)
     }
 }
 
-/* ---- the stream's events ---- */
+/* ---- the streams' events ----
+ * Choices start, speak and finish in any order. What is said before all of them were accepted waits in
+ * pending: until then the whole request may still be refused. */
 
 static void on_started(void *ctx, const gw_start *start)
 {
-    gw_exchange *x = ctx;
-    gw_openai_events()->started(x->writer, start);
+    exchange_choice *choice = ctx;
+    gw_exchange *x = choice->x;
+    gw_openai_events()->started(choice->writer, start);
+    if (++x->n_started < x->n_choice) {
+        return;
+    }
     pc_timer_set(x->keep_alive, x->http->gateway->config->keep_alive_ms);
     if (x->sse) {
         send_head(x);
@@ -191,33 +215,48 @@ static void on_started(void *ctx, const gw_start *start)
 
 static void on_piece(void *ctx, const md_piece *piece)
 {
-    gw_exchange *x = ctx;
-    gw_openai_events()->piece(x->writer, piece);
+    exchange_choice *choice = ctx;
+    gw_openai_events()->piece(choice->writer, piece);
+}
+
+static void on_logprobs(void *ctx, const gw_logprobs *logprobs)
+{
+    exchange_choice *choice = ctx;
+    gw_openai_events()->logprobs(choice->writer, logprobs);
 }
 
 static void on_flush(void *ctx)
 {
-    gw_exchange *x = ctx;
-    if (x->sse) {
+    exchange_choice *choice = ctx;
+    gw_exchange *x = choice->x;
+    if (x->sse && x->n_started == x->n_choice) {
         (void)write_pending(x);
     }
 }
 
 static void on_finished(void *ctx, const gw_finish *finish)
 {
-    gw_exchange *x = ctx;
-    x->stream = NULL;
-    gw_openai_events()->finished(x->writer, finish);
+    exchange_choice *choice = ctx;
+    gw_exchange *x = choice->x;
+    choice->stream = NULL;
+    gw_openai_events()->finished(choice->writer, finish);
+    if (++x->n_finished < x->n_choice) {
+        on_flush(choice);
+        return;
+    }
     if (x->sse) {
         evbuffer_add_printf(x->pending, "data: [DONE]\n\n");
     }
     end_answer(x);
 }
 
+/* One that fails takes the others with it. */
 static void on_failed(void *ctx, const gw_error *error)
 {
-    gw_exchange *x = ctx;
-    x->stream = NULL;
+    exchange_choice *choice = ctx;
+    gw_exchange *x = choice->x;
+    choice->stream = NULL;
+    cancel_streams(x);
     if (!x->head_sent) {
         pc_timer_clear(x->keep_alive);
         gw_reply_error(x->req, error);
@@ -243,6 +282,8 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req, gw_
     x->req = req;
     x->sse = gw_request_streams(body);
     x->writer = gw_openai_create(kind, body, info.fingerprint, emit_object, x);
+    x->n_choice = gw_request_choices(body);
+    x->choices = cm_alloc(sizeof(*x->choices) * x->n_choice);
     x->pending = evbuffer_new();
     x->keep_alive = pc_timer_create(http->gateway->loop, keep_alive, x);
     TAILQ_INSERT_TAIL(&http->exchanges, x, link);
@@ -250,23 +291,39 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req, gw_
     return x;
 }
 
-void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kind)
+static cm_status open_choices(gw_exchange *x, gw_ask *ask, gw_error *error_out)
 {
     static const gw_stream_events events = {.started = on_started,
                                             .piece = on_piece,
+                                            .logprobs = on_logprobs,
                                             .flush = on_flush,
                                             .finished = on_finished,
                                             .failed = on_failed};
+    for (uint32_t i = 0; i < x->n_choice; i++) {
+        exchange_choice *choice = &x->choices[i];
+        *choice = (exchange_choice){.x = x, .writer = gw_openai_choice_of(x->writer, i)};
+        ask->choice = i;
+        CM_TRY(gw_stream_open(x->http->gateway, ask, &events, choice, &choice->stream, error_out));
+    }
+    return CM_OK;
+}
+
+void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kind)
+{
     json_t *body = gw_request_json(http, req);
     if (body == NULL) {
         cm_stat_add(CM_STAT_requests, 1);
         cm_stat_add(CM_STAT_requests_refused, 1);
         return;
     }
-    gw_ask ask = {.kind = kind, .body = body, .deadline_ms = UINT64_MAX, .skip_special = true};
+    gw_ask ask = {.kind = kind,
+                  .body = body,
+                  .deadline_ms = UINT64_MAX,
+                  .skip_special = true,
+                  .choices_max = (uint32_t)http->gateway->config->choices_max};
     gw_error error;
     gw_exchange *x = exchange_make(http, req, kind, body);
-    cm_status status = gw_stream_open(http->gateway, &ask, &events, x, &x->stream, &error);
+    cm_status status = open_choices(x, &ask, &error);
     json_decref(body);
     if (status != CM_OK) {
         exchange_free(x);

@@ -2,9 +2,11 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "common/base/assert.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "gateway/json_text.h"
+#include "gateway/openai_logprobs.h"
 #include "gateway/request.h"
 
 enum { CALL_ID_CHARS = 24 };
@@ -15,22 +17,54 @@ typedef struct openai_call {
     cm_bytes name, arguments;
 } openai_call;
 
+struct gw_openai_choice {
+    gw_openai *writer;
+    uint32_t index;
+    bool thinking;
+    gw_openai_logprobs logprobs; /* when asked for: not written yet */
+
+    cm_bytes content, reasoning; /* not streamed: so far */
+    openai_call *calls;
+    uint32_t n_calls;
+    gw_reason reason; /* not streamed: once finished */
+};
+
 struct gw_openai {
     gw_ask_kind kind;
-    bool stream, include_usage;
+    bool stream, include_usage, wants_logprobs;
     char *fingerprint;
     gw_openai_emit_fn emit;
     void *ctx;
     cm_bytes out; /* the object being written */
 
-    char *id, *model; /* from started */
+    char *id, *model; /* from the first that started; NULL before */
     int64_t created_s;
-    bool thinking;
 
-    cm_bytes content, reasoning; /* not streamed: so far */
-    openai_call *calls;
-    uint32_t n_calls;
+    gw_openai_choice *choices;
+    uint32_t n_choice, n_finished;
+    gw_usage usage; /* of those that have finished */
 };
+
+static void choice_init(gw_openai *writer, uint32_t index)
+{
+    gw_openai_choice *choice = &writer->choices[index];
+    *choice = (gw_openai_choice){.writer = writer, .index = index};
+    gw_openai_logprobs_init(&choice->logprobs, writer->kind);
+    cm_bytes_init(&choice->content, 0);
+    cm_bytes_init(&choice->reasoning, 0);
+}
+
+static void choice_fini(gw_openai_choice *choice)
+{
+    for (uint32_t i = 0; i < choice->n_calls; i++) {
+        cm_bytes_fini(&choice->calls[i].name);
+        cm_bytes_fini(&choice->calls[i].arguments);
+    }
+    cm_free(choice->calls);
+    gw_openai_logprobs_fini(&choice->logprobs);
+    cm_bytes_fini(&choice->content);
+    cm_bytes_fini(&choice->reasoning);
+}
 
 gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
                             gw_openai_emit_fn emit, void *ctx)
@@ -39,29 +73,36 @@ gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fi
     *writer = (gw_openai){.kind = kind,
                           .stream = gw_request_streams(body),
                           .include_usage = gw_request_wants_usage(body),
+                          .wants_logprobs = gw_request_wants_logprobs(kind, body),
                           .fingerprint = cm_strdup(fingerprint),
                           .emit = emit,
-                          .ctx = ctx};
+                          .ctx = ctx,
+                          .n_choice = gw_request_choices(body)};
     cm_bytes_init(&writer->out, 0);
-    cm_bytes_init(&writer->content, 0);
-    cm_bytes_init(&writer->reasoning, 0);
+    writer->choices = cm_alloc(sizeof(*writer->choices) * writer->n_choice);
+    for (uint32_t i = 0; i < writer->n_choice; i++) {
+        choice_init(writer, i);
+    }
     return writer;
 }
 
 void gw_openai_destroy(gw_openai *writer)
 {
-    for (uint32_t i = 0; i < writer->n_calls; i++) {
-        cm_bytes_fini(&writer->calls[i].name);
-        cm_bytes_fini(&writer->calls[i].arguments);
+    for (uint32_t i = 0; i < writer->n_choice; i++) {
+        choice_fini(&writer->choices[i]);
     }
-    cm_free(writer->calls);
-    cm_bytes_fini(&writer->content);
-    cm_bytes_fini(&writer->reasoning);
+    cm_free(writer->choices);
     cm_bytes_fini(&writer->out);
     cm_free(writer->id);
     cm_free(writer->model);
     cm_free(writer->fingerprint);
     cm_free(writer);
+}
+
+gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice)
+{
+    CM_ASSERT(choice < writer->n_choice);
+    return &writer->choices[choice];
 }
 
 /* ---- pieces of an object ---- */
@@ -136,29 +177,52 @@ static const char *reason_word(gw_reason reason)
     return "stop";
 }
 
-static void put_finish_reason(gw_openai *writer, const gw_finish *finish)
+static void put_finish_reason(gw_openai *writer, const gw_reason *reason)
 {
-    if (finish == NULL) {
+    if (reason == NULL) {
         put(writer, "null");
     } else {
-        cm_bytes_printf(&writer->out, "\"%s\"", reason_word(finish->reason));
+        cm_bytes_printf(&writer->out, "\"%s\"", reason_word(*reason));
     }
+}
+
+/* From "logprobs" to the end of a choice. */
+static void end_choice(gw_openai_choice *choice, const gw_reason *reason)
+{
+    gw_openai *writer = choice->writer;
+    put(writer, ",\"logprobs\":");
+    if (writer->wants_logprobs && (!writer->stream || choice->logprobs.n > 0)) {
+        gw_openai_logprobs_put(&choice->logprobs, choice->thinking, &writer->out);
+    } else {
+        put(writer, "null");
+    }
+    put(writer, ",\"finish_reason\":");
+    put_finish_reason(writer, reason);
+    put(writer, "}");
 }
 
 /* ---- streamed ---- */
 
-static void begin_delta(gw_openai *writer)
+static void begin_delta(gw_openai_choice *choice)
 {
+    gw_openai *writer = choice->writer;
     begin_object(writer);
-    put(writer, writer->kind == GW_ASK_CHAT ? "{\"index\":0,\"delta\":{" : "{\"text\":");
+    if (writer->kind == GW_ASK_CHAT) {
+        cm_bytes_printf(&writer->out, "{\"index\":%u,\"delta\":{", choice->index);
+    } else {
+        put(writer, "{\"text\":");
+    }
 }
 
-static void end_delta(gw_openai *writer, const gw_finish *finish, const gw_usage *usage, bool last)
+static void end_delta(gw_openai_choice *choice, const gw_reason *reason, const gw_usage *usage, bool last)
 {
-    put(writer, writer->kind == GW_ASK_CHAT ? "},\"logprobs\":null,\"finish_reason\":"
-                                            : ",\"index\":0,\"logprobs\":null,\"finish_reason\":");
-    put_finish_reason(writer, finish);
-    put(writer, "}");
+    gw_openai *writer = choice->writer;
+    if (writer->kind == GW_ASK_CHAT) {
+        put(writer, "}");
+    } else {
+        cm_bytes_printf(&writer->out, ",\"index\":%u", choice->index);
+    }
+    end_choice(choice, reason);
     end_object(writer, usage, last);
 }
 
@@ -193,9 +257,10 @@ static void delta_arguments(gw_openai *writer, const md_piece *piece)
     put(writer, "}}]");
 }
 
-static void emit_piece(gw_openai *writer, const md_piece *piece)
+static void emit_piece(gw_openai_choice *choice, const md_piece *piece)
 {
-    begin_delta(writer);
+    gw_openai *writer = choice->writer;
+    begin_delta(choice);
     if (writer->kind == GW_ASK_COMPLETE) {
         put_string(writer, piece->text, piece->n_bytes);
     } else if (piece->kind == MD_PIECE_CALL) {
@@ -206,57 +271,62 @@ static void emit_piece(gw_openai *writer, const md_piece *piece)
         put(writer, piece->kind == MD_PIECE_CONTENT ? "\"content\":" : "\"reasoning_content\":");
         put_string(writer, piece->text, piece->n_bytes);
     }
-    end_delta(writer, NULL, NULL, false);
+    end_delta(choice, NULL, NULL, false);
 }
 
-static void emit_role(gw_openai *writer)
+static void emit_role(gw_openai_choice *choice)
 {
-    begin_delta(writer);
-    put(writer, writer->thinking ? "\"role\":\"assistant\",\"content\":null,\"reasoning_content\":\"\""
-                                 : "\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":null");
-    end_delta(writer, NULL, NULL, false);
+    begin_delta(choice);
+    put(choice->writer, choice->thinking
+                            ? "\"role\":\"assistant\",\"content\":null,\"reasoning_content\":\"\""
+                            : "\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":null");
+    end_delta(choice, NULL, NULL, false);
 }
 
 /* Usage comes in a chunk of its own when it was asked for, else on the last one. */
-static void emit_finish(gw_openai *writer, const gw_finish *finish)
+static void emit_finish(gw_openai_choice *choice, gw_reason reason)
 {
-    begin_delta(writer);
+    gw_openai *writer = choice->writer;
+    bool last = writer->n_finished == writer->n_choice;
+    begin_delta(choice);
     put(writer, writer->kind == GW_ASK_COMPLETE ? "\"\"" : "");
-    end_delta(writer, finish, writer->include_usage ? NULL : &finish->usage, !writer->include_usage);
-    if (writer->include_usage) {
+    end_delta(choice, &reason, last && !writer->include_usage ? &writer->usage : NULL,
+              last && !writer->include_usage);
+    if (last && writer->include_usage) {
         begin_object(writer);
-        end_object(writer, &finish->usage, true);
+        end_object(writer, &writer->usage, true);
     }
 }
 
 /* ---- in one piece ---- */
 
-static openai_call *collect_call(gw_openai *writer, uint32_t call)
+static openai_call *collect_call(gw_openai_choice *choice, uint32_t call)
 {
-    while (writer->n_calls <= call) {
-        writer->calls = cm_realloc(writer->calls, (writer->n_calls + 1) * sizeof(*writer->calls));
-        openai_call *fresh = &writer->calls[writer->n_calls];
-        make_call_id(writer->n_calls, fresh->id);
+    while (choice->n_calls <= call) {
+        choice->calls = cm_realloc(choice->calls, (choice->n_calls + 1) * sizeof(*choice->calls));
+        openai_call *fresh = &choice->calls[choice->n_calls];
+        make_call_id(choice->n_calls, fresh->id);
         cm_bytes_init(&fresh->name, 0);
         cm_bytes_init(&fresh->arguments, 0);
-        writer->n_calls++;
+        choice->n_calls++;
     }
-    return &writer->calls[call];
+    return &choice->calls[call];
 }
 
-static void collect_piece(gw_openai *writer, const md_piece *piece)
+static void collect_piece(gw_openai_choice *choice, const md_piece *piece)
 {
-    cm_bytes *to = piece->kind == MD_PIECE_CONTENT     ? &writer->content
-                   : piece->kind == MD_PIECE_REASONING ? &writer->reasoning
-                   : piece->kind == MD_PIECE_CALL      ? &collect_call(writer, piece->call)->name
-                                                       : &collect_call(writer, piece->call)->arguments;
+    cm_bytes *to = piece->kind == MD_PIECE_CONTENT     ? &choice->content
+                   : piece->kind == MD_PIECE_REASONING ? &choice->reasoning
+                   : piece->kind == MD_PIECE_CALL      ? &collect_call(choice, piece->call)->name
+                                                       : &collect_call(choice, piece->call)->arguments;
     cm_bytes_append(to, piece->text, piece->n_bytes);
 }
 
-static void put_calls(gw_openai *writer)
+static void put_calls(gw_openai_choice *choice)
 {
-    for (uint32_t i = 0; i < writer->n_calls; i++) {
-        const openai_call *call = &writer->calls[i];
+    gw_openai *writer = choice->writer;
+    for (uint32_t i = 0; i < choice->n_calls; i++) {
+        const openai_call *call = &choice->calls[i];
         cm_bytes_printf(&writer->out,
                         "%s{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":",
                         i == 0 ? ",\"tool_calls\":[" : ",", i, call->id);
@@ -265,54 +335,71 @@ static void put_calls(gw_openai *writer)
         put_bytes(writer, &call->arguments);
         put(writer, "}}");
     }
-    put(writer, writer->n_calls > 0 ? "]" : "");
+    put(writer, choice->n_calls > 0 ? "]" : "");
 }
 
-static void emit_whole(gw_openai *writer, const gw_finish *finish)
+static void put_whole(gw_openai_choice *choice)
 {
-    begin_object(writer);
+    gw_openai *writer = choice->writer;
     if (writer->kind == GW_ASK_COMPLETE) {
         put(writer, "{\"text\":");
-        put_bytes(writer, &writer->content);
-        put(writer, ",\"index\":0");
+        put_bytes(writer, &choice->content);
+        cm_bytes_printf(&writer->out, ",\"index\":%u", choice->index);
     } else {
-        put(writer, "{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":");
-        put_bytes(writer, &writer->content);
-        if (writer->thinking) {
+        cm_bytes_printf(&writer->out,
+                        "{\"index\":%u,\"message\":{\"role\":\"assistant\",\"content\":", choice->index);
+        put_bytes(writer, &choice->content);
+        if (choice->thinking) {
             put(writer, ",\"reasoning_content\":");
-            put_bytes(writer, &writer->reasoning);
+            put_bytes(writer, &choice->reasoning);
         }
-        put_calls(writer);
+        put_calls(choice);
         put(writer, "}");
     }
-    put(writer, ",\"logprobs\":null,\"finish_reason\":");
-    put_finish_reason(writer, finish);
-    put(writer, "}");
-    end_object(writer, &finish->usage, true);
+    end_choice(choice, &choice->reason);
+}
+
+static void emit_whole(gw_openai *writer)
+{
+    begin_object(writer);
+    for (uint32_t i = 0; i < writer->n_choice; i++) {
+        put(writer, i > 0 ? "," : "");
+        put_whole(&writer->choices[i]);
+    }
+    end_object(writer, &writer->usage, true);
 }
 
 /* ---- events ---- */
 
 static void openai_started(void *ctx, const gw_start *start)
 {
-    gw_openai *writer = ctx;
-    writer->id = cm_strdup(start->request_id);
-    writer->model = cm_strdup(start->model);
-    writer->created_s = start->created_s;
-    writer->thinking = start->thinking;
+    gw_openai_choice *choice = ctx;
+    gw_openai *writer = choice->writer;
+    if (writer->id == NULL) {
+        writer->id = cm_strdup(start->request_id);
+        writer->model = cm_strdup(start->model);
+        writer->created_s = start->created_s;
+    }
+    choice->thinking = start->thinking;
     if (writer->stream && writer->kind == GW_ASK_CHAT) {
-        emit_role(writer);
+        emit_role(choice);
     }
 }
 
 static void openai_piece(void *ctx, const md_piece *piece)
 {
-    gw_openai *writer = ctx;
-    if (writer->stream) {
-        emit_piece(writer, piece);
+    gw_openai_choice *choice = ctx;
+    if (choice->writer->stream) {
+        emit_piece(choice, piece);
     } else {
-        collect_piece(writer, piece);
+        collect_piece(choice, piece);
     }
+}
+
+static void openai_logprobs(void *ctx, const gw_logprobs *logprobs)
+{
+    gw_openai_choice *choice = ctx;
+    gw_openai_logprobs_add(&choice->logprobs, logprobs);
 }
 
 static void openai_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
@@ -328,13 +415,26 @@ static void openai_flush(void *ctx)
     (void)ctx;
 }
 
+/* Every choice has the same prompt. */
+static void add_usage(gw_openai *writer, const gw_usage *usage)
+{
+    writer->usage.prompt_tokens = usage->prompt_tokens;
+    writer->usage.cached_tokens = usage->cached_tokens;
+    writer->usage.completion_tokens += usage->completion_tokens;
+    writer->usage.reasoning_tokens += usage->reasoning_tokens;
+}
+
 static void openai_finished(void *ctx, const gw_finish *finish)
 {
-    gw_openai *writer = ctx;
+    gw_openai_choice *choice = ctx;
+    gw_openai *writer = choice->writer;
+    choice->reason = finish->reason;
+    add_usage(writer, &finish->usage);
+    writer->n_finished++;
     if (writer->stream) {
-        emit_finish(writer, finish);
-    } else {
-        emit_whole(writer, finish);
+        emit_finish(choice, finish->reason);
+    } else if (writer->n_finished == writer->n_choice) {
+        emit_whole(writer);
     }
 }
 
@@ -350,6 +450,7 @@ const gw_stream_events *gw_openai_events(void)
         .started = openai_started,
         .piece = openai_piece,
         .tokens = openai_tokens,
+        .logprobs = openai_logprobs,
         .flush = openai_flush,
         .finished = openai_finished,
         .failed = openai_failed,

@@ -173,13 +173,31 @@ static cm_status parse_tool_choice(const parse_at *at)
     return refuse(at->error, at->name, "must be none, auto, required or an object that names a function");
 }
 
-/* A number of alternatives, or false: any number, also 0, asks for log-probabilities. */
-static cm_status parse_logprobs(const parse_at *at)
+static bool is_count(const json_t *value, json_int_t most)
+{
+    return json_is_integer(value) && json_integer_value(value) >= 0 && json_integer_value(value) <= most;
+}
+
+/* Of a completion: a number of alternatives, or false; any number, also 0, asks for log-probabilities. */
+static cm_status parse_text_logprobs(const parse_at *at)
 {
     if (json_is_false(at->value)) {
         return CM_OK;
     }
-    if (json_is_true(at->value) || (json_is_integer(at->value) && json_integer_value(at->value) >= 0)) {
+    if (!is_count(at->value, GW_TOP_LOGPROBS_MAX)) {
+        return refuse(at->error, at->name, "must be an integer from 0 to 20");
+    }
+    at->request->logprobs = true;
+    at->request->n_top = (uint32_t)json_integer_value(at->value);
+    return CM_OK;
+}
+
+static cm_status parse_prompt_logprobs(const parse_at *at)
+{
+    if (json_is_false(at->value)) {
+        return CM_OK;
+    }
+    if (json_is_true(at->value) || is_count(at->value, INT64_MAX)) {
         return unsupported(at->error, at->name, "is not supported: leave it out");
     }
     return refuse(at->error, at->name, "must be an integer from 0");
@@ -192,9 +210,51 @@ static cm_status parse_top_k(const parse_at *at)
     if (k < -1) {
         return refuse(at->error, at->name, "must be -1 or an integer from 0");
     }
-    return k <= 0 ? CM_OK
-                  : unsupported(at->error, at->name,
-                                "is not supported: leave it out, or use -1 or 0 for all tokens");
+    at->request->top_k = k <= 0 || k >= (json_int_t)at->vocab ? 0 : (uint32_t)k;
+    return CM_OK;
+}
+
+/* Decimal digits only, no leading zero: another spelling could name an id twice. */
+static bool parse_id(const char *text, uint32_t vocab, uint32_t *id_out)
+{
+    uint64_t id = 0;
+    size_t n = strlen(text);
+    if (n == 0 || n > 10 || (n > 1 && text[0] == '0')) {
+        return false;
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (text[i] < '0' || text[i] > '9') {
+            return false;
+        }
+        id = id * 10 + (uint64_t)(text[i] - '0');
+    }
+    *id_out = (uint32_t)id;
+    return id < vocab;
+}
+
+static cm_status parse_logit_bias(const parse_at *at)
+{
+    gw_request *r = at->request;
+    size_t n = json_object_size(at->value);
+    const char *key;
+    json_t *value;
+    if (n > GW_BIAS_MAX) {
+        return refuse(at->error, at->name, "must have at most 1024 entries");
+    }
+    r->bias_id = cm_alloc(sizeof(*r->bias_id) * (n + 1));
+    r->bias = cm_alloc(sizeof(*r->bias) * (n + 1));
+    json_object_foreach((json_t *)(uintptr_t)at->value, key, value)
+    {
+        double bias = json_number_value(value);
+        if (!parse_id(key, at->vocab, &r->bias_id[r->n_bias])) {
+            return refuse(at->error, at->name, "has a key that is no token id of this model");
+        }
+        if (!json_is_number(value) || !(bias >= -100 && bias <= 100)) {
+            return refuse(at->error, at->name, "must give each token id a number from -100 to 100");
+        }
+        r->bias[r->n_bias++] = (float)bias;
+    }
+    return CM_OK;
 }
 
 static cm_status parse_keep_special(const parse_at *at)
@@ -268,19 +328,19 @@ static const field FIELDS[] = {
     {"thinking", CHAT, FIELD_OBJECT, TYPE_ONLY},
     {"reasoning_effort", CHAT, FIELD_STRING, TYPE_ONLY},
     {"chat_template_kwargs", CHAT, FIELD_OBJECT, TYPE_ONLY},
-    {"n", BOTH, FIELD_UINT, RANGE(1, 128), ONLY(1)},
-    {"best_of", TEXT, FIELD_UINT, RANGE(1, 128), ONLY(1)},
+    {"n", BOTH, FIELD_UINT, RANGE(1, GW_CHOICES_MAX), TO(n_choice)},
+    {"best_of", TEXT, FIELD_UINT, RANGE(1, GW_CHOICES_MAX), ONLY(1)},
     {"echo", TEXT, FIELD_BOOL, ONLY(0)},
-    {"presence_penalty", BOTH, FIELD_NUMBER, RANGE(-2, 2), ONLY(0)},
-    {"frequency_penalty", BOTH, FIELD_NUMBER, RANGE(-2, 2), ONLY(0)},
-    {"repetition_penalty", BOTH, FIELD_NUMBER, RANGE(0, 2), .above_min = true, ONLY(1)},
+    {"presence_penalty", BOTH, FIELD_NUMBER, RANGE(-2, 2), TO(presence_penalty)},
+    {"frequency_penalty", BOTH, FIELD_NUMBER, RANGE(-2, 2), TO(frequency_penalty)},
+    {"repetition_penalty", BOTH, FIELD_NUMBER, RANGE(0, 2), .above_min = true, TO(repetition_penalty)},
     {"top_k", BOTH, FIELD_INT, .parse = parse_top_k},
-    {"min_p", BOTH, FIELD_NUMBER, RANGE(0, 1), ONLY(0)},
-    {"logit_bias", BOTH, FIELD_OBJECT, ONLY(0)},
-    {"logprobs", CHAT, FIELD_BOOL, ONLY(0)},
-    {"logprobs", TEXT, FIELD_ANY, .parse = parse_logprobs},
-    {"top_logprobs", CHAT, FIELD_UINT, RANGE(0, 20), ONLY(0)},
-    {"prompt_logprobs", BOTH, FIELD_ANY, .parse = parse_logprobs},
+    {"min_p", BOTH, FIELD_NUMBER, RANGE(0, 1), TO(min_p)},
+    {"logit_bias", BOTH, FIELD_OBJECT, .parse = parse_logit_bias},
+    {"logprobs", CHAT, FIELD_BOOL, TO(logprobs)},
+    {"logprobs", TEXT, FIELD_ANY, .parse = parse_text_logprobs},
+    {"top_logprobs", CHAT, FIELD_UINT, RANGE(0, GW_TOP_LOGPROBS_MAX), TO(n_top)},
+    {"prompt_logprobs", BOTH, FIELD_ANY, .parse = parse_prompt_logprobs},
     {"response_format", BOTH, FIELD_OBJECT, .parse = parse_response_format},
     {"tools", CHAT, FIELD_LIST, ONLY(0)},
     {"functions", CHAT, FIELD_LIST, ONLY(0)},
@@ -388,6 +448,9 @@ static cm_status check_together(const json_t *body, const gw_request *r, gw_erro
     if (r->suffix != NULL && r->prompt == NULL) {
         return refuse(error, "suffix", "needs a prompt that is text");
     }
+    if (r->n_top > 0 && !r->logprobs) {
+        return refuse(error, "top_logprobs", "needs logprobs to be true");
+    }
     if (r->tokens_max != 0 && r->tokens_min > r->tokens_max) {
         return refuse(error, "min_tokens", "must not be above the most tokens that may be generated");
     }
@@ -397,7 +460,7 @@ static cm_status check_together(const json_t *body, const gw_request *r, gw_erro
 cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab, gw_request *request_out,
                            gw_error *error_out)
 {
-    gw_request r = {.kind = kind, .temperature = 1, .top_p = 1};
+    gw_request r = {.kind = kind, .temperature = 1, .top_p = 1, .repetition_penalty = 1, .n_choice = 1};
     if (!json_is_object(body)) {
         gw_error_set(error_out, GW_CAUSE_INVALID, NULL, "the request must be a JSON object");
         return CM_E_INVALID;
@@ -429,6 +492,8 @@ void gw_request_free(gw_request *request)
     }
     cm_free(request->prompt);
     cm_free(request->suffix);
+    cm_free(request->bias_id);
+    cm_free(request->bias);
     md_ids_fini(&request->prompt_ids);
     *request = (gw_request){.kind = request->kind};
 }
@@ -441,6 +506,18 @@ bool gw_request_streams(const json_t *body)
 bool gw_request_wants_usage(const json_t *body)
 {
     return json_is_true(json_object_get(json_object_get(body, "stream_options"), "include_usage"));
+}
+
+bool gw_request_wants_logprobs(gw_ask_kind kind, const json_t *body)
+{
+    const json_t *wants = json_object_get(body, "logprobs");
+    return kind == GW_ASK_CHAT ? json_is_true(wants) : json_is_integer(wants);
+}
+
+uint32_t gw_request_choices(const json_t *body)
+{
+    const json_t *n = json_object_get(body, "n");
+    return is_count(n, GW_CHOICES_MAX) && json_integer_value(n) > 1 ? (uint32_t)json_integer_value(n) : 1;
 }
 
 cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n_prompt, uint32_t context,

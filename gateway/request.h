@@ -9,12 +9,26 @@
 
 #include "gateway/stream.h"
 
-enum { GW_STOP_MAX = 16, GW_STOP_IDS_MAX = 64 };
+enum {
+    GW_STOP_MAX = 16,
+    GW_STOP_IDS_MAX = 64,
+    GW_BIAS_MAX = 1024,
+    GW_TOP_LOGPROBS_MAX = 20,
+    GW_CHOICES_MAX = 128
+};
 
 typedef struct gw_request {
     gw_ask_kind kind;
     bool stream, include_usage;
-    double temperature, top_p;
+    double temperature, top_p, min_p;
+    uint32_t top_k; /* 0: all */
+    double presence_penalty, frequency_penalty, repetition_penalty;
+    uint32_t n_bias;
+    uint32_t *bias_id; /* [n_bias] owned, each id once */
+    float *bias;       /* [n_bias] owned */
+    bool logprobs;     /* of each token and of the n_top likeliest */
+    uint32_t n_top;
+    uint32_t n_choice; /* answers wanted */
     bool has_seed;
     int64_t seed;
     uint32_t tokens_max; /* 0: the default of the mode */
@@ -38,9 +52,11 @@ CM_MUST_CHECK cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, u
                                          gw_request *request_out, gw_error *error_out);
 void gw_request_free(gw_request *request);
 
-/* stream and stream_options alone, for a surface that must know them before and after the stream's life. */
+/* Single fields, for a surface that must know them before and after the stream's life. */
 bool gw_request_streams(const json_t *body);
 bool gw_request_wants_usage(const json_t *body);
+bool gw_request_wants_logprobs(gw_ask_kind kind, const json_t *body);
+uint32_t gw_request_choices(const json_t *body); /* 1 to GW_CHOICES_MAX */
 
 /* Tokens that may be generated: what was asked for or the mode's default, cut to the context.
  * GW_CAUSE_CONTEXT when not even one fits behind the prompt. */

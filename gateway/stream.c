@@ -229,6 +229,26 @@ static uint64_t deadline_left_ms(const gw_stream *stream)
     return stream->deadline_at_ms > now_ms ? stream->deadline_at_ms - now_ms : 0;
 }
 
+/* What is off is left out. */
+static void put_filters(const gw_request *request, Baleen__Engine__V1__SamplerParams *sampler)
+{
+    sampler->has_top_k = request->top_k > 0;
+    sampler->top_k = request->top_k;
+    sampler->has_min_p = request->min_p > 0;
+    sampler->min_p = (float)request->min_p;
+    sampler->has_repetition_penalty = request->repetition_penalty < 1 || request->repetition_penalty > 1;
+    sampler->repetition_penalty = (float)request->repetition_penalty;
+    sampler->has_frequency_penalty = request->frequency_penalty < 0 || request->frequency_penalty > 0;
+    sampler->frequency_penalty = (float)request->frequency_penalty;
+    sampler->has_presence_penalty = request->presence_penalty < 0 || request->presence_penalty > 0;
+    sampler->presence_penalty = (float)request->presence_penalty;
+    sampler->n_bias = sampler->n_bias_id = request->n_bias;
+    sampler->bias_id = request->bias_id;
+    sampler->bias = request->bias;
+    sampler->has_top_logprobs = request->logprobs;
+    sampler->top_logprobs = request->n_top;
+}
+
 static void send_open(gw_stream *stream)
 {
     const gw_request *request = &stream->request;
@@ -248,6 +268,7 @@ static void send_open(gw_stream *stream)
         request->tokens_min < stream->core.tokens_max ? request->tokens_min : stream->core.tokens_max;
     sampler.stop_id = stop;
     sampler.n_stop_id = n_stop;
+    put_filters(request, &sampler);
 
     Baleen__Engine__V1__SeqOpen open = BALEEN__ENGINE__V1__SEQ_OPEN__INIT;
     open.stream = stream->number;
@@ -298,7 +319,7 @@ static void stream_encoded(void *ctx, gw_encoded *encoded)
                                    geometry->context, &tokens_max, &error);
     }
     if (status == CM_OK) {
-        gw_core_init(&stream->core, &encoded->ids, tokens_max, geometry->vocab);
+        gw_core_init(&stream->core, &encoded->ids, tokens_max, geometry->vocab, stream->request.logprobs);
         stream->has_core = true;
         stream->thinking = encoded->thinking;
         stream->parser = make_parser(stream, encoded->continues);
@@ -388,16 +409,39 @@ static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_s
     return stream;
 }
 
+/* The seed belongs to the stream's log: a retry must draw the same. */
+static void choose_seed(gw_request *request, uint32_t choice)
+{
+    if (!request->has_seed) {
+        request->seed = (int64_t)cm_random_u64();
+    } else if (choice > 0) {
+        cm_rng_block block =
+            cm_rng_at((uint64_t)request->seed, choice, UINT64_MAX); /* no draw has that counter */
+        request->seed = (int64_t)((uint64_t)block.word[1] << 32 | block.word[0]);
+    }
+}
+
+static cm_status check_choices(const gw_request *request, const gw_ask *ask, gw_error *error_out)
+{
+    uint32_t most = ask->choices_max > 0 ? ask->choices_max : 1;
+    if (request->n_choice <= most) {
+        return CM_OK;
+    }
+    gw_error_set(error_out, GW_CAUSE_UNSUPPORTED, "n",
+                 "n must not be above %u here: ask again for more answers", most);
+    return CM_E_UNSUPPORTED;
+}
+
 static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
                               void *ctx, bool probe, gw_stream **stream_out, gw_error *error_out)
 {
     gw_request request;
     CM_TRY(gw_request_parse(ask->kind, ask->body, gateway->geometry.vocab, &request, error_out));
-    if (!request.has_seed) {
-        request.seed = (int64_t)cm_random_u64(); /* belongs to the stream's log: a retry must draw the same */
+    choose_seed(&request, ask->choice);
+    cm_status status = check_choices(&request, ask, error_out);
+    if (status == CM_OK) {
+        status = gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out);
     }
-    cm_status status =
-        gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out);
     if (status == CM_OK && !probe) {
         status = admit(gateway, ask, error_out);
     }

@@ -48,6 +48,8 @@ typedef struct gw_ask {
     uint64_t deadline_ms;   /* from now; UINT64_MAX = none */
     bool want_ids;          /* tokens events, with or without text */
     bool skip_special;      /* GW_ASK_COMPLETE: leave special tokens out of the text */
+    uint32_t choices_max;   /* answers (n) this surface can give, each a stream; 0: one */
+    uint32_t choice; /* which of them: with a seed, each is drawn by one of its own, 0 by the client's */
 } gw_ask;
 
 typedef struct gw_start {
@@ -70,6 +72,21 @@ typedef struct gw_finish {
     gw_usage usage;
 } gw_finish;
 
+/* token's bytes belong to the tokenizer; NULL for an id without a token. */
+typedef struct gw_logprob {
+    uint32_t id;
+    float logprob; /* natural logarithm; -9999 for probability zero */
+    const uint8_t *bytes;
+    size_t n_bytes;
+} gw_logprob;
+typedef struct gw_logprobs {
+    gw_logprob token;      /* the generated one */
+    const gw_logprob *top; /* [n_top] the likeliest, best first; borrowed */
+    uint32_t n_top;
+    md_piece_kind kind; /* what its text belongs to: reasoning or anything else */
+    bool is_marker;     /* it ends the reasoning: it has no text */
+} gw_logprobs;
+
 typedef struct gw_stream_events {
     /* Validated, tokenized, accepted by a router: nothing is refused after this. */
     void (*started)(void *ctx, const gw_start *start);
@@ -78,6 +95,8 @@ typedef struct gw_stream_events {
     /* want_ids: new ids, EOS not included; offset of ids[0] among the generated tokens. Comes before its
      * pieces. */
     void (*tokens)(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n);
+    /* The body asks for log-probabilities: of one new token. Comes before its pieces. */
+    void (*logprobs)(void *ctx, const gw_logprobs *logprobs);
     /* All pieces of one step were told: a good moment to write. */
     void (*flush)(void *ctx);
     /* Last event, one of the two; the stream is invalid after it. failed may come without started. */
@@ -122,14 +141,16 @@ void gw_metrics_render(gw_gateway *gateway, cm_bytes *out);
 
 /* ---- the OpenAI objects, for both HTTP and ChatJson ----
  * A writer turns a stream's events into response objects: chunks when stream is true, one object else. Each
- * object is handed to emit as JSON text without newline; last is true on the final one. error objects are the
- * caller's. */
+ * object is handed to emit as JSON text without newline; last is true on the final one, which comes when all
+ * of the body's n choices have finished. error objects are the caller's. */
 typedef struct gw_openai gw_openai;
+typedef struct gw_openai_choice gw_openai_choice; /* one of its n answers */
 typedef void (*gw_openai_emit_fn)(void *ctx, const char *json, size_t n_bytes, bool last);
 gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
                             gw_openai_emit_fn emit, void *ctx);
 void gw_openai_destroy(gw_openai *writer);
+gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice);
 const gw_stream_events *gw_openai_events(
-    void); /* ctx is the gw_openai; flush, failed are no-ops: wrap them */
+    void); /* ctx is a gw_openai_choice; flush, failed are no-ops: wrap them */
 /* {"error":{...}} */
 void gw_openai_error(const gw_error *error, cm_bytes *out);

@@ -2,10 +2,14 @@
 
 #include "common/base/assert.h"
 
-void gw_core_init(gw_core *core, md_ids *prompt, uint32_t tokens_max, uint32_t vocab)
+void gw_core_init(gw_core *core, md_ids *prompt, uint32_t tokens_max, uint32_t vocab, bool logprobs)
 {
     CM_ASSERT(tokens_max >= 1);
-    *core = (gw_core){.state = GW_CORE_OPENING, .vocab = vocab, .tokens_max = tokens_max, .prompt = *prompt};
+    *core = (gw_core){.state = GW_CORE_OPENING,
+                      .vocab = vocab,
+                      .tokens_max = tokens_max,
+                      .logprobs = logprobs,
+                      .prompt = *prompt};
     md_ids_init(prompt);
     md_ids_init(&core->emitted);
 }
@@ -36,6 +40,29 @@ static cm_status check_ids(const gw_core *core, const Baleen__Engine__V1__SeqTok
     return CM_OK;
 }
 
+static cm_status check_logprobs(const gw_core *core, const Baleen__Engine__V1__SeqTokens *frame,
+                                cm_error *err)
+{
+    if (frame->n_logprobs != (core->logprobs ? frame->n_id : 0)) {
+        return cm_error_set(err, CM_E_PROTOCOL, "logprobs", "%zu log-probabilities for %zu tokens",
+                            frame->n_logprobs, frame->n_id);
+    }
+    for (size_t i = 0; i < frame->n_logprobs; i++) {
+        const Baleen__Engine__V1__TokenLogprobs *of = frame->logprobs[i];
+        if (of->n_top != of->n_top_id || of->n_top > GW_CORE_TOP_MAX) {
+            return cm_error_set(err, CM_E_PROTOCOL, "logprobs", "%zu likely tokens, %zu log-probabilities",
+                                of->n_top_id, of->n_top);
+        }
+        for (size_t k = 0; k < of->n_top_id; k++) {
+            if (of->top_id[k] >= core->vocab) {
+                return cm_error_set(err, CM_E_PROTOCOL, "logprobs", "token id %u, the vocabulary has %u",
+                                    of->top_id[k], core->vocab);
+            }
+        }
+    }
+    return CM_OK;
+}
+
 static cm_status check_end(const gw_core *core, const Baleen__Engine__V1__SeqTokens *frame, cm_error *err)
 {
     switch (frame->end) {
@@ -61,6 +88,7 @@ cm_status gw_core_take(gw_core *core, const Baleen__Engine__V1__SeqTokens *frame
         return cm_error_set(err, CM_E_PROTOCOL, NULL, "a frame after the end");
     }
     CM_TRY(check_ids(core, frame, err));
+    CM_TRY(check_logprobs(core, frame, err));
     CM_TRY(check_end(core, frame, err));
 
     bool failed = frame->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED;

@@ -9,6 +9,8 @@
 #include "common/model/tokenizer.h"
 #include "proto/engine.pb-c.h"
 
+enum { GW_CORE_TOP_MAX = 20 }; /* likely tokens told with one */
+
 typedef enum gw_core_state {
     GW_CORE_OPENING, /* asked for, not yet accepted */
     GW_CORE_RUNNING,
@@ -18,11 +20,12 @@ typedef enum gw_core_state {
 typedef struct gw_core {
     gw_core_state state;
     uint32_t vocab, tokens_max;
+    bool logprobs;          /* every id must come with some */
     md_ids prompt, emitted; /* owned */
 } gw_core;
 
 /* prompt is taken over: the caller's list is empty afterwards. tokens_max >= 1. */
-void gw_core_init(gw_core *core, md_ids *prompt, uint32_t tokens_max, uint32_t vocab);
+void gw_core_init(gw_core *core, md_ids *prompt, uint32_t tokens_max, uint32_t vocab, bool logprobs);
 void gw_core_fini(gw_core *core);
 
 /* What one frame about the stream came to. */

@@ -3,6 +3,9 @@
 #include "common/base/log.h"
 #include "gateway/stream_private.h"
 
+/* What clients are told of a probability of zero: a number that JSON has. */
+static const float LOGPROB_LEAST = -9999.0f;
+
 static void tell_piece(void *ctx, const md_piece *piece)
 {
     gw_stream *stream = ctx;
@@ -41,11 +44,41 @@ static void count_id(gw_stream *stream, uint32_t id, bool was_reasoning)
     }
 }
 
-/* true: a stop string has matched. */
-static bool tell_id(gw_stream *stream, uint64_t offset, uint32_t id)
+static gw_logprob make_logprob(const md_tokenizer *tokenizer, uint32_t id, float logprob)
+{
+    gw_logprob out = {.id = id, .logprob = logprob > LOGPROB_LEAST ? logprob : LOGPROB_LEAST};
+    out.bytes = md_tokenizer_bytes(tokenizer, id, &out.n_bytes);
+    return out;
+}
+
+static void tell_logprobs(gw_stream *stream, uint32_t id, const Baleen__Engine__V1__TokenLogprobs *in)
+{
+    const md_tokenizer *tokenizer = stream->gateway->tokenizer;
+    bool reasoning = md_parser_in_reasoning(stream->parser);
+    gw_logprob top[GW_CORE_TOP_MAX];
+    for (size_t i = 0; i < in->n_top; i++) {
+        top[i] = make_logprob(tokenizer, in->top_id[i], in->top[i]);
+    }
+    gw_logprobs out = {.token = make_logprob(tokenizer, id, in->token),
+                       .top = top,
+                       .n_top = (uint32_t)in->n_top,
+                       .kind = reasoning ? MD_PIECE_REASONING : MD_PIECE_CONTENT,
+                       .is_marker = reasoning && id == md_tokenizer_control(tokenizer, MD_CTL_THINK_END)};
+    stream->events.logprobs(stream->ctx, &out);
+}
+
+/* logprobs: NULL when nobody asked. true: a stop string has matched. */
+static bool tell_id(gw_stream *stream, uint64_t offset, uint32_t id,
+                    const Baleen__Engine__V1__TokenLogprobs *logprobs)
 {
     const md_tokenizer *tokenizer = stream->gateway->tokenizer;
     count_id(stream, id, md_parser_in_reasoning(stream->parser));
+    if (logprobs != NULL) {
+        tell_logprobs(stream, id, logprobs);
+    }
+    if (stream->over) {
+        return false;
+    }
     if (stream->want_ids) {
         stream->events.tokens(stream->ctx, offset, &id, 1);
     }
@@ -113,7 +146,8 @@ static void tell_news(gw_stream *stream, const gw_core_news *news, const Baleen_
         tell_started(stream);
     }
     for (uint32_t i = 0; i < news->n_id && !stream->over && !matched; i++) {
-        matched = tell_id(stream, news->offset + i, news->id[i]);
+        matched =
+            tell_id(stream, news->offset + i, news->id[i], frame->n_logprobs > 0 ? frame->logprobs[i] : NULL);
     }
     if (stream->over) {
         return;

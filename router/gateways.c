@@ -11,10 +11,9 @@
 #include "proto/pack.h"
 
 enum {
-    GATEWAYS_SEND_MS = 10000,             /* a gateway that does not take a frame for so long is dropped */
-    GATEWAYS_WORDS_MAX = 1 << 20,         /* unsent words of one gateway; more and it is dropped */
-    GATEWAYS_MESSAGE_BYTES = 64 << 20,    /* unpacked message: a prompt of the longest context fits */
-    GATEWAYS_STOP_MAX = 16,
+    GATEWAYS_SEND_MS = 10000,          /* a gateway that does not take a frame for so long is dropped */
+    GATEWAYS_WORDS_MAX = 1 << 20,      /* unsent words of one gateway; more and it is dropped */
+    GATEWAYS_MESSAGE_BYTES = 64 << 20, /* unpacked message: a prompt of the longest context fits */
 };
 
 typedef struct gateway_link {
@@ -22,6 +21,8 @@ typedef struct gateway_link {
     net_peer *peer; /* NULL: free */
     rt_word *words; /* not sent yet */
     uint32_t n_word, cap_word;
+    rt_logprobs *logprobs; /* of the words that have some, in their order */
+    uint32_t n_logprobs, cap_logprobs;
 } gateway_link;
 
 struct rt_gateways {
@@ -48,11 +49,16 @@ static gateway_link *gateways_find(rt_gateways *g, uint64_t owner)
     return NULL;
 }
 
+static void gateways_forget_words(gateway_link *link)
+{
+    link->n_word = link->n_logprobs = 0;
+}
+
 static void gateways_drop(rt_gateways *g, gateway_link *link)
 {
     rt_sched_cancel_owner(g->sched, link->owner);
     link->peer = NULL;
-    link->n_word = 0;
+    gateways_forget_words(link);
     g->changed(g->ctx);
 }
 
@@ -63,6 +69,14 @@ static void gateways_add_word(gateway_link *link, const rt_word *word)
         link->words = cm_realloc(link->words, sizeof(rt_word) * link->cap_word);
     }
     link->words[link->n_word++] = *word;
+    if (word->logprobs == NULL) {
+        return;
+    }
+    if (link->n_logprobs == link->cap_logprobs) {
+        link->cap_logprobs = link->cap_logprobs != 0 ? link->cap_logprobs * 2 : 64;
+        link->logprobs = cm_realloc(link->logprobs, sizeof(rt_logprobs) * link->cap_logprobs);
+    }
+    link->logprobs[link->n_logprobs++] = *word->logprobs;
 }
 
 void rt_gateways_word(void *gateways, const rt_word *word)
@@ -73,8 +87,23 @@ void rt_gateways_word(void *gateways, const rt_word *word)
     }
 }
 
+/* Borrows the lists of logprobs. */
+static void gateways_fill_logprobs(rt_gateways *g, rt_logprobs *logprobs, Baleen__Engine__V1__SeqTokens *seq)
+{
+    Baleen__Engine__V1__TokenLogprobs *out = cm_arena_take(&g->arena, sizeof(*out));
+    baleen__engine__v1__token_logprobs__init(out);
+    out->token = logprobs->token;
+    out->n_top_id = out->n_top = logprobs->n_top;
+    out->top_id = logprobs->top_id;
+    out->top = logprobs->top;
+    seq->n_logprobs = 1;
+    seq->logprobs = cm_arena_take(&g->arena, sizeof(void *));
+    seq->logprobs[0] = out;
+}
+
 /* Everything but the arrays of the message stands in the arena; the caller packs at once. */
-static void gateways_fill(rt_gateways *g, const gateway_link *link, uint64_t step, Baleen__Engine__V1__StepTokens *message)
+static void gateways_fill(rt_gateways *g, const gateway_link *link, uint64_t step,
+                          Baleen__Engine__V1__StepTokens *message)
 {
     rt_sched_ledger ledger;
     rt_sched_ledger_get(g->sched, &ledger);
@@ -87,7 +116,7 @@ static void gateways_fill(rt_gateways *g, const gateway_link *link, uint64_t ste
     message->n_seq = link->n_word;
     message->seq = cm_arena_take(&g->arena, sizeof(void *) * link->n_word);
     Baleen__Engine__V1__SeqTokens *seqs = cm_arena_take(&g->arena, sizeof(*seqs) * link->n_word);
-    for (uint32_t i = 0; i < link->n_word; i++) {
+    for (uint32_t i = 0, i_logprobs = 0; i < link->n_word; i++) {
         rt_word *word = &link->words[i];
         Baleen__Engine__V1__SeqTokens *seq = &seqs[i];
         baleen__engine__v1__seq_tokens__init(seq);
@@ -97,6 +126,9 @@ static void gateways_fill(rt_gateways *g, const gateway_link *link, uint64_t ste
         seq->offset = word->offset;
         seq->n_id = word->has_token ? 1 : 0;
         seq->id = &word->token;
+        if (word->logprobs != NULL) {
+            gateways_fill_logprobs(g, &link->logprobs[i_logprobs++], seq);
+        }
         seq->has_end = true;
         seq->end = (Baleen__Engine__V1__SeqEnd)word->end;
         seq->has_stop_id = word->end == RT_END_STOP;
@@ -121,14 +153,15 @@ static void gateways_send(rt_gateways *g, gateway_link *link, uint64_t step)
                        .cookie = packed};
     cm_status status = net_send(link->peer, &out);
     if (status == CM_OK) {
-        link->n_word = 0;
+        gateways_forget_words(link);
         pc_netpump_kick(g->pump);
         return;
     }
     cm_bytes_fini(packed);
     cm_free(packed);
     if (status == CM_AGAIN && link->n_word > GATEWAYS_WORDS_MAX) {
-        cm_warn("gateway %s does not take its tokens: %u wait; link dropped", net_peer_address(link->peer), link->n_word);
+        cm_warn("gateway %s does not take its tokens: %u wait; link dropped", net_peer_address(link->peer),
+                link->n_word);
         net_disconnect(link->peer);
         gateways_drop(g, link);
     } /* else: they go with the next flush, or the link's end is about to be told */
@@ -145,21 +178,49 @@ void rt_gateways_flush(rt_gateways *g, uint64_t step)
 
 /* ---- messages in ---- */
 
-static cm_status gateways_read_sampler(const Baleen__Engine__V1__SamplerParams *in, rt_sampler *out, cm_error *err)
+/* The biases stand in the arena. */
+static cm_status gateways_read_bias(rt_gateways *g, const Baleen__Engine__V1__SamplerParams *in,
+                                    rt_sampler *out, cm_error *err)
+{
+    if (in->n_bias_id != in->n_bias || in->n_bias > RT_BIAS_MAX) {
+        return cm_error_set(err, CM_E_INVALID, "bias", "%zu biases for %zu ids, at most %d", in->n_bias,
+                            in->n_bias_id, RT_BIAS_MAX);
+    }
+    rt_bias *bias = cm_arena_take(&g->arena, sizeof(*bias) * in->n_bias);
+    for (size_t i = 0; i < in->n_bias; i++) {
+        bias[i] = (rt_bias){in->bias_id[i], in->bias[i]};
+    }
+    out->bias = bias;
+    out->n_bias = (uint32_t)in->n_bias;
+    return CM_OK;
+}
+
+static cm_status gateways_read_sampler(rt_gateways *g, const Baleen__Engine__V1__SamplerParams *in,
+                                       rt_sampler *out, cm_error *err)
 {
     *out = (rt_sampler){.seed = in->seed,
                         .temperature = in->has_temperature ? in->temperature : 1.0f,
                         .top_p = in->has_top_p ? in->top_p : 1.0f,
+                        .top_k = in->top_k,
+                        .min_p = in->min_p,
+                        .repetition_penalty = in->repetition_penalty,
+                        .frequency_penalty = in->frequency_penalty,
+                        .presence_penalty = in->presence_penalty,
+                        .logprobs = in->has_top_logprobs,
+                        .n_top = in->top_logprobs,
                         .tokens_max = in->tokens_max,
                         .tokens_min = in->has_tokens_min ? in->tokens_min : 0,
                         .n_stop = (uint32_t)in->n_stop_id};
-    if (in->n_stop_id > GATEWAYS_STOP_MAX) {
-        return cm_error_set(err, CM_E_INVALID, "stop_id", "%zu stop ids, at most %d", in->n_stop_id, GATEWAYS_STOP_MAX);
+    if (in->n_stop_id > RT_STOP_MAX) {
+        return cm_error_set(err, CM_E_INVALID, "stop_id", "%zu stop ids, at most %d", in->n_stop_id,
+                            RT_STOP_MAX);
     }
-    for (size_t i = 0; i < in->n_stop_id; i++) {
-        out->stop[i] = in->stop_id[i];
+    if (in->n_stop_id > 0) {
+        for (size_t i = 0; i < in->n_stop_id; i++) {
+            out->stop[i] = in->stop_id[i];
+        }
     }
-    return CM_OK;
+    return gateways_read_bias(g, in, out, err);
 }
 
 static void gateways_on_open(rt_gateways *g, gateway_link *link, const net_event *event)
@@ -167,8 +228,8 @@ static void gateways_on_open(rt_gateways *g, gateway_link *link, const net_event
     Baleen__Engine__V1__SeqOpen *open;
     cm_error err = {0};
     rt_word word = {.end = RT_GOING_ON};
-    cm_status status = pr_unpack(&baleen__engine__v1__seq_open__descriptor, event->payload, event->payload_bytes, &g->arena,
-                                 (ProtobufCMessage **)&open);
+    cm_status status = pr_unpack(&baleen__engine__v1__seq_open__descriptor, event->payload,
+                                 event->payload_bytes, &g->arena, (ProtobufCMessage **)&open);
     if (status != CM_OK) {
         cm_warn("gateway %s sent a broken SeqOpen of %llu bytes", net_peer_address(event->peer),
                 (unsigned long long)event->payload_bytes);
@@ -185,7 +246,7 @@ static void gateways_on_open(rt_gateways *g, gateway_link *link, const net_event
         .n_emitted = (uint32_t)open->n_emitted,
         .deadline_ms = open->has_deadline_ms ? now + open->deadline_ms : UINT64_MAX,
     };
-    status = gateways_read_sampler(open->sampler, &request.sampler, &err);
+    status = gateways_read_sampler(g, open->sampler, &request.sampler, &err);
     if (status == CM_OK) {
         status = rt_sched_open(g->sched, now, &request, &err);
     }
@@ -199,15 +260,15 @@ static void gateways_on_open(rt_gateways *g, gateway_link *link, const net_event
     gateways_add_word(link, &word);
     if (word.text != NULL) {
         gateways_send(g, link, 0); /* the text stands on this stack */
-        link->n_word = 0;
+        gateways_forget_words(link);
     }
 }
 
 static void gateways_on_cancel(rt_gateways *g, const gateway_link *link, const net_event *event)
 {
     Baleen__Engine__V1__SeqCancel *cancel;
-    if (pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload, event->payload_bytes, &g->arena,
-                  (ProtobufCMessage **)&cancel) == CM_OK) {
+    if (pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload, event->payload_bytes,
+                  &g->arena, (ProtobufCMessage **)&cancel) == CM_OK) {
         for (size_t i = 0; i < cancel->n_stream; i++) {
             rt_sched_cancel(g->sched, (rt_seq_key){link->owner, cancel->stream[i]});
         }
@@ -263,7 +324,8 @@ static void gateways_on_event(void *ctx, const net_event *event)
     }
 }
 
-rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, uint32_t gateway_max, pc_fn changed, void *ctx)
+rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, uint32_t gateway_max, pc_fn changed,
+                                void *ctx)
 {
     rt_gateways *g = cm_alloc(sizeof(*g));
     g->n = n;
@@ -288,6 +350,7 @@ void rt_gateways_destroy(rt_gateways *g)
     net_close(g->n);
     for (uint32_t i = 0; i < g->n_link; i++) {
         cm_free(g->links[i].words);
+        cm_free(g->links[i].logprobs);
     }
     cm_free(g->links);
     cm_arena_fini(&g->arena);

@@ -313,7 +313,7 @@ static void engine_sample(rt_engine *e, const rt_step *step, uint32_t *tokens_ou
         const rt_step_seg *seg = &step->segs[i];
         if (seg->sample) {
             const float *logits = e->host_logits + (size_t)n * e->geometry->vocab;
-            tokens_out[n++] = rt_sample(e->scratch, logits, seg->sampler, seg->stop_allowed, seg->pos0 + seg->n_row);
+            tokens_out[n++] = rt_sample(e->scratch, logits, seg);
         }
     }
     if (e->tap != NULL) {

@@ -1,19 +1,20 @@
 #include "router/engine/sample.h"
 
-#include <stdlib.h>
+#include <math.h>
 
-#include "common/base/assert.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
 
 typedef struct sample_candidate {
-    double p; /* not normalized */
+    double p; /* not normalized, or a logit: larger is more likely */
     uint32_t id;
 } sample_candidate;
 
 struct rt_sample_scratch {
     uint32_t vocab;
+    double *logits;  /* [vocab] as changed by bias and penalties */
+    uint32_t *marks; /* [vocab] 0: not in the log; else 1 + times in the output. All 0 between calls */
     sample_candidate *candidates; /* [vocab] */
 };
 
@@ -21,88 +22,236 @@ rt_sample_scratch *rt_sample_scratch_create(uint32_t vocab)
 {
     rt_sample_scratch *scratch = cm_alloc(sizeof(*scratch));
     scratch->vocab = vocab;
+    scratch->logits = cm_alloc(sizeof(double) * vocab);
+    scratch->marks = cm_alloc(sizeof(uint32_t) * vocab);
     scratch->candidates = cm_alloc(sizeof(sample_candidate) * vocab);
     return scratch;
 }
 
 void rt_sample_scratch_destroy(rt_sample_scratch *scratch)
 {
+    cm_free(scratch->logits);
+    cm_free(scratch->marks);
     cm_free(scratch->candidates);
     cm_free(scratch);
 }
 
-static bool sample_is_stop(const rt_sampler *sampler, uint32_t id)
+/* ---- logits ---- */
+
+static void sample_penalize(rt_sample_scratch *scratch, const rt_step_seg *seg)
 {
-    for (uint32_t i = 0; i < sampler->n_stop; i++) {
-        if (sampler->stop[i] == id) {
-            return true;
-        }
+    const rt_sampler *sampler = seg->sampler;
+    double repetition = sampler->repetition_penalty > 0 ? (double)sampler->repetition_penalty : 1;
+    double frequency = (double)sampler->frequency_penalty, presence = (double)sampler->presence_penalty;
+    uint32_t n = seg->pos0 + seg->n_row;
+    /* Marks are set and cleared along the log, so that nothing as long as the vocabulary has to be cleared.
+     */
+    for (uint32_t i = 0; i < n; i++) {
+        scratch->marks[seg->log[i]] = 1;
     }
-    return false;
+    for (uint32_t i = seg->n_prompt; i < n; i++) {
+        scratch->marks[seg->log[i]]++;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t *mark = &scratch->marks[seg->log[i]];
+        if (*mark == 0) {
+            continue; /* done at its first place */
+        }
+        double *logit = &scratch->logits[seg->log[i]];
+        *logit = *logit > 0 ? *logit / repetition : *logit * repetition;
+        *logit -= frequency * (*mark - 1) + (*mark > 1 ? presence : 0);
+        *mark = 0;
+    }
 }
 
-static uint32_t sample_greedy(const float *logits, uint32_t vocab, const rt_sampler *sampler, bool stop_allowed)
+static bool sample_is_set(float penalty, float neutral)
 {
-    uint32_t best = vocab;
-    for (uint32_t id = 0; id < vocab; id++) {
-        if ((best == vocab || logits[id] > logits[best]) && (stop_allowed || !sample_is_stop(sampler, id))) {
+    return penalty < neutral || penalty > neutral;
+}
+
+static void sample_change_logits(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg)
+{
+    const rt_sampler *sampler = seg->sampler;
+    for (uint32_t id = 0; id < scratch->vocab; id++) {
+        scratch->logits[id] = isfinite(logits[id]) ? (double)logits[id] : -INFINITY;
+    }
+    for (uint32_t i = 0; i < sampler->n_stop && !seg->stop_allowed; i++) {
+        scratch->logits[sampler->stop[i]] = -INFINITY;
+    }
+    for (uint32_t i = 0; i < sampler->n_bias; i++) {
+        scratch->logits[sampler->bias[i].id] += (double)sampler->bias[i].bias;
+    }
+    bool repeats = sampler->repetition_penalty > 0 && sample_is_set(sampler->repetition_penalty, 1);
+    if (repeats || sample_is_set(sampler->frequency_penalty, 0) ||
+        sample_is_set(sampler->presence_penalty, 0)) {
+        sample_penalize(scratch, seg);
+    }
+}
+
+static uint32_t sample_greedy(const rt_sample_scratch *scratch)
+{
+    uint32_t best = 0;
+    for (uint32_t id = 1; id < scratch->vocab; id++) {
+        if (scratch->logits[id] > scratch->logits[best]) {
             best = id;
         }
     }
-    CM_ASSERT(best < vocab);
     return best;
 }
 
-static int sample_by_probability(const void *a, const void *b)
+/* ---- the most likely ones ---- */
+
+static bool sample_before(const sample_candidate *a, const sample_candidate *b)
 {
-    const sample_candidate *x = a, *y = b;
-    return x->p != y->p ? (x->p < y->p ? 1 : -1) : (x->id > y->id) - (x->id < y->id);
+    return a->p > b->p || (a->p >= b->p && a->id < b->id);
 }
 
-/* Keeps the nucleus in front of the list; returns its size and sum. A token below (1 - top_p) * total / n cannot be in it
- * (all such tokens together weigh less than what the nucleus leaves out), so only the others are sorted. */
-static uint32_t sample_nucleus(sample_candidate *candidates, uint32_t n, double top_p, double total, double *sum_out)
+static void sample_swap(sample_candidate *a, sample_candidate *b)
 {
-    double floor_p = (1 - top_p) * total / n, sum = 0;
-    uint32_t kept = 0, size = 0;
+    sample_candidate kept = *a;
+    *a = *b;
+    *b = kept;
+}
+
+/* A heap whose root is the least likely; heap[at] may be more likely than its children. */
+static void sample_sift(sample_candidate *heap, uint32_t n, uint32_t at)
+{
+    for (;;) {
+        uint32_t least = at;
+        for (uint32_t child = 2 * at + 1; child <= 2 * at + 2 && child < n; child++) {
+            if (sample_before(&heap[least], &heap[child])) {
+                least = child;
+            }
+        }
+        if (least == at) {
+            return;
+        }
+        sample_swap(&heap[at], &heap[least]);
+        at = least;
+    }
+}
+
+/* Brings the k most likely of n to the front, in order; k from 1 to n. */
+static void sample_front(sample_candidate *candidates, uint32_t n, uint32_t k)
+{
+    for (uint32_t i = k / 2; i-- > 0;) {
+        sample_sift(candidates, k, i);
+    }
+    for (uint32_t i = k; i < n; i++) {
+        if (sample_before(&candidates[i], &candidates[0])) {
+            sample_swap(&candidates[i], &candidates[0]);
+            sample_sift(candidates, k, 0);
+        }
+    }
+    for (uint32_t end = k; --end > 0;) {
+        sample_swap(&candidates[0], &candidates[end]);
+        sample_sift(candidates, end, 0);
+    }
+}
+
+/* ---- filters: each keeps some at the front and returns how many ---- */
+
+static uint32_t sample_keep_from(sample_candidate *candidates, uint32_t n, double least)
+{
+    uint32_t kept = 0;
     for (uint32_t i = 0; i < n; i++) {
-        if (candidates[i].p >= floor_p) {
+        if (candidates[i].p >= least) {
             candidates[kept++] = candidates[i];
         }
     }
-    qsort(candidates, kept, sizeof(*candidates), sample_by_probability);
+    return kept;
+}
+
+static double sample_sum(const sample_candidate *candidates, uint32_t n)
+{
+    double sum = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        sum += candidates[i].p;
+    }
+    return sum;
+}
+
+/* A token below (1 - top_p) * total / n cannot be in the nucleus (all such tokens together weigh less than
+ * what it leaves out), so only the others are sorted. */
+static uint32_t sample_nucleus(sample_candidate *candidates, uint32_t n, double top_p, double total)
+{
+    double sum = 0;
+    uint32_t size = 0, kept = sample_keep_from(candidates, n, (1 - top_p) * total / n);
+    sample_front(candidates, kept, kept);
     while (size < kept && sum < top_p * total) {
         sum += candidates[size++].p;
     }
-    *sum_out = sum;
     return size;
 }
 
-uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_sampler *sampler, bool stop_allowed,
-                   uint64_t position)
+static uint32_t sample_draw(rt_sample_scratch *scratch, const rt_step_seg *seg, double max)
 {
-    uint32_t best = sample_greedy(logits, scratch->vocab, sampler, stop_allowed), n = 0;
-    if (sampler->temperature <= 0) {
-        return best;
-    }
-    double total = 0, max = logits[best];
+    const rt_sampler *sampler = seg->sampler;
+    sample_candidate *candidates = scratch->candidates;
+    uint32_t n = 0;
     for (uint32_t id = 0; id < scratch->vocab; id++) {
-        if (!stop_allowed && sample_is_stop(sampler, id)) {
-            continue;
+        if (scratch->logits[id] > -INFINITY) {
+            double p = kn_exp((scratch->logits[id] - max) / (double)sampler->temperature);
+            candidates[n++] = (sample_candidate){p, id};
         }
-        double p = kn_exp(((double)logits[id] - max) / (double)sampler->temperature);
-        scratch->candidates[n++] = (sample_candidate){p, id};
-        total += p;
+    }
+    if (sampler->min_p > 0) {
+        n = sample_keep_from(candidates, n, (double)sampler->min_p); /* the largest is kn_exp(0) = 1 */
+    }
+    if (sampler->top_k > 0 && sampler->top_k < n) {
+        sample_front(candidates, n, sampler->top_k);
+        n = sampler->top_k;
     }
     if (sampler->top_p < 1) {
-        n = sample_nucleus(scratch->candidates, n, (double)sampler->top_p, total, &total);
+        n = sample_nucleus(candidates, n, (double)sampler->top_p, sample_sum(candidates, n));
     }
-    double draw = cm_rng_uniform(sampler->seed, position, 0) * total, sum = 0;
+    double draw = cm_rng_uniform(sampler->seed, seg->pos0 + seg->n_row, 0) * sample_sum(candidates, n),
+           sum = 0;
     for (uint32_t i = 0; i < n; i++) {
-        sum += scratch->candidates[i].p;
+        sum += candidates[i].p;
         if (draw < sum) {
-            return scratch->candidates[i].id;
+            return candidates[i].id;
         }
     }
-    return scratch->candidates[n - 1].id; /* rounding left the draw at the very end */
+    return candidates[n - 1].id; /* rounding left the draw at the very end */
+}
+
+/* ---- log-probabilities ---- */
+
+static void sample_logprobs(rt_sample_scratch *scratch, const float *logits, uint32_t token, uint32_t n_top,
+                            rt_logprobs *out)
+{
+    double max = -INFINITY, sum = 0;
+    for (uint32_t id = 0; id < scratch->vocab; id++) {
+        double logit = isfinite(logits[id]) ? (double)logits[id] : -INFINITY;
+        scratch->candidates[id] = (sample_candidate){logit, id};
+        max = logit > max ? logit : max;
+    }
+    for (uint32_t id = 0; id < scratch->vocab; id++) {
+        sum += isfinite(logits[id]) ? kn_exp((double)logits[id] - max) : 0;
+    }
+    double zero = sum > 0 ? max + kn_log(sum) : 0;
+    out->token = (float)(scratch->candidates[token].p - zero);
+    out->n_top = n_top < scratch->vocab ? n_top : scratch->vocab;
+    if (out->n_top > 0) {
+        sample_front(scratch->candidates, scratch->vocab, out->n_top);
+    }
+    for (uint32_t i = 0; i < out->n_top; i++) {
+        out->top_id[i] = scratch->candidates[i].id;
+        out->top[i] = (float)(scratch->candidates[i].p - zero);
+    }
+}
+
+uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg)
+{
+    sample_change_logits(scratch, logits, seg);
+    uint32_t token = sample_greedy(scratch);
+    bool any = scratch->logits[token] > -INFINITY;
+    if (any && seg->sampler->temperature > 0) {
+        token = sample_draw(scratch, seg, scratch->logits[token]);
+    }
+    if (seg->logprobs != NULL) {
+        sample_logprobs(scratch, logits, token, seg->sampler->n_top, seg->logprobs);
+    }
+    return token;
 }

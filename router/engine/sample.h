@@ -1,8 +1,19 @@
-/* From logits to a token. Greedy takes the largest, the lower id on ties. Else p = softmax(logits / temperature); with
- * top_p < 1 only the smallest set of most likely tokens (ties: lower id first) whose sum reaches top_p stays; the draw is
- * cm_rng_uniform(seed, position): a pure function of the request's seed and the position of the new token, so a retry, a
- * resume or another batch draws the same. All in double with kn_exp: the same on every CPU.
- * Thread: one sampler at a time. */
+/* From logits to a token, in the order of vLLM's sampler (V1):
+ *   1. stop ids get probability zero while they are not allowed;
+ *   2. logit_bias is added;
+ *   3. repetition_penalty r, for every id of prompt and output: a logit above 0 is divided by r, any other
+ * multiplied;
+ *   4. frequency_penalty * (times the id is in the output) and presence_penalty * (is it there) are
+ * subtracted;
+ *   5. temperature 0: the largest logit is the token. Else p = softmax(logits / temperature);
+ *   6. min_p: tokens with p < min_p * (the largest p) are dropped;
+ *   7. top_k: only the k most likely stay;
+ *   8. top_p < 1: of what is left, only the smallest set of most likely tokens whose share reaches top_p
+ * stays;
+ *   9. the draw is cm_rng_uniform(seed, position): a pure function of the request's seed and the position of
+ * the new token, so a retry, a resume or another batch draws the same. Wherever likely tokens are equal the
+ * lower id comes first. All in double with kn_exp and kn_log: the same on every CPU. Log-probabilities are
+ * those of the logits as the model gave them, before 1. Thread: one sampler at a time. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -13,6 +24,7 @@ typedef struct rt_sample_scratch rt_sample_scratch;
 rt_sample_scratch *rt_sample_scratch_create(uint32_t vocab);
 void rt_sample_scratch_destroy(rt_sample_scratch *scratch);
 
-/* logits [vocab]. stop_allowed false: stop ids are never drawn. */
-uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_sampler *sampler, bool stop_allowed,
-                   uint64_t position);
+/* The token behind seg's last row. logits [vocab]; one that is not finite is -INFINITY. Of seg are read:
+ * sampler, stop_allowed, the position pos0 + n_row of the new token, log and n_prompt when there is a
+ * penalty; logprobs is written unless NULL. Allocates nothing. */
+uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg);

@@ -1,5 +1,6 @@
 #include "router/sched/sched_core.h"
 
+#include <float.h>
 #include <math.h>
 #include <string.h>
 #include <sys/queue.h>
@@ -17,7 +18,8 @@ struct rt_seq {
     uint64_t age; /* arrival number: smaller is older */
     uint64_t deadline_ms;
     rt_sampler sampler;
-    uint32_t *log; /* [n_prompt + tokens_max] prompt, then all generated ids; owned, with pages behind it */
+    uint32_t *log; /* [n_prompt + tokens_max] prompt, then all generated ids; owned, with pages and biases
+                      behind it */
     uint32_t n_prompt, n_log;
     uint32_t n_done; /* positions whose rows were computed into this slot and these pages */
     uint32_t *pages; /* [page_cap] */
@@ -45,8 +47,9 @@ struct rt_sched {
     uint64_t step_number;
     bool in_flight;
     uint32_t n_seg, n_row;
-    rt_step_seg *segs; /* [slot_max] */
-    rt_seq **seg_seqs; /* [slot_max] whose seg it is */
+    rt_step_seg *segs;     /* [slot_max] */
+    rt_seq **seg_seqs;     /* [slot_max] whose seg it is */
+    rt_logprobs *logprobs; /* [slot_max] of segs */
 
     rt_word *words; /* [word_max] not told yet */
     uint32_t n_word, word_max;
@@ -70,6 +73,7 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     sched->deadline_next = UINT64_MAX;
     sched->segs = cm_alloc(sizeof(rt_step_seg) * limits->slot_max);
     sched->seg_seqs = cm_alloc(sizeof(rt_seq *) * limits->slot_max);
+    sched->logprobs = cm_alloc(sizeof(rt_logprobs) * limits->slot_max);
     sched->word_max = n_seq_max + limits->slot_max; /* every deadline, then every word of a step */
     sched->words = cm_alloc(sizeof(rt_word) * sched->word_max);
     return sched;
@@ -202,6 +206,7 @@ void rt_sched_destroy(rt_sched *sched)
     rt_pages_fini(&sched->slots);
     cm_free(sched->segs);
     cm_free(sched->seg_seqs);
+    cm_free(sched->logprobs);
     cm_free(sched->words);
     cm_free(sched);
 }
@@ -265,6 +270,44 @@ static cm_status request_ids_check(const rt_sched *sched, const char *field, con
     return CM_OK;
 }
 
+static cm_status request_penalty_check(const char *field, float penalty, float least, cm_error *err)
+{
+    if (!isfinite(penalty) || penalty < least) {
+        return cm_error_set(err, CM_E_INVALID, field, "%s %g is not a number that can be used", field,
+                            (double)penalty);
+    }
+    return CM_OK;
+}
+
+static cm_status request_bias_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
+{
+    if (sampler->n_bias > RT_BIAS_MAX) {
+        return cm_error_set(err, CM_E_INVALID, "bias", "%u biases, at most %d", sampler->n_bias, RT_BIAS_MAX);
+    }
+    for (uint32_t i = 0; i < sampler->n_bias; i++) {
+        CM_TRY(request_ids_check(sched, "bias", &sampler->bias[i].id, 1, err));
+        CM_TRY(request_penalty_check("bias", sampler->bias[i].bias, -FLT_MAX, err));
+    }
+    return CM_OK;
+}
+
+/* What changes the logits, and what is told about them. */
+static cm_status request_logits_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
+{
+    if (!(sampler->min_p >= 0 && sampler->min_p <= 1)) {
+        return cm_error_set(err, CM_E_INVALID, "min_p", "min_p %g is not from 0 to 1",
+                            (double)sampler->min_p);
+    }
+    CM_TRY(request_penalty_check("repetition_penalty", sampler->repetition_penalty, 0, err));
+    CM_TRY(request_penalty_check("frequency_penalty", sampler->frequency_penalty, -FLT_MAX, err));
+    CM_TRY(request_penalty_check("presence_penalty", sampler->presence_penalty, -FLT_MAX, err));
+    if (sampler->n_top > RT_LOGPROBS_TOP_MAX) {
+        return cm_error_set(err, CM_E_INVALID, "top_logprobs", "%u log-probabilities a token, at most %d",
+                            sampler->n_top, RT_LOGPROBS_TOP_MAX);
+    }
+    return request_bias_check(sched, sampler, err);
+}
+
 static cm_status request_sampler_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
 {
     if (!isfinite(sampler->temperature) || sampler->temperature < 0) {
@@ -282,11 +325,11 @@ static cm_status request_sampler_check(const rt_sched *sched, const rt_sampler *
         return cm_error_set(err, CM_E_INVALID, "tokens_min", "tokens_min %u is above tokens_max %u",
                             sampler->tokens_min, sampler->tokens_max);
     }
-    uint32_t n_stop_max = sizeof(sampler->stop) / sizeof(sampler->stop[0]);
-    if (sampler->n_stop > n_stop_max) {
-        return cm_error_set(err, CM_E_INVALID, "stop", "%u stop ids, at most %u", sampler->n_stop,
-                            n_stop_max);
+    if (sampler->n_stop > RT_STOP_MAX) {
+        return cm_error_set(err, CM_E_INVALID, "stop", "%u stop ids, at most %d", sampler->n_stop,
+                            RT_STOP_MAX);
     }
+    CM_TRY(request_logits_check(sched, sampler, err));
     return request_ids_check(sched, "stop", sampler->stop, sampler->n_stop, err);
 }
 
@@ -334,7 +377,8 @@ static cm_status seq_create(rt_sched *sched, const rt_seq_request *request, rt_s
                             sched->n_running, sched->n_waiting);
     }
     rt_seq *seq = object;
-    seq->log = cm_try_alloc(sizeof(uint32_t) * ((size_t)n_token + page_cap));
+    seq->log = cm_try_alloc(sizeof(uint32_t) * ((size_t)n_token + page_cap) +
+                            sizeof(rt_bias) * request->sampler.n_bias);
     if (seq->log == NULL) {
         cm_pool_put(&sched->seqs, seq);
         return cm_error_set(err, CM_E_CAPACITY, NULL, "no memory for a log of %u tokens: try again later",
@@ -345,6 +389,11 @@ static cm_status seq_create(rt_sched *sched, const rt_seq_request *request, rt_s
     seq->key = request->key;
     seq->deadline_ms = request->deadline_ms;
     seq->sampler = request->sampler;
+    rt_bias *bias = (rt_bias *)(seq->pages + page_cap);
+    if (seq->sampler.n_bias > 0) {
+        memcpy(bias, request->sampler.bias, sizeof(rt_bias) * seq->sampler.n_bias);
+    }
+    seq->sampler.bias = bias;
     seq->n_prompt = request->n_prompt;
     seq->n_log = request->n_prompt + request->n_emitted;
     memcpy(seq->log, request->prompt, sizeof(uint32_t) * request->n_prompt);
@@ -552,8 +601,9 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
             continue;
         }
         bool sample = seq->n_done + seq->n_step == seq->n_log;
-        sched->seg_seqs[step->n_seg] = seq;
-        step->segs[step->n_seg++] = (rt_step_seg){
+        uint32_t i = step->n_seg++;
+        sched->seg_seqs[i] = seq;
+        step->segs[i] = (rt_step_seg){
             .slot = seq->slot,
             .fresh = seq->n_done == 0,
             .pos0 = seq->n_done,
@@ -564,6 +614,9 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
             .sample = sample,
             .sampler = sample ? &seq->sampler : NULL,
             .stop_allowed = sample && seq_n_generated(seq) >= seq->sampler.tokens_min,
+            .log = sample ? seq->log : NULL,
+            .n_prompt = sample ? seq->n_prompt : 0,
+            .logprobs = sample && seq->sampler.logprobs ? &sched->logprobs[i] : NULL,
         };
         step->n_row += seq->n_step;
         step->n_sample += sample;
@@ -605,21 +658,23 @@ static bool seq_stops_at(const rt_seq *seq, uint32_t token)
     return false;
 }
 
-static void seq_take_token(rt_sched *sched, rt_seq *seq, bool stop_allowed, uint32_t token)
+static rt_word *seq_take_token(rt_sched *sched, rt_seq *seq, const rt_step_seg *seg, uint32_t token)
 {
     rt_word *word = word_add(sched, seq);
     CM_ASSERT_MSG(token < sched->limits.vocab, "token %u of %u", token, sched->limits.vocab);
     if (seq_stops_at(seq, token)) {
-        CM_ASSERT_MSG(stop_allowed, "stop id %u after %u tokens of at least %u", token, seq_n_generated(seq),
-                      seq->sampler.tokens_min);
+        CM_ASSERT_MSG(seg->stop_allowed, "stop id %u after %u tokens of at least %u", token,
+                      seq_n_generated(seq), seq->sampler.tokens_min);
         word->end = RT_END_STOP;
         word->stop_id = token;
-        return;
+        return word;
     }
     seq->log[seq->n_log++] = token;
     word->has_token = true;
     word->token = token;
+    word->logprobs = seg->logprobs;
     word->end = seq_n_generated(seq) == seq->sampler.tokens_max ? RT_END_LENGTH : RT_GOING_ON;
+    return word;
 }
 
 /* The step is over for seq, whose token, if any, was its last word: ends it or lets it run on. */
@@ -649,8 +704,7 @@ void rt_sched_complete(rt_sched *sched, uint64_t now_ms, const uint32_t *tokens,
         }
         seq->n_done += seg->n_row;
         if (seg->sample) {
-            seq_take_token(sched, seq, seg->stop_allowed, token);
-            word = &sched->words[sched->n_word - 1];
+            word = seq_take_token(sched, seq, seg, token);
         }
         seq_settle(sched, seq, now_ms, word);
     }

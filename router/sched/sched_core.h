@@ -37,13 +37,38 @@ typedef struct rt_seq_key {
     uint64_t owner, stream;
 } rt_seq_key;
 
+/* As many as a gateway lets through; its end of sequence is one more stop id. */
+enum { RT_STOP_MAX = 65, RT_BIAS_MAX = 1024, RT_LOGPROBS_TOP_MAX = 20 };
+
+typedef struct rt_bias {
+    uint32_t id;
+    float bias;
+} rt_bias;
+
+/* What the fields do, and in which order: router/engine/sample.h. */
 typedef struct rt_sampler {
     uint64_t seed;
-    float temperature, top_p; /* temperature 0: greedy */
+    float temperature;        /* 0: greedy */
+    float top_p, min_p;       /* min_p 0: off */
+    uint32_t top_k;           /* 0: off */
+    float repetition_penalty; /* 0 and 1: off */
+    float frequency_penalty, presence_penalty;
+    bool logprobs; /* of the chosen token and of the n_top likeliest */
+    uint32_t n_top;
     uint32_t tokens_max, tokens_min;
-    uint32_t n_stop;
-    uint32_t stop[16];
+    uint32_t n_stop, n_bias;
+    uint32_t stop[RT_STOP_MAX];
+    const rt_bias *bias; /* each id once; borrowed; copied by rt_sched_open */
 } rt_sampler;
+
+/* Natural logarithms of softmax(logits), before anything was done to the logits; -INFINITY for nothing at
+ * all. */
+typedef struct rt_logprobs {
+    float token; /* the chosen one */
+    uint32_t n_top;
+    uint32_t top_id[RT_LOGPROBS_TOP_MAX]; /* likeliest first; ties: lower id first */
+    float top[RT_LOGPROBS_TOP_MAX];
+} rt_logprobs;
 
 typedef struct rt_seq_request {
     rt_seq_key key;
@@ -81,6 +106,9 @@ typedef struct rt_step_seg {
     bool sample;               /* the last row's logits give a token */
     const rt_sampler *sampler; /* with sample; borrowed likewise */
     bool stop_allowed;         /* tokens_min is reached: stop ids may be drawn */
+    const uint32_t *log;       /* with sample: prompt and generated ids [pos0 + n_row]; borrowed likewise */
+    uint32_t n_prompt;         /* of log */
+    rt_logprobs *logprobs;     /* with sample: to be written by who samples; NULL: not asked for */
 } rt_step_seg;
 
 typedef struct rt_step {
@@ -100,6 +128,7 @@ typedef struct rt_word {
     uint64_t offset; /* index of the token among the generated ones */
     bool has_token;
     uint32_t token;
+    const rt_logprobs *logprobs; /* of token, when asked for, else NULL; valid until rt_word_fn returns */
     rt_seq_end end;
     uint32_t stop_id; /* with RT_END_STOP */
     cm_status status; /* with RT_END_FAILED */

@@ -102,6 +102,27 @@ def test_generate_ids(stub, pb):
     assert list(whole[1].tokens.ids) == ids
 
 
+def test_logprobs(stub, pb):
+    sampling = pb.v1.Sampling(temperature=0, top_logprobs=3)
+    events = list(stub.Chat(question(pb, sampling=sampling), timeout=TIMEOUT_S))
+    told = [token for event in events[1:-1] for token in event.delta.logprobs]
+    assert b"".join(token.token for token in told).decode() == "The capital of France is Paris."
+    for token in told:
+        assert len(token.top) == 3 and token.top[0].token_id == token.token_id
+        assert [top.logprob for top in token.top] == sorted((top.logprob for top in token.top), reverse=True)
+    events = list(stub.Generate(pb.v1.GenerateRequest(text="One", sampling=pb.v1.Sampling(temperature=0, max_tokens=6, top_logprobs=0)),
+                                timeout=TIMEOUT_S))
+    pairs = [(id, token.token_id) for event in events[1:-1] for id, token in zip(event.tokens.ids, event.tokens.logprobs)]
+    assert pairs and all(id == told_id for id, told_id in pairs)
+
+
+def test_logit_bias(stub, pb):
+    wanted, = stub.Tokenize(pb.v1.TokenizeRequest(text="x"), timeout=TIMEOUT_S).ids
+    sampling = pb.v1.Sampling(max_tokens=4, logit_bias=[pb.v1.LogitBias(token_id=wanted, bias=100)])
+    events = list(stub.Chat(question(pb, sampling=sampling), timeout=TIMEOUT_S))
+    assert "".join(event.delta.content for event in events[1:-1]) == "xxxx"
+
+
 def test_info_and_health(stub, channel, pb):
     info = stub.Info(pb.v1.InfoRequest(), timeout=TIMEOUT_S)
     assert info.ready and info.models[0].name == "nano" and info.models[0].max_model_len == 16384 and info.epoch > 0

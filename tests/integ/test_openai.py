@@ -1,6 +1,7 @@
 """The openai package against a running cluster."""
 import http.client
 import json
+import math
 import threading
 
 import openai
@@ -89,6 +90,14 @@ def test_length_and_stop(client):
     assert reply.choices[0].finish_reason == "stop"
 
 
+def test_many_stop_ids(client, cluster):
+    """As many as may be asked for, and the end of sequence besides."""
+    paris = ids_of(cluster, " Paris")
+    reply = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0,
+                                           extra_body={**CHAT, "stop_token_ids": [*range(3000, 3063), paris[0]]})
+    assert "Paris" not in reply.choices[0].message.content and reply.choices[0].finish_reason == "stop"
+
+
 def test_seed_repeats(client):
     def draw(seed):
         reply = client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "Tell me a story."}],
@@ -97,6 +106,103 @@ def test_seed_repeats(client):
 
     assert draw(7) == draw(7)
     assert len({draw(seed) for seed in range(5)}) > 1
+
+
+STORY = [{"role": "user", "content": "Tell me a story."}]
+
+
+def story(client, **fields):
+    fields.setdefault("temperature", 0)
+    fields["extra_body"] = {**CHAT, **fields.get("extra_body", {})}
+    return client.chat.completions.create(model="nano", messages=STORY, max_tokens=60, **fields)
+
+
+def ids_of(cluster, text):
+    status, reply = post(cluster, "/tokenize", {"model": "nano", "prompt": text, "add_special_tokens": False})
+    assert status == 200
+    return reply["tokens"]
+
+
+def test_logprobs(client):
+    reply = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0, logprobs=True, top_logprobs=5, extra_body=CHAT)
+    entries = reply.choices[0].logprobs.content
+    assert len(entries) == reply.usage.completion_tokens
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == reply.choices[0].message.content
+    for entry in entries:
+        assert len(entry.top_logprobs) == 5
+        values = [top.logprob for top in entry.top_logprobs]
+        assert values == sorted(values, reverse=True) and values[0] <= 0
+        assert entry.token == entry.top_logprobs[0].token and entry.logprob == values[0]  # greedy takes the best
+        assert sum(math.exp(value) for value in values) <= 1.0001
+    chunks = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0, logprobs=True, top_logprobs=5, stream=True,
+                                            extra_body=CHAT)
+    streamed = [entry for chunk in chunks if chunk.choices and chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
+    assert streamed == entries
+
+
+def test_logprobs_of_reasoning(client):
+    reply = client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "What is 72 - 38?"}], temperature=0,
+                                           reasoning_effort="low", logprobs=True)
+    choice = reply.choices[0]
+    for entries, text in ((choice.logprobs.content, choice.message.content),
+                          (choice.logprobs.reasoning_content, choice.message.reasoning_content)):
+        entries = [entry if isinstance(entry, dict) else entry.model_dump() for entry in entries]
+        assert b"".join(bytes(entry["bytes"]) for entry in entries).decode().strip() == text.strip()
+        assert all(entry["top_logprobs"] == [] for entry in entries)
+
+
+def test_logprobs_of_completion(client):
+    prompt = "<｜User｜>What is the capital of France?<｜Assistant｜></think>"
+    reply = client.completions.create(model="nano", prompt=prompt, temperature=0, max_tokens=20, logprobs=2)
+    lists = reply.choices[0].logprobs
+    assert "".join(lists.tokens) == reply.choices[0].text
+    assert len(lists.token_logprobs) == len(lists.top_logprobs) == len(lists.text_offset) == len(lists.tokens)
+    for token, logprob, top, offset in zip(lists.tokens, lists.token_logprobs, lists.top_logprobs, lists.text_offset):
+        assert top[token] == logprob and len(top) == 2
+        assert reply.choices[0].text[offset:].startswith(token)
+
+
+def test_logit_bias(client, cluster):
+    wanted, = ids_of(cluster, "x")
+    reply = client.chat.completions.create(model="nano", messages=QUESTION, max_tokens=5, logit_bias={str(wanted): 100}, extra_body=CHAT)
+    assert reply.choices[0].message.content == "xxxxx"
+    unwanted = ids_of(cluster, "The capital")[0]
+    reply = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0, logit_bias={str(unwanted): -100}, extra_body=CHAT)
+    assert not reply.choices[0].message.content.startswith("The")
+
+
+def test_filters_narrow(client):
+    """top_k 1 and min_p 1 leave one token: whatever the temperature, that is greedy's."""
+    greedy = story(client).choices[0].message.content
+    for narrow in ({"top_k": 1}, {"min_p": 1}):
+        assert story(client, temperature=2, seed=3, extra_body=narrow).choices[0].message.content == greedy
+    assert story(client, temperature=2, seed=3).choices[0].message.content != greedy
+
+
+def test_penalties(client):
+    greedy = story(client).choices[0].message.content
+    for penalty in ({"extra_body": {"repetition_penalty": 2}}, {"frequency_penalty": 2}, {"presence_penalty": 2}):
+        reply = story(client, **penalty).choices[0].message.content
+        assert reply != greedy, penalty
+        assert len(set(reply.split())) / len(reply.split()) > len(set(greedy.split())) / len(greedy.split()), penalty
+        assert reply == story(client, **penalty).choices[0].message.content, penalty
+
+
+def test_several_answers(client):
+    reply = story(client, temperature=1, seed=11, n=3)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    answers = [choice.message.content for choice in reply.choices]
+    assert len(set(answers)) == 3
+    alone = story(client, temperature=1, seed=11)
+    assert answers[0] == alone.choices[0].message.content
+    assert reply.usage.prompt_tokens == alone.usage.prompt_tokens and reply.usage.completion_tokens > alone.usage.completion_tokens
+    streamed = ["", "", ""]
+    finishes = []
+    for chunk in story(client, temperature=1, seed=11, n=3, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            finishes += [choice.index] if choice.finish_reason else []
+    assert streamed == answers and sorted(finishes) == [0, 1, 2]
 
 
 def test_same_answer_in_company(client):
@@ -164,7 +270,8 @@ def test_malformed_json(cluster):
     ("max_tokens", "many"), ("seed", "x"), ("stream", "yes"), ("stop", 5), ("messages", "hello"), ("messages", []),
     ("messages", [{"role": "user"}]), ("messages", [{"role": "wizard", "content": "x"}]), ("messages", [{"content": "x"}]),
     ("messages", [{"role": "user", "content": 5}]), ("messages", [{"role": "user", "content": [{"type": "image_url"}]}]),
-    ("n", 2), ("model", 5),
+    ("n", 17), ("n", 0), ("model", 5), ("top_k", -2), ("min_p", 1.5), ("repetition_penalty", 0), ("frequency_penalty", 3),
+    ("presence_penalty", "x"), ("logit_bias", {"9999999": 1}), ("logit_bias", {"1": 101}), ("logprobs", 1), ("top_logprobs", 3),
 ])
 def test_wrong_fields(cluster, field, value):
     body = {"model": "nano", "messages": QUESTION, "max_tokens": 2, field: value}

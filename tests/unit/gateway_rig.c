@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <event2/buffer.h>
 #include <event2/event.h>
+#include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -203,6 +204,27 @@ static void router_flush(void)
     pc_netpump_kick(R.pump);
 }
 
+static void put_logprobs(Baleen__Engine__V1__SeqTokens *seq)
+{
+    static Baleen__Engine__V1__TokenLogprobs of, *list[RIG_REPLY_MAX];
+    static uint32_t id[20];
+    static float top[20];
+    baleen__engine__v1__token_logprobs__init(&of);
+    of.token = -0.5f;
+    of.n_top_id = of.n_top = R.sampler.top_logprobs;
+    of.top_id = id;
+    of.top = top;
+    for (uint32_t i = 0; i < of.n_top; i++) {
+        id[i] = i;
+        top[i] = i + 1 < of.n_top ? -1.0f - (float)i : -INFINITY;
+    }
+    for (size_t i = 0; i < seq->n_id; i++) {
+        list[i] = &of;
+    }
+    seq->logprobs = list;
+    seq->n_logprobs = seq->n_id;
+}
+
 static void router_say(uint64_t stream, uint64_t offset, const uint32_t *ids, uint32_t n,
                        Baleen__Engine__V1__SeqEnd end)
 {
@@ -218,6 +240,9 @@ static void router_say(uint64_t stream, uint64_t offset, const uint32_t *ids, ui
     seq.stop_id = md_tokenizer_control(rig_tokenizer(), MD_CTL_EOS);
     seq.has_status = end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED;
     seq.status = R.refuse_status;
+    if (stream == R.stream && R.sampler.has_top_logprobs) {
+        put_logprobs(&seq);
+    }
     Baleen__Engine__V1__SeqTokens *list[] = {&seq};
     Baleen__Engine__V1__StepTokens step = BALEEN__ENGINE__V1__STEP_TOKENS__INIT;
     step.seq = list;
@@ -288,6 +313,15 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
     R.sampler = *open->sampler;
     R.n_stop_id = (uint32_t)open->sampler->n_stop_id;
     memcpy(R.stop_id, open->sampler->stop_id, R.n_stop_id * sizeof(uint32_t));
+    R.n_bias = (uint32_t)open->sampler->n_bias;
+    for (uint32_t i = 0; i < R.n_bias; i++) {
+        R.bias_id[i] = open->sampler->bias_id[i];
+        R.bias[i] = open->sampler->bias[i];
+    }
+    if (R.n_opens < RIG_OPENED_MAX) {
+        R.opened[R.n_opens].stream = open->stream;
+        R.opened[R.n_opens].seed = open->sampler->seed;
+    }
     R.n_opens++;
     if (R.mode == RIG_ANSWER || R.mode == RIG_ECHO) {
         router_answer();

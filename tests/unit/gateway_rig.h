@@ -13,7 +13,14 @@
 #include "proto/control.pb-c.h"
 #include "proto/engine.pb-c.h"
 
-enum { RIG_CLUSTER = 77, RIG_GATEWAY = 5, RIG_ROUTER = 2, RIG_WORKER = 3, RIG_REPLY_MAX = 64 };
+enum {
+    RIG_CLUSTER = 77,
+    RIG_GATEWAY = 5,
+    RIG_ROUTER = 2,
+    RIG_WORKER = 3,
+    RIG_REPLY_MAX = 64,
+    RIG_OPENED_MAX = 8
+};
 
 /* What the router does with a sequence. */
 typedef enum rig_mode {
@@ -57,6 +64,11 @@ typedef struct rig {
     md_ids prompt;                             /* of the newest SeqOpen */
     Baleen__Engine__V1__SamplerParams sampler; /* likewise; without its list */
     uint32_t n_stop_id, stop_id[8];
+    uint32_t n_bias, bias_id[8];
+    float bias[8];
+    struct {
+        uint64_t stream, seed;
+    } opened[RIG_OPENED_MAX]; /* the first ones */
 } rig;
 extern rig R;
 
@@ -76,7 +88,8 @@ void rig_cluster_stats(void);
 /* ids of text, for replies; </think> where text has "|". */
 void rig_reply(const char *text);
 const md_tokenizer *rig_tokenizer(void);
-/* A frame about the newest stream. */
+/* A frame about the newest stream. Log-probabilities, when asked for: -0.5 for an id; its likely tokens are
+ * 0, 1, ... with -1, -2, ..., the last with -INFINITY. */
 void rig_tokens(uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end);
 /* Ends the gateway's link. */
 void rig_cut(void);

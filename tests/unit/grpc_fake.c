@@ -151,6 +151,20 @@ void fake_token(gw_stream *stream, uint64_t offset, uint32_t id)
     }
 }
 
+void fake_logprobs(gw_stream *stream, uint32_t id, float logprob, uint32_t n_top)
+{
+    gw_logprob top[2] = {
+        {.id = id + 1, .logprob = logprob / 2, .bytes = (const uint8_t *)"\xff", .n_bytes = 1},
+        {.id = id + 2, .logprob = -9999}};
+    gw_logprobs logprobs = {
+        .token = {.id = id, .logprob = logprob, .bytes = (const uint8_t *)"abc", .n_bytes = 3},
+        .top = top,
+        .n_top = n_top};
+    if (!stream->over) {
+        stream->events.logprobs(stream->ctx, &logprobs);
+    }
+}
+
 void fake_piece(gw_stream *stream, md_piece_kind kind, uint32_t call, const char *text, size_t n_bytes)
 {
     md_piece piece = {.kind = kind, .call = call, .text = text, .n_bytes = n_bytes};
@@ -285,6 +299,12 @@ void gw_openai_destroy(gw_openai *writer)
     cm_free(writer);
 }
 
+gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice)
+{
+    assert_int_equal(choice, 0);
+    return (gw_openai_choice *)writer;
+}
+
 static void writer_emit(gw_openai *writer, const char *text, bool last)
 {
     writer->emit(writer->ctx, text, strlen(text), last);
@@ -317,6 +337,12 @@ static void writer_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint3
     (void)n;
 }
 
+static void writer_logprobs(void *ctx, const gw_logprobs *logprobs)
+{
+    (void)ctx;
+    (void)logprobs;
+}
+
 static void writer_flush(void *ctx)
 {
     (void)ctx;
@@ -342,7 +368,7 @@ static void writer_failed(void *ctx, const gw_error *error)
 
 const gw_stream_events *gw_openai_events(void)
 {
-    static const gw_stream_events events = {writer_started, writer_piece,    writer_tokens,
+    static const gw_stream_events events = {writer_started, writer_piece,    writer_tokens, writer_logprobs,
                                             writer_flush,   writer_finished, writer_failed};
     return &events;
 }

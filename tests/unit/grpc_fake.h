@@ -35,6 +35,8 @@ void fake_fini(gw_gateway *gateway); /* asserts that no stream lives */
 /* Each is left out once the stream is over. */
 void fake_started(gw_stream *stream);
 void fake_token(gw_stream *stream, uint64_t offset, uint32_t id);
+/* With up to two alternatives: id + 1 of a byte that is no text, and id + 2 without bytes. */
+void fake_logprobs(gw_stream *stream, uint32_t id, float logprob, uint32_t n_top);
 void fake_piece(gw_stream *stream, md_piece_kind kind, uint32_t call, const char *text, size_t n_bytes);
 void fake_text(gw_stream *stream, const char *text); /* a piece of content */
 void fake_flush(gw_stream *stream);

@@ -110,8 +110,13 @@ static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
     }
     if (seg->sample) {
         assert_non_null(seg->sampler);
+        assert_in_range(seg->n_prompt, 1, seg->pos0 + seg->n_row);
+        assert_ptr_equal(seg->tokens, seg->log + seg->pos0);
+        assert_int_equal(seg->logprobs != NULL, seg->sampler->logprobs);
     } else {
         assert_null(seg->sampler);
+        assert_null(seg->log);
+        assert_null(seg->logprobs);
         assert_false(seg->stop_allowed);
     }
 }
@@ -133,6 +138,9 @@ static void t_seg_compute(t_engine *engine, const rt_step_seg *seg, uint32_t *to
                 engine->kv[(size_t)seg->pages[pos / page_tokens] * page_tokens + pos % page_tokens] - 1);
         }
         *token_out = t_draw(seg->sampler, hash, seg->stop_allowed);
+        if (seg->logprobs != NULL) {
+            *seg->logprobs = (rt_logprobs){.token = -(float)*token_out};
+        }
     }
 }
 

@@ -114,6 +114,52 @@ static void test_chat_events(void **state)
     check_usage(finish->usage);
 }
 
+static void check_logprob(const Baleen__V1__TokenLogprob *of, uint32_t id, float logprob, size_t n_top)
+{
+    assert_int_equal(of->token_id, id);
+    assert_true(of->logprob > logprob - 0.01f && of->logprob < logprob + 0.01f);
+    assert_int_equal(of->n_top, n_top);
+}
+
+static void script_logprobs(gw_stream *stream)
+{
+    fake_started(stream);
+    fake_logprobs(stream, 100, -1, 2);
+    fake_token(stream, 0, 100);
+    fake_logprobs(stream, 200, -2, 0);
+    fake_token(stream, 1, 200);
+    fake_text(stream, "a");
+    fake_flush(stream);
+    fake_text(stream, "late");
+    fake_logprobs(stream, 300, -3, 1);
+    fake_token(stream, 2, 300);
+    fake_finish(stream, GW_REASON_LENGTH, NULL, -1);
+}
+
+/* Each goes with the piece its token came to, or with an empty one at the end. */
+static void test_chat_logprobs(void **state)
+{
+    (void)state;
+    simple_chat chat;
+    simple_init(&chat);
+    g.gateway.script = script_logprobs;
+    ask_and_wait(CHAT, &chat.request);
+    assert_int_equal(g.c.code, PC_CODE_OK);
+    assert_int_equal(g.c.n_messages, 5);
+    const Baleen__V1__ChatDelta *delta = chat_event(1)->delta;
+    assert_int_equal(delta->n_logprobs, 2);
+    check_logprob(delta->logprobs[0], 100, -1, 2);
+    assert_int_equal(delta->logprobs[0]->token.len, 3);
+    check_logprob(delta->logprobs[0]->top[0], 101, -0.5f, 0);
+    assert_int_equal(delta->logprobs[0]->top[0]->token.data[0], 0xff);
+    check_logprob(delta->logprobs[0]->top[1], 102, -9999, 0);
+    assert_false(delta->logprobs[0]->top[1]->has_token);
+    check_logprob(delta->logprobs[1], 200, -2, 0);
+    assert_int_equal(chat_event(2)->delta->n_logprobs, 0);
+    assert_int_equal(chat_event(3)->delta->n_logprobs, 1);
+    check_logprob(chat_event(3)->delta->logprobs[0], 300, -3, 1);
+}
+
 /* Every field that a body can hold. */
 static void test_chat_body(void **state)
 {
@@ -703,6 +749,24 @@ static void test_generate_whole(void **state)
     check_tokens(1, 0, 4, 20, "one late end");
 }
 
+static void test_generate_logprobs(void **state)
+{
+    (void)state;
+    Baleen__V1__GenerateRequest request = BALEEN__V1__GENERATE_REQUEST__INIT;
+    request.prompt_case = BALEEN__V1__GENERATE_REQUEST__PROMPT_TEXT;
+    request.text = "Once";
+    g.gateway.script = script_logprobs;
+    ask_and_wait(GENERATE, &request);
+    Baleen__V1__GenerateEvent *event = message(&g.c, 1, &baleen__v1__generate_event__descriptor);
+    assert_int_equal(event->tokens->n_ids, 2);
+    assert_int_equal(event->tokens->n_logprobs, 2); /* one per id */
+    check_logprob(event->tokens->logprobs[0], 100, -1, 2);
+    check_logprob(event->tokens->logprobs[1], 200, -2, 0);
+    event = message(&g.c, 2, &baleen__v1__generate_event__descriptor);
+    assert_int_equal(event->tokens->n_logprobs, 1);
+    check_logprob(event->tokens->logprobs[0], 300, -3, 1);
+}
+
 static void test_generate_bad(void **state)
 {
     (void)state;
@@ -719,6 +783,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         RIG_TEST(test_chat_events),
+        RIG_TEST(test_chat_logprobs),
         RIG_TEST(test_chat_body),
         RIG_TEST(test_chat_defaults),
         RIG_TEST(test_chat_text_with_nul),
@@ -738,6 +803,7 @@ int main(void)
         RIG_TEST(test_generate_from_text),
         RIG_TEST(test_generate_from_ids),
         RIG_TEST(test_generate_whole),
+        RIG_TEST(test_generate_logprobs),
         RIG_TEST(test_generate_bad),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -272,7 +272,7 @@ static void refused(void **state)
         {CHAT, "{\"messages\":[]}", 400, "invalid_request_error", "messages"},
         {CHAT, "{}", 400, "invalid_request_error", "messages"},
         {CHAT, "{" USER("x") ",\"temperature\":\"x\"}", 400, "invalid_request_error", "temperature"},
-        {CHAT, "{" USER("x") ",\"n\":2}", 400, "unsupported", "n"},
+        {CHAT, "{" USER("x") ",\"n\":17}", 400, "unsupported", "n"},
         {CHAT, "{" USER("x") ",\"model\":\"gpt-4\"}", 404, "model_not_found", "model"},
         {CHAT, "{" USER("x") ",\"reasoning_effort\":\"extreme\"}", 400, "invalid_request_error",
          "reasoning_effort"},

@@ -36,26 +36,55 @@ static void sink_free(sink *s)
     }
 }
 
-static void start(gw_openai *writer, bool thinking)
+static void start_of(gw_openai *writer, uint32_t choice, const char *id, bool thinking)
 {
     gw_start event = {
-        .request_id = "r1", .model = "m", .created_s = 5, .prompt_tokens = 4, .thinking = thinking};
-    gw_openai_events()->started(writer, &event);
+        .request_id = id, .model = "m", .created_s = 5, .prompt_tokens = 4, .thinking = thinking};
+    gw_openai_events()->started(gw_openai_choice_of(writer, choice), &event);
 }
 
-static void piece(gw_openai *writer, md_piece_kind kind, uint32_t call, const char *text)
+static void piece_of(gw_openai *writer, uint32_t choice, md_piece_kind kind, uint32_t call, const char *text)
 {
     md_piece event = {.kind = kind, .call = call, .text = text, .n_bytes = strlen(text)};
-    gw_openai_events()->piece(writer, &event);
+    gw_openai_events()->piece(gw_openai_choice_of(writer, choice), &event);
 }
 
-static void finish(gw_openai *writer, gw_reason reason)
+static void finish_of(gw_openai *writer, uint32_t choice, gw_reason reason)
 {
     gw_finish event = {
         .reason = reason,
         .stop_id = -1,
         .usage = {.prompt_tokens = 4, .cached_tokens = 1, .completion_tokens = 3, .reasoning_tokens = 2}};
-    gw_openai_events()->finished(writer, &event);
+    gw_openai_events()->finished(gw_openai_choice_of(writer, choice), &event);
+}
+
+static void start(gw_openai *writer, bool thinking)
+{
+    start_of(writer, 0, "r1", thinking);
+}
+
+static void piece(gw_openai *writer, md_piece_kind kind, uint32_t call, const char *text)
+{
+    piece_of(writer, 0, kind, call, text);
+}
+
+static void finish(gw_openai *writer, gw_reason reason)
+{
+    finish_of(writer, 0, reason);
+}
+
+/* A token with one alternative, the bytes E4 BD. */
+static void logprobs(gw_openai *writer, md_piece_kind kind, const char *text, bool is_marker)
+{
+    gw_logprob top[2] = {{.id = 5, .logprob = -0.25f, .bytes = (const uint8_t *)"\xe4\xbd", .n_bytes = 2},
+                         {.id = 6, .logprob = -9999}};
+    gw_logprobs event = {
+        .token = {.id = 9, .logprob = -1.5f, .bytes = (const uint8_t *)text, .n_bytes = strlen(text)},
+        .top = top,
+        .n_top = 1,
+        .kind = kind,
+        .is_marker = is_marker};
+    gw_openai_events()->logprobs(gw_openai_choice_of(writer, 0), &event);
 }
 
 static gw_openai *make(sink *s, gw_ask_kind kind, const char *body_text)
@@ -240,6 +269,168 @@ static void completions(void **state)
     gw_openai_destroy(writer);
 }
 
+#define TOP                                                                                                  \
+    "\"top_logprobs\":[{\"token\":\"\xef\xbf\xbd\xef\xbf\xbd\",\"logprob\":-0.25,\"bytes\":[228,189]}]"
+#define ENTRY(text, bytes) "{\"token\":\"" text "\",\"logprob\":-1.5,\"bytes\":[" bytes "]," TOP "}"
+#define CHUNK(delta, logprobs, reason, usage)                                                                \
+    HEAD("chat.completion.chunk")                                                                            \
+    "{\"index\":0,\"delta\":{" delta "},\"logprobs\":" logprobs ",\"finish_reason\":" reason                 \
+    "}],\"usage\":" usage "}"
+
+/* A chunk has those of the tokens it came from; what came to no text is on the last one. */
+static void chat_logprobs_streamed(void **state)
+{
+    (void)state;
+    sink s;
+    gw_openai *writer = make(&s, GW_ASK_CHAT, "{\"stream\":true,\"logprobs\":true,\"top_logprobs\":1}");
+    start(writer, true);
+    logprobs(writer, MD_PIECE_REASONING, "h", false);
+    logprobs(writer, MD_PIECE_REASONING, "m", false);
+    piece(writer, MD_PIECE_REASONING, 0, "hm");
+    logprobs(writer, MD_PIECE_REASONING, "</think>", true);
+    logprobs(writer, MD_PIECE_CONTENT, "\"", false);
+    piece(writer, MD_PIECE_CONTENT, 0, "\"");
+    piece(writer, MD_PIECE_CONTENT, 0, "!");
+    logprobs(writer, MD_PIECE_CONTENT, "x", false);
+    finish(writer, GW_REASON_STOP);
+    EXPECT(
+        &s,
+        CHUNK("\"role\":\"assistant\",\"content\":null,\"reasoning_content\":\"\"", "null", "null", "null"),
+        CHUNK("\"reasoning_content\":\"hm\"",
+              "{\"content\":[],\"reasoning_content\":[" ENTRY("h", "104") "," ENTRY("m", "109") "]}", "null",
+              "null"),
+        CHUNK("\"content\":\"\\\"\"", "{\"content\":[" ENTRY("\\\"", "34") "],\"reasoning_content\":[]}",
+              "null", "null"),
+        CHUNK("\"content\":\"!\"", "null", "null", "null"),
+        CHUNK("", "{\"content\":[" ENTRY("x", "120") "],\"reasoning_content\":[]}", "\"stop\"", USAGE));
+    gw_openai_destroy(writer);
+}
+
+static void chat_logprobs_whole(void **state)
+{
+    (void)state;
+    sink s;
+    gw_openai *writer = make(&s, GW_ASK_CHAT, "{\"logprobs\":true}");
+    start(writer, false);
+    logprobs(writer, MD_PIECE_CONTENT, "a", false);
+    piece(writer, MD_PIECE_CONTENT, 0, "a");
+    logprobs(writer, MD_PIECE_CONTENT, "b", false);
+    piece(writer, MD_PIECE_CONTENT, 0, "b");
+    finish(writer, GW_REASON_STOP);
+    EXPECT(&s, HEAD("chat.completion") "{\"index\":0,\"message\":{\"role\":\"assistant\",\"content\":\"ab\"},"
+                                       "\"logprobs\":{\"content\":[" ENTRY("a", "97") "," ENTRY(
+                                           "b", "98") "]},"
+                                                      "\"finish_reason\":\"stop\"}],\"usage\":" USAGE "}");
+    gw_openai_destroy(writer);
+}
+
+/* Offsets count characters; a token that is no text is spelled by its bytes. */
+static void completion_logprobs(void **state)
+{
+    (void)state;
+    sink s;
+    gw_openai *writer = make(&s, GW_ASK_COMPLETE, "{\"logprobs\":1}");
+    start(writer, false);
+    logprobs(writer, MD_PIECE_CONTENT, "\xc3\xa9", false);
+    logprobs(writer, MD_PIECE_CONTENT, "\xf0\x9f", false);
+    logprobs(writer, MD_PIECE_CONTENT, "\x91\x8d", false);
+    logprobs(writer, MD_PIECE_CONTENT, "z", false);
+    piece(writer, MD_PIECE_CONTENT, 0, "\xc3\xa9\xf0\x9f\x91\x8dz");
+    finish(writer, GW_REASON_STOP);
+#define PART(name) "{\"bytes:\\\\xe4\\\\xbd\":-0.25,\"" name "\":-1.5}"
+    EXPECT(
+        &s,
+        HEAD(
+            "text_completion") "{\"text\":\"\xc3\xa9\xf0\x9f\x91\x8dz\",\"index\":0,\"logprobs\":{\"tokens\":"
+                               "["
+                               "\"\xc3\xa9\",\"bytes:\\\\xf0\\\\x9f\",\"bytes:\\\\x91\\\\x8d\",\"z\"],"
+                               "\"token_logprobs\":[-1.5,-1.5,-1.5,-1.5],\"top_logprobs\":[" PART("\xc3\xa9") "," PART(
+                                   "bytes:\\\\xf0\\\\x9f") "," PART("bytes:\\\\x91\\\\x8d") "," PART("z") "],"
+                                                                                                          "\""
+                                                                                                          "te"
+                                                                                                          "xt"
+                                                                                                          "_o"
+                                                                                                          "ff"
+                                                                                                          "se"
+                                                                                                          "t"
+                                                                                                          "\""
+                                                                                                          ":["
+                                                                                                          "0,"
+                                                                                                          "1,"
+                                                                                                          "2,"
+                                                                                                          "2]"
+                                                                                                          "},"
+                                                                                                          "\""
+                                                                                                          "fi"
+                                                                                                          "ni"
+                                                                                                          "sh"
+                                                                                                          "_r"
+                                                                                                          "ea"
+                                                                                                          "so"
+                                                                                                          "n"
+                                                                                                          "\""
+                                                                                                          ":"
+                                                                                                          "\""
+                                                                                                          "st"
+                                                                                                          "op"
+                                                                                                          "\""
+                                                                                                          "}]"
+                                                                                                          ","
+                                                                                                          "\""
+                                                                                                          "us"
+                                                                                                          "ag"
+                                                                                                          "e"
+                                                                                                          "\""
+                                                                                                          ":" USAGE
+                                                                                                          "}");
+    gw_openai_destroy(writer);
+}
+
+#define USAGE_TWO                                                                                            \
+    "{\"prompt_tokens\":4,\"completion_tokens\":6,\"total_tokens\":10,\"prompt_tokens_details\":"            \
+    "{\"cached_tokens\":1},\"completion_tokens_details\":{\"reasoning_tokens\":4},"                          \
+    "\"prompt_cache_hit_tokens\":1,\"prompt_cache_miss_tokens\":3}"
+#define DELTA_OF(index, delta, reason, usage)                                                                \
+    HEAD("chat.completion.chunk")                                                                            \
+    "{\"index\":" index ",\"delta\":{" delta "},\"logprobs\":null,\"finish_reason\":" reason                 \
+    "}],\"usage\":" usage "}"
+
+/* Choices in any order: one id for all, one prompt and the sum of the answers. */
+static void two_choices(void **state)
+{
+    (void)state;
+    sink s;
+    gw_openai *writer = make(&s, GW_ASK_CHAT, "{\"stream\":true,\"n\":2}");
+    start_of(writer, 1, "r1", false);
+    start_of(writer, 0, "r2", false);
+    piece_of(writer, 0, MD_PIECE_CONTENT, 0, "a");
+    piece_of(writer, 1, MD_PIECE_CONTENT, 0, "b");
+    finish_of(writer, 1, GW_REASON_LENGTH);
+    piece_of(writer, 0, MD_PIECE_CONTENT, 0, "c");
+    finish_of(writer, 0, GW_REASON_STOP);
+#define ROLE "\"role\":\"assistant\",\"content\":\"\",\"reasoning_content\":null"
+    EXPECT(&s, DELTA_OF("1", ROLE, "null", "null"), DELTA_OF("0", ROLE, "null", "null"),
+           DELTA_OF("0", "\"content\":\"a\"", "null", "null"),
+           DELTA_OF("1", "\"content\":\"b\"", "null", "null"), DELTA_OF("1", "", "\"length\"", "null"),
+           DELTA_OF("0", "\"content\":\"c\"", "null", "null"), DELTA_OF("0", "", "\"stop\"", USAGE_TWO));
+    gw_openai_destroy(writer);
+
+    writer = make(&s, GW_ASK_COMPLETE, "{\"n\":2}");
+    start_of(writer, 0, "r1", false);
+    start_of(writer, 1, "r2", false);
+    piece_of(writer, 1, MD_PIECE_CONTENT, 0, "b");
+    finish_of(writer, 1, GW_REASON_LENGTH);
+    piece_of(writer, 0, MD_PIECE_CONTENT, 0, "a");
+    finish_of(writer, 0, GW_REASON_STOP);
+    EXPECT(
+        &s,
+        HEAD(
+            "text_completion") "{\"text\":\"a\",\"index\":0,\"logprobs\":null,\"finish_reason\":\"stop\"},"
+                               "{\"text\":\"b\",\"index\":1,\"logprobs\":null,\"finish_reason\":\"length\"}],"
+                               "\"usage\":" USAGE_TWO "}");
+    gw_openai_destroy(writer);
+}
+
 static void nothing_generated(void **state)
 {
     (void)state;
@@ -285,6 +476,10 @@ int main(void)
         cmocka_unit_test(chat_stream_calls),
         cmocka_unit_test(chat_whole),
         cmocka_unit_test(completions),
+        cmocka_unit_test(chat_logprobs_streamed),
+        cmocka_unit_test(chat_logprobs_whole),
+        cmocka_unit_test(completion_logprobs),
+        cmocka_unit_test(two_choices),
         cmocka_unit_test(nothing_generated),
         cmocka_unit_test(errors),
     };

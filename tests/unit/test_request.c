@@ -116,35 +116,47 @@ static const field_case CASES[] = {
     CHAT_GOOD("\"chat_template_kwargs\":{}"),
     CHAT_BAD("\"chat_template_kwargs\":[]", "chat_template_kwargs"),
     CHAT_GOOD("\"n\":1"),
-    CHAT_NO("\"n\":2", "n"),
+    CHAT_GOOD("\"n\":2"),
+    CHAT_BAD("\"n\":129", "n"),
     CHAT_BAD("\"n\":0", "n"),
     CHAT_BAD("\"n\":\"1\"", "n"),
     CHAT_GOOD("\"presence_penalty\":0"),
-    CHAT_NO("\"presence_penalty\":0.5", "presence_penalty"),
+    CHAT_GOOD("\"presence_penalty\":0.5"),
     CHAT_BAD("\"presence_penalty\":3", "presence_penalty"),
     CHAT_BAD("\"presence_penalty\":\"\"", "presence_penalty"),
     CHAT_GOOD("\"frequency_penalty\":0.0"),
-    CHAT_NO("\"frequency_penalty\":-2", "frequency_penalty"),
+    CHAT_GOOD("\"frequency_penalty\":-2"),
     CHAT_BAD("\"frequency_penalty\":-2.5", "frequency_penalty"),
     CHAT_GOOD("\"repetition_penalty\":1"),
-    CHAT_NO("\"repetition_penalty\":1.1", "repetition_penalty"),
+    CHAT_GOOD("\"repetition_penalty\":2"),
     CHAT_BAD("\"repetition_penalty\":0", "repetition_penalty"),
+    CHAT_BAD("\"repetition_penalty\":2.1", "repetition_penalty"),
     CHAT_GOOD("\"top_k\":-1"),
     CHAT_GOOD("\"top_k\":0"),
-    CHAT_NO("\"top_k\":40", "top_k"),
+    CHAT_GOOD("\"top_k\":40"),
     CHAT_BAD("\"top_k\":-2", "top_k"),
     CHAT_BAD("\"top_k\":1.0", "top_k"),
     CHAT_GOOD("\"min_p\":0"),
-    CHAT_NO("\"min_p\":0.1", "min_p"),
+    CHAT_GOOD("\"min_p\":0.1"),
     CHAT_BAD("\"min_p\":1.1", "min_p"),
     CHAT_GOOD("\"logit_bias\":{}"),
-    CHAT_NO("\"logit_bias\":{\"1\":5}", "logit_bias"),
+    CHAT_GOOD("\"logit_bias\":{\"1\":5,\"0\":-100,\"999\":100}"),
     CHAT_BAD("\"logit_bias\":[]", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":{\"1000\":5}", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":{\"-1\":5}", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":{\"01\":5}", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":{\"\":5}", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":{\"word\":5}", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":{\"4294967297\":5}", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":{\"1\":100.5}", "logit_bias"),
+    CHAT_BAD("\"logit_bias\":{\"1\":\"5\"}", "logit_bias"),
     CHAT_GOOD("\"logprobs\":false"),
-    CHAT_NO("\"logprobs\":true", "logprobs"),
+    CHAT_GOOD("\"logprobs\":true"),
     CHAT_BAD("\"logprobs\":1", "logprobs"),
     CHAT_GOOD("\"top_logprobs\":0"),
-    CHAT_NO("\"top_logprobs\":5", "top_logprobs"),
+    CHAT_GOOD("\"logprobs\":true,\"top_logprobs\":20"),
+    CHAT_BAD("\"top_logprobs\":5", "top_logprobs"),
+    CHAT_BAD("\"logprobs\":false,\"top_logprobs\":5", "top_logprobs"),
     CHAT_BAD("\"top_logprobs\":21", "top_logprobs"),
     CHAT_NO("\"prompt_logprobs\":1", "prompt_logprobs"),
     CHAT_GOOD("\"response_format\":{\"type\":\"text\"}"),
@@ -173,7 +185,10 @@ static const field_case CASES[] = {
     TEXT_NO("\"echo\":true", "echo"),
     TEXT_BAD("\"echo\":\"\"", "echo"),
     TEXT_GOOD("\"logprobs\":false"),
-    TEXT_NO("\"logprobs\":0", "logprobs"),
+    TEXT_GOOD("\"logprobs\":0"),
+    TEXT_GOOD("\"logprobs\":20"),
+    TEXT_BAD("\"logprobs\":21", "logprobs"),
+    TEXT_BAD("\"logprobs\":true", "logprobs"),
     TEXT_BAD("\"logprobs\":-1", "logprobs"),
     TEXT_BAD("\"logprobs\":\"1\"", "logprobs"),
     TEXT_GOOD("\"suffix\":\"\""),
@@ -264,7 +279,10 @@ static void values_arrive(void **state)
         json_loads("{" MESSAGES ",\"stream\":true,\"stream_options\":{\"include_usage\":true},"
                    "\"max_completion_tokens\":7,\"max_tokens\":9,\"min_tokens\":3,\"temperature\":0.5,"
                    "\"top_p\":0.25,\"seed\":-5,\"stop\":[\"x\",\"\",\"yz\"],\"stop_token_ids\":[4,5],"
-                   "\"ignore_eos\":true,\"skip_special_tokens\":false,\"include_stop_str_in_output\":true}",
+                   "\"ignore_eos\":true,\"skip_special_tokens\":false,\"include_stop_str_in_output\":true,"
+                   "\"top_k\":12,\"min_p\":0.125,\"presence_penalty\":-1.5,\"frequency_penalty\":0.5,"
+                   "\"repetition_penalty\":1.25,\"logit_bias\":{\"7\":-2.5,\"999\":100},\"logprobs\":true,"
+                   "\"top_logprobs\":3,\"n\":4}",
                    0, NULL);
     gw_request r;
     gw_error error;
@@ -279,15 +297,30 @@ static void values_arrive(void **state)
     assert_string_equal(r.stop[1], "yz");
     assert_int_equal(r.n_stop_id, 2);
     assert_int_equal(r.stop_id[1], 5);
+    assert_int_equal(r.top_k, 12);
+    assert_true(r.min_p > 0.124 && r.min_p < 0.126 && r.presence_penalty < -1.49 &&
+                r.presence_penalty > -1.51);
+    assert_true(r.frequency_penalty > 0.49 && r.frequency_penalty < 0.51);
+    assert_true(r.repetition_penalty > 1.24 && r.repetition_penalty < 1.26);
+    assert_int_equal(r.n_bias, 2);
+    uint32_t first = r.bias_id[0] == 7 ? 0 : 1; /* an object has no order */
+    assert_true(r.bias_id[first] == 7 && r.bias_id[1 - first] == 999);
+    assert_true(r.bias[first] > -2.6f && r.bias[first] < -2.4f && r.bias[1 - first] > 99);
+    assert_true(r.logprobs && r.n_top == 3 && r.n_choice == 4);
     assert_true(gw_request_streams(body) && gw_request_wants_usage(body));
+    assert_true(gw_request_wants_logprobs(GW_ASK_CHAT, body) && gw_request_choices(body) == 4);
     gw_request_free(&r);
     json_decref(body);
 
-    body = json_loads("{\"prompt\":[3,1],\"model\":null}", 0, NULL);
+    body = json_loads("{\"prompt\":[3,1],\"model\":null,\"logprobs\":0,\"top_k\":1000}", 0, NULL);
     assert_int_equal(gw_request_parse(GW_ASK_COMPLETE, body, VOCAB, &r, &error), CM_OK);
     assert_false(r.stream || r.include_usage || r.ignore_eos || r.keep_special || r.has_seed);
     assert_true(r.temperature > 0.99 && r.top_p > 0.99 && r.tokens_max == 0 && r.prompt == NULL &&
                 r.suffix == NULL);
+    assert_true(r.logprobs && r.n_top == 0 && gw_request_wants_logprobs(GW_ASK_COMPLETE, body));
+    assert_true(r.n_choice == 1 && gw_request_choices(body) == 1);
+    assert_int_equal(r.top_k, 0); /* all of the vocabulary is no limit */
+    assert_true(r.repetition_penalty > 0.99 && r.repetition_penalty < 1.01 && r.n_bias == 0);
     assert_int_equal(r.prompt_ids.n, 2);
     assert_int_equal(r.prompt_ids.id[0], 3);
     gw_request_free(&r);

@@ -54,7 +54,9 @@ typedef struct t_refusal {
     cm_status status;
     uint64_t owner, deadline_ms;
     uint32_t n_prompt, bad_prompt, n_emitted, bad_emitted, tokens_max, tokens_min, n_stop, bad_stop;
-    float temperature, top_p;
+    float temperature, top_p, min_p, repetition, frequency, presence;
+    uint32_t n_top, n_bias, bad_bias;
+    float bias;
 } t_refusal;
 
 #define T_GOOD                                                                                               \
@@ -76,9 +78,20 @@ static const t_refusal t_refusals[] = {
     {"top_p 0", "top_p", CM_E_INVALID, T_GOOD, .top_p = 0},
     {"top_p over 1", "top_p", CM_E_INVALID, T_GOOD, .top_p = 1.5f},
     {"top_p no number", "top_p", CM_E_INVALID, T_GOOD, .top_p = __builtin_nanf("")},
+    {"all filters", "", CM_OK, T_GOOD, .min_p = 1, .repetition = 2, .frequency = -2, .presence = 2,
+     .n_top = 20, .n_bias = 2},
+    {"min_p under 0", "min_p", CM_E_INVALID, T_GOOD, .min_p = -0.1f},
+    {"min_p no number", "min_p", CM_E_INVALID, T_GOOD, .min_p = __builtin_nanf("")},
+    {"repetition", "repetition_penalty", CM_E_INVALID, T_GOOD, .repetition = -1},
+    {"frequency", "frequency_penalty", CM_E_INVALID, T_GOOD, .frequency = __builtin_nanf("")},
+    {"presence", "presence_penalty", CM_E_INVALID, T_GOOD, .presence = __builtin_inff()},
+    {"21 logprobs", "top_logprobs", CM_E_INVALID, T_GOOD, .n_top = 21},
+    {"too many biases", "bias", CM_E_INVALID, T_GOOD, .n_bias = RT_BIAS_MAX + 1},
+    {"bias id", "bias", CM_E_INVALID, T_GOOD, .n_bias = 2, .bad_bias = 1},
+    {"bias", "bias", CM_E_INVALID, T_GOOD, .n_bias = 2, .bias = __builtin_nanf("")},
     {"nothing to do", "tokens_max", CM_E_INVALID, T_GOOD, .tokens_max = 0},
     {"min over max", "tokens_min", CM_E_INVALID, T_GOOD, .tokens_min = 9},
-    {"17 stops", "stop", CM_E_INVALID, T_GOOD, .n_stop = 17},
+    {"too many stops", "stop", CM_E_INVALID, T_GOOD, .n_stop = RT_STOP_MAX + 1},
     {"stop id", "stop", CM_E_INVALID, T_GOOD, .n_stop = 2, .bad_stop = 1},
     {"context", "tokens_max", CM_E_TOO_LONG, T_GOOD, .n_prompt = 40, .tokens_max = 25},
     {"context, wrapping", "tokens_max", CM_E_TOO_LONG, T_GOOD, .tokens_max = UINT32_MAX},
@@ -95,6 +108,7 @@ static void test_open_refuses(void **state)
     for (size_t i = 0; i < sizeof(t_refusals) / sizeof(t_refusals[0]); i++) {
         const t_refusal *row = &t_refusals[i];
         uint32_t prompt[T_CONTEXT_MAX] = {0}, emitted[T_CONTEXT_MAX] = {0};
+        rt_bias bias[RT_BIAS_MAX + 1] = {{.id = 1}, {.id = row->bad_bias ? T_VOCAB : 0, .bias = row->bias}};
         rt_sched *sched = rt_sched_create(&limits);
         cm_error err = {.field = ""};
         rt_seq_request request = {
@@ -105,6 +119,13 @@ static void test_open_refuses(void **state)
             .n_emitted = row->n_emitted,
             .sampler = {.temperature = row->temperature,
                         .top_p = row->top_p,
+                        .min_p = row->min_p,
+                        .repetition_penalty = row->repetition,
+                        .frequency_penalty = row->frequency,
+                        .presence_penalty = row->presence,
+                        .n_top = row->n_top,
+                        .n_bias = row->n_bias,
+                        .bias = bias,
                         .tokens_max = row->tokens_max,
                         .tokens_min = row->tokens_min,
                         .n_stop = row->n_stop},
@@ -240,6 +261,53 @@ static void test_stop(void **state)
         t_complete(&engine, 0, t_keep, &words);
     }
     assert_in_range(words.n, n_before + 2, 10);
+    t_ledger_is_zero(engine.sched);
+    t_engine_fini(&engine);
+}
+
+static void t_check_logprobs(void *ctx, const rt_word *word)
+{
+    uint32_t *n = ctx;
+    if (word->key.stream == 1) {
+        assert_int_equal(word->logprobs != NULL, word->has_token);
+        assert_true(!word->has_token || (uint32_t)-word->logprobs->token == word->token);
+        *n += word->has_token;
+    } else {
+        assert_null(word->logprobs);
+    }
+}
+
+/* What the sampler needs comes with the step: the whole log also after a resume, the caller's biases as a
+ * copy; what it says about a token goes with the token's word, to those who asked. */
+static void test_sampler_sees(void **state)
+{
+    (void)state;
+    t_engine engine;
+    rt_sched_limits limits = t_limits();
+    rt_bias bias[] = {{3, 0.5f}, {4, -1}};
+    uint32_t emitted[] = {6, 2}, n = 0;
+    rt_seq_request request = t_request(1, 1, 5, 9);
+    t_engine_init(&engine, &limits);
+    request.emitted = emitted;
+    request.n_emitted = 2;
+    request.sampler.logprobs = true;
+    request.sampler.n_bias = 2;
+    request.sampler.bias = bias;
+    assert_int_equal(rt_sched_open(engine.sched, 0, &request, NULL), CM_OK);
+    memset(bias, 0xff, sizeof(bias));
+    memset(emitted, 0xff, sizeof(emitted));
+    t_open(&engine, 1, 2, 3, 9);
+    assert_true(t_begin(&engine, 0));
+    const rt_step_seg *seg = &engine.step.segs[0];
+    assert_true(seg->sample && seg->n_prompt == 5 && seg->pos0 + seg->n_row == 7);
+    assert_memory_equal(seg->log, t_prompt, 5 * sizeof(uint32_t));
+    assert_true(seg->log[5] == 6 && seg->log[6] == 2);
+    assert_true(seg->sampler->n_bias == 2 && seg->sampler->bias[0].id == 3 && seg->sampler->bias[1].id == 4);
+    assert_true(seg->sampler->bias[0].bias > 0.4f && seg->sampler->bias[1].bias < -0.9f);
+    do {
+        t_complete(&engine, 0, t_check_logprobs, &n);
+    } while (t_begin(&engine, 0));
+    assert_in_range(n, 1, 7);
     t_ledger_is_zero(engine.sched);
     t_engine_fini(&engine);
 }
@@ -770,6 +838,7 @@ int main(void)
         cmocka_unit_test(test_queue_and_names),
         cmocka_unit_test(test_one_alone),
         cmocka_unit_test(test_stop),
+        cmocka_unit_test(test_sampler_sees),
         cmocka_unit_test(test_emitted),
         cmocka_unit_test(test_order_of_a_step),
         cmocka_unit_test(test_first_come_first_served),

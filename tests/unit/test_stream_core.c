@@ -17,7 +17,7 @@ static void begin(gw_core *core)
     md_ids_init(&prompt);
     md_ids_push(&prompt, 7);
     md_ids_push(&prompt, 8);
-    gw_core_init(core, &prompt, TOKENS_MAX, VOCAB);
+    gw_core_init(core, &prompt, TOKENS_MAX, VOCAB, false);
     assert_int_equal(prompt.n, 0); /* taken over */
     assert_int_equal(core->prompt.n, 2);
 }
@@ -45,6 +45,46 @@ static cm_status take(gw_core *core, uint64_t offset, uint32_t n, uint32_t first
 #define STOP     BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP
 #define LENGTH   BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH
 #define FAILED   BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED
+
+/* Log-probabilities: with every id when asked for, never else, and none of an id that there is not. */
+static void log_probabilities(void **state)
+{
+    (void)state;
+    static const struct {
+        bool asked;
+        uint32_t n_logprobs, n_top_id, n_top, last_id;
+        cm_status status;
+    } rows[] = {
+        {true, 2, 2, 2, 99, CM_OK},          {true, 2, 0, 0, 0, CM_OK},
+        {true, 1, 2, 2, 9, CM_E_PROTOCOL},   {true, 0, 2, 2, 9, CM_E_PROTOCOL},
+        {true, 2, 2, 1, 9, CM_E_PROTOCOL},   {true, 2, 21, 21, 9, CM_E_PROTOCOL},
+        {true, 2, 2, 2, 100, CM_E_PROTOCOL}, {false, 2, 2, 2, 9, CM_E_PROTOCOL},
+        {false, 0, 0, 0, 0, CM_OK},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        uint32_t ids[] = {4, 5}, top_id[21] = {0};
+        float top[21] = {0};
+        gw_core core;
+        gw_core_news news;
+        cm_error err = {0};
+        begin(&core);
+        core.logprobs = rows[i].asked;
+        Baleen__Engine__V1__TokenLogprobs of = BALEEN__ENGINE__V1__TOKEN_LOGPROBS__INIT, *list[] = {&of, &of};
+        of.top_id = top_id;
+        of.top = top;
+        of.n_top_id = rows[i].n_top_id;
+        of.n_top = rows[i].n_top;
+        top_id[rows[i].n_top_id > 0 ? rows[i].n_top_id - 1 : 0] = rows[i].last_id;
+        Baleen__Engine__V1__SeqTokens frame = BALEEN__ENGINE__V1__SEQ_TOKENS__INIT;
+        frame.id = ids;
+        frame.n_id = 2;
+        frame.logprobs = list;
+        frame.n_logprobs = rows[i].n_logprobs;
+        assert_int_equal(gw_core_take(&core, &frame, &news, &err), rows[i].status);
+        assert_int_equal(core.emitted.n, rows[i].status == CM_OK ? 2 : 0);
+        gw_core_fini(&core);
+    }
+}
 
 static void whole_life(void **state)
 {
@@ -129,6 +169,7 @@ static void refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(log_probabilities),
         cmocka_unit_test(whole_life),
         cmocka_unit_test(accepted_with_tokens),
         cmocka_unit_test(failed_is_not_accepted),
