@@ -260,6 +260,35 @@ static void test_options(void **state)
     }
 }
 
+/* Stop strings that begin alike, or like a marker: the one that is complete first counts, at every split. */
+static void test_stops_that_begin_alike(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *stop[2], *text, *match, *content, *reasoning;
+    } rows[] = {
+        {{"abc", "ab"}, "xabcd", "ab", "xab", ""},
+        {{"ab", "abc"}, "xabcd", "ab", "xab", ""},
+        {{"abd", "bc"}, "xabcd", "bc", "xabc", ""},
+        {{"<think>y", "z"}, "x<think>y</think>", "", "x", "y"},
+        {{"</think>y", "z"}, "x</think>yz", "z", "xyz", ""},
+        {{"\n<｜DSML｜tool", "z"}, "x\n<｜DSML｜tool_calls>z", "", "x", ""},
+        {{"<think>", "z"}, "x<think>y</think>", "<think>", "x<think>", ""},
+        {{"<thi", "z"}, "x<think>y</think>", "<thi", "x<thi", ""},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        const md_parser_options options = {
+            .stop = rows[i].stop, .n_stop = 2, .include_stop = true, .tools = true};
+        for (size_t step = 1; step <= strlen(rows[i].text); step++) {
+            row_result got = {0};
+            run_text(&options, rows[i].text, step, &got, rows[i].match);
+            assert_string_equal(cm_bytes_text(&got.content), rows[i].content);
+            assert_string_equal(cm_bytes_text(&got.reasoning), rows[i].reasoning);
+            row_result_fini(&got);
+        }
+    }
+}
+
 /* A long run of newlines that might precede a marker costs no more per byte than any text. */
 static void test_long_run(void **state)
 {
@@ -286,7 +315,7 @@ int main(void)
         cmocka_unit_test(test_parse),    cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_tokens),   cmocka_unit_test(test_spelled_markers),
         cmocka_unit_test(test_odd_ids),  cmocka_unit_test(test_options),
-        cmocka_unit_test(test_long_run),
+        cmocka_unit_test(test_long_run), cmocka_unit_test(test_stops_that_begin_alike),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }
