@@ -238,15 +238,15 @@ static bool step_reasoning(md_parser *parser)
     return true;
 }
 
-/* A stop string at the front; the first of the list where several are complete. */
+/* A stop string at the front; the shortest where several are complete, because alone it was complete before.
+ */
 static match match_stop(const md_parser *parser, const char **stop_out)
 {
     match best = MATCH_NO;
     for (size_t i = 0; i < parser->n_stop; i++) {
         match found = match_text(parser, 0, parser->stop[i], strlen(parser->stop[i]));
-        if (found == MATCH_FULL) {
+        if (found == MATCH_FULL && (best != MATCH_FULL || strlen(parser->stop[i]) < strlen(*stop_out))) {
             *stop_out = parser->stop[i];
-            return MATCH_FULL;
         }
         best = found > best ? found : best;
     }
@@ -285,7 +285,12 @@ static bool step_content(md_parser *parser)
     match think = match_marker(parser, 0, &THINK), end = match_marker(parser, 0, &THINK_END);
     size_t n = parser->options.tools ? blank_run(parser, "\n") : 0;
     match block = parser->options.tools ? match_marker(parser, n, &BLOCK) : MATCH_NO;
-    if (stopped == MATCH_FULL) {
+    size_t n_marker = think == MATCH_FULL   ? THINK.n
+                      : end == MATCH_FULL   ? THINK_END.n
+                      : block == MATCH_FULL ? n + BLOCK.n
+                                            : SIZE_MAX;
+    /* whichever is complete first, so that it does not depend on how the text was cut */
+    if (stopped == MATCH_FULL && strlen(stop) <= n_marker) {
         stop_here(parser, stop);
     } else if (think == MATCH_FULL) {
         enter(parser, STATE_REASONING, THINK.n);

@@ -33,7 +33,7 @@ typedef struct md_parser_options {
     bool tools;              /* tool calls may be parsed */
     bool continues_prefix;   /* content continues a prefix: no leading newline is dropped */
     bool plain;              /* raw completion: no markers at all, content only; stop strings still count */
-    const char *const *stop; /* stop strings, copied; empty ones ignored */
+    const char *const *stop; /* stop strings, UTF-8, copied; empty ones ignored */
     size_t n_stop;
     bool include_stop; /* keep the matched stop string in the content */
 } md_parser_options;

@@ -80,10 +80,11 @@ static bool next_match(const md_pretok *pretok, uint32_t level, pcre2_match_data
                        size_t n, size_t from, size_t *begin_out, size_t *end_out)
 {
     const pcre2_code *split = pretok->split[level];
-    int rc = pcre2_match(split, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK, match, pretok->limits);
+    /* a pattern that cannot match nothing still can by \K, which moves the match's beginning */
+    uint32_t options = PCRE2_NO_UTF_CHECK | PCRE2_NOTEMPTY;
+    int rc = pcre2_match(split, (PCRE2_SPTR)text, n, from, options, match, pretok->limits);
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) {
-        rc = pcre2_match(split, (PCRE2_SPTR)text, n, from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, match,
-                         pretok->limits);
+        rc = pcre2_match(split, (PCRE2_SPTR)text, n, from, options | PCRE2_NO_JIT, match, pretok->limits);
     }
     if (rc == PCRE2_ERROR_NOMATCH) {
         return false;

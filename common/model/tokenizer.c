@@ -54,10 +54,17 @@ cm_status md_tokenizer_open(const char *path, uint32_t vocab, md_tokenizer **tok
 {
     json_t *root;
     CM_TRY(read_json(path, &root, err));
+    cm_status status = md_tokenizer_from_json(root, vocab, tokenizer_out, err);
+    json_decref(root);
+    return status;
+}
+
+cm_status md_tokenizer_from_json(const json_t *root, uint32_t vocab, md_tokenizer **tokenizer_out,
+                                 cm_error *err)
+{
     md_tokenizer *tokenizer = cm_alloc(sizeof(*tokenizer));
     md_pretok_init(&tokenizer->pretok);
     cm_status status = md_tokenizer_load(tokenizer, root, vocab, err);
-    json_decref(root);
     if (status != CM_OK) {
         md_tokenizer_close(tokenizer);
         return status;
@@ -94,6 +101,13 @@ static void encode_piece(void *ctx, const char *piece, size_t n)
     md_bpe_encode(&call->tokenizer->bpe, &call->scratch, (const uint8_t *)piece, n, call->ids);
 }
 
+static void encode_stretch(encode_call *call, const uint8_t *text, size_t n)
+{
+    if (n > 0) {
+        md_pretok_run(&call->tokenizer->pretok, call->match, (const char *)text, n, encode_piece, call);
+    }
+}
+
 /* Text without added tokens: stretches of valid UTF-8 go through the pre-tokenizer, every other byte is a
  * piece. */
 static void encode_plain(encode_call *call, const uint8_t *text, size_t n)
@@ -104,15 +118,11 @@ static void encode_plain(encode_call *call, const uint8_t *text, size_t n)
             at += step;
             continue;
         }
-        md_pretok_run(&call->tokenizer->pretok, call->match, (const char *)text + begin, at - begin,
-                      encode_piece, call);
+        encode_stretch(call, text + begin, at - begin);
         encode_piece(call, (const char *)text + at, 1);
         begin = ++at;
     }
-    if (begin < n) {
-        md_pretok_run(&call->tokenizer->pretok, call->match, (const char *)text + begin, n - begin,
-                      encode_piece, call);
-    }
+    encode_stretch(call, text + begin, n - begin);
 }
 
 static void encode_control(encode_call *call, const uint8_t *text, size_t n)

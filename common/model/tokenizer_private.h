@@ -33,6 +33,10 @@ struct md_tokenizer {
 CM_MUST_CHECK cm_status md_tokenizer_load(md_tokenizer *tokenizer, const json_t *root, uint32_t vocab,
                                           cm_error *err);
 
+/* What md_tokenizer_open does with the file it read. root: borrowed. CM_E_CORRUPT. */
+CM_MUST_CHECK cm_status md_tokenizer_from_json(const json_t *root, uint32_t vocab,
+                                               md_tokenizer **tokenizer_out, cm_error *err);
+
 /* Length of the longest added token at the front of text, 0 if none; its id in *id_out. */
 size_t md_added_match(const md_tokenizer *tokenizer, const uint8_t *text, size_t n, uint32_t *id_out);
 void md_added_sort(md_tokenizer *tokenizer);

@@ -45,28 +45,14 @@ static inline const char *jsonl_text(const json_t *row, const char *key)
     return text != NULL ? text : "";
 }
 
-static inline size_t jsonl_length(const json_t *row, const char *key)
+/* Fails with both values when they differ. */
+static inline void jsonl_assert_equal(const char *what, const json_t *got, const json_t *wanted)
 {
-    return json_string_length(json_object_get(row, key));
-}
-
-/* False, after printing both lists, when the ids are not those of the JSON list. */
-static inline bool jsonl_same_ids(const char *what, const md_ids *ids, const json_t *wanted)
-{
-    bool same = ids->n == json_array_size(wanted);
-    for (size_t i = 0; same && i < ids->n; i++) {
-        same = ids->id[i] == (uint32_t)json_integer_value(json_array_get(wanted, i));
+    if (wanted == NULL || !json_equal(got, wanted)) {
+        char *a = json_dumps(wanted, JSON_COMPACT | JSON_ENCODE_ANY);
+        char *b = json_dumps(got, JSON_COMPACT | JSON_ENCODE_ANY);
+        fail_msg("%s\n  wanted %s\n  got    %s", what, a, b);
     }
-    if (!same) {
-        char *text = json_dumps(wanted, JSON_COMPACT);
-        print_error("%s\n  wanted %s\n  got    [", what, text);
-        for (size_t i = 0; i < ids->n; i++) {
-            print_error("%u,", ids->id[i]);
-        }
-        print_error("]\n");
-        cm_free(text);
-    }
-    return same;
 }
 
 static inline md_tokenizer *jsonl_open_tokenizer(const char *path)

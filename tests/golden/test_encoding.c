@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "common/model/chat.h"
+#include "tools/baleen/rows.h"
 
 static md_tokenizer *g_tokenizer;
 
@@ -23,77 +24,43 @@ static int teardown(void **state)
     return 0;
 }
 
-static md_profile row_profile(const json_t *row)
+static void check_prompt(const json_t *row, bool reference, const json_t *ids)
 {
-    return strcmp(jsonl_text(row, "profile"), "P") == 0 ? MD_PROFILE_P : MD_PROFILE_G;
-}
-
-static md_chat_options row_options(const json_t *row)
-{
-    const char *effort = jsonl_text(row, "effort");
-    return (md_chat_options){.profile = row_profile(row),
-                             .thinking = strcmp(jsonl_text(row, "mode"), "thinking") == 0,
-                             .effort = strcmp(effort, "low") == 0    ? MD_EFFORT_LOW
-                                       : strcmp(effort, "high") == 0 ? MD_EFFORT_HIGH
-                                       : strcmp(effort, "max") == 0  ? MD_EFFORT_MAX
-                                                                     : MD_EFFORT_NONE,
-                             .drop_thinking = !json_is_false(json_object_get(row, "drop_thinking"))};
-}
-
-/* Messages and options of a row, whatever its level. */
-static cm_status row_messages(const json_t *row, json_t **messages_out, md_chat_options *options_out,
-                              cm_error *err)
-{
-    const char *endpoint = jsonl_text(row, "endpoint");
-    json_t *body = json_object_get(row, "body");
-    if (strcmp(jsonl_text(row, "level"), "encoder") == 0) {
-        *messages_out = json_incref(json_object_get(row, "messages"));
-        *options_out = row_options(row);
-        return CM_OK;
+    const char *name = jsonl_text(row, "name");
+    json_t *answer;
+    cm_error err = {0};
+    if (row_encode(g_tokenizer, row, MD_PROFILE_G, reference, &answer, &err) != CM_OK) {
+        fail_msg("%s: %s", name, err.text);
     }
-    if (strcmp(endpoint, "chat/completions") == 0) {
-        return md_chat_from_request(body, row_profile(row), messages_out, options_out, err);
-    }
-    md_surface surface = strcmp(endpoint, "messages") == 0 ? MD_SURFACE_ANTHROPIC : MD_SURFACE_RESPONSES;
-    json_t *chat_body;
-    CM_TRY(md_chat_body_convert(surface, body, &chat_body, err));
-    cm_status status = md_chat_from_request(chat_body, row_profile(row), messages_out, options_out, err);
-    json_decref(chat_body);
-    return status;
+    jsonl_assert_equal(name, json_object_get(answer, "prompt"), json_object_get(row, "prompt"));
+    jsonl_assert_equal(name, json_object_get(answer, "ids"), ids);
+    json_decref(answer);
 }
 
-static cm_status encode(const json_t *row, bool reference, md_ids *ids, cm_bytes *text, cm_error *err)
+static void check_refused(const json_t *row)
+{
+    json_t *answer;
+    cm_error err = {0};
+    assert_int_equal(row_encode(g_tokenizer, row, MD_PROFILE_G, false, &answer, &err), CM_E_INVALID);
+    assert_true(err.text[0] != 0 && err.field[0] != 0);
+}
+
+/* Encoding leaves the messages as they were. */
+static void check_unchanged(const json_t *row)
 {
     json_t *messages;
     md_chat_options options;
-    CM_TRY(row_messages(row, &messages, &options, err));
-    options.reference = reference;
+    md_ids ids;
+    cm_error err = {0};
+    md_ids_init(&ids);
+    assert_int_equal(row_messages(row, MD_PROFILE_G, &messages, &options, &err), CM_OK);
     char *before = json_dumps(messages, 0);
-    cm_status status = md_chat_encode(g_tokenizer, messages, &options, ids, text, err);
+    assert_int_equal(md_chat_encode(g_tokenizer, messages, &options, &ids, NULL, &err), CM_OK);
     char *after = json_dumps(messages, 0);
     assert_string_equal(before, after);
     cm_free(before);
     cm_free(after);
     json_decref(messages);
-    return status;
-}
-
-static void completion_row(const json_t *row)
-{
-    const json_t *body = json_object_get(row, "body");
-    const char *prompt = jsonl_text(body, "prompt"), *suffix = jsonl_text(body, "suffix");
-    md_ids ids;
-    cm_bytes text;
-    md_ids_init(&ids);
-    cm_bytes_init(&text, 0);
-    if (json_object_get(body, "suffix") != NULL) {
-        md_fim_encode(g_tokenizer, prompt, strlen(prompt), suffix, strlen(suffix), &ids, &text);
-        assert_string_equal(cm_bytes_text(&text), jsonl_text(row, "prompt"));
-    } else {
-        md_raw_encode(g_tokenizer, prompt, strlen(prompt), &ids);
-    }
-    assert_true(jsonl_same_ids(jsonl_text(row, "name"), &ids, json_object_get(row, "ids")));
-    cm_bytes_fini(&text);
     md_ids_fini(&ids);
 }
 
@@ -101,38 +68,17 @@ static void prompt_row(void *ctx, const json_t *row, size_t i)
 {
     (void)i;
     size_t *n_references = ctx;
-    const char *name = jsonl_text(row, "name");
-    if (strcmp(jsonl_text(row, "endpoint"), "completions") == 0) {
-        completion_row(row);
+    const json_t *ids = json_object_get(row, "ids"), *reference = json_object_get(row, "ids_reference");
+    if (json_object_get(row, "error") != NULL) {
+        check_refused(row);
         return;
     }
-    md_ids ids;
-    cm_bytes text;
-    cm_error err = {0};
-    md_ids_init(&ids);
-    cm_bytes_init(&text, 0);
-    cm_status status = encode(row, false, &ids, &text, &err);
-    if (json_object_get(row, "error") != NULL) {
-        assert_int_equal(status, CM_E_INVALID);
-        assert_true(err.text[0] != 0 && err.field[0] != 0);
-    } else {
-        if (status != CM_OK) {
-            fail_msg("%s: %s", name, err.text);
-        }
-        if (strcmp(cm_bytes_text(&text), jsonl_text(row, "prompt")) != 0) {
-            fail_msg("%s\n  wanted %s\n  got    %s", name, jsonl_text(row, "prompt"), cm_bytes_text(&text));
-        }
-        assert_true(jsonl_same_ids(name, &ids, json_object_get(row, "ids")));
-        const json_t *wanted = json_object_get(row, "ids_reference");
-        *n_references += wanted != NULL;
-        ids.n = 0;
-        cm_bytes_clear(&text);
-        assert_int_equal(encode(row, true, &ids, &text, &err), CM_OK);
-        assert_string_equal(cm_bytes_text(&text), jsonl_text(row, "prompt"));
-        assert_true(jsonl_same_ids(name, &ids, wanted != NULL ? wanted : json_object_get(row, "ids")));
+    *n_references += reference != NULL;
+    check_prompt(row, false, ids);
+    check_prompt(row, true, reference != NULL ? reference : ids);
+    if (strcmp(jsonl_text(row, "endpoint"), "completions") != 0) {
+        check_unchanged(row);
     }
-    cm_bytes_fini(&text);
-    md_ids_fini(&ids);
 }
 
 static void test_prompts(void **state)

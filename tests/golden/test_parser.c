@@ -2,6 +2,7 @@
 #include "tests/golden/jsonl.h"
 
 #include "common/model/parser.h"
+#include "tools/baleen/rows.h"
 
 static md_tokenizer *g_tokenizer;
 
@@ -21,137 +22,53 @@ static int teardown(void **state)
 
 static md_parser *open_parser(const json_t *row)
 {
-    const json_t *stop = json_object_get(row, "stop");
-    const char *stops[8];
-    size_t n = json_array_size(stop);
-    assert_true(n <= 8);
-    for (size_t i = 0; i < n; i++) {
-        stops[i] = json_string_value(json_array_get(stop, i));
+    md_parser *parser;
+    cm_error err = {0};
+    if (row_parser(row, &parser, &err) != CM_OK) {
+        fail_msg("%s", err.text);
     }
-    md_parser_options options = {.start_in_reasoning = strcmp(jsonl_text(row, "start"), "reasoning") == 0,
-                                 .tools = json_is_true(json_object_get(row, "tools")),
-                                 .continues_prefix = json_is_true(json_object_get(row, "prefix")),
-                                 .stop = stops,
-                                 .n_stop = n};
-    return md_parser_create(&options);
+    return parser;
 }
 
 /* ---- whole results: parse.jsonl ---- */
 
-enum { CALLS_MAX = 8 };
-
-typedef struct result {
-    cm_bytes reasoning, content;
-    cm_bytes name[CALLS_MAX], args[CALLS_MAX];
-    uint32_t n_calls;
-} result;
-
-static void collect(void *ctx, const md_piece *piece)
+/* A copy; values: with the arguments of all calls as values in place of their text. */
+static json_t *answer_copy(const json_t *answer, bool values)
 {
-    result *into = ctx;
-    assert_true(piece->call < CALLS_MAX);
-    switch (piece->kind) {
-    case MD_PIECE_REASONING:
-        cm_bytes_append(&into->reasoning, piece->text, piece->n_bytes);
-        break;
-    case MD_PIECE_CONTENT:
-        cm_bytes_append(&into->content, piece->text, piece->n_bytes);
-        break;
-    case MD_PIECE_CALL:
-        assert_int_equal(piece->call, into->n_calls);
-        into->n_calls++;
-        cm_bytes_append(&into->name[piece->call], piece->text, piece->n_bytes);
-        break;
-    case MD_PIECE_ARGS:
-        assert_int_equal(piece->call, into->n_calls - 1);
-        cm_bytes_append(&into->args[piece->call], piece->text, piece->n_bytes);
-        break;
+    json_t *copy = json_deep_copy(answer), *call;
+    size_t i;
+    json_array_foreach(json_object_get(copy, "tool_calls"), i, call)
+    {
+        if (values) {
+            json_t *value = json_loads(jsonl_text(call, "arguments"), 0, NULL);
+            assert_non_null(value);
+            json_object_set_new(call, "arguments", value);
+        }
     }
+    return copy;
 }
 
-static void result_clear(result *it)
-{
-    cm_bytes_fini(&it->reasoning);
-    cm_bytes_fini(&it->content);
-    for (size_t i = 0; i < CALLS_MAX; i++) {
-        cm_bytes_fini(&it->name[i]);
-        cm_bytes_fini(&it->args[i]);
-    }
-    *it = (result){0};
-}
-
-static const char *finish_reason(const md_parser *parser, const json_t *row)
-{
-    if (strcmp(jsonl_text(row, "engine"), "length") == 0) {
-        return "length";
-    }
-    return md_parser_calls(parser) > 0 ? "tool_calls" : "stop";
-}
-
-static bool same_json(const char *a, const char *b)
-{
-    json_t *left = json_loads(a, 0, NULL), *right = json_loads(b, 0, NULL);
-    bool same = left != NULL && json_equal(left, right);
-    json_decref(left);
-    json_decref(right);
-    return same;
-}
-
-static void check_call(const json_t *row, const json_t *wanted, const result *got, const md_parser *parser,
-                       uint32_t i)
-{
-    size_t n;
-    const char *final = md_parser_call_args(parser, i, &n), *arguments = jsonl_text(wanted, "arguments");
-    assert_string_equal(cm_bytes_text(&got->name[i]), jsonl_text(wanted, "name"));
-    if (strcmp(jsonl_text(row, "compare_arguments"), "json") == 0) {
-        assert_true(same_json(final, arguments));
-        assert_true(same_json(cm_bytes_text(&got->args[i]), arguments));
-        return;
-    }
-    bool differs = json_object_get(wanted, "stream_arguments") != NULL;
-    assert_string_equal(final, arguments);
-    assert_int_equal(n, strlen(final));
-    assert_string_equal(cm_bytes_text(&got->args[i]),
-                        differs ? jsonl_text(wanted, "stream_arguments") : arguments);
-}
-
-static void check_result(const json_t *row, const result *got, const md_parser *parser)
-{
-    const json_t *wanted = json_object_get(row, "expect"), *calls = json_object_get(wanted, "tool_calls");
-    assert_string_equal(cm_bytes_text(&got->reasoning), jsonl_text(wanted, "reasoning_content"));
-    assert_string_equal(cm_bytes_text(&got->content), jsonl_text(wanted, "content"));
-    assert_int_equal(got->n_calls, json_array_size(calls));
-    assert_int_equal(md_parser_calls(parser), got->n_calls);
-    for (uint32_t i = 0; i < got->n_calls; i++) {
-        check_call(row, json_array_get(calls, i), got, parser, i);
-    }
-    assert_string_equal(finish_reason(parser, row), jsonl_text(wanted, "finish_reason"));
-    const char *stop = md_parser_stop_match(parser);
-    assert_string_equal(stop != NULL ? stop : "", jsonl_text(wanted, "stop"));
-}
-
-/* Parses text cut behind the first byte counts of cuts (each at least 1, the last one to the end). */
 static void parse_cut(const json_t *row, size_t first, size_t step)
 {
-    const char *text = jsonl_text(row, "text");
-    size_t n = jsonl_length(row, "text"), at = 0;
-    result got = {0};
-    md_parser *parser = open_parser(row);
-    for (size_t piece = first; at < n; at += piece, piece = step) {
-        piece = piece < n - at ? piece : n - at;
-        md_parser_push_text(parser, text + at, piece, collect, &got);
+    const json_t *wanted = json_object_get(row, "expect");
+    bool values = strcmp(jsonl_text(row, "compare_arguments"), "json") == 0;
+    json_t *answer;
+    cm_error err = {0};
+    if (row_parse(row, first, step, &answer, &err) != CM_OK) {
+        fail_msg("%s", err.text);
     }
-    md_parser_finish(parser, collect, &got);
-    check_result(row, &got, parser);
-    md_parser_destroy(parser);
-    result_clear(&got);
+    json_t *a = answer_copy(answer, values), *b = answer_copy(wanted, values);
+    jsonl_assert_equal(jsonl_text(row, "name"), a, b);
+    json_decref(a);
+    json_decref(b);
+    json_decref(answer);
 }
 
 static void parse_row(void *ctx, const json_t *row, size_t i)
 {
     (void)ctx;
     (void)i;
-    size_t n = jsonl_length(row, "text");
+    size_t n = strlen(jsonl_text(row, "text"));
     parse_cut(row, n, n);
     parse_cut(row, 1, 1);
     for (size_t cut = 1; cut < n; cut++) {
@@ -214,7 +131,7 @@ static void chunks_row(void *ctx, const json_t *row, size_t i)
     }
     md_parser_finish(parser, record, events);
     check_events(row, n, events);
-    assert_string_equal(finish_reason(parser, row), jsonl_text(row, "finish_reason"));
+    assert_string_equal(row_finish_reason(row, parser), jsonl_text(row, "finish_reason"));
     md_parser_destroy(parser);
     json_decref(events);
 }
@@ -241,7 +158,7 @@ static void tokens_row(void *ctx, const json_t *row, size_t i)
     md_parser_finish(parser, record, events);
     check_events(row, k, events);
     assert_int_equal(json_array_size(json_object_get(row, "events")), k + 1);
-    assert_string_equal(finish_reason(parser, row), jsonl_text(row, "finish_reason"));
+    assert_string_equal(row_finish_reason(row, parser), jsonl_text(row, "finish_reason"));
     md_parser_destroy(parser);
     json_decref(events);
 }
@@ -254,13 +171,13 @@ static void test_tokens(void **state)
 
 /* ---- rules without a vector ---- */
 
-static void run_ids(const md_parser_options *options, const uint32_t *ids, size_t n, result *got)
+static void run_ids(const md_parser_options *options, const uint32_t *ids, size_t n, row_result *got)
 {
     md_parser *parser = md_parser_create(options);
     for (size_t i = 0; i < n; i++) {
-        md_parser_push_id(parser, g_tokenizer, ids[i], collect, got);
+        md_parser_push_id(parser, g_tokenizer, ids[i], row_collect, got);
     }
-    md_parser_finish(parser, collect, got);
+    md_parser_finish(parser, row_collect, got);
     md_parser_destroy(parser);
 }
 
@@ -274,11 +191,11 @@ static void test_spelled_markers(void **state)
     md_tokenizer_encode(g_tokenizer, spelled, strlen(spelled), MD_TEXT_PLAIN, &ids);
     md_ids_push(&ids, md_tokenizer_control(g_tokenizer, MD_CTL_THINK_END));
     md_ids_push(&ids, 19923);
-    result got = {0};
+    row_result got = {0};
     run_ids(&(md_parser_options){.start_in_reasoning = true, .tools = true}, ids.id, ids.n, &got);
     assert_string_equal(cm_bytes_text(&got.reasoning), spelled);
     assert_string_equal(cm_bytes_text(&got.content), "Hello");
-    result_clear(&got);
+    row_result_fini(&got);
     md_ids_fini(&ids);
 }
 
@@ -298,23 +215,24 @@ static void test_odd_ids(void **state)
     }
     const uint32_t ids[] = {bytes[0], bytes[1], md_tokenizer_control(g_tokenizer, MD_CTL_THINK_END), 19923, 1,
                             2,        500000};
-    result got = {0};
+    row_result got = {0};
     run_ids(&(md_parser_options){.start_in_reasoning = true}, ids, sizeof(ids) / sizeof(ids[0]), &got);
     assert_string_equal(cm_bytes_text(&got.reasoning), "\xEF\xBF\xBD");
     assert_string_equal(cm_bytes_text(&got.content), "Hello");
-    result_clear(&got);
+    row_result_fini(&got);
 }
 
-static void run_text(const md_parser_options *options, const char *text, size_t step, result *got,
+static void run_text(const md_parser_options *options, const char *text, size_t step, row_result *got,
                      const char *stop)
 {
     md_parser *parser = md_parser_create(options);
     size_t n = strlen(text);
     for (size_t at = 0; at < n; at += step) {
-        bool stopped = md_parser_push_text(parser, text + at, step < n - at ? step : n - at, collect, got);
+        bool stopped =
+            md_parser_push_text(parser, text + at, step < n - at ? step : n - at, row_collect, got);
         assert_int_equal(stopped, md_parser_stop_match(parser) != NULL);
     }
-    md_parser_finish(parser, collect, got);
+    md_parser_finish(parser, row_collect, got);
     const char *match = md_parser_stop_match(parser);
     assert_string_equal(match != NULL ? match : "", stop);
     md_parser_destroy(parser);
@@ -327,18 +245,47 @@ static void test_options(void **state)
     const md_parser_options plain = {.plain = true, .stop = stops, .n_stop = 2},
                             keep = {.stop = stops, .n_stop = 2, .include_stop = true, .tools = true};
     for (size_t step = 1; step < 40; step++) {
-        result got = {0};
+        row_result got = {0};
         run_text(&plain, "\n</think><think>x\n\n\nQ: y", step, &got, "\n\nQ:");
         assert_string_equal(cm_bytes_text(&got.content), "\n</think><think>x\n");
         assert_string_equal(cm_bytes_text(&got.reasoning), "");
-        result_clear(&got);
+        row_result_fini(&got);
         run_text(&keep, "one\n\n ZZ two", step, &got, "ZZ");
         assert_string_equal(cm_bytes_text(&got.content), "one\n\n ZZ");
-        result_clear(&got);
+        row_result_fini(&got);
         /* the end decides what a stop string's beginning was, and what stands behind it still counts */
         run_text(&keep, "x\n\nQ", step, &got, "");
         assert_string_equal(cm_bytes_text(&got.content), "x\n\nQ");
-        result_clear(&got);
+        row_result_fini(&got);
+    }
+}
+
+/* Stop strings that begin alike, or like a marker: the one that is complete first counts, at every split. */
+static void test_stops_that_begin_alike(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *stop[2], *text, *match, *content, *reasoning;
+    } rows[] = {
+        {{"abc", "ab"}, "xabcd", "ab", "xab", ""},
+        {{"ab", "abc"}, "xabcd", "ab", "xab", ""},
+        {{"abd", "bc"}, "xabcd", "bc", "xabc", ""},
+        {{"<think>y", "z"}, "x<think>y</think>", "", "x", "y"},
+        {{"</think>y", "z"}, "x</think>yz", "z", "xyz", ""},
+        {{"\n<｜DSML｜tool", "z"}, "x\n<｜DSML｜tool_calls>z", "", "x", ""},
+        {{"<think>", "z"}, "x<think>y</think>", "<think>", "x<think>", ""},
+        {{"<thi", "z"}, "x<think>y</think>", "<thi", "x<thi", ""},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        const md_parser_options options = {
+            .stop = rows[i].stop, .n_stop = 2, .include_stop = true, .tools = true};
+        for (size_t step = 1; step <= strlen(rows[i].text); step++) {
+            row_result got = {0};
+            run_text(&options, rows[i].text, step, &got, rows[i].match);
+            assert_string_equal(cm_bytes_text(&got.content), rows[i].content);
+            assert_string_equal(cm_bytes_text(&got.reasoning), rows[i].reasoning);
+            row_result_fini(&got);
+        }
     }
 }
 
@@ -347,19 +294,19 @@ static void test_long_run(void **state)
 {
     (void)state;
     enum { N = 200000 };
-    result got = {0};
+    row_result got = {0};
     md_parser_options options = {.start_in_reasoning = true, .tools = true};
     md_parser *parser = md_parser_create(&options);
-    md_parser_push_text(parser, "x", 1, collect, &got);
+    md_parser_push_text(parser, "x", 1, row_collect, &got);
     for (size_t i = 0; i < N; i++) {
-        md_parser_push_text(parser, "\n", 1, collect, &got);
+        md_parser_push_text(parser, "\n", 1, row_collect, &got);
     }
     assert_int_equal(got.reasoning.len, 1);
     assert_true(md_parser_in_reasoning(parser));
-    md_parser_push_text(parser, "y", 1, collect, &got);
+    md_parser_push_text(parser, "y", 1, row_collect, &got);
     assert_int_equal(got.reasoning.len, N + 2);
     md_parser_destroy(parser);
-    result_clear(&got);
+    row_result_fini(&got);
 }
 
 int main(void)
@@ -368,7 +315,7 @@ int main(void)
         cmocka_unit_test(test_parse),    cmocka_unit_test(test_chunks),
         cmocka_unit_test(test_tokens),   cmocka_unit_test(test_spelled_markers),
         cmocka_unit_test(test_odd_ids),  cmocka_unit_test(test_options),
-        cmocka_unit_test(test_long_run),
+        cmocka_unit_test(test_long_run), cmocka_unit_test(test_stops_that_begin_alike),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

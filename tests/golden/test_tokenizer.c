@@ -3,6 +3,8 @@
 
 #include <pthread.h>
 
+#include "tools/baleen/rows.h"
+
 static md_tokenizer *g_tokenizer;
 
 static int setup(void **state)
@@ -19,24 +21,23 @@ static int teardown(void **state)
     return 0;
 }
 
-static void check_encode(const char *what, const char *text, size_t n, md_text_kind kind,
-                         const json_t *wanted)
+static void check_encode(const json_t *row, md_text_kind kind, const char *key)
 {
-    md_ids ids;
-    md_ids_init(&ids);
-    md_tokenizer_encode(g_tokenizer, text, n, kind, &ids);
-    assert_true(jsonl_same_ids(what, &ids, wanted));
-    md_ids_fini(&ids);
+    json_t *answer;
+    cm_error err = {0};
+    if (row_tokenize(g_tokenizer, row, kind, &answer, &err) != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+    jsonl_assert_equal(jsonl_text(row, "text"), json_object_get(answer, "ids"), json_object_get(row, key));
+    json_decref(answer);
 }
 
 static void encode_row(void *ctx, const json_t *row, size_t i)
 {
     (void)ctx;
     (void)i;
-    const char *text = jsonl_text(row, "text");
-    size_t n = jsonl_length(row, "text");
-    check_encode(text, text, n, MD_TEXT_PLAIN, json_object_get(row, "ids"));
-    check_encode(text, text, n, MD_TEXT_CONTROL, json_object_get(row, "ids"));
+    check_encode(row, MD_TEXT_PLAIN, "ids");
+    check_encode(row, MD_TEXT_CONTROL, "ids");
 }
 
 static void test_encode(void **state)
@@ -49,10 +50,8 @@ static void control_row(void *ctx, const json_t *row, size_t i)
 {
     (void)ctx;
     (void)i;
-    const char *text = jsonl_text(row, "text");
-    size_t n = jsonl_length(row, "text");
-    check_encode(text, text, n, MD_TEXT_PLAIN, json_object_get(row, "plain"));
-    check_encode(text, text, n, MD_TEXT_CONTROL, json_object_get(row, "special"));
+    check_encode(row, MD_TEXT_PLAIN, "plain");
+    check_encode(row, MD_TEXT_CONTROL, "special");
 }
 
 static void test_control(void **state)
@@ -65,28 +64,23 @@ static void bytes_row(void *ctx, const json_t *row, size_t i)
 {
     (void)ctx;
     (void)i;
-    const char *hex = jsonl_text(row, "hex");
-    uint8_t bytes[1024];
-    size_t n = strlen(hex) / 2, at = 0;
-    assert_true(n <= sizeof(bytes));
-    for (size_t k = 0; k < n; k++) {
-        unsigned byte;
-        assert_int_equal(sscanf(hex + 2 * k, "%2x", &byte), 1);
-        bytes[k] = (uint8_t)byte;
+    check_encode(row, MD_TEXT_PLAIN, "ids");
+    cm_bytes bytes;
+    size_t at = 0, k;
+    json_t *id;
+    cm_error err = {0};
+    cm_bytes_init(&bytes, 0);
+    assert_int_equal(row_bytes(row, &bytes, &err), CM_OK);
+    json_array_foreach(json_object_get(row, "ids"), k, id) /* decoding gives the input back */
+    {
+        size_t n;
+        const uint8_t *token = md_tokenizer_bytes(g_tokenizer, (uint32_t)json_integer_value(id), &n);
+        assert_true(at + n <= bytes.len);
+        assert_memory_equal(token, bytes.data + at, n);
+        at += n;
     }
-    md_ids ids;
-    md_ids_init(&ids);
-    md_tokenizer_encode(g_tokenizer, (const char *)bytes, n, MD_TEXT_PLAIN, &ids);
-    assert_true(jsonl_same_ids(hex, &ids, json_object_get(row, "ids")));
-    for (size_t k = 0; k < ids.n; k++) { /* decoding gives the input back */
-        size_t n_token;
-        const uint8_t *token = md_tokenizer_bytes(g_tokenizer, ids.id[k], &n_token);
-        assert_true(at + n_token <= n);
-        assert_memory_equal(token, bytes + at, n_token);
-        at += n_token;
-    }
-    assert_int_equal(at, n);
-    md_ids_fini(&ids);
+    assert_int_equal(at, bytes.len);
+    cm_bytes_fini(&bytes);
 }
 
 static void test_bytes(void **state)
@@ -95,44 +89,28 @@ static void test_bytes(void **state)
     jsonl_each("tokenizer/bytes.jsonl", 190, bytes_row, NULL);
 }
 
-static void assert_text(const cm_bytes *got, size_t from, const json_t *wanted)
+static json_t *decode(const json_t *row, bool skip_special)
 {
-    assert_int_equal(got->len - from, json_string_length(wanted));
-    if (got->len > from) {
-        assert_memory_equal(got->data + from, json_string_value(wanted), got->len - from);
+    json_t *answer;
+    cm_error err = {0};
+    if (row_detokenize(g_tokenizer, row, skip_special, &answer, &err) != CM_OK) {
+        fail_msg("%s", err.text);
     }
-}
-
-static void decode_all(const json_t *row, bool skip_special, cm_bytes *text, const json_t *pieces)
-{
-    const json_t *ids = json_object_get(row, "ids");
-    md_detok detok;
-    md_detok_init(&detok, skip_special);
-    for (size_t k = 0; k <= json_array_size(ids); k++) {
-        size_t from = text->len;
-        if (k < json_array_size(ids)) {
-            md_detok_push(&detok, g_tokenizer, (uint32_t)json_integer_value(json_array_get(ids, k)), text);
-        } else {
-            md_detok_flush(&detok, text);
-        }
-        if (pieces != NULL) {
-            assert_text(text, from, json_array_get(pieces, k));
-        }
-    }
+    return answer;
 }
 
 static void decode_row(void *ctx, const json_t *row, size_t i)
 {
     (void)ctx;
     (void)i;
-    cm_bytes text;
-    cm_bytes_init(&text, 0);
-    decode_all(row, false, &text, json_object_get(row, "pieces"));
-    assert_text(&text, 0, json_object_get(row, "text"));
-    cm_bytes_clear(&text);
-    decode_all(row, true, &text, NULL);
-    assert_text(&text, 0, json_object_get(row, "text_skip_special"));
-    cm_bytes_fini(&text);
+    json_t *answer = decode(row, false);
+    jsonl_assert_equal("pieces", json_object_get(answer, "pieces"), json_object_get(row, "pieces"));
+    jsonl_assert_equal("text", json_object_get(answer, "text"), json_object_get(row, "text"));
+    json_decref(answer);
+    answer = decode(row, true);
+    jsonl_assert_equal("without special tokens", json_object_get(answer, "text"),
+                       json_object_get(row, "text_skip_special"));
+    json_decref(answer);
 }
 
 static void test_decode(void **state)

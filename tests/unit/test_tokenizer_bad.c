@@ -201,6 +201,71 @@ static void test_patterns(void **state)
     expect_refused(root, "Regex");
 }
 
+static md_tokenizer *open_good(json_t *root)
+{
+    char *text = json_dumps(root, JSON_COMPACT);
+    md_tokenizer *tokenizer;
+    cm_error err = {0};
+    write_file(text, strlen(text));
+    cm_free(text);
+    json_decref(root);
+    if (md_tokenizer_open(g_path, 0, &tokenizer, &err) != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+    return tokenizer;
+}
+
+/* Ids that spell text, whatever the pre-tokenizer cut. */
+static void assert_spells(const md_tokenizer *tokenizer, const char *text)
+{
+    md_ids ids;
+    size_t at = 0, n;
+    md_ids_init(&ids);
+    md_tokenizer_encode(tokenizer, text, strlen(text), MD_TEXT_CONTROL, &ids);
+    for (size_t i = 0; i < ids.n; i++) {
+        const uint8_t *bytes = md_tokenizer_bytes(tokenizer, ids.id[i], &n);
+        assert_memory_equal(bytes, text + at, n);
+        at += n;
+    }
+    assert_int_equal(at, strlen(text));
+    md_ids_fini(&ids);
+}
+
+/* A pre-tokenizer without a Split is allowed: no stretch of text in front of, between or behind bytes that
+ * are no UTF-8 is no piece. */
+static void test_no_splits(void **state)
+{
+    (void)state;
+    static const char *const texts[] = {"\xff",
+                                        "\xff\xff",
+                                        "a\xff",
+                                        "\xff"
+                                        "a",
+                                        "<think>\xff</think>",
+                                        ""};
+    json_t *root = load_nano();
+    json_t *steps = json_object_get(json_object_get(root, "pre_tokenizer"), "pretokenizers");
+    while (json_array_size(steps) > 1) {
+        json_array_remove(steps, 0);
+    }
+    md_tokenizer *tokenizer = open_good(root);
+    for (size_t i = 0; i < sizeof(texts) / sizeof(texts[0]); i++) {
+        assert_spells(tokenizer, texts[i]);
+    }
+    md_tokenizer_close(tokenizer);
+}
+
+/* \K moves a match's beginning to its end: still no piece is empty. */
+static void test_moved_beginning(void **state)
+{
+    (void)state;
+    json_t *root = load_nano();
+    set_pattern(root, "a\\K");
+    md_tokenizer *tokenizer = open_good(root);
+    assert_spells(tokenizer, "banana");
+    md_tokenizer_close(tokenizer);
+}
+
 static void test_tokens(void **state)
 {
     (void)state;
@@ -360,9 +425,17 @@ static void test_nano(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_not_json),    cmocka_unit_test(test_no_file),     cmocka_unit_test(test_keys),
-        cmocka_unit_test(test_other_kinds), cmocka_unit_test(test_patterns),    cmocka_unit_test(test_tokens),
-        cmocka_unit_test(test_merges),      cmocka_unit_test(test_vocab_bound), cmocka_unit_test(test_nano),
+        cmocka_unit_test(test_not_json),
+        cmocka_unit_test(test_no_file),
+        cmocka_unit_test(test_keys),
+        cmocka_unit_test(test_other_kinds),
+        cmocka_unit_test(test_patterns),
+        cmocka_unit_test(test_no_splits),
+        cmocka_unit_test(test_moved_beginning),
+        cmocka_unit_test(test_tokens),
+        cmocka_unit_test(test_merges),
+        cmocka_unit_test(test_vocab_bound),
+        cmocka_unit_test(test_nano),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

@@ -14,6 +14,7 @@
 #include "common/base/bytes.h"
 #include "common/base/config.h"
 #include "common/base/mem.h"
+#include "tools/baleen/replace.h"
 
 static void folder_file(const char *dir, const char *name, cm_bytes *path_out)
 {
@@ -111,29 +112,9 @@ void run_folder_close(run_folder *folder)
     cm_free(folder->path);
 }
 
-static bool file_write(const char *path, const char *text)
-{
-    FILE *file = fopen(path, "we");
-    if (file == NULL) {
-        return false;
-    }
-    bool ok = fputs(text, file) >= 0;
-    return fclose(file) == 0 && ok;
-}
-
 cm_status run_folder_publish(const run_folder *folder, const char *json, cm_error *err)
 {
-    cm_bytes path, fresh;
-    cm_status status = CM_OK;
-    folder_file(folder->path, "cluster.json", &path);
-    folder_file(folder->path, "cluster.json.new", &fresh);
-    if (!file_write(cm_bytes_text(&fresh), json) ||
-        rename(cm_bytes_text(&fresh), cm_bytes_text(&path)) != 0) {
-        status = cm_error_set(err, CM_E_IO, "run", "%s: %s", cm_bytes_text(&path), strerror(errno));
-    }
-    cm_bytes_fini(&fresh);
-    cm_bytes_fini(&path);
-    return status;
+    return replace_file(folder->path, "cluster.json", json, strlen(json), err);
 }
 
 static cm_status address_take(const json_t *cluster, const char *dir, const char *key, char out[128],

@@ -7,3 +7,6 @@ int verb_chat(int argc, char **argv);
 int verb_status(int argc, char **argv);
 int verb_logits(int argc, char **argv);
 int verb_verify(int argc, char **argv);
+int verb_tokenize(int argc, char **argv);
+int verb_encode(int argc, char **argv);
+int verb_parse(int argc, char **argv);

@@ -1,0 +1,110 @@
+#!/usr/bin/env python3
+"""First inputs of the fuzz targets, from what the tests hold anyway: seeds.py DIR makes DIR/TARGET/NUMBER."""
+import glob
+import json
+import os
+import struct
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+DATA = os.path.join(ROOT, "tests", "golden", "data")
+CHAT, ANTHROPIC, RESPONSES = 0, 4 + 8, 4  # see fuzz_chat.c
+
+
+def read(path):
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def rows(path):
+    return [json.loads(line) for line in read(os.path.join(DATA, path)).splitlines()]
+
+
+def compact(value):
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def geometry():
+    for pattern in ("tests/unit/data/*.json", "tests/golden/data/model/*/ckpt/config.json", "models/nano/config.json"):
+        for path in sorted(glob.glob(os.path.join(ROOT, pattern))):
+            yield read(path)
+
+
+def safetensors():
+    """Headers of a few tensors: a whole shard's is too long to mutate well."""
+    for path in sorted(glob.glob(os.path.join(DATA, "model", "*", "ckpt", "*.safetensors"))):
+        data = read(path)
+        n = struct.unpack("<Q", data[:8])[0]
+        header = {name: row for name, row in json.loads(data[8:8 + n]).items() if name != "__metadata__"}
+        few = sorted(header.items(), key=lambda item: item[1]["data_offsets"])[:4]
+        if few and few[0][1]["data_offsets"][0] == 0:
+            yield struct.pack("<I", few[-1][1]["data_offsets"][1]) + compact({"__metadata__": {"format": "pt"}, **dict(few)})
+
+
+def byte_symbols():
+    """The printable stand-ins of the 256 bytes in byte-level BPE."""
+    itself = [b for b in range(256) if 0x21 <= b <= 0x7e or 0xa1 <= b != 0xad]
+    other = iter(range(0x100, 0x200))
+    return [chr(b) if b in itself else chr(next(other)) for b in range(256)]
+
+
+def tokenizer():
+    """A whole tokenizer.json of bytes, two merges and the added tokens."""
+    nano = json.loads(read(os.path.join(ROOT, "models", "nano", "tokenizer.json")))
+    vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
+    vocab.update({"Th": 256, "The": 257})
+    added = [{"id": 258 + i, "content": token["content"], "special": token["special"]}
+             for i, token in enumerate(nano["added_tokens"])]
+    small = {"pre_tokenizer": nano["pre_tokenizer"], "decoder": {"type": "ByteLevel"}, "added_tokens": added,
+             "model": {"type": "BPE", "vocab": vocab, "merges": ["T h", ["Th", "e"]]}}
+    yield compact(small)
+    small["pre_tokenizer"]["pretokenizers"] = small["pre_tokenizer"]["pretokenizers"][-1:]
+    yield compact(small)
+
+
+def dispatch():
+    for which, d, n_row, slots in [(0, 1, 1, [(0, 0)]), (2, 128, 2, [(0, 3), (0, 5), (1, 7)]), (3, 130, 1, [(0, 1)])]:
+        blocks = -(-d // 128)
+        header = struct.pack("<HHIQQQIIIIII", 1, 1, 7, 1, 2, 3, 1, 4, d, n_row, len(slots), blocks)
+        payload = b"".join(struct.pack("<IIf", row, expert, 0.5) for row, expert in slots)
+        for part in (payload, bytes(n_row * d), bytes(n_row * blocks)):
+            header += part + bytes(-len(part) % 64)
+        yield bytes([which]) + header
+
+
+def chat():
+    for row in rows("encoding/prompts.jsonl"):
+        profile = int(row["profile"] == "P")
+        if row["level"] == "encoder":
+            yield bytes([profile]) + compact({"messages": row["messages"]})
+        elif row["endpoint"] != "completions":
+            yield bytes([profile | {"messages": ANTHROPIC, "responses": RESPONSES}.get(row["endpoint"], CHAT)]) + compact(row["body"])
+
+
+def parser():
+    for row in rows("encoding/parse.jsonl"):
+        stops = [stop.encode() for stop in row.get("stop", [])][:3]
+        flags = int(row["start"] == "reasoning") | int(row["tools"]) << 1 | int(row.get("prefix", False)) << 2 | len(stops) << 6
+        yield (bytes([flags, 7, 0]) + b"".join(bytes([len(stop[:15])]) + stop[:15] for stop in stops) + row["text"].encode())
+
+
+def request():
+    for row in rows("encoding/prompts.jsonl"):
+        if row["level"] == "request":
+            yield bytes([int(row["endpoint"] != "completions")]) + compact(row["body"])
+    yield b"\0" + compact({"prompt": [1, 2, 3], "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": ["a", "b"],
+                           "stop_token_ids": [7], "stream": True, "stream_options": {"include_usage": True}, "n": 1,
+                           "min_tokens": 1, "ignore_eos": False, "include_stop_str_in_output": True})
+
+
+def main():
+    for make in (geometry, safetensors, tokenizer, dispatch, chat, parser, request):
+        folder = os.path.join(sys.argv[1], make.__name__)
+        os.makedirs(folder)
+        for i, seed in enumerate(make()):
+            with open(os.path.join(folder, str(i)), "wb") as file:
+                file.write(seed)
+
+
+if __name__ == "__main__":
+    main()
