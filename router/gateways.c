@@ -216,9 +216,7 @@ static cm_status gateways_read_sampler(rt_gateways *g, const Baleen__Engine__V1_
                             RT_STOP_MAX);
     }
     if (in->n_stop_id > 0) {
-        for (size_t i = 0; i < in->n_stop_id; i++) {
-            out->stop[i] = in->stop_id[i];
-        }
+        memcpy(out->stop, in->stop_id, sizeof(uint32_t) * in->n_stop_id);
     }
     return gateways_read_bias(g, in, out, err);
 }

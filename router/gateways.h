@@ -1,5 +1,5 @@
-/* A router's links to gateways: messages in become calls on the scheduler, words of the scheduler become one StepTokens per
- * gateway and step. Thread: the loop's. */
+/* A router's links to gateways: messages in become calls on the scheduler, words of the scheduler become one
+ * StepTokens per gateway and step. Thread: the loop's. */
 #pragma once
 #include "common/net/net.h"
 #include "common/proc/loop.h"
@@ -8,7 +8,8 @@
 typedef struct rt_gateways rt_gateways;
 
 /* n is owned from now on. changed runs after anything that may have made work for the scheduler. */
-rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, uint32_t gateway_max, pc_fn changed, void *ctx);
+rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, uint32_t gateway_max, pc_fn changed,
+                                void *ctx);
 void rt_gateways_destroy(rt_gateways *gateways);
 /* What is told in greetings from now on. */
 void rt_gateways_identify(rt_gateways *gateways, const net_identity *identity);

@@ -29,7 +29,8 @@ static void engine_kn_limits(const rt_engine *e, kn_limits *limits_out)
     uint32_t group_in = g->n_head / g->o_groups * g->head_dim;
     *limits_out = (kn_limits){
         .n_row = u32_max(e->options.row_max, e->options.slot_max),
-        .n_in = u32_max(u32_max(g->hc * g->d, g->o_groups * g->o_rank), u32_max(group_in, u32_max(g->q_rank, g->inner))),
+        .n_in = u32_max(u32_max(g->hc * g->d, g->o_groups * g->o_rank),
+                        u32_max(group_in, u32_max(g->q_rank, g->inner))),
         .n_inner = g->inner,
         .n_head = g->n_head,
         .head_dim = g->head_dim,
@@ -44,7 +45,8 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
     const md_geometry *g = e->geometry;
     uint64_t page_bytes;
     rt_kv_layout_build(g, &e->kv);
-    page_bytes = e->kv.page_bytes != 0 ? e->kv.page_bytes : 1; /* a model of windows only needs pages in name */
+    page_bytes =
+        e->kv.page_bytes != 0 ? e->kv.page_bytes : 1; /* a model of windows only needs pages in name */
     uint32_t per_seq = rt_kv_seq_pages(g->context);
     uint64_t n_page = e->options.kv_bytes / page_bytes, useful = (uint64_t)per_seq * e->options.slot_max;
     if (n_page == 0) {
@@ -60,10 +62,12 @@ static cm_status engine_open_exchange(rt_engine *e, cm_error *err)
 {
     const md_geometry *g = e->geometry;
     net *rows;
-    uint64_t row = pr_dispatch_bytes(g->topk, 1, g->d, kn_blocks(g->d, KN_ACT_BLOCK)), answer = 2ull * g->topk * g->d;
+    uint64_t row = pr_dispatch_bytes(g->topk, 1, g->d, kn_blocks(g->d, KN_ACT_BLOCK)),
+             answer = 2ull * g->topk * g->d;
     uint64_t least = row > answer ? row : answer;
     if (e->options.rows.message_bytes_max < least) {
-        return cm_error_set(err, CM_E_CONFIG, "frame_bytes", "frame_bytes %llu cannot hold one row of this model: %llu needed",
+        return cm_error_set(err, CM_E_CONFIG, "frame_bytes",
+                            "frame_bytes %llu cannot hold one row of this model: %llu needed",
                             (unsigned long long)e->options.rows.message_bytes_max, (unsigned long long)least);
     }
     CM_TRY(net_open(&e->options.rows, &rows, err));
@@ -89,11 +93,14 @@ static void engine_log_sizes(const rt_engine *e)
 {
     rt_kv_sizes kv;
     rt_kv_sizes_get(e->geometry, &kv);
-    cm_info("device %s path %s, dense weights %llu MB, %u KV pages of %llu bytes, %u sequence slots of %llu bytes",
-            kn_device_name(e->device), kn_device_isa(e->device), (unsigned long long)(e->weights.n_bytes >> 20), e->n_page,
-            (unsigned long long)kv.page_bytes, e->options.slot_max, (unsigned long long)kv.slot_bytes);
+    cm_info("device %s path %s, dense weights %llu MB, %u KV pages of %llu bytes, %u sequence slots of %llu "
+            "bytes",
+            kn_device_name(e->device), kn_device_isa(e->device),
+            (unsigned long long)(e->weights.n_bytes >> 20), e->n_page, (unsigned long long)kv.page_bytes,
+            e->options.slot_max, (unsigned long long)kv.slot_bytes);
     cm_info("a token of context takes %.2f bytes, a sequence of %u tokens %u pages and %.2f MB with its slot",
-            (double)kv.row_bytes / KN_PAGE_TOKENS, e->geometry->context, rt_kv_seq_pages(e->geometry->context),
+            (double)kv.row_bytes / KN_PAGE_TOKENS, e->geometry->context,
+            rt_kv_seq_pages(e->geometry->context),
             (double)rt_kv_seq_bytes(&kv, e->geometry->context) / 1048576.0);
 }
 
@@ -253,8 +260,10 @@ void rt_step_begin(rt_engine *e, const rt_step *step)
                           .page_bytes = e->kv.page_bytes,
                           .n_seg = step->n_seg,
                           .n_row = row};
-    e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, row, b->cs_window);
-    e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, row, b->cs_compress);
+    e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, row,
+                        b->cs_window);
+    e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, row,
+                        b->cs_compress);
 }
 
 static cm_status engine_layer(rt_engine *e, uint32_t layer)
@@ -317,7 +326,8 @@ static void engine_sample(rt_engine *e, const rt_step *step, uint32_t *tokens_ou
         }
     }
     if (e->tap != NULL) {
-        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, e->host_logits, 4ull * e->geometry->vocab, n);
+        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, e->host_logits,
+               4ull * e->geometry->vocab, n);
     }
 }
 

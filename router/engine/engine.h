@@ -1,6 +1,7 @@
-/* The dense path of a router and the dispatch of rows to experts, as a library: weights, KV, one forward pass per step.
- * Used by the router process, by `baleen logits`, and by tests. Everything is taken at create; a step allocates nothing.
- * Thread: one compute thread for life (create may run on another before it starts), but for the calls marked "any". */
+/* The dense path of a router and the dispatch of rows to experts, as a library: weights, KV, one forward pass
+ * per step. Used by the router process, by `baleen logits`, and by tests. Everything is taken at create; a
+ * step allocates nothing. Thread: one compute thread for life (create may run on another before it starts),
+ * but for the calls marked "any". */
 #pragma once
 #include "common/model/checkpoint.h"
 #include "kernels/kn.h"
@@ -24,8 +25,8 @@ typedef enum rt_tap_point {
     RT_TAP_STREAMS_OUT, /* BF16 [n_row][hc][d] */
     RT_TAP_LOGITS,      /* F32 [n_sample][vocab]; layer = n_layer */
 } rt_tap_point;
-typedef void (*rt_tap_fn)(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data,
-                          uint64_t row_bytes, uint32_t n_row);
+typedef void (*rt_tap_fn)(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step,
+                          const void *data, uint64_t row_bytes, uint32_t n_row);
 
 typedef struct rt_engine_options {
     const md_checkpoint *checkpoint; /* kept */
@@ -40,7 +41,8 @@ typedef struct rt_engine_options {
 } rt_engine_options;
 
 /* CM_E_CORRUPT, CM_E_MEMORY, CM_E_CONFIG with a sentence. */
-CM_MUST_CHECK cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_out, cm_error *err);
+CM_MUST_CHECK cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_out,
+                                         cm_error *err);
 void rt_engine_destroy(rt_engine *engine);
 
 /* Limits a scheduler must keep to: slots, rows, pages, context. */
@@ -49,8 +51,8 @@ const rt_kv_layout *rt_engine_kv(const rt_engine *engine);
 rt_exchange *rt_engine_exchange(rt_engine *engine); /* epochs go in through it (any thread) */
 void rt_engine_set_tap(rt_engine *engine, rt_tap_fn tap, void *ctx);
 
-/* One forward pass. tokens_out[i] for the i-th segment with sample. CM_E_NO_OWNER, CM_E_CANCELLED from the exchange,
- * CM_E_DEVICE; then nothing of the step counts and its sequences must start over or end. */
+/* One forward pass. tokens_out[i] for the i-th segment with sample. CM_E_NO_OWNER, CM_E_CANCELLED from the
+ * exchange, CM_E_DEVICE; then nothing of the step counts and its sequences must start over or end. */
 CM_MUST_CHECK cm_status rt_engine_step(rt_engine *engine, const rt_step *step, uint32_t *tokens_out);
 /* Logits of the last step: F32 [n_sample][vocab], valid until the next. */
 const float *rt_engine_logits(const rt_engine *engine);

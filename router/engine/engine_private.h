@@ -6,25 +6,25 @@
 
 /* Device memory of one step; row counts are row_max unless said. */
 typedef struct rt_buffers {
-    kn_ptr ids, pos;        /* uint32 [n] */
-    kn_ptr segs, pages;     /* kn_seg [slot_max], uint32 [all pages of all sequences] */
-    kn_ptr x;               /* BF16 [n][hc][d] streams */
-    kn_ptr in, out;         /* BF16 [n][d] input and output of a site */
-    kn_ptr post, comb;      /* F32 [n][hc], [n][hc][hc] */
-    kn_q8 q8, q8_low;       /* quantized rows: of the site's input or output projection; of the query's low rank */
-    kn_ptr qr, q, kv, rows; /* BF16 [n][q_rank], [n][head][dim], [n][dim]; stored rows */
-    kn_ptr o, t;            /* BF16 [n][head][dim], [n][o_groups * o_rank] */
-    kn_ptr ckv, cscore;     /* F32 [n][width] of the main compressor */
-    kn_ptr ikv, iscore;     /* F32 [n][width] of the indexer's */
-    kn_ptr iq, iq_rows, iw; /* BF16 [n][index_head][index_dim], stored, BF16 [n][index_head] */
-    kn_ptr picks;           /* int32 [n][index_topk] */
+    kn_ptr ids, pos;    /* uint32 [n] */
+    kn_ptr segs, pages; /* kn_seg [slot_max], uint32 [all pages of all sequences] */
+    kn_ptr x;           /* BF16 [n][hc][d] streams */
+    kn_ptr in, out;     /* BF16 [n][d] input and output of a site */
+    kn_ptr post, comb;  /* F32 [n][hc], [n][hc][hc] */
+    kn_q8 q8, q8_low; /* quantized rows: of the site's input or output projection; of the query's low rank */
+    kn_ptr qr, q, kv, rows;        /* BF16 [n][q_rank], [n][head][dim], [n][dim]; stored rows */
+    kn_ptr o, t;                   /* BF16 [n][head][dim], [n][o_groups * o_rank] */
+    kn_ptr ckv, cscore;            /* F32 [n][width] of the main compressor */
+    kn_ptr ikv, iscore;            /* F32 [n][width] of the indexer's */
+    kn_ptr iq, iq_rows, iw;        /* BF16 [n][index_head][index_dim], stored, BF16 [n][index_head] */
+    kn_ptr picks;                  /* int32 [n][index_topk] */
     kn_ptr cs_window, cs_compress; /* F32 [n][rope / 2][2] */
-    kn_ptr experts, route;  /* int32, F32 [n][topk] */
-    kn_ptr g, u, h;         /* BF16 [n][inner] shared expert */
+    kn_ptr experts, route;         /* int32, F32 [n][topk] */
+    kn_ptr g, u, h;                /* BF16 [n][inner] shared expert */
     kn_q8 q8_h;
-    kn_ptr shared;          /* BF16 [n][d] */
-    kn_ptr slots;           /* BF16 [n][topk][d] results of routed experts */
-    kn_ptr last, logits;    /* BF16 [slot_max][d], F32 [slot_max][vocab] */
+    kn_ptr shared;       /* BF16 [n][d] */
+    kn_ptr slots;        /* BF16 [n][topk][d] results of routed experts */
+    kn_ptr last, logits; /* BF16 [slot_max][d], F32 [slot_max][vocab] */
 } rt_buffers;
 
 struct rt_engine {
@@ -49,13 +49,13 @@ struct rt_engine {
     const rt_step *step;
     kn_batch batch;
     uint32_t layer;
-    kn_seg *host_segs;     /* [slot_max] */
-    uint32_t *host_pages;  /* [page_list_max] */
+    kn_seg *host_segs;             /* [slot_max] */
+    uint32_t *host_pages;          /* [page_list_max] */
     uint32_t *host_ids, *host_pos; /* [row_max] */
     uint32_t page_list_max;
     int32_t *host_experts; /* [row_max][topk] */
     float *host_route;
-    float *host_logits;    /* [slot_max][vocab] */
+    float *host_logits; /* [slot_max][vocab] */
 };
 
 CM_MUST_CHECK cm_status rt_buffers_create(rt_engine *engine, cm_error *err);

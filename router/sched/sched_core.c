@@ -605,7 +605,6 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
         sched->seg_seqs[i] = seq;
         step->segs[i] = (rt_step_seg){
             .slot = seq->slot,
-            .fresh = seq->n_done == 0,
             .pos0 = seq->n_done,
             .n_row = seq->n_step,
             .tokens = seq->log + seq->n_done,

@@ -98,7 +98,6 @@ void rt_sched_drain(rt_sched *sched);
 
 typedef struct rt_step_seg {
     uint32_t slot;          /* state slot 0 .. slot_max - 1 */
-    bool fresh;             /* first rows of the sequence in this slot: the state must be reset before */
     uint32_t pos0, n_row;   /* positions pos0 .. pos0 + n_row - 1 */
     const uint32_t *tokens; /* [n_row]; borrowed until rt_sched_complete */
     const uint32_t *pages;  /* page numbers covering positions 0 .. pos0 + n_row - 1; borrowed likewise */

@@ -95,8 +95,7 @@ static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
     const rt_sched_limits *limits = &engine->limits;
     assert_in_range(seg->slot, 0, limits->slot_max - 1);
     assert_in_range(seg->n_row, 1, limits->chunk_max);
-    assert_int_equal(seg->fresh, seg->pos0 == 0);
-    if (seg->fresh) {
+    if (seg->pos0 == 0) {
         engine->slot_pos[seg->slot] = 0;
         engine->n_fresh++;
     }

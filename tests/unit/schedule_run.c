@@ -94,7 +94,6 @@ static void run_one(run_watch *w, uint32_t seq, uint64_t *number)
     while (n_log < s->n_prompt + s->sampler.tokens_max) {
         uint32_t n_row = n_log - n_done;
         rt_step_seg seg = {.slot = seq,
-                           .fresh = n_done == 0,
                            .pos0 = n_done,
                            .n_row = n_row,
                            .tokens = log + n_done,
@@ -182,15 +181,15 @@ static void together_settle_slots(together *t, const rt_step *step)
     for (uint32_t i = 0; i < step->n_seg; i++) {
         const rt_step_seg *seg = &step->segs[i];
         uint32_t seq = 0;
-        if (seg->fresh) {
+        if (seg->pos0 == 0) {
             while (seq < c->n_all && c->seqs[seq].prompt[0] != seg->tokens[0]) {
                 seq++;
             }
             assert_in_range(seq, 0, c->n_all - 1);
             t->watch.slot_seq[seg->slot] = seq;
         }
-        t->events->n_decode += seg->n_row == 1 && !seg->fresh;
-        t->events->n_chunk += seg->n_row > 1 || seg->fresh;
+        t->events->n_decode += seg->n_row == 1 && seg->pos0 != 0;
+        t->events->n_chunk += seg->n_row > 1 || seg->pos0 == 0;
     }
 }
 

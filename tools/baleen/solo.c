@@ -95,7 +95,8 @@ static cm_status solo_publish_epoch(solo *s, cm_error *err)
         epoch->members[i].role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER;
         epoch->members[i].data_address = cm_strdup(s->workers[i].address);
     }
-    cm_status status = pr_placement_plan(g->n_layer, g->n_expert, members, n, capacity, NULL, &epoch->placement, err);
+    cm_status status =
+        pr_placement_plan(g->n_layer, g->n_expert, members, n, capacity, NULL, &epoch->placement, err);
     for (uint32_t i = 0; i < n && status == CM_OK; i++) {
         status = wk_shard_load(wk_engine_shard(s->workers[i].engine), epoch->placement, i, err);
         if (status == CM_OK) {
@@ -141,7 +142,8 @@ static cm_status solo_link(solo *s, cm_error *err)
     while (!rt_exchange_ready(exchange)) {
         rt_exchange_idle(exchange, 10);
         if (cm_now_ms() >= give_up_ms) {
-            return cm_error_set(err, CM_E_UNREACHABLE, "transport", "the workers' links did not come up in %d ms", SOLO_LINK_MS);
+            return cm_error_set(err, CM_E_UNREACHABLE, "transport",
+                                "the workers' links did not come up in %d ms", SOLO_LINK_MS);
         }
     }
     return CM_OK;
@@ -202,8 +204,8 @@ const md_geometry *solo_geometry(const solo *s)
     return md_checkpoint_geometry(s->checkpoint);
 }
 
-cm_status solo_step(solo *s, uint32_t slot, uint32_t pos0, const uint32_t *tokens, uint32_t n_row, bool sample,
-                    uint32_t *token_out)
+cm_status solo_step(solo *s, uint32_t slot, uint32_t pos0, const uint32_t *tokens, uint32_t n_row,
+                    bool sample, uint32_t *token_out)
 {
     static const rt_sampler greedy = {.temperature = 0, .top_p = 1};
     rt_step_seg seg = {
@@ -217,13 +219,15 @@ cm_status solo_step(solo *s, uint32_t slot, uint32_t pos0, const uint32_t *token
         .sampler = &greedy,
         .stop_allowed = true,
     };
-    rt_step step = {.number = ++s->n_steps, .n_seg = 1, .n_row = n_row, .n_sample = sample ? 1 : 0, .segs = &seg};
-    CM_ASSERT_MSG(seg.n_page <= s->n_page_slot, "position %u needs %u pages of %u", pos0 + n_row, seg.n_page, s->n_page_slot);
+    rt_step step = {
+        .number = ++s->n_steps, .n_seg = 1, .n_row = n_row, .n_sample = sample ? 1 : 0, .segs = &seg};
+    CM_ASSERT_MSG(seg.n_page <= s->n_page_slot, "position %u needs %u pages of %u", pos0 + n_row, seg.n_page,
+                  s->n_page_slot);
     return rt_engine_step(s->engine, &step, token_out);
 }
 
-cm_status solo_greedy(solo *s, uint32_t slot, const uint32_t *prompt, uint32_t n_prompt, uint32_t chunk, uint32_t n_greedy,
-                      uint32_t *greedy_out, float *last_logits)
+cm_status solo_greedy(solo *s, uint32_t slot, const uint32_t *prompt, uint32_t n_prompt, uint32_t chunk,
+                      uint32_t n_greedy, uint32_t *greedy_out, float *last_logits)
 {
     uint32_t token = 0;
     for (uint32_t at = 0; at < n_prompt; at += chunk) {

@@ -1,6 +1,6 @@
-/* A cluster inside one process, without coordinator: one router engine and N expert engines on threads of their own, the
- * same objects and messages as between processes. For `baleen logits` and for tests.
- * Thread: the caller's is the router's compute thread. */
+/* A cluster inside one process, without coordinator: one router engine and N expert engines on threads of
+ * their own, the same objects and messages as between processes. For `baleen logits` and for tests. Thread:
+ * the caller's is the router's compute thread. */
 #pragma once
 #include "router/engine/engine.h"
 
@@ -24,11 +24,13 @@ void solo_destroy(solo *s);
 rt_engine *solo_engine(solo *s);
 const md_geometry *solo_geometry(const solo *s);
 
-/* One forward pass of one sequence's rows pos0 .. pos0 + n_row - 1 in a slot; with sample, *token_out is the greedy choice
- * after the last of them and rt_engine_logits(solo_engine(s)) its logits. */
-CM_MUST_CHECK cm_status solo_step(solo *s, uint32_t slot, uint32_t pos0, const uint32_t *tokens, uint32_t n_row, bool sample,
-                                  uint32_t *token_out);
-/* One sequence from its prompt: prefill in chunks of at most chunk rows, then n_greedy greedy tokens, stop ids ignored.
- * last_logits (may be NULL): F32 [vocab], of the last prompt position. slot: 0 .. slot_max - 1. */
-CM_MUST_CHECK cm_status solo_greedy(solo *s, uint32_t slot, const uint32_t *prompt, uint32_t n_prompt, uint32_t chunk,
-                                    uint32_t n_greedy, uint32_t *greedy_out, float *last_logits);
+/* One forward pass of one sequence's rows pos0 .. pos0 + n_row - 1 in a slot; with sample, *token_out is the
+ * greedy choice after the last of them and rt_engine_logits(solo_engine(s)) its logits. */
+CM_MUST_CHECK cm_status solo_step(solo *s, uint32_t slot, uint32_t pos0, const uint32_t *tokens,
+                                  uint32_t n_row, bool sample, uint32_t *token_out);
+/* One sequence from its prompt: prefill in chunks of at most chunk rows, then n_greedy greedy tokens, stop
+ * ids ignored. last_logits (may be NULL): F32 [vocab], of the last prompt position. slot: 0 .. slot_max - 1.
+ */
+CM_MUST_CHECK cm_status solo_greedy(solo *s, uint32_t slot, const uint32_t *prompt, uint32_t n_prompt,
+                                    uint32_t chunk, uint32_t n_greedy, uint32_t *greedy_out,
+                                    float *last_logits);
