@@ -42,7 +42,7 @@ void net_options_defaults(net_options *options);
 /* Who we are, told in the greeting. cluster 0 accepts and is accepted by nobody but cluster 0. */
 typedef struct net_identity {
     uint64_t cluster;
-    uint32_t role;   /* PR_ROLE_* of proto */
+    uint32_t role;   /* Role of the control messages; the net layer only carries it */
     uint32_t member; /* member id given by the coordinator */
 } net_identity;
 
