@@ -1,9 +1,11 @@
+#include <errno.h>
 #include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 #include <ucs/debug/debug.h>
 #include <ucs/debug/log_def.h>
 
@@ -104,6 +106,11 @@ static void ucx_configure_tcp(void)
 static cm_status ucx_open_context(ucx_net *u, cm_error *err)
 {
     ucp_config_t *config;
+    if (access("/sys/class/net", R_OK) != 0) {
+        /* without it UCX finds no interface, opens all the same, and no link ever comes up */
+        return cm_error_set(err, CM_E_DEVICE, "backend",
+                            "ucx: cannot read /sys/class/net (%s): is /sys mounted?", strerror(errno));
+    }
     ucx_configure_tcp();
     ucs_status_t rc = ucp_config_read(NULL, NULL, &config);
     if (rc != UCS_OK) {
