@@ -644,3 +644,70 @@ json_t *rig_ask(const char *method, const char *path, const char *body, int *sta
     rig_close(client);
     return value;
 }
+
+/* ---- what most tests begin with ---- */
+
+int rig_setup(void **state)
+{
+    (void)state;
+    rig_begin();
+    return 0;
+}
+
+int rig_teardown(void **state)
+{
+    (void)state;
+    rig_end();
+    return 0;
+}
+
+void rig_ready(void)
+{
+    rig_gateway();
+    rig_serve();
+}
+
+const json_t *rig_at(const json_t *value, const char *path)
+{
+    char part[64];
+    while (*path != 0 && value != NULL) {
+        size_t n = strcspn(path, ".");
+        snprintf(part, sizeof(part), "%.*s", (int)n, path);
+        value =
+            json_is_array(value) ? json_array_get(value, (size_t)atoi(part)) : json_object_get(value, part);
+        path += n + (path[n] == '.');
+    }
+    return value;
+}
+
+const char *rig_text_at(const json_t *value, const char *path)
+{
+    const char *text = json_string_value(rig_at(value, path));
+    return text != NULL ? text : "(none)";
+}
+
+int64_t rig_int_at(const json_t *value, const char *path)
+{
+    const json_t *found = rig_at(value, path);
+    return json_is_integer(found) ? json_integer_value(found) : -1;
+}
+
+static bool opened(void *arg)
+{
+    return R.n_opens >= *(uint32_t *)arg;
+}
+
+void rig_wait_opens(uint32_t n)
+{
+    rig_until(opened, &n);
+}
+
+static bool cancelled(void *arg)
+{
+    return R.n_cancels >= *(uint32_t *)arg;
+}
+
+void rig_wait_cancels(uint32_t n)
+{
+    rig_until(cancelled, &n);
+}

@@ -112,3 +112,19 @@ void rig_body(const rig_client *client, cm_bytes *out);                         
 
 /* A whole request: *status_out and the body as JSON (NULL when it is none). */
 json_t *rig_ask(const char *method, const char *path, const char *body, int *status_out);
+
+/* ---- what most tests begin with ---- */
+
+#define USER(text)  "\"messages\":[{\"role\":\"user\",\"content\":\"" text "\"}]"
+#define CHAT        "/v1/chat/completions"
+#define NO_THINKING "\"thinking\":{\"type\":\"disabled\"}"
+
+int rig_setup(void **state); /* of a cmocka test */
+int rig_teardown(void **state);
+void rig_ready(void); /* a gateway that serves */
+/* A value deep in an object: keys and indexes separated by dots. NULL when there is none. */
+const json_t *rig_at(const json_t *value, const char *path);
+const char *rig_text_at(const json_t *value, const char *path); /* "(none)" */
+int64_t rig_int_at(const json_t *value, const char *path);      /* -1 */
+void rig_wait_opens(uint32_t n); /* so many sequences were opened at the router, or more */
+void rig_wait_cancels(uint32_t n);

@@ -13,76 +13,6 @@
 #include "common/base/stats.h"
 #include "tests/unit/gateway_rig.h"
 
-#define USER(text)  "\"messages\":[{\"role\":\"user\",\"content\":\"" text "\"}]"
-#define CHAT        "/v1/chat/completions"
-#define NO_THINKING "\"thinking\":{\"type\":\"disabled\"}"
-
-static int setup(void **state)
-{
-    (void)state;
-    rig_begin();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    rig_end();
-    return 0;
-}
-
-static void begin(void)
-{
-    rig_gateway();
-    rig_serve();
-}
-
-/* A value deep in an object: keys and indexes separated by dots. */
-static const json_t *at(const json_t *value, const char *path)
-{
-    char part[64];
-    while (*path != 0 && value != NULL) {
-        size_t n = strcspn(path, ".");
-        snprintf(part, sizeof(part), "%.*s", (int)n, path);
-        value =
-            json_is_array(value) ? json_array_get(value, (size_t)atoi(part)) : json_object_get(value, part);
-        path += n + (path[n] == '.');
-    }
-    return value;
-}
-
-static const char *text_at(const json_t *value, const char *path)
-{
-    const char *text = json_string_value(at(value, path));
-    return text != NULL ? text : "(none)";
-}
-
-static int64_t int_at(const json_t *value, const char *path)
-{
-    const json_t *found = at(value, path);
-    return json_is_integer(found) ? json_integer_value(found) : -1;
-}
-
-static bool opened(void *arg)
-{
-    return R.n_opens >= *(uint32_t *)arg;
-}
-
-static void wait_opens(uint32_t n)
-{
-    rig_until(opened, &n);
-}
-
-static bool cancelled(void *arg)
-{
-    return R.n_cancels >= *(uint32_t *)arg;
-}
-
-static void wait_cancels(uint32_t n)
-{
-    rig_until(cancelled, &n);
-}
-
 static bool no_streams(void *arg)
 {
     (void)arg;
@@ -95,23 +25,23 @@ static void chat_whole(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     rig_reply("let me see|Paris.");
     json_t *reply = rig_ask("POST", CHAT, "{\"model\":\"nano\"," USER("Capital of France?") "}", &status);
     assert_int_equal(status, 200);
-    assert_string_equal(text_at(reply, "object"), "chat.completion");
-    assert_string_equal(text_at(reply, "model"), "nano");
-    assert_string_equal(text_at(reply, "choices.0.message.reasoning_content"), "let me see");
-    assert_string_equal(text_at(reply, "choices.0.message.content"), "Paris.");
-    assert_string_equal(text_at(reply, "choices.0.finish_reason"), "stop");
-    assert_int_equal(int_at(reply, "usage.prompt_tokens"), R.prompt.n);
-    assert_int_equal(int_at(reply, "usage.completion_tokens"), R.n_reply);
+    assert_string_equal(rig_text_at(reply, "object"), "chat.completion");
+    assert_string_equal(rig_text_at(reply, "model"), "nano");
+    assert_string_equal(rig_text_at(reply, "choices.0.message.reasoning_content"), "let me see");
+    assert_string_equal(rig_text_at(reply, "choices.0.message.content"), "Paris.");
+    assert_string_equal(rig_text_at(reply, "choices.0.finish_reason"), "stop");
+    assert_int_equal(rig_int_at(reply, "usage.prompt_tokens"), R.prompt.n);
+    assert_int_equal(rig_int_at(reply, "usage.completion_tokens"), R.n_reply);
     uint32_t n_reasoning = 0;
     while (R.reply[n_reasoning] != md_tokenizer_control(rig_tokenizer(), MD_CTL_THINK_END)) {
         n_reasoning++;
     }
-    assert_int_equal(int_at(reply, "usage.completion_tokens_details.reasoning_tokens"), n_reasoning);
-    assert_int_equal(strncmp(text_at(reply, "system_fingerprint"), "fp_", 3), 0);
+    assert_int_equal(rig_int_at(reply, "usage.completion_tokens_details.reasoning_tokens"), n_reasoning);
+    assert_int_equal(strncmp(rig_text_at(reply, "system_fingerprint"), "fp_", 3), 0);
     assert_int_equal(R.prompt.id[0], md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS));
     json_decref(reply);
 }
@@ -126,18 +56,18 @@ typedef struct joined {
 
 static void join_chunk(joined *j, const json_t *chunk)
 {
-    const json_t *delta = at(chunk, "choices.0.delta");
+    const json_t *delta = rig_at(chunk, "choices.0.delta");
     const char *content = json_string_value(json_object_get(delta, "content"));
     const char *reasoning = json_string_value(json_object_get(delta, "reasoning_content"));
     cm_bytes_append_text(&j->content, content != NULL ? content : "");
     cm_bytes_append_text(&j->reasoning, reasoning != NULL ? reasoning : "");
-    const char *finish = json_string_value(at(chunk, "choices.0.finish_reason"));
+    const char *finish = json_string_value(rig_at(chunk, "choices.0.finish_reason"));
     if (finish != NULL) {
         assert_string_equal(j->finish, ""); /* exactly one */
         snprintf(j->finish, sizeof(j->finish), "%s", finish);
     }
     if (j->n_chunks++ == 0) {
-        cm_bytes_append_text(&j->first, text_at(chunk, "choices.0.delta.role"));
+        cm_bytes_append_text(&j->first, rig_text_at(chunk, "choices.0.delta.role"));
     }
     j->n_usage += json_is_object(json_object_get(chunk, "usage"));
     j->n_errors += json_is_object(json_object_get(chunk, "error"));
@@ -177,7 +107,7 @@ static void chat_stream(void **state)
 {
     (void)state;
     joined j;
-    begin();
+    rig_ready();
     rig_reply("hm|Caf\xc3\xa9 \xf0\x9f\x91\x8d ok");
     rig_client *client = rig_open(
         "POST", "/chat/completions/?beta=true", "Connection: close\r\nX-Request-Id: mine-1\r\n",
@@ -204,14 +134,14 @@ static void completions(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     rig_reply("one two three");
     json_t *reply =
         rig_ask("POST", "/v1/completions", "{\"prompt\":\"a\",\"max_tokens\":2,\"seed\":-1}", &status);
     assert_int_equal(status, 200);
-    assert_string_equal(text_at(reply, "object"), "text_completion");
-    assert_string_equal(text_at(reply, "choices.0.finish_reason"), "length");
-    assert_int_equal(int_at(reply, "usage.completion_tokens"), 2);
+    assert_string_equal(rig_text_at(reply, "object"), "text_completion");
+    assert_string_equal(rig_text_at(reply, "choices.0.finish_reason"), "length");
+    assert_int_equal(rig_int_at(reply, "usage.completion_tokens"), 2);
     assert_int_equal(R.sampler.tokens_max, 2);
     assert_true(R.sampler.seed == UINT64_MAX);
     assert_int_equal(R.n_stop_id, 1);
@@ -222,8 +152,8 @@ static void completions(void **state)
         rig_ask("POST", "/completions",
                 "{\"prompt\":[5,6],\"ignore_eos\":true,\"stop_token_ids\":[9],\"stop\":\"two\"}", &status);
     assert_int_equal(status, 200);
-    assert_string_equal(text_at(reply, "choices.0.text"), "one ");
-    assert_string_equal(text_at(reply, "choices.0.finish_reason"), "stop");
+    assert_string_equal(rig_text_at(reply, "choices.0.text"), "one ");
+    assert_string_equal(rig_text_at(reply, "choices.0.finish_reason"), "stop");
     assert_int_equal(R.prompt.n, 2);
     assert_int_equal(R.prompt.id[1], 6);
     assert_int_equal(R.n_stop_id, 1);
@@ -235,16 +165,16 @@ static void completions(void **state)
 static void stop_string(void **state)
 {
     (void)state;
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     rig_reply("go on STOP and on");
     rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n",
                                   "{\"stream\":true,\"stop\":[\"STOP\"]," NO_THINKING "," USER("x") "}");
-    wait_opens(1);
+    rig_wait_opens(1);
     for (uint32_t i = 0; i < R.n_reply; i++) {
         rig_tokens(i, &R.reply[i], 1, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
     }
-    wait_cancels(1);
+    rig_wait_cancels(1);
     assert_int_equal(R.cancelled, R.stream);
     rig_wait_closed(client);
     joined j;
@@ -288,15 +218,15 @@ static void refused(void **state)
         {"/v1/health", "{}", 404, "not_found", "(none)"},
         {"/v1/models", "{}", 405, "method_not_allowed", "(none)"},
     };
-    begin();
+    rig_ready();
     for (size_t i = 0; i < sizeof(asks) / sizeof(asks[0]); i++) {
         int status;
         json_t *reply = rig_ask("POST", asks[i].path, asks[i].body, &status);
-        if (status != asks[i].status || strcmp(text_at(reply, "error.code"), asks[i].code) != 0 ||
-            strcmp(text_at(reply, "error.param"), asks[i].param) != 0) {
+        if (status != asks[i].status || strcmp(rig_text_at(reply, "error.code"), asks[i].code) != 0 ||
+            strcmp(rig_text_at(reply, "error.param"), asks[i].param) != 0) {
             fail_msg("%s %s: %d code %s param %s: %s", asks[i].path, asks[i].body, status,
-                     text_at(reply, "error.code"), text_at(reply, "error.param"),
-                     text_at(reply, "error.message"));
+                     rig_text_at(reply, "error.code"), rig_text_at(reply, "error.param"),
+                     rig_text_at(reply, "error.message"));
         }
         json_decref(reply);
     }
@@ -308,13 +238,13 @@ static void too_large(void **state)
     (void)state;
     int status;
     rig_set("request_bytes_max", "2000");
-    begin();
+    rig_ready();
     char *body = cm_alloc(2002);
     memset(body, ' ', 2001);
     json_t *reply = rig_ask("POST", CHAT, body, &status);
     cm_free(body);
     assert_int_equal(status, 413);
-    assert_string_equal(text_at(reply, "error.code"), "request_too_large");
+    assert_string_equal(rig_text_at(reply, "error.code"), "request_too_large");
     json_decref(reply);
 }
 
@@ -326,7 +256,7 @@ static void context_limit(void **state)
         uint32_t n_prompt;
         int status;
     } asks[] = {{CONTEXT + 1, 400}, {CONTEXT, 400}, {CONTEXT - 1, 200}};
-    begin();
+    rig_ready();
     rig_reply("a b c d");
     for (size_t i = 0; i < sizeof(asks) / sizeof(asks[0]); i++) {
         cm_bytes body;
@@ -340,11 +270,11 @@ static void context_limit(void **state)
         json_t *reply = rig_ask("POST", "/v1/completions", cm_bytes_text(&body), &status);
         assert_int_equal(status, asks[i].status);
         if (status == 400) {
-            assert_string_equal(text_at(reply, "error.code"), "context_length_exceeded");
+            assert_string_equal(rig_text_at(reply, "error.code"), "context_length_exceeded");
             assert_int_equal(R.n_opens, 0);
         } else {
-            assert_string_equal(text_at(reply, "choices.0.finish_reason"), "length");
-            assert_int_equal(int_at(reply, "usage.completion_tokens"), 1);
+            assert_string_equal(rig_text_at(reply, "choices.0.finish_reason"), "length");
+            assert_int_equal(rig_int_at(reply, "usage.completion_tokens"), 1);
         }
         json_decref(reply);
         cm_bytes_fini(&body);
@@ -356,7 +286,7 @@ static void control_spellings(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     rig_reply("ok");
     json_t *reply = rig_ask("POST", CHAT, "{" NO_THINKING "," USER("hi") "}", &status);
     json_decref(reply);
@@ -390,7 +320,7 @@ static void router_refuses(void **state)
         {CM_E_UNAVAILABLE, 503, "unavailable"},      {CM_E_NO_OWNER, 503, "unavailable"},
         {CM_E_DEVICE, 500, "internal_error"},
     };
-    begin();
+    rig_ready();
     R.mode = RIG_REFUSE;
     for (size_t i = 0; i < sizeof(causes) / sizeof(causes[0]); i++) {
         R.refuse_status = causes[i].cause;
@@ -410,13 +340,13 @@ static void too_many_streams(void **state)
     (void)state;
     int status;
     rig_set("streams_max", "1");
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     rig_client *client = rig_open("POST", CHAT, "", "{\"stream\":true," USER("x") "}");
-    wait_opens(1);
+    rig_wait_opens(1);
     json_t *reply = rig_ask("POST", CHAT, "{" USER("x") "}", &status);
     assert_int_equal(status, 429);
-    assert_string_equal(text_at(reply, "error.code"), "rate_limit_exceeded");
+    assert_string_equal(rig_text_at(reply, "error.code"), "rate_limit_exceeded");
     json_decref(reply);
     rig_close(client);
     rig_until(no_streams, NULL);
@@ -428,19 +358,19 @@ static void disconnects(void **state)
 {
     (void)state;
     static const rig_mode modes[] = {RIG_MUTE, RIG_HOLD}; /* still queued; in the middle of the answer */
-    begin();
+    rig_ready();
     int64_t aborted = cm_stat_get(CM_STAT_requests_aborted);
     rig_reply("abc");
     for (uint32_t i = 0; i < 2; i++) {
         R.mode = modes[i];
         rig_client *client = rig_open("POST", CHAT, "", "{\"stream\":true," USER("x") "}");
-        wait_opens(i + 1);
+        rig_wait_opens(i + 1);
         if (modes[i] == RIG_HOLD) {
             rig_tokens(0, R.reply, 1, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
             rig_wait_text(client, "reasoning_content\":\"a");
         }
         rig_close(client);
-        wait_cancels(i + 1);
+        rig_wait_cancels(i + 1);
         assert_int_equal(R.cancelled, R.stream);
     }
     rig_until(no_streams, NULL);
@@ -456,13 +386,13 @@ static void slow_reader(void **state)
     name[2000] = 0;
     rig_set("model_name", name);
     rig_set("slow_reader_bytes", "65536");
-    begin();
+    rig_ready();
     rig_reply("x");
     R.mode = RIG_FLOOD;
     rig_client *client =
         rig_open("POST", "/v1/completions", "", "{\"stream\":true,\"prompt\":\"a\",\"max_tokens\":16000}");
     bufferevent_disable(client->bev, EV_READ);
-    wait_cancels(1);
+    rig_wait_cancels(1);
     assert_int_equal(R.cancelled, R.stream);
     assert_true(R.sent < 16000);
     assert_int_equal(cm_stat_get(CM_STAT_ledger_streams), 0);
@@ -476,7 +406,7 @@ static void keep_alive(void **state)
 {
     (void)state;
     rig_set("keep_alive_ms", "10");
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     rig_reply("ok");
     rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n", "{\"stream\":true," USER("x") "}");
@@ -498,7 +428,7 @@ static void keep_alive(void **state)
     rig_body(client, &body);
     assert_int_equal(body.data[0], '\n');
     json_t *reply = json_loads(cm_bytes_text(&body), 0, NULL);
-    assert_string_equal(text_at(reply, "choices.0.message.content"), "ok");
+    assert_string_equal(rig_text_at(reply, "choices.0.message.content"), "ok");
     json_decref(reply);
     cm_bytes_fini(&body);
     rig_close(client);
@@ -516,7 +446,7 @@ static void router_lost(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n", "{\"stream\":true," USER("x") "}");
     rig_wait_text(client, "assistant");
@@ -542,15 +472,15 @@ static void router_lost(void **state)
 static void router_lies(void **state)
 {
     (void)state;
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     rig_reply("ab");
     rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n", "{" USER("x") "}");
-    wait_opens(1);
+    rig_wait_opens(1);
     rig_tokens(1, R.reply, 1, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON); /* where is token 0? */
     rig_wait_closed(client);
     assert_int_equal(rig_status(client), 500);
-    wait_cancels(1);
+    rig_wait_cancels(1);
     rig_close(client);
 }
 
@@ -558,11 +488,11 @@ static void router_lies(void **state)
 static void pipelined(void **state)
 {
     (void)state;
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     rig_reply("ok");
     rig_client *client = rig_open("POST", CHAT, "", "{" NO_THINKING "," USER("x") "}");
-    wait_opens(1);
+    rig_wait_opens(1);
     static const char more[] = "GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
     bufferevent_write(client->bev, more, sizeof(more) - 1);
     int status;
@@ -579,7 +509,7 @@ static void connections_bound(void **state)
 {
     (void)state;
     rig_set("connections_max", "2");
-    begin();
+    rig_ready();
     rig_client *idle[2];
     for (int i = 0; i < 2; i++) {
         idle[i] = rig_open("GET", "/health", "", NULL);
@@ -612,11 +542,11 @@ static void operators(void **state)
     rig_gateway();
     json_t *reply = rig_ask("GET", "/ready", NULL, &status);
     assert_int_equal(status, 503);
-    assert_string_equal(text_at(reply, "reason"), "no epoch heard of");
+    assert_string_equal(rig_text_at(reply, "reason"), "no epoch heard of");
     json_decref(reply);
     reply = rig_ask("POST", CHAT, "{" USER("x") "}", &status);
     assert_int_equal(status, 503);
-    assert_string_equal(text_at(reply, "error.type"), "service_unavailable_error");
+    assert_string_equal(rig_text_at(reply, "error.type"), "service_unavailable_error");
     json_decref(reply);
     json_decref(rig_ask("GET", "/health", NULL, &status));
     assert_int_equal(status, 200);
@@ -624,13 +554,13 @@ static void operators(void **state)
     R.probe_fails = true;
     R.refuse_status = CM_E_UNAVAILABLE;
     rig_commit(1, true, true);
-    rig_until((bool (*)(void *))opened, &(uint32_t){0});
+    rig_wait_opens(0);
     while (R.n_probes == 0) {
         json_decref(rig_ask("GET", "/ping", NULL, &status));
     }
     reply = rig_ask("GET", "/ready", NULL, &status);
     assert_int_equal(status, 503);
-    assert_string_equal(text_at(reply, "reason"), "no token has come out yet");
+    assert_string_equal(rig_text_at(reply, "reason"), "no token has come out yet");
     json_decref(reply);
     R.probe_fails = false;
     rig_commit(2, true, true); /* asks again */
@@ -638,12 +568,12 @@ static void operators(void **state)
         json_decref(rig_ask("GET", "/ready", NULL, &status));
     }
     reply = rig_ask("GET", "/v1/models/", NULL, &status);
-    assert_string_equal(text_at(reply, "data.0.id"), "nano");
-    assert_string_equal(text_at(reply, "data.2.id"), "third");
-    assert_int_equal(int_at(reply, "data.0.max_model_len"), 16384);
+    assert_string_equal(rig_text_at(reply, "data.0.id"), "nano");
+    assert_string_equal(rig_text_at(reply, "data.2.id"), "third");
+    assert_int_equal(rig_int_at(reply, "data.0.max_model_len"), 16384);
     json_decref(reply);
     reply = rig_ask("GET", "/models/n%61no", NULL, &status);
-    assert_string_equal(text_at(reply, "id"), "nano");
+    assert_string_equal(rig_text_at(reply, "id"), "nano");
     json_decref(reply);
     json_decref(rig_ask("GET", "/v1/models/gpt", NULL, &status));
     assert_int_equal(status, 404);
@@ -654,7 +584,7 @@ static void operators(void **state)
 static void headers(void **state)
 {
     (void)state;
-    begin();
+    rig_ready();
     rig_client *client =
         rig_open("OPTIONS", CHAT, "Connection: close\r\nAccess-Control-Request-Headers: x-a, x-b\r\n", NULL);
     rig_wait_closed(client);
@@ -678,25 +608,25 @@ static void tokenizer_round_trip(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     json_t *ids =
         rig_ask("POST", "/tokenize",
                 "{\"prompt\":\"Hello, \\u4f60 \\ud83d\\udc4d\",\"return_token_strs\":true}", &status);
     assert_int_equal(status, 200);
-    assert_int_equal(int_at(ids, "count"), json_array_size(at(ids, "tokens")));
-    assert_int_equal(int_at(ids, "tokens.0"), md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS));
-    assert_int_equal(json_array_size(at(ids, "token_strs")), int_at(ids, "count"));
-    assert_int_equal(int_at(ids, "max_model_len"), 16384);
+    assert_int_equal(rig_int_at(ids, "count"), json_array_size(rig_at(ids, "tokens")));
+    assert_int_equal(rig_int_at(ids, "tokens.0"), md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS));
+    assert_int_equal(json_array_size(rig_at(ids, "token_strs")), rig_int_at(ids, "count"));
+    assert_int_equal(rig_int_at(ids, "max_model_len"), 16384);
     json_t *bare =
         rig_ask("POST", "/tokenize",
                 "{\"prompt\":\"Hello, \\u4f60 \\ud83d\\udc4d\",\"add_special_tokens\":false}", &status);
-    assert_int_equal(int_at(bare, "count"), int_at(ids, "count") - 1);
-    json_t *ask = json_pack("{s:O}", "tokens", at(bare, "tokens"));
+    assert_int_equal(rig_int_at(bare, "count"), rig_int_at(ids, "count") - 1);
+    json_t *ask = json_pack("{s:O}", "tokens", rig_at(bare, "tokens"));
     char text[1024];
     size_t n = json_dumpb(ask, text, sizeof(text) - 1, 0);
     text[n] = 0;
     json_t *back = rig_ask("POST", "/detokenize", text, &status);
-    assert_string_equal(text_at(back, "prompt"), "Hello, \xe4\xbd\xa0 \xf0\x9f\x91\x8d");
+    assert_string_equal(rig_text_at(back, "prompt"), "Hello, \xe4\xbd\xa0 \xf0\x9f\x91\x8d");
     json_decref(back);
     json_decref(ask);
     json_decref(bare);
@@ -706,9 +636,9 @@ static void tokenizer_round_trip(void **state)
     rig_reply("ok");
     json_decref(rig_ask("POST", CHAT, "{" USER("hello") "}", &status));
     ids = rig_ask("POST", "/tokenize", "{" USER("hello") "}", &status);
-    assert_int_equal(int_at(ids, "count"), R.prompt.n);
+    assert_int_equal(rig_int_at(ids, "count"), R.prompt.n);
     for (size_t i = 0; i < R.prompt.n; i++) {
-        assert_int_equal(json_integer_value(json_array_get(at(ids, "tokens"), i)), R.prompt.id[i]);
+        assert_int_equal(json_integer_value(json_array_get(rig_at(ids, "tokens"), i)), R.prompt.id[i]);
     }
     json_decref(ids);
 }
@@ -725,7 +655,7 @@ static void metrics(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     rig_reply("ok");
     int64_t finished = cm_stat_get(CM_STAT_requests_finished),
             first = cm_stat_get(CM_STAT_first_token_seconds);
@@ -762,19 +692,19 @@ static void drain(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     rig_reply("the end");
     rig_client *client =
         rig_open("POST", CHAT, "Connection: close\r\n", "{\"stream\":true," NO_THINKING "," USER("x") "}");
-    wait_opens(1);
+    rig_wait_opens(1);
     gw_gateway_drain(R.gateway, drain_done, NULL);
     json_t *reply = rig_ask("POST", CHAT, "{" USER("x") "}", &status);
     assert_int_equal(status, 503);
     json_decref(reply);
     reply = rig_ask("GET", "/ready", NULL, &status);
     assert_int_equal(status, 503);
-    assert_string_equal(text_at(reply, "reason"), "draining");
+    assert_string_equal(rig_text_at(reply, "reason"), "draining");
     json_decref(reply);
     assert_false(R.drained);
     rig_tokens(0, R.reply, R.n_reply, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
@@ -793,10 +723,10 @@ static void drain_runs_out(void **state)
 {
     (void)state;
     rig_set("drain_ms", "20");
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     rig_client *client = rig_open("POST", CHAT, "", "{\"stream\":true," USER("x") "}");
-    wait_opens(1);
+    rig_wait_opens(1);
     gw_gateway_drain(R.gateway, drain_done, NULL);
     rig_until(is_drained, NULL);
     assert_int_equal(cm_stat_get(CM_STAT_ledger_streams), 0);
@@ -807,7 +737,7 @@ static void drain_runs_out(void **state)
 int main(void)
 {
     signal(SIGPIPE, SIG_IGN); /* as every process of ours does: clients go away */
-#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+#define TEST(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
     const struct CMUnitTest tests[] = {
         TEST(chat_whole),        TEST(chat_stream),
         TEST(completions),       TEST(stop_string),

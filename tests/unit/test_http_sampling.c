@@ -12,76 +12,6 @@
 #include "common/base/stats.h"
 #include "tests/unit/gateway_rig.h"
 
-#define USER(text)  "\"messages\":[{\"role\":\"user\",\"content\":\"" text "\"}]"
-#define CHAT        "/v1/chat/completions"
-#define NO_THINKING "\"thinking\":{\"type\":\"disabled\"}"
-
-static int setup(void **state)
-{
-    (void)state;
-    rig_begin();
-    return 0;
-}
-
-static int teardown(void **state)
-{
-    (void)state;
-    rig_end();
-    return 0;
-}
-
-static void begin(void)
-{
-    rig_gateway();
-    rig_serve();
-}
-
-/* A value deep in an object: keys and indexes separated by dots. */
-static const json_t *at(const json_t *value, const char *path)
-{
-    char part[64];
-    while (*path != 0 && value != NULL) {
-        size_t n = strcspn(path, ".");
-        snprintf(part, sizeof(part), "%.*s", (int)n, path);
-        value =
-            json_is_array(value) ? json_array_get(value, (size_t)atoi(part)) : json_object_get(value, part);
-        path += n + (path[n] == '.');
-    }
-    return value;
-}
-
-static const char *text_at(const json_t *value, const char *path)
-{
-    const char *text = json_string_value(at(value, path));
-    return text != NULL ? text : "(none)";
-}
-
-static int64_t int_at(const json_t *value, const char *path)
-{
-    const json_t *found = at(value, path);
-    return json_is_integer(found) ? json_integer_value(found) : -1;
-}
-
-static bool opened(void *arg)
-{
-    return R.n_opens >= *(uint32_t *)arg;
-}
-
-static void wait_opens(uint32_t n)
-{
-    rig_until(opened, &n);
-}
-
-static bool cancelled(void *arg)
-{
-    return R.n_cancels >= *(uint32_t *)arg;
-}
-
-static void wait_cancels(uint32_t n)
-{
-    rig_until(cancelled, &n);
-}
-
 static bool no_streams(void *arg)
 {
     (void)arg;
@@ -93,7 +23,7 @@ static void filters(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     rig_reply("a");
     json_t *reply = rig_ask(
         "POST", CHAT,
@@ -102,7 +32,7 @@ static void filters(void **state)
                       "\"frequency_penalty\":-0.5,\"presence_penalty\":0.75,\"logit_bias\":{\"12\":-100}}",
         &status);
     assert_int_equal(status, 200);
-    assert_true(json_is_null(at(reply, "choices.0.logprobs")));
+    assert_true(json_is_null(rig_at(reply, "choices.0.logprobs")));
     json_decref(reply);
     const Baleen__Engine__V1__SamplerParams *s = &R.sampler;
     assert_true(s->has_top_k && s->top_k == 5 && s->has_min_p && s->min_p > 0.24f && s->min_p < 0.26f);
@@ -121,31 +51,31 @@ static void log_probabilities(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     rig_reply("hm|ok so");
     json_t *reply = rig_ask("POST", CHAT, "{" USER("x") ",\"logprobs\":true,\"top_logprobs\":3}", &status);
     assert_int_equal(status, 200);
     assert_true(R.sampler.has_top_logprobs && R.sampler.top_logprobs == 3);
-    const json_t *content = at(reply, "choices.0.logprobs.content");
-    const json_t *reasoning = at(reply, "choices.0.logprobs.reasoning_content");
+    const json_t *content = rig_at(reply, "choices.0.logprobs.content");
+    const json_t *reasoning = rig_at(reply, "choices.0.logprobs.reasoning_content");
     assert_int_equal(json_array_size(content) + json_array_size(reasoning),
                      R.n_reply - 1); /* </think> is in neither */
     cm_bytes text;
     cm_bytes_init(&text, 0);
     for (size_t i = 0; i < json_array_size(content); i++) {
-        cm_bytes_append_text(&text, text_at(json_array_get(content, i), "token"));
+        cm_bytes_append_text(&text, rig_text_at(json_array_get(content, i), "token"));
     }
     assert_string_equal(cm_bytes_text(&text), "ok so");
     cm_bytes_fini(&text);
-    assert_true(json_number_value(at(content, "0.logprob")) < -0.4);
-    assert_int_equal(json_array_size(at(content, "0.top_logprobs")), 3);
-    assert_true(json_number_value(at(content, "0.top_logprobs.1.logprob")) < -1.9);
-    assert_true(json_number_value(at(content, "0.top_logprobs.2.logprob")) <
+    assert_true(json_number_value(rig_at(content, "0.logprob")) < -0.4);
+    assert_int_equal(json_array_size(rig_at(content, "0.top_logprobs")), 3);
+    assert_true(json_number_value(rig_at(content, "0.top_logprobs.1.logprob")) < -1.9);
+    assert_true(json_number_value(rig_at(content, "0.top_logprobs.2.logprob")) <
                 -9998); /* JSON has no infinity */
     json_decref(reply);
     reply = rig_ask("POST", "/v1/completions", "{\"prompt\":\"a\",\"logprobs\":0,\"max_tokens\":2}", &status);
-    assert_int_equal(json_array_size(at(reply, "choices.0.logprobs.tokens")), 2);
-    assert_int_equal(json_object_size(at(reply, "choices.0.logprobs.top_logprobs.0")),
+    assert_int_equal(json_array_size(rig_at(reply, "choices.0.logprobs.tokens")), 2);
+    assert_int_equal(json_object_size(rig_at(reply, "choices.0.logprobs.top_logprobs.0")),
                      1); /* the chosen one alone */
     json_decref(reply);
 }
@@ -156,7 +86,7 @@ static void choices_whole(void **state)
 {
     (void)state;
     int status;
-    begin();
+    rig_ready();
     rig_reply("same");
     json_t *reply = rig_ask("POST", CHAT, "{\"n\":3,\"seed\":5," NO_THINKING "," USER("x") "}", &status);
     assert_int_equal(status, 200);
@@ -165,16 +95,16 @@ static void choices_whole(void **state)
     for (uint32_t i = 0; i < 3; i++) {
         char path[64];
         snprintf(path, sizeof(path), "choices.%u.index", i);
-        assert_int_equal(int_at(reply, path), i);
+        assert_int_equal(rig_int_at(reply, path), i);
         snprintf(path, sizeof(path), "choices.%u.message.content", i);
-        assert_string_equal(text_at(reply, path), "same");
+        assert_string_equal(rig_text_at(reply, path), "same");
         n_own += R.opened[i].seed == 5; /* the client's is for the first */
         assert_true(R.opened[i].seed != R.opened[(i + 1) % 3].seed);
     }
     assert_int_equal(n_own, 1);
-    assert_int_equal(json_array_size(at(reply, "choices")), 3);
-    assert_int_equal(int_at(reply, "usage.completion_tokens"), 3 * R.n_reply);
-    assert_int_equal(int_at(reply, "usage.prompt_tokens"), R.prompt.n);
+    assert_int_equal(json_array_size(rig_at(reply, "choices")), 3);
+    assert_int_equal(rig_int_at(reply, "usage.completion_tokens"), 3 * R.n_reply);
+    assert_int_equal(rig_int_at(reply, "usage.prompt_tokens"), R.prompt.n);
     json_decref(reply);
 }
 
@@ -189,12 +119,12 @@ static void say_of(uint32_t choice, uint64_t seed, uint32_t offset, uint32_t n,
 static void choices_stream(void **state)
 {
     (void)state;
-    begin();
+    rig_ready();
     R.mode = RIG_MUTE;
     rig_reply("one two three");
     rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n",
                                   "{\"stream\":true,\"n\":2,\"seed\":9," NO_THINKING "," USER("x") "}");
-    wait_opens(2);
+    rig_wait_opens(2);
     say_of(1, 9, 0, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
     say_of(1, 9, 0, 1, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
     say_of(0, 9, 0, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
@@ -215,14 +145,14 @@ static void choices_stream(void **state)
     cm_bytes_init(&text[1], 0);
     for (char *line = strtok((char *)body.data, "\n"); line != NULL; line = strtok(NULL, "\n")) {
         json_t *chunk = json_loads(line + 6, 0, NULL);
-        int64_t index = int_at(chunk, "choices.0.index");
-        const char *content = json_string_value(at(chunk, "choices.0.delta.content"));
+        int64_t index = rig_int_at(chunk, "choices.0.index");
+        const char *content = json_string_value(rig_at(chunk, "choices.0.delta.content"));
         done = strcmp(line, "data: [DONE]") == 0;
         if (content != NULL) {
             cm_bytes_append_text(&text[index], content);
         }
-        n_finish += json_is_string(at(chunk, "choices.0.finish_reason"));
-        n_usage += json_is_object(at(chunk, "usage"));
+        n_finish += json_is_string(rig_at(chunk, "choices.0.finish_reason"));
+        n_usage += json_is_object(rig_at(chunk, "usage"));
         json_decref(chunk);
     }
     assert_true(done && n_finish == 2 && n_usage == 1);
@@ -238,28 +168,28 @@ static void choices_stream(void **state)
 static void choice_refused(void **state)
 {
     (void)state;
-    begin();
+    rig_ready();
     R.mode = RIG_MUTE;
     R.refuse_status = CM_E_CAPACITY;
     rig_reply("one");
     rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n",
                                   "{\"stream\":true,\"n\":2,\"seed\":9," NO_THINKING "," USER("x") "}");
-    wait_opens(2);
+    rig_wait_opens(2);
     say_of(0, 9, 0, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
     say_of(0, 9, 0, 1, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
     uint64_t other = R.stream;
     say_of(1, 9, 0, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED);
     rig_wait_closed(client);
     assert_int_equal(rig_status(client), 429);
-    wait_cancels(1);
+    rig_wait_cancels(1);
     assert_int_equal(R.cancelled, other);
     rig_until(no_streams, NULL);
     rig_close(client);
 
     client = rig_open("POST", CHAT, "", "{\"stream\":true,\"n\":2," USER("x") "}");
-    wait_opens(4);
+    rig_wait_opens(4);
     rig_close(client); /* gone before any word: both end */
-    wait_cancels(3);
+    rig_wait_cancels(3);
     rig_until(no_streams, NULL);
 }
 
@@ -267,7 +197,7 @@ static void choice_refused(void **state)
 static void choice_fails(void **state)
 {
     (void)state;
-    begin();
+    rig_ready();
     R.mode = RIG_HOLD;
     R.refuse_status = CM_E_IO;
     rig_reply("one two");
@@ -284,14 +214,14 @@ static void choice_fails(void **state)
     assert_null(strstr(cm_bytes_text(&body), "one"));
     assert_null(strstr(cm_bytes_text(&body), "[DONE]"));
     cm_bytes_fini(&body);
-    wait_cancels(1);
+    rig_wait_cancels(1);
     rig_until(no_streams, NULL);
     rig_close(client);
 }
 
 int main(void)
 {
-#define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
+#define TEST(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
     const struct CMUnitTest tests[] = {
         TEST(filters),        TEST(log_probabilities), TEST(choices_whole),
         TEST(choices_stream), TEST(choice_refused),    TEST(choice_fails),
