@@ -84,6 +84,32 @@ def test_a_worker_joins(start_cluster, bin_dir):
     assert answer(cluster) == whole
 
 
+def test_a_worker_that_cannot_load_changes_nothing(start_cluster, bin_dir):
+    """Its prepare fails: the epoch is aborted, the old one serves on."""
+    cluster = start_cluster("--workers", "2")
+    whole = answer(cluster)
+    epoch = cluster.status()["epoch"]
+    log_path = os.path.join(cluster.run, "late-worker.log")
+    with open(log_path, "w") as log:
+        late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", NANO,
+                                 "--failpoints", "worker_load_fails:10000"], stderr=log)
+        wait_for("the load to fail", lambda: "load failed by a failpoint" in open(log_path).read())
+        assert answer(cluster) == whole
+        late.kill()
+        late.wait()
+    wait_for("the worker to be forgotten", lambda: sum(m["role"] == "worker" for m in cluster.status()["members"]) == 2)
+    assert cluster.status()["epoch"] >= epoch
+    assert answer(cluster) == whole
+
+
+def test_late_answers_change_nothing(start_cluster):
+    """Workers hold back every fifth answer: slower, the same tokens."""
+    cluster = start_cluster("--workers", "2")
+    whole = answer(cluster)
+    late = start_cluster("--workers", "2", env={"BALEEN_FAILPOINTS": "worker_combine_late:2000"})
+    assert answer(late) == whole
+
+
 def test_wrong_checkpoint_is_refused(start_cluster, bin_dir, tmp_path):
     cluster = start_cluster("--workers", "1")
     other = os.path.join(ROOT, "tests", "golden", "data", "model", "tiny-pro", "ckpt")
@@ -119,7 +145,8 @@ def test_second_up_in_the_same_folder(cluster, bin_dir):
 
 def test_queue_full_is_429(start_cluster):
     """Two slots, a queue of two: the fifth is told to come back."""
-    cluster = start_cluster("--workers", "1", env={"BALEEN_SEQUENCES_MAX": "2", "BALEEN_QUEUE_MAX": "2"})
+    cluster = start_cluster("--workers", "1", env={"BALEEN_SEQUENCES_MAX": "2", "BALEEN_QUEUE_MAX": "2",
+                                                   "BALEEN_FAILPOINTS": "router_step_slow:10000"})  # none ends meanwhile
     client = client_of(cluster)
     streams, refused = [], 0
     try:
