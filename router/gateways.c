@@ -12,14 +12,15 @@
 
 enum {
     GATEWAYS_SEND_MS = 10000,          /* a gateway that does not take a frame for so long is dropped */
-    GATEWAYS_WORDS_MAX = 1 << 20,      /* unsent words of one gateway; more and it is dropped */
+    GATEWAYS_FRAME_WORDS = 1024,       /* words of one frame: with all their logprobs they fit a message */
+    GATEWAYS_WORDS_MAX = 1 << 16,      /* unsent words of one gateway; more and it is dropped */
     GATEWAYS_MESSAGE_BYTES = 64 << 20, /* unpacked message: a prompt of the longest context fits */
 };
 
 typedef struct gateway_link {
     uint64_t owner; /* key of its sequences */
     net_peer *peer; /* NULL: free */
-    rt_word *words; /* not sent yet */
+    rt_word *words; /* not sent yet; their texts are ours */
     uint32_t n_word, cap_word;
     rt_logprobs *logprobs; /* of the words that have some, in their order */
     uint32_t n_logprobs, cap_logprobs;
@@ -49,16 +50,29 @@ static gateway_link *gateways_find(rt_gateways *g, uint64_t owner)
     return NULL;
 }
 
-static void gateways_forget_words(gateway_link *link)
+/* The first n words and what belongs to them. */
+static void gateways_forget_words(gateway_link *link, uint32_t n)
 {
-    link->n_word = link->n_logprobs = 0;
+    uint32_t n_logprobs = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        n_logprobs += link->words[i].logprobs != NULL;
+        cm_free((char *)(uintptr_t)link->words[i].text);
+    }
+    link->n_word -= n;
+    link->n_logprobs -= n_logprobs;
+    if (link->n_word > 0) {
+        memmove(link->words, link->words + n, sizeof(*link->words) * link->n_word);
+    }
+    if (link->n_logprobs > 0) {
+        memmove(link->logprobs, link->logprobs + n_logprobs, sizeof(*link->logprobs) * link->n_logprobs);
+    }
 }
 
 static void gateways_drop(rt_gateways *g, gateway_link *link)
 {
     rt_sched_cancel_owner(g->sched, link->owner);
     link->peer = NULL;
-    gateways_forget_words(link);
+    gateways_forget_words(link, link->n_word);
     g->changed(g->ctx);
 }
 
@@ -68,7 +82,11 @@ static void gateways_add_word(gateway_link *link, const rt_word *word)
         link->cap_word = link->cap_word != 0 ? link->cap_word * 2 : 64;
         link->words = cm_realloc(link->words, sizeof(rt_word) * link->cap_word);
     }
-    link->words[link->n_word++] = *word;
+    link->words[link->n_word] = *word;
+    if (word->text != NULL) {
+        link->words[link->n_word].text = cm_strdup(word->text);
+    }
+    link->n_word++;
     if (word->logprobs == NULL) {
         return;
     }
@@ -102,7 +120,7 @@ static void gateways_fill_logprobs(rt_gateways *g, rt_logprobs *logprobs, Baleen
 }
 
 /* Everything but the arrays of the message stands in the arena; the caller packs at once. */
-static void gateways_fill(rt_gateways *g, const gateway_link *link, uint64_t step,
+static void gateways_fill(rt_gateways *g, const gateway_link *link, uint32_t n_word, uint64_t step,
                           Baleen__Engine__V1__StepTokens *message)
 {
     rt_sched_ledger ledger;
@@ -113,10 +131,10 @@ static void gateways_fill(rt_gateways *g, const gateway_link *link, uint64_t ste
     message->running = ledger.n_running;
     message->waiting = ledger.n_waiting;
     message->pages_free = ledger.page_max - ledger.n_page;
-    message->n_seq = link->n_word;
-    message->seq = cm_arena_take(&g->arena, sizeof(void *) * link->n_word);
-    Baleen__Engine__V1__SeqTokens *seqs = cm_arena_take(&g->arena, sizeof(*seqs) * link->n_word);
-    for (uint32_t i = 0, i_logprobs = 0; i < link->n_word; i++) {
+    message->n_seq = n_word;
+    message->seq = cm_arena_take(&g->arena, sizeof(void *) * n_word);
+    Baleen__Engine__V1__SeqTokens *seqs = cm_arena_take(&g->arena, sizeof(*seqs) * n_word);
+    for (uint32_t i = 0, i_logprobs = 0; i < n_word; i++) {
         rt_word *word = &link->words[i];
         Baleen__Engine__V1__SeqTokens *seq = &seqs[i];
         baleen__engine__v1__seq_tokens__init(seq);
@@ -139,12 +157,14 @@ static void gateways_fill(rt_gateways *g, const gateway_link *link, uint64_t ste
     }
 }
 
-static void gateways_send(rt_gateways *g, gateway_link *link, uint64_t step)
+/* One frame of the words that wait. CM_AGAIN, CM_E_RESET: they still wait. */
+static cm_status gateways_send_frame(rt_gateways *g, gateway_link *link, uint64_t step)
 {
     Baleen__Engine__V1__StepTokens message;
+    uint32_t n_word = link->n_word < GATEWAYS_FRAME_WORDS ? link->n_word : GATEWAYS_FRAME_WORDS;
     cm_bytes *packed = cm_alloc(sizeof(*packed));
     cm_arena_reset(&g->arena);
-    gateways_fill(g, link, step, &message);
+    gateways_fill(g, link, n_word, step, &message);
     pr_pack(&message.base, packed);
     net_message out = {.type = PR_MSG_STEP_TOKENS,
                        .iov = {{packed->data, packed->len}},
@@ -153,12 +173,21 @@ static void gateways_send(rt_gateways *g, gateway_link *link, uint64_t step)
                        .cookie = packed};
     cm_status status = net_send(link->peer, &out);
     if (status == CM_OK) {
-        gateways_forget_words(link);
+        gateways_forget_words(link, n_word);
         pc_netpump_kick(g->pump);
-        return;
+    } else {
+        cm_bytes_fini(packed);
+        cm_free(packed);
     }
-    cm_bytes_fini(packed);
-    cm_free(packed);
+    return status;
+}
+
+static void gateways_send(rt_gateways *g, gateway_link *link, uint64_t step)
+{
+    cm_status status = CM_OK;
+    while (status == CM_OK && link->n_word > 0) {
+        status = gateways_send_frame(g, link, step);
+    }
     if (status == CM_AGAIN && link->n_word > GATEWAYS_WORDS_MAX) {
         cm_warn("gateway %s does not take its tokens: %u wait; link dropped", net_peer_address(link->peer),
                 link->n_word);
@@ -256,10 +285,6 @@ static void gateways_on_open(rt_gateways *g, gateway_link *link, const net_event
     }
     word.offset = request.n_emitted;
     gateways_add_word(link, &word);
-    if (word.text != NULL) {
-        gateways_send(g, link, 0); /* the text stands on this stack */
-        gateways_forget_words(link);
-    }
 }
 
 static void gateways_on_cancel(rt_gateways *g, const gateway_link *link, const net_event *event)
@@ -347,6 +372,7 @@ void rt_gateways_destroy(rt_gateways *g)
     pc_netpump_destroy(g->pump);
     net_close(g->n);
     for (uint32_t i = 0; i < g->n_link; i++) {
+        gateways_forget_words(&g->links[i], g->links[i].n_word);
         cm_free(g->links[i].words);
         cm_free(g->links[i].logprobs);
     }

@@ -1,0 +1,230 @@
+/* A router's links to gateways: every open is answered once and in order, a refusal says why and takes no
+ * other word with it, and a gateway that goes away leaves nothing behind. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "common/base/mem.h"
+#include "common/proc/loop.h"
+#include "proto/control.pb-c.h"
+#include "proto/engine.pb-c.h"
+#include "proto/messages.h"
+#include "proto/pack.h"
+#include "router/gateways.h"
+
+enum { OPENS = 3000, CLUSTER = 5 };
+
+typedef struct fixture {
+    pc_loop *loop;
+    rt_sched *sched;
+    rt_gateways *gateways;
+    net *n; /* the gateway's side */
+    pc_netpump *pump;
+    net_peer *peer;
+    bool up, down;
+    uint32_t n_answers, n_refused;
+    cm_arena arena;
+} fixture;
+
+static void nothing(void *arg)
+{
+    (void)arg;
+}
+
+static void flush(void *arg)
+{
+    rt_gateways_flush(((fixture *)arg)->gateways, 1);
+}
+
+static void on_answers(fixture *f, const net_event *event)
+{
+    Baleen__Engine__V1__StepTokens *step;
+    cm_arena_reset(&f->arena);
+    assert_int_equal(pr_unpack(&baleen__engine__v1__step_tokens__descriptor, event->payload,
+                               event->payload_bytes, &f->arena, (ProtobufCMessage **)&step),
+                     CM_OK);
+    for (size_t i = 0; i < step->n_seq; i++) {
+        const Baleen__Engine__V1__SeqTokens *seq = step->seq[i];
+        assert_int_equal(seq->stream, ++f->n_answers); /* in order, none twice, none lost */
+        bool bad = seq->stream % 3 == 0;
+        assert_int_equal(seq->end, bad ? BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED
+                                       : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+        if (bad) {
+            f->n_refused++;
+            assert_int_equal(seq->status, CM_E_INVALID);
+            assert_non_null(strstr(seq->text, "1000")); /* the id that is none of the vocabulary's */
+        }
+    }
+}
+
+static void on_event(void *ctx, const net_event *event)
+{
+    fixture *f = ctx;
+    switch (event->kind) {
+    case NET_EV_UP:
+        f->up = true;
+        break;
+    case NET_EV_DOWN:
+        f->down = true;
+        break;
+    case NET_EV_SENT:
+        cm_bytes_fini(event->cookie);
+        cm_free(event->cookie);
+        break;
+    case NET_EV_MESSAGE:
+        on_answers(f, event);
+        net_release(f->n, event);
+        break;
+    }
+    pc_loop_stop(f->loop); /* let the test look */
+}
+
+static int setup(void **state)
+{
+    static const rt_sched_limits limits = {.slot_max = 4,
+                                           .queue_max = 4096,
+                                           .row_max = 64,
+                                           .chunk_max = 64,
+                                           .page_max = 64,
+                                           .page_tokens = 128,
+                                           .context = 1024,
+                                           .vocab = 100};
+    fixture *f = cm_alloc(sizeof(*f));
+    cm_error err = {0};
+    char bound[NET_ADDRESS_BYTES];
+    net *server;
+    net_options options;
+    net_options_defaults(&options);
+    options.backend = "local";
+    options.message_bytes_max = 1 << 20;
+    options.sends_max = 4;
+    assert_int_equal(pc_loop_create(&f->loop), CM_OK);
+    assert_int_equal(net_open(&options, &server, &err), CM_OK);
+    assert_int_equal(net_listen(server, "t_gateways", bound, &err), CM_OK);
+    f->sched = rt_sched_create(&limits);
+    f->gateways = rt_gateways_create(f->loop, server, f->sched, 2, nothing, f);
+    rt_gateways_identify(f->gateways, &(net_identity){CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, 1});
+    pc_loop_before_sleep(f->loop, flush, f);
+    assert_int_equal(net_open(&options, &f->n, &err), CM_OK);
+    net_set_identity(f->n, &(net_identity){CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY, 2});
+    f->pump = pc_netpump_create(f->loop, f->n, on_event, f);
+    cm_arena_init(&f->arena, "answers", 1 << 16, 1 << 24);
+    assert_int_equal(net_connect(f->n, bound, &f->peer, &err), CM_OK);
+    pc_netpump_kick(f->pump);
+    while (!f->up) {
+        pc_loop_run(f->loop);
+    }
+    *state = f;
+    return 0;
+}
+
+static int teardown(void **state)
+{
+    fixture *f = *state;
+    pc_netpump_destroy(f->pump);
+    net_close(f->n);
+    rt_gateways_destroy(f->gateways);
+    rt_sched_destroy(f->sched);
+    pc_loop_destroy(f->loop);
+    cm_arena_fini(&f->arena);
+    cm_free(f);
+    return 0;
+}
+
+static cm_status open_one(fixture *f, uint64_t stream)
+{
+    uint32_t prompt[2] = {1, stream % 3 == 0 ? 1000 : 2};
+    Baleen__Engine__V1__SamplerParams sampler = BALEEN__ENGINE__V1__SAMPLER_PARAMS__INIT;
+    Baleen__Engine__V1__SeqOpen open = BALEEN__ENGINE__V1__SEQ_OPEN__INIT;
+    sampler.tokens_max = 4;
+    open.stream = stream;
+    open.prompt = prompt;
+    open.n_prompt = 2;
+    open.sampler = &sampler;
+    cm_bytes *packed = cm_alloc(sizeof(*packed));
+    pr_pack(&open.base, packed);
+    net_message message = {.type = PR_MSG_SEQ_OPEN,
+                           .iov = {{packed->data, packed->len}},
+                           .n_iov = 1,
+                           .deadline_ms = 30000,
+                           .cookie = packed};
+    cm_status status = net_send(f->peer, &message);
+    if (status != CM_OK) {
+        cm_bytes_fini(packed);
+        cm_free(packed);
+    }
+    return status;
+}
+
+static uint32_t open_all(fixture *f)
+{
+    uint32_t n_opened = 0;
+    while (n_opened < OPENS) {
+        cm_status status = open_one(f, n_opened + 1);
+        if (status == CM_OK) {
+            n_opened++;
+            continue;
+        }
+        assert_int_equal(status, CM_AGAIN); /* both ways only four messages may be on their way */
+        pc_netpump_kick(f->pump);
+        pc_loop_run(f->loop);
+    }
+    return n_opened;
+}
+
+static void test_every_open_is_answered(void **state)
+{
+    fixture *f = *state;
+    open_all(f);
+    pc_netpump_kick(f->pump);
+    while (f->n_answers < OPENS) {
+        pc_loop_run(f->loop);
+    }
+    assert_int_equal(f->n_refused, OPENS / 3);
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(f->sched, &ledger);
+    assert_int_equal(ledger.n_seq, OPENS - OPENS / 3);
+    rt_sched_cancel_owner(f->sched, 1);
+    rt_sched_ledger_get(f->sched, &ledger);
+    assert_int_equal(ledger.n_seq, 0);
+}
+
+static bool empty(fixture *f)
+{
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(f->sched, &ledger);
+    return ledger.n_seq == 0;
+}
+
+static void stop(void *arg)
+{
+    pc_loop_stop(((fixture *)arg)->loop);
+}
+
+static void test_a_lost_gateway_leaves_nothing(void **state)
+{
+    fixture *f = *state;
+    open_all(f);
+    assert_false(empty(f));
+    net_disconnect(f->peer);
+    pc_timer *tick = pc_timer_create(f->loop, stop, f);
+    while (!empty(f)) {
+        pc_timer_set(tick, 1);
+        pc_netpump_kick(f->pump);
+        pc_loop_run(f->loop);
+    }
+    pc_timer_destroy(tick);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_every_open_is_answered, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_a_lost_gateway_leaves_nothing, setup, teardown),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
