@@ -1,6 +1,7 @@
 #include "router/gateways.h"
 
 #include <string.h>
+#include <sys/queue.h>
 
 #include "common/base/assert.h"
 #include "common/base/clock.h"
@@ -26,6 +27,12 @@ typedef struct gateway_link {
     uint32_t n_logprobs, cap_logprobs;
 } gateway_link;
 
+/* A packed frame on its way. */
+typedef struct gateway_frame {
+    LIST_ENTRY(gateway_frame) link;
+    cm_bytes packed;
+} gateway_frame;
+
 struct rt_gateways {
     net *n;
     pc_netpump *pump;
@@ -35,7 +42,8 @@ struct rt_gateways {
     gateway_link *links;
     uint32_t n_link;
     uint64_t next_owner;
-    cm_arena arena; /* of the message being read or packed */
+    cm_arena arena;                    /* of the message being read or packed */
+    LIST_HEAD(, gateway_frame) frames; /* on their way */
 };
 
 /* ---- words out ---- */
@@ -157,27 +165,34 @@ static void gateways_fill(rt_gateways *g, const gateway_link *link, uint32_t n_w
     }
 }
 
+static void gateways_free_frame(gateway_frame *frame)
+{
+    LIST_REMOVE(frame, link);
+    cm_bytes_fini(&frame->packed);
+    cm_free(frame);
+}
+
 /* One frame of the words that wait. CM_AGAIN, CM_E_RESET: they still wait. */
 static cm_status gateways_send_frame(rt_gateways *g, gateway_link *link, uint64_t step)
 {
     Baleen__Engine__V1__StepTokens message;
     uint32_t n_word = link->n_word < GATEWAYS_FRAME_WORDS ? link->n_word : GATEWAYS_FRAME_WORDS;
-    cm_bytes *packed = cm_alloc(sizeof(*packed));
+    gateway_frame *frame = cm_alloc(sizeof(*frame));
+    LIST_INSERT_HEAD(&g->frames, frame, link);
     cm_arena_reset(&g->arena);
     gateways_fill(g, link, n_word, step, &message);
-    pr_pack(&message.base, packed);
+    pr_pack(&message.base, &frame->packed);
     net_message out = {.type = PR_MSG_STEP_TOKENS,
-                       .iov = {{packed->data, packed->len}},
+                       .iov = {{frame->packed.data, frame->packed.len}},
                        .n_iov = 1,
                        .deadline_ms = GATEWAYS_SEND_MS,
-                       .cookie = packed};
+                       .cookie = frame};
     cm_status status = net_send(link->peer, &out);
     if (status == CM_OK) {
         gateways_forget_words(link, n_word);
         pc_netpump_kick(g->pump);
     } else {
-        cm_bytes_fini(packed);
-        cm_free(packed);
+        gateways_free_frame(frame);
     }
     return status;
 }
@@ -328,8 +343,7 @@ static void gateways_on_event(void *ctx, const net_event *event)
         }
         break;
     case NET_EV_SENT:
-        cm_bytes_fini(event->cookie);
-        cm_free(event->cookie);
+        gateways_free_frame(event->cookie);
         break;
     case NET_EV_MESSAGE:
         cm_arena_reset(&g->arena);
@@ -351,6 +365,7 @@ rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, uint32_t
                                 void *ctx)
 {
     rt_gateways *g = cm_alloc(sizeof(*g));
+    LIST_INIT(&g->frames);
     g->n = n;
     g->sched = sched;
     g->changed = changed;
@@ -371,6 +386,9 @@ void rt_gateways_destroy(rt_gateways *g)
 {
     pc_netpump_destroy(g->pump);
     net_close(g->n);
+    while (!LIST_EMPTY(&g->frames)) {
+        gateways_free_frame(LIST_FIRST(&g->frames)); /* closing tells no more about them */
+    }
     for (uint32_t i = 0; i < g->n_link; i++) {
         gateways_forget_words(&g->links[i], g->links[i].n_word);
         cm_free(g->links[i].words);
