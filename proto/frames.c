@@ -52,6 +52,10 @@ cm_status pr_dispatch_check(const void *header, uint32_t header_bytes, const voi
     if (frame->head.layer >= n_layer) {
         return cm_error_set(err, CM_E_PROTOCOL, "layer", "layer %u of %u", frame->head.layer, n_layer);
     }
+    if (frame->n_row >
+        frame->n_slot) { /* a row without a slot has no business here, and buffers count slots */
+        return cm_error_set(err, CM_E_PROTOCOL, "n_row", "%u rows for %u slots", frame->n_row, frame->n_slot);
+    }
     if (frame->n_row == 0 || frame->n_slot == 0 ||
         pr_dispatch_bytes(frame->n_slot, frame->n_row, d, frame->row_blocks) != payload_bytes) {
         return cm_error_set(err, CM_E_PROTOCOL, "n_row", "%u rows and %u slots do not make %llu bytes",

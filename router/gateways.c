@@ -332,6 +332,9 @@ static void gateways_on_event(void *ctx, const net_event *event)
 {
     rt_gateways *g = ctx;
     gateway_link *link = event->peer != NULL ? net_peer_user(event->peer) : NULL;
+    if (link != NULL && link->peer != event->peer) {
+        link = NULL; /* told before we dropped the link: its place may be another's by now */
+    }
     switch (event->kind) {
     case NET_EV_UP:
         gateways_on_up(g, event->peer);

@@ -12,6 +12,9 @@
 #include "router/gateways.h"
 #include "router/runner.h"
 
+enum {
+    ROUTER_SENDS_MAX = 256
+}; /* frames on their way to one worker; a link takes the smaller of both sides' bounds */
 enum { ROUTER_OPEN_BYTES_MIN = 1 << 20 }; /* room for a SeqOpen beside its ids */
 
 struct rt_router {
@@ -187,6 +190,7 @@ static cm_status router_create_engine(rt_router *r, cm_error *err)
     router_net_options(config, &options.rows);
     options.rows.message_bytes_max = config->frame_bytes;
     options.rows.peers_max = PR_RANK_MAX;
+    options.rows.sends_max = ROUTER_SENDS_MAX;
     return rt_engine_create(&options, &r->engine, err);
 }
 

@@ -440,7 +440,7 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
     for (uint32_t x = 0; x < g->n_expert; x++) {
         if (e->counts[x + 1] > 0) {
             e->expert_groups[n_group++] =
-                (kn_expert_group){wk_shard_expert(e->shard, layer, x), e->counts[x], e->counts[x + 1]};
+                (kn_expert_group){wk_shard_weights(e->shard, layer, x), e->counts[x], e->counts[x + 1]};
         }
         e->counts[x + 1] += e->counts[x];
     }

@@ -12,7 +12,8 @@
 enum { SHARD_PROGRESS_MS = 2000 };
 
 typedef struct shard_entry {
-    kn_expert weights;
+    kn_expert weights; /* written once, by the load that placed them */
+    bool placed;       /* job thread's */
     _Atomic bool held;
 } shard_entry;
 
@@ -22,6 +23,7 @@ struct wk_shard {
     kn_device *device;
     shard_entry *entries; /* [n_layer * n_expert] */
     _Atomic uint32_t n_held;
+    _Atomic bool stopping;
 };
 
 cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk_shard **shard_out)
@@ -73,9 +75,12 @@ static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t exp
         return cm_error_set(err, CM_E_IO, "", "layer %u expert %u: load failed by a failpoint", layer,
                             expert);
     }
-    CM_TRY(shard_load_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
-    CM_TRY(shard_load_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
-    CM_TRY(shard_load_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
+    if (!entry->placed) {
+        CM_TRY(shard_load_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
+        CM_TRY(shard_load_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
+        CM_TRY(shard_load_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
+        entry->placed = true;
+    }
     atomic_store(&entry->held, true);
     atomic_fetch_add(&shard->n_held, 1);
     return CM_OK;
@@ -92,6 +97,9 @@ cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t
                 continue;
             }
             n_seen++;
+            if (atomic_load(&shard->stopping)) {
+                return cm_error_set(err, CM_E_CANCELLED, "", "stopping");
+            }
             if (wk_shard_expert(shard, layer, e) == NULL) {
                 CM_TRY(shard_load_expert(shard, layer, e, err));
                 n_new++;
@@ -134,6 +142,16 @@ const kn_expert *wk_shard_expert(const wk_shard *shard, uint32_t layer, uint32_t
 {
     const shard_entry *entry = &shard->entries[(size_t)layer * shard->geometry->n_expert + expert];
     return atomic_load(&entry->held) ? &entry->weights : NULL;
+}
+
+const kn_expert *wk_shard_weights(const wk_shard *shard, uint32_t layer, uint32_t expert)
+{
+    return &shard->entries[(size_t)layer * shard->geometry->n_expert + expert].weights;
+}
+
+void wk_shard_stop(wk_shard *shard)
+{
+    atomic_store(&shard->stopping, true);
 }
 
 uint32_t wk_shard_count(const wk_shard *shard)

@@ -20,6 +20,11 @@ CM_MUST_CHECK cm_status wk_shard_load(wk_shard *shard, const pr_placement *place
                                       cm_error *err);
 /* Lets go of every expert that none of the placements gives to us. rank[i] is our rank in placements[i]. */
 void wk_shard_keep(wk_shard *shard, const pr_placement *const *placements, const uint32_t *ranks, uint32_t n);
+/* Weights of an expert that was held when its frame came in. They stay where they are even if it has been let
+ * go since: a frame that was accepted is computed. Thread: the compute thread's. */
+const kn_expert *wk_shard_weights(const wk_shard *shard, uint32_t layer, uint32_t expert);
+/* Ends a load under way with CM_E_CANCELLED, and every later one; for shutdown. Any thread. */
+void wk_shard_stop(wk_shard *shard);
 /* NULL when not held. */
 const kn_expert *wk_shard_expert(const wk_shard *shard, uint32_t layer, uint32_t expert);
 uint32_t wk_shard_count(const wk_shard *shard); /* experts held */

@@ -12,7 +12,7 @@ static const cm_cfg_field g_fields[] = {
     {"rows_max", "4096", "rows (one per chosen expert) computed together",
      CM_CFG_UINT(wk_config, rows_max, 16, 1u << 20)},
     {"frames_max", "16", "frames waiting or being answered; more are refused",
-     CM_CFG_UINT(wk_config, frames_max, 1, 4096)},
+     CM_CFG_UINT(wk_config, frames_max, 1, WK_FRAMES_MAX)},
     {"routers_max", "64", "routers linked at once", CM_CFG_UINT(wk_config, routers_max, 1, 4096)},
     {"window_us", "200", "longest wait, in microseconds, for other routers' rows of the same layer",
      CM_CFG_UINT(wk_config, window_us, 0, 1000000)},

@@ -222,6 +222,7 @@ static cm_status worker_create_engine(wk_worker *w, cm_error *err)
     options.rows.peers_max = (uint32_t)config->routers_max;
     options.rows.receives_max = (uint32_t)config->frames_max;
     options.rows.silence_ms = (uint32_t)config->silence_ms;
+    options.rows.sends_max = 2 * WK_FRAMES_MAX; /* an answer always finds room: frames_max are out at once */
     return wk_engine_create(&options, &w->engine, w->address, err);
 }
 
@@ -318,6 +319,7 @@ void wk_worker_destroy(wk_worker *w)
     pc_member_destroy(w->member);
     wk_engine_stop(w->engine);
     pthread_join(w->thread, NULL);
+    wk_shard_stop(wk_engine_shard(w->engine));
     cm_jobs_destroy(w->jobs);
     worker_load *load;
     LIST_FOREACH (load, &w->loads, link) {

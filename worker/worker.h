@@ -5,6 +5,8 @@
 #include "common/proc/loop.h"
 #include "common/proc/process.h"
 
+enum { WK_FRAMES_MAX = 128 }; /* bound of the option frames_max */
+
 typedef struct wk_config {
     char *coordinator, *address, *model, *device, *cpu_isa, *net;
     uint64_t threads, rows_max, frames_max, routers_max, window_us, answer_ms, frame_bytes, expert_bytes_max,

@@ -64,6 +64,7 @@ struct rt_exchange {
     exchange_link *links; /* [placement->n_rank], rank order */
     uint32_t n_link;
     const rt_exchange_layer *layer; /* of the run under way */
+    bool progress;                  /* results have come since it was last asked */
 };
 
 cm_status rt_exchange_create(const rt_exchange_options *options, rt_exchange **exchange_out, cm_error *err)
@@ -195,9 +196,11 @@ static void exchange_adopt_epoch(rt_exchange *x, pc_epoch *epoch, uint32_t self)
 {
     const pr_placement *p = epoch->placement;
     uint32_t n = p != NULL ? p->n_rank : 0;
+    /* under another name every link must greet anew, and another cluster's ids mean other workers */
+    bool same = x->epoch != NULL && x->epoch->cluster == epoch->cluster && x->self == self;
     exchange_link *links = cm_alloc(sizeof(*links) * n);
     for (uint32_t r = 0; r < n; r++) {
-        exchange_link *old = exchange_link_of(x->links, x->n_link, p->rank_member[r]);
+        exchange_link *old = same ? exchange_link_of(x->links, x->n_link, p->rank_member[r]) : NULL;
         if (old != NULL) {
             links[r] = *old;
             old->peer = NULL;
@@ -252,6 +255,7 @@ static void exchange_take_results(rt_exchange *x, uint32_t i, const uint16_t *ro
         x->wanted[target] = 0;
     }
     x->parts[i].state = PART_DONE;
+    x->progress = true;
 }
 
 /* The round's part a frame answers, n_part if none: an answer to an earlier round, or nonsense. */
@@ -489,7 +493,8 @@ cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
         if (status != CM_OK || !exchange_any_wanted(x, n_slot)) {
             break;
         }
-        if (give_up_ms == 0) {
+        if (give_up_ms == 0 || x->progress) {
+            x->progress = false;
             give_up_ms = cm_now_ms() + x->options.wait_ms;
             cm_stat_add(CM_STAT_exchange_retries, 1);
         }
@@ -507,6 +512,11 @@ cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
     x->layer = NULL;
     cm_stat_set(CM_STAT_ledger_frames, (int64_t)net_in_flight(x->rows));
     return status;
+}
+
+void rt_exchange_keepalive(rt_exchange *x)
+{
+    exchange_poll(x);
 }
 
 void rt_exchange_announce_idle(rt_exchange *x, uint64_t step)

@@ -46,6 +46,9 @@ typedef struct rt_exchange_layer {
  * exchange was told to stop. */
 CM_MUST_CHECK cm_status rt_exchange_run(rt_exchange *exchange, const rt_exchange_layer *layer);
 
+/* Inside a step, between long operations: heartbeats go out and answers come in although nobody waits for
+ * them. */
+void rt_exchange_keepalive(rt_exchange *exchange);
 /* Tells all workers that nothing will come for a while, so that they do not wait for us. */
 void rt_exchange_announce_idle(rt_exchange *exchange, uint64_t step);
 /* Between steps: keeps links alive and follows epochs; sleeps until something happens, rt_exchange_wake, or

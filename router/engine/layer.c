@@ -73,9 +73,11 @@ void rt_layer_attention(rt_engine *e, uint32_t layer)
     if (ratio != 0) {
         layer_compress(e, &w->main, b->ckv, b->cscore);
     }
+    rt_exchange_keepalive(e->exchange);
     e->attn->attention(e->stream, &e->batch, &w->attn, b->q, b->rows, ratio == 4 ? b->picks : (kn_ptr){0},
                        b->o);
     e->attn->rope(e->stream, b->o, n, g->n_head, g->head_dim, g->rope_dim / 2, cs, true);
+    rt_exchange_keepalive(e->exchange);
     e->dense->linear_grouped(e->stream, b->o, &w->wo_a, g->o_groups, n, b->t);
     e->dense->quant_act(e->stream, b->t, n, g->o_groups * g->o_rank, b->q8);
     e->dense->linear_q8(e->stream, b->q8, &w->wo_b, n, b->out);
@@ -101,6 +103,7 @@ static void layer_shared(void *ctx)
     uint32_t n = e->batch.n_row;
     e->dense->linear_q8(e->stream, b->q8, &w->shared_w1, n, b->g);
     e->dense->linear_q8(e->stream, b->q8, &w->shared_w3, n, b->u);
+    rt_exchange_keepalive(e->exchange);
     e->moe->swiglu(e->stream, b->g, b->u, (kn_ptr){0}, n, g->inner, g->swiglu_limit, b->h);
     e->dense->quant_act(e->stream, b->h, n, g->inner, b->q8_h);
     e->dense->linear_q8(e->stream, b->q8_h, &w->shared_w2, n, b->shared);

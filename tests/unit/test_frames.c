@@ -79,6 +79,11 @@ static void test_dispatch(void **state)
     f.header.n_slot = 0;
     expect(&f, "n_row");
     make(&f);
+    f.header.n_row = 9; /* sizes that add up, but rows that no slot asks for */
+    f.header.n_slot = 1;
+    f.payload_bytes = pr_dispatch_bytes(1, 9, D, 2);
+    expect(&f, "n_row");
+    make(&f);
     f.payload_bytes -= 64;
     expect(&f, "n_row");
     make(&f);
