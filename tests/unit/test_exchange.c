@@ -91,7 +91,9 @@ static void fake_on_dispatch(fake *w, const net_event *event)
 {
     const pr_dispatch *frame = event->header;
     uint32_t n_asked = atomic_fetch_add(&w->n_asked, 1);
-    if (w->habit == DIES) {
+    if (frame->head.router != net_peer_identity(event->peer)->member) {
+        fake_refuse(w, event); /* as a worker does with a frame in another's name */
+    } else if (w->habit == DIES) {
         atomic_store(&w->stop, true);
     } else if (w->habit == STALE_UNTIL_2 && frame->head.epoch < 2) {
         fake_refuse(w, event);
@@ -273,6 +275,25 @@ static void test_plain(void **state)
     (void)state;
 }
 
+/* A router that came back under another member id: its links must say so. */
+static void test_other_name(void **state)
+{
+    fake a;
+    fake_start(&a, HONEST);
+    exchange_open(10000, 5000);
+    pc_epoch *first = make_epoch(1, (fake *const[]){&a}, (const uint32_t[]){1}, 1);
+    pc_epoch *second = make_epoch(2, (fake *const[]){&a}, (const uint32_t[]){1}, 1);
+    rt_exchange_offer_epoch(g_exchange, first, SELF);
+    assert_int_equal(exchange_run(0), CM_OK);
+    rt_exchange_offer_epoch(g_exchange, second, SELF + 1);
+    assert_int_equal(exchange_run(1), CM_OK);
+    rt_exchange_destroy(g_exchange);
+    pc_epoch_release(first);
+    pc_epoch_release(second);
+    fake_stop(&a);
+    (void)state;
+}
+
 typedef struct publisher {
     pc_epoch *epoch;
     fake *seen; /* publish once it was asked */
@@ -361,8 +382,8 @@ static void test_gives_up(void **state)
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_plain), cmocka_unit_test(test_stale),
-                                       cmocka_unit_test(test_death), cmocka_unit_test(test_silence),
-                                       cmocka_unit_test(test_gives_up)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_plain),   cmocka_unit_test(test_other_name),
+                                       cmocka_unit_test(test_stale),   cmocka_unit_test(test_death),
+                                       cmocka_unit_test(test_silence), cmocka_unit_test(test_gives_up)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
