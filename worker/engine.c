@@ -142,8 +142,7 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
     }
     status = wk_shard_create(options->checkpoint, e->device, &e->shard);
     CM_ASSERT(status == CM_OK);
-    e->gather = wk_gather_create(&(wk_gather_limits){.n_layer = e->geometry->n_layer,
-                                                     .router_max = options->router_max,
+    e->gather = wk_gather_create(&(wk_gather_limits){.router_max = options->router_max,
                                                      .frame_max = options->frame_max,
                                                      .row_max = options->row_max,
                                                      .window_max_us = options->window_max_us});

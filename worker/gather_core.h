@@ -17,7 +17,6 @@
 typedef struct wk_gather wk_gather;
 
 typedef struct wk_gather_limits {
-    uint32_t n_layer;
     uint32_t router_max; /* routers known at once */
     uint32_t frame_max;  /* frames waiting; more are refused */
     uint32_t row_max;    /* rows of one group */

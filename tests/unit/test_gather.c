@@ -10,10 +10,10 @@
 #include "common/base/rng.h"
 #include "worker/gather_core.h"
 
-enum { ROUTERS = 4, FRAMES = 8, ROWS = 100, WINDOW_US = 1000 };
+enum { ROUTERS = 4, FRAMES = 8, ROWS = 100, WINDOW_US = 1000, LAYERS = 6 };
 
 static const wk_gather_limits g_limits = {
-    .n_layer = 6, .router_max = ROUTERS, .frame_max = FRAMES, .row_max = ROWS, .window_max_us = WINDOW_US};
+    .router_max = ROUTERS, .frame_max = FRAMES, .row_max = ROWS, .window_max_us = WINDOW_US};
 static int g_frames[4096];
 
 static uint32_t next(wk_gather *g, uint64_t now, void **out, uint64_t *wait)
@@ -112,7 +112,7 @@ static void test_random(void **state)
         uint32_t router = 1 + draw.word[0] % ROUTERS;
         now += draw.word[1] % 200;
         if (draw.word[2] % 10 < 5) {
-            layer_of[n] = draw.word[3] % g_limits.n_layer;
+            layer_of[n] = draw.word[3] % LAYERS;
             router_of[n] = router;
             arrived[n] = now;
             g_frames[n] = (int)n;
