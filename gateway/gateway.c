@@ -168,7 +168,7 @@ static void join_cluster(gw_gateway *gateway)
                                  .http_address = gateway->http_bound,
                                  .grpc_address = gateway->grpc != NULL ? gateway->grpc_bound : NULL,
                                  .fingerprint = gateway->fingerprint,
-                                 .n_layer = gateway->geometry.n_layer,
+                                 .n_layer = md_block_count(&gateway->geometry),
                                  .n_expert = gateway->geometry.n_expert,
                                  .expert_bytes = gateway->expert_bytes};
     gateway->member = pc_member_create(gateway->loop, &options, &events, gateway);

@@ -140,11 +140,12 @@ typedef struct kn_batch {
 /* Where a layer keeps what inside a page and inside a sequence's slot; all offsets in bytes. */
 typedef struct kn_kv_layout {
     uint32_t ratio;                 /* 0, 4 or 128: source tokens per compressed row (0: none) */
+    uint32_t ring;                  /* raw rows kept in the slot; at least the window */
     uint32_t row_bytes;             /* a stored KV row, kn_kv_row_bytes */
     uint32_t index_bytes;           /* a stored indexer key, kn_index_row_bytes; 0 without indexer */
     uint64_t page_rows;             /* in the page: [128/ratio] KV rows */
     uint64_t page_index;            /* in the page: [128/ratio] indexer keys */
-    uint64_t slot_raw;              /* in the slot: [window] KV rows, position p at p % window */
+    uint64_t slot_raw;              /* in the slot: [ring] KV rows, position p at p % ring */
     uint64_t slot_main, slot_index; /* in the slot: compressor states, kn_compress_state_bytes each */
 } kn_kv_layout;
 
@@ -164,18 +165,25 @@ static inline uint32_t kn_index_row_bytes(uint32_t dim)
 }
 
 /* Compressor state: two arrays float [span][width], kv then score; the entry of position p stands at p %
- * span. ratio 4 overlaps: span 8, width 2 * dim; any other ratio: span = ratio, width = dim. */
-static inline uint32_t kn_compress_span(uint32_t ratio)
+ * span. ratio 4 overlaps: the last 8 positions are read, width 2 * dim; any other ratio: the last ratio
+ * positions, width = dim.
+ *
+ * Taking rows back (speculation): rows that were committed and turn out wrong need no undoing. The next batch
+ * starts at the first wrong position and writes over them: rings, spans and page rows are addressed by
+ * position, and nothing at or beyond a row's own position is ever read for it. All it takes is `ahead` spare
+ * entries in ring and span, where at most `ahead` rows are taken back at once, so that wrong rows have not
+ * driven out right ones. */
+static inline uint32_t kn_compress_span(uint32_t ratio, uint32_t ahead)
 {
-    return ratio == 4 ? 8 : ratio;
+    return (ratio == 4 ? 8 : ratio) + ahead;
 }
 static inline uint32_t kn_compress_width(uint32_t ratio, uint32_t dim)
 {
     return ratio == 4 ? 2 * dim : dim;
 }
-static inline uint64_t kn_compress_state_bytes(uint32_t ratio, uint32_t dim)
+static inline uint64_t kn_compress_state_bytes(uint32_t ratio, uint32_t dim, uint32_t ahead)
 {
-    return 2ull * sizeof(float) * kn_compress_span(ratio) * kn_compress_width(ratio, dim);
+    return 2ull * sizeof(float) * kn_compress_span(ratio, ahead) * kn_compress_width(ratio, dim);
 }
 
 /* ---- dense operations ---- */
@@ -197,6 +205,8 @@ typedef struct kn_dense_ops {
     /* X'[k] = bf16(post[k] * y + sum_j comb[j][k] * X[j]); x_out may be x */
     void (*hc_post)(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y, kn_ptr x, kn_ptr post, kn_ptr comb,
                     uint32_t n, kn_ptr x_out);
+    /* X[r][j] = bf16(e[r] + X[r][j]) for j < hc; e BF16 [n][d], X BF16 [n][hc][d] */
+    void (*add_streams)(kn_stream *s, kn_ptr e, uint32_t n, uint32_t hc, uint32_t d, kn_ptr x);
     /* X BF16 [n][hc][d] -> x BF16 [n][d] */
     void (*hc_head)(kn_stream *s, const kn_hc *p, kn_ptr x, uint32_t n, kn_ptr x_out);
     /* y = bf16(w * x * rsqrt(mean(x^2) + eps)); x, y BF16 [n][d], w BF16 [d], or none (addr 0): no weight. y
@@ -227,6 +237,7 @@ typedef struct kn_compress {
     kn_ptr norm;     /* BF16 [dim] */
     kn_ptr inv_freq; /* F32 [rope / 2] */
     uint32_t ratio, dim, rope;
+    uint32_t span; /* entries of its state: kn_compress_span */
     float eps;
     bool index;          /* false: main; true: indexer key */
     uint64_t page_rows;  /* where its rows stand in a page */

@@ -100,5 +100,5 @@ static inline const uint8_t *kn_raw_row(const kn_seg *seg, const kn_attn *a, con
     if (p >= seg->pos0) {
         return chunk_rows + (seg->row0 + (p - seg->pos0)) * row_bytes;
     }
-    return (const uint8_t *)kn_host(seg->slot) + a->layout.slot_raw + (p % a->window) * row_bytes;
+    return (const uint8_t *)kn_host(seg->slot) + a->layout.slot_raw + (p % a->layout.ring) * row_bytes;
 }

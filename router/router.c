@@ -79,13 +79,13 @@ static void router_before_sleep(void *arg)
     router_show_ledger(r);
 }
 
-static void router_step_done(void *ctx, cm_status status, const uint32_t *tokens)
+static void router_step_done(void *ctx, cm_status status, uint64_t took_ns, const rt_step_result *results)
 {
     rt_router *r = ctx;
     uint64_t now = cm_now_ms();
     r->in_flight = false;
     if (status == CM_OK) {
-        rt_sched_complete(r->sched, now, tokens, rt_gateways_word, r->gateways);
+        rt_sched_complete(r->sched, now, took_ns, results, rt_gateways_word, r->gateways);
     } else {
         cm_error_log("step %llu of %u rows failed: %s", (unsigned long long)r->step.number, r->step.n_row,
                      cm_status_text(status));
@@ -182,6 +182,7 @@ static cm_status router_create_engine(rt_router *r, cm_error *err)
         .row_max = (uint32_t)config->rows_max,
         .slot_max = (uint32_t)config->sequences_max,
         .kv_bytes = config->kv_bytes,
+        .draft_max = (uint32_t)config->drafts_max,
         .answer_ms = (uint32_t)config->answer_ms,
         .wait_ms = (uint32_t)config->wait_ms,
         .peer_lost = router_peer_lost,
@@ -222,7 +223,7 @@ static void router_join(rt_router *r)
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
         .data_address = r->address,
         .fingerprint = r->fingerprint,
-        .n_layer = g->n_layer,
+        .n_layer = md_block_count(g),
         .n_expert = g->n_expert,
         .expert_bytes = md_expert_bytes(g),
     };

@@ -1,4 +1,5 @@
 #include "router/router.h"
+#include "router/sched/sched_core.h"
 
 static const cm_cfg_field g_fields[] = {
     {"coordinator", "", "host:port of the coordinator", CM_CFG_STRING(rt_config, coordinator)},
@@ -15,6 +16,10 @@ static const cm_cfg_field g_fields[] = {
     {"sequences_max", "64", "sequences generating at once", CM_CFG_UINT(rt_config, sequences_max, 1, 65536)},
     {"queue_max", "256", "sequences waiting; more are refused",
      CM_CFG_UINT(rt_config, queue_max, 1, 1u << 20)},
+    {"drafts_max", "2",
+     "tokens guessed ahead by the checkpoint's MTP block, checked in one step; fewer or none while that does "
+     "not pay; 0 = never",
+     CM_CFG_UINT(rt_config, drafts_max, 0, RT_DRAFT_MAX)},
     {"kv_bytes", "1g", "memory for KV pages", CM_CFG_BYTES(rt_config, kv_bytes, 1, UINT64_MAX)},
     {"answer_ms", "10000",
      "a worker that has not answered a frame by then is dropped and asked again elsewhere",

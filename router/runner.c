@@ -18,12 +18,13 @@ struct rt_runner {
     void *ctx;
     pthread_t thread;
     pc_task finished;
-    uint32_t *tokens;
+    rt_step_result *results;
     bool running; /* loop thread: a step is out */
 
     pthread_mutex_t lock; /* protects the rest */
     const rt_step *step;  /* to do; NULL: none */
     cm_status status;     /* of the last step */
+    uint64_t took_ns;     /* likewise */
     bool rest, stopping;
 };
 
@@ -32,11 +33,12 @@ static void runner_finished(void *arg)
     rt_runner *runner = arg;
     pthread_mutex_lock(&runner->lock);
     cm_status status = runner->status;
+    uint64_t took_ns = runner->took_ns;
     bool stopping = runner->stopping;
     pthread_mutex_unlock(&runner->lock);
     runner->running = false;
     if (!stopping) {
-        runner->done(runner->ctx, status, runner->tokens);
+        runner->done(runner->ctx, status, took_ns, runner->results);
     }
 }
 
@@ -49,12 +51,14 @@ static void runner_compute(rt_runner *runner, const rt_step *step)
             rt_exchange_idle(rt_engine_exchange(runner->engine), RUNNER_SLOW_MS);
         }
     }
-    cm_status status = rt_engine_step(runner->engine, step, runner->tokens);
+    cm_status status = rt_engine_step(runner->engine, step, runner->results);
     cm_stat_add(CM_STAT_steps, 1);
     cm_stat_add(CM_STAT_step_rows, step->n_row);
-    cm_stat_observe(CM_STAT_step_seconds, (double)(cm_now_ns() - start_ns) * 1e-9);
+    uint64_t took_ns = cm_now_ns() - start_ns;
+    cm_stat_observe(CM_STAT_step_seconds, (double)took_ns * 1e-9);
     pthread_mutex_lock(&runner->lock);
     runner->status = status;
+    runner->took_ns = took_ns;
     pthread_mutex_unlock(&runner->lock);
     pc_loop_post(runner->loop, &runner->finished);
 }
@@ -95,7 +99,7 @@ rt_runner *rt_runner_create(pc_loop *loop, rt_engine *engine, uint32_t sample_ma
     runner->done = done;
     runner->ctx = ctx;
     runner->finished = (pc_task){.fn = runner_finished, .arg = runner};
-    runner->tokens = cm_alloc(sizeof(uint32_t) * sample_max);
+    runner->results = cm_alloc(sizeof(rt_step_result) * sample_max);
     pthread_mutex_init(&runner->lock, NULL);
     int rc = pthread_create(&runner->thread, NULL, runner_thread, runner);
     CM_ASSERT_MSG(rc == 0, "compute thread: error %d", rc);
@@ -111,7 +115,7 @@ void rt_runner_destroy(rt_runner *runner)
     pthread_join(runner->thread, NULL);
     pc_loop_unpost(runner->loop, &runner->finished);
     pthread_mutex_destroy(&runner->lock);
-    cm_free(runner->tokens);
+    cm_free(runner->results);
     cm_free(runner);
 }
 

@@ -5,9 +5,10 @@
 #include "router/engine/engine.h"
 
 typedef struct rt_runner rt_runner;
-/* The step given to rt_runner_start is done (loop thread). tokens: as rt_engine_step; valid until the next
+/* The step given to rt_runner_start is done (loop thread). results: as rt_engine_step; valid until the next
  * start. */
-typedef void (*rt_runner_done_fn)(void *ctx, cm_status status, const uint32_t *tokens);
+typedef void (*rt_runner_done_fn)(void *ctx, cm_status status, uint64_t took_ns,
+                                  const rt_step_result *results);
 
 rt_runner *rt_runner_create(pc_loop *loop, rt_engine *engine, uint32_t sample_max, rt_runner_done_fn done,
                             void *ctx);

@@ -333,7 +333,7 @@ static void engine_on_dispatch(wk_engine *e, const net_event *event)
     const pr_dispatch *frame = event->header;
     cm_error err = {0};
     cm_status status = pr_dispatch_check(event->header, event->header_bytes, event->payload,
-                                         event->payload_bytes, g->d, g->n_layer, g->n_expert, &err);
+                                         event->payload_bytes, g->d, md_block_count(g), g->n_expert, &err);
     if (status == CM_OK && frame->head.router != net_peer_identity(event->peer)->member) {
         status = cm_error_set(&err, CM_E_PROTOCOL, "router", "it names router %u", frame->head.router);
     }

@@ -21,7 +21,7 @@ struct wk_shard {
     const md_checkpoint *checkpoint;
     const md_geometry *geometry;
     kn_device *device;
-    shard_entry *entries; /* [n_layer * n_expert] */
+    shard_entry *entries; /* [md_block_count * n_expert] */
     _Atomic uint32_t n_held;
     _Atomic bool stopping;
 };
@@ -33,7 +33,7 @@ cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk
     shard->checkpoint = checkpoint;
     shard->geometry = g;
     shard->device = device;
-    shard->entries = cm_alloc(sizeof(shard_entry) * (size_t)g->n_layer * g->n_expert);
+    shard->entries = cm_alloc(sizeof(shard_entry) * (size_t)md_block_count(g) * g->n_expert);
     *shard_out = shard;
     return CM_OK;
 }
@@ -47,10 +47,12 @@ void wk_shard_destroy(wk_shard *shard)
 static cm_status shard_load_matrix(wk_shard *shard, uint32_t layer, uint32_t expert, const char *name,
                                    kn_matrix *matrix_out, cm_error *err)
 {
+    char block[MD_BLOCK_NAME_MAX];
+    md_block_name(shard->geometry, layer, block);
     const md_tensor *weight =
-        md_checkpoint_tensor(shard->checkpoint, "layers.%u.ffn.experts.%u.%s.weight", layer, expert, name);
+        md_checkpoint_tensor(shard->checkpoint, "%sffn.experts.%u.%s.weight", block, expert, name);
     const md_tensor *scale =
-        md_checkpoint_tensor(shard->checkpoint, "layers.%u.ffn.experts.%u.%s.scale", layer, expert, name);
+        md_checkpoint_tensor(shard->checkpoint, "%sffn.experts.%u.%s.scale", block, expert, name);
     bool fp4 = weight->dtype == MD_I8;
     kn_matrix matrix = {
         .n_out = (uint32_t)weight->dim[0],
@@ -91,7 +93,7 @@ cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t
     const md_geometry *g = shard->geometry;
     uint32_t n_all = pr_placement_count(placement, rank), n_seen = 0, n_new = 0;
     uint64_t told_ms = cm_now_ms(), start_ms = told_ms;
-    for (uint32_t layer = 0; layer < g->n_layer; layer++) {
+    for (uint32_t layer = 0; layer < md_block_count(g); layer++) {
         for (uint32_t e = 0; e < g->n_expert; e++) {
             if (!pr_placement_owns(placement, layer, e, rank)) {
                 continue;
@@ -122,7 +124,7 @@ cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t
 void wk_shard_keep(wk_shard *shard, const pr_placement *const *placements, const uint32_t *ranks, uint32_t n)
 {
     const md_geometry *g = shard->geometry;
-    for (uint32_t layer = 0; layer < g->n_layer; layer++) {
+    for (uint32_t layer = 0; layer < md_block_count(g); layer++) {
         for (uint32_t e = 0; e < g->n_expert; e++) {
             shard_entry *entry = &shard->entries[(size_t)layer * g->n_expert + e];
             bool wanted = false;

@@ -235,7 +235,7 @@ static void worker_join(wk_worker *w)
         .data_address = w->address,
         .fingerprint = w->fingerprint,
         .expert_bytes_max = worker_expert_bytes_max(w->config),
-        .n_layer = g->n_layer,
+        .n_layer = md_block_count(g),
         .n_expert = g->n_expert,
         .expert_bytes = md_expert_bytes(g),
     };

@@ -507,3 +507,12 @@ cm_status md_geometry_load(const char *dir, md_geometry *geometry_out, cm_error 
     cm_bytes_fini(&text);
     return status;
 }
+
+void md_block_name(const md_geometry *g, uint32_t block, char name_out[MD_BLOCK_NAME_MAX])
+{
+    if (block < g->n_layer) {
+        snprintf(name_out, MD_BLOCK_NAME_MAX, "layers.%u.", block);
+    } else {
+        snprintf(name_out, MD_BLOCK_NAME_MAX, "mtp.%u.", block - g->n_layer);
+    }
+}

@@ -57,6 +57,17 @@ CM_MUST_CHECK cm_status md_geometry_parse(const char *json, size_t n_bytes, md_g
 /* Reads DIR/config.json. */
 CM_MUST_CHECK cm_status md_geometry_load(const char *dir, md_geometry *geometry_out, cm_error *err);
 
+/* Blocks that are served, the layers of a placement and of row frames: the trunk's, then the MTP block, if
+ * there is one, as block n_layer. A DSpark drafter is not served. */
+static inline uint32_t md_block_count(const md_geometry *g)
+{
+    return g->n_layer + (g->drafter == MD_DRAFTER_MTP ? 1 : 0);
+}
+
+enum { MD_BLOCK_NAME_MAX = 24 };
+/* What the names of its tensors start with: "layers.12." or "mtp.0.". */
+void md_block_name(const md_geometry *g, uint32_t block, char name_out[MD_BLOCK_NAME_MAX]);
+
 static inline bool md_layer_is_hash(const md_geometry *g, uint32_t layer)
 {
     return layer < g->n_hash_layer;

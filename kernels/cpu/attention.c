@@ -161,8 +161,8 @@ static void op_raw_commit(kn_stream *s, const kn_batch *b, const kn_attn *a, kn_
     for (uint32_t g = 0; g < b->n_seg; g++) {
         const kn_seg *seg = &segs[g];
         uint8_t *raw = (uint8_t *)kn_host(seg->slot) + a->layout.slot_raw;
-        for (uint32_t r = kn_raw_first(seg->n_row - 1, a->window); r < seg->n_row; r++) {
-            memcpy(raw + (seg->pos0 + r) % a->window * row_bytes,
+        for (uint32_t r = kn_raw_first(seg->n_row - 1, a->layout.ring); r < seg->n_row; r++) {
+            memcpy(raw + (seg->pos0 + r) % a->layout.ring * row_bytes,
                    (const uint8_t *)kn_host(chunk_rows) + (seg->row0 + r) * row_bytes, row_bytes);
         }
     }

@@ -20,7 +20,7 @@ static window_term term_at(const compress_job *j, const kn_seg *seg, uint32_t p,
 {
     const kn_compress *c = j->c;
     uint64_t width = kn_compress_width(c->ratio, c->dim), at;
-    uint32_t span = kn_compress_span(c->ratio);
+    uint32_t span = c->span;
     if (p >= seg->pos0) {
         at = (seg->row0 + (p - seg->pos0)) * width + column;
         return (window_term){j->kv + at, j->score + at};
@@ -141,7 +141,7 @@ void KN_FN(kn_cpu_compress_commit)(kn_stream *s, const kn_batch *b, const kn_com
 {
     const kn_seg *segs = kn_host(b->segs);
     uint64_t width = kn_compress_width(c->ratio, c->dim);
-    uint32_t span = kn_compress_span(c->ratio);
+    uint32_t span = c->span;
     (void)s;
     for (uint32_t g = 0; g < b->n_seg; g++) {
         const kn_seg *seg = &segs[g];

@@ -88,6 +88,18 @@ static void op_embed(kn_stream *s, const kn_matrix *table, kn_ptr ids_in, uint32
     }
 }
 
+static void op_add_streams(kn_stream *s, kn_ptr e_in, uint32_t n, uint32_t hc, uint32_t d, kn_ptr x_io)
+{
+    (void)s;
+    for (uint64_t r = 0; r < n; r++) {
+        const uint16_t *e = (const uint16_t *)kn_host(e_in) + r * d;
+        uint16_t *x = (uint16_t *)kn_host(x_io) + r * hc * d;
+        for (uint64_t i = 0; i < (uint64_t)hc * d; i++) {
+            x[i] = kn_bf16_from_f64((double)kn_bf16_decode(e[i % d]) + (double)kn_bf16_decode(x[i]));
+        }
+    }
+}
+
 typedef struct norm_job {
     const uint16_t *x, *w;
     uint16_t *y;
@@ -337,6 +349,7 @@ static void op_hc_post(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y, kn_ptr x
 
 const kn_dense_ops KN_FN(kn_cpu_dense) = {
     .embed = op_embed,
+    .add_streams = op_add_streams,
     .hc_pre = op_hc_pre,
     .hc_post = op_hc_post,
     .hc_head = op_hc_head,

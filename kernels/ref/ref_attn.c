@@ -59,7 +59,7 @@ static double entry(const kn_seg *seg, const kn_compress *c, const float *batch_
                     uint32_t p, uint32_t i)
 {
     uint64_t width = kn_compress_width(c->ratio, c->dim);
-    uint32_t span = kn_compress_span(c->ratio);
+    uint32_t span = c->span;
     const float *state = (const float *)((const uint8_t *)kn_host(seg->slot) + c->slot_state);
     if (p >= seg->pos0) {
         return batch_rows[(seg->row0 + (p - seg->pos0)) * width + i];
@@ -140,7 +140,7 @@ static void ref_compress_commit(kn_stream *s, const kn_batch *b, const kn_compre
                                 kn_ptr score)
 {
     uint64_t width = kn_compress_width(c->ratio, c->dim);
-    uint32_t span = kn_compress_span(c->ratio);
+    uint32_t span = c->span;
     (void)s;
     for (uint32_t g = 0; g < b->n_seg; g++) {
         const kn_seg *seg = segment_at(b, g);
@@ -304,7 +304,7 @@ static void ref_raw_commit(kn_stream *s, const kn_batch *b, const kn_attn *a, kn
         const kn_seg *seg = segment_at(b, g);
         uint8_t *raw = (uint8_t *)kn_host(seg->slot) + a->layout.slot_raw;
         for (uint32_t r = 0; r < seg->n_row; r++) {
-            memcpy(raw + (seg->pos0 + r) % a->window * row_bytes,
+            memcpy(raw + (seg->pos0 + r) % a->layout.ring * row_bytes,
                    (const uint8_t *)kn_host(chunk_rows) + (seg->row0 + r) * row_bytes, row_bytes);
         }
     }

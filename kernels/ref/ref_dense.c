@@ -57,6 +57,18 @@ double ref_dot_bf16(const uint16_t *x, const kn_matrix *w, uint32_t o)
     return ref_total(sum);
 }
 
+static void ref_add_streams(kn_stream *s, kn_ptr e_in, uint32_t n, uint32_t hc, uint32_t d, kn_ptr x_io)
+{
+    const uint16_t *e = kn_host(e_in);
+    uint16_t *x = kn_host(x_io);
+    (void)s;
+    for (uint64_t i = 0; i < (uint64_t)n * hc * d; i++) {
+        uint64_t row = i / ((uint64_t)hc * d);
+        double sum = (double)kn_bf16_decode(e[row * d + i % d]) + (double)kn_bf16_decode(x[i]);
+        x[i] = kn_bf16_from_f64(sum);
+    }
+}
+
 static void ref_linear_q8(kn_stream *s, kn_q8 x, const kn_matrix *w, uint32_t n, kn_ptr y_out)
 {
     const uint8_t *codes = kn_host(x.codes), *scales = kn_host(x.scales);
@@ -288,6 +300,7 @@ static void ref_hc_post(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y_in, kn_p
 
 const kn_dense_ops kn_ref_dense = {
     .embed = ref_embed,
+    .add_streams = ref_add_streams,
     .hc_pre = ref_hc_pre,
     .hc_post = ref_hc_post,
     .hc_head = ref_hc_head,

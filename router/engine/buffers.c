@@ -61,8 +61,8 @@ static uint32_t buffer_table(rt_engine *engine, buffer_row rows[BUFFER_ROWS])
     BUFFER(b->q8_h.scales, n * kn_blocks(g->inner, KN_ACT_BLOCK));
     BUFFER(b->shared, 2 * n * g->d);
     BUFFER(b->slots, 2 * n * g->topk * g->d);
-    BUFFER(b->last, 2 * n_slot * g->d);
-    BUFFER(b->logits, 4 * n_slot * g->vocab);
+    BUFFER(b->last, 2ull * rt_out_max(engine) * g->d);
+    BUFFER(b->logits, 4ull * rt_out_max(engine) * g->vocab);
     BUFFER(engine->slot_pool, n_slot * engine->kv.slot_bytes);
     BUFFER(engine->page_pool, engine->n_page * engine->kv.page_bytes);
 #undef BUFFER

@@ -23,12 +23,18 @@ static uint32_t u32_max(uint32_t a, uint32_t b)
     return a > b ? a : b;
 }
 
+uint32_t rt_out_max(const rt_engine *e)
+{
+    uint64_t n = (uint64_t)e->options.slot_max * (e->draft_max + 1);
+    return n < e->options.row_max ? (uint32_t)n : e->options.row_max;
+}
+
 static void engine_kn_limits(const rt_engine *e, kn_limits *limits_out)
 {
     const md_geometry *g = e->geometry;
     uint32_t group_in = g->n_head / g->o_groups * g->head_dim;
     *limits_out = (kn_limits){
-        .n_row = u32_max(e->options.row_max, e->options.slot_max),
+        .n_row = e->options.row_max,
         .n_in = u32_max(u32_max(g->hc * g->d, g->o_groups * g->o_rank),
                         u32_max(group_in, u32_max(g->q_rank, g->inner))),
         .n_inner = g->inner,
@@ -44,7 +50,7 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
 {
     const md_geometry *g = e->geometry;
     uint64_t page_bytes;
-    rt_kv_layout_build(g, &e->kv);
+    rt_kv_layout_build(g, e->draft_max, &e->kv);
     page_bytes =
         e->kv.page_bytes != 0 ? e->kv.page_bytes : 1; /* a model of windows only needs pages in name */
     uint32_t per_seq = rt_kv_seq_pages(g->context);
@@ -92,7 +98,7 @@ static cm_status engine_open_exchange(rt_engine *e, cm_error *err)
 static void engine_log_sizes(const rt_engine *e)
 {
     rt_kv_sizes kv;
-    rt_kv_sizes_get(e->geometry, &kv);
+    rt_kv_sizes_get(e->geometry, e->draft_max, &kv);
     cm_info("device %s path %s, dense weights %llu MB, %u KV pages of %llu bytes, %u sequence slots of %llu "
             "bytes",
             kn_device_name(e->device), kn_device_isa(e->device),
@@ -111,6 +117,7 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->options = *options;
     e->geometry = md_checkpoint_geometry(options->checkpoint);
     const md_geometry *g = e->geometry;
+    e->draft_max = g->drafter == MD_DRAFTER_MTP ? options->draft_max : 0;
     cm_status status = kn_device_open(&options->device, &e->device, err);
     if (status != CM_OK) {
         goto err_free;
@@ -121,14 +128,14 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
         cm_error_set(err, status, "rows_max", "no memory for scratch of %u rows", limits.n_row);
         goto err_device;
     }
-    status = rt_weights_open(options->checkpoint, e->device, e->stream, &e->weights, err);
+    status = engine_size_kv(e, err);
+    if (status == CM_OK) {
+        status = rt_weights_open(options->checkpoint, &e->kv, e->device, e->stream, &e->weights, err);
+    }
     if (status != CM_OK) {
         goto err_stream;
     }
-    status = engine_size_kv(e, err);
-    if (status == CM_OK) {
-        status = rt_buffers_create(e, err);
-    }
+    status = rt_buffers_create(e, err);
     if (status != CM_OK) {
         goto err_weights;
     }
@@ -146,7 +153,8 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->host_pos = cm_alloc(sizeof(uint32_t) * options->row_max);
     e->host_experts = cm_alloc(sizeof(int32_t) * options->row_max * g->topk);
     e->host_route = cm_alloc(sizeof(float) * options->row_max * g->topk);
-    e->host_logits = cm_alloc(sizeof(float) * (size_t)options->slot_max * g->vocab);
+    e->host_logits = cm_alloc(sizeof(float) * (size_t)rt_out_max(e) * g->vocab);
+    e->host_last = cm_alloc(sizeof(uint32_t) * options->slot_max);
     engine_log_sizes(e);
     *engine_out = e;
     return CM_OK;
@@ -179,6 +187,7 @@ void rt_engine_destroy(rt_engine *e)
     cm_free(e->host_experts);
     cm_free(e->host_route);
     cm_free(e->host_logits);
+    cm_free(e->host_last);
     cm_free(e);
 }
 
@@ -191,6 +200,7 @@ void rt_engine_sched_limits(const rt_engine *e, rt_sched_limits *limits_out)
         .page_tokens = KN_PAGE_TOKENS,
         .context = e->geometry->context,
         .vocab = e->geometry->vocab,
+        .draft_max = e->draft_max,
     };
 }
 
@@ -217,7 +227,8 @@ const float *rt_engine_logits(const rt_engine *e)
 
 void rt_tap_at(rt_engine *e, uint32_t layer, rt_tap_point point, kn_ptr data, uint64_t row_bytes)
 {
-    if (__builtin_expect(e->tap != NULL, 0)) {
+    if (__builtin_expect(e->tap != NULL, 0) &&
+        layer < e->geometry->n_layer) { /* a guess is no state of the model's */
         cm_status status = kn_stream_sync(e->stream);
         CM_ASSERT(status == CM_OK);
         e->tap(e->tap_ctx, layer, point, e->step, kn_mem_host(e->device, data), row_bytes, e->batch.n_row);
@@ -226,9 +237,29 @@ void rt_tap_at(rt_engine *e, uint32_t layer, rt_tap_point point, kn_ptr data, ui
 
 /* ---- the step ---- */
 
-void rt_step_begin(rt_engine *e, const rt_step *step)
+void rt_place_rows(rt_engine *e, uint32_t n_seg, uint32_t n_row, uint32_t n_page)
 {
     rt_buffers *b = &e->buf;
+    e->n_pass++;
+    kn_copy_to_device(e->stream, b->ids, e->host_ids, 4ull * n_row);
+    kn_copy_to_device(e->stream, b->pos, e->host_pos, 4ull * n_row);
+    kn_copy_to_device(e->stream, b->segs, e->host_segs, sizeof(kn_seg) * n_seg);
+    kn_copy_to_device(e->stream, b->pages, e->host_pages, 4ull * n_page);
+    e->batch = (kn_batch){.segs = b->segs,
+                          .pages = b->pages,
+                          .pos = b->pos,
+                          .page_pool = e->page_pool,
+                          .page_bytes = e->kv.page_bytes,
+                          .n_seg = n_seg,
+                          .n_row = n_row};
+    e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, n_row,
+                        b->cs_window);
+    e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, n_row,
+                        b->cs_compress);
+}
+
+void rt_step_begin(rt_engine *e, const rt_step *step)
+{
     uint32_t row = 0, page = 0;
     CM_ASSERT_MSG(step->n_row > 0 && step->n_row <= e->options.row_max && step->n_seg <= e->options.slot_max,
                   "step of %u rows and %u sequences", step->n_row, step->n_seg);
@@ -248,25 +279,11 @@ void rt_step_begin(rt_engine *e, const rt_step *step)
         page += seg->n_page;
     }
     CM_ASSERT(row == step->n_row);
-    kn_copy_to_device(e->stream, b->ids, e->host_ids, 4ull * row);
-    kn_copy_to_device(e->stream, b->pos, e->host_pos, 4ull * row);
-    kn_copy_to_device(e->stream, b->segs, e->host_segs, sizeof(kn_seg) * step->n_seg);
-    kn_copy_to_device(e->stream, b->pages, e->host_pages, 4ull * page);
     e->step = step;
-    e->batch = (kn_batch){.segs = b->segs,
-                          .pages = b->pages,
-                          .pos = b->pos,
-                          .page_pool = e->page_pool,
-                          .page_bytes = e->kv.page_bytes,
-                          .n_seg = step->n_seg,
-                          .n_row = row};
-    e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, row,
-                        b->cs_window);
-    e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, row,
-                        b->cs_compress);
+    rt_place_rows(e, step->n_seg, row, page);
 }
 
-static cm_status engine_layer(rt_engine *e, uint32_t layer)
+cm_status rt_block(rt_engine *e, uint32_t layer)
 {
     const md_geometry *g = e->geometry;
     const rt_layer *w = &e->weights.layers[layer];
@@ -293,58 +310,81 @@ static cm_status engine_layer(rt_engine *e, uint32_t layer)
     return CM_OK;
 }
 
-/* Logits of the last row of every segment that wants a token. */
+cm_status rt_logits(rt_engine *e, kn_ptr norm, uint32_t n)
+{
+    const md_geometry *g = e->geometry;
+    rt_buffers *b = &e->buf;
+    CM_ASSERT_MSG(n <= rt_out_max(e), "%u rows give a token, %u at most", n, rt_out_max(e));
+    e->dense->rmsnorm(e->stream, b->last, norm, n, g->d, g->norm_eps, b->last);
+    e->dense->linear_bf16(e->stream, b->last, &e->weights.head, n, KN_F32, b->logits);
+    kn_copy_to_host(e->stream, e->host_logits, b->logits, 4ull * n * g->vocab);
+    return kn_stream_sync(e->stream);
+}
+
+/* Logits of the rows that give tokens: of every segment with sample the last one and those of its guesses. */
 static cm_status engine_head(rt_engine *e, const rt_step *step)
 {
     const md_geometry *g = e->geometry;
     rt_buffers *b = &e->buf;
     uint32_t n = 0;
     for (uint32_t i = 0; i < step->n_seg; i++) {
-        if (step->segs[i].sample) {
-            uint64_t row = e->host_segs[i].row0 + step->segs[i].n_row - 1;
-            e->dense->hc_head(e->stream, &e->weights.hc_head, kn_at(b->x, 2 * row * g->hc * g->d), 1,
-                              kn_at(b->last, 2ull * n++ * g->d));
+        const rt_step_seg *seg = &step->segs[i];
+        if (seg->sample) {
+            uint32_t n_out = seg->n_draft + 1;
+            uint64_t row = e->host_segs[i].row0 + seg->n_row - n_out;
+            e->dense->hc_head(e->stream, &e->weights.hc_head, kn_at(b->x, 2 * row * g->hc * g->d), n_out,
+                              kn_at(b->last, 2ull * n * g->d));
+            n += n_out;
         }
     }
-    CM_ASSERT(n == step->n_sample);
-    if (n > 0) {
-        e->dense->rmsnorm(e->stream, b->last, e->weights.norm, n, g->d, g->norm_eps, b->last);
-        e->dense->linear_bf16(e->stream, b->last, &e->weights.head, n, KN_F32, b->logits);
-        kn_copy_to_host(e->stream, e->host_logits, b->logits, 4ull * n * g->vocab);
-    }
-    return kn_stream_sync(e->stream);
+    return n > 0 ? rt_logits(e, e->weights.norm, n) : kn_stream_sync(e->stream);
 }
 
-static void engine_sample(rt_engine *e, const rt_step *step, uint32_t *tokens_out)
+/* One token after another, as long as the guess before it was right. */
+static void engine_sample_seg(rt_engine *e, const rt_step_seg *seg, const float *logits, rt_step_result *out)
 {
-    uint32_t n = 0;
+    const uint32_t *guesses = seg->tokens + seg->n_row - seg->n_draft;
+    out->n_draft = 0;
+    out->n_token = 0;
+    do {
+        uint32_t i = out->n_token;
+        out->tokens[i] = rt_sample(e->scratch, logits + (size_t)i * e->geometry->vocab, seg, i);
+        out->n_token = i + 1;
+    } while (out->n_token <= seg->n_draft && guesses[out->n_token - 1] == out->tokens[out->n_token - 1]);
+}
+
+static void engine_sample(rt_engine *e, const rt_step *step, rt_step_result *results_out)
+{
+    uint32_t n = 0, n_row = 0;
     for (uint32_t i = 0; i < step->n_seg; i++) {
         const rt_step_seg *seg = &step->segs[i];
         if (seg->sample) {
-            const float *logits = e->host_logits + (size_t)n * e->geometry->vocab;
-            tokens_out[n++] = rt_sample(e->scratch, logits, seg);
+            engine_sample_seg(e, seg, e->host_logits + (size_t)n_row * e->geometry->vocab, &results_out[n++]);
+            n_row += seg->n_draft + 1;
         }
     }
+    CM_ASSERT(n == step->n_sample);
     if (e->tap != NULL) {
         e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, e->host_logits,
-               4ull * e->geometry->vocab, n);
+               4ull * e->geometry->vocab, n_row);
     }
 }
 
-cm_status rt_engine_step(rt_engine *e, const rt_step *step, uint32_t *tokens_out)
+cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *results_out)
 {
     cm_mem_guard_begin("a step");
     rt_step_begin(e, step);
     e->dense->embed(e->stream, &e->weights.embed, e->buf.ids, step->n_row, e->geometry->hc, e->buf.x);
     cm_status status = CM_OK;
     for (uint32_t l = 0; l < e->geometry->n_layer && status == CM_OK; l++) {
-        status = engine_layer(e, l);
+        status = rt_block(e, l);
     }
     if (status == CM_OK) {
         status = engine_head(e, step);
     }
     if (status == CM_OK) {
-        engine_sample(e, step, tokens_out);
+        engine_sample(e, step, results_out);
+        status = e->draft_max > 0 ? rt_draft(e, results_out) : CM_OK;
     }
     cm_mem_guard_end();
     return status;

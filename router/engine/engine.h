@@ -13,17 +13,19 @@ typedef struct rt_engine rt_engine;
 
 /* Points inside a step where a tap may look (tests, bisection). */
 typedef enum rt_tap_point {
-    RT_TAP_STREAMS_IN,  /* BF16 [n_row][hc][d], before the layer */
-    RT_TAP_ATTN_IN,     /* BF16 [n_row][d], after attn_norm */
-    RT_TAP_PICKS,       /* int32 [n_row][index_topk]; ratio 4 only */
-    RT_TAP_ATTN_OUT,    /* BF16 [n_row][d] */
-    RT_TAP_STREAMS_MID, /* BF16 [n_row][hc][d] */
-    RT_TAP_FFN_IN,      /* BF16 [n_row][d], after ffn_norm */
-    RT_TAP_EXPERTS,     /* int32 [n_row][topk] */
-    RT_TAP_ROUTE,       /* F32 [n_row][topk] */
-    RT_TAP_FFN_OUT,     /* BF16 [n_row][d] */
-    RT_TAP_STREAMS_OUT, /* BF16 [n_row][hc][d] */
-    RT_TAP_LOGITS,      /* F32 [n_sample][vocab]; layer = n_layer */
+    RT_TAP_STREAMS_IN,   /* BF16 [n_row][hc][d], before the layer */
+    RT_TAP_ATTN_IN,      /* BF16 [n_row][d], after attn_norm */
+    RT_TAP_PICKS,        /* int32 [n_row][index_topk]; ratio 4 only */
+    RT_TAP_ATTN_OUT,     /* BF16 [n_row][d] */
+    RT_TAP_STREAMS_MID,  /* BF16 [n_row][hc][d] */
+    RT_TAP_FFN_IN,       /* BF16 [n_row][d], after ffn_norm */
+    RT_TAP_EXPERTS,      /* int32 [n_row][topk] */
+    RT_TAP_ROUTE,        /* F32 [n_row][topk] */
+    RT_TAP_FFN_OUT,      /* BF16 [n_row][d] */
+    RT_TAP_STREAMS_OUT,  /* BF16 [n_row][hc][d] */
+    RT_TAP_LOGITS,       /* F32 [n_row][vocab], of every row that gave a token; layer = n_layer */
+    RT_TAP_DRAFT_LOGITS, /* F32 [n_row][vocab], of every seg that wants this guess; layer = the guess, from 0
+                          */
 } rt_tap_point;
 typedef void (*rt_tap_fn)(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step,
                           const void *data, uint64_t row_bytes, uint32_t n_row);
@@ -35,6 +37,7 @@ typedef struct rt_engine_options {
     uint32_t row_max;            /* rows of a step */
     uint32_t slot_max;           /* sequences at once */
     uint64_t kv_bytes;           /* memory for KV pages */
+    uint32_t draft_max;          /* tokens guessed ahead; 0: none; RT_DRAFT_MAX at most */
     uint32_t answer_ms, wait_ms; /* see rt_exchange_options */
     void (*peer_lost)(void *ctx, uint32_t member_id, cm_status status);
     void *ctx;
@@ -51,8 +54,9 @@ const rt_kv_layout *rt_engine_kv(const rt_engine *engine);
 rt_exchange *rt_engine_exchange(rt_engine *engine); /* epochs go in through it (any thread) */
 void rt_engine_set_tap(rt_engine *engine, rt_tap_fn tap, void *ctx);
 
-/* One forward pass. tokens_out[i] for the i-th segment with sample. CM_E_NO_OWNER, CM_E_CANCELLED from the
+/* One forward pass. results_out[i] for the i-th segment with sample. CM_E_NO_OWNER, CM_E_CANCELLED from the
  * exchange, CM_E_DEVICE; then nothing of the step counts and its sequences must start over or end. */
-CM_MUST_CHECK cm_status rt_engine_step(rt_engine *engine, const rt_step *step, uint32_t *tokens_out);
-/* Logits of the last step: F32 [n_sample][vocab], valid until the next. */
+CM_MUST_CHECK cm_status rt_engine_step(rt_engine *engine, const rt_step *step, rt_step_result *results_out);
+/* Logits of the last step: F32 [vocab] of the last n_draft + 1 rows of each segment with sample, valid until
+ * the next. */
 const float *rt_engine_logits(const rt_engine *engine);

@@ -24,7 +24,7 @@ typedef struct rt_buffers {
     kn_q8 q8_h;
     kn_ptr shared;       /* BF16 [n][d] */
     kn_ptr slots;        /* BF16 [n][topk][d] results of routed experts */
-    kn_ptr last, logits; /* BF16 [slot_max][d], F32 [slot_max][vocab] */
+    kn_ptr last, logits; /* BF16 [n_out][d], F32 [n_out][vocab]: rows that give a token, see rt_out_max */
 } rt_buffers;
 
 struct rt_engine {
@@ -42,6 +42,9 @@ struct rt_engine {
     rt_buffers buf;
     rt_exchange *exchange;
     rt_sample_scratch *scratch;
+    uint32_t draft_max; /* 0: no speculation */
+    uint64_t n_pass;    /* forward passes ever: what row frames call the step */
+    rt_sampler guess_sampler;
     rt_tap_fn tap;
     void *tap_ctx;
 
@@ -55,14 +58,26 @@ struct rt_engine {
     uint32_t page_list_max;
     int32_t *host_experts; /* [row_max][topk] */
     float *host_route;
-    float *host_logits; /* [slot_max][vocab] */
+    float *host_logits;  /* [rt_out_max][vocab] */
+    uint32_t *host_last; /* [slot_max]: row of the newest token of each segment that is guessed for */
 };
 
 CM_MUST_CHECK cm_status rt_buffers_create(rt_engine *engine, cm_error *err);
 void rt_buffers_destroy(rt_engine *engine);
 
+/* Rows of a step that give a token, at most. */
+uint32_t rt_out_max(const rt_engine *engine);
 /* Puts a step's ids, positions, segments and pages on the device. */
 void rt_step_begin(rt_engine *engine, const rt_step *step);
+/* The batch is what host_segs, host_ids, host_pos and host_pages say, from here on. */
+void rt_place_rows(rt_engine *engine, uint32_t n_seg, uint32_t n_row, uint32_t n_page);
+/* One block over the rows of the batch: streams in buf.x to streams in buf.x. */
+CM_MUST_CHECK cm_status rt_block(rt_engine *engine, uint32_t block);
+/* Logits of the n rows in buf.last, already the output of an hc_head, behind `norm`, into host_logits. */
+CM_MUST_CHECK cm_status rt_logits(rt_engine *engine, kn_ptr norm, uint32_t n);
+/* After the tokens of the step are drawn: runs the MTP block over the step's rows and guesses what follows
+ * (draft.c). */
+CM_MUST_CHECK cm_status rt_draft(rt_engine *engine, rt_step_result *results);
 /* buf.in (attn_norm-ed rows) -> buf.out; enters the step's rows into windows, pages and states. */
 void rt_layer_attention(rt_engine *engine, uint32_t layer);
 /* buf.in (ffn_norm-ed rows) -> buf.out. */

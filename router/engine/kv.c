@@ -20,16 +20,21 @@ static uint32_t kv_layers_of(const md_geometry *g, uint32_t ratio)
     return n;
 }
 
-void rt_kv_sizes_get(const md_geometry *g, rt_kv_sizes *sizes_out)
+static uint32_t kv_layers(const md_geometry *g, uint32_t draft_max)
+{
+    return draft_max == 0 ? g->n_layer : md_block_count(g);
+}
+
+void rt_kv_sizes_get(const md_geometry *g, uint32_t draft_max, rt_kv_sizes *sizes_out)
 {
     uint64_t row = kn_kv_row_bytes(g->head_dim, g->rope_dim), key = kn_index_row_bytes(g->index_dim);
     uint64_t n4 = kv_layers_of(g, 4), n128 = kv_layers_of(g, 128);
     rt_kv_sizes sizes = {
         .row_bytes = n4 * (KN_PAGE_TOKENS / 4) * (row + key) + n128 * (KN_PAGE_TOKENS / 128) * row,
-        .window_bytes = (uint64_t)g->n_layer * g->window * row,
-        .state_bytes =
-            n4 * (kn_compress_state_bytes(4, g->head_dim) + kn_compress_state_bytes(4, g->index_dim)) +
-            n128 * kn_compress_state_bytes(128, g->head_dim),
+        .window_bytes = (uint64_t)kv_layers(g, draft_max) * (g->window + draft_max) * row,
+        .state_bytes = n4 * (kn_compress_state_bytes(4, g->head_dim, draft_max) +
+                             kn_compress_state_bytes(4, g->index_dim, draft_max)) +
+                       n128 * kn_compress_state_bytes(128, g->head_dim, draft_max),
     };
     sizes.page_bytes = kv_round_up(sizes.row_bytes);
     sizes.slot_bytes = kv_round_up(sizes.window_bytes + sizes.state_bytes);
@@ -48,31 +53,34 @@ uint64_t rt_kv_seq_bytes(const rt_kv_sizes *sizes, uint64_t n_token)
 
 /* ---- layout ---- */
 
-void rt_kv_layout_build(const md_geometry *geometry, rt_kv_layout *layout_out)
+void rt_kv_layout_build(const md_geometry *geometry, uint32_t draft_max, rt_kv_layout *layout_out)
 {
     uint64_t page = 0, slot = 0;
     rt_kv_sizes sizes;
-    rt_kv_sizes_get(geometry, &sizes);
-    for (uint32_t l = 0; l < geometry->n_layer; l++) {
+    rt_kv_sizes_get(geometry, draft_max, &sizes);
+    layout_out->n_layer = kv_layers(geometry, draft_max);
+    layout_out->draft_max = draft_max;
+    for (uint32_t l = 0; l < layout_out->n_layer; l++) {
         uint32_t ratio = geometry->ratio[l];
         kn_kv_layout *layer = &layout_out->layer[l];
         *layer = (kn_kv_layout){.ratio = ratio,
+                                .ring = geometry->window + draft_max,
                                 .row_bytes = kn_kv_row_bytes(geometry->head_dim, geometry->rope_dim)};
         layer->slot_raw = slot;
-        slot += (uint64_t)geometry->window * layer->row_bytes;
+        slot += (uint64_t)layer->ring * layer->row_bytes;
         if (ratio == 0) {
             continue;
         }
         layer->page_rows = page;
         page += (uint64_t)(KN_PAGE_TOKENS / ratio) * layer->row_bytes;
         layer->slot_main = slot;
-        slot += kn_compress_state_bytes(ratio, geometry->head_dim);
+        slot += kn_compress_state_bytes(ratio, geometry->head_dim, draft_max);
         if (ratio == 4) {
             layer->index_bytes = kn_index_row_bytes(geometry->index_dim);
             layer->page_index = page;
             page += (uint64_t)(KN_PAGE_TOKENS / ratio) * layer->index_bytes;
             layer->slot_index = slot;
-            slot += kn_compress_state_bytes(ratio, geometry->index_dim);
+            slot += kn_compress_state_bytes(ratio, geometry->index_dim, draft_max);
         }
     }
     CM_ASSERT_MSG(page == sizes.row_bytes && slot == sizes.window_bytes + sizes.state_bytes,

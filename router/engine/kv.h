@@ -16,15 +16,19 @@ typedef struct rt_kv_sizes {
     uint64_t slot_bytes;   /* window_bytes + state_bytes likewise */
 } rt_kv_sizes;
 
-void rt_kv_sizes_get(const md_geometry *geometry, rt_kv_sizes *sizes_out);
+/* draft_max: tokens guessed ahead at most, 0 without speculation. Each costs a spare entry in every ring and
+ * compressor state (kn.h, taking rows back), and the drafter a ring of its own. */
+void rt_kv_sizes_get(const md_geometry *geometry, uint32_t draft_max, rt_kv_sizes *sizes_out);
 /* Pages that hold n_token tokens of one sequence. */
 uint32_t rt_kv_seq_pages(uint64_t n_token);
 /* What one sequence of n_token tokens takes from the allocator: its pages and its slot. */
 uint64_t rt_kv_seq_bytes(const rt_kv_sizes *sizes, uint64_t n_token);
 
 typedef struct rt_kv_layout {
-    kn_kv_layout layer[MD_LAYER_MAX];
+    kn_kv_layout layer[MD_LAYER_MAX]; /* of every block; the MTP block's only with draft_max */
+    uint32_t n_layer;
+    uint32_t draft_max;
     uint64_t page_bytes, slot_bytes; /* those of rt_kv_sizes */
 } rt_kv_layout;
 
-void rt_kv_layout_build(const md_geometry *geometry, rt_kv_layout *layout_out);
+void rt_kv_layout_build(const md_geometry *geometry, uint32_t draft_max, rt_kv_layout *layout_out);

@@ -126,7 +126,7 @@ cm_status rt_layer_moe(rt_engine *e, uint32_t layer)
     rt_tap_at(e, layer, RT_TAP_ROUTE, b->route, 4ull * g->topk);
 
     rt_exchange_layer exchange = {
-        .step = e->step->number,
+        .step = e->n_pass,
         .layer = layer,
         .n_row = n,
         .experts = e->host_experts,

@@ -38,12 +38,13 @@ void rt_sample_scratch_destroy(rt_sample_scratch *scratch)
 
 /* ---- logits ---- */
 
-static void sample_penalize(rt_sample_scratch *scratch, const rt_step_seg *seg)
+/* position: of the new token; the log before it counts. */
+static void sample_penalize(rt_sample_scratch *scratch, const rt_step_seg *seg, uint32_t position)
 {
     const rt_sampler *sampler = seg->sampler;
     double repetition = sampler->repetition_penalty > 0 ? (double)sampler->repetition_penalty : 1;
     double frequency = (double)sampler->frequency_penalty, presence = (double)sampler->presence_penalty;
-    uint32_t n = seg->pos0 + seg->n_row;
+    uint32_t n = position;
     /* Marks are set and cleared along the log, so that nothing as long as the vocabulary has to be cleared.
      */
     for (uint32_t i = 0; i < n; i++) {
@@ -69,13 +70,14 @@ static bool sample_is_set(float penalty, float neutral)
     return penalty < neutral || penalty > neutral;
 }
 
-static void sample_change_logits(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg)
+static void sample_change_logits(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg,
+                                 uint32_t i_row, uint32_t position)
 {
     const rt_sampler *sampler = seg->sampler;
     for (uint32_t id = 0; id < scratch->vocab; id++) {
         scratch->logits[id] = isfinite(logits[id]) ? (double)logits[id] : -INFINITY;
     }
-    for (uint32_t i = 0; i < sampler->n_stop && !seg->stop_allowed; i++) {
+    for (uint32_t i = 0; i < sampler->n_stop && i_row < seg->stop_wait; i++) {
         scratch->logits[sampler->stop[i]] = -INFINITY;
     }
     for (uint32_t i = 0; i < sampler->n_bias; i++) {
@@ -84,7 +86,7 @@ static void sample_change_logits(rt_sample_scratch *scratch, const float *logits
     bool repeats = sampler->repetition_penalty > 0 && sample_is_set(sampler->repetition_penalty, 1);
     if (repeats || sample_is_set(sampler->frequency_penalty, 0) ||
         sample_is_set(sampler->presence_penalty, 0)) {
-        sample_penalize(scratch, seg);
+        sample_penalize(scratch, seg, position);
     }
 }
 
@@ -184,9 +186,9 @@ static uint32_t sample_nucleus(sample_candidate *candidates, uint32_t n, double 
     return size;
 }
 
-static uint32_t sample_draw(rt_sample_scratch *scratch, const rt_step_seg *seg, double max)
+static uint32_t sample_draw(rt_sample_scratch *scratch, const rt_sampler *sampler, uint32_t position,
+                            double max)
 {
-    const rt_sampler *sampler = seg->sampler;
     sample_candidate *candidates = scratch->candidates;
     uint32_t n = 0;
     for (uint32_t id = 0; id < scratch->vocab; id++) {
@@ -205,8 +207,7 @@ static uint32_t sample_draw(rt_sample_scratch *scratch, const rt_step_seg *seg, 
     if (sampler->top_p < 1) {
         n = sample_nucleus(candidates, n, (double)sampler->top_p, sample_sum(candidates, n));
     }
-    double draw = cm_rng_uniform(sampler->seed, seg->pos0 + seg->n_row, 0) * sample_sum(candidates, n),
-           sum = 0;
+    double draw = cm_rng_uniform(sampler->seed, position, 0) * sample_sum(candidates, n), sum = 0;
     for (uint32_t i = 0; i < n; i++) {
         sum += candidates[i].p;
         if (draw < sum) {
@@ -242,16 +243,17 @@ static void sample_logprobs(rt_sample_scratch *scratch, const float *logits, uin
     }
 }
 
-uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg)
+uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg, uint32_t i)
 {
-    sample_change_logits(scratch, logits, seg);
+    uint32_t position = seg->pos0 + seg->n_row - seg->n_draft + i;
+    sample_change_logits(scratch, logits, seg, i, position);
     uint32_t token = sample_greedy(scratch);
     bool any = scratch->logits[token] > -INFINITY;
     if (any && seg->sampler->temperature > 0) {
-        token = sample_draw(scratch, seg, scratch->logits[token]);
+        token = sample_draw(scratch, seg->sampler, position, scratch->logits[token]);
     }
     if (seg->logprobs != NULL) {
-        sample_logprobs(scratch, logits, token, seg->sampler->n_top, seg->logprobs);
+        sample_logprobs(scratch, logits, token, seg->sampler->n_top, &seg->logprobs[i]);
     }
     return token;
 }

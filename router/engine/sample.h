@@ -24,7 +24,8 @@ typedef struct rt_sample_scratch rt_sample_scratch;
 rt_sample_scratch *rt_sample_scratch_create(uint32_t vocab);
 void rt_sample_scratch_destroy(rt_sample_scratch *scratch);
 
-/* The token behind seg's last row. logits [vocab]; one that is not finite is -INFINITY. Of seg are read:
- * sampler, stop_allowed, the position pos0 + n_row of the new token, log and n_prompt when there is a
- * penalty; logprobs is written unless NULL. Allocates nothing. */
-uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg);
+/* The token behind one of seg's last n_draft + 1 rows, i of them counted from 0: the guesses before it are
+ * taken as right. logits [vocab]; one that is not finite is -INFINITY. Of seg are read: sampler, stop_wait,
+ * the new token's position pos0 + n_row - n_draft + i, as much of log and n_prompt when there is a penalty;
+ * logprobs[i] is written unless NULL. Allocates nothing. */
+uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg, uint32_t i);

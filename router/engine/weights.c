@@ -13,6 +13,7 @@ typedef struct weight_binder {
     const md_checkpoint *checkpoint;
     rt_weights *weights;
     const char *prefix; /* "layers.3." */
+    uint32_t ahead;     /* spare entries of compressor states */
     cm_status status;
     cm_error *err;
 } weight_binder;
@@ -104,6 +105,7 @@ static void weight_compressor(weight_binder *binder, const char *name, const kn_
         .ratio = kv->ratio,
         .dim = index ? g->index_dim : g->head_dim,
         .rope = g->rope_dim,
+        .span = kn_compress_span(kv->ratio, binder->ahead),
         .eps = g->norm_eps,
         .index = index,
         .page_rows = index ? kv->page_index : kv->page_rows,
@@ -161,6 +163,16 @@ static void weight_ffn(weight_binder *binder, bool hash, rt_layer *layer)
     weight_matrix(binder, "ffn.shared_experts.w2", &layer->shared_w2);
 }
 
+static void weight_mtp(weight_binder *binder, rt_mtp *mtp_out)
+{
+    weight_vector(binder, "enorm.weight", &mtp_out->enorm);
+    weight_vector(binder, "hnorm.weight", &mtp_out->hnorm);
+    weight_vector(binder, "norm.weight", &mtp_out->norm);
+    weight_matrix(binder, "e_proj", &mtp_out->e_proj);
+    weight_matrix(binder, "h_proj", &mtp_out->h_proj);
+    weight_hc(binder, "hc_head", &mtp_out->hc_head);
+}
+
 /* The rotation tables are ours, not the checkpoint's: computed once, kept on the device. */
 static cm_status weight_rope_tables(rt_weights *weights, kn_stream *stream)
 {
@@ -184,17 +196,16 @@ static cm_status weight_rope_tables(rt_weights *weights, kn_stream *stream)
     return status;
 }
 
-cm_status rt_weights_open(const md_checkpoint *checkpoint, kn_device *device, kn_stream *stream,
-                          rt_weights *weights_out, cm_error *err)
+cm_status rt_weights_open(const md_checkpoint *checkpoint, const rt_kv_layout *kv, kn_device *device,
+                          kn_stream *stream, rt_weights *weights_out, cm_error *err)
 {
     const md_geometry *g = md_checkpoint_geometry(checkpoint);
-    rt_kv_layout *kv = cm_alloc(sizeof(*kv));
     rt_weights weights = {.geometry = g, .device = device};
-    weight_binder binder = {.checkpoint = checkpoint, .weights = &weights, .prefix = "", .err = err};
-    char prefix[32];
+    weight_binder binder = {
+        .checkpoint = checkpoint, .weights = &weights, .prefix = "", .ahead = kv->draft_max, .err = err};
+    char prefix[MD_BLOCK_NAME_MAX];
 
-    rt_kv_layout_build(g, kv);
-    weights.layers = cm_alloc(sizeof(rt_layer) * g->n_layer);
+    weights.layers = cm_alloc(sizeof(rt_layer) * kv->n_layer);
     binder.status = weight_rope_tables(&weights, stream);
     if (binder.status != CM_OK) {
         cm_error_set(err, binder.status, "", "no device memory for the rotation tables");
@@ -204,14 +215,16 @@ cm_status rt_weights_open(const md_checkpoint *checkpoint, kn_device *device, kn
     weight_vector(&binder, "norm.weight", &weights.norm);
     weight_hc(&binder, "hc_head", &weights.hc_head);
     binder.prefix = prefix;
-    for (uint32_t l = 0; l < g->n_layer && binder.status == CM_OK; l++) {
-        snprintf(prefix, sizeof(prefix), "layers.%u.", l);
+    for (uint32_t l = 0; l < kv->n_layer && binder.status == CM_OK; l++) {
+        md_block_name(g, l, prefix);
         weight_hc(&binder, "hc_attn", &weights.layers[l].hc_attn);
         weight_hc(&binder, "hc_ffn", &weights.layers[l].hc_ffn);
         weight_attention(&binder, &kv->layer[l], &weights.layers[l]);
         weight_ffn(&binder, md_layer_is_hash(g, l), &weights.layers[l]);
     }
-    cm_free(kv);
+    if (kv->n_layer > g->n_layer) {
+        weight_mtp(&binder, &weights.mtp); /* its prefix is the last one's */
+    }
     if (binder.status != CM_OK) {
         rt_weights_close(&weights);
         return binder.status;

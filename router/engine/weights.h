@@ -4,6 +4,7 @@
 #pragma once
 #include "common/model/checkpoint.h"
 #include "kernels/kn.h"
+#include "router/engine/kv.h"
 
 /* A compressor's products; kn is what the compress operation wants. */
 typedef struct rt_compressor {
@@ -24,6 +25,13 @@ typedef struct rt_layer {
     kn_matrix shared_w1, shared_w3, shared_w2;
 } rt_layer;
 
+/* What the MTP block has beside those of a layer (model 7.1). */
+typedef struct rt_mtp {
+    kn_ptr enorm, hnorm, norm; /* BF16 [d] */
+    kn_matrix e_proj, h_proj;
+    kn_hc hc_head;
+} rt_mtp;
+
 typedef struct rt_weights {
     const md_geometry *geometry; /* borrowed from the checkpoint */
     kn_device *device;           /* borrowed */
@@ -31,13 +39,16 @@ typedef struct rt_weights {
     kn_ptr norm;
     kn_hc hc_head;
     kn_ptr inv_freq_window, inv_freq_compress; /* F32 [rope / 2]; owned */
-    rt_layer *layers;
+    rt_layer *layers;                          /* [kv->n_layer] */
+    rt_mtp mtp;                                /* when the MTP block is among them */
     void **copies; /* owned; tensors whose place in the file is not aligned for their type */
     uint32_t n_copies;
     uint64_t n_bytes; /* of all dense weights */
 } rt_weights;
 
-/* Reads and checks every dense weight (md_tensor_check_values). CM_E_CORRUPT names the tensor. */
-CM_MUST_CHECK cm_status rt_weights_open(const md_checkpoint *checkpoint, kn_device *device, kn_stream *stream,
-                                        rt_weights *weights_out, cm_error *err);
+/* Reads and checks every dense weight of kv's layers (md_tensor_check_values). CM_E_CORRUPT names the tensor.
+ */
+CM_MUST_CHECK cm_status rt_weights_open(const md_checkpoint *checkpoint, const rt_kv_layout *kv,
+                                        kn_device *device, kn_stream *stream, rt_weights *weights_out,
+                                        cm_error *err);
 void rt_weights_close(rt_weights *weights);

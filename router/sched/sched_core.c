@@ -612,7 +612,9 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
             .n_page = seq->n_page,
             .sample = sample,
             .sampler = sample ? &seq->sampler : NULL,
-            .stop_allowed = sample && seq_n_generated(seq) >= seq->sampler.tokens_min,
+            .stop_wait = sample && seq->sampler.tokens_min > seq_n_generated(seq)
+                             ? seq->sampler.tokens_min - seq_n_generated(seq)
+                             : 0,
             .log = sample ? seq->log : NULL,
             .n_prompt = sample ? seq->n_prompt : 0,
             .logprobs = sample && seq->sampler.logprobs ? &sched->logprobs[i] : NULL,
@@ -662,7 +664,7 @@ static rt_word *seq_take_token(rt_sched *sched, rt_seq *seq, const rt_step_seg *
     rt_word *word = word_add(sched, seq);
     CM_ASSERT_MSG(token < sched->limits.vocab, "token %u of %u", token, sched->limits.vocab);
     if (seq_stops_at(seq, token)) {
-        CM_ASSERT_MSG(seg->stop_allowed, "stop id %u after %u tokens of at least %u", token,
+        CM_ASSERT_MSG(seg->stop_wait == 0, "stop id %u after %u tokens of at least %u", token,
                       seq_n_generated(seq), seq->sampler.tokens_min);
         word->end = RT_END_STOP;
         word->stop_id = token;
@@ -689,14 +691,16 @@ static void seq_settle(rt_sched *sched, rt_seq *seq, uint64_t now_ms, rt_word *w
     }
 }
 
-void rt_sched_complete(rt_sched *sched, uint64_t now_ms, const uint32_t *tokens, rt_word_fn fn, void *ctx)
+void rt_sched_complete(rt_sched *sched, uint64_t now_ms, uint64_t took_ns, const rt_step_result *results,
+                       rt_word_fn fn, void *ctx)
 {
+    (void)took_ns;
     CM_ASSERT(sched->in_flight);
     for (uint32_t i = 0, i_sample = 0; i < sched->n_seg; i++) {
         const rt_step_seg *seg = &sched->segs[i];
         rt_seq *seq = sched->seg_seqs[i];
         rt_word *word = NULL;
-        uint32_t token = seg->sample ? tokens[i_sample++] : 0;
+        uint32_t token = seg->sample ? results[i_sample++].tokens[0] : 0;
         if (seq->cancelled) {
             seq_free(sched, seq);
             continue;

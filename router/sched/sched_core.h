@@ -4,14 +4,14 @@
  *
  * A step: decode rows first (one per running sequence whose prompt is done), oldest first, then prefill
  * chunks up to the row budget, oldest first; every prefill chunk is at most chunk_max rows, so prefills
- * cannot starve decodes. One step is in flight at a time. The oldest running sequence has a row in every
- * step. Pages (KN_PAGE_TOKENS tokens each) are taken when a sequence grows into them; when none is left the
- * youngest running sequence is preempted: it gives back pages and slot, waits again at the head of the queue,
- * and starts over from prompt + emitted tokens, with the same output by the determinism contract. The
- * youngest itself waits for a page with what it has. Admission refuses a sequence that could not finish
- * alone. Cancel and deadline: a sequence in the step in flight is freed when that step completes, any other
- * at once. Memory: everything is taken at create; token logs are allocated per sequence at open, never during
- * a step. Thread: the loop's. */
+ * cannot starve decodes. Rows that are left over carry guesses of the next tokens (speculation). One step is
+ * in flight at a time. The oldest running sequence has a row in every step. Pages (KN_PAGE_TOKENS tokens
+ * each) are taken when a sequence grows into them; when none is left the youngest running sequence is
+ * preempted: it gives back pages and slot, waits again at the head of the queue, and starts over from prompt
+ * + emitted tokens, with the same output by the determinism contract. The youngest itself waits for a page
+ * with what it has. Admission refuses a sequence that could not finish alone. Cancel and deadline: a sequence
+ * in the step in flight is freed when that step completes, any other at once. Memory: everything is taken at
+ * create; token logs are allocated per sequence at open, never during a step. Thread: the loop's. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -29,6 +29,9 @@ typedef struct rt_sched_limits {
     uint32_t page_tokens; /* tokens of one page */
     uint32_t context;     /* longest prompt + generated */
     uint32_t vocab;
+    uint32_t
+        draft_max; /* tokens guessed ahead per sequence and step; 0: no speculation; at most RT_DRAFT_MAX */
+    bool draft_always; /* guess whether it pays or not; for tests */
 } rt_sched_limits;
 
 /* Who asked: the pair names a sequence. owner is any number its user gives (a gateway link); 0 is not used.
@@ -36,6 +39,8 @@ typedef struct rt_sched_limits {
 typedef struct rt_seq_key {
     uint64_t owner, stream;
 } rt_seq_key;
+
+enum { RT_DRAFT_MAX = 7 };
 
 /* As many as a gateway lets through; its end of sequence is one more stop id. */
 enum { RT_STOP_MAX = 65, RT_BIAS_MAX = 1024, RT_LOGPROBS_TOP_MAX = 20 };
@@ -97,17 +102,22 @@ void rt_sched_drain(rt_sched *sched);
 /* ---- the step ---- */
 
 typedef struct rt_step_seg {
-    uint32_t slot;          /* state slot 0 .. slot_max - 1 */
-    uint32_t pos0, n_row;   /* positions pos0 .. pos0 + n_row - 1 */
-    const uint32_t *tokens; /* [n_row]; borrowed until rt_sched_complete */
-    const uint32_t *pages;  /* page numbers covering positions 0 .. pos0 + n_row - 1; borrowed likewise */
+    uint32_t slot;        /* state slot 0 .. slot_max - 1 */
+    uint32_t pos0, n_row; /* positions pos0 .. pos0 + n_row - 1 */
+    const uint32_t
+        *tokens; /* [n_row], and without sample the one that follows; borrowed until rt_sched_complete */
+    const uint32_t *pages; /* page numbers covering positions 0 .. pos0 + n_row - 1; borrowed likewise */
     uint32_t n_page;
-    bool sample;               /* the last row's logits give a token */
-    const rt_sampler *sampler; /* with sample; borrowed likewise */
-    bool stop_allowed;         /* tokens_min is reached: stop ids may be drawn */
-    const uint32_t *log;       /* with sample: prompt and generated ids [pos0 + n_row]; borrowed likewise */
+    /* With sample a token is drawn after each of the last n_draft + 1 rows, as long as it is the one guessed
+     * for the row after; the rest of this block says how. */
+    bool sample;
+    uint32_t n_draft;          /* the last n_draft of tokens are guesses */
+    uint32_t draft_want;       /* guesses wanted for the step after this one */
+    const rt_sampler *sampler; /* borrowed likewise */
+    uint32_t stop_wait;        /* tokens to be drawn before a stop id may be */
+    const uint32_t *log;       /* prompt, generated ids, guesses [pos0 + n_row]; borrowed likewise */
     uint32_t n_prompt;         /* of log */
-    rt_logprobs *logprobs;     /* with sample: to be written by who samples; NULL: not asked for */
+    rt_logprobs *logprobs;     /* [n_draft + 1], to be written by who samples; NULL: not asked for */
 } rt_step_seg;
 
 typedef struct rt_step {
@@ -115,6 +125,13 @@ typedef struct rt_step {
     uint32_t n_seg, n_row, n_sample;
     rt_step_seg *segs; /* [n_seg]; owned by the scheduler, valid until rt_sched_complete */
 } rt_step;
+
+/* What a seg with sample gave. */
+typedef struct rt_step_result {
+    uint32_t n_token; /* 1 .. n_draft + 1: the guesses that were right, then one that was drawn after them */
+    uint32_t n_draft; /* guesses for what follows; at most draft_want */
+    uint32_t tokens[RT_DRAFT_MAX + 1], drafts[RT_DRAFT_MAX];
+} rt_step_result;
 
 /* The next step's rows; false: nothing to do. Never while a step is in flight. Ends sequences whose deadline
  * has passed. */
@@ -135,9 +152,11 @@ typedef struct rt_word {
 } rt_word;
 typedef void (*rt_word_fn)(void *ctx, const rt_word *word);
 
-/* The step in flight is done: tokens[i] for the i-th seg with sample, in order. Words go to fn, which may
- * open and cancel. A deadline that passed during the step ends the sequence in the same word as its token. */
-void rt_sched_complete(rt_sched *sched, uint64_t now_ms, const uint32_t *tokens, rt_word_fn fn, void *ctx);
+/* The step in flight is done after took_ns of computing: results[i] for the i-th seg with sample, in order.
+ * Words, one per token, go to fn, which may open and cancel. A deadline that passed during the step ends the
+ * sequence in the same word as its last token. */
+void rt_sched_complete(rt_sched *sched, uint64_t now_ms, uint64_t took_ns, const rt_step_result *results,
+                       rt_word_fn fn, void *ctx);
 /* The step in flight could not be computed: its sequences end with RT_END_FAILED. */
 void rt_sched_fail_step(rt_sched *sched, uint64_t now_ms, cm_status status, const char *text, rt_word_fn fn,
                         void *ctx);

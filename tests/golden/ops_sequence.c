@@ -14,6 +14,8 @@
 
 /* ---- attention ---- */
 
+enum { OP_AHEAD = 3 }; /* spare entries, as speculation wants them */
+
 /* Keys as raw rows of bf16 only (rope = dim), the last one in the batch, the others in the window. */
 static void attend_window(op_case *c, uint32_t n, uint32_t pos, uint32_t window)
 {
@@ -24,7 +26,7 @@ static void attend_window(op_case *c, uint32_t n, uint32_t pos, uint32_t window)
     const fx_tensor *keys = fx_get(c->file, "n1.in.K"), *sink = fx_get(c->file, "n1.in.sink");
     const fx_tensor *q = fx_get(c->file, "%s.in.q", strcmp(c->name, "sharp") == 0 ? "sharp" : "n1");
     kn_seg seg = {.row0 = 0, .n_row = 1, .pos0 = pos, .slot = rig_new(c->rig, window * row_bytes)};
-    kn_attn a = {.layout = {.ratio = 0, .row_bytes = (uint32_t)row_bytes},
+    kn_attn a = {.layout = {.ratio = 0, .ring = window, .row_bytes = (uint32_t)row_bytes},
                  .sink = rig_up(c->rig, sink->data, sink->n_bytes),
                  .n_head = HEADS,
                  .dim = DIM,
@@ -81,6 +83,7 @@ static compressor_run compressor_prepare(op_case *c)
                           .ratio = ratio,
                           .dim = dim,
                           .rope = 64,
+                          .span = kn_compress_span(ratio, OP_AHEAD),
                           .eps = OP_EPS,
                           .index = strncmp(c->name, "index", 5) == 0,
                           .page_rows = 40,
@@ -93,7 +96,7 @@ static compressor_run compressor_prepare(op_case *c)
         list[i] = n_page - 1 - i;
     }
     run.pages = rig_up(c->rig, list, sizeof(list));
-    run.state_bytes = kn_compress_state_bytes(ratio, dim);
+    run.state_bytes = kn_compress_state_bytes(ratio, dim, OP_AHEAD);
     run.slot = rig_new(c->rig, run.c.slot_state + run.state_bytes);
     return run;
 }
@@ -123,7 +126,7 @@ static void compressor_feed(op_case *c, const compressor_run *run, uint32_t firs
 static void compressor_check(op_case *c, const compressor_run *run)
 {
     uint32_t ratio = run->c.ratio, dim = run->c.dim, n_row = run->n_token / ratio, cut = n_row * ratio;
-    uint32_t span = kn_compress_span(ratio), width = run->width, n_tail = run->n_token - cut;
+    uint32_t span = kn_compress_span(ratio, OP_AHEAD), width = run->width, n_tail = run->n_token - cut;
     uint8_t *pool = cm_alloc(run->pool_bytes);
     uint16_t *rows = cm_alloc(2ull * n_row * dim);
     float *state = cm_alloc(run->state_bytes), *part = cm_alloc(4ull * 8 * width);

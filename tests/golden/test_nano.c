@@ -107,7 +107,8 @@ static void run_together(solo *s, uint64_t seed, outcome *out)
 {
     static const rt_sampler greedy = {.temperature = 0, .top_p = 1};
     static uint32_t log[3][700 + GREEDY], pages[3][16];
-    uint32_t done[3] = {0}, made[3] = {0}, token[3];
+    uint32_t done[3] = {0}, made[3] = {0};
+    rt_step_result results[3];
     for (uint32_t p = 0; p < 3; p++) {
         memcpy(log[p], g_prompts[p], sizeof(uint32_t) * g_lengths[p]);
         for (uint32_t i = 0; i < 16; i++) {
@@ -132,14 +133,13 @@ static void run_together(solo *s, uint64_t seed, outcome *out)
                                              .pages = pages[p],
                                              .n_page = kn_blocks(done[p] + n, KN_PAGE_TOKENS),
                                              .sample = done[p] + n == total,
-                                             .sampler = &greedy,
-                                             .stop_allowed = true};
+                                             .sampler = &greedy};
             who[step.n_seg] = p;
             step.n_sample += segs[step.n_seg].sample;
             step.n_row += n;
             step.n_seg++;
         }
-        assert_int_equal(rt_engine_step(solo_engine(s), &step, token), CM_OK);
+        assert_int_equal(rt_engine_step(solo_engine(s), &step, results), CM_OK);
         for (uint32_t i = 0, k = 0; i < step.n_seg; i++) {
             uint32_t p = who[i];
             done[p] += segs[i].n_row;
@@ -148,8 +148,8 @@ static void run_together(solo *s, uint64_t seed, outcome *out)
                     memcpy(out[p].logits, rt_engine_logits(solo_engine(s)) + (size_t)k * vocab,
                            sizeof(float) * vocab);
                 }
-                out[p].greedy[made[p]] = token[k];
-                log[p][g_lengths[p] + made[p]++] = token[k++];
+                out[p].greedy[made[p]] = results[k].tokens[0];
+                log[p][g_lengths[p] + made[p]++] = results[k++].tokens[0];
             }
         }
     }

@@ -78,7 +78,7 @@ void t_engine_init(t_engine *engine, const rt_sched_limits *limits)
     engine->kv = calloc((size_t)limits->page_max * limits->page_tokens, sizeof(uint32_t));
     engine->slot_pos = calloc(limits->slot_max, sizeof(uint32_t));
     engine->page_step = calloc(limits->page_max, sizeof(uint64_t));
-    engine->tokens = calloc(limits->slot_max, sizeof(uint32_t));
+    engine->results = calloc(limits->slot_max, sizeof(rt_step_result));
 }
 
 void t_engine_fini(t_engine *engine)
@@ -87,7 +87,7 @@ void t_engine_fini(t_engine *engine)
     free(engine->kv);
     free(engine->slot_pos);
     free(engine->page_step);
-    free(engine->tokens);
+    free(engine->results);
 }
 
 static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
@@ -116,7 +116,7 @@ static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
         assert_null(seg->sampler);
         assert_null(seg->log);
         assert_null(seg->logprobs);
-        assert_false(seg->stop_allowed);
+        assert_int_equal(seg->stop_wait, 0);
     }
 }
 
@@ -136,7 +136,7 @@ static void t_seg_compute(t_engine *engine, const rt_step_seg *seg, uint32_t *to
                 hash,
                 engine->kv[(size_t)seg->pages[pos / page_tokens] * page_tokens + pos % page_tokens] - 1);
         }
-        *token_out = t_draw(seg->sampler, hash, seg->stop_allowed);
+        *token_out = t_draw(seg->sampler, hash, seg->stop_wait == 0);
         if (seg->logprobs != NULL) {
             *seg->logprobs = (rt_logprobs){.token = -(float)*token_out};
         }
@@ -167,7 +167,8 @@ bool t_begin(t_engine *engine, uint64_t now_ms)
     assert_int_equal(n_sample, engine->step.n_sample);
     assert_in_range(n_row, 1, engine->limits.row_max);
     for (uint32_t i = 0, i_sample = 0; i < engine->step.n_seg; i++) {
-        t_seg_compute(engine, &engine->step.segs[i], &engine->tokens[i_sample]);
+        t_seg_compute(engine, &engine->step.segs[i], engine->results[i_sample].tokens);
+        engine->results[i_sample].n_token = 1;
         i_sample += engine->step.segs[i].sample;
     }
     return true;
@@ -176,7 +177,7 @@ bool t_begin(t_engine *engine, uint64_t now_ms)
 void t_complete(t_engine *engine, uint64_t now_ms, rt_word_fn fn, void *ctx)
 {
     cm_mem_guard_begin("rt_sched_complete");
-    rt_sched_complete(engine->sched, now_ms, engine->tokens, fn, ctx);
+    rt_sched_complete(engine->sched, now_ms, 0, engine->results, fn, ctx);
     cm_mem_guard_end();
 }
 

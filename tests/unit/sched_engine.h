@@ -28,12 +28,12 @@ void t_alone(const uint32_t *prompt, uint32_t n_prompt, const rt_sampler *sample
 
 typedef struct t_engine {
     rt_sched_limits limits;
-    rt_sched *sched;     /* owned */
-    uint32_t *kv;        /* [page_max][page_tokens] token + 1 */
-    uint32_t *slot_pos;  /* [slot_max] positions computed */
-    uint64_t *page_step; /* [page_max] step that used it last */
-    rt_step step;        /* the one in flight */
-    uint32_t *tokens;    /* [slot_max] what it sampled */
+    rt_sched *sched;         /* owned */
+    uint32_t *kv;            /* [page_max][page_tokens] token + 1 */
+    uint32_t *slot_pos;      /* [slot_max] positions computed */
+    uint64_t *page_step;     /* [page_max] step that used it last */
+    rt_step step;            /* the one in flight */
+    rt_step_result *results; /* [slot_max] what it sampled */
     uint64_t n_fresh, n_step;
 } t_engine;
 

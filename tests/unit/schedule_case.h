@@ -45,6 +45,7 @@ typedef struct t_case {
     t_seq seqs[T_ALL_MAX]; /* the judged ones first */
     uint32_t n_seq, n_all;
     uint32_t slot_max, row_max, chunk_max, page_max;
+    uint32_t draft_max; /* 0: no speculation */
     uint32_t n_worker;
     const char *transport;
     uint64_t frame_bytes; /* largest message: small ones make many frames of one layer */

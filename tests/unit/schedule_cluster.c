@@ -71,9 +71,9 @@ static uint32_t draw_owners(t_rng *rng, uint32_t n_rank, uint16_t *owner_out)
 
 static pr_placement *draw_placement(const t_case *c, t_rng *rng)
 {
-    uint32_t members[T_WORKER_MAX] = {0}, n_pair = c->geometry.n_layer * c->geometry.n_expert;
+    uint32_t members[T_WORKER_MAX] = {0}, n_pair = md_block_count(&c->geometry) * c->geometry.n_expert;
     pr_placement *p = cm_alloc(sizeof(*p));
-    p->n_layer = c->geometry.n_layer;
+    p->n_layer = md_block_count(&c->geometry);
     p->n_expert = c->geometry.n_expert;
     p->n_rank = draw_members(c, rng, members);
     p->rank_member = cm_alloc(sizeof(uint32_t) * p->n_rank);
@@ -182,13 +182,14 @@ static void cluster_create_router(t_cluster *cluster)
     const t_case *c = cluster->c;
     cm_error err = {0};
     rt_kv_sizes kv;
-    rt_kv_sizes_get(&c->geometry, &kv);
+    rt_kv_sizes_get(&c->geometry, c->draft_max, &kv);
     rt_engine_options options = {
         .checkpoint = cluster->checkpoint,
         .device = {.backend = "cpu", .isa = c->router.isa, .n_threads = c->router.n_threads},
         .row_max = c->row_max,
         .slot_max = c->slot_max,
         .kv_bytes = c->page_max * kv.page_bytes,
+        .draft_max = c->draft_max,
         .answer_ms = WAIT_MS,
         .wait_ms = WAIT_MS,
     };

@@ -100,12 +100,12 @@ static void run_one(run_watch *w, uint32_t seq, uint64_t *number)
                            .pages = pages,
                            .n_page = t_pages(n_log),
                            .sample = true,
-                           .sampler = &s->sampler,
-                           .stop_allowed = true};
+                           .sampler = &s->sampler};
+        rt_step_result result;
         rt_step step = {.number = ++*number, .n_seg = 1, .n_row = n_row, .n_sample = 1, .segs = &seg};
         n_done = n_log;
-        assert_int_equal(rt_engine_step(t_cluster_engine(w->cluster), &step, &log[n_log]), CM_OK);
-        w->out->tokens[seq][w->out->n[seq]++] = log[n_log++];
+        assert_int_equal(rt_engine_step(t_cluster_engine(w->cluster), &step, &result), CM_OK);
+        log[n_log++] = w->out->tokens[seq][w->out->n[seq]++] = result.tokens[0];
     }
 }
 
@@ -197,7 +197,7 @@ static void together_turn(together *t, uint32_t turn)
 {
     const t_case *c = t->watch.c;
     rt_step step;
-    uint32_t tokens[T_ALL_MAX + 1];
+    rt_step_result results[T_ALL_MAX + 1];
     together_arrivals(t, turn);
     together_cancels(t, turn, false);
     bool any = rt_sched_next(t->sched, turn, &step);
@@ -210,7 +210,7 @@ static void together_turn(together *t, uint32_t turn)
             t->watch.switch_layer = c->epoch_layer;
             t->events->epoch_changed = true;
         }
-        cm_status status = rt_engine_step(t_cluster_engine(t->watch.cluster), &step, tokens);
+        cm_status status = rt_engine_step(t_cluster_engine(t->watch.cluster), &step, results);
         if (status != CM_OK) {
             fail_msg("seed %llu step %llu: %s", (unsigned long long)c->seed, (unsigned long long)step.number,
                      cm_status_text(status));
@@ -220,7 +220,7 @@ static void together_turn(together *t, uint32_t turn)
     }
     together_cancels(t, turn, true);
     if (any) {
-        rt_sched_complete(t->sched, turn, tokens, together_word, t);
+        rt_sched_complete(t->sched, turn, 0, results, together_word, t);
     }
 }
 

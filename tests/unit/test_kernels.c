@@ -393,6 +393,7 @@ enum {
     ROPE = 24,
     HEADS = 11,
     WINDOW = 37,
+    AHEAD = 3,
     INDEX_DIM = 64,
     INDEX_HEADS = 5,
     TOPK = 19,
@@ -416,14 +417,15 @@ static layer layer_open(rig *r, uint32_t ratio)
     kn_rope_inv_freq(160000, ROPE, 16, 256, 32, 1, true, inv_freq);
     l.inv_freq = rig_up(r, inv_freq, sizeof(inv_freq));
     *kv = (kn_kv_layout){.ratio = ratio,
+                         .ring = WINDOW + AHEAD,
                          .row_bytes = kn_kv_row_bytes(DIM, ROPE),
                          .index_bytes = kn_index_row_bytes(INDEX_DIM),
                          .page_rows = 24,
                          .slot_raw = 8};
     kv->page_index = kv->page_rows + (uint64_t)per_page * kv->row_bytes;
-    kv->slot_main = kv->slot_raw + WINDOW * kv->row_bytes;
-    kv->slot_index = kv->slot_main + (ratio != 0 ? kn_compress_state_bytes(ratio, DIM) : 0);
-    l.slot_bytes = kv->slot_index + (ratio != 0 ? kn_compress_state_bytes(ratio, INDEX_DIM) : 0);
+    kv->slot_main = kv->slot_raw + kv->ring * kv->row_bytes;
+    kv->slot_index = kv->slot_main + (ratio != 0 ? kn_compress_state_bytes(ratio, DIM, AHEAD) : 0);
+    l.slot_bytes = kv->slot_index + (ratio != 0 ? kn_compress_state_bytes(ratio, INDEX_DIM, AHEAD) : 0);
     l.b.page_bytes = (kv->page_index + (uint64_t)per_page * kv->index_bytes + 7) / 8 * 8;
     l.b.page_pool = rig_new(r, N_SEQ * SEQ_PAGES * l.b.page_bytes);
     for (uint32_t i = 0; i < N_SEQ * SEQ_PAGES; i++) {
@@ -443,6 +445,7 @@ static layer layer_open(rig *r, uint32_t ratio)
                                .ratio = ratio,
                                .dim = DIM,
                                .rope = ROPE,
+                               .span = kn_compress_span(ratio, AHEAD),
                                .eps = 1e-6f,
                                .page_rows = kv->page_rows,
                                .slot_state = kv->slot_main,
@@ -453,6 +456,7 @@ static layer layer_open(rig *r, uint32_t ratio)
                                 .ratio = ratio,
                                 .dim = INDEX_DIM,
                                 .rope = ROPE,
+                                .span = kn_compress_span(ratio, AHEAD),
                                 .eps = 1e-6f,
                                 .index = true,
                                 .page_rows = kv->page_index,

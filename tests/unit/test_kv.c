@@ -66,28 +66,29 @@ static void assert_tiled(pieces *p, uint64_t n_bytes)
     assert_int_equal(at, n_bytes);
 }
 
-static void check_layout(const char *path)
+static void check_layout_ahead(const char *path, uint32_t draft_max)
 {
     static rt_kv_layout layout;
     static pieces page, slot;
     md_geometry g;
     rt_kv_sizes sizes;
     geometry_open(path, &g);
-    rt_kv_layout_build(&g, &layout);
-    rt_kv_sizes_get(&g, &sizes);
+    rt_kv_layout_build(&g, draft_max, &layout);
+    rt_kv_sizes_get(&g, draft_max, &sizes);
     page.n = slot.n = 0;
-    for (uint32_t l = 0; l < g.n_layer; l++) {
+    for (uint32_t l = 0; l < layout.n_layer; l++) {
         const kn_kv_layout *layer = &layout.layer[l];
         assert_int_equal(layer->ratio, g.ratio[l]);
-        pieces_add(&slot, layer->slot_raw, (uint64_t)g.window * layer->row_bytes);
+        pieces_add(&slot, layer->slot_raw, (uint64_t)(g.window + draft_max) * layer->row_bytes);
         if (layer->ratio != 0) {
             pieces_add(&page, layer->page_rows, (uint64_t)KN_PAGE_TOKENS / layer->ratio * layer->row_bytes);
-            pieces_add(&slot, layer->slot_main, kn_compress_state_bytes(layer->ratio, g.head_dim));
+            pieces_add(&slot, layer->slot_main, kn_compress_state_bytes(layer->ratio, g.head_dim, draft_max));
         }
         if (layer->ratio == 4) {
             pieces_add(&page, layer->page_index,
                        (uint64_t)KN_PAGE_TOKENS / layer->ratio * layer->index_bytes);
-            pieces_add(&slot, layer->slot_index, kn_compress_state_bytes(layer->ratio, g.index_dim));
+            pieces_add(&slot, layer->slot_index,
+                       kn_compress_state_bytes(layer->ratio, g.index_dim, draft_max));
         }
     }
     assert_tiled(&page, sizes.row_bytes);
@@ -96,6 +97,17 @@ static void check_layout(const char *path)
     assert_int_equal(layout.slot_bytes, sizes.slot_bytes);
     assert_true(sizes.page_bytes % 64 == 0 && sizes.page_bytes - sizes.row_bytes < 64);
     assert_true(sizes.slot_bytes % 64 == 0 && sizes.slot_bytes - sizes.window_bytes - sizes.state_bytes < 64);
+}
+
+static void check_layout(const char *path)
+{
+    md_geometry g;
+    static rt_kv_layout layout;
+    check_layout_ahead(path, 0);
+    check_layout_ahead(path, 3);
+    geometry_open(path, &g);
+    rt_kv_layout_build(&g, 3, &layout);
+    assert_int_equal(layout.n_layer, md_block_count(&g));
 }
 
 static void test_layout(void **state)
@@ -150,7 +162,7 @@ static void test_pro(void **state)
     md_geometry g;
     rt_kv_sizes sizes;
     geometry_released("pro", &g);
-    rt_kv_sizes_get(&g, &sizes);
+    rt_kv_sizes_get(&g, 0, &sizes);
     assert_int_equal(kn_kv_row_bytes(g.head_dim, g.rope_dim), 584);
     assert_int_equal(kn_index_row_bytes(g.index_dim), 68);
     assert_int_equal(sizes.row_bytes, 644024); /* 5031.4375 * 128 */
@@ -167,7 +179,7 @@ static void test_flash(void **state)
     md_geometry g;
     rt_kv_sizes sizes;
     geometry_released("flash", &g);
-    rt_kv_sizes_get(&g, &sizes);
+    rt_kv_sizes_get(&g, 0, &sizes);
     assert_int_equal(sizes.row_bytes, 449824);                                   /* 3514.25 * 128 */
     assert_printed((double)sizes.row_bytes / KN_PAGE_TOKENS, "%.2f", "3514.25"); /* published as 3514.3 */
     assert_printed(MIB(sizes.window_bytes), "%.2f", "3.07");
@@ -185,17 +197,17 @@ static void test_one_layer(void **state)
     geometry_released("pro", &g);
     g.n_layer = 1;
     g.ratio[0] = 4;
-    rt_kv_sizes_get(&g, &sizes);
+    rt_kv_sizes_get(&g, 0, &sizes);
     assert_int_equal(sizes.row_bytes, 163 * KN_PAGE_TOKENS);
-    assert_int_equal(kn_compress_state_bytes(4, g.head_dim), 65536);
-    assert_int_equal(kn_compress_state_bytes(4, g.index_dim), 16384);
+    assert_int_equal(kn_compress_state_bytes(4, g.head_dim, 0), 65536);
+    assert_int_equal(kn_compress_state_bytes(4, g.index_dim, 0), 16384);
     assert_int_equal(sizes.state_bytes, 65536 + 16384);
     g.ratio[0] = 128;
-    rt_kv_sizes_get(&g, &sizes);
+    rt_kv_sizes_get(&g, 0, &sizes);
     assert_printed((double)sizes.row_bytes / KN_PAGE_TOKENS, "%.2f", "4.56");
     assert_int_equal(sizes.state_bytes, 524288);
     g.ratio[0] = 0;
-    rt_kv_sizes_get(&g, &sizes);
+    rt_kv_sizes_get(&g, 0, &sizes);
     assert_int_equal(sizes.row_bytes, 0);
     assert_int_equal(sizes.state_bytes, 0);
     assert_int_equal(sizes.window_bytes, 128 * 584);

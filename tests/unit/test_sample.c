@@ -17,8 +17,8 @@ enum { VOCAB = 50, DRAWS = 200000, LOG = 12, CASES = 300 };
 static uint32_t draw(rt_sample_scratch *scratch, const float *logits, const rt_sampler *sampler,
                      bool stop_allowed, uint32_t position)
 {
-    rt_step_seg seg = {.pos0 = position, .sampler = sampler, .stop_allowed = stop_allowed};
-    return rt_sample(scratch, logits, &seg);
+    rt_step_seg seg = {.pos0 = position, .sampler = sampler, .stop_wait = !stop_allowed};
+    return rt_sample(scratch, logits, &seg, 0);
 }
 
 static void test_greedy(void **state)
@@ -129,7 +129,7 @@ static void plain_logits(const float *logits, const rt_step_seg *seg, double out
     const rt_sampler *s = seg->sampler;
     for (uint32_t id = 0; id < VOCAB; id++) {
         double x = (double)logits[id];
-        x = !seg->stop_allowed && count_in(s->stop, s->n_stop, id) > 0 ? -INFINITY : x;
+        x = seg->stop_wait > 0 && count_in(s->stop, s->n_stop, id) > 0 ? -INFINITY : x;
         for (uint32_t i = 0; i < s->n_bias; i++) {
             x += s->bias[i].id == id ? (double)s->bias[i].bias : 0;
         }
@@ -192,16 +192,16 @@ static void check_against_plain(const float *logits, const rt_sampler *sampler, 
     rt_sample_scratch *scratch = rt_sample_scratch_create(VOCAB);
     rt_sampler s = *sampler;
     rt_step_seg seg = {
-        .n_row = LOG, .sampler = &s, .stop_allowed = stop_allowed, .log = g_log, .n_prompt = PROMPT};
+        .n_row = LOG, .sampler = &s, .stop_wait = !stop_allowed, .log = g_log, .n_prompt = PROMPT};
     plain_logits(logits, &seg, x);
     bool none[VOCAB] = {false};
     s.temperature = 0;
-    assert_int_equal(rt_sample(scratch, logits, &seg), plain_best(x, none));
+    assert_int_equal(rt_sample(scratch, logits, &seg, 0), plain_best(x, none));
     s.temperature = sampler->temperature;
     plain_probabilities(x, &s, p);
     for (uint32_t i = 0; i < N; i++) {
         s.seed = i; /* the log fixes the position */
-        counts[rt_sample(scratch, logits, &seg)]++;
+        counts[rt_sample(scratch, logits, &seg, 0)]++;
     }
     for (uint32_t id = 0; id < VOCAB; id++) {
         double want = p[id] * N;
@@ -327,16 +327,16 @@ static void test_scratch_is_clean(void **state)
     uint32_t other[] = {8, 9, 10, 11};
     rt_sample_scratch *used = rt_sample_scratch_create(VOCAB), *fresh = rt_sample_scratch_create(VOCAB);
     rt_sampler s = {.seed = 1, .temperature = 1, .top_p = 1, .frequency_penalty = 2, .repetition_penalty = 2};
-    rt_step_seg seg = {.n_row = LOG, .sampler = &s, .stop_allowed = true, .log = g_log, .n_prompt = PROMPT};
-    rt_step_seg before = {.n_row = 4, .sampler = &s, .stop_allowed = true, .log = other, .n_prompt = 1};
+    rt_step_seg seg = {.n_row = LOG, .sampler = &s, .stop_wait = 0, .log = g_log, .n_prompt = PROMPT};
+    rt_step_seg before = {.n_row = 4, .sampler = &s, .stop_wait = 0, .log = other, .n_prompt = 1};
     make_logits(9, logits);
     for (uint32_t i = 0; i < 500; i++) {
         s.seed = i;
-        rt_sample(used, logits, &before);
-        uint32_t token = rt_sample(used, logits, &seg);
+        rt_sample(used, logits, &before, 0);
+        uint32_t token = rt_sample(used, logits, &seg, 0);
         rt_sample_scratch_destroy(fresh);
         fresh = rt_sample_scratch_create(VOCAB);
-        assert_int_equal(token, rt_sample(fresh, logits, &seg));
+        assert_int_equal(token, rt_sample(fresh, logits, &seg, 0));
     }
     rt_sample_scratch_destroy(used);
     rt_sample_scratch_destroy(fresh);
@@ -351,7 +351,7 @@ static void test_logprobs(void **state)
     rt_bias bias = {17, 100};
     rt_sampler s = {
         .temperature = 0.5f, .top_p = 0.9f, .n_bias = 1, .bias = &bias, .logprobs = true, .n_top = 20};
-    rt_step_seg seg = {.n_row = LOG, .sampler = &s, .stop_allowed = true, .logprobs = &told};
+    rt_step_seg seg = {.n_row = LOG, .sampler = &s, .stop_wait = 0, .logprobs = &told};
     rt_sample_scratch *scratch = rt_sample_scratch_create(VOCAB);
     make_logits(31, logits);
     logits[3] = logits[4] = logits[40] = 6; /* ties: lower id first */
@@ -359,7 +359,7 @@ static void test_logprobs(void **state)
     for (uint32_t id = 0; id < VOCAB; id++) {
         total += exp((double)logits[id]);
     }
-    assert_int_equal(rt_sample(scratch, logits, &seg), 17);
+    assert_int_equal(rt_sample(scratch, logits, &seg, 0), 17);
     assert_true(fabs((double)told.token - ((double)logits[17] - log(total))) <
                 1e-6); /* no bias, no temperature */
     assert_int_equal(told.n_top, 20);
@@ -374,18 +374,18 @@ static void test_logprobs(void **state)
         sum = i == 0 ? 0 : sum;
         bias.id = i;
         logits[0] = 1;
-        assert_int_equal(rt_sample(scratch, logits, &seg), i);
+        assert_int_equal(rt_sample(scratch, logits, &seg, 0), i);
         sum += exp((double)told.token);
     }
     assert_true(fabs(sum - 1) < 1e-5); /* over the whole vocabulary */
     s.n_top = 0;
-    rt_sample(scratch, logits, &seg);
+    rt_sample(scratch, logits, &seg, 0);
     assert_int_equal(told.n_top, 0);
     bias.id = 0;
     logits[0] = -INFINITY;
     s.n_stop = 0;
-    seg.stop_allowed = true;
-    assert_int_not_equal(rt_sample(scratch, logits, &seg), 0); /* nothing makes it possible */
+    seg.stop_wait = 0;
+    assert_int_not_equal(rt_sample(scratch, logits, &seg, 0), 0); /* nothing makes it possible */
     rt_sample_scratch_destroy(scratch);
     (void)state;
 }

@@ -257,7 +257,7 @@ static void test_stop(void **state)
     words.n = 0;
     assert_int_equal(rt_sched_open(engine.sched, 0, &request, NULL), CM_OK);
     for (uint32_t i = 0; t_begin(&engine, 0); i++) {
-        assert_int_equal(engine.step.segs[0].stop_allowed, i >= n_before + 2);
+        assert_int_equal(engine.step.segs[0].stop_wait == 0, i >= n_before + 2);
         t_complete(&engine, 0, t_keep, &words);
     }
     assert_in_range(words.n, n_before + 2, 10);

@@ -96,7 +96,7 @@ static cm_status solo_publish_epoch(solo *s, cm_error *err)
         epoch->members[i].data_address = cm_strdup(s->workers[i].address);
     }
     cm_status status =
-        pr_placement_plan(g->n_layer, g->n_expert, members, n, capacity, NULL, &epoch->placement, err);
+        pr_placement_plan(md_block_count(g), g->n_expert, members, n, capacity, NULL, &epoch->placement, err);
     for (uint32_t i = 0; i < n && status == CM_OK; i++) {
         status = wk_shard_load(wk_engine_shard(s->workers[i].engine), epoch->placement, i, err);
         if (status == CM_OK) {
@@ -217,13 +217,17 @@ cm_status solo_step(solo *s, uint32_t slot, uint32_t pos0, const uint32_t *token
         .n_page = kn_blocks(pos0 + n_row, KN_PAGE_TOKENS),
         .sample = sample,
         .sampler = &greedy,
-        .stop_allowed = true,
     };
     rt_step step = {
         .number = ++s->n_steps, .n_seg = 1, .n_row = n_row, .n_sample = sample ? 1 : 0, .segs = &seg};
     CM_ASSERT_MSG(seg.n_page <= s->n_page_slot, "position %u needs %u pages of %u", pos0 + n_row, seg.n_page,
                   s->n_page_slot);
-    return rt_engine_step(s->engine, &step, token_out);
+    rt_step_result result;
+    CM_TRY(rt_engine_step(s->engine, &step, &result));
+    if (sample) {
+        *token_out = result.tokens[0];
+    }
+    return CM_OK;
 }
 
 cm_status solo_greedy(solo *s, uint32_t slot, const uint32_t *prompt, uint32_t n_prompt, uint32_t chunk,
