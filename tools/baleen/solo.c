@@ -116,6 +116,7 @@ static cm_status solo_create_router(solo *s, cm_error *err)
         .row_max = s->options.row_max,
         .slot_max = s->options.slot_max,
         .kv_bytes = s->options.kv_bytes,
+        .draft_max = s->options.draft_max,
         .answer_ms = 600000,
         .wait_ms = SOLO_LINK_MS,
     };
@@ -202,6 +203,12 @@ rt_engine *solo_engine(solo *s)
 const md_geometry *solo_geometry(const solo *s)
 {
     return md_checkpoint_geometry(s->checkpoint);
+}
+
+const uint32_t *solo_pages(const solo *s, uint32_t slot, uint32_t *n_out)
+{
+    *n_out = s->n_page_slot;
+    return s->pages + (size_t)slot * s->n_page_slot;
 }
 
 cm_status solo_step(solo *s, uint32_t slot, uint32_t pos0, const uint32_t *tokens, uint32_t n_row,

@@ -15,6 +15,7 @@ typedef struct solo_options {
     uint32_t n_threads;    /* of each engine */
     uint32_t row_max, slot_max;
     uint64_t kv_bytes;
+    uint32_t draft_max; /* 0: no speculation */
 } solo_options;
 void solo_options_defaults(solo_options *options);
 
@@ -23,6 +24,9 @@ CM_MUST_CHECK cm_status solo_create(const solo_options *options, solo **solo_out
 void solo_destroy(solo *s);
 rt_engine *solo_engine(solo *s);
 const md_geometry *solo_geometry(const solo *s);
+
+/* The pages of a slot, [*n_out]: for steps that a test makes itself. */
+const uint32_t *solo_pages(const solo *s, uint32_t slot, uint32_t *n_out);
 
 /* One forward pass of one sequence's rows pos0 .. pos0 + n_row - 1 in a slot; with sample, *token_out is the
  * greedy choice after the last of them and rt_engine_logits(solo_engine(s)) its logits. */
