@@ -46,6 +46,7 @@ typedef struct t_case {
     uint32_t n_seq, n_all;
     uint32_t slot_max, row_max, chunk_max, page_max;
     uint32_t draft_max; /* 0: no speculation */
+    uint32_t hint;      /* so many in 4 guesses are made right ones: a random model's hardly ever are */
     uint32_t n_worker;
     const char *transport;
     uint64_t frame_bytes; /* largest message: small ones make many frames of one layer */

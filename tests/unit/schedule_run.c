@@ -8,6 +8,7 @@
 
 #include <cmocka.h>
 
+#include "common/base/rng.h"
 #include "common/base/stats.h"
 #include "tests/unit/schedule_cluster.h"
 
@@ -19,6 +20,7 @@ typedef struct run_watch {
     t_cluster *cluster;
     t_trace *trace;
     t_outcome *out;
+    const t_outcome *alone;           /* NULL in that run itself */
     uint32_t slot_seq[T_ALL_MAX + 1]; /* whose slot it is */
     uint32_t switch_layer;            /* where the placement changes in this step; n_layer: nowhere */
 } run_watch;
@@ -30,18 +32,31 @@ static void watch_logits(run_watch *w, uint32_t seq, uint32_t pos, uint64_t hash
     w->out->logits[seq][i] = hash;
 }
 
+/* How many of a segment's rows are real: those of wrong guesses are nobody's. */
+static uint32_t watch_real(const run_watch *w, const rt_step_seg *seg, uint32_t seq)
+{
+    uint32_t n = seg->n_row - seg->n_draft;
+    while (n < seg->n_row &&
+           seg->tokens[n] == w->alone->tokens[seq][seg->pos0 + n - w->c->seqs[seq].n_prompt]) {
+        n++;
+    }
+    return n;
+}
+
 static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const rt_step *step,
                        const uint8_t *data, uint64_t row_bytes)
 {
     uint64_t row = 0;
     for (uint32_t i = 0; i < step->n_seg; i++) {
         const rt_step_seg *seg = &step->segs[i];
-        uint32_t seq = w->slot_seq[seg->slot], skip = point == RT_TAP_LOGITS ? seg->n_row - 1 : 0;
+        uint32_t seq = w->slot_seq[seg->slot],
+                 skip = point == RT_TAP_LOGITS ? seg->n_row - 1 - seg->n_draft : 0;
         if (point == RT_TAP_LOGITS && !seg->sample) {
             continue;
         }
+        uint32_t n_real = seq < w->c->n_seq ? watch_real(w, seg, seq) : 0;
         for (uint32_t k = skip; k < seg->n_row; k++, row++) {
-            if (seq >= w->c->n_seq) {
+            if (k >= n_real) {
                 continue;
             }
             uint64_t hash = XXH3_64bits(data + row * row_bytes, row_bytes);
@@ -60,7 +75,7 @@ static void watch_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_st
 {
     run_watch *w = ctx;
     (void)n_row;
-    if (point == RT_TAP_LOGITS || w->trace != NULL) {
+    if (point == RT_TAP_LOGITS || (w->trace != NULL && point < RT_TAP_LOGITS)) {
         watch_rows(w, layer, point, step, data, row_bytes);
     }
     if (point == RT_TAP_FFN_IN && layer == w->switch_layer) {
@@ -188,8 +203,30 @@ static void together_settle_slots(together *t, const rt_step *step)
             assert_in_range(seq, 0, c->n_all - 1);
             t->watch.slot_seq[seg->slot] = seq;
         }
-        t->events->n_decode += seg->n_row == 1 && seg->pos0 != 0;
-        t->events->n_chunk += seg->n_row > 1 || seg->pos0 == 0;
+        t->events->n_decode += seg->n_row - seg->n_draft == 1 && seg->pos0 != 0;
+        t->events->n_chunk += seg->n_row - seg->n_draft > 1 || seg->pos0 == 0;
+    }
+}
+
+/* Makes some guesses right, and counts them. */
+static void together_hint(together *t, const rt_step *step, rt_step_result *results)
+{
+    const t_case *c = t->watch.c;
+    for (uint32_t i = 0, i_sample = 0; i < step->n_seg; i++) {
+        const rt_step_seg *seg = &step->segs[i];
+        uint32_t seq = t->watch.slot_seq[seg->slot];
+        if (!seg->sample) {
+            continue;
+        }
+        rt_step_result *result = &results[i_sample++];
+        t->events->n_guess += seg->n_draft;
+        t->events->n_right += result->n_token - 1;
+        for (uint32_t k = 0; seq < c->n_seq && k < result->n_draft; k++) {
+            uint32_t pos = seg->pos0 + seg->n_row - seg->n_draft + result->n_token + k;
+            if (cm_rng_at(c->seed, step->number, pos).word[0] % 4 < c->hint) {
+                result->drafts[k] = t->watch.alone->tokens[seq][pos - c->seqs[seq].n_prompt];
+            }
+        }
     }
 }
 
@@ -215,6 +252,7 @@ static void together_turn(together *t, uint32_t turn)
             fail_msg("seed %llu step %llu: %s", (unsigned long long)c->seed, (unsigned long long)step.number,
                      cm_status_text(status));
         }
+        together_hint(t, &step, results);
         t->watch.switch_layer = c->geometry.n_layer;
         t->events->n_step++;
     }
@@ -224,7 +262,8 @@ static void together_turn(together *t, uint32_t turn)
     }
 }
 
-void t_run_together(const t_case *c, t_trace *trace, t_outcome *out, t_events *events_out)
+void t_run_together(const t_case *c, const t_outcome *alone, t_trace *trace, t_outcome *out,
+                    t_events *events_out)
 {
     together t = {.events = events_out};
     rt_sched_limits limits;
@@ -232,10 +271,12 @@ void t_run_together(const t_case *c, t_trace *trace, t_outcome *out, t_events *e
     int64_t retries = cm_stat_get(CM_STAT_exchange_retries);
     *events_out = (t_events){0};
     watch_open(&t.watch, c, trace, out);
+    t.watch.alone = alone;
     rt_engine_sched_limits(t_cluster_engine(t.watch.cluster), &limits);
     assert_int_equal(limits.page_max, c->page_max);
     limits.chunk_max = c->chunk_max;
     limits.queue_max = T_ALL_MAX;
+    limits.draft_always = true;
     t.sched = rt_sched_create(&limits);
     for (uint32_t turn = 0; t.n_ended < c->n_seq; turn++) {
         assert_in_range(turn, 0, TURNS_MAX);

@@ -13,10 +13,11 @@ typedef struct t_outcome {
 
 /* What happened on the way. */
 typedef struct t_events {
-    uint64_t n_step, n_chunk, n_decode, n_preempted, n_cancelled, n_retry;
+    uint64_t n_step, n_chunk, n_decode, n_preempted, n_cancelled, n_retry, n_guess, n_right;
     bool epoch_changed;
 } t_events;
 
-/* trace may be NULL. */
+/* trace may be NULL. alone: what the first gave. */
 void t_run_alone(const t_case *c, t_trace *trace, t_outcome *out);
-void t_run_together(const t_case *c, t_trace *trace, t_outcome *out, t_events *events_out);
+void t_run_together(const t_case *c, const t_outcome *alone, t_trace *trace, t_outcome *out,
+                    t_events *events_out);

@@ -1,8 +1,8 @@
 /* The determinism contract as a property: under random schedules (who else is in the batch, chunks, scarce
- * pages, workers, placement and its change, transport, CPU paths, cancels) every sequence's logits and tokens
- * are bit for bit those it has alone on one worker in one chunk. --seeds N runs seeds 1 .. N, --seed S runs
- * one again. And the one order that models' values hardly ever show: slots are summed by expert id, wherever
- * they stand. */
+ * pages, workers, placement and its change, transport, CPU paths, cancels, speculation) every sequence's
+ * logits and tokens are bit for bit those it has alone on one worker in one chunk. --seeds N runs seeds 1 ..
+ * N, --seed S runs one again. And the one order that models' values hardly ever show: slots are summed by
+ * expert id, wherever they stand. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -29,7 +29,7 @@ enum { ISA_MAX = 8 };
 typedef struct tally {
     uint64_t n_seed, model[T_MODELS], worker[T_WORKER_MAX + 1], ucx, isa[ISA_MAX], threads[4], n_seq, n_token,
         greedy;
-    uint64_t epochs, preempted_seeds;
+    uint64_t epochs, preempted_seeds, speculating;
     t_events sum;
     uint64_t slowest_ns, total_ns;
 } tally;
@@ -68,6 +68,9 @@ static void tally_add(tally *all, const t_case *c, const t_events *events, uint6
     all->sum.n_preempted += events->n_preempted;
     all->sum.n_cancelled += events->n_cancelled;
     all->sum.n_retry += events->n_retry;
+    all->speculating += c->draft_max > 0;
+    all->sum.n_guess += events->n_guess;
+    all->sum.n_right += events->n_right;
     all->total_ns += took_ns;
     all->slowest_ns = took_ns > all->slowest_ns ? took_ns : all->slowest_ns;
 }
@@ -99,6 +102,9 @@ static void tally_print(const tally *all)
                   (unsigned long long)all->sum.n_preempted, (unsigned long long)all->preempted_seeds,
                   (unsigned long long)all->sum.n_cancelled, (unsigned long long)all->epochs,
                   (unsigned long long)all->sum.n_retry);
+    print_message("%llu seeds with speculation, %llu guesses, %llu of them right\n",
+                  (unsigned long long)all->speculating, (unsigned long long)all->sum.n_guess,
+                  (unsigned long long)all->sum.n_right);
 }
 
 /* ---- the property ---- */
@@ -125,14 +131,14 @@ static bool find_difference(const t_case *c, const t_outcome *alone, const t_out
 }
 
 /* Both runs once more, every row of every layer looked at. */
-static void bisect(const t_case *c)
+static void bisect(const t_case *c, const t_outcome *alone)
 {
     static t_outcome out;
     t_events events;
     t_trace *trace = t_trace_create(c);
     t_run_alone(c, trace, &out);
     t_trace_compare(trace);
-    t_run_together(c, trace, &out, &events);
+    t_run_together(c, alone, trace, &out, &events);
     t_trace_print(trace);
     t_trace_destroy(trace);
     print_message("  again: %s --seed %llu\n", g_program, (unsigned long long)c->seed);
@@ -150,9 +156,9 @@ static void test_schedules(void **state)
         t_case_draw(seed, &c);
         t_case_print(&c);
         t_run_alone(&c, NULL, &alone);
-        t_run_together(&c, NULL, &together, &events);
+        t_run_together(&c, &alone, NULL, &together, &events);
         if (find_difference(&c, &alone, &together)) {
-            bisect(&c);
+            bisect(&c, &alone);
             fail_msg("seed %llu: other bits than the undisturbed run", (unsigned long long)seed);
         }
         tally_add(&all, &c, &events, cm_now_ns() - start_ns);
