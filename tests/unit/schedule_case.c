@@ -207,6 +207,7 @@ void t_case_draw(uint64_t seed, t_case *c)
     draw_limits(&rng, c, growing);
     draw_cluster(&rng, c);
     draw_epoch(&rng, c);
+    c->draft_max = c->geometry.drafter == MD_DRAFTER_MTP ? t_below(&rng, 5) : 0;
 }
 
 void t_case_undisturbed(const t_case *c, t_case *out)
@@ -229,16 +230,18 @@ void t_case_undisturbed(const t_case *c, t_case *out)
     out->router = out->workers[0] = (t_device){.isa = "portable", .n_threads = 1};
     out->whole = true;
     out->epoch_turn = 0;
+    out->draft_max = 0;
 }
 
 void t_case_print(const t_case *c)
 {
-    print_message("seed %llu: %s, %u sequences and %u cancelled, rows %u, chunk %u, pages %u, slots %u, %u "
-                  "workers over %s, frames "
-                  "%llu bytes, router %s x%u",
-                  (unsigned long long)c->seed, t_model_names[c->model], c->n_seq, c->n_all - c->n_seq,
-                  c->row_max, c->chunk_max, c->page_max, c->slot_max, c->n_worker, c->transport,
-                  (unsigned long long)c->frame_bytes, c->router.isa, c->router.n_threads);
+    print_message(
+        "seed %llu: %s, %u sequences and %u cancelled, rows %u, chunk %u, pages %u, slots %u, guesses "
+        "%u, %u workers over %s, frames "
+        "%llu bytes, router %s x%u",
+        (unsigned long long)c->seed, t_model_names[c->model], c->n_seq, c->n_all - c->n_seq, c->row_max,
+        c->chunk_max, c->page_max, c->slot_max, c->draft_max, c->n_worker, c->transport,
+        (unsigned long long)c->frame_bytes, c->router.isa, c->router.n_threads);
     for (uint32_t i = 0; i < c->n_worker; i++) {
         print_message(", %s x%u", c->workers[i].isa, c->workers[i].n_threads);
     }

@@ -13,7 +13,8 @@
 
 enum { TURNS_MAX = 100000, OWNER = 1 };
 
-/* Looks at the rows of every step. */
+/* Looks at the rows of every step. What is seen of a wrong guess is overwritten by what is computed there
+ * next. */
 typedef struct run_watch {
     const t_case *c;
     t_cluster *cluster;
@@ -36,7 +37,8 @@ static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const r
     uint64_t row = 0;
     for (uint32_t i = 0; i < step->n_seg; i++) {
         const rt_step_seg *seg = &step->segs[i];
-        uint32_t seq = w->slot_seq[seg->slot], skip = point == RT_TAP_LOGITS ? seg->n_row - 1 : 0;
+        uint32_t seq = w->slot_seq[seg->slot],
+                 skip = point == RT_TAP_LOGITS ? seg->n_row - 1 - seg->n_draft : 0;
         if (point == RT_TAP_LOGITS && !seg->sample) {
             continue;
         }
@@ -48,7 +50,7 @@ static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const r
             if (point == RT_TAP_LOGITS) {
                 watch_logits(w, seq, seg->pos0 + k, hash);
             }
-            if (w->trace != NULL) {
+            if (w->trace != NULL && k + seg->n_draft < seg->n_row) { /* a guess may be wrong here */
                 t_trace_row(w->trace, seq, seg->pos0 + k, layer, point, step->number, hash);
             }
         }
@@ -60,7 +62,7 @@ static void watch_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_st
 {
     run_watch *w = ctx;
     (void)n_row;
-    if (point == RT_TAP_LOGITS || w->trace != NULL) {
+    if (point != RT_TAP_DRAFT_LOGITS && (point == RT_TAP_LOGITS || w->trace != NULL)) {
         watch_rows(w, layer, point, step, data, row_bytes);
     }
     if (point == RT_TAP_FFN_IN && layer == w->switch_layer) {
@@ -188,8 +190,8 @@ static void together_settle_slots(together *t, const rt_step *step)
             assert_in_range(seq, 0, c->n_all - 1);
             t->watch.slot_seq[seg->slot] = seq;
         }
-        t->events->n_decode += seg->n_row == 1 && seg->pos0 != 0;
-        t->events->n_chunk += seg->n_row > 1 || seg->pos0 == 0;
+        t->events->n_decode += seg->n_row == 1 + seg->n_draft && seg->pos0 != 0;
+        t->events->n_chunk += seg->n_row > 1 + seg->n_draft || seg->pos0 == 0;
     }
 }
 
@@ -236,6 +238,7 @@ void t_run_together(const t_case *c, t_trace *trace, t_outcome *out, t_events *e
     assert_int_equal(limits.page_max, c->page_max);
     limits.chunk_max = c->chunk_max;
     limits.queue_max = T_ALL_MAX;
+    limits.draft_always = true;
     t.sched = rt_sched_create(&limits);
     for (uint32_t turn = 0; t.n_ended < c->n_seq; turn++) {
         assert_in_range(turn, 0, TURNS_MAX);
@@ -246,6 +249,8 @@ void t_run_together(const t_case *c, t_trace *trace, t_outcome *out, t_events *e
     assert_int_equal(ledger.n_seq + ledger.n_page + ledger.n_slot, 0);
     events_out->n_preempted = ledger.n_preempted;
     events_out->n_cancelled = ledger.n_cancelled;
+    events_out->n_guess = ledger.n_draft_token;
+    events_out->n_right = ledger.n_accepted_token;
     events_out->n_retry = (uint64_t)(cm_stat_get(CM_STAT_exchange_retries) - retries);
     rt_sched_destroy(t.sched);
     t_cluster_destroy(t.watch.cluster);

@@ -13,7 +13,7 @@ typedef struct t_outcome {
 
 /* What happened on the way. */
 typedef struct t_events {
-    uint64_t n_step, n_chunk, n_decode, n_preempted, n_cancelled, n_retry;
+    uint64_t n_step, n_chunk, n_decode, n_preempted, n_cancelled, n_retry, n_guess, n_right;
     bool epoch_changed;
 } t_events;
 

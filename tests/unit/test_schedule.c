@@ -68,6 +68,8 @@ static void tally_add(tally *all, const t_case *c, const t_events *events, uint6
     all->sum.n_preempted += events->n_preempted;
     all->sum.n_cancelled += events->n_cancelled;
     all->sum.n_retry += events->n_retry;
+    all->sum.n_guess += events->n_guess;
+    all->sum.n_right += events->n_right;
     all->total_ns += took_ns;
     all->slowest_ns = took_ns > all->slowest_ns ? took_ns : all->slowest_ns;
 }
@@ -92,13 +94,15 @@ static void tally_print(const tally *all)
                   (unsigned long long)all->threads[2], (unsigned long long)all->threads[3]);
     print_message("%llu sequences (%llu greedy), %llu tokens, %llu steps, %llu chunks, %llu decode rows, "
                   "%llu preemptions in %llu "
-                  "seeds, %llu cancels, %llu placement changes, %llu layers asked again\n",
+                  "seeds, %llu cancels, %llu placement changes, %llu layers asked again, "
+                  "%llu guesses, %llu of them right\n",
                   (unsigned long long)all->n_seq, (unsigned long long)all->greedy,
                   (unsigned long long)all->n_token, (unsigned long long)all->sum.n_step,
                   (unsigned long long)all->sum.n_chunk, (unsigned long long)all->sum.n_decode,
                   (unsigned long long)all->sum.n_preempted, (unsigned long long)all->preempted_seeds,
                   (unsigned long long)all->sum.n_cancelled, (unsigned long long)all->epochs,
-                  (unsigned long long)all->sum.n_retry);
+                  (unsigned long long)all->sum.n_retry, (unsigned long long)all->sum.n_guess,
+                  (unsigned long long)all->sum.n_right);
 }
 
 /* ---- the property ---- */
