@@ -40,6 +40,11 @@ struct rt_router {
 
 /* ---- scheduling ---- */
 
+static void router_count(cm_stat stat, uint64_t n_ever)
+{
+    cm_stat_add(stat, (int64_t)n_ever - cm_stat_get(stat));
+}
+
 static void router_show_ledger(rt_router *r)
 {
     rt_sched_ledger ledger;
@@ -50,8 +55,12 @@ static void router_show_ledger(rt_router *r)
     cm_stat_set(CM_STAT_seq_running, ledger.n_running);
     cm_stat_set(CM_STAT_seq_waiting, ledger.n_waiting);
     cm_stat_set(CM_STAT_kv_pages_total, ledger.page_max);
-    cm_stat_add(CM_STAT_preemptions, (int64_t)ledger.n_preempted - cm_stat_get(CM_STAT_preemptions));
-    cm_stat_add(CM_STAT_seq_cancelled, (int64_t)ledger.n_cancelled - cm_stat_get(CM_STAT_seq_cancelled));
+    router_count(CM_STAT_preemptions, ledger.n_preempted);
+    router_count(CM_STAT_seq_cancelled, ledger.n_cancelled);
+    router_count(CM_STAT_drafts, ledger.n_draft);
+    router_count(CM_STAT_draft_tokens, ledger.n_draft_token);
+    router_count(CM_STAT_accepted_tokens, ledger.n_accepted_token);
+    router_count(CM_STAT_decode_tokens, ledger.n_decode_token);
     if (r->draining && ledger.n_seq == 0 && !r->in_flight) {
         r->finished(r->ctx, 0);
     }

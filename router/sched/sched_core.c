@@ -18,14 +18,16 @@ struct rt_seq {
     uint64_t age; /* arrival number: smaller is older */
     uint64_t deadline_ms;
     rt_sampler sampler;
-    uint32_t *log; /* [n_prompt + tokens_max] prompt, then all generated ids; owned, with pages and biases
-                      behind it */
+    uint32_t *log; /* [n_prompt + tokens_max] prompt, then all generated ids, then guesses; owned, with pages
+                      and biases behind it */
     uint32_t n_prompt, n_log;
-    uint32_t n_done; /* positions whose rows were computed into this slot and these pages */
-    uint32_t *pages; /* [page_cap] */
+    uint32_t n_draft; /* guesses in log from n_log on; never reach the place of the last token */
+    uint32_t n_done;  /* positions whose rows were computed into this slot and these pages */
+    uint32_t *pages;  /* [page_cap] */
     uint32_t n_page, page_cap;
     uint32_t slot;   /* while running */
-    uint32_t n_step; /* rows in the step being made or in flight */
+    uint32_t n_step; /* rows in the step being made or in flight, guesses not counted */
+    uint32_t n_try;  /* guesses among its rows in that step */
     bool running;
     bool cancelled; /* only while in flight: freed when the step completes */
 };
@@ -47,12 +49,16 @@ struct rt_sched {
     uint64_t step_number;
     bool in_flight;
     uint32_t n_seg, n_row;
+    uint32_t draft_want;   /* guesses asked for in the step in flight */
     rt_step_seg *segs;     /* [slot_max] */
     rt_seq **seg_seqs;     /* [slot_max] whose seg it is */
-    rt_logprobs *logprobs; /* [slot_max] of segs */
+    rt_logprobs *logprobs; /* [slot_max][draft_max + 1] of segs */
 
     rt_word *words; /* [word_max] not told yet */
-    uint32_t n_word, word_max;
+    uint32_t n_word, word_max, step_word_max;
+
+    rt_draft_core draft;
+    uint64_t n_draft, n_draft_token, n_accepted_token, n_decode_token;
 };
 
 rt_sched *rt_sched_create(const rt_sched_limits *limits)
@@ -61,8 +67,9 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
               limits->slot_max < 1u << 24);
     CM_ASSERT(limits->row_max > 0 && limits->chunk_max > 0 && limits->vocab > 0);
     CM_ASSERT(limits->page_max > 0 && limits->page_tokens > 0 && limits->context > 0);
+    CM_ASSERT(limits->draft_max <= RT_DRAFT_MAX);
     rt_sched *sched = cm_alloc(sizeof(*sched));
-    uint32_t n_seq_max = limits->slot_max + limits->queue_max;
+    uint32_t n_seq_max = limits->slot_max + limits->queue_max, seg_token_max = limits->draft_max + 1;
     sched->limits = *limits;
     cm_pool_init(&sched->seqs, "sequences", sizeof(rt_seq), n_seq_max);
     cm_map_init(&sched->keys, n_seq_max);
@@ -73,9 +80,11 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     sched->deadline_next = UINT64_MAX;
     sched->segs = cm_alloc(sizeof(rt_step_seg) * limits->slot_max);
     sched->seg_seqs = cm_alloc(sizeof(rt_seq *) * limits->slot_max);
-    sched->logprobs = cm_alloc(sizeof(rt_logprobs) * limits->slot_max);
-    sched->word_max = n_seq_max + limits->slot_max; /* every deadline, then every word of a step */
+    sched->logprobs = cm_alloc(sizeof(rt_logprobs) * limits->slot_max * seg_token_max);
+    sched->step_word_max = limits->slot_max * seg_token_max;
+    sched->word_max = n_seq_max + sched->step_word_max; /* every deadline, then every word of a step */
     sched->words = cm_alloc(sizeof(rt_word) * sched->word_max);
+    rt_draft_core_init(&sched->draft, limits->draft_max);
     return sched;
 }
 
@@ -160,14 +169,20 @@ static uint32_t seq_page_goal(const rt_sched *sched, const rt_seq *seq)
     return n < seq->page_cap ? n : seq->page_cap;
 }
 
-/* From running to nowhere: pages and slot go back, what was computed is forgotten. */
-static void seq_stop_running(rt_sched *sched, rt_seq *seq)
+static void seq_put_pages(rt_sched *sched, rt_seq *seq, uint32_t n_kept)
 {
-    while (seq->n_page > 0) {
+    while (seq->n_page > n_kept) {
         rt_pages_put(&sched->pages, seq->pages[--seq->n_page]);
     }
+}
+
+/* From running to nowhere: pages and slot go back, what was computed or guessed is forgotten. */
+static void seq_stop_running(rt_sched *sched, rt_seq *seq)
+{
+    seq_put_pages(sched, seq, 0);
     rt_pages_put(&sched->slots, seq->slot);
     seq->n_done = 0;
+    seq->n_draft = 0;
     seq->n_step = 0;
     seq->running = false;
     TAILQ_REMOVE(&sched->running, seq, link);
@@ -483,7 +498,7 @@ static void list_expire(rt_sched *sched, rt_seq_list *list, uint64_t now_ms)
     for (rt_seq *seq = TAILQ_FIRST(list), *next; seq != NULL; seq = next) {
         next = TAILQ_NEXT(seq, link);
         /* without room for its word it stays until the words are fetched */
-        if (now_ms >= seq->deadline_ms && sched->n_word < sched->word_max - sched->limits.slot_max) {
+        if (now_ms >= seq->deadline_ms && sched->n_word < sched->word_max - sched->step_word_max) {
             word_fail_deadline(sched, word_add(sched, seq));
             seq_free(sched, seq);
         } else if (seq->deadline_ms < sched->deadline_next) {
@@ -511,7 +526,8 @@ uint64_t rt_sched_next_deadline(const rt_sched *sched)
  * but never after; then the head of the queue is admitted while rows, slots and pages last. The oldest always
  * gets a row: it may take the pages of all others, and alone it fits. Decode rows are never crowded out by
  * prefill chunks: a sequence is admitted only into rows that all older ones left over, and nobody's need of
- * rows grows, so only the youngest is ever short. */
+ * rows grows, so only the youngest is ever short. Guesses come last and take from nobody: rows that are left,
+ * and of pages only the one that their sequence will grow into, if it is not promised to another. */
 
 static void seq_preempt(rt_sched *sched, rt_seq *seq)
 {
@@ -558,6 +574,7 @@ static void seq_take_rows(rt_sched *sched, rt_seq *seq)
         n_row = n_covered - seq->n_done < n_row ? (uint32_t)(n_covered - seq->n_done) : n_row;
     }
     seq->n_step = n_row;
+    seq->n_try = 0;
     sched->n_row += n_row;
 }
 
@@ -569,15 +586,23 @@ static void sched_serve_running(rt_sched *sched)
     }
 }
 
+/* Pages that running sequences will want soon. */
+static uint64_t sched_promised(const rt_sched *sched)
+{
+    uint64_t n = 0;
+    const rt_seq *seq;
+    TAILQ_FOREACH (seq, &sched->running, link) {
+        n += seq_page_goal(sched, seq) - seq->n_page;
+    }
+    return n;
+}
+
 static void sched_admit(rt_sched *sched)
 {
-    /* Pages that running sequences will want soon are not given away: a sequence that is preempted right
-     * after its prefill has worked for nothing. */
-    uint64_t n_promised = 0;
+    /* Promised pages are not given away: a sequence that is preempted right after its prefill has worked for
+     * nothing. */
+    uint64_t n_promised = sched_promised(sched);
     rt_seq *seq;
-    TAILQ_FOREACH (seq, &sched->running, link) {
-        n_promised += seq_page_goal(sched, seq) - seq->n_page;
-    }
     while (sched->n_row < sched->limits.row_max && (seq = TAILQ_FIRST(&sched->waiting)) != NULL) {
         uint32_t goal = seq_page_goal(sched, seq);
         if (sched->pages.n_free < n_promised + goal || !rt_pages_take(&sched->slots, &seq->slot)) {
@@ -593,6 +618,37 @@ static void sched_admit(rt_sched *sched)
     }
 }
 
+static void sched_take_guesses(rt_sched *sched)
+{
+    uint64_t n_promised = sched->limits.draft_max > 0 ? sched_promised(sched) : 0;
+    rt_seq *seq;
+    TAILQ_FOREACH (seq, &sched->running, link) {
+        uint32_t n = min_u32(seq->n_draft, sched->limits.row_max - sched->n_row);
+        if (seq->n_step == 0 || n == 0) {
+            continue;
+        }
+        uint32_t goal = seq_page_goal(sched, seq);
+        if (pages_for(sched, (uint64_t)seq->n_log + n) > seq->n_page && seq->n_page < goal &&
+            sched->pages.n_free > n_promised - (goal - seq->n_page)) {
+            bool taken = rt_pages_take(&sched->pages, &seq->pages[seq->n_page++]);
+            CM_ASSERT(taken);
+            n_promised--;
+        }
+        uint64_t n_covered = (uint64_t)seq->n_page * sched->limits.page_tokens - seq->n_log;
+        seq->n_try = n_covered < n ? (uint32_t)n_covered : n;
+        sched->n_row += seq->n_try;
+    }
+}
+
+/* At most n guesses, as many as could be of use after this step, which gives seq at least one token and with
+ * all its guesses right n_try + 1. */
+static uint32_t seq_draft_want(const rt_sched *sched, const rt_seq *seq, uint32_t n)
+{
+    uint32_t n_token = seq_n_generated(seq) + 1, n_log = seq->n_log + seq->n_try + 1;
+    n = min_u32(n, n_token < seq->sampler.tokens_max ? seq->sampler.tokens_max - n_token - 1 : 0);
+    return min_u32(n, sched->limits.context - min_u32(n_log, sched->limits.context));
+}
+
 static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
 {
     rt_seq *seq;
@@ -606,21 +662,35 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
         step->segs[i] = (rt_step_seg){
             .slot = seq->slot,
             .pos0 = seq->n_done,
-            .n_row = seq->n_step,
+            .n_row = seq->n_step + seq->n_try,
             .tokens = seq->log + seq->n_done,
             .pages = seq->pages,
-            .n_page = seq->n_page,
+            .n_page = pages_for(sched, (uint64_t)seq->n_done + seq->n_step + seq->n_try),
             .sample = sample,
+            .n_draft = seq->n_try,
             .sampler = sample ? &seq->sampler : NULL,
             .stop_wait = sample && seq->sampler.tokens_min > seq_n_generated(seq)
                              ? seq->sampler.tokens_min - seq_n_generated(seq)
                              : 0,
             .log = sample ? seq->log : NULL,
             .n_prompt = sample ? seq->n_prompt : 0,
-            .logprobs = sample && seq->sampler.logprobs ? &sched->logprobs[i] : NULL,
+            .logprobs = sample && seq->sampler.logprobs
+                            ? &sched->logprobs[(size_t)i * (sched->limits.draft_max + 1)]
+                            : NULL,
         };
-        step->n_row += seq->n_step;
+        step->n_row += seq->n_step + seq->n_try;
         step->n_sample += sample;
+    }
+}
+
+static void sched_want_guesses(rt_sched *sched, const rt_step *step)
+{
+    sched->draft_want = sched->limits.draft_always ? sched->limits.draft_max
+                                                   : rt_draft_core_want(&sched->draft, step->n_sample);
+    for (uint32_t i = 0; i < step->n_seg; i++) {
+        if (step->segs[i].sample) {
+            step->segs[i].draft_want = seq_draft_want(sched, sched->seg_seqs[i], sched->draft_want);
+        }
     }
 }
 
@@ -637,8 +707,10 @@ bool rt_sched_next(rt_sched *sched, uint64_t now_ms, rt_step *step_out)
         return false;
     }
     rt_step step = {.number = ++sched->step_number, .segs = sched->segs};
+    sched_take_guesses(sched);
     sched_add_segs(sched, true, &step);
     sched_add_segs(sched, false, &step);
+    sched_want_guesses(sched, &step);
     CM_ASSERT_MSG(step.n_row == sched->n_row && step.n_row <= sched->limits.row_max, "%u rows of %u",
                   step.n_row, sched->limits.row_max);
     sched->n_seg = step.n_seg;
@@ -659,12 +731,14 @@ static bool seq_stops_at(const rt_seq *seq, uint32_t token)
     return false;
 }
 
-static rt_word *seq_take_token(rt_sched *sched, rt_seq *seq, const rt_step_seg *seg, uint32_t token)
+/* Token i of seg's result. */
+static rt_word *seq_take_token(rt_sched *sched, rt_seq *seq, const rt_step_seg *seg, uint32_t i,
+                               uint32_t token)
 {
     rt_word *word = word_add(sched, seq);
     CM_ASSERT_MSG(token < sched->limits.vocab, "token %u of %u", token, sched->limits.vocab);
     if (seq_stops_at(seq, token)) {
-        CM_ASSERT_MSG(seg->stop_wait == 0, "stop id %u after %u tokens of at least %u", token,
+        CM_ASSERT_MSG(seg->stop_wait <= i, "stop id %u after %u tokens of at least %u", token,
                       seq_n_generated(seq), seq->sampler.tokens_min);
         word->end = RT_END_STOP;
         word->stop_id = token;
@@ -673,12 +747,42 @@ static rt_word *seq_take_token(rt_sched *sched, rt_seq *seq, const rt_step_seg *
     seq->log[seq->n_log++] = token;
     word->has_token = true;
     word->token = token;
-    word->logprobs = seg->logprobs;
+    word->logprobs = seg->logprobs != NULL ? &seg->logprobs[i] : NULL;
     word->end = seq_n_generated(seq) == seq->sampler.tokens_max ? RT_END_LENGTH : RT_GOING_ON;
     return word;
 }
 
-/* The step is over for seq, whose token, if any, was its last word: ends it or lets it run on. */
+/* What the step gave seq: tokens up to its end, if that is among them, else guesses for its next step.
+ * Returns the last word. Pages that only wrong guesses needed go back, so that guessing costs nobody a page.
+ */
+static rt_word *seq_take_result(rt_sched *sched, rt_seq *seq, const rt_step_seg *seg,
+                                const rt_step_result *result)
+{
+    CM_ASSERT_MSG(result->n_token >= 1 && result->n_token <= seg->n_draft + 1, "%u tokens from %u guesses",
+                  result->n_token, seg->n_draft);
+    CM_ASSERT_MSG(result->n_draft <= seg->draft_want, "%u guesses, %u wanted", result->n_draft,
+                  seg->draft_want);
+    rt_word *word;
+    uint32_t i = 0;
+    do {
+        CM_ASSERT(i + 1 == result->n_token || result->tokens[i] == seg->log[seq->n_log]);
+        word = seq_take_token(sched, seq, seg, i, result->tokens[i]);
+        i++;
+    } while (word->end == RT_GOING_ON && i < result->n_token);
+    if (word->end == RT_GOING_ON) {
+        seq->n_done += i - 1;
+        CM_ASSERT(seq_decodes(seq));
+        seq->n_draft = min_u32(result->n_draft, seq->sampler.tokens_max - seq_n_generated(seq) - 1);
+        for (i = 0; i < seq->n_draft; i++) {
+            CM_ASSERT(result->drafts[i] < sched->limits.vocab);
+            seq->log[seq->n_log + i] = result->drafts[i];
+        }
+        seq_put_pages(sched, seq, min_u32(seq->n_page, pages_for(sched, seq->n_log)));
+    }
+    return word;
+}
+
+/* The step is over for seq, whose newest word, if it has one, is given: ends it or lets it run on. */
 static void seq_settle(rt_sched *sched, rt_seq *seq, uint64_t now_ms, rt_word *word)
 {
     seq->n_step = 0;
@@ -691,23 +795,47 @@ static void seq_settle(rt_sched *sched, rt_seq *seq, uint64_t now_ms, rt_word *w
     }
 }
 
+/* For the counters and for who decides whether guessing pays. */
+static void sched_judge(rt_sched *sched, uint64_t took_ns, const rt_step_result *results)
+{
+    rt_draft_step step = {.n_want = sched->draft_want, .took_ns = took_ns};
+    for (uint32_t i = 0, i_sample = 0; i < sched->n_seg; i++) {
+        const rt_step_seg *seg = &sched->segs[i];
+        const rt_step_result *result = seg->sample ? &results[i_sample++] : NULL;
+        if (!seq_decodes(sched->seg_seqs[i])) {
+            step.prefill = true;
+            continue;
+        }
+        step.n_decode++;
+        sched->n_decode_token += result->n_token;
+        sched->n_draft += seg->n_draft > 0;
+        sched->n_draft_token += seg->n_draft;
+        sched->n_accepted_token += result->n_token - 1;
+        for (uint32_t k = 0; k < seg->n_draft; k++) {
+            step.n_guess[k]++;
+            step.n_right[k] += k + 1 < result->n_token;
+        }
+    }
+    rt_draft_core_observe(&sched->draft, &step);
+}
+
 void rt_sched_complete(rt_sched *sched, uint64_t now_ms, uint64_t took_ns, const rt_step_result *results,
                        rt_word_fn fn, void *ctx)
 {
-    (void)took_ns;
     CM_ASSERT(sched->in_flight);
+    sched_judge(sched, took_ns, results);
     for (uint32_t i = 0, i_sample = 0; i < sched->n_seg; i++) {
         const rt_step_seg *seg = &sched->segs[i];
         rt_seq *seq = sched->seg_seqs[i];
         rt_word *word = NULL;
-        uint32_t token = seg->sample ? results[i_sample++].tokens[0] : 0;
+        const rt_step_result *result = seg->sample ? &results[i_sample++] : NULL;
         if (seq->cancelled) {
             seq_free(sched, seq);
             continue;
         }
-        seq->n_done += seg->n_row;
-        if (seg->sample) {
-            word = seq_take_token(sched, seq, seg, token);
+        seq->n_done += seg->n_row - seg->n_draft;
+        if (result != NULL) {
+            word = seq_take_result(sched, seq, seg, result);
         }
         seq_settle(sched, seq, now_ms, word);
     }
@@ -746,5 +874,9 @@ void rt_sched_ledger_get(const rt_sched *sched, rt_sched_ledger *ledger_out)
         .page_max = sched->pages.n_max,
         .n_preempted = sched->n_preempted,
         .n_cancelled = sched->n_cancelled,
+        .n_draft = sched->n_draft,
+        .n_draft_token = sched->n_draft_token,
+        .n_accepted_token = sched->n_accepted_token,
+        .n_decode_token = sched->n_decode_token,
     };
 }

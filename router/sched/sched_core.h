@@ -4,19 +4,29 @@
  *
  * A step: decode rows first (one per running sequence whose prompt is done), oldest first, then prefill
  * chunks up to the row budget, oldest first; every prefill chunk is at most chunk_max rows, so prefills
- * cannot starve decodes. Rows that are left over carry guesses of the next tokens (speculation). One step is
- * in flight at a time. The oldest running sequence has a row in every step. Pages (KN_PAGE_TOKENS tokens
- * each) are taken when a sequence grows into them; when none is left the youngest running sequence is
- * preempted: it gives back pages and slot, waits again at the head of the queue, and starts over from prompt
- * + emitted tokens, with the same output by the determinism contract. The youngest itself waits for a page
- * with what it has. Admission refuses a sequence that could not finish alone. Cancel and deadline: a sequence
- * in the step in flight is freed when that step completes, any other at once. Memory: everything is taken at
- * create; token logs are allocated per sequence at open, never during a step. Thread: the loop's. */
+ * cannot starve decodes. One step is in flight at a time. The oldest running sequence has a row in every
+ * step. Pages (KN_PAGE_TOKENS tokens each) are taken when a sequence grows into them; when none is left the
+ * youngest running sequence is preempted: it gives back pages and slot, waits again at the head of the queue,
+ * and starts over from prompt + emitted tokens, with the same output by the determinism contract. The
+ * youngest itself waits for a page with what it has. Admission refuses a sequence that could not finish
+ * alone. Cancel and deadline: a sequence in the step in flight is freed when that step completes, any other
+ * at once.
+ *
+ * Guesses (speculation): with the tokens of a step come guesses of those that follow. In the next step they
+ * stand behind their sequence's decode row, in rows that everything above left over, oldest first; a token is
+ * drawn after each as long as it was right. Rows of right guesses count as computed, those of wrong ones are
+ * computed again with what was drawn instead. A guess takes nothing from anybody: of pages it gets at most
+ * the next one its sequence would grow into, never one promised to another, and that goes back with the step
+ * if the guess was wrong. Guesses are forgotten by preemption. How many are made is decided by draft_core.h.
+ *
+ * Memory: everything is taken at create; token logs are allocated per sequence at open, never during a step.
+ * Thread: the loop's. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "common/base/status.h"
+#include "router/sched/draft_core.h"
 
 typedef struct rt_sched rt_sched;
 
@@ -39,8 +49,6 @@ typedef struct rt_sched_limits {
 typedef struct rt_seq_key {
     uint64_t owner, stream;
 } rt_seq_key;
-
-enum { RT_DRAFT_MAX = 7 };
 
 /* As many as a gateway lets through; its end of sequence is one more stop id. */
 enum { RT_STOP_MAX = 65, RT_BIAS_MAX = 1024, RT_LOGPROBS_TOP_MAX = 20 };
@@ -166,10 +174,13 @@ void rt_sched_words(rt_sched *sched, rt_word_fn fn, void *ctx);
  * flight. May be too early after a cancel, never too late. */
 uint64_t rt_sched_next_deadline(const rt_sched *sched);
 
-/* ---- the ledger: all zero at rest ---- */
+/* ---- the ledger: all zero at rest, but what is counted ever ---- */
 typedef struct rt_sched_ledger {
     uint32_t n_seq, n_running, n_waiting, n_slot, n_page, page_max;
     uint64_t n_preempted; /* ever */
     uint64_t n_cancelled; /* ever, deadlines included */
+    /* Ever: decode rows with guesses behind them, those guesses, the right ones among them, tokens drawn
+     * after decode rows and right guesses. */
+    uint64_t n_draft, n_draft_token, n_accepted_token, n_decode_token;
 } rt_sched_ledger;
 void rt_sched_ledger_get(const rt_sched *sched, rt_sched_ledger *ledger_out);

@@ -74,10 +74,11 @@ void t_alone(const uint32_t *prompt, uint32_t n_prompt, const rt_sampler *sample
 
 void t_engine_init(t_engine *engine, const rt_sched_limits *limits)
 {
-    *engine = (t_engine){.limits = *limits, .sched = rt_sched_create(limits)};
+    *engine = (t_engine){.limits = *limits, .sched = rt_sched_create(limits), .right_percent = 100};
     engine->kv = calloc((size_t)limits->page_max * limits->page_tokens, sizeof(uint32_t));
     engine->slot_pos = calloc(limits->slot_max, sizeof(uint32_t));
     engine->page_step = calloc(limits->page_max, sizeof(uint64_t));
+    engine->guesses = calloc(limits->slot_max, sizeof(rt_step_result));
     engine->results = calloc(limits->slot_max, sizeof(rt_step_result));
 }
 
@@ -87,19 +88,13 @@ void t_engine_fini(t_engine *engine)
     free(engine->kv);
     free(engine->slot_pos);
     free(engine->page_step);
+    free(engine->guesses);
     free(engine->results);
 }
 
-static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
+static void t_seg_check_pages(t_engine *engine, const rt_step_seg *seg)
 {
     const rt_sched_limits *limits = &engine->limits;
-    assert_in_range(seg->slot, 0, limits->slot_max - 1);
-    assert_in_range(seg->n_row, 1, limits->chunk_max);
-    if (seg->pos0 == 0) {
-        engine->slot_pos[seg->slot] = 0;
-        engine->n_fresh++;
-    }
-    assert_int_equal(seg->pos0, engine->slot_pos[seg->slot]);
     assert_int_equal(seg->n_page, (seg->pos0 + seg->n_row + limits->page_tokens - 1) / limits->page_tokens);
     for (uint32_t i = 0; i < seg->n_page; i++) {
         assert_in_range(seg->pages[i], 0, limits->page_max - 1);
@@ -107,39 +102,111 @@ static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
                              engine->step.number); /* nobody else's in this step */
         engine->page_step[seg->pages[i]] = engine->step.number;
     }
+}
+
+/* What comes as guesses was guessed, for this very place, and can be of use: the last token has no row. */
+static void t_seg_check_guesses(const t_engine *engine, const rt_step_seg *seg)
+{
+    const rt_step_result *guesses = &engine->guesses[seg->slot];
+    uint32_t n_token_max = seg->n_prompt + seg->sampler->tokens_max;
+    assert_in_range(seg->n_draft, 0, seg->pos0 == 0 ? 0 : guesses->n_draft);
+    assert_in_range(seg->draft_want, 0, engine->limits.draft_max);
+    assert_in_range(seg->pos0 + seg->n_row, 1, n_token_max - 1);
+    if (seg->draft_want > 0) {
+        assert_in_range(seg->pos0 + seg->n_row - seg->n_draft + 1 + seg->draft_want, 1, n_token_max - 1);
+    }
+    if (seg->n_draft > 0) {
+        assert_int_equal(seg->n_row, seg->n_draft + 1);
+        assert_memory_equal(seg->tokens + 1, guesses->drafts, seg->n_draft * sizeof(uint32_t));
+    }
+}
+
+static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
+{
+    const rt_sched_limits *limits = &engine->limits;
+    assert_in_range(seg->slot, 0, limits->slot_max - 1);
+    assert_in_range(seg->n_row - seg->n_draft, 1, limits->chunk_max);
+    if (seg->pos0 == 0) {
+        engine->slot_pos[seg->slot] = 0;
+        engine->n_fresh++;
+    }
+    assert_int_equal(seg->pos0, engine->slot_pos[seg->slot]);
+    t_seg_check_pages(engine, seg);
     if (seg->sample) {
         assert_non_null(seg->sampler);
         assert_in_range(seg->n_prompt, 1, seg->pos0 + seg->n_row);
         assert_ptr_equal(seg->tokens, seg->log + seg->pos0);
         assert_int_equal(seg->logprobs != NULL, seg->sampler->logprobs);
+        t_seg_check_guesses(engine, seg);
     } else {
         assert_null(seg->sampler);
         assert_null(seg->log);
         assert_null(seg->logprobs);
         assert_int_equal(seg->stop_wait, 0);
+        assert_int_equal(seg->n_draft, 0);
+        assert_int_equal(seg->draft_want, 0);
     }
 }
 
-static void t_seg_compute(t_engine *engine, const rt_step_seg *seg, uint32_t *token_out)
+static uint32_t *t_kv_at(t_engine *engine, const rt_step_seg *seg, uint32_t pos)
 {
     uint32_t page_tokens = engine->limits.page_tokens;
+    return &engine->kv[(size_t)seg->pages[pos / page_tokens] * page_tokens + pos % page_tokens];
+}
+
+/* Guesses of what follows n_token tokens whose hash is hash, right or not as the dice fall. */
+static void t_seg_guess(t_engine *engine, const rt_step_seg *seg, uint64_t hash, rt_step_result *result)
+{
+    for (uint32_t k = 0; k < seg->draft_want; k++) {
+        uint32_t token = t_draw(seg->sampler, hash, seg->stop_wait <= result->n_token + k);
+        if (t_below(&engine->rng, 100) >= engine->right_percent) {
+            token = (token + 1 + t_below(&engine->rng, T_VOCAB - 1)) % T_VOCAB;
+        }
+        result->drafts[result->n_draft++] = token;
+        hash = t_hash_add(hash, token);
+    }
+}
+
+/* One token after another, as long as the guess before it was right; what was computed behind is garbage. */
+static void t_seg_sample(t_engine *engine, const rt_step_seg *seg, rt_step_result *result)
+{
+    uint32_t end = seg->pos0 + seg->n_row, pos = end - seg->n_draft;
+    uint64_t hash = t_hash_start(seg->sampler);
+    for (uint32_t i = 0; i < pos; i++) {
+        uint32_t kv = *t_kv_at(engine, seg, i);
+        assert_in_range(kv, 1, T_VOCAB);
+        assert_int_equal(kv - 1, seg->log[i]);
+        hash = t_hash_add(hash, kv - 1);
+    }
+    *result = (rt_step_result){0};
+    for (bool right = true; right;) {
+        uint32_t i = result->n_token++, token = t_draw(seg->sampler, hash, seg->stop_wait <= i);
+        result->tokens[i] = token;
+        if (seg->logprobs != NULL) {
+            seg->logprobs[i] = (rt_logprobs){.token = -(float)token};
+        }
+        hash = t_hash_add(hash, token);
+        right = pos < end && *t_kv_at(engine, seg, pos) == token + 1;
+        pos += right;
+    }
+    engine->slot_pos[seg->slot] = pos;
+    engine->n_right += result->n_token - 1;
+    engine->n_wrong += end - pos;
+    for (; pos < end; pos++) {
+        *t_kv_at(engine, seg, pos) |= T_GARBAGE;
+    }
+    t_seg_guess(engine, seg, hash, result);
+    engine->guesses[seg->slot] = *result;
+}
+
+static void t_seg_compute(t_engine *engine, const rt_step_seg *seg, rt_step_result *result)
+{
     for (uint32_t i = 0; i < seg->n_row; i++) {
-        uint32_t pos = seg->pos0 + i;
-        engine->kv[(size_t)seg->pages[pos / page_tokens] * page_tokens + pos % page_tokens] =
-            seg->tokens[i] + 1;
+        *t_kv_at(engine, seg, seg->pos0 + i) = seg->tokens[i] + 1;
     }
     engine->slot_pos[seg->slot] = seg->pos0 + seg->n_row;
     if (seg->sample) {
-        uint64_t hash = t_hash_start(seg->sampler);
-        for (uint32_t pos = 0; pos < seg->pos0 + seg->n_row; pos++) {
-            hash = t_hash_add(
-                hash,
-                engine->kv[(size_t)seg->pages[pos / page_tokens] * page_tokens + pos % page_tokens] - 1);
-        }
-        *token_out = t_draw(seg->sampler, hash, seg->stop_wait == 0);
-        if (seg->logprobs != NULL) {
-            *seg->logprobs = (rt_logprobs){.token = -(float)*token_out};
-        }
+        t_seg_sample(engine, seg, result);
     }
 }
 
@@ -167,8 +234,7 @@ bool t_begin(t_engine *engine, uint64_t now_ms)
     assert_int_equal(n_sample, engine->step.n_sample);
     assert_in_range(n_row, 1, engine->limits.row_max);
     for (uint32_t i = 0, i_sample = 0; i < engine->step.n_seg; i++) {
-        t_seg_compute(engine, &engine->step.segs[i], engine->results[i_sample].tokens);
-        engine->results[i_sample].n_token = 1;
+        t_seg_compute(engine, &engine->step.segs[i], &engine->results[i_sample]);
         i_sample += engine->step.segs[i].sample;
     }
     return true;
@@ -177,7 +243,7 @@ bool t_begin(t_engine *engine, uint64_t now_ms)
 void t_complete(t_engine *engine, uint64_t now_ms, rt_word_fn fn, void *ctx)
 {
     cm_mem_guard_begin("rt_sched_complete");
-    rt_sched_complete(engine->sched, now_ms, 0, engine->results, fn, ctx);
+    rt_sched_complete(engine->sched, now_ms, engine->took_ns, engine->results, fn, ctx);
     cm_mem_guard_end();
 }
 

@@ -1,7 +1,8 @@
 /* A fake engine under the scheduler's tests. It keeps real pages and slots: what it samples is a hash of what
  * it finds in them, so a page owned twice, a lost position or a stale slot changes a sequence's output, which
- * is compared with the sequence computed alone. It checks every step against the scheduler's contract, under
- * the allocation guard. */
+ * is compared with the sequence computed alone. Its guesses are right as often as a test says; rows of wrong
+ * ones leave garbage that nothing may read before it is computed again. It checks every step against the
+ * scheduler's contract, under the allocation guard. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -9,6 +10,7 @@
 #include "router/sched/sched_core.h"
 
 enum { T_VOCAB = 61, T_CONTEXT_MAX = 96 };
+enum { T_GARBAGE = 1u << 30 }; /* where a wrong guess was computed */
 
 typedef struct t_rng {
     uint64_t key, n;
@@ -29,12 +31,16 @@ void t_alone(const uint32_t *prompt, uint32_t n_prompt, const rt_sampler *sample
 typedef struct t_engine {
     rt_sched_limits limits;
     rt_sched *sched;         /* owned */
-    uint32_t *kv;            /* [page_max][page_tokens] token + 1 */
-    uint32_t *slot_pos;      /* [slot_max] positions computed */
+    uint32_t *kv;            /* [page_max][page_tokens] token + 1; T_GARBAGE */
+    uint32_t *slot_pos;      /* [slot_max] positions computed, wrong guesses not counted */
+    rt_step_result *guesses; /* [slot_max] n_draft and drafts: what was guessed last */
     uint64_t *page_step;     /* [page_max] step that used it last */
     rt_step step;            /* the one in flight */
     rt_step_result *results; /* [slot_max] what it sampled */
-    uint64_t n_fresh, n_step;
+    uint32_t right_percent;  /* of the guesses */
+    t_rng rng;
+    uint64_t took_ns; /* told of every step */
+    uint64_t n_fresh, n_step, n_right, n_wrong;
 } t_engine;
 
 void t_engine_init(t_engine *engine, const rt_sched_limits *limits);

@@ -53,6 +53,8 @@ static void t_world_word(void *ctx, const rt_word *word)
         assert_int_equal(word->token, client->answer.tokens[client->n_told]);
         client->n_told++;
     }
+    assert_int_equal(word->logprobs != NULL, word->has_token && client->sampler.logprobs);
+    assert_true(word->logprobs == NULL || word->logprobs->token == -(float)word->token);
     world->n_ended[word->end]++;
     switch (word->end) {
     case RT_GOING_ON:
@@ -93,7 +95,8 @@ static void t_world_open(t_world *world)
     for (uint32_t i = 0; i < client->n_prompt; i++) {
         client->prompt[i] = t_below(rng, T_VOCAB);
     }
-    client->sampler = (rt_sampler){.seed = t_below(rng, 1000), .top_p = 1, .n_stop = t_below(rng, 3)};
+    client->sampler = (rt_sampler){
+        .seed = t_below(rng, 1000), .top_p = 1, .n_stop = t_below(rng, 3), .logprobs = t_below(rng, 2) == 0};
     client->sampler.tokens_max = t_between(rng, 1, n_token_max - client->n_prompt);
     client->sampler.tokens_min = t_between(rng, 0, client->sampler.tokens_max);
     for (uint32_t i = 0; i < client->sampler.n_stop; i++) {
@@ -163,6 +166,7 @@ static bool t_world_step(t_world *world, uint32_t open_odds)
     if (!any) {
         return false;
     }
+    world->engine.took_ns = t_below(&world->rng, 3) == 0 ? 0 : t_between(&world->rng, 1, 1u << 20);
     world->step_failed = t_below(&world->rng, 60) == 0;
     if (world->step_failed) {
         rt_sched_fail_step(world->engine.sched, world->now_ms, CM_E_DEVICE, NULL, t_world_word, world);
@@ -175,8 +179,12 @@ static bool t_world_step(t_world *world, uint32_t open_odds)
     return true;
 }
 
-/* Returns how many preemptions there were. */
-static uint64_t t_world_run(uint64_t seed, uint32_t n_ended[4])
+typedef struct t_totals {
+    uint64_t n_preempted, n_right, n_wrong;
+    uint32_t n_ended[4];
+} t_totals;
+
+static void t_world_run(uint64_t seed, t_totals *totals)
 {
     t_world world = {.rng = {seed, 0}};
     t_rng *rng = &world.rng;
@@ -189,9 +197,13 @@ static uint64_t t_world_run(uint64_t seed, uint32_t n_ended[4])
         .page_tokens = t_between(rng, 1, 8),
         .context = t_between(rng, 8, T_CONTEXT_MAX),
         .vocab = T_VOCAB,
+        .draft_max = t_below(rng, RT_DRAFT_MAX + 1),
+        .draft_always = t_below(rng, 2) == 0,
     };
     world.clients = calloc(T_CLIENTS, sizeof(t_client));
     t_engine_init(&world.engine, &limits);
+    world.engine.rng = (t_rng){seed, 1u << 30};
+    world.engine.right_percent = t_between(rng, 0, 100);
     for (uint32_t i = 0; i < 600; i++) {
         t_world_step(&world, 50);
     }
@@ -206,25 +218,30 @@ static uint64_t t_world_run(uint64_t seed, uint32_t n_ended[4])
     rt_sched_ledger ledger;
     rt_sched_ledger_get(world.engine.sched, &ledger);
     for (uint32_t i = 0; i < 4; i++) {
-        n_ended[i] += world.n_ended[i];
+        totals->n_ended[i] += world.n_ended[i];
     }
+    totals->n_preempted += ledger.n_preempted;
+    totals->n_right += world.engine.n_right;
+    totals->n_wrong += world.engine.n_wrong;
     t_engine_fini(&world.engine);
     free(world.clients);
-    return ledger.n_preempted;
 }
 
 static void test_random_runs(void **state)
 {
     (void)state;
-    uint64_t n_preempted = 0;
-    uint32_t n_ended[4] = {0};
+    t_totals totals = {0};
+    const uint32_t *n_ended = totals.n_ended;
     for (uint64_t i = 0; i < 150; i++) {
-        n_preempted += t_world_run(g_seed * 1000 + i, n_ended);
+        t_world_run(g_seed * 1000 + i, &totals);
     }
-    print_message("%llu preemptions; %u tokens, ends: %u stop, %u length, %u failed\n",
-                  (unsigned long long)n_preempted, n_ended[0], n_ended[1], n_ended[2], n_ended[3]);
-    assert_true(n_preempted > 100);
+    print_message("%llu preemptions; %u tokens, ends: %u stop, %u length, %u failed; %llu guesses right, "
+                  "%llu wrong\n",
+                  (unsigned long long)totals.n_preempted, n_ended[0], n_ended[1], n_ended[2], n_ended[3],
+                  (unsigned long long)totals.n_right, (unsigned long long)totals.n_wrong);
+    assert_true(totals.n_preempted > 100);
     assert_true(n_ended[RT_END_STOP] > 100 && n_ended[RT_END_LENGTH] > 100 && n_ended[RT_END_FAILED] > 100);
+    assert_true(totals.n_right > 1000 && totals.n_wrong > 1000);
 }
 
 /* ---- cancels in every state ---- */
@@ -248,7 +265,9 @@ static void test_many_cancels(void **state)
     limits.row_max = 6;
     limits.page_max = 12;
     limits.context = 40;
+    limits.draft_max = 2;
     t_engine_init(&engine, &limits);
+    engine.right_percent = 50;
     for (;;) {
         rt_sched_ledger_get(engine.sched, &before);
         if (before.n_cancelled >= 100000) {
