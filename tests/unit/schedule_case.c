@@ -87,9 +87,7 @@ static void draw_plain(t_rng *rng, t_case *c, uint32_t first)
 {
     c->n_seq = t_between(rng, 1, T_SEQ_MAX);
     for (uint32_t i = 0; i < c->n_seq; i++) {
-        draw_prompt(rng, &c->geometry, first + i,
-                    t_below(rng, 5) == 0 ? t_between(rng, 1, 9) : t_between(rng, 1, T_PROMPT_MAX),
-                    &c->seqs[i]);
+        draw_prompt(rng, &c->geometry, first + i, draw_log(rng, 8, T_PROMPT_MAX), &c->seqs[i]);
         draw_sampler(rng, t_between(rng, 1, 16), &c->seqs[i].sampler);
         c->seqs[i].arrival = t_below(rng, 12);
     }
@@ -150,19 +148,21 @@ static void draw_device(t_rng *rng, t_device *device_out)
     while (kn_cpu_isa_at(n_isa) != NULL) {
         n_isa++;
     }
-    *device_out = (t_device){.isa = kn_cpu_isa_at(t_below(rng, n_isa)),
-                             .n_threads = t_below(rng, 2) == 0 ? 1 : t_between(rng, 1, 3)};
+    /* the first and slowest path in every sixth place, the others alike */
+    uint32_t isa = n_isa == 1 || t_below(rng, 6) == 0 ? 0 : t_between(rng, 1, n_isa - 1);
+    *device_out =
+        (t_device){.isa = kn_cpu_isa_at(isa), .n_threads = t_below(rng, 4) == 0 ? t_between(rng, 2, 3) : 1};
 }
 
 static void draw_cluster(t_rng *rng, t_case *c)
 {
     static const uint64_t frames[] = {FRAME_SMALL, FRAME_MIDDLE, FRAME_LARGE};
-    static const uint32_t windows_us[] = {16, 200, 2000};
+    static const uint32_t windows_us[] = {16, 16, 200, 1000};
     c->n_worker = t_between(rng, 1, T_WORKER_MAX);
     c->transport = t_below(rng, 2) == 0 ? "local" : "ucx";
     c->frame_bytes = frames[t_below(rng, 3)];
     c->frame_max = t_below(rng, 2) == 0 ? 3 : 8;
-    c->window_us = windows_us[t_below(rng, 3)];
+    c->window_us = windows_us[t_below(rng, 4)];
     draw_device(rng, &c->router);
     for (uint32_t i = 0; i < T_WORKER_MAX; i++) {
         draw_device(rng, &c->workers[i]);
@@ -199,11 +199,12 @@ static void case_load_geometry(t_case *c)
 
 void t_case_draw(uint64_t seed, t_case *c)
 {
+    static const uint32_t models[8] = {0, 1, 4, 2, 0, 1, 4, 3}; /* twice those that can speculate */
     t_rng rng = {seed, 0};
-    bool growing = t_below(&rng, 3) == 0;
+    bool growing = t_below(&rng, 8) == 0;
     memset(c, 0, sizeof(*c));
     c->seed = seed;
-    c->model = (uint32_t)(seed % T_MODELS);
+    c->model = models[seed % 8];
     case_load_geometry(c);
     uint32_t first = t_below(&rng, c->geometry.vocab);
     if (growing) {
@@ -235,7 +236,12 @@ void t_case_undisturbed(const t_case *c, t_case *out)
     out->frame_bytes = FRAME_LARGE;
     out->frame_max = 8;
     out->window_us = 200;
-    out->router = out->workers[0] = (t_device){.isa = "portable", .n_threads = 1};
+    uint32_t last = 0;
+    while (kn_cpu_isa_at(last + 1) != NULL) {
+        last++;
+    }
+    out->router = out->workers[0] =
+        (t_device){.isa = kn_cpu_isa_at(c->seed % 4 == 0 ? 0 : last), .n_threads = 1};
     out->whole = true;
     out->draft_max = 0;
     out->epoch_turn = 0;

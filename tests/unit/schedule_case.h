@@ -60,7 +60,7 @@ typedef struct t_case {
 } t_case;
 
 void t_case_draw(uint64_t seed, t_case *case_out);
-/* The same judged sequences on an undisturbed cluster: one worker, local, portable path, room for a prompt in
+/* The same judged sequences on an undisturbed cluster: one worker, local, one path, room for a prompt in
  * one step and for each sequence's own slot and pages. */
 void t_case_undisturbed(const t_case *c, t_case *case_out);
 void t_case_print(const t_case *c);
