@@ -20,7 +20,7 @@
 #include "tests/unit/schedule_run.h"
 
 static const char *g_program;
-static uint64_t g_first = 1, g_n_seed = 40;
+static uint64_t g_first = 1, g_n_seed = 200;
 
 /* ---- what was drawn ---- */
 
