@@ -156,18 +156,18 @@ static const char *audit_dtype_hint(const audit *a, const md_expect *expect)
 }
 
 /* The keys of config.json behind the sizes that differ: one of them may be what is wrong. */
-static void audit_shape_keys(const md_tensor *tensor, const md_expect *expect, char text[160])
+static void audit_shape_keys(const md_tensor *tensor, const md_expect *expect, char text[192])
 {
     size_t at = 0;
     text[0] = '\0';
     for (uint32_t i = 0; i < expect->n_dim; i++) {
         bool differs = tensor->n_dim != expect->n_dim || tensor->dim[i] != expect->dim[i];
         if (differs && expect->key[i] != NULL) {
-            at += (size_t)snprintf(text + at, 160 - at, "%s%s", at == 0 ? " (by " : ", ", expect->key[i]);
+            at += (size_t)snprintf(text + at, 192 - at, "%s%s", at == 0 ? " (by " : ", ", expect->key[i]);
         }
     }
     if (at > 0) {
-        snprintf(text + at, 160 - at, ")");
+        snprintf(text + at, 192 - at, ")");
     }
 }
 
@@ -200,30 +200,37 @@ static const char *audit_key_of(const audit *a, const char *name)
     return in_stage ? "num_nextn_predict_layers and dspark_ keys" : NULL;
 }
 
-static const char *audit_drafter_name(const audit *a)
+/* Whose drafter the shards hold: each has a tensor in its first stage that the other lacks. */
+static md_drafter audit_drafter_held(const audit *a)
 {
-    return a->checkpoint->geometry.drafter == MD_DRAFTER_DSPARK ? "DSpark" : "MTP";
+    return audit_find(a, "mtp.0.main_proj.weight") != NULL ? MD_DRAFTER_DSPARK
+           : audit_find(a, "mtp.0.e_proj.weight") != NULL  ? MD_DRAFTER_MTP
+                                                           : MD_DRAFTER_NONE;
 }
 
-/* What config.json has to do with a tensor that is missing or extra; "" when nothing. */
-static void audit_key_hint(const audit *a, const char *name, char text[160])
+/* What config.json has to do with a tensor that is missing or extra; "" when nothing. MTP and DSpark share
+ * names: one taken for the other is said outright. */
+static void audit_key_hint(const audit *a, const char *name, char text[192])
 {
+    static const char *const drafters[] = {
+        [MD_DRAFTER_NONE] = "no", [MD_DRAFTER_MTP] = "an MTP", [MD_DRAFTER_DSPARK] = "a DSpark"};
     const char *key = audit_key_of(a, name);
+    md_drafter wanted = a->checkpoint->geometry.drafter, held = audit_drafter_held(a);
     text[0] = '\0';
-    if (key == NULL) {
-        return;
-    }
-    if (strncmp(name, "mtp.", 4) == 0) {
-        snprintf(text, 160, " (config.json describes the %s drafter, by %s)", audit_drafter_name(a), key);
-    } else {
-        snprintf(text, 160, " (by %s in config.json)", key);
+    if (strncmp(name, "mtp.", 4) == 0 && wanted != held) {
+        snprintf(text, 192, " (config.json describes %s drafter by %s, the tensors are of %s drafter)",
+                 drafters[wanted],
+                 wanted == MD_DRAFTER_DSPARK ? "its dspark_ keys" : "num_nextn_predict_layers",
+                 drafters[held]);
+    } else if (key != NULL) {
+        snprintf(text, 192, " (by %s in config.json)", key);
     }
 }
 
 static bool audit_expected_row(void *ctx, const md_expect *expect)
 {
     audit *a = ctx;
-    char wanted[96], found[96], why[160];
+    char wanted[96], found[96], why[192];
     md_entry *entry = audit_find(a, expect->name);
     audit_shape_text(expect->n_dim, expect->dim, wanted);
     if (entry == NULL) {
@@ -255,12 +262,12 @@ static bool audit_expected_row(void *ctx, const md_expect *expect)
 
 /* ---- what is too much ---- */
 
-static void audit_extra_hint(const audit *a, const char *name, char text[160])
+static void audit_extra_hint(const audit *a, const char *name, char text[192])
 {
     if (strncmp(name, "model.", 6) == 0) {
-        snprintf(text, 160, ": it is misnamed, released checkpoints have no \"model.\" in front");
+        snprintf(text, 192, ": it is misnamed, released checkpoints have no \"model.\" in front");
     } else if (ends_with(name, "_scale_inv")) {
-        snprintf(text, 160, ": it is misnamed, released checkpoints call it .scale");
+        snprintf(text, 192, ": it is misnamed, released checkpoints call it .scale");
     } else {
         audit_key_hint(a, name, text);
     }
@@ -271,7 +278,7 @@ static void audit_extras(audit *a)
     for (uint32_t i = 0; i < a->checkpoint->n_entries; i++) {
         const md_entry *entry = &a->checkpoint->entries[i];
         const char *name = entry->tensor->name;
-        char why[160];
+        char why[192];
         if (!entry->expected) {
             audit_extra_hint(a, name, why);
             md_report_add(a->report, name,
