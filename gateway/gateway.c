@@ -360,6 +360,7 @@ void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out)
         .kv_used = kv_used(gateway),
         .uptime_s = (double)(cm_now_ms() - gateway->born_ms) * 1e-3,
         .created_s = gateway->created_s,
+        .choices_max = (uint32_t)gateway->config->choices_max,
     };
 }
 

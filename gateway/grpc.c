@@ -25,6 +25,7 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
     {.path = "/baleen.v1.Inference/ChatJson",
      .request = &baleen__v1__chat_json_request__descriptor,
      .ask = gw_grpc_json_ask,
+     .cancel = gw_grpc_json_cancel,
      .fini = gw_grpc_json_fini},
     {.path = "/baleen.v1.Inference/Generate",
      .request = &baleen__v1__generate_request__descriptor,
@@ -57,15 +58,23 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
 
 /* ---- what is sent ---- */
 
+void gw_grpc_cancel(gw_grpc_call *call)
+{
+    if (call->stream != NULL) {
+        gw_stream_cancel(call->stream);
+        call->stream = NULL;
+    }
+    if (call->method->cancel != NULL) {
+        call->method->cancel(call);
+    }
+}
+
 static void drop_slow_reader(gw_grpc_call *call)
 {
     gw_error error;
     uint64_t n = pc_call_queued_bytes(call->call);
     cm_warn("a gRPC client has not read %llu bytes of its answer: ended", (unsigned long long)n);
-    if (call->stream != NULL) {
-        gw_stream_cancel(call->stream);
-        call->stream = NULL;
-    }
+    gw_grpc_cancel(call);
     gw_error_set(&error, GW_CAUSE_SLOW_READER, NULL,
                  "the client reads too slowly: %llu bytes of the answer were waiting to be read",
                  (unsigned long long)n);
@@ -101,9 +110,12 @@ static bool is_request_id(const char *id)
     return id[n] == 0 && n >= 1 && n <= 128;
 }
 
-static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_events *events,
-                             gw_error *error_out)
+cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+                              const gw_stream_events *events, void *ctx, gw_stream **stream_out,
+                              gw_error *error_out)
 {
+    ask->request_id = routing != NULL ? routing->request_id : NULL;
+    ask->deadline_ms = pc_call_deadline_ms(call->call);
     if (ask->request_id != NULL && !is_request_id(ask->request_id)) {
         gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
                      "routing.request_id must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -");
@@ -114,16 +126,14 @@ static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_ev
                      "the deadline of the request passed before it was begun");
         return CM_E_DEADLINE;
     }
-    return gw_stream_open(call->grpc->gateway, ask, events, call, &call->stream, error_out);
+    return gw_stream_open(call->grpc->gateway, ask, events, ctx, stream_out, error_out);
 }
 
 void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
                   const gw_stream_events *events)
 {
     gw_error error;
-    ask->request_id = routing != NULL ? routing->request_id : NULL;
-    ask->deadline_ms = pc_call_deadline_ms(call->call);
-    if (open_stream(call, ask, events, &error) != CM_OK) {
+    if (gw_grpc_open_stream(call, ask, routing, events, call, &call->stream, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
@@ -229,9 +239,7 @@ static void call_closed(pc_call *rpc, bool cancelled)
     gw_grpc_call *call = pc_call_user(rpc);
     gw_grpc *grpc = call->grpc;
     (void)cancelled;
-    if (call->stream != NULL) {
-        gw_stream_cancel(call->stream);
-    }
+    gw_grpc_cancel(call);
     if (call->method->fini != NULL) {
         call->method->fini(call);
     }

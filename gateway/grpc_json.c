@@ -1,4 +1,6 @@
-/* ChatJson: the HTTP surface's body in, its objects out. */
+/* ChatJson: the HTTP surface's body in, its objects out; n answers are n streams. */
+#include <string.h>
+
 #include "gateway/grpc_private.h"
 
 enum { BODY_BYTES_MAX = 32 << 20 };
@@ -12,28 +14,31 @@ static void json_emit(void *ctx, const char *json, size_t n_bytes, bool last)
     gw_grpc_send(ctx, &chunk.base);
 }
 
+/* ---- the streams' events ----
+ * Answers start, speak and finish in any order; the writer puts the choice's number into each object. */
+
 static void json_started(void *ctx, const gw_start *start)
 {
-    gw_grpc_call *call = ctx;
-    gw_openai_events()->started(gw_openai_choice_of(call->writer, 0), start);
+    const gw_grpc_json_choice *choice = ctx;
+    gw_openai_events()->started(choice->writer, start);
 }
 
 static void json_piece(void *ctx, const md_piece *piece)
 {
-    gw_grpc_call *call = ctx;
-    gw_openai_events()->piece(gw_openai_choice_of(call->writer, 0), piece);
+    const gw_grpc_json_choice *choice = ctx;
+    gw_openai_events()->piece(choice->writer, piece);
 }
 
 static void json_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
 {
-    gw_grpc_call *call = ctx;
-    gw_openai_events()->tokens(gw_openai_choice_of(call->writer, 0), offset, ids, n);
+    const gw_grpc_json_choice *choice = ctx;
+    gw_openai_events()->tokens(choice->writer, offset, ids, n);
 }
 
 static void json_logprobs(void *ctx, const gw_logprobs *logprobs)
 {
-    gw_grpc_call *call = ctx;
-    gw_openai_events()->logprobs(gw_openai_choice_of(call->writer, 0), logprobs);
+    const gw_grpc_json_choice *choice = ctx;
+    gw_openai_events()->logprobs(choice->writer, logprobs);
 }
 
 static void json_flush(void *ctx)
@@ -43,11 +48,25 @@ static void json_flush(void *ctx)
 
 static void json_finished(void *ctx, const gw_finish *finish)
 {
-    gw_grpc_call *call = ctx;
-    call->stream = NULL;
-    gw_openai_events()->finished(gw_openai_choice_of(call->writer, 0), finish);
-    gw_grpc_finish(call);
+    gw_grpc_json_choice *choice = ctx;
+    gw_grpc_call *call = choice->call;
+    choice->stream = NULL;
+    gw_openai_events()->finished(choice->writer, finish);
+    if (++call->json.n_finished == call->json.n_choice) {
+        gw_grpc_finish(call);
+    }
 }
+
+/* One that fails takes the others with it. */
+static void json_failed(void *ctx, const gw_error *error)
+{
+    gw_grpc_json_choice *choice = ctx;
+    choice->stream = NULL;
+    gw_grpc_cancel(choice->call);
+    gw_grpc_fail(choice->call, error);
+}
+
+/* ---- the request ---- */
 
 static cm_status read_body(const Baleen__V1__ChatJsonRequest *request, json_t **body_out, gw_error *error_out)
 {
@@ -78,7 +97,9 @@ static cm_status read_body(const Baleen__V1__ChatJsonRequest *request, json_t **
     return CM_OK;
 }
 
-void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *message)
+/* The first answer has the request's id, the others have ids of their own. */
+static cm_status open_choices(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+                              gw_error *error_out)
 {
     static const gw_stream_events events = {
         .started = json_started,
@@ -87,9 +108,23 @@ void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *message)
         .logprobs = json_logprobs,
         .flush = json_flush,
         .finished = json_finished,
-        .failed = gw_grpc_stream_failed,
+        .failed = json_failed,
     };
+    gw_grpc_json *json = &call->json;
+    for (uint32_t i = 0; i < json->n_choice; i++) {
+        gw_grpc_json_choice *choice = &json->choices[i];
+        *choice = (gw_grpc_json_choice){.call = call, .writer = gw_openai_choice_of(json->writer, i)};
+        ask->choice = i;
+        CM_TRY(gw_grpc_open_stream(call, ask, i == 0 ? routing : NULL, &events, choice, &choice->stream,
+                                   error_out));
+    }
+    return CM_OK;
+}
+
+void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *message)
+{
     const Baleen__V1__ChatJsonRequest *request = (const Baleen__V1__ChatJsonRequest *)message;
+    gw_grpc_json *json = &call->json;
     json_t *body;
     gw_error error;
     gw_info info;
@@ -98,15 +133,53 @@ void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *message)
         return;
     }
     gw_gateway_info(call->grpc->gateway, &info);
-    call->writer = gw_openai_create(GW_ASK_CHAT, body, info.fingerprint, json_emit, call);
-    gw_ask ask = {.kind = GW_ASK_CHAT, .body = body};
-    gw_grpc_open(call, &ask, request->routing, &events);
+    json->writer = gw_openai_create(GW_ASK_CHAT, body, info.fingerprint, json_emit, call);
+    json->n_choice = gw_openai_choices(json->writer);
+    json->choices = cm_alloc(sizeof(*json->choices) * json->n_choice);
+    gw_ask ask = {.kind = GW_ASK_CHAT, .body = body, .choices_max = info.choices_max};
+    if (open_choices(call, &ask, request->routing, &error) != CM_OK) {
+        gw_grpc_cancel(call);
+        gw_grpc_fail(call, &error);
+    } else {
+        json->id = cm_strdup(gw_stream_id(json->choices[0].stream));
+        pc_call_add_header(call->call, "x-request-id", json->id);
+    }
     json_decref(body);
+}
+
+void gw_grpc_json_cancel(gw_grpc_call *call)
+{
+    for (uint32_t i = 0; i < call->json.n_choice; i++) {
+        gw_stream *stream = call->json.choices[i].stream;
+        call->json.choices[i].stream = NULL;
+        if (stream != NULL) {
+            gw_stream_cancel(stream);
+        }
+    }
 }
 
 void gw_grpc_json_fini(gw_grpc_call *call)
 {
-    if (call->writer != NULL) {
-        gw_openai_destroy(call->writer);
+    if (call->json.writer != NULL) {
+        gw_openai_destroy(call->json.writer);
     }
+    cm_free(call->json.choices);
+    cm_free(call->json.id);
+}
+
+bool gw_grpc_json_abort(gw_grpc *grpc, const char *request_id)
+{
+    gw_grpc_call *call;
+    TAILQ_FOREACH (call, &grpc->calls, link) {
+        bool is_json = call->method->ask == gw_grpc_json_ask && call->json.id != NULL;
+        if (is_json && strcmp(call->json.id, request_id) == 0) {
+            for (uint32_t i = 0; i < call->json.n_choice; i++) {
+                const gw_stream *stream = call->json.choices[i].stream;
+                if (stream != NULL) {
+                    return gw_stream_abort(grpc->gateway, gw_stream_id(stream));
+                }
+            }
+        }
+    }
+    return false;
 }

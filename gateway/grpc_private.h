@@ -20,9 +20,10 @@ typedef struct gw_grpc_method {
     const ProtobufCMessageDescriptor *request;
     /* request is borrowed for the call. Ends the call, or opens a stream that will. */
     void (*ask)(gw_grpc_call *call, const ProtobufCMessage *request);
-    void (*fini)(gw_grpc_call *call); /* frees its part of the call; NULL: nothing to free */
-    bool typed;                       /* its body was built from fields: errors name those, not the body's */
-    bool health;                      /* answered also while draining */
+    void (*cancel)(gw_grpc_call *call); /* its streams but call->stream; NULL: it has no more */
+    void (*fini)(gw_grpc_call *call);   /* frees its part of the call; NULL: nothing to free */
+    bool typed;  /* its body was built from fields: errors name those, not the body's */
+    bool health; /* answered also while draining */
 } gw_grpc_method;
 extern const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS];
 
@@ -46,6 +47,19 @@ typedef struct gw_grpc_generate {
     gw_grpc_logprobs logprobs;
 } gw_grpc_generate;
 
+typedef struct gw_grpc_json_choice {
+    gw_grpc_call *call;
+    gw_stream *stream; /* NULL: it has ended */
+    gw_openai_choice *writer;
+} gw_grpc_json_choice;
+
+typedef struct gw_grpc_json {
+    gw_openai *writer; /* NULL: the body was refused */
+    gw_grpc_json_choice *choices;
+    uint32_t n_choice, n_finished;
+    char *id; /* of the request, as the client chose it or as the first answer's stream has it; owned */
+} gw_grpc_json;
+
 typedef struct gw_grpc_watch {
     bool on;    /* the call is a watcher, and was told something */
     bool known; /* a service of ours, or all of them */
@@ -61,7 +75,7 @@ struct gw_grpc_call {
     union {            /* by method */
         gw_grpc_chat chat;
         gw_grpc_generate generate;
-        gw_openai *writer; /* ChatJson; NULL: its body was refused */
+        gw_grpc_json json;
         gw_grpc_watch watch;
     };
 };
@@ -86,8 +100,15 @@ struct gw_grpc {
 /* A client that reads too slowly loses its stream and is told so. */
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message);
 void gw_grpc_finish(gw_grpc_call *call); /* OK */
-/* Opens the stream of a call or fails it. routing may be NULL; ask's request id and deadline are filled in
- * here. */
+/* Ends whatever streams the call still has; their events stop. */
+void gw_grpc_cancel(gw_grpc_call *call);
+/* Opens one stream for a call, its events with ctx. routing may be NULL; ask's request id and deadline are
+ * filled in here. */
+CM_MUST_CHECK cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask,
+                                            const Baleen__V1__Routing *routing,
+                                            const gw_stream_events *events, void *ctx, gw_stream **stream_out,
+                                            gw_error *error_out);
+/* The same for the only stream of a call: with the call as ctx, and failing the call. */
 void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
                   const gw_stream_events *events);
 /* The failed event of every surface's stream. */
@@ -128,7 +149,10 @@ CM_MUST_CHECK cm_status gw_grpc_put_routing(json_t *body, const Baleen__V1__Rout
 void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_chat_fini(gw_grpc_call *call);
 void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_json_cancel(gw_grpc_call *call);
 void gw_grpc_json_fini(gw_grpc_call *call);
+/* Abort of a request whose first answer, which has the request's id, is complete and others are not. */
+bool gw_grpc_json_abort(gw_grpc *grpc, const char *request_id);
 void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_generate_fini(gw_grpc_call *call);
 void gw_grpc_tokenize(gw_grpc_call *call, const ProtobufCMessage *request);

@@ -99,6 +99,11 @@ void gw_openai_destroy(gw_openai *writer)
     cm_free(writer);
 }
 
+uint32_t gw_openai_choices(const gw_openai *writer)
+{
+    return writer->n_choice;
+}
+
 gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice)
 {
     CM_ASSERT(choice < writer->n_choice);

@@ -127,7 +127,8 @@ typedef struct gw_info {
     uint32_t running, waiting; /* over all routers, from their last frames */
     double kv_used;            /* 0..1 */
     double uptime_s;
-    int64_t created_s; /* of the process */
+    int64_t created_s;    /* of the process */
+    uint32_t choices_max; /* answers (n) to one request */
 } gw_info;
 void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out);
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway);
@@ -149,6 +150,7 @@ typedef void (*gw_openai_emit_fn)(void *ctx, const char *json, size_t n_bytes, b
 gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
                             gw_openai_emit_fn emit, void *ctx);
 void gw_openai_destroy(gw_openai *writer);
+uint32_t gw_openai_choices(const gw_openai *writer); /* n of the body; 1 when it is no number in range */
 gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice);
 const gw_stream_events *gw_openai_events(
     void); /* ctx is a gw_openai_choice; flush, failed are no-ops: wrap them */

@@ -3,6 +3,7 @@
  * tensors. */
 #include <inttypes.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "common/base/bytes.h"
@@ -154,16 +155,89 @@ static const char *audit_dtype_hint(const audit *a, const md_expect *expect)
     return ends_with(expect->name, ".scale") ? " like most scales of this checkpoint" : "";
 }
 
+/* The keys of config.json behind the sizes that differ: one of them may be what is wrong. */
+static void audit_shape_keys(const md_tensor *tensor, const md_expect *expect, char text[192])
+{
+    size_t at = 0;
+    text[0] = '\0';
+    for (uint32_t i = 0; i < expect->n_dim; i++) {
+        bool differs = tensor->n_dim != expect->n_dim || tensor->dim[i] != expect->dim[i];
+        if (differs && expect->key[i] != NULL) {
+            at += (size_t)snprintf(text + at, 192 - at, "%s%s", at == 0 ? " (by " : ", ", expect->key[i]);
+        }
+    }
+    if (at > 0) {
+        snprintf(text + at, 192 - at, ")");
+    }
+}
+
+/* The key that makes the closed list have a tensor of that name, or not have it. */
+static const char *audit_key_of(const audit *a, const char *name)
+{
+    const md_geometry *g = &a->checkpoint->geometry;
+    const char *number = name, *expert = strstr(name, ".experts.");
+    if (strncmp(name, "mtp.", 4) == 0) {
+        number = name + 4;
+    } else if (strncmp(name, "layers.", 7) == 0) {
+        number = name + 7;
+    }
+    bool in_stage = number == name + 4, in_layer = number == name + 7;
+    if (in_stage && strtoul(number, NULL, 10) >= g->n_stage) {
+        return g->drafter == MD_DRAFTER_DSPARK ? "dspark_target_layer_ids" : "num_nextn_predict_layers";
+    }
+    if (in_layer && strtoul(number, NULL, 10) >= g->n_layer) {
+        return "num_hidden_layers";
+    }
+    if (strstr(name, ".compressor.") != NULL || strstr(name, ".indexer.") != NULL) {
+        return "compress_ratios";
+    }
+    if (strstr(name, ".gate.tid2eid") != NULL || strstr(name, ".gate.bias") != NULL) {
+        return "num_hash_layers";
+    }
+    if (expert != NULL && strtoul(expert + 9, NULL, 10) >= g->n_expert) {
+        return "n_routed_experts";
+    }
+    return in_stage ? "num_nextn_predict_layers and dspark_ keys" : NULL;
+}
+
+/* Whose drafter the shards hold: each has a tensor in its first stage that the other lacks. */
+static md_drafter audit_drafter_held(const audit *a)
+{
+    return audit_find(a, "mtp.0.main_proj.weight") != NULL ? MD_DRAFTER_DSPARK
+           : audit_find(a, "mtp.0.e_proj.weight") != NULL  ? MD_DRAFTER_MTP
+                                                           : MD_DRAFTER_NONE;
+}
+
+/* What config.json has to do with a tensor that is missing or extra; "" when nothing. MTP and DSpark share
+ * names: one taken for the other is said outright. */
+static void audit_key_hint(const audit *a, const char *name, char text[192])
+{
+    static const char *const drafters[] = {
+        [MD_DRAFTER_NONE] = "no", [MD_DRAFTER_MTP] = "an MTP", [MD_DRAFTER_DSPARK] = "a DSpark"};
+    const char *key = audit_key_of(a, name);
+    md_drafter wanted = a->checkpoint->geometry.drafter, held = audit_drafter_held(a);
+    text[0] = '\0';
+    if (strncmp(name, "mtp.", 4) == 0 && wanted != held) {
+        snprintf(text, 192, " (config.json describes %s drafter by %s, the tensors are of %s drafter)",
+                 drafters[wanted],
+                 wanted == MD_DRAFTER_DSPARK ? "its dspark_ keys" : "num_nextn_predict_layers",
+                 drafters[held]);
+    } else if (key != NULL) {
+        snprintf(text, 192, " (by %s in config.json)", key);
+    }
+}
+
 static bool audit_expected_row(void *ctx, const md_expect *expect)
 {
     audit *a = ctx;
-    char wanted[96], found[96];
+    char wanted[96], found[96], why[192];
     md_entry *entry = audit_find(a, expect->name);
     audit_shape_text(expect->n_dim, expect->dim, wanted);
     if (entry == NULL) {
         if (json_object_get(a->weight_map, expect->name) == NULL) {
-            md_report_add(a->report, expect->name, "tensor %s is missing: %s %s is needed", expect->name,
-                          md_dtype_name(expect->dtype), wanted);
+            audit_key_hint(a, expect->name, why);
+            md_report_add(a->report, expect->name, "tensor %s is missing: %s %s is needed%s", expect->name,
+                          md_dtype_name(expect->dtype), wanted, why);
         }
         return true;
     }
@@ -179,23 +253,24 @@ static bool audit_expected_row(void *ctx, const md_expect *expect)
     } else if (tensor->n_dim != expect->n_dim ||
                memcmp(tensor->dim, expect->dim, expect->n_dim * sizeof expect->dim[0]) != 0) {
         audit_shape_text(tensor->n_dim, tensor->dim, found);
-        md_report_add(a->report, expect->name, "tensor %s has the wrong shape: it is %s and must be %s",
-                      expect->name, found, wanted);
+        audit_shape_keys(tensor, expect, why);
+        md_report_add(a->report, expect->name, "tensor %s has the wrong shape: it is %s and must be %s%s",
+                      expect->name, found, wanted, why);
     }
     return true;
 }
 
 /* ---- what is too much ---- */
 
-static const char *audit_extra_hint(const char *name)
+static void audit_extra_hint(const audit *a, const char *name, char text[192])
 {
     if (strncmp(name, "model.", 6) == 0) {
-        return ": it is misnamed, released checkpoints have no \"model.\" in front";
+        snprintf(text, 192, ": it is misnamed, released checkpoints have no \"model.\" in front");
+    } else if (ends_with(name, "_scale_inv")) {
+        snprintf(text, 192, ": it is misnamed, released checkpoints call it .scale");
+    } else {
+        audit_key_hint(a, name, text);
     }
-    if (ends_with(name, "_scale_inv")) {
-        return ": it is misnamed, released checkpoints call it .scale";
-    }
-    return "";
 }
 
 static void audit_extras(audit *a)
@@ -203,10 +278,12 @@ static void audit_extras(audit *a)
     for (uint32_t i = 0; i < a->checkpoint->n_entries; i++) {
         const md_entry *entry = &a->checkpoint->entries[i];
         const char *name = entry->tensor->name;
+        char why[192];
         if (!entry->expected) {
+            audit_extra_hint(a, name, why);
             md_report_add(a->report, name,
                           "tensor %.96s in %.90s is extra, this model has none of that name%s", name,
-                          audit_shard_name(a, entry), audit_extra_hint(name));
+                          audit_shard_name(a, entry), why);
         } else if (!entry->indexed) {
             md_report_add(a->report, name, "tensor %.96s is in shard %.90s, but the index lacks it", name,
                           audit_shard_name(a, entry));

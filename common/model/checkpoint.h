@@ -17,6 +17,7 @@ typedef struct md_expect {
     md_dtype dtype;
     uint32_t n_dim;
     uint64_t dim[MD_DIMS_MAX];
+    const char *key[MD_DIMS_MAX]; /* what of config.json decides that size, in words; NULL: nothing */
 } md_expect;
 
 /* The whole list for a geometry, from arithmetic alone, in the order of the released shards (embed, layers,

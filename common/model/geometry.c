@@ -266,8 +266,22 @@ static bool geo_is_dspark(json_t *root)
     return false;
 }
 
-/* DSpark keeps num_nextn_predict_layers 1 although it has one stage per target layer, and its tensors overlap
- * the MTP block's names: any dspark_ key decides. */
+/* DSpark keeps num_nextn_predict_layers 1 although it has one stage per target layer; the number of stages
+ * would do as well, anything else belongs to another drafter. */
+static cm_status geo_check_dspark_stages(const json_t *root, uint32_t n_target, cm_error *err)
+{
+    const char *key = "num_nextn_predict_layers";
+    uint32_t n;
+    CM_TRY(geo_read_u32(root, key, 1, MD_STAGE_MAX, &n, err));
+    if (n != 1 && n != n_target) {
+        return cm_error_set(err, CM_E_CORRUPT, key,
+                            "config.json: %s is %u, with dspark_target_layer_ids of %u layers it must be 1",
+                            key, n, n_target);
+    }
+    return CM_OK;
+}
+
+/* The tensors' names overlap the MTP block's: any dspark_ key decides. */
 static cm_status geo_read_dspark(const json_t *root, md_geometry *g, cm_error *err)
 {
     const char *key = "dspark_target_layer_ids";
@@ -285,12 +299,15 @@ static cm_status geo_read_dspark(const json_t *root, md_geometry *g, cm_error *e
         json_int_t layer = json_integer_value(value);
         if (!json_is_integer(value) || layer < 0 || layer >= g->n_layer ||
             (i > 0 && layer <= g->dspark_target[i - 1])) {
-            return cm_error_set(err, CM_E_CORRUPT, key,
-                                "config.json: entry %zu of %s must be a layer below %u, in ascending order",
-                                i, key, g->n_layer);
+            return cm_error_set(
+                err, CM_E_CORRUPT, key,
+                "config.json: entry %zu of %s must be a layer below num_hidden_layers %u, in ascending "
+                "order",
+                i, key, g->n_layer);
         }
         g->dspark_target[i] = (uint32_t)layer;
     }
+    CM_TRY(geo_check_dspark_stages(root, (uint32_t)n, err));
     g->drafter = MD_DRAFTER_DSPARK;
     g->n_stage = g->n_dspark_target = (uint32_t)n;
     return geo_read_u32(root, "dspark_markov_rank", 1, 1u << 17, &g->dspark_rank, err);
@@ -322,9 +339,12 @@ static cm_status geo_read_ratios(const json_t *root, md_geometry *g, cm_error *e
         return geo_wrong_kind(err, key, list, "a list");
     }
     if (json_array_size(list) != n) {
-        return cm_error_set(err, CM_E_CORRUPT, key,
-                            "config.json: %s has %zu entries, %u layers and %u drafter stages need %u", key,
-                            json_array_size(list), g->n_layer, g->n_stage, n);
+        return cm_error_set(
+            err, CM_E_CORRUPT, key,
+            "config.json: %s has %zu entries, num_hidden_layers %u and %u drafter stages (%s) need "
+            "%u",
+            key, json_array_size(list), g->n_layer, g->n_stage,
+            g->drafter == MD_DRAFTER_DSPARK ? "dspark_target_layer_ids" : "num_nextn_predict_layers", n);
     }
     for (uint32_t i = 0; i < n; i++) {
         const json_t *value = json_array_get(list, i);

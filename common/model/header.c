@@ -1,4 +1,6 @@
 #include <inttypes.h>
+#include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -94,7 +96,8 @@ static cm_status row_range(const row_reader *r, md_header_row *row)
     if (stop > r->data_bytes) {
         return cm_error_set(r->err, CM_E_CORRUPT, r->name,
                             "%s: tensor %.96s ends at byte %" PRIu64
-                            " of the data, but the file holds only %" PRIu64 ": it is truncated",
+                            " of the data by its data_offsets, but the file holds only %" PRIu64
+                            ": it is truncated",
                             r->file_name, r->name, stop, r->data_bytes);
     }
     if (stop - row->begin != row->tensor.n_bytes) {
@@ -108,9 +111,18 @@ static cm_status row_range(const row_reader *r, md_header_row *row)
 
 static cm_status row_read(const row_reader *r, md_header_row *row)
 {
+    const char *key;
+    json_t *value;
     if (!json_is_object(r->value)) {
         return cm_error_set(r->err, CM_E_CORRUPT, r->name, "%s: tensor %.96s must be an object, not %s",
                             r->file_name, r->name, md_json_kind(r->value));
+    }
+    json_object_foreach((json_t *)(uintptr_t)r->value, key, value)
+    {
+        if (strcmp(key, "dtype") != 0 && strcmp(key, "shape") != 0 && strcmp(key, "data_offsets") != 0) {
+            return cm_error_set(r->err, CM_E_CORRUPT, r->name, "%s: tensor %.96s: unknown key \"%.40s\"",
+                                r->file_name, r->name, key);
+        }
     }
     CM_TRY(row_dtype(r, &row->tensor.dtype));
     CM_TRY(row_shape(r, &row->tensor));
@@ -131,26 +143,75 @@ static int row_compare(const void *a, const void *b)
     return strcmp(x->tensor.name, y->tensor.name);
 }
 
+/* After the gap before row first: a tensor that was meant to be there lies on another one. */
+static void cover_find_overlap(const md_header *header, uint32_t first, char text[256])
+{
+    text[0] = '\0';
+    for (uint32_t i = first + 1; i < header->n; i++) {
+        const md_header_row *row = &header->rows[i], *before = row - 1;
+        if (row->begin < before->begin + before->tensor.n_bytes) {
+            snprintf(text, 256, "; further on %.96s and %.96s overlap", before->tensor.name,
+                     row->tensor.name);
+            return;
+        }
+    }
+}
+
+static cm_status cover_wrong(const md_header *header, uint32_t i, uint64_t at, const char *file_name,
+                             cm_error *err)
+{
+    const md_header_row *row = &header->rows[i];
+    bool overlaps = row->begin < at;
+    char more[256] = "";
+    if (!overlaps) {
+        cover_find_overlap(header, i, more);
+    }
+    return cm_error_set(err, CM_E_CORRUPT, row->tensor.name,
+                        "%s: tensor %.96s begins at byte %" PRIu64 " by its data_offsets, which %s %" PRIu64
+                        ", where %.96s ends%s",
+                        file_name, row->tensor.name, row->begin,
+                        overlaps ? "overlaps: it is before" : "leaves a gap: it is after", at,
+                        i > 0 ? header->rows[i - 1].tensor.name : "the header", more);
+}
+
 static cm_status header_check_cover(const md_header *header, uint64_t data_bytes, const char *file_name,
                                     cm_error *err)
 {
     uint64_t at = 0;
     for (uint32_t i = 0; i < header->n; i++) {
-        const md_header_row *row = &header->rows[i];
-        if (row->begin != at) {
-            return cm_error_set(err, CM_E_CORRUPT, row->tensor.name,
-                                "%s: tensor %.96s begins at byte %" PRIu64 ", which %s %" PRIu64
-                                ", where %.96s ends",
-                                file_name, row->tensor.name, row->begin,
-                                row->begin < at ? "overlaps: it is before" : "leaves a gap: it is after", at,
-                                i > 0 ? header->rows[i - 1].tensor.name : "the header");
+        if (header->rows[i].begin != at) {
+            return cover_wrong(header, i, at, file_name, err);
         }
-        at += row->tensor.n_bytes;
+        at += header->rows[i].tensor.n_bytes;
     }
     if (at != data_bytes) {
-        return cm_error_set(err, CM_E_CORRUPT, file_name,
-                            "%s: %" PRIu64 " bytes after the last tensor belong to none", file_name,
-                            data_bytes - at);
+        return cm_error_set(
+            err, CM_E_CORRUPT, file_name,
+            "%s: %" PRIu64 " bytes after the last tensor, %.96s, belong to none", file_name, data_bytes - at,
+            header->n > 0 ? header->rows[header->n - 1].tensor.name : "of which there is none");
+    }
+    return CM_OK;
+}
+
+/* A map from strings to strings; nothing in it is read. */
+static cm_status header_check_metadata(const json_t *metadata, const char *file_name, cm_error *err)
+{
+    const char *key;
+    json_t *value;
+    if (metadata == NULL) {
+        return CM_OK;
+    }
+    if (!json_is_object(metadata)) {
+        return cm_error_set(err, CM_E_CORRUPT, file_name, "%s: __metadata__ must be an object, not %s",
+                            file_name, md_json_kind(metadata));
+    }
+    json_object_foreach((json_t *)(uintptr_t)metadata, key, value)
+    {
+        if (!json_is_string(value)) {
+            return cm_error_set(err, CM_E_CORRUPT, file_name,
+                                "%s: __metadata__: %.40s must be a string, not %s", file_name, key,
+                                md_json_kind(value));
+        }
     }
     return CM_OK;
 }
@@ -178,6 +239,7 @@ static cm_status header_read(json_t *root, uint64_t data_bytes, const char *file
         return cm_error_set(err, CM_E_MEMORY, file_name, "%s: out of memory for %zu tensors", file_name,
                             json_object_size(root));
     }
+    CM_TRY(header_check_metadata(json_object_get(root, "__metadata__"), file_name, err));
     char *name_at = header->names;
     const char *name;
     json_t *value;

@@ -41,6 +41,18 @@ def safetensors():
             yield struct.pack("<I", few[-1][1]["data_offsets"][1]) + compact({"__metadata__": {"format": "pt"}, **dict(few)})
 
 
+def field():
+    """Which document, which field, what is done to it, and with what value; see fuzz_field.c."""
+    values = ["null", "true", "-1", "0", "1", "7", "0.5", "1e300", "9223372036854775807", '"x"', '"F32"', "[]", "[1,2]", "{}",
+              '{"a":1}', "128", "512", "[0,16]"]
+    for i, value in enumerate(values):
+        for document in range(3):
+            yield bytes([document, (37 * i) % 256, i % 4, 0]) + value.encode()
+    for document in range(3):
+        for how in range(1, 4):
+            yield bytes([document, 5 * how, 0, how]) + b"dspark_x"
+
+
 def byte_symbols():
     """The printable stand-ins of the 256 bytes in byte-level BPE."""
     itself = [b for b in range(256) if 0x21 <= b <= 0x7e or 0xa1 <= b != 0xad]
@@ -98,7 +110,7 @@ def request():
 
 
 def main():
-    for make in (geometry, safetensors, tokenizer, dispatch, chat, parser, request):
+    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request):
         folder = os.path.join(sys.argv[1], make.__name__)
         os.makedirs(folder)
         for i, seed in enumerate(make()):

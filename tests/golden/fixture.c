@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "common/base/mem.h"
+#include "tests/golden/error_table.h"
 
 struct fx_file {
     json_t *header;
@@ -185,45 +186,84 @@ static double value_at(const char *dtype, const void *data, uint64_t i)
     return ((const uint8_t *)data)[i];
 }
 
-static void compare_exact(const char *what, const fx_tensor *golden, const void *got)
+/* How many items differ, and the first of them. */
+static uint64_t count_unequal(const fx_tensor *golden, const void *got, uint64_t *first_out)
 {
-    uint64_t item_bytes = golden->n_item > 0 ? golden->n_bytes / golden->n_item : 0;
+    uint64_t item_bytes = golden->n_item > 0 ? golden->n_bytes / golden->n_item : 0, n = 0;
     for (uint64_t i = 0; i < golden->n_item; i++) {
         double want = value_at(golden->dtype, golden->data, i), have = value_at(golden->dtype, got, i);
         bool same = memcmp((const uint8_t *)golden->data + i * item_bytes,
                            (const uint8_t *)got + i * item_bytes, item_bytes) == 0;
         if (!same && !(isnan(want) && isnan(have))) {
-            fail_msg("%s: item %llu is %.9g, golden %.9g", what, (unsigned long long)i, have, want);
+            *first_out = n == 0 ? i : *first_out;
+            n++;
         }
+    }
+    return n;
+}
+
+static void compare_exact(const char *group, const char *what, const fx_tensor *golden, const void *got)
+{
+    uint64_t first = 0, n = count_unequal(golden, got, &first);
+    error_table_note(group, what, "exact", (double)n, 0);
+    if (n > 0) {
+        fail_msg("%s/%s: item %llu is %.9g, golden %.9g; %llu of %llu differ", group, what,
+                 (unsigned long long)first, value_at(golden->dtype, got, first),
+                 value_at(golden->dtype, golden->data, first), (unsigned long long)n,
+                 (unsigned long long)golden->n_item);
     }
 }
 
-void fx_compare(const char *what, const fx_tensor *golden, const void *got, const fx_bound *bound)
+/* Differences between an output and its golden values. */
+typedef struct fx_off {
+    double max_abs, rel_rms, max_rel; /* max_rel: of the items from the bound's floor on */
+    uint64_t at, at_rel;              /* items with max_abs and max_rel */
+} fx_off;
+
+static fx_off measure(const fx_tensor *golden, const void *got, const fx_bound *bound)
 {
-    double worst = 0, sum = 0, sum_golden = 0;
-    uint64_t at = 0;
-    if (bound->exact) {
-        compare_exact(what, golden, got);
-        return;
-    }
+    fx_off off = {0};
+    double sum = 0, sum_golden = 0;
     for (uint64_t i = 0; i < golden->n_item; i++) {
         double want = value_at(golden->dtype, golden->data, i), have = value_at(golden->dtype, got, i);
-        double off = fabs(want - have);
-        if (!(off <= worst)) { /* NaN too */
-            worst = off;
-            at = i;
+        double d = fabs(want - have);
+        if (!(d <= off.max_abs) && !isnan(off.max_abs)) { /* a NaN stays */
+            off.max_abs = d;
+            off.at = i;
         }
-        sum += off * off;
+        sum += d * d;
         sum_golden += want * want;
-        if (bound->max_rel > 0 && fabs(want) >= bound->rel_floor && !(off <= bound->max_rel * fabs(want))) {
-            fail_msg("%s: item %llu is %.9g, golden %.9g, relative error above %g", what,
-                     (unsigned long long)i, have, want, bound->max_rel);
+        if (bound->max_rel > 0 && fabs(want) >= bound->rel_floor && !(d <= off.max_rel * fabs(want))) {
+            off.max_rel = d / fabs(want);
+            off.at_rel = i;
         }
     }
-    if (!(worst <= bound->max_abs) || !(sqrt(sum) <= bound->rel_rms * sqrt(sum_golden))) {
-        fail_msg("%s: worst item %llu is %.9g, golden %.9g (off %g, bound %g); relative rms %g, bound %g",
-                 what, (unsigned long long)at, value_at(golden->dtype, got, at),
-                 value_at(golden->dtype, golden->data, at), worst, bound->max_abs,
-                 sum_golden > 0 ? sqrt(sum / sum_golden) : 0, bound->rel_rms);
+    off.rel_rms = sum == 0 ? 0 : sqrt(sum / sum_golden);
+    return off;
+}
+
+void fx_compare(const char *group, const char *what, const fx_tensor *golden, const void *got,
+                const fx_bound *bound)
+{
+    if (bound->exact) {
+        compare_exact(group, what, golden, got);
+        return;
+    }
+    fx_off off = measure(golden, got, bound);
+    error_table_note(group, what, "max_abs", off.max_abs, bound->max_abs);
+    error_table_note(group, what, "rel_rms", off.rel_rms, bound->rel_rms);
+    if (bound->max_rel > 0) {
+        error_table_note(group, what, "max_rel", off.max_rel, bound->max_rel);
+        if (!(off.max_rel <= bound->max_rel)) {
+            fail_msg("%s/%s: item %llu is %.9g, golden %.9g, relative error above %g", group, what,
+                     (unsigned long long)off.at_rel, value_at(golden->dtype, got, off.at_rel),
+                     value_at(golden->dtype, golden->data, off.at_rel), bound->max_rel);
+        }
+    }
+    if (!(off.max_abs <= bound->max_abs) || !(off.rel_rms <= bound->rel_rms)) {
+        fail_msg("%s/%s: worst item %llu is %.9g, golden %.9g (off %g, bound %g); relative rms %g, bound %g",
+                 group, what, (unsigned long long)off.at, value_at(golden->dtype, got, off.at),
+                 value_at(golden->dtype, golden->data, off.at), off.max_abs, bound->max_abs, off.rel_rms,
+                 bound->rel_rms);
     }
 }

@@ -37,6 +37,7 @@ typedef struct fx_bound {
 
 /* From an output's description in an index file, class "D" or "F". */
 fx_bound fx_bound_read(const json_t *output, const char *numeric_class);
-/* got [n_item] in the tensor's own dtype (F32, BF16, U8 or I64). Fails the test with what, the place and
- * values. */
-void fx_compare(const char *what, const fx_tensor *golden, const void *got, const fx_bound *bound);
+/* got [n_item] in the tensor's own dtype (F32, BF16, U8 or I64). The errors go to the error table; fails the
+ * test with group, what, the place and values. */
+void fx_compare(const char *group, const char *what, const fx_tensor *golden, const void *got,
+                const fx_bound *bound);

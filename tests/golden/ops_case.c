@@ -36,8 +36,8 @@ void op_check(op_case *c, const char *name, const void *got)
     char what[128];
     assert_non_null(output);
     bound = fx_bound_read(output, "D");
-    snprintf(what, sizeof(what), "%s/%s %s", c->group, c->name, name);
-    fx_compare(what, fx_get(c->file, "%s.out.%s", c->name, name), got, &bound);
+    snprintf(what, sizeof(what), "%s %s", c->name, name);
+    fx_compare(c->group, what, fx_get(c->file, "%s.out.%s", c->name, name), got, &bound);
     c->n_checked++;
 }
 

@@ -1,6 +1,7 @@
 /* The engine against the four golden models: every layer's sub-blocks from golden inputs, and every prompt's
  * logits and greedy tokens from its ids, within the fixtures' class D tolerances. Run with the path as
- * argument, "ref" or a cpu path; none = the best cpu path. */
+ * argument, "ref" or a cpu path; none = the best cpu path; --table [PATH]: on every path (or that one), and
+ * then the worst errors against their tolerances. */
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
@@ -10,6 +11,7 @@
 #include <cmocka.h>
 
 #include "router/engine/engine_private.h"
+#include "tests/golden/error_table.h"
 #include "tests/golden/fixture.h"
 #include "tools/baleen/solo.h"
 
@@ -49,15 +51,29 @@ static solo *open_model(const char *model)
 /* ---- sub-blocks ---- */
 
 typedef struct worst {
+    const char *model;
     double ratio; /* of the error to its tolerance */
     char where[64];
 } worst;
 
-static void worst_note(worst *w, double ratio, const char *what)
+static void worst_note(worst *w, const char *output, uint32_t layer, const char *measure, double error,
+                       double tolerance)
 {
-    if (ratio > w->ratio) {
-        w->ratio = ratio;
-        snprintf(w->where, sizeof(w->where), "%s", what);
+    char where[48];
+    snprintf(where, sizeof(where), "layer %u %s", layer, measure);
+    error_table_note(w->model, output, where, error, tolerance);
+    if (error / tolerance > w->ratio) {
+        w->ratio = error / tolerance;
+        snprintf(w->where, sizeof(w->where), "layer %u %s", layer, output);
+    }
+}
+
+/* What must be equal: n_wrong items are not. */
+static void check_equal(const char *model, const char *output, const char *where, uint64_t n_wrong)
+{
+    error_table_note(model, output, where, (double)n_wrong, 0);
+    if (n_wrong > 0) {
+        fail_msg("%s %s, %s: %llu differ", model, output, where, (unsigned long long)n_wrong);
     }
 }
 
@@ -67,7 +83,6 @@ static void compare_rows(const json_t *tol, const char *output, uint32_t layer, 
 {
     const json_t *bound = json_object_get(json_object_get(tol, output), "D");
     double max_abs = 0, sum_diff = 0, sum_gold = 0, worst_row = 0;
-    char what[64];
     assert_non_null(bound);
     for (uint64_t r = 0; r < n_row; r++) {
         double row_diff = 0, row_gold = 0;
@@ -87,13 +102,12 @@ static void compare_rows(const json_t *tol, const char *output, uint32_t layer, 
     double most_abs = json_number_value(json_object_get(bound, "max_abs"));
     double most_rel = json_number_value(json_object_get(bound, "rel_rms"));
     double most_row = json_number_value(json_object_get(bound, "row_rel_rms"));
-    snprintf(what, sizeof(what), "layer %u %s", layer, output);
-    worst_note(w, max_abs / most_abs, what);
-    worst_note(w, rel_rms / most_rel, what);
-    worst_note(w, worst_row / most_row, what);
-    if (max_abs > most_abs || rel_rms > most_rel || worst_row > most_row) {
-        fail_msg("%s: max_abs %g of %g, rel_rms %g of %g, worst row %g of %g", what, max_abs, most_abs,
-                 rel_rms, most_rel, worst_row, most_row);
+    worst_note(w, output, layer, "max_abs", max_abs, most_abs);
+    worst_note(w, output, layer, "rel_rms", rel_rms, most_rel);
+    worst_note(w, output, layer, "row_rel_rms", worst_row, most_row);
+    if (!(max_abs <= most_abs && rel_rms <= most_rel && worst_row <= most_row)) {
+        fail_msg("layer %u %s: max_abs %g of %g, rel_rms %g of %g, worst row %g of %g", layer, output,
+                 max_abs, most_abs, rel_rms, most_rel, worst_row, most_row);
     }
 }
 
@@ -131,6 +145,46 @@ static void begin_rows(layer_case *c, rt_step_seg *seg, rt_step *step, uint32_t 
     rt_step_begin(c->e, step);
 }
 
+/* As sets: the fixture's order is by score, ours by row. */
+static void check_picks(layer_case *c)
+{
+    const int64_t *picks = golden(c, "index_picks");
+    uint32_t topk = c->e->geometry->index_topk, n_wrong = 0;
+    char where[32];
+    for (uint32_t i = 0; i < c->n; i++) {
+        const int32_t *got = (int32_t *)host(c, c->e->buf.picks) + (size_t)c->pos[i] * topk;
+        for (uint32_t k = 0; k < topk; k++) {
+            bool found = false;
+            for (uint32_t j = 0; j < topk; j++) {
+                found |= got[j] == (int32_t)picks[(size_t)i * topk + k];
+            }
+            n_wrong += !found;
+        }
+    }
+    snprintf(where, sizeof(where), "layer %u", c->layer);
+    check_equal(c->w->model, "index picks", where, n_wrong);
+}
+
+/* What the gate chose, and with which weights. */
+static void check_gate(layer_case *c)
+{
+    const uint8_t *experts = golden(c, "experts");
+    const float *weights = golden(c, "weights");
+    uint32_t n_wrong = 0;
+    double worst_off = 0;
+    char where[32];
+    for (uint32_t i = 0; i < c->n * c->e->geometry->topk; i++) {
+        double off =
+            fabs((double)c->e->host_route[i] - (double)weights[i]) / fmax(1, fabs((double)weights[i]));
+        n_wrong += c->e->host_experts[i] != experts[i];
+        worst_off = off <= worst_off ? worst_off : off;
+    }
+    snprintf(where, sizeof(where), "layer %u", c->layer);
+    error_table_note(c->w->model, "gate weights", where, worst_off, 1e-6);
+    assert_true(worst_off <= 1e-6);
+    check_equal(c->w->model, "gate picks", where, n_wrong);
+}
+
 static void check_attention(layer_case *c)
 {
     static uint32_t tokens[LAYER_ROWS];
@@ -148,18 +202,7 @@ static void check_attention(layer_case *c)
     }
     compare_rows(c->tol, "attn_out", c->layer, chosen, golden(c, "attn_out"), c->n, g->d, c->w);
     if (g->ratio[c->layer] == 4) {
-        const int64_t *picks = golden(c, "index_picks");
-        for (uint32_t i = 0; i < c->n; i++) {
-            const int32_t *got = (int32_t *)host(c, c->e->buf.picks) + (size_t)c->pos[i] * g->index_topk;
-            for (uint32_t k = 0; k < g->index_topk;
-                 k++) { /* as sets: the fixture's order is by score, ours by row */
-                bool found = false;
-                for (uint32_t j = 0; j < g->index_topk; j++) {
-                    found |= got[j] == (int32_t)picks[(size_t)i * g->index_topk + k];
-                }
-                assert_true(found);
-            }
-        }
+        check_picks(c);
     }
 }
 
@@ -196,12 +239,7 @@ static void check_sites(layer_case *c)
     memcpy(host(c, b->in), golden(c, "ffn_in"), row * c->n);
     assert_int_equal(rt_layer_moe(e, c->layer), CM_OK);
     compare_rows(c->tol, "ffn_out", c->layer, host(c, b->out), golden(c, "ffn_out"), c->n, g->d, c->w);
-    const uint8_t *experts = golden(c, "experts");
-    const float *weights = golden(c, "weights");
-    for (uint32_t i = 0; i < c->n * g->topk; i++) {
-        assert_int_equal(e->host_experts[i], experts[i]);
-        assert_true(fabsf(e->host_route[i] - weights[i]) <= 1e-6f * fmaxf(1.0f, fabsf(weights[i])));
-    }
+    check_gate(c);
     memcpy(host(c, b->out), golden(c, "ffn_out"), row * c->n);
     e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, c->n, b->x);
     compare_rows(c->tol, "X_out", c->layer, host(c, b->x), golden(c, "X_out"), c->n, (uint64_t)g->d * g->hc,
@@ -212,7 +250,7 @@ static void test_layers(void **state)
 {
     for (uint32_t m = 0; m < sizeof(g_models) / sizeof(g_models[0]); m++) {
         char path[512];
-        worst w = {0};
+        worst w = {.model = g_models[m]};
         solo *s = open_model(g_models[m]);
         snprintf(path, sizeof(path), "%s/model/%s/layers.safetensors", BALEEN_TEST_DATA, g_models[m]);
         fx_file *file = fx_open(path);
@@ -266,7 +304,8 @@ static void tap_streams(void *ctx, uint32_t layer, rt_tap_point point, const rt_
 
 /* Rows whose logits the fixture has run one by one, what is before them in one go: chunks of any size give
  * the same. */
-static double check_prompt(solo *s, const json_t *prompt, const fx_file *file, uint32_t index, double max_abs)
+static double check_prompt(const char *model, solo *s, const json_t *prompt, const fx_file *file,
+                           uint32_t index, double max_abs)
 {
     static uint32_t ids[1024];
     uint32_t greedy[32], token = 0, vocab = solo_geometry(s)->vocab,
@@ -274,6 +313,9 @@ static double check_prompt(solo *s, const json_t *prompt, const fx_file *file, u
     uint32_t first = (uint32_t)json_integer_value(json_object_get(prompt, "logits_first_position"));
     const fx_tensor *logits = fx_get(file, "p%u.logits", index);
     double worst_abs = 0;
+    uint32_t n_wrong = 0;
+    char where[32];
+    snprintf(where, sizeof(where), "prompt %u", index);
     assert_int_equal(logits->dim[0], n - first);
     for (uint32_t at = 0; at < first; at += LAYER_ROWS) {
         uint32_t rows = first - at < LAYER_ROWS ? first - at : LAYER_ROWS;
@@ -285,34 +327,36 @@ static double check_prompt(solo *s, const json_t *prompt, const fx_file *file, u
                     *want = (const float *)logits->data + (size_t)(p - first) * vocab;
         for (uint32_t v = 0; v < vocab; v++) {
             double d = fabs((double)got[v] - (double)want[v]);
-            worst_abs = d > worst_abs ? d : worst_abs;
+            worst_abs = d <= worst_abs ? worst_abs : d;
             if (!(d <= max_abs)) {
+                error_table_note(model, "logits", where, d, max_abs);
                 fail_msg("prompt %u position %u token %u: logit %.9g, golden %.9g", index, p, v,
                          (double)got[v], (double)want[v]);
             }
         }
     }
+    error_table_note(model, "logits", where, worst_abs, max_abs);
     const json_t *want_greedy = json_object_get(prompt, "greedy");
     for (uint32_t i = 0; i < 32; i++) {
         greedy[i] = token;
-        assert_int_equal(token, json_integer_value(json_array_get(want_greedy, i)));
+        n_wrong += token != (uint32_t)json_integer_value(json_array_get(want_greedy, i));
         assert_int_equal(solo_step(s, 0, n + i, &greedy[i], 1, true, &token), CM_OK);
     }
+    check_equal(model, "greedy tokens", where, n_wrong);
     return worst_abs;
 }
 
-static void check_streams(solo *s, const fx_file *file, uint32_t index)
+static void check_streams(const char *model, solo *s, const fx_file *file)
 {
-    const fx_tensor *streams = fx_find(file, "p3.streams");
+    const uint16_t *streams = fx_get(file, "p3.streams")->data;
     const md_geometry *g = solo_geometry(s);
-    (void)index;
-    assert_non_null(streams);
+    uint64_t n = 5ull * g->hc * g->d, n_wrong = 0;
     for (uint32_t l = 0; l < g->n_layer; l++) {
-        uint64_t n = 5ull * g->hc * g->d;
         for (uint64_t i = 0; i < n; i++) {
-            assert_int_equal(g_streams[l][i], ((const uint16_t *)streams->data)[l * n + i]);
+            n_wrong += g_streams[l][i] != streams[l * n + i];
         }
     }
+    check_equal(model, "streams of all layers", "prompt 3", n_wrong);
 }
 
 static void test_prompts(void **state)
@@ -333,10 +377,10 @@ static void test_prompts(void **state)
         {
             bool five = json_array_size(json_object_get(prompt, "prompt_ids")) == 5;
             rt_engine_set_tap(solo_engine(s), five ? tap_streams : NULL, NULL);
-            double d = check_prompt(s, prompt, file, (uint32_t)i, max_abs);
+            double d = check_prompt(g_models[m], s, prompt, file, (uint32_t)i, max_abs);
             worst_abs = d > worst_abs ? d : worst_abs;
             if (five) {
-                check_streams(s, file, (uint32_t)i);
+                check_streams(g_models[m], s, file);
             }
         }
         print_message("%-10s %zu prompts: worst logit error %g of %g, greedy equal\n", g_models[m], i,
@@ -348,12 +392,35 @@ static void test_prompts(void **state)
     (void)state;
 }
 
+static int run_path(const char *path)
+{
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_layers), cmocka_unit_test(test_prompts)};
+    bool is_ref = strcmp(path, "ref") == 0;
+    g_device = is_ref ? "ref" : "cpu";
+    g_isa = is_ref ? "auto" : path;
+    error_table_path(path);
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
+
+static int run_table(const char *only)
+{
+    int failed = 0;
+    error_table_begin();
+    if (only != NULL) {
+        failed = run_path(only);
+    } else {
+        failed = run_path("ref");
+        for (uint32_t i = 0; kn_cpu_isa_at(i) != NULL; i++) {
+            failed += run_path(kn_cpu_isa_at(i));
+        }
+    }
+    return error_table_print() ? failed : 1;
+}
+
 int main(int argc, char **argv)
 {
-    if (argc > 1) {
-        g_device = strcmp(argv[1], "ref") == 0 ? "ref" : "cpu";
-        g_isa = strcmp(argv[1], "ref") == 0 ? "auto" : argv[1];
+    if (argc > 1 && strcmp(argv[1], "--table") == 0) {
+        return run_table(argc > 2 ? argv[2] : NULL);
     }
-    const struct CMUnitTest tests[] = {cmocka_unit_test(test_layers), cmocka_unit_test(test_prompts)};
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return run_path(argc > 1 ? argv[1] : "auto");
 }

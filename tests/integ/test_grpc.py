@@ -84,6 +84,30 @@ def test_chat_json_is_the_http_body(stub, pb):
     assert text == "The capital of France is Paris."
 
 
+def test_chat_json_n_answers(stub, pb):
+    """n answers are drawn from n seeds of which the first is the request's; greedy ones are all the same."""
+    body = {"model": "nano", "seed": 7, "temperature": 1.5, "n": 3, "max_tokens": 12, "thinking": {"type": "disabled"},
+            "messages": [{"role": "user", "content": "Tell me a story."}]}
+
+    def ask(**more):
+        text = json.dumps({**body, **more}).encode()
+        return [json.loads(reply.json) for reply in stub.ChatJson(pb.v1.ChatJsonRequest(body=text), timeout=TIMEOUT_S)]
+
+    whole, = ask()
+    texts = [choice["message"]["content"] for choice in whole["choices"]]
+    assert [choice["index"] for choice in whole["choices"]] == [0, 1, 2] and len(set(texts)) == 3
+    alone, = ask(n=1)
+    assert alone["choices"][0]["message"]["content"] == texts[0]
+    streamed = ["", "", ""]
+    for chunk in ask(stream=True):
+        for choice in chunk["choices"]:
+            streamed[choice["index"]] += choice["delta"].get("content") or ""
+    assert streamed == texts
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(n=17)
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED and "16" in refused.value.details()
+
+
 def test_generate_ids(stub, pb):
     tokens = stub.Tokenize(pb.v1.TokenizeRequest(chat=question(pb)), timeout=TIMEOUT_S).ids
     events = list(stub.Generate(pb.v1.GenerateRequest(tokens=pb.v1.TokenIds(ids=tokens), sampling=pb.v1.Sampling(temperature=0)),

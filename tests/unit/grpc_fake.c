@@ -25,7 +25,8 @@ void fake_init(gw_gateway *gateway, pc_loop *loop)
                                      .running = 2,
                                      .waiting = 3,
                                      .kv_used = 0.25,
-                                     .uptime_s = 12.5}};
+                                     .uptime_s = 12.5,
+                                     .choices_max = 4}};
     assert_int_equal(md_tokenizer_open(BALEEN_NANO "/tokenizer.json", 0, &gateway->tokenizer, &err), CM_OK);
     gateway->info.vocab = md_tokenizer_vocab(gateway->tokenizer);
 }
@@ -67,6 +68,14 @@ cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream
         return CM_E_INVALID;
     }
     CM_TRY(gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out));
+    if (json_integer_value(json_object_get(ask->body, "n")) > ask->choices_max) {
+        gw_error_set(error_out, GW_CAUSE_UNSUPPORTED, "n", "too many");
+        return CM_E_UNSUPPORTED;
+    }
+    if (gateway->refuses_choice != 0 && ask->choice == gateway->refuses_choice) {
+        *error_out = gateway->refusal;
+        return CM_E_INVALID;
+    }
     if (ask->request_id != NULL && find(gateway, ask->request_id) != NULL) {
         gw_error_set(error_out, GW_CAUSE_EXISTS, "request_id", "a request with this id is running");
         return CM_E_EXISTS;
@@ -79,11 +88,16 @@ cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream
                           .deadline_ms = ask->deadline_ms,
                           .want_ids = ask->want_ids,
                           .skip_special = ask->skip_special,
+                          .choice = ask->choice,
                           .events = *events,
                           .ctx = ctx,
                           .task = {.fn = run_script, .arg = stream}};
-    snprintf(stream->id, sizeof(stream->id), "%s",
-             ask->request_id != NULL ? ask->request_id : "made-by-gateway");
+    if (ask->request_id != NULL || ask->choice == 0) {
+        snprintf(stream->id, sizeof(stream->id), "%s",
+                 ask->request_id != NULL ? ask->request_id : "made-by-gateway");
+    } else {
+        snprintf(stream->id, sizeof(stream->id), "made-by-gateway-%u", ask->choice);
+    }
     gateway->n_live++;
     pc_loop_post(gateway->loop, &stream->task);
     *stream_out = stream;
@@ -273,7 +287,14 @@ void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char
 
 /* ---- a writer of simple objects: start, one per piece, finish and usage; or all text in one ---- */
 
+struct gw_openai_choice {
+    gw_openai *writer;
+    uint32_t index;
+};
+
 struct gw_openai {
+    gw_openai_choice choices[8];
+    uint32_t n_choice, n_finished;
     bool stream;
     gw_openai_emit_fn emit;
     void *ctx;
@@ -289,6 +310,11 @@ gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fi
     writer->stream = json_is_true(json_object_get(body, "stream"));
     writer->emit = emit;
     writer->ctx = ctx;
+    writer->n_choice = (uint32_t)json_integer_value(json_object_get(body, "n"));
+    writer->n_choice = writer->n_choice == 0 ? 1 : writer->n_choice;
+    for (uint32_t i = 0; i < 8; i++) {
+        writer->choices[i] = (gw_openai_choice){writer, i};
+    }
     cm_bytes_init(&writer->text, 0);
     return writer;
 }
@@ -299,10 +325,15 @@ void gw_openai_destroy(gw_openai *writer)
     cm_free(writer);
 }
 
+uint32_t gw_openai_choices(const gw_openai *writer)
+{
+    return writer->n_choice;
+}
+
 gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice)
 {
-    assert_int_equal(choice, 0);
-    return (gw_openai_choice *)writer;
+    assert_true(choice < writer->n_choice);
+    return &writer->choices[choice];
 }
 
 static void writer_emit(gw_openai *writer, const char *text, bool last)
@@ -312,7 +343,7 @@ static void writer_emit(gw_openai *writer, const char *text, bool last)
 
 static void writer_started(void *ctx, const gw_start *start)
 {
-    gw_openai *writer = ctx;
+    gw_openai *writer = ((gw_openai_choice *)ctx)->writer;
     assert_non_null(start->request_id);
     if (writer->stream) {
         writer_emit(writer, "{\"start\":1}", false);
@@ -321,7 +352,11 @@ static void writer_started(void *ctx, const gw_start *start)
 
 static void writer_piece(void *ctx, const md_piece *piece)
 {
-    gw_openai *writer = ctx;
+    const gw_openai_choice *choice = ctx;
+    gw_openai *writer = choice->writer;
+    if (writer->n_choice > 1) {
+        cm_bytes_printf(&writer->text, "%u", choice->index);
+    }
     cm_bytes_append(&writer->text, piece->text, piece->n_bytes);
     if (writer->stream) {
         writer_emit(writer, cm_bytes_text(&writer->text), false);
@@ -350,8 +385,11 @@ static void writer_flush(void *ctx)
 
 static void writer_finished(void *ctx, const gw_finish *finish)
 {
-    gw_openai *writer = ctx;
+    gw_openai *writer = ((gw_openai_choice *)ctx)->writer;
     assert_int_equal(finish->usage.prompt_tokens, 11);
+    if (++writer->n_finished < writer->n_choice) {
+        return;
+    }
     if (writer->stream) {
         writer_emit(writer, "{\"finish\":1}", false);
         writer_emit(writer, "{\"usage\":1}", true);

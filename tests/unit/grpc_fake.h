@@ -12,6 +12,7 @@ struct gw_stream {
     char id[160];
     uint64_t deadline_ms;
     bool want_ids, skip_special;
+    uint32_t choice;
     gw_stream_events events;
     void *ctx;
     pc_task task;
@@ -24,6 +25,7 @@ struct gw_gateway {
     md_tokenizer *tokenizer;
     void (*script)(gw_stream *stream); /* runs as an event after a stream was opened; may be NULL */
     bool refuses;                      /* the next streams with this error */
+    uint32_t refuses_choice;           /* > 0: that answer of a request, with refusal */
     gw_error refusal;
     gw_stream streams[FAKE_STREAMS];
     uint32_t n_streams, n_live;

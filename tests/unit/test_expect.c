@@ -141,7 +141,14 @@ static void test_order(void **state)
 }
 
 /* What stands beside the blocks in the drafter of Flash-0731, stage by stage, in list order. */
-static const md_expect dspark_rows[] = {
+typedef struct dspark_row {
+    const char *name;
+    md_dtype dtype;
+    uint32_t n_dim;
+    uint64_t dim[MD_DIMS_MAX];
+} dspark_row;
+
+static const dspark_row dspark_rows[] = {
     {"mtp.0.main_proj.weight", MD_F8_E4M3, 2, {4096, 12288}},
     {"mtp.0.main_proj.scale", MD_F8_E8M0, 2, {32, 96}},
     {"mtp.0.main_norm.weight", MD_BF16, 1, {4096}},
@@ -163,7 +170,7 @@ static bool dspark_add(void *ctx, const md_expect *expect)
                     strncmp(rest, "hc_attn", 7) == 0 || strncmp(rest, "hc_ffn", 6) == 0;
     if (strncmp(expect->name, "mtp.", 4) == 0 && !is_block) {
         assert_true(*n < DSPARK_ROWS);
-        const md_expect *wanted = &dspark_rows[(*n)++];
+        const dspark_row *wanted = &dspark_rows[(*n)++];
         assert_string_equal(expect->name, wanted->name);
         assert_int_equal(expect->dtype, wanted->dtype);
         assert_int_equal(expect->n_dim, wanted->n_dim);

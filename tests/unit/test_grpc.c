@@ -623,6 +623,91 @@ static void test_json_whole(void **state)
     assert_true(chunk->last);
 }
 
+/* Three answers: each a stream of its own number, objects as they come, one end. */
+static void test_json_choices(void **state)
+{
+    (void)state;
+    Baleen__V1__ChatJsonRequest request;
+    Baleen__V1__Routing routing = BALEEN__V1__ROUTING__INIT;
+    json_request(&request, "{\"stream\":true,\"n\":3}");
+    routing.request_id = "three";
+    request.routing = &routing;
+    g.gateway.script = script_short;
+    ask_and_wait(CHAT_JSON, &request);
+    assert_int_equal(g.c.code, PC_CODE_OK);
+    assert_int_equal(g.gateway.n_streams, 3);
+    for (uint32_t i = 0; i < 3; i++) {
+        char text[8];
+        snprintf(text, sizeof(text), "%uhi", i);
+        assert_int_equal(g.gateway.streams[i].choice, i);
+        check_chunk(2 * i, "{\"start\":1}", false);
+        check_chunk(2 * i + 1, text, false);
+    }
+    assert_string_equal(g.gateway.streams[0].id, "three");
+    assert_int_equal(g.c.n_messages, 8);
+    check_chunk(7, "{\"usage\":1}", true);
+}
+
+static void script_fail_second(gw_stream *stream)
+{
+    fake_started(stream);
+    if (stream->choice == 1) {
+        fake_fail(stream, GW_CAUSE_UNAVAILABLE, "", 0);
+    }
+}
+
+static void test_json_choice_fails(void **state)
+{
+    (void)state;
+    Baleen__V1__ChatJsonRequest request;
+    json_request(&request, "{\"n\":3}");
+    g.gateway.script = script_fail_second;
+    ask_and_wait(CHAT_JSON, &request);
+    assert_int_equal(g.c.code, PC_CODE_UNAVAILABLE);
+    assert_true(g.gateway.streams[0].cancelled && g.gateway.streams[2].cancelled);
+    g.gateway.refuses_choice = 2; /* refused when two are open */
+    gw_error_set(&g.gateway.refusal, GW_CAUSE_CAPACITY, NULL, "full");
+    expect_refused(CHAT_JSON, &request, PC_CODE_RESOURCE_EXHAUSTED, "");
+    assert_true(g.gateway.streams[3].cancelled && g.gateway.streams[4].cancelled);
+    json_request(&request, "{\"n\":5}");
+    expect_refused(CHAT_JSON, &request, PC_CODE_UNIMPLEMENTED, "n");
+}
+
+static void script_finish_first(gw_stream *stream)
+{
+    fake_started(stream);
+    if (stream->choice == 0) {
+        fake_finish(stream, GW_REASON_STOP, NULL, -1);
+    }
+}
+
+static bool second_started(void)
+{
+    return g.gateway.n_streams == 2 && g.gateway.n_live == 1;
+}
+
+/* The request's id is its first answer's; it still ends the request when that answer is complete. */
+static void test_json_abort_after_first(void **state)
+{
+    (void)state;
+    Baleen__V1__ChatJsonRequest request;
+    Baleen__V1__Routing routing = BALEEN__V1__ROUTING__INIT;
+    Baleen__V1__AbortRequest abort_request = BALEEN__V1__ABORT_REQUEST__INIT;
+    char *ids[] = {"two"};
+    json_request(&request, "{\"n\":2}");
+    routing.request_id = "two";
+    request.routing = &routing;
+    g.gateway.script = script_finish_first;
+    ask(CHAT_JSON, &request);
+    until(second_started);
+    abort_request.n_request_ids = 1;
+    abort_request.request_ids = ids;
+    client_ask(&g.other, g.channel, ABORT, &abort_request.base, 0);
+    until(both_are_closed);
+    assert_int_equal(g.c.code, PC_CODE_ABORTED);
+    assert_int_equal(g.other.code, PC_CODE_OK);
+}
+
 static void test_json_bad(void **state)
 {
     (void)state;
@@ -799,6 +884,9 @@ int main(void)
         RIG_TEST(test_slow_reader_at_the_end),
         RIG_TEST(test_json_streamed),
         RIG_TEST(test_json_whole),
+        RIG_TEST(test_json_choices),
+        RIG_TEST(test_json_choice_fails),
+        RIG_TEST(test_json_abort_after_first),
         RIG_TEST(test_json_bad),
         RIG_TEST(test_generate_from_text),
         RIG_TEST(test_generate_from_ids),

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <jansson.h>
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 #include <xxhash.h>
@@ -15,6 +16,7 @@ enum { MANIFEST_VERSION = 1 };
 
 struct manifest {
     json_t *tensors;      /* name -> digest */
+    json_t *config;       /* config.json as it was; NULL before it is loaded */
     char fingerprint[33]; /* "" before it is loaded */
 };
 
@@ -43,6 +45,7 @@ void manifest_destroy(manifest *it)
 {
     if (it != NULL) {
         json_decref(it->tensors);
+        json_decref(it->config);
         cm_free(it);
     }
 }
@@ -77,6 +80,9 @@ static cm_status check_root(const json_t *root, const char *path, cm_error *err)
     }
     if (!is_digest(json_object_get(root, "fingerprint"))) {
         return corrupt(err, path, "its fingerprint is not 32 hexadecimal digits");
+    }
+    if (!json_is_object(json_object_get(root, "config"))) {
+        return corrupt(err, path, "it has no config");
     }
     if (!json_is_object(tensors)) {
         return corrupt(err, path, "it has no tensors");
@@ -113,6 +119,7 @@ static cm_status load_path(const char *path, manifest **manifest_out, cm_error *
     if (status == CM_OK) {
         manifest *it = cm_alloc(sizeof(*it));
         it->tensors = json_incref(json_object_get(root, "tensors"));
+        it->config = json_incref(json_object_get(root, "config"));
         memcpy(it->fingerprint, json_string_value(json_object_get(root, "fingerprint")),
                sizeof(it->fingerprint));
         *manifest_out = it;
@@ -131,14 +138,30 @@ cm_status manifest_load(const char *dir, manifest **manifest_out, cm_error *err)
     return status;
 }
 
+/* Of a checkpoint that opened; NULL when it is gone since. */
+static json_t *load_config(const char *dir)
+{
+    cm_bytes path;
+    cm_bytes_init(&path, 0);
+    cm_bytes_printf(&path, "%s/config.json", dir);
+    json_t *config = json_load_file(cm_bytes_text(&path), JSON_REJECT_DUPLICATES, NULL);
+    cm_bytes_fini(&path);
+    return config;
+}
+
 /* ---- writing ---- */
 
 cm_status manifest_save(const manifest *it, const char *dir, const char *fingerprint, cm_error *err)
 {
     cm_bytes text;
+    json_t *config = load_config(dir);
+    if (config == NULL) {
+        return cm_error_set(err, CM_E_IO, "config.json", "%s/config.json changed while it was being verified",
+                            dir);
+    }
     cm_bytes_init(&text, 0);
-    json_t *root = json_pack("{s:i, s:s, s:O}", "version", MANIFEST_VERSION, "fingerprint", fingerprint,
-                             "tensors", it->tensors);
+    json_t *root = json_pack("{s:i, s:s, s:o, s:O}", "version", MANIFEST_VERSION, "fingerprint", fingerprint,
+                             "config", config, "tensors", it->tensors);
     cli_append_json(&text, root, JSON_INDENT(1));
     cm_bytes_append(&text, "\n", 1);
     json_decref(root);
@@ -174,4 +197,64 @@ void manifest_each_extra(const manifest *it, const manifest *other, manifest_nam
             fn(ctx, name);
         }
     }
+}
+
+/* ---- config.json then and now ---- */
+
+typedef struct config_walk {
+    manifest_change_fn fn;
+    void *ctx;
+} config_walk;
+
+static void config_differs(const config_walk *w, const char *path, const json_t *was, const json_t *is)
+{
+    cm_bytes then, now;
+    cm_bytes_init(&then, 0);
+    cm_bytes_init(&now, 0);
+    if (was != NULL) {
+        cli_append_json(&then, was, JSON_ENCODE_ANY | JSON_COMPACT);
+    }
+    if (is != NULL) {
+        cli_append_json(&now, is, JSON_ENCODE_ANY | JSON_COMPACT);
+    }
+    w->fn(w->ctx, path, was != NULL ? cm_bytes_text(&then) : "nothing",
+          is != NULL ? cm_bytes_text(&now) : "nothing");
+    cm_bytes_fini(&then);
+    cm_bytes_fini(&now);
+}
+
+static void config_compare(const config_walk *w, const char *path, json_t *was, json_t *is)
+{
+    char below[160];
+    const char *key, *dot = path[0] != '\0' ? "." : "";
+    json_t *value;
+    if (was != NULL && is != NULL && json_equal(was, is)) {
+        return;
+    }
+    if (!json_is_object(was) || !json_is_object(is)) {
+        config_differs(w, path, was, is);
+        return;
+    }
+    json_object_foreach(was, key, value)
+    {
+        snprintf(below, sizeof(below), "%.60s%s%.90s", path, dot, key);
+        config_compare(w, below, value, json_object_get(is, key));
+    }
+    json_object_foreach(is, key, value)
+    {
+        if (json_object_get(was, key) == NULL) {
+            snprintf(below, sizeof(below), "%.60s%s%.90s", path, dot, key);
+            config_differs(w, below, NULL, value);
+        }
+    }
+}
+
+void manifest_each_config_change(const manifest *it, const char *dir, manifest_change_fn fn, void *ctx)
+{
+    const config_walk walk = {fn, ctx};
+    json_t *config = load_config(dir);
+    if (config != NULL) {
+        config_compare(&walk, "", it->config, config);
+    }
+    json_decref(config);
 }

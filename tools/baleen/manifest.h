@@ -1,6 +1,7 @@
 /* DIR/baleen.manifest.json: what every tensor of a checkpoint was when somebody trusted it. The released
  * index has no digests, so a flipped bit in a weight is seen against this file only.
- *   {"version": 1, "fingerprint": HEX, "tensors": {NAME: XXH3-128 of its bytes, HEX}}
+ *   {"version": 1, "fingerprint": HEX, "config": config.json as it was, "tensors": {NAME: XXH3-128 of its
+ *   bytes, HEX}}
  * Thread: one at a time. */
 #pragma once
 #include <stddef.h>
@@ -33,3 +34,8 @@ const char *manifest_fingerprint(const manifest *it);            /* of one that 
 /* Names that are in one and not in the other. */
 typedef void (*manifest_name_fn)(void *ctx, const char *name);
 void manifest_each_extra(const manifest *it, const manifest *other, manifest_name_fn fn, void *ctx);
+
+/* What config.json says otherwise than when the manifest was written: path of the key
+ * ("rope_scaling.factor"), then and now as JSON; "nothing" where one lacks it. */
+typedef void (*manifest_change_fn)(void *ctx, const char *path, const char *was, const char *is);
+void manifest_each_config_change(const manifest *it, const char *dir, manifest_change_fn fn, void *ctx);

@@ -114,14 +114,24 @@ static void verify_extra(void *ctx, const char *name)
     verify_wrong(ctx, name, "is in the manifest, but not in the checkpoint");
 }
 
+static void verify_config_change(void *ctx, const char *path, const char *was, const char *is)
+{
+    char text[256];
+    snprintf(text, sizeof(text), "%.80s is %.60s, and was %.60s when the manifest was written", path, is,
+             was);
+    verify_wrong(ctx, "config.json", text);
+}
+
 /* What the manifest says beyond the digests of the tensors that are there. */
 static void verify_rest(verify_run *run, const char *fingerprint)
 {
     manifest_each_extra(run->kept, run->found, verify_extra, run);
+    manifest_each_config_change(run->kept, md_checkpoint_dir(run->checkpoint), verify_config_change, run);
     if (run->n_wrong == 0 && strcmp(manifest_fingerprint(run->kept), fingerprint) != 0) {
         verify_wrong(
             run, MANIFEST_NAME,
-            "is of another fingerprint: config.json or a shard's header changed since it was written");
+            "is of another fingerprint: the text of config.json or of a shard's header changed since it "
+            "was written");
     }
 }
 
