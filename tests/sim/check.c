@@ -4,30 +4,41 @@
 #include "common/base/mem.h"
 #include "tests/sim/sim.h"
 
-/* One number of an epoch and the only value it may ever have had. */
-struct sim_epoch_record {
+/* One number of an epoch and the only value it may ever have. */
+typedef struct epoch_record {
     uint8_t *packed; /* NULL: never heard of */
     size_t n_bytes;
     pr_placement *placement;
     bool in_force;
+} epoch_record;
+
+struct sim_cluster_record {
+    uint64_t cluster;
+    epoch_record epochs[SIM_EPOCHS_MAX]; /* by number */
 };
 
-static sim_epoch_record *check_record(sim *s, uint64_t number)
+static epoch_record *check_record(sim *s, uint64_t cluster, uint64_t number)
 {
-    if (s->epochs == NULL) {
-        s->epochs = cm_alloc(sizeof(sim_epoch_record) * SIM_EPOCHS_MAX);
+    uint32_t i = 0;
+    while (i < s->n_cluster && s->clusters[i]->cluster != cluster) {
+        i++;
     }
-    if (number == 0 || number >= SIM_EPOCHS_MAX) {
-        sim_fail(s, "epoch number %llu", (unsigned long long)number);
+    if (number == 0 || number >= SIM_EPOCHS_MAX || i == SIM_CLUSTERS_MAX) {
+        sim_fail(s, "epoch number %llu of cluster %u", (unsigned long long)number, i);
     }
-    return &s->epochs[number];
+    if (i == s->n_cluster) {
+        s->clusters[s->n_cluster++] = cm_alloc(sizeof(sim_cluster_record));
+        s->clusters[i]->cluster = cluster;
+    }
+    return &s->clusters[i]->epochs[number];
 }
 
 /* ---- epochs ---- */
 
-void sim_check_stored(sim *s, uint64_t number, const void *packed, size_t n_bytes, const pr_placement *p)
+void sim_check_stored(sim *s, uint64_t cluster, uint64_t number, const void *packed, size_t n_bytes,
+                      const pr_placement *p)
 {
-    sim_epoch_record *record = check_record(s, number);
+    epoch_record *record = check_record(s, cluster, number);
     if (record->packed != NULL &&
         (record->n_bytes != n_bytes || memcmp(record->packed, packed, n_bytes) != 0)) {
         sim_fail(s, "epoch %llu has two values", (unsigned long long)number);
@@ -73,13 +84,14 @@ static void check_owners(sim *s, uint64_t number, const pr_placement *p)
     }
 }
 
-void sim_check_commit(sim *s, uint64_t number, const void *packed, size_t n_bytes, const pr_placement *p)
+void sim_check_commit(sim *s, uint64_t cluster, uint64_t number, const void *packed, size_t n_bytes,
+                      const pr_placement *p)
 {
-    sim_epoch_record *record = check_record(s, number);
+    epoch_record *record = check_record(s, cluster, number);
     if (record->packed == NULL) {
         sim_fail(s, "epoch %llu is committed and not in the log", (unsigned long long)number);
     }
-    sim_check_stored(s, number, packed, n_bytes, p);
+    sim_check_stored(s, cluster, number, packed, n_bytes, p);
     if (!record->in_force) {
         record->in_force = true;
         s->counts.epochs++;
@@ -87,25 +99,26 @@ void sim_check_commit(sim *s, uint64_t number, const void *packed, size_t n_byte
     }
 }
 
-void sim_check_followed(sim *s, const sim_proc *proc, const pc_epoch *epoch, uint64_t before)
+void sim_check_followed(sim *s, const sim_proc *proc, const pc_epoch *epoch, sim_followed *last)
 {
-    const sim_epoch_record *record = check_record(s, epoch->number);
-    sim_trace(s, (sim_proc *)(uintptr_t)proc, "follows epoch %llu", (unsigned long long)epoch->number);
-    if (!record->in_force || epoch->number <= before) {
+    const epoch_record *record = check_record(s, epoch->cluster, epoch->number);
+    sim_trace(s, proc, "follows epoch %llu", (unsigned long long)epoch->number);
+    if (!record->in_force || (epoch->cluster == last->cluster && epoch->number <= last->number)) {
         sim_fail(s, "%s follows epoch %llu after %llu", proc->name, (unsigned long long)epoch->number,
-                 (unsigned long long)before);
+                 (unsigned long long)last->number);
     }
+    *last = (sim_followed){epoch->cluster, epoch->number};
 }
 
 /* ---- frames ---- */
 
-void sim_check_frame(sim *s, const sim_proc *worker, const uint32_t *ids, uint32_t n_id, uint64_t retired,
-                     const pr_frame_head *head, uint32_t expert)
+void sim_check_frame(sim *s, const sim_proc *worker, const uint32_t *ids, uint32_t n_id,
+                     const sim_followed *retired, const pr_frame_head *head, uint32_t expert)
 {
-    const sim_epoch_record *record = check_record(s, head->epoch);
-    if (!record->in_force || head->epoch < retired) {
+    const epoch_record *record = check_record(s, head->cluster, head->epoch);
+    if (!record->in_force || (head->cluster == retired->cluster && head->epoch < retired->number)) {
         sim_fail(s, "%s takes a frame of epoch %llu, it has retired all before %llu", worker->name,
-                 (unsigned long long)head->epoch, (unsigned long long)retired);
+                 (unsigned long long)head->epoch, (unsigned long long)retired->number);
     }
     const pr_placement *p = record->placement;
     bool ours = false;
@@ -116,6 +129,22 @@ void sim_check_frame(sim *s, const sim_proc *worker, const uint32_t *ids, uint32
         sim_fail(s, "%s takes a frame for expert %u of layer %u, which is not its in epoch %llu",
                  worker->name, expert, head->layer, (unsigned long long)head->epoch);
     }
+}
+
+void sim_check_answer(sim *s, const sim_proc *router, sim_asked asked[SIM_ASKED_MAX], const sim_end *end,
+                      const pr_frame_head *head, uint64_t step, uint32_t layer, uint64_t epoch)
+{
+    sim_asked *question = &asked[head->exchange % SIM_ASKED_MAX];
+    const pr_frame_head *of = &question->head;
+    if (question->end != end || of->exchange != head->exchange || question->answered || of->step != step ||
+        of->layer != layer || of->epoch != epoch) {
+        sim_fail(s,
+                 "%s takes an answer to exchange %u of step %llu layer %u epoch %llu while it computes "
+                 "step %llu layer %u in epoch %llu",
+                 router->name, head->exchange, (unsigned long long)head->step, head->layer,
+                 (unsigned long long)head->epoch, (unsigned long long)step, layer, (unsigned long long)epoch);
+    }
+    question->answered = true;
 }
 
 /* ---- rest ---- */
@@ -157,9 +186,11 @@ void sim_check_rest(sim *s)
 
 void sim_check_fini(sim *s)
 {
-    for (uint32_t i = 0; s->epochs != NULL && i < SIM_EPOCHS_MAX; i++) {
-        cm_free(s->epochs[i].packed);
-        pr_placement_free(s->epochs[i].placement);
+    for (uint32_t c = 0; c < s->n_cluster; c++) {
+        for (uint32_t i = 0; i < SIM_EPOCHS_MAX; i++) {
+            cm_free(s->clusters[c]->epochs[i].packed);
+            pr_placement_free(s->clusters[c]->epochs[i].placement);
+        }
+        cm_free(s->clusters[c]);
     }
-    cm_free(s->epochs);
 }

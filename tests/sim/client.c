@@ -121,7 +121,8 @@ void sim_client_failed(sim *s, sim_request *r, cm_status status, const char *tex
     if (status != CM_E_UNAVAILABLE && status != CM_E_CAPACITY) {
         sim_fail(s, "request %u failed: %s: %s", r->id, cm_status_name(status), text);
     }
-    s->counts.told++;
+    s->counts.told_busy += status == CM_E_CAPACITY;
+    s->counts.told_unavailable += status == CM_E_UNAVAILABLE;
     client_ask_later(s, r);
 }
 

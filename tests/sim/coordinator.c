@@ -43,8 +43,8 @@ static void disk_store(sim *s, const disk_write *w)
         s->disk.epoch = cm_alloc(w->epoch->packed.len);
         memcpy(s->disk.epoch, w->epoch->packed.data, w->epoch->packed.len);
         s->disk.n_bytes = w->epoch->packed.len;
-        sim_check_stored(s, w->epoch->number, w->epoch->packed.data, w->epoch->packed.len,
-                         w->epoch->placement);
+        sim_check_stored(s, w->epoch->message->cluster, w->epoch->number, w->epoch->packed.data,
+                         w->epoch->packed.len, w->epoch->placement);
     }
 }
 
@@ -194,8 +194,8 @@ static void coordinator_deliver(sim *s, sim_proc *proc)
     for (uint32_t i = 0; i < n; i++) {
         const co_out *out = &outs[i];
         if (out->kind == CO_OUT_COMMIT) {
-            sim_check_commit(s, out->epoch->number, out->epoch->packed.data, out->epoch->packed.len,
-                             out->epoch->placement);
+            sim_check_commit(s, out->epoch->message->cluster, out->epoch->number, out->epoch->packed.data,
+                             out->epoch->packed.len, out->epoch->placement);
         }
         s->counts.aborts += out->kind == CO_OUT_ABORT;
         if (out->kind == CO_OUT_NOTE) {
@@ -322,6 +322,13 @@ void sim_coordinator_start(sim *s, sim_proc *proc)
     cm_bytes_init(&c->packed, 0);
     co_epoch *epoch = NULL;
     cm_error err = {0};
+    if (sim_strikes(s, SIM_FAULT_log_lost)) {
+        cm_free(s->disk.epoch);
+        s->disk.epoch = NULL;
+        s->disk.cluster = sim_mix(s->disk.cluster, proc->id) | 1;
+        s->disk.next_number = s->disk.next_member_id = 1;
+        sim_trace(s, proc, "begins a new cluster");
+    }
     if (s->disk.epoch != NULL && co_epoch_unpack(s->disk.epoch, s->disk.n_bytes, &epoch, &err) != CM_OK) {
         sim_fail(s, "the log cannot be read: %s", err.text);
     }

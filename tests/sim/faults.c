@@ -61,17 +61,17 @@ static void shape_draw_bounds(sim *s)
 static const struct {
     uint16_t low, high;
 } fault_odds[SIM_FAULT_COUNT] = {
-    [SIM_FAULT_rows_drop] = {1, 40},           [SIM_FAULT_rows_twice] = {1, 200},
-    [SIM_FAULT_rows_overtaken] = {1, 200},     [SIM_FAULT_wire_delay] = {1, 20},
-    [SIM_FAULT_link_reset] = {10, 150},        [SIM_FAULT_cut_one_way] = {10, 100},
-    [SIM_FAULT_cut_both_ways] = {10, 100},     [SIM_FAULT_crash] = {10, 200},
-    [SIM_FAULT_power_loss] = {10, 100},        [SIM_FAULT_pause] = {10, 150},
-    [SIM_FAULT_slow_peer] = {10, 100},         [SIM_FAULT_disk_slow] = {100, 2000},
-    [SIM_FAULT_disk_fails] = {100, 1500},      [SIM_FAULT_disk_unsure] = {100, 1000},
-    [SIM_FAULT_load_fails] = {50, 500},        [SIM_FAULT_load_slow] = {100, 1000},
-    [SIM_FAULT_worker_joins] = {10, 60},       [SIM_FAULT_worker_leaves] = {10, 60},
-    [SIM_FAULT_router_leaves] = {5, 30},       [SIM_FAULT_client_cancels] = {500, 5000},
-    [SIM_FAULT_client_deadline] = {200, 2000},
+    [SIM_FAULT_rows_drop] = {1, 40},          [SIM_FAULT_rows_twice] = {1, 200},
+    [SIM_FAULT_rows_overtaken] = {1, 200},    [SIM_FAULT_wire_delay] = {1, 20},
+    [SIM_FAULT_link_reset] = {10, 150},       [SIM_FAULT_cut_one_way] = {10, 100},
+    [SIM_FAULT_cut_both_ways] = {10, 100},    [SIM_FAULT_crash] = {10, 200},
+    [SIM_FAULT_power_loss] = {10, 100},       [SIM_FAULT_pause] = {10, 150},
+    [SIM_FAULT_slow_peer] = {10, 100},        [SIM_FAULT_disk_slow] = {100, 2000},
+    [SIM_FAULT_disk_fails] = {100, 1500},     [SIM_FAULT_disk_unsure] = {100, 1000},
+    [SIM_FAULT_log_lost] = {300, 3000},       [SIM_FAULT_load_fails] = {50, 500},
+    [SIM_FAULT_load_slow] = {100, 1000},      [SIM_FAULT_worker_joins] = {10, 60},
+    [SIM_FAULT_worker_leaves] = {10, 60},     [SIM_FAULT_router_leaves] = {5, 30},
+    [SIM_FAULT_client_cancels] = {500, 5000}, [SIM_FAULT_client_deadline] = {200, 2000},
 };
 
 /* Even seeds: all faults at once. Odd ones: a subset, often small, so that what hides behind the loud ones is

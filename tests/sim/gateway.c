@@ -244,8 +244,7 @@ static void gateway_news(sim *s, sim_proc *proc, const pc_mout *out)
 {
     sim_gateway *g = proc->state;
     if (out->kind == PC_MOUT_COMMIT) {
-        sim_check_followed(s, proc, out->value, g->epoch);
-        g->epoch = out->value->number;
+        sim_check_followed(s, proc, out->value, &g->followed);
         gateway_epoch(s, proc, out->value);
         pc_mcore_committed(g->member.core, out->value->number);
     } else if (out->kind == PC_MOUT_PREPARE) {

@@ -29,7 +29,8 @@ typedef struct sim_gateway {
     sim_member member;
     sim_gw_router routers[SIM_GATEWAY_ROUTERS];
     TAILQ_HEAD(, sim_gw_stream) streams;
-    uint64_t next_number, epoch;
+    uint64_t next_number;
+    sim_followed followed;
     bool placed; /* an epoch with a placement is in force */
     cm_arena arena;
     cm_bytes packed;

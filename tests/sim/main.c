@@ -33,11 +33,12 @@ static void quiet(void *ctx, cm_log_level level, const char *text)
 
 static void counts_add(sim_counts *sum, const sim_counts *one)
 {
-    uint64_t *to = (uint64_t *)sum;
+    uint64_t *to = (uint64_t *)sum, healing_ms = sum->healing_ms;
     const uint64_t *from = (const uint64_t *)one;
     for (size_t i = 0; i < sizeof(*sum) / sizeof(*to); i++) {
         to[i] += from[i];
     }
+    sum->healing_ms = healing_ms > one->healing_ms ? healing_ms : one->healing_ms;
 }
 
 static void counts_print(const sim_counts *c)
@@ -48,9 +49,11 @@ static void counts_print(const sim_counts *c)
         printf(" %s %llu", sim_fault_names[i], (ull)c->faults[i]);
     }
     printf("\nrequests: %llu done, %llu cancelled, %llu over their deadline; %llu tokens delivered; %llu "
-           "times told to try again, %llu streams resumed by their clients, %llu reopened by gateways\n",
-           (ull)c->done, (ull)c->cancelled, (ull)c->expired, (ull)c->tokens, (ull)c->told, (ull)c->resumed,
-           (ull)c->reopened);
+           "times told that all is busy, %llu that experts or routers are not available; %llu streams "
+           "resumed by "
+           "their clients, %llu reopened by gateways; healing took at most %llu ms\n",
+           (ull)c->done, (ull)c->cancelled, (ull)c->expired, (ull)c->tokens, (ull)c->told_busy,
+           (ull)c->told_unavailable, (ull)c->resumed, (ull)c->reopened, (ull)c->healing_ms);
     printf(
         "cluster: %llu epochs, %llu aborts, %llu steps, %llu layers, %llu of them stuck once or more, %llu "
         "frames refused, %llu preemptions; %llu messages, %llu events, %llu s of virtual time\n",

@@ -48,7 +48,8 @@ typedef struct router {
     cm_arena arena;
     cm_bytes packed;
     bool draining;
-    uint64_t epoch;
+    sim_followed followed;
+    sim_asked asked[SIM_ASKED_MAX]; /* by exchange */
 } router;
 
 #define ROUTER_STAGED ((void *)1) /* cookie of frames that stand in staging */
@@ -310,6 +311,7 @@ static void router_send(sim *s, sim_proc *proc, const rt_xact *act)
     sim_trace(s, proc, "asks exchange %u of step %llu layer %u epoch %llu: %u slots of rank %u: %s",
               header.head.exchange, (unsigned long long)header.head.step, header.head.layer,
               (unsigned long long)header.head.epoch, header.n_slot, act->rank, cm_status_text(status));
+    r->asked[header.head.exchange % SIM_ASKED_MAX] = (sim_asked){.end = act->handle, .head = header.head};
     rt_xcore_sent(r->exchange, status);
 }
 
@@ -390,8 +392,7 @@ static void router_news(sim *s, sim_proc *proc, const pc_mout *out)
 {
     router *r = proc->state;
     if (out->kind == PC_MOUT_COMMIT) {
-        sim_check_followed(s, proc, out->value, r->epoch);
-        r->epoch = out->value->number;
+        sim_check_followed(s, proc, out->value, &r->followed);
         rt_xcore_offer(r->exchange, out->value, pc_mcore_id(r->member.core));
         pc_mcore_committed(r->member.core, out->value->number);
     } else if (out->kind == PC_MOUT_PREPARE) {
@@ -448,6 +449,10 @@ static void router_answer(sim *s, sim_proc *proc, sim_end *end, const sim_messag
             ? rt_xcore_combine(r->exchange, end, m->header, m->header_bytes, m->data, m->n_bytes, &err)
             : rt_xcore_refuse(r->exchange, end, m->header, m->header_bytes, &err);
     const pr_frame_head *head = (const pr_frame_head *)m->header;
+    if (status == CM_OK) {
+        sim_check_answer(s, proc, r->asked, end, head, r->pass.step.number, r->pass.layer,
+                         rt_xcore_epoch(r->exchange)->number);
+    }
     sim_trace(s, proc, "%s exchange %u: %s", m->type == PR_MSG_COMBINE ? "answer to" : "refusal of",
               head->exchange, status == CM_OK ? "taken" : err.text);
 }

@@ -44,7 +44,8 @@ enum {
     SIM_CONTEXT = 64,
     SIM_REQUESTS_MAX = 40,
     SIM_STOPS_MAX = 3,
-    SIM_EPOCHS_MAX = 4096,
+    SIM_EPOCHS_MAX = 1024,
+    SIM_CLUSTERS_MAX = 64,
 };
 
 typedef enum sim_fault {
@@ -77,7 +78,9 @@ typedef struct sim_shape {
 
 typedef struct sim_counts {
     uint64_t faults[SIM_FAULT_COUNT];
-    uint64_t events, messages, tokens, steps, exchanges, retries, epochs, aborts, reopened, told, resumed;
+    uint64_t events, messages, tokens, steps, exchanges, retries, epochs, aborts, reopened, resumed;
+    uint64_t told_busy, told_unavailable; /* clients, by name */
+    uint64_t healing_ms;                  /* from the healing to the last request's end */
     uint64_t frames_refused, preempted, done, cancelled, expired, virtual_ms;
 } sim_counts;
 
@@ -129,7 +132,7 @@ typedef struct sim_event {
     uint64_t tag;
 } sim_event;
 
-typedef struct sim_epoch_record sim_epoch_record;
+typedef struct sim_cluster_record sim_cluster_record;
 
 struct sim {
     uint64_t seed;
@@ -156,8 +159,9 @@ struct sim {
         uint8_t *epoch; /* packed; NULL: none */
         size_t n_bytes;
     } disk;
-    sim_request *requests;    /* [n_request] */
-    sim_epoch_record *epochs; /* [SIM_EPOCHS_MAX] by number: what was ever in force */
+    sim_request *requests;                          /* [n_request] */
+    sim_cluster_record *clusters[SIM_CLUSTERS_MAX]; /* what was ever in force */
+    uint32_t n_cluster;
 
     jmp_buf stop;
     char verdict[512]; /* "": all is well */
@@ -315,13 +319,31 @@ void sim_faults_start(sim *s);
 void sim_heal(sim *s);
 
 /* ---- check.c ---- */
-void sim_check_stored(sim *s, uint64_t number, const void *packed, size_t n_bytes, const pr_placement *p);
+void sim_check_stored(sim *s, uint64_t cluster, uint64_t number, const void *packed, size_t n_bytes,
+                      const pr_placement *p);
 /* The coordinator tells somebody that an epoch is in force. */
-void sim_check_commit(sim *s, uint64_t number, const void *packed, size_t n_bytes, const pr_placement *p);
-/* A member follows an epoch, after `before`. */
-void sim_check_followed(sim *s, const sim_proc *proc, const pc_epoch *epoch, uint64_t before);
-/* ids: all that the worker ever had. */
-void sim_check_frame(sim *s, const sim_proc *worker, const uint32_t *ids, uint32_t n_id, uint64_t retired,
-                     const pr_frame_head *head, uint32_t expert);
+void sim_check_commit(sim *s, uint64_t cluster, uint64_t number, const void *packed, size_t n_bytes,
+                      const pr_placement *p);
+
+/* A member follows an epoch; last is its memory of the one before. */
+typedef struct sim_followed {
+    uint64_t cluster, number;
+} sim_followed;
+void sim_check_followed(sim *s, const sim_proc *proc, const pc_epoch *epoch, sim_followed *last);
+
+/* A worker takes a frame. ids: all that it ever had. */
+void sim_check_frame(sim *s, const sim_proc *worker, const uint32_t *ids, uint32_t n_id,
+                     const sim_followed *retired, const pr_frame_head *head, uint32_t expert);
+
+/* What a router has asked for, and whether it was answered: every answer counts once, for what is computed.
+ */
+enum { SIM_ASKED_MAX = 256 };
+typedef struct sim_asked {
+    const sim_end *end;
+    pr_frame_head head;
+    bool answered;
+} sim_asked;
+void sim_check_answer(sim *s, const sim_proc *router, sim_asked asked[SIM_ASKED_MAX], const sim_end *end,
+                      const pr_frame_head *head, uint64_t step, uint32_t layer, uint64_t epoch);
 void sim_check_rest(sim *s); /* after everything has come to rest */
 void sim_check_fini(sim *s);

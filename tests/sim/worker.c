@@ -50,7 +50,11 @@ typedef struct worker {
     net_identity identity;
     uint32_t ids[WORKER_IDS_MAX]; /* it ever had: an epoch knows it by the one it had then */
     uint32_t n_id;
-    uint64_t retired;
+    sim_followed followed, retired; /* the loop's view */
+    /* on their way to the compute thread: the newest replaces what it has not taken */
+    pc_epoch *offered;
+    uint32_t offered_self;
+    uint64_t retire_before;
     void *computing[WORKER_GROUP_MAX]; /* frames of the group being computed */
     uint32_t n_computing;
     group *group; /* of computing */
@@ -166,19 +170,58 @@ static void worker_finish(sim *s, void *arg, uint64_t tag)
     }
 }
 
+/* The compute thread looks what the loop left for it. */
+static void worker_follow(sim *s, void *arg, uint64_t tag)
+{
+    sim_proc *proc = arg;
+    worker *w = proc->state;
+    if (!proc->alive || sim_put_off(s, proc, worker_follow, arg, tag)) {
+        return;
+    }
+    if (w->retire_before > 0) {
+        w->retired = (sim_followed){pc_mcore_cluster(w->member.core), w->retire_before};
+    }
+    wk_serve_retire(&w->serve, w->retire_before);
+    w->retire_before = 0;
+    if (w->offered != NULL) {
+        wk_serve_commit(&w->serve, w->offered, w->offered_self);
+        w->identity =
+            (net_identity){w->offered->cluster, BALEEN__CONTROL__V1__ROLE__ROLE_WORKER, w->offered_self};
+        pc_epoch_release(w->offered);
+        w->offered = NULL;
+    }
+    sim_go(s, proc);
+}
+
+static void worker_tell_compute(sim *s, sim_proc *proc)
+{
+    sim_at(s, s->now_us + sim_below(s, SIM_TIMES, 1500), worker_follow, proc, 0);
+}
+
 static void worker_commit(sim *s, sim_proc *proc, pc_epoch *epoch)
 {
     worker *w = proc->state;
     uint32_t self = pc_mcore_id(w->member.core);
-    sim_check_followed(s, proc, epoch, w->serve.newest);
+    sim_check_followed(s, proc, epoch, &w->followed);
     wk_hold_commit(&w->hold, epoch);
-    wk_serve_commit(&w->serve, epoch, self);
-    w->identity = (net_identity){epoch->cluster, BALEEN__CONTROL__V1__ROLE__ROLE_WORKER, self};
+    pc_epoch_release(w->offered);
+    w->offered = pc_epoch_hold(epoch);
+    w->offered_self = self;
+    worker_tell_compute(s, proc);
     pc_mcore_committed(w->member.core, epoch->number);
     const pr_placement *p = epoch->placement;
     if (w->draining && (p == NULL || pr_placement_rank_of(p, self) == p->n_rank)) {
         sim_at(s, s->now_us, worker_finish, proc, 0);
     }
+}
+
+static void worker_retire(sim *s, sim_proc *proc, uint64_t oldest)
+{
+    worker *w = proc->state;
+    wk_hold_retire(&w->hold, oldest);
+    w->retire_before = oldest;
+    worker_tell_compute(s, proc);
+    worker_keep(s, w);
 }
 
 static void worker_remember_id(sim *s, worker *w)
@@ -211,10 +254,7 @@ static void worker_news(sim *s, sim_proc *proc, const pc_mout *out)
         worker_commit(s, proc, out->value);
         break;
     case PC_MOUT_RETIRE:
-        w->retired = out->epoch;
-        wk_hold_retire(&w->hold, out->epoch);
-        wk_serve_retire(&w->serve, out->epoch);
-        worker_keep(s, w);
+        worker_retire(s, proc, out->epoch);
         break;
     case PC_MOUT_REFUSED:
         sim_at(s, s->now_us, worker_finish, proc, 0);
@@ -275,7 +315,7 @@ static void worker_dispatch(sim *s, sim_proc *proc, sim_end *end, const sim_mess
     const pr_dispatch *header = (const pr_dispatch *)m->header;
     const pr_slot *slots = (const pr_slot *)m->data;
     for (uint32_t i = 0; i < header->n_slot; i++) {
-        sim_check_frame(s, proc, w->ids, w->n_id, w->retired, &header->head, slots[i].expert);
+        sim_check_frame(s, proc, w->ids, w->n_id, &w->retired, &header->head, slots[i].expert);
     }
     *f = (frame){.end = end, .link = end->number, .header = *header, .n_bytes = m->n_bytes};
     f->payload = cm_alloc_aligned(m->n_bytes);
@@ -469,6 +509,7 @@ static void worker_end(sim *s, sim_proc *proc)
     wk_gather_destroy(w->gather);
     cm_pool_fini(&w->frames);
     cm_pool_fini(&w->groups);
+    pc_epoch_release(w->offered);
     wk_hold_fini(&w->hold);
     wk_serve_fini(&w->serve);
     sim_member_fini(&w->member);

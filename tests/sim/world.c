@@ -239,8 +239,11 @@ static bool world_until(sim *s, uint64_t end_us, bool (*done)(const sim *s))
         s->counts.events++;
         event.fn(s, event.arg, event.tag);
     }
+    if (done != NULL && done(s)) {
+        return true;
+    }
     s->now_us = end_us;
-    return done == NULL || done(s);
+    return done == NULL;
 }
 
 static void world_name_open(sim *s)
@@ -273,6 +276,7 @@ void sim_run(sim *s, uint64_t seed, bool trace)
     if (!world_until(s, s->now_us + WORLD_BUDGET_MS * SIM_MS, sim_clients_finished)) {
         world_name_open(s);
     }
+    s->counts.healing_ms = (s->now_us - s->healed_us) / 1000;
     world_until(s, s->now_us + WORLD_REST_MS * SIM_MS, NULL);
     sim_check_rest(s);
     s->counts.virtual_ms = (s->now_us - WORLD_BEGIN_US) / 1000;
