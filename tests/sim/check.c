@@ -51,11 +51,11 @@ void sim_check_stored(sim *s, uint64_t cluster, uint64_t number, const void *pac
     }
 }
 
-static sim_proc *check_find_worker(sim *s, uint32_t id)
+static sim_proc *check_find_worker(sim *s, uint64_t cluster, uint32_t id)
 {
     for (uint32_t i = 0; i < s->n_proc; i++) {
         sim_proc *proc = s->procs[i];
-        if (proc->role == SIM_WORKER && proc->alive && sim_worker_id(proc) == id) {
+        if (proc->role == SIM_WORKER && proc->alive && sim_worker_is(proc, cluster, id)) {
             return proc;
         }
     }
@@ -63,7 +63,7 @@ static sim_proc *check_find_worker(sim *s, uint32_t id)
 }
 
 /* Every expert has an owner, and every owner that lives has loaded what it owns. */
-static void check_owners(sim *s, uint64_t number, const pr_placement *p)
+static void check_owners(sim *s, uint64_t cluster, uint64_t number, const pr_placement *p)
 {
     for (uint32_t layer = 0; layer < p->n_layer; layer++) {
         for (uint32_t e = 0; e < p->n_expert; e++) {
@@ -74,7 +74,7 @@ static void check_owners(sim *s, uint64_t number, const pr_placement *p)
                          layer);
             }
             for (uint32_t i = 0; i < n; i++) {
-                const sim_proc *proc = check_find_worker(s, p->rank_member[owners[i]]);
+                const sim_proc *proc = check_find_worker(s, cluster, p->rank_member[owners[i]]);
                 if (proc != NULL && !sim_worker_holds(proc, layer, e)) {
                     sim_fail(s, "epoch %llu is committed, and %s has not loaded expert %u of layer %u",
                              (unsigned long long)number, proc->name, e, layer);
@@ -95,7 +95,7 @@ void sim_check_commit(sim *s, uint64_t cluster, uint64_t number, const void *pac
     if (!record->in_force) {
         record->in_force = true;
         s->counts.epochs++;
-        check_owners(s, number, p);
+        check_owners(s, cluster, number, p);
     }
 }
 

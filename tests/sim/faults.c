@@ -267,6 +267,9 @@ static void heal_choose(sim *s, bool core[SIM_HOSTS_MAX])
     }
     for (uint32_t host = 0; host < s->n_host; host++) { /* too many were drained: more machines */
         if (s->hosts[host].role == SIM_WORKER && !core[host] && n_core[SIM_WORKER] < need[SIM_WORKER]) {
+            if (host_runs(s, host)) {
+                sim_kill(s, s->hosts[host].proc, false);
+            }
             s->hosts[host].leaving = false;
             core[host] = true;
             n_core[SIM_WORKER]++;

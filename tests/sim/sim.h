@@ -247,9 +247,8 @@ void sim_coordinator_start(sim *s, sim_proc *proc);
 bool sim_coordinator_rests(const sim *s, const sim_proc *proc, char *why, size_t cap);
 void sim_worker_start(sim *s, sim_proc *proc);
 void sim_worker_leave(sim *s, sim_proc *proc);
-/* The worker known by that id has the expert. */
 bool sim_worker_holds(const sim_proc *proc, uint32_t layer, uint32_t expert);
-uint32_t sim_worker_id(const sim_proc *proc);
+bool sim_worker_is(const sim_proc *proc, uint64_t cluster, uint32_t id); /* that is its name */
 void sim_router_start(sim *s, sim_proc *proc);
 void sim_router_leave(sim *s, sim_proc *proc);
 void sim_gateway_start(sim *s, sim_proc *proc);

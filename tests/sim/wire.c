@@ -351,8 +351,9 @@ cm_status sim_send(sim *s, sim_end *end, uint16_t type, const void *header, uint
         return CM_E_RESET;
     }
     CM_ASSERT(end->up || class == SIM_CONTROL);
-    /* what gateways and control sessions say waits in queues of theirs that are not modelled: no bound */
-    bool bounded = class == SIM_ROWS || (class == SIM_TOKENS && end->side == 1);
+    /* Gateways and sessions queue what does not fit, workers have room for the answers to all they may hold:
+     * no bound for these. */
+    bool bounded = (class == SIM_ROWS && end->side == 0) || (class == SIM_TOKENS && end->side == 1);
     if (bounded && end->n_out >= s->shape.sends_max) {
         return CM_AGAIN;
     }

@@ -566,9 +566,10 @@ bool sim_worker_holds(const sim_proc *proc, uint32_t layer, uint32_t expert)
     return w->held[layer * w->serve.n_expert + expert];
 }
 
-uint32_t sim_worker_id(const sim_proc *proc)
+bool sim_worker_is(const sim_proc *proc, uint64_t cluster, uint32_t id)
 {
-    return pc_mcore_id(((const worker *)proc->state)->member.core);
+    const pc_mcore *core = ((const worker *)proc->state)->member.core;
+    return pc_mcore_cluster(core) == cluster && pc_mcore_id(core) == id;
 }
 
 void sim_worker_ledger(const sim_proc *proc, char *text, size_t cap)

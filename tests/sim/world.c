@@ -8,7 +8,7 @@
 /* Processes start far from zero, so that nothing hides behind an early clock. */
 #define WORLD_BEGIN_US (1000 * 1000 * SIM_MS)
 enum {
-    WORLD_BUDGET_MS = 60000, /* after the healing, for every open request to finish */
+    WORLD_BUDGET_MS = 20000, /* after the healing, for every open request to finish */
     WORLD_REST_MS = 15000,   /* then for everything to come to rest */
 };
 
