@@ -16,11 +16,11 @@
 #include "common/base/stats.h"
 #include "proto/frames.h"
 #include "proto/messages.h"
+#include "worker/epochs_core.h"
 #include "worker/gather_core.h"
 
 enum {
     ENGINE_EVENTS = 64,
-    ENGINE_EPOCHS = 4, /* held at once: in force, before it until retired, and slack for a slow retire */
     ENGINE_GROUP = 64, /* frames computed together */
     ENGINE_RESULTS =
         4, /* groups whose answers may be on their way at once; each has results of row_max rows */
@@ -40,11 +40,6 @@ typedef struct engine_group {
     kn_ptr results; /* BF16 [row_max][d] */
     uint32_t n_open;
 } engine_group;
-
-typedef struct engine_epoch {
-    pc_epoch *epoch; /* NULL: free */
-    uint32_t rank;
-} engine_epoch;
 
 struct wk_engine {
     wk_engine_options options;
@@ -69,8 +64,7 @@ struct wk_engine {
     int wake_fd;
     _Atomic bool stopping;
 
-    engine_epoch epochs[ENGINE_EPOCHS];
-    uint64_t newest;
+    wk_serve serve;
     uint32_t n_links; /* ever; numbers them */
 };
 
@@ -146,6 +140,10 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
                                                      .frame_max = options->frame_max,
                                                      .row_max = options->row_max,
                                                      .window_max_us = options->window_max_us});
+    e->serve = (wk_serve){.d = e->geometry->d,
+                          .n_layer = md_block_count(e->geometry),
+                          .n_expert = e->geometry->n_expert,
+                          .row_max = e->options.row_max};
     pthread_mutex_init(&e->lock, NULL);
     cm_info("device %s path %s, listening for rows on %s", kn_device_name(e->device),
             kn_device_isa(e->device), bound_out);
@@ -165,9 +163,7 @@ err_free:
 
 void wk_engine_destroy(wk_engine *e)
 {
-    for (uint32_t i = 0; i < ENGINE_EPOCHS; i++) {
-        pc_epoch_release(e->epochs[i].epoch);
-    }
+    wk_serve_fini(&e->serve);
     pc_epoch_release(e->offered);
     close(e->wake_fd);
     wk_gather_destroy(e->gather);
@@ -229,31 +225,6 @@ void wk_engine_retire(wk_engine *e, uint64_t oldest)
 
 /* ---- epochs, on the compute thread ---- */
 
-static void engine_drop_epoch(engine_epoch *slot)
-{
-    pc_epoch_release(slot->epoch);
-    *slot = (engine_epoch){0};
-}
-
-static void engine_add_epoch(wk_engine *e, pc_epoch *epoch, uint32_t self)
-{
-    engine_epoch *slot = &e->epochs[0];
-    for (uint32_t i = 0; i < ENGINE_EPOCHS; i++) {
-        engine_epoch *at = &e->epochs[i];
-        if (at->epoch == NULL || (slot->epoch != NULL && at->epoch->number < slot->epoch->number)) {
-            slot = at; /* a free one, else the oldest */
-        }
-        if (at->epoch == NULL) {
-            break;
-        }
-    }
-    engine_drop_epoch(slot);
-    slot->epoch = epoch;
-    slot->rank = epoch->placement != NULL ? pr_placement_rank_of(epoch->placement, self) : 0;
-    e->newest = epoch->number;
-    net_set_identity(e->rows, &(net_identity){epoch->cluster, BALEEN__CONTROL__V1__ROLE__ROLE_WORKER, self});
-}
-
 static void engine_follow_epochs(wk_engine *e)
 {
     pthread_mutex_lock(&e->lock);
@@ -261,27 +232,15 @@ static void engine_follow_epochs(wk_engine *e)
     uint32_t self = e->offered_self;
     uint64_t before = e->retire_before;
     e->offered = NULL;
+    e->retire_before = 0; /* once: another cluster's epochs may count from the start */
     pthread_mutex_unlock(&e->lock);
+    wk_serve_retire(&e->serve, before);
     if (epoch != NULL) {
-        engine_add_epoch(e, epoch, self);
+        wk_serve_commit(&e->serve, epoch, self);
+        net_set_identity(e->rows,
+                         &(net_identity){epoch->cluster, BALEEN__CONTROL__V1__ROLE__ROLE_WORKER, self});
+        pc_epoch_release(epoch);
     }
-    /* frames gathered under an epoch hold on to its value: retire when none waits */
-    for (uint32_t i = 0; i < ENGINE_EPOCHS && wk_gather_waiting(e->gather) == 0; i++) {
-        if (e->epochs[i].epoch != NULL && e->epochs[i].epoch->number < before) {
-            engine_drop_epoch(&e->epochs[i]);
-        }
-    }
-}
-
-static const engine_epoch *engine_find_epoch(const wk_engine *e, const pr_frame_head *head)
-{
-    for (uint32_t i = 0; i < ENGINE_EPOCHS; i++) {
-        const pc_epoch *epoch = e->epochs[i].epoch;
-        if (epoch != NULL && epoch->number == head->epoch && epoch->cluster == head->cluster) {
-            return &e->epochs[i];
-        }
-    }
-    return NULL;
 }
 
 /* ---- frames in ---- */
@@ -290,7 +249,7 @@ static void engine_refuse(wk_engine *e, const net_event *event, cm_status status
                           const char *why)
 {
     const pr_frame_head *head = event->header;
-    pr_refuse header = {.status = status, .expert = expert, .epoch = e->newest};
+    pr_refuse header = {.status = status, .expert = expert, .epoch = e->serve.newest};
     cm_stat_add(CM_STAT_frames_refused, 1);
     cm_debug("refused a %s frame from %s: %s: %s", pr_message_name(event->type),
              net_peer_address(event->peer), cm_status_text(status), why);
@@ -308,18 +267,9 @@ static void engine_refuse(wk_engine *e, const net_event *event, cm_status status
     net_release(e->rows, event);
 }
 
-/* The first expert of the frame that is not ours in its epoch; n_expert when all are. */
-static uint32_t engine_stranger(const wk_engine *e, const pr_dispatch *frame, const pr_slot *slots,
-                                const engine_epoch *epoch)
+static bool engine_holds(const void *ctx, uint32_t layer, uint32_t expert)
 {
-    for (uint32_t i = 0; i < frame->n_slot; i++) {
-        if (epoch->epoch->placement == NULL ||
-            !pr_placement_owns(epoch->epoch->placement, frame->head.layer, slots[i].expert, epoch->rank) ||
-            wk_shard_expert(e->shard, frame->head.layer, slots[i].expert) == NULL) {
-            return slots[i].expert;
-        }
-    }
-    return e->geometry->n_expert;
+    return wk_shard_expert(ctx, layer, expert) != NULL;
 }
 
 static uint32_t engine_link(const net_peer *peer)
@@ -329,31 +279,14 @@ static uint32_t engine_link(const net_peer *peer)
 
 static void engine_on_dispatch(wk_engine *e, const net_event *event)
 {
-    const md_geometry *g = e->geometry;
     const pr_dispatch *frame = event->header;
     cm_error err = {0};
-    cm_status status = pr_dispatch_check(event->header, event->header_bytes, event->payload,
-                                         event->payload_bytes, g->d, md_block_count(g), g->n_expert, &err);
-    if (status == CM_OK && frame->head.router != net_peer_identity(event->peer)->member) {
-        status = cm_error_set(&err, CM_E_PROTOCOL, "router", "it names router %u", frame->head.router);
-    }
-    if (status == CM_OK && frame->n_slot > e->options.row_max) {
-        status = cm_error_set(&err, CM_E_PROTOCOL, "n_slot",
-                              "%u slots, at most %u: is frame_bytes the same on all?", frame->n_slot,
-                              e->options.row_max);
-    }
+    uint32_t expert = 0;
+    cm_status status =
+        wk_serve_check(&e->serve, net_peer_identity(event->peer)->member, event->header, event->header_bytes,
+                       event->payload, event->payload_bytes, engine_holds, e->shard, &expert, &err);
     if (status != CM_OK) {
-        engine_refuse(e, event, status, 0, err.text);
-        return;
-    }
-    const engine_epoch *epoch = engine_find_epoch(e, &frame->head);
-    if (epoch == NULL) {
-        engine_refuse(e, event, CM_E_STALE, 0, "not an epoch in use");
-        return;
-    }
-    uint32_t stranger = engine_stranger(e, frame, event->payload, epoch);
-    if (stranger < g->n_expert) {
-        engine_refuse(e, event, CM_E_NO_OWNER, stranger, "an expert that is not ours in its epoch");
+        engine_refuse(e, event, status, expert, err.text);
         return;
     }
     engine_frame *entry;

@@ -12,11 +12,11 @@
 #include "common/base/mem.h"
 #include "common/proc/member.h"
 #include "worker/engine.h"
+#include "worker/epochs_core.h"
 
 enum {
     WORKER_DRAIN_MS = 10000,   /* for the coordinator to publish an epoch without us */
     WORKER_DRAIN_TICK_MS = 50, /* between looks whether it is still there */
-    WORKER_EPOCHS = 4,         /* known and not retired */
 };
 
 /* A load on the job thread; its result comes back as a loop event. */
@@ -43,9 +43,7 @@ struct wk_worker {
     char address[NET_ADDRESS_BYTES];
     char fingerprint[33];
     uint32_t self;
-    pc_epoch *prepared;             /* loaded or loading, not yet in force */
-    pc_epoch *known[WORKER_EPOCHS]; /* in force and not retired; newest last */
-    uint32_t n_known;
+    wk_hold hold;                   /* epochs whose experts we hold */
     LIST_HEAD(, worker_load) loads; /* on the job thread or on their way back */
     bool draining;
     uint64_t drain_until_ms;
@@ -61,15 +59,9 @@ static void *worker_thread(void *arg)
 
 static void worker_keep_experts(wk_worker *w)
 {
-    const pr_placement *placements[WORKER_EPOCHS + 1];
-    uint32_t ranks[WORKER_EPOCHS + 1], n = 0;
-    for (uint32_t i = 0; i <= w->n_known; i++) {
-        const pc_epoch *epoch = i < w->n_known ? w->known[i] : w->prepared;
-        if (epoch != NULL && epoch->placement != NULL) {
-            placements[n] = epoch->placement;
-            ranks[n++] = pr_placement_rank_of(epoch->placement, w->self);
-        }
-    }
+    const pr_placement *placements[WK_EPOCHS + 1];
+    uint32_t ranks[WK_EPOCHS + 1];
+    uint32_t n = wk_hold_list(&w->hold, w->self, placements, ranks);
     wk_shard_keep(wk_engine_shard(w->engine), placements, ranks, n);
 }
 
@@ -79,7 +71,7 @@ static void worker_loaded(void *arg)
     wk_worker *w = load->worker;
     if (w != NULL) {
         LIST_REMOVE(load, link);
-        if (w->prepared == load->epoch) {
+        if (w->hold.prepared == load->epoch) {
             pc_member_prepared(w->member, load->epoch->number, load->status, load->err.text);
         }
     }
@@ -113,8 +105,7 @@ static void worker_on_prepare(void *ctx, pc_epoch *epoch)
 {
     wk_worker *w = ctx;
     worker_load *load = cm_alloc(sizeof(*load));
-    pc_epoch_release(w->prepared);
-    w->prepared = pc_epoch_hold(epoch);
+    wk_hold_prepare(&w->hold, epoch);
     load->worker = w;
     load->epoch = pc_epoch_hold(epoch);
     load->rank = epoch->placement != NULL ? pr_placement_rank_of(epoch->placement, w->self) : 0;
@@ -130,9 +121,7 @@ static void worker_on_prepare(void *ctx, pc_epoch *epoch)
 static void worker_on_abort(void *ctx, uint64_t epoch)
 {
     wk_worker *w = ctx;
-    if (w->prepared != NULL && w->prepared->number == epoch) {
-        pc_epoch_release(w->prepared);
-        w->prepared = NULL;
+    if (wk_hold_abort(&w->hold, epoch)) {
         worker_keep_experts(w);
     }
 }
@@ -140,16 +129,7 @@ static void worker_on_abort(void *ctx, uint64_t epoch)
 static void worker_on_commit(void *ctx, pc_epoch *epoch)
 {
     wk_worker *w = ctx;
-    if (w->n_known == WORKER_EPOCHS) {
-        pc_epoch_release(w->known[0]);
-        memmove(w->known, w->known + 1, sizeof(w->known[0]) * (WORKER_EPOCHS - 1));
-        w->n_known--;
-    }
-    w->known[w->n_known++] = pc_epoch_hold(epoch);
-    if (w->prepared != NULL && w->prepared->number <= epoch->number) {
-        pc_epoch_release(w->prepared);
-        w->prepared = NULL;
-    }
+    wk_hold_commit(&w->hold, epoch);
     wk_engine_commit(w->engine, epoch, w->self);
     pc_member_committed(w->member, epoch->number);
     bool ours = epoch->placement != NULL &&
@@ -162,11 +142,7 @@ static void worker_on_commit(void *ctx, pc_epoch *epoch)
 static void worker_on_retire(void *ctx, uint64_t oldest)
 {
     wk_worker *w = ctx;
-    while (w->n_known > 1 && w->known[0]->number < oldest) {
-        pc_epoch_release(w->known[0]);
-        w->n_known--;
-        memmove(w->known, w->known + 1, sizeof(w->known[0]) * w->n_known);
-    }
+    wk_hold_retire(&w->hold, oldest);
     wk_engine_retire(w->engine, oldest);
     worker_keep_experts(w);
 }
@@ -303,7 +279,7 @@ void wk_worker_drain(wk_worker *w)
         return;
     }
     w->draining = true;
-    if (!pc_member_connected(w->member) || w->n_known == 0) {
+    if (!pc_member_connected(w->member) || w->hold.n_known == 0) {
         w->finished(w->ctx, 0);
         return;
     }
@@ -326,10 +302,7 @@ void wk_worker_destroy(wk_worker *w)
         load->worker = NULL;
     }
     wk_engine_destroy(w->engine);
-    pc_epoch_release(w->prepared);
-    for (uint32_t i = 0; i < w->n_known; i++) {
-        pc_epoch_release(w->known[i]);
-    }
+    wk_hold_fini(&w->hold);
     md_checkpoint_close(w->checkpoint);
     cm_free(w);
 }

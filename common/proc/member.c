@@ -1,24 +1,22 @@
 #include "common/proc/member.h"
 
-#include <string.h>
+#include <stdio.h>
 #include <unistd.h>
 
 #include "common/base/assert.h"
 #include "common/base/bytes.h"
+#include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
+#include "common/proc/member_core.h"
 #include "common/proc/rpc_client.h"
-#include "proto/messages.h"
 #include "proto/pack.h"
 
 #define MEMBER_SESSION "/baleen.control.v1.Control/Session"
 
 enum {
-    MEMBER_BACKOFF_MIN_MS = 100,
-    MEMBER_BACKOFF_MAX_MS = 2000,
-    MEMBER_HEARTBEAT_MAX_MS = 600000,
     MEMBER_ARENA_CHUNK = 64 << 10, /* one message of the coordinator, unpacked */
     MEMBER_ARENA_MAX = 64 << 20,
 };
@@ -29,25 +27,17 @@ struct pc_member {
     void *ctx;
     char *coordinator, *data_address, *http_address, *grpc_address,
         *fingerprint; /* addresses: NULL when none */
-    uint32_t role, n_layer, n_expert;
-    uint64_t expert_bytes, expert_bytes_max, incarnation;
+    char host[256];
+    uint32_t role;
 
     pc_channel *channel;
     pc_stream *stream; /* the session; NULL between two */
-    pc_timer *retry, *heartbeat;
-    uint64_t backoff_ms, heartbeat_ms;
-    bool connected; /* welcomed in this session */
-    bool over;      /* refused for good, left or destroyed: no further session */
-
-    uint32_t id;
-    uint64_t cluster;
-    uint64_t epoch_heard;    /* newest commit handed out */
-    uint64_t epoch_in_force; /* pc_member_committed said so */
+    pc_timer *tick;
+    pc_mcore *core;
+    bool acting; /* member_act is under way: it takes what comes out */
     cm_arena arena;
     cm_bytes packed;
 };
-
-typedef Baleen__Control__V1__MemberMessage member_word;
 
 static const char *member_role_name(uint32_t role)
 {
@@ -60,13 +50,17 @@ static char member_role_letter(uint32_t role)
     return "?CGRW"[role <= BALEEN__CONTROL__V1__ROLE__ROLE_WORKER ? role : 0];
 }
 
-/* ------------------------------------------------------------------------------------------------------- our
- * words */
+/* ---- what the machine asks for ---- */
 
-static void member_say(pc_member *member, const member_word *word)
+static void member_say(pc_member *member, const pc_mout *out)
 {
+    cm_stat_value stats[CM_STAT_COUNT];
+    uint32_t n_stats = 0;
+    if (out->kind == PC_MOUT_HEARTBEAT) {
+        n_stats = cm_stats_snapshot(member_role_letter(member->role), stats);
+    }
     cm_bytes_clear(&member->packed);
-    pr_pack(&word->base, &member->packed);
+    pc_mcore_word(member->core, out, stats, n_stats, &member->packed);
     cm_status status = pc_stream_send(member->stream, member->packed.data, member->packed.len);
     if (status != CM_OK) {
         cm_warn("cannot tell the coordinator %s: %s, starting the session afresh", member->coordinator,
@@ -75,279 +69,157 @@ static void member_say(pc_member *member, const member_word *word)
     }
 }
 
-static void member_say_hello(pc_member *member)
+static void member_welcome(pc_member *member)
 {
-    char host[256] = "";
-    Baleen__Control__V1__Member self = BALEEN__CONTROL__V1__MEMBER__INIT;
-    Baleen__Control__V1__Hello hello = BALEEN__CONTROL__V1__HELLO__INIT;
-    member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
-    gethostname(host, sizeof(host) - 1);
-    self.id = member->id;
-    self.role = (Baleen__Control__V1__Role)member->role;
-    self.incarnation = member->incarnation;
-    self.has_pid = true;
-    self.pid = (uint32_t)getpid();
-    self.host = host;
-    self.data_address = member->data_address;
-    self.http_address = member->http_address;
-    self.grpc_address = member->grpc_address;
-    self.has_expert_bytes_max = member->expert_bytes_max > 0;
-    self.expert_bytes_max = member->expert_bytes_max;
-    hello.protocol = PR_CONTROL_VERSION;
-    hello.self = &self;
-    hello.fingerprint = member->fingerprint;
-    hello.version = (char[]){BALEEN_VERSION};
-    hello.has_cluster = hello.has_epoch = true;
-    hello.cluster = member->cluster;
-    hello.epoch = member->epoch_in_force;
-    hello.n_layer = member->n_layer;
-    hello.n_expert = member->n_expert;
-    hello.expert_bytes = member->expert_bytes;
-    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_HELLO;
-    word.hello = &hello;
-    member_say(member, &word);
-}
-
-static void member_say_heartbeat(pc_member *member)
-{
-    cm_stat_value stats[CM_STAT_COUNT];
-    Baleen__Control__V1__StatValue values[CM_STAT_COUNT], *pointers[CM_STAT_COUNT];
-    Baleen__Control__V1__Heartbeat heartbeat = BALEEN__CONTROL__V1__HEARTBEAT__INIT;
-    member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
-    uint32_t n = cm_stats_snapshot(member_role_letter(member->role), stats);
-    for (uint32_t i = 0; i < n; i++) {
-        baleen__control__v1__stat_value__init(&values[i]);
-        values[i].stat = stats[i].stat;
-        values[i].value = stats[i].value;
-        pointers[i] = &values[i];
-    }
-    heartbeat.has_epoch = true;
-    heartbeat.epoch = member->epoch_in_force;
-    heartbeat.stats = pointers;
-    heartbeat.n_stats = n;
-    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_HEARTBEAT;
-    word.heartbeat = &heartbeat;
-    member_say(member, &word);
-}
-
-static void member_beat(void *arg)
-{
-    pc_member *member = arg;
-    member_say_heartbeat(member);
-    pc_timer_set(member->heartbeat, member->heartbeat_ms);
-}
-
-void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, const char *text)
-{
-    Baleen__Control__V1__Prepared prepared = BALEEN__CONTROL__V1__PREPARED__INIT;
-    member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
-    if (!member->connected) {
-        return; /* a lost session aborts its change */
-    }
-    prepared.epoch = epoch;
-    prepared.status = status;
-    prepared.text = (char *)(uintptr_t)text; /* packing only reads */
-    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PREPARED;
-    word.prepared = &prepared;
-    member_say(member, &word);
-}
-
-void pc_member_committed(pc_member *member, uint64_t epoch)
-{
-    Baleen__Control__V1__Committed committed = BALEEN__CONTROL__V1__COMMITTED__INIT;
-    member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
-    if (epoch > member->epoch_in_force) {
-        member->epoch_in_force = epoch;
-        cm_log_epoch(epoch);
-    }
-    if (!member->connected) {
-        return; /* the next hello says it */
-    }
-    committed.epoch = epoch;
-    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_COMMITTED;
-    word.committed = &committed;
-    member_say(member, &word);
-}
-
-void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status)
-{
-    Baleen__Control__V1__PeerReport report = BALEEN__CONTROL__V1__PEER_REPORT__INIT;
-    member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
-    if (!member->connected) {
-        return; /* the coordinator has its own leases */
-    }
-    report.member_id = member_id;
-    report.status = status;
-    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PEER_REPORT;
-    word.peer_report = &report;
-    member_say(member, &word);
-}
-
-void pc_member_leave(pc_member *member)
-{
-    Baleen__Control__V1__Leaving leaving = BALEEN__CONTROL__V1__LEAVING__INIT;
-    member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
-    member->over = true;
-    pc_timer_clear(member->retry);
-    if (member->connected) {
-        word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LEAVING;
-        word.leaving = &leaving;
-        member_say(member, &word);
-    }
-}
-
-/* ----------------------------------------------------------------------------------------------
- * coordinator's words */
-
-static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__Welcome *welcome)
-{
-    if (welcome->member_id == 0 || welcome->heartbeat_ms == 0 ||
-        welcome->heartbeat_ms > MEMBER_HEARTBEAT_MAX_MS) {
-        cm_warn("coordinator %s: welcome with member id %u, heartbeat %u ms", member->coordinator,
-                welcome->member_id, welcome->heartbeat_ms);
-        pc_stream_cancel(member->stream);
-        return;
-    }
-    if (welcome->cluster != member->cluster) {
-        member->epoch_heard = member->epoch_in_force = 0; /* another cluster counts from the start */
-        cm_log_epoch(0);
-    }
-    member->id = welcome->member_id;
-    member->cluster = welcome->cluster;
-    member->heartbeat_ms = welcome->heartbeat_ms;
-    member->connected = true;
-    member->backoff_ms = MEMBER_BACKOFF_MIN_MS;
-    cm_log_identity(member_role_name(member->role), (int)member->id);
-    cm_info("member %u of cluster %llx, coordinator %s", member->id, (unsigned long long)member->cluster,
+    uint32_t id = pc_mcore_id(member->core);
+    uint64_t cluster = pc_mcore_cluster(member->core);
+    cm_log_identity(member_role_name(member->role), (int)id);
+    cm_log_epoch(pc_mcore_epoch(member->core));
+    cm_info("member %u of cluster %llx, coordinator %s", id, (unsigned long long)cluster,
             member->coordinator);
-    member_beat(member);
     if (member->events.welcome != NULL) {
-        member->events.welcome(member->ctx, member->id, member->cluster);
+        member->events.welcome(member->ctx, id, cluster);
     }
 }
 
-static void member_hear_refused(pc_member *member, const Baleen__Control__V1__Refused *refused)
+static void member_prepare(pc_member *member, const pc_mout *out)
 {
-    cm_status status = refused->status < 0 ? (cm_status)refused->status : CM_E_REFUSED;
-    bool final = refused->has_final && refused->final;
-    cm_warn("coordinator %s refuses us%s: %s", member->coordinator, final ? " for good" : "", refused->text);
-    member->over |= final;
-    pc_stream_cancel(member->stream);
-    if (final && member->events.refused != NULL) {
-        member->events.refused(member->ctx, status, refused->text);
-    }
-}
-
-/* NULL: not one to follow, said why in the log. */
-static pc_epoch *member_take_epoch(pc_member *member, const char *word,
-                                   const Baleen__Control__V1__Epoch *message, cm_error *err)
-{
-    pc_epoch *epoch = NULL;
-    cm_status status = pc_epoch_unpack(message, &epoch, err);
-    if (status == CM_OK && epoch->cluster != member->cluster) {
-        status = cm_error_set(err, CM_E_PROTOCOL, "cluster", "it belongs to cluster %llx",
-                              (unsigned long long)epoch->cluster);
-    }
-    if (status == CM_OK && epoch->number < member->epoch_heard) {
-        status = cm_error_set(err, CM_E_STALE, "number", "epoch %llu was heard before",
-                              (unsigned long long)member->epoch_heard);
-    }
-    if (status != CM_OK) {
-        cm_warn("%s of epoch %llu ignored: %s", word, (unsigned long long)message->number, err->text);
-        pc_epoch_release(epoch);
-        return NULL;
-    }
-    return epoch;
-}
-
-static void member_hear_prepare(pc_member *member, const Baleen__Control__V1__Prepare *prepare)
-{
-    cm_error err = {0};
-    pc_epoch *epoch = member_take_epoch(member, "prepare", prepare->epoch, &err);
-    if (epoch == NULL) {
-        pc_member_prepared(member, prepare->epoch->number, err.status, err.text);
-    } else if (member->events.prepare != NULL) {
-        member->events.prepare(member->ctx, epoch);
+    if (member->events.prepare != NULL) {
+        member->events.prepare(member->ctx, out->value);
     } else {
-        pc_member_prepared(member, epoch->number, CM_OK, NULL); /* a role with nothing to load */
+        pc_mcore_prepared(member->core, out->value->number, CM_OK, NULL); /* a role with nothing to load */
     }
-    pc_epoch_release(epoch);
 }
 
-static void member_hear_commit(pc_member *member, const Baleen__Control__V1__Commit *commit)
-{
-    cm_error err = {0};
-    pc_epoch *epoch = member_take_epoch(member, "commit", commit->epoch, &err);
-    if (epoch == NULL) {
-        return;
-    }
-    if (epoch->number > member->epoch_heard) {
-        member->epoch_heard = epoch->number;
-        if (member->events.commit != NULL) {
-            member->events.commit(member->ctx, epoch);
-        }
-    } else if (member->epoch_in_force == epoch->number) {
-        pc_member_committed(member, epoch->number); /* said again after a new session */
-    }
-    pc_epoch_release(epoch);
-}
-
-static void member_hear(pc_member *member, const Baleen__Control__V1__CoordinatorMessage *message)
+static void member_tell(pc_member *member, const pc_mout *out)
 {
     const pc_member_events *events = &member->events;
-    if (!member->connected && message->word_case != BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_WELCOME &&
-        message->word_case != BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_REFUSED) {
-        cm_warn("coordinator %s: message %d before its welcome", member->coordinator,
-                (int)message->word_case);
-        return;
-    }
-    switch (message->word_case) {
-    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_WELCOME:
-        member_hear_welcome(member, message->welcome);
+    switch (out->kind) {
+    case PC_MOUT_WELCOME:
+        member_welcome(member);
         break;
-    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_REFUSED:
-        member_hear_refused(member, message->refused);
+    case PC_MOUT_PREPARE:
+        member_prepare(member, out);
         break;
-    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_PREPARE:
-        member_hear_prepare(member, message->prepare);
-        break;
-    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_ABORT:
+    case PC_MOUT_ABORT:
         if (events->abort != NULL) {
-            events->abort(member->ctx, message->abort->epoch);
+            events->abort(member->ctx, out->epoch);
         }
         break;
-    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_COMMIT:
-        member_hear_commit(member, message->commit);
+    case PC_MOUT_COMMIT:
+        if (events->commit != NULL) {
+            events->commit(member->ctx, out->value);
+        }
         break;
-    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_RETIRE:
+    case PC_MOUT_RETIRE:
         if (events->retire != NULL) {
-            events->retire(member->ctx, message->retire->epoch);
+            events->retire(member->ctx, out->epoch);
         }
         break;
-    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS:
-        if (events->cluster_stats != NULL) {
-            events->cluster_stats(member->ctx, message->cluster_stats);
-        }
-        break;
-    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_DRAIN:
+    case PC_MOUT_DRAIN:
         if (events->drain != NULL) {
             events->drain(member->ctx);
         }
         break;
-    default:
-        cm_warn("coordinator %s: a message we do not know", member->coordinator);
+    case PC_MOUT_REFUSED:
+        if (events->refused != NULL) {
+            events->refused(member->ctx, out->status, out->text);
+        }
         break;
+    default:
+        CM_ASSERT_MSG(false, "%d is no news", (int)out->kind);
     }
 }
 
-/* ----------------------------------------------------------------------------------------------------- the
- * session */
+static void member_message(void *ctx, const uint8_t *data, size_t n_bytes);
+static void member_closed(void *ctx, pc_code code, const char *text);
+
+static void member_do(pc_member *member, const pc_mout *out)
+{
+    static const pc_stream_events events = {.message = member_message, .closed = member_closed};
+    switch (out->kind) {
+    case PC_MOUT_OPEN:
+        member->stream = pc_stream_open(member->channel, MEMBER_SESSION, &events, member, 0);
+        break;
+    case PC_MOUT_HELLO:
+    case PC_MOUT_HEARTBEAT:
+    case PC_MOUT_PREPARED:
+    case PC_MOUT_COMMITTED:
+    case PC_MOUT_REPORT:
+    case PC_MOUT_LEAVING:
+        member_say(member, out);
+        break;
+    case PC_MOUT_CANCEL:
+        pc_stream_cancel(member->stream);
+        break;
+    case PC_MOUT_NOTE:
+        cm_log_line(out->level, "coordinator %s: %s", member->coordinator, out->text);
+        break;
+    default:
+        member_tell(member, out);
+    }
+}
+
+/* What an input made, and what its consequences make. */
+static void member_act(pc_member *member)
+{
+    pc_mout out;
+    if (member->acting) {
+        return;
+    }
+    member->acting = true;
+    while (pc_mcore_next(member->core, &out)) {
+        member_do(member, &out);
+        pc_epoch_release(out.value);
+    }
+    member->acting = false;
+    uint64_t now_ms = cm_now_ms(), wake_ms = pc_mcore_wake_ms(member->core);
+    if (wake_ms == UINT64_MAX) {
+        pc_timer_clear(member->tick);
+    } else {
+        pc_timer_set(member->tick, wake_ms > now_ms ? wake_ms - now_ms : 0);
+    }
+}
+
+/* ---- from the process ---- */
+
+void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, const char *text)
+{
+    pc_mcore_prepared(member->core, epoch, status, text);
+    member_act(member);
+}
+
+void pc_member_committed(pc_member *member, uint64_t epoch)
+{
+    pc_mcore_committed(member->core, epoch);
+    cm_log_epoch(pc_mcore_epoch(member->core));
+    member_act(member);
+}
+
+void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status)
+{
+    pc_mcore_report(member->core, member_id, status);
+    member_act(member);
+}
+
+void pc_member_leave(pc_member *member)
+{
+    pc_mcore_leave(member->core);
+    member_act(member);
+}
+
+bool pc_member_connected(const pc_member *member)
+{
+    return pc_mcore_connected(member->core);
+}
+
+/* ---- the session ---- */
 
 static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
 {
     pc_member *member = ctx;
     ProtobufCMessage *message;
-    if (member->over && !member->connected) {
+    if (pc_mcore_deaf(member->core)) {
         return; /* refused: the rest of the session is of no interest */
     }
     cm_arena_reset(&member->arena);
@@ -359,37 +231,31 @@ static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
         pc_stream_cancel(member->stream);
         return;
     }
-    member_hear(member, (const Baleen__Control__V1__CoordinatorMessage *)message);
+    const Baleen__Control__V1__CoordinatorMessage *word =
+        (const Baleen__Control__V1__CoordinatorMessage *)message;
+    pc_mcore_hear(member->core, cm_now_ms(), word);
+    if (word->word_case == BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS &&
+        member->events.cluster_stats != NULL && pc_mcore_connected(member->core)) {
+        member->events.cluster_stats(member->ctx, word->cluster_stats);
+    }
+    member_act(member);
 }
 
 static void member_closed(void *ctx, pc_code code, const char *text)
 {
     pc_member *member = ctx;
-    bool was_connected = member->connected;
+    char why[256];
     member->stream = NULL;
-    member->connected = false;
-    pc_timer_clear(member->heartbeat);
-    if (member->over) {
-        return;
-    }
-    if (was_connected || member->backoff_ms == MEMBER_BACKOFF_MIN_MS) { /* then at debug until it is back */
-        cm_warn("no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text,
-                (int)code);
-    } else {
-        cm_debug("coordinator %s: %s (code %d), next try in %llu ms", member->coordinator, text, (int)code,
-                 (unsigned long long)member->backoff_ms);
-    }
-    pc_timer_set(member->retry, member->backoff_ms);
-    member->backoff_ms =
-        member->backoff_ms * 2 < MEMBER_BACKOFF_MAX_MS ? member->backoff_ms * 2 : MEMBER_BACKOFF_MAX_MS;
+    snprintf(why, sizeof(why), "%s (code %d)", text, (int)code);
+    pc_mcore_closed(member->core, cm_now_ms(), why);
+    member_act(member);
 }
 
-static void member_connect(void *arg)
+static void member_tick(void *arg)
 {
-    static const pc_stream_events events = {.message = member_message, .closed = member_closed};
     pc_member *member = arg;
-    member->stream = pc_stream_open(member->channel, MEMBER_SESSION, &events, member, 0);
-    member_say_hello(member);
+    pc_mcore_tick(member->core, cm_now_ms());
+    member_act(member);
 }
 
 static char *member_copy(const char *text)
@@ -410,27 +276,35 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->grpc_address = member_copy(options->grpc_address);
     member->fingerprint = cm_strdup(options->fingerprint);
     member->role = options->role;
-    member->n_layer = options->n_layer;
-    member->n_expert = options->n_expert;
-    member->expert_bytes = options->expert_bytes;
-    member->expert_bytes_max = options->expert_bytes_max;
-    member->incarnation = cm_random_u64();
-    member->backoff_ms = MEMBER_BACKOFF_MIN_MS;
+    gethostname(member->host, sizeof(member->host) - 1);
     cm_arena_init(&member->arena, "member message", MEMBER_ARENA_CHUNK, MEMBER_ARENA_MAX);
     cm_bytes_init(&member->packed, 0);
     member->channel = pc_channel_create(loop, options->coordinator);
-    member->retry = pc_timer_create(loop, member_connect, member);
-    member->heartbeat = pc_timer_create(loop, member_beat, member);
-    member_connect(member);
+    member->tick = pc_timer_create(loop, member_tick, member);
+    pc_mself self = {.role = options->role,
+                     .incarnation = cm_random_u64(),
+                     .pid = (uint32_t)getpid(),
+                     .host = member->host,
+                     .data_address = member->data_address,
+                     .http_address = member->http_address,
+                     .grpc_address = member->grpc_address,
+                     .fingerprint = member->fingerprint,
+                     .expert_bytes_max = options->expert_bytes_max,
+                     .n_layer = options->n_layer,
+                     .n_expert = options->n_expert,
+                     .expert_bytes = options->expert_bytes};
+    member->core = pc_mcore_create(&self, cm_now_ms());
+    member_act(member);
     return member;
 }
 
 void pc_member_destroy(pc_member *member)
 {
-    member->over = true;
+    pc_mcore_leave(member->core); /* no session is begun by what the end of this one brings */
+    member->acting = true;        /* and nothing is said any more */
     pc_channel_destroy(member->channel);
-    pc_timer_destroy(member->retry);
-    pc_timer_destroy(member->heartbeat);
+    pc_timer_destroy(member->tick);
+    pc_mcore_destroy(member->core);
     cm_arena_fini(&member->arena);
     cm_bytes_fini(&member->packed);
     cm_free(member->coordinator);
@@ -439,9 +313,4 @@ void pc_member_destroy(pc_member *member)
     cm_free(member->grpc_address);
     cm_free(member->fingerprint);
     cm_free(member);
-}
-
-bool pc_member_connected(const pc_member *member)
-{
-    return member->connected;
 }

@@ -107,7 +107,7 @@ static cm_status open_solo(schedule *c)
     md_geometry geometry;
     rt_kv_sizes sizes;
     CM_TRY(md_geometry_load(BALEEN_NANO, &geometry, &err));
-    rt_kv_sizes_get(&geometry, &sizes);
+    rt_kv_sizes_get(&geometry, 0, &sizes);
     options.kv_bytes =
         sizes.page_bytes * rt_kv_seq_pages(CONTEXT); /* pages for one sequence, and none to spare */
     cm_status status = solo_create(&options, &c->s, &err);
@@ -183,7 +183,7 @@ static void test_long_prompt(void **state)
     rt_kv_sizes sizes;
     (void)state;
     assert_int_equal(md_geometry_load(BALEEN_NANO, &geometry, NULL), CM_OK);
-    rt_kv_sizes_get(&geometry, &sizes);
+    rt_kv_sizes_get(&geometry, 0, &sizes);
     g_pages_bytes = sizes.page_bytes * rt_kv_seq_pages(CONTEXT);
     ways[1].seed = g_seed;
     for (uint32_t i = 0; i < g_n_prompt; i++) {

@@ -213,6 +213,7 @@ static kn_compress compress_of(rig *r, const far_layer *l, bool index)
         .ratio = kv->ratio,
         .dim = dim,
         .rope = ROPE,
+        .span = kn_compress_span(kv->ratio, 0),
         .eps = 1e-6f,
         .index = index,
         .page_rows = index ? kv->page_index : kv->page_rows,
@@ -223,8 +224,9 @@ static kn_compress compress_of(rig *r, const far_layer *l, bool index)
 static void layer_slot(rig *r, far_layer *l)
 {
     kn_kv_layout *kv = &l->a.layout;
-    uint64_t main = kn_compress_state_bytes(kv->ratio, DIM),
-             index = kn_compress_state_bytes(kv->ratio, INDEX_DIM);
+    uint64_t main = kn_compress_state_bytes(kv->ratio, DIM, 0),
+             index = kn_compress_state_bytes(kv->ratio, INDEX_DIM, 0);
+    kv->ring = WINDOW;
     kv->slot_main = (uint64_t)WINDOW * kv->row_bytes;
     kv->slot_index = kv->slot_main + main;
     l->slot_bytes = kv->slot_index + index;
@@ -405,7 +407,7 @@ static void check_attention(rig *r, const far_layer *l, const uint8_t *window, u
 static long double far_pooled(const far_layer *l, const float *state, const float *kv, const float *score,
                               uint32_t i)
 {
-    uint32_t ratio = l->a.layout.ratio, span = kn_compress_span(ratio), n_term = span;
+    uint32_t ratio = l->a.layout.ratio, span = kn_compress_span(ratio, 0), n_term = span;
     uint64_t width = l->main_width;
     long double value[KN_PAGE_TOKENS], weight[KN_PAGE_TOKENS], top = -INFINITY, sum = 0, den = 0;
     for (uint32_t t = 0; t < n_term; t++) {
@@ -532,7 +534,7 @@ static void check_against_definition(rig *r, uint32_t ratio)
 {
     far_layer l = layer_open(r, ratio);
     uint64_t n_window = (uint64_t)WINDOW * l.a.layout.row_bytes,
-             n_state = kn_compress_state_bytes(ratio, DIM),
+             n_state = kn_compress_state_bytes(ratio, DIM, 0),
              iq_row = (uint64_t)INDEX_HEADS * kn_index_row_bytes(INDEX_DIM);
     uint8_t *window = cm_alloc(n_window);
     float *state = cm_alloc(n_state);

@@ -1,0 +1,189 @@
+/* Clients: each has one request, asks until it has its whole answer, and compares every token with the
+ * answer computed alone. A client whose gateway died, or that was told why it failed, asks again for the
+ * rest. */
+#include "tests/sim/sim.h"
+
+enum { CLIENT_RETRY_MS = 200 };
+
+static void client_ask(sim *s, void *arg, uint64_t tag);
+
+static void client_ask_later(sim *s, sim_request *r)
+{
+    r->state = SIM_ASKING;
+    r->gateway = NULL;
+    r->stream = NULL;
+    sim_at(s, s->now_us + sim_between(s, SIM_TIMES, 50, CLIENT_RETRY_MS) * SIM_MS, client_ask, r, 0);
+}
+
+/* A gateway that answers the door. */
+static sim_proc *client_gateway(sim *s)
+{
+    sim_proc *found[SIM_HOSTS_MAX];
+    uint32_t n = 0;
+    for (uint32_t host = 0; host < s->n_host; host++) {
+        sim_proc *proc = s->hosts[host].proc;
+        if (s->hosts[host].role == SIM_GATEWAY && proc != NULL && proc->alive &&
+            s->now_us >= proc->paused_until_us) {
+            found[n++] = proc;
+        }
+    }
+    return n > 0 ? found[sim_below(s, SIM_TIMES, n)] : NULL;
+}
+
+static void client_give_up(sim *s, sim_request *r, uint64_t *count, const char *why)
+{
+    sim_trace(s, NULL, "request %u: %s", r->id, why);
+    r->state = SIM_GONE;
+    (*count)++;
+}
+
+static void client_ask(sim *s, void *arg, uint64_t tag)
+{
+    sim_request *r = arg;
+    (void)tag;
+    if (r->state != SIM_ASKING) {
+        return;
+    }
+    if (s->now_us >= r->deadline_us) {
+        client_give_up(s, r, &s->counts.expired, "its deadline passed");
+        return;
+    }
+    sim_proc *gateway = client_gateway(s);
+    r->n_try++;
+    s->counts.resumed += r->n_got > 0;
+    if (gateway == NULL || !sim_gateway_open(s, gateway, r)) {
+        client_ask_later(s, r);
+        return;
+    }
+    sim_trace(s, gateway, "takes request %u, %u of %u tokens there", r->id, r->n_got, r->n_want);
+    if (r->state == SIM_ASKING) {
+        r->state = SIM_OPEN;
+        r->gateway = gateway;
+    }
+}
+
+static void client_cancel(sim *s, void *arg, uint64_t tag)
+{
+    sim_request *r = arg;
+    sim_proc *gateway = r->gateway;
+    if (r->state == SIM_OPEN && sim_put_off(s, gateway, client_cancel, arg, tag)) {
+        return;
+    }
+    if (r->state == SIM_OPEN || r->state == SIM_ASKING) {
+        bool open = r->state == SIM_OPEN;
+        client_give_up(s, r, &s->counts.cancelled, "its client goes away");
+        if (open) {
+            sim_gateway_cancel(s, gateway, r);
+        }
+    }
+}
+
+/* ---- answers ---- */
+
+void sim_client_tokens(sim *s, sim_request *r, uint64_t offset, const uint32_t *ids, uint32_t n)
+{
+    if (offset != r->n_got) {
+        sim_fail(s, "request %u got tokens at offset %llu after %u", r->id, (unsigned long long)offset,
+                 r->n_got);
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        if (r->n_got >= r->n_want || ids[i] != r->want[r->n_got]) {
+            sim_fail(s, "request %u: token %u is %u, undisturbed it is %d", r->id, r->n_got, ids[i],
+                     r->n_got < r->n_want ? (int)r->want[r->n_got] : -1);
+        }
+        r->got[r->n_got++] = ids[i];
+        s->counts.tokens++;
+    }
+    sim_trace(s, NULL, "request %u has %u of %u tokens", r->id, r->n_got, r->n_want);
+}
+
+void sim_client_end(sim *s, sim_request *r, rt_seq_end end)
+{
+    if (r->n_got != r->n_want || end != r->want_end) {
+        sim_fail(s, "request %u ended (%d) after %u tokens, undisturbed (%d) after %u", r->id, (int)end,
+                 r->n_got, (int)r->want_end, r->n_want);
+    }
+    r->state = SIM_DONE;
+    s->counts.done++;
+    sim_trace(s, NULL, "request %u is done", r->id);
+}
+
+void sim_client_failed(sim *s, sim_request *r, cm_status status, const char *text)
+{
+    sim_trace(s, NULL, "request %u is told: %s: %s", r->id, cm_status_text(status), text);
+    if (status == CM_E_DEADLINE && r->deadline_us != SIM_NEVER) {
+        if (s->now_us + SIM_MS < r->deadline_us) { /* a millisecond: what is left is rounded down */
+            sim_fail(s, "request %u was told of its deadline too early", r->id);
+        }
+        client_give_up(s, r, &s->counts.expired, "its deadline passed");
+        return;
+    }
+    if (status != CM_E_UNAVAILABLE && status != CM_E_CAPACITY) {
+        sim_fail(s, "request %u failed: %s: %s", r->id, cm_status_name(status), text);
+    }
+    s->counts.told_busy += status == CM_E_CAPACITY;
+    s->counts.told_unavailable += status == CM_E_UNAVAILABLE;
+    client_ask_later(s, r);
+}
+
+void sim_client_lost(sim *s, sim_request *r)
+{
+    if (r->state == SIM_OPEN) {
+        client_ask_later(s, r);
+    }
+}
+
+bool sim_clients_finished(const sim *s)
+{
+    for (uint32_t i = 0; i < s->shape.n_request; i++) {
+        if (s->requests[i].state == SIM_ASKING || s->requests[i].state == SIM_OPEN) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* ---- what is asked ---- */
+
+static void request_draw(sim *s, sim_request *r, uint32_t id)
+{
+    rt_sampler *sampler = &r->sampler;
+    r->id = id;
+    r->n_prompt = sim_between(s, SIM_WORK, 1, 24);
+    for (uint32_t i = 0; i < r->n_prompt; i++) {
+        r->prompt[i] = sim_below(s, SIM_WORK, SIM_VOCAB);
+    }
+    sampler->seed = sim_draw(s, SIM_WORK);
+    sampler->top_p = 1;
+    sampler->tokens_max = sim_between(s, SIM_WORK, 1, SIM_CONTEXT - 28);
+    sampler->tokens_min = sim_below(s, SIM_WORK, 4);
+    if (sampler->tokens_min > sampler->tokens_max) {
+        sampler->tokens_min = sampler->tokens_max;
+    }
+    sampler->n_stop = sim_below(s, SIM_WORK, SIM_STOPS_MAX + 1);
+    for (uint32_t i = 0; i < sampler->n_stop; i++) {
+        sampler->stop[i] = (sim_below(s, SIM_WORK, SIM_VOCAB / SIM_STOPS_MAX) * SIM_STOPS_MAX) + i;
+    }
+    sim_model_answer(&s->shape, r->prompt, r->n_prompt, sampler, r->want, &r->n_want, &r->want_end);
+    r->start_us = s->now_us + sim_below(s, SIM_WORK, (uint32_t)(s->shape.storm_us / SIM_MS)) * SIM_MS;
+    r->cancel_us = r->deadline_us = SIM_NEVER;
+    if (sim_strikes(s, SIM_FAULT_client_cancels)) {
+        r->cancel_us = r->start_us + sim_below(s, SIM_WORK, 3000000);
+    }
+    if (sim_strikes(s, SIM_FAULT_client_deadline)) {
+        r->deadline_us = r->start_us + sim_between(s, SIM_WORK, 1, 4000) * SIM_MS;
+    }
+}
+
+void sim_clients_start(sim *s)
+{
+    s->requests = cm_alloc(sizeof(sim_request) * s->shape.n_request);
+    for (uint32_t i = 0; i < s->shape.n_request; i++) {
+        sim_request *r = &s->requests[i];
+        request_draw(s, r, i);
+        sim_at(s, r->start_us, client_ask, r, 0);
+        if (r->cancel_us != SIM_NEVER) {
+            sim_at(s, r->cancel_us, client_cancel, r, 0);
+        }
+    }
+}

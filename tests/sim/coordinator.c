@@ -1,0 +1,373 @@
+/* The coordinator's process: its machine, sessions, and a disk that may be slow, fail, or leave it unsure. */
+#include <string.h>
+
+#include "coordinator/answers.h"
+#include "coordinator/co_core.h"
+#include "proto/pack.h"
+#include "tests/sim/sim.h"
+
+enum { COORDINATOR_WRITES_MAX = 64 };
+
+typedef struct session {
+    LIST_ENTRY(session) link;
+    sim_end *end;
+    bool finished; /* by us: what still arrives is not heard */
+} session;
+
+typedef struct disk_write {
+    uint64_t ticket, number;
+    uint32_t member_id;
+    co_epoch *epoch; /* held; may be NULL */
+} disk_write;
+
+typedef struct coordinator {
+    co_core *core;
+    LIST_HEAD(, session) sessions;
+    disk_write writes[COORDINATOR_WRITES_MAX]; /* in order; the first is being done */
+    uint32_t n_write;
+    cm_arena arena;
+    cm_bytes packed;
+    uint64_t n_step;
+} coordinator;
+
+static void coordinator_step(sim *s, sim_proc *proc, const co_in *in);
+
+/* ---- disk ---- */
+
+static void disk_store(sim *s, const disk_write *w)
+{
+    s->disk.next_member_id = w->member_id;
+    s->disk.next_number = w->number;
+    if (w->epoch != NULL) {
+        cm_free(s->disk.epoch);
+        s->disk.epoch = cm_alloc(w->epoch->packed.len);
+        memcpy(s->disk.epoch, w->epoch->packed.data, w->epoch->packed.len);
+        s->disk.n_bytes = w->epoch->packed.len;
+        sim_check_stored(s, w->epoch->message->cluster, w->epoch->number, w->epoch->packed.data,
+                         w->epoch->packed.len, w->epoch->placement);
+    }
+}
+
+static void disk_done(sim *s, void *arg, uint64_t tag);
+
+static void disk_begin(sim *s, sim_proc *proc)
+{
+    uint64_t us = sim_between(s, SIM_TIMES, 100, 8000);
+    if (sim_strikes(s, SIM_FAULT_disk_slow)) {
+        us += sim_between(s, SIM_TIMES, 100, 6000) * SIM_MS;
+    }
+    sim_at(s, s->now_us + us, disk_done, proc, 0);
+}
+
+static void disk_done(sim *s, void *arg, uint64_t tag)
+{
+    sim_proc *proc = arg;
+    coordinator *c = proc->state;
+    if (!proc->alive || sim_put_off(s, proc, disk_done, arg, tag)) {
+        return;
+    }
+    disk_write w = c->writes[0];
+    memmove(c->writes, c->writes + 1, sizeof(w) * --c->n_write);
+    bool unsure = sim_strikes(s, SIM_FAULT_disk_unsure);
+    bool fails = unsure || sim_strikes(s, SIM_FAULT_disk_fails);
+    if (!fails || unsure) {
+        disk_store(s, &w);
+    }
+    if (c->n_write > 0) {
+        disk_begin(s, proc);
+    }
+    if (fails) {
+        sim_trace(s, proc, "a write fails%s", unsure ? ", or so it seems" : "");
+    }
+    co_in in = {.kind = CO_IN_STORED,
+                .ticket = w.ticket,
+                .status = fails ? CM_E_IO : CM_OK,
+                .text = fails ? "the disk fails" : ""};
+    coordinator_step(s, proc, &in);
+    co_epoch_release(w.epoch);
+    sim_go(s, proc);
+}
+
+static void disk_refused(sim *s, void *arg, uint64_t ticket)
+{
+    sim_proc *proc = arg;
+    if (proc->alive && !sim_put_off(s, proc, disk_refused, arg, ticket)) {
+        coordinator_step(s, proc,
+                         &(co_in){.kind = CO_IN_STORED,
+                                  .ticket = ticket,
+                                  .status = CM_E_CAPACITY,
+                                  .text = "too many writes wait for the disk"});
+        sim_go(s, proc);
+    }
+}
+
+static void disk_write_later(sim *s, sim_proc *proc, const co_out *out)
+{
+    coordinator *c = proc->state;
+    if (c->n_write == COORDINATOR_WRITES_MAX) {
+        sim_at(s, s->now_us, disk_refused, proc, out->ticket);
+        return;
+    }
+    c->writes[c->n_write++] = (disk_write){out->ticket, out->number, out->member_id,
+                                           out->epoch != NULL ? co_epoch_hold(out->epoch) : NULL};
+    if (c->n_write == 1) {
+        disk_begin(s, proc);
+    }
+}
+
+/* ---- sessions ---- */
+
+static session *session_find(coordinator *c, uint64_t number)
+{
+    session *at;
+    LIST_FOREACH (at, &c->sessions, link) {
+        if (at->end->number == number) {
+            return at;
+        }
+    }
+    return NULL;
+}
+
+static void session_forget(sim *s, sim_proc *proc, session *at)
+{
+    uint64_t number = at->end->number;
+    LIST_REMOVE(at, link);
+    cm_free(at);
+    coordinator_step(s, proc, &(co_in){.kind = CO_IN_CLOSED, .session = number});
+}
+
+/* A session we ended is reported as closed a little later, as every call is. */
+static void session_closed(sim *s, void *arg, uint64_t number)
+{
+    sim_proc *proc = arg;
+    if (!proc->alive || sim_put_off(s, proc, session_closed, arg, number)) {
+        return;
+    }
+    session *at = session_find(proc->state, number);
+    if (at != NULL) {
+        session_forget(s, proc, at);
+        sim_go(s, proc);
+    }
+}
+
+static void session_finish(sim *s, sim_proc *proc, session *at)
+{
+    if (!at->finished) {
+        at->finished = true;
+        sim_disconnect(s, at->end);
+        sim_at(s, s->now_us, session_closed, proc, at->end->number);
+    }
+}
+
+/* ---- what the machine asks for ---- */
+
+static void deliver_word(sim *s, sim_proc *proc, const co_out *out)
+{
+    static const char *const names[] = {"welcome", "refused", "prepare", "abort",
+                                        "commit",  "retire",  "close"};
+    coordinator *c = proc->state;
+    session *at = session_find(c, out->session);
+    if (at == NULL || at->finished) {
+        return;
+    }
+    sim_trace(s, proc, "%s %llu to %s %s", names[out->kind],
+              (unsigned long long)(out->epoch != NULL ? out->epoch->number
+                                   : out->number != 0 ? out->number
+                                                      : out->member_id),
+              at->end->link != NULL ? "a member" : "", out->text);
+    cm_bytes_clear(&c->packed);
+    if (co_answer_word(out, co_core_cluster(c->core), (uint32_t)s->shape.heartbeat_ms,
+                       (uint32_t)s->shape.lease_ms, &c->packed)) {
+        cm_status status = sim_send(s, at->end, 0, NULL, 0, c->packed.data, c->packed.len, NULL);
+        (void)status; /* a link that is down is told to be so */
+    }
+    if (out->kind == CO_OUT_CLOSE || out->kind == CO_OUT_REFUSED) {
+        session_finish(s, proc, at);
+    }
+}
+
+static void coordinator_deliver(sim *s, sim_proc *proc)
+{
+    coordinator *c = proc->state;
+    uint32_t n;
+    const co_out *outs = co_core_outbox(c->core, &n);
+    for (uint32_t i = 0; i < n; i++) {
+        const co_out *out = &outs[i];
+        if (out->kind == CO_OUT_COMMIT) {
+            sim_check_commit(s, out->epoch->message->cluster, out->epoch->number, out->epoch->packed.data,
+                             out->epoch->packed.len, out->epoch->placement);
+        }
+        s->counts.aborts += out->kind == CO_OUT_ABORT;
+        if (out->kind == CO_OUT_NOTE) {
+            sim_trace(s, proc, "notes: %s", out->text);
+        } else if (out->kind == CO_OUT_STORE) {
+            disk_write_later(s, proc, out);
+        } else {
+            deliver_word(s, proc, out);
+        }
+    }
+}
+
+static void coordinator_step(sim *s, sim_proc *proc, const co_in *in)
+{
+    coordinator *c = proc->state;
+    co_core_step(c->core, sim_ms(s), in, in != NULL ? 1 : 0);
+    c->n_step++;
+    coordinator_deliver(s, proc);
+    if (co_core_n_members(c->core) > SIM_HOSTS_MAX * 4) {
+        sim_fail(s, "%u members", co_core_n_members(c->core));
+    }
+}
+
+/* ---- the process ---- */
+
+static void coordinator_up(sim *s, sim_proc *proc, sim_end *end)
+{
+    coordinator *c = proc->state;
+    session *at = cm_alloc(sizeof(*at));
+    (void)s;
+    at->end = end;
+    LIST_INSERT_HEAD(&c->sessions, at, link);
+}
+
+static void coordinator_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
+{
+    session *at = session_find(proc->state, end->number);
+    (void)status;
+    if (at != NULL) {
+        session_forget(s, proc, at);
+    }
+}
+
+static void coordinator_message(sim *s, sim_proc *proc, sim_end *end, const sim_message *message)
+{
+    coordinator *c = proc->state;
+    session *at = session_find(c, end->number);
+    ProtobufCMessage *word;
+    if (at == NULL || at->finished) {
+        return;
+    }
+    cm_arena_reset(&c->arena);
+    if (pr_unpack(&baleen__control__v1__member_message__descriptor, message->data, message->n_bytes,
+                  &c->arena, &word) != CM_OK) {
+        sim_fail(s, "the coordinator cannot read a member's word");
+    }
+    coordinator_step(s, proc,
+                     &(co_in){.kind = CO_IN_WORD,
+                              .session = end->number,
+                              .word = (const Baleen__Control__V1__MemberMessage *)word});
+}
+
+static void coordinator_sent(sim *s, sim_proc *proc, void *cookie)
+{
+    (void)s;
+    (void)proc;
+    (void)cookie;
+}
+
+static uint64_t coordinator_pump(sim *s, sim_proc *proc)
+{
+    coordinator *c = proc->state;
+    uint64_t now_ms = sim_ms(s), wake_ms = co_core_wake_ms(c->core);
+    if (wake_ms <= now_ms) {
+        coordinator_step(s, proc, NULL);
+        wake_ms = co_core_wake_ms(c->core);
+    }
+    uint64_t beat_ms = now_ms + s->shape.heartbeat_ms;
+    return (wake_ms < beat_ms ? wake_ms : beat_ms) * SIM_MS;
+}
+
+static net_identity coordinator_identity(const sim_proc *proc)
+{
+    (void)proc;
+    return (net_identity){0};
+}
+
+static void coordinator_end(sim *s, sim_proc *proc)
+{
+    coordinator *c = proc->state;
+    session *at;
+    /* the write under way may have made it; those behind it have not */
+    if (c->n_write > 0 && sim_below(s, SIM_TIMES, 2) == 0) {
+        disk_store(s, &c->writes[0]);
+    }
+    for (uint32_t i = 0; i < c->n_write; i++) {
+        co_epoch_release(c->writes[i].epoch);
+    }
+    while ((at = LIST_FIRST(&c->sessions)) != NULL) {
+        LIST_REMOVE(at, link);
+        cm_free(at);
+    }
+    co_core_destroy(c->core);
+    cm_arena_fini(&c->arena);
+    cm_bytes_fini(&c->packed);
+    cm_free(c);
+}
+
+static const sim_ops coordinator_ops = {.up = coordinator_up,
+                                        .down = coordinator_down,
+                                        .message = coordinator_message,
+                                        .sent = coordinator_sent,
+                                        .pump = coordinator_pump,
+                                        .identity = coordinator_identity,
+                                        .end = coordinator_end};
+
+void sim_coordinator_start(sim *s, sim_proc *proc)
+{
+    coordinator *c = cm_alloc(sizeof(*c));
+    proc->ops = &coordinator_ops;
+    proc->state = c;
+    LIST_INIT(&c->sessions);
+    cm_arena_init(&c->arena, "sim word", 16 << 10, 4 << 20);
+    cm_bytes_init(&c->packed, 0);
+    co_epoch *epoch = NULL;
+    cm_error err = {0};
+    if (sim_strikes(s, SIM_FAULT_log_lost)) {
+        cm_free(s->disk.epoch);
+        s->disk.epoch = NULL;
+        s->disk.cluster = sim_mix(s->disk.cluster, proc->id) | 1;
+        s->disk.next_number = s->disk.next_member_id = 1;
+        sim_trace(s, proc, "begins a new cluster");
+    }
+    if (s->disk.epoch != NULL && co_epoch_unpack(s->disk.epoch, s->disk.n_bytes, &epoch, &err) != CM_OK) {
+        sim_fail(s, "the log cannot be read: %s", err.text);
+    }
+    co_core_options options = {.workers_min = s->shape.workers_min,
+                               .members_max = SIM_HOSTS_MAX * 4,
+                               .lease_ms = s->shape.lease_ms,
+                               .grace_ms = s->shape.grace_ms,
+                               .fingerprint = ""};
+    co_core_past past = {.cluster = s->disk.cluster,
+                         .next_member_id = s->disk.next_member_id,
+                         .next_number = s->disk.next_number,
+                         .epoch = epoch};
+    c->core = co_core_create(&options, &past, sim_ms(s));
+    co_epoch_release(epoch);
+}
+
+bool sim_coordinator_rests(const sim *s, const sim_proc *proc, char *why, size_t cap)
+{
+    const coordinator *c = proc->state;
+    char text[256];
+    (void)s;
+    if (co_core_change(c->core, text)) {
+        snprintf(why, cap, "change under way: %s", text);
+        return false;
+    }
+    const co_epoch *epoch = co_core_epoch(c->core);
+    if (epoch == NULL) {
+        snprintf(why, cap, "no epoch in force");
+        return false;
+    }
+    for (uint32_t i = 0; i < co_core_n_members(c->core); i++) {
+        co_member_view view;
+        co_core_member(c->core, i, &view);
+        if (view.state != CO_MEMBER_READY || view.epoch != epoch->number) {
+            snprintf(why, cap, "member %u is %s in epoch %llu of %llu", view.self->id,
+                     co_member_state_name(view.state), (unsigned long long)view.epoch,
+                     (unsigned long long)epoch->number);
+            return false;
+        }
+    }
+    return c->n_write == 0;
+}

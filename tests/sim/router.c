@@ -1,0 +1,653 @@
+/* A router's process: session, scheduler, layers through the exchange's machine, KV pages, links to gateways.
+ * The step is the engine's: attention through the pages, gate, experts, the next layer, at the end a token.
+ */
+#include <string.h>
+
+#include "common/base/assert.h"
+#include "proto/engine.pb-c.h"
+#include "proto/messages.h"
+#include "proto/pack.h"
+#include "router/engine/exchange_core.h"
+#include "tests/sim/sim.h"
+
+enum { ROUTER_GATEWAYS = 8, ROUTER_WORDS_MAX = 1024, ROUTER_TEXT_BYTES = 96 };
+
+/* One step under way: rows of all segments, layer by layer. */
+typedef struct pass {
+    bool busy;
+    rt_step step;
+    uint32_t layer;
+    bool exchanging;
+    uint64_t compute_until_us;
+    uint64_t *hidden; /* [row_max] */
+    uint8_t *codes, *scales;
+    int32_t *experts;
+    float *weights;
+    uint16_t *results;
+    rt_step_result *tokens; /* [slot_max] */
+} pass;
+
+typedef struct gateway_link {
+    sim_end *end; /* NULL: free */
+    uint64_t owner;
+    rt_word *words; /* [ROUTER_WORDS_MAX] not sent yet */
+    char (*texts)[ROUTER_TEXT_BYTES];
+    uint32_t n_word;
+} gateway_link;
+
+typedef struct router {
+    sim_member member;
+    rt_sched *sched;
+    rt_xcore *exchange;
+    uint8_t *staging;
+    uint64_t *kv; /* [page_max][page_tokens][n_layer] */
+    pass pass;
+    bool resting; /* workers were told that nothing comes */
+    gateway_link gateways[ROUTER_GATEWAYS];
+    uint64_t next_owner;
+    cm_arena arena;
+    cm_bytes packed;
+    bool draining;
+    sim_followed followed;
+    sim_asked asked[SIM_ASKED_MAX]; /* by exchange */
+} router;
+
+#define ROUTER_STAGED ((void *)1) /* cookie of frames that stand in staging */
+
+/* ---- words to gateways ---- */
+
+static void router_word(void *ctx, const rt_word *word)
+{
+    router *r = ctx;
+    for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
+        gateway_link *link = &r->gateways[i];
+        if (link->end != NULL && link->owner == word->key.owner) {
+            CM_ASSERT(link->n_word < ROUTER_WORDS_MAX);
+            snprintf(link->texts[link->n_word], ROUTER_TEXT_BYTES, "%s",
+                     word->text != NULL ? word->text : "");
+            link->words[link->n_word++] = *word;
+        }
+    }
+}
+
+static void router_fill(gateway_link *link, uint32_t i, Baleen__Engine__V1__SeqTokens *seq)
+{
+    rt_word *word = &link->words[i];
+    baleen__engine__v1__seq_tokens__init(seq);
+    seq->stream = word->key.stream;
+    seq->has_offset = seq->has_end = true;
+    seq->offset = word->offset;
+    seq->n_id = word->has_token ? 1 : 0;
+    seq->id = &word->token;
+    seq->end = (Baleen__Engine__V1__SeqEnd)word->end;
+    seq->has_stop_id = word->end == RT_END_STOP;
+    seq->stop_id = word->stop_id;
+    seq->has_status = word->end == RT_END_FAILED;
+    seq->status = word->status;
+    seq->text = link->texts[i];
+}
+
+static void router_flush(sim *s, router *r)
+{
+    for (uint32_t g = 0; g < ROUTER_GATEWAYS; g++) {
+        gateway_link *link = &r->gateways[g];
+        if (link->end == NULL || link->n_word == 0) {
+            continue;
+        }
+        Baleen__Engine__V1__StepTokens message = BALEEN__ENGINE__V1__STEP_TOKENS__INIT;
+        Baleen__Engine__V1__SeqTokens seqs[ROUTER_WORDS_MAX], *pointers[ROUTER_WORDS_MAX];
+        for (uint32_t i = 0; i < link->n_word; i++) {
+            router_fill(link, i, &seqs[i]);
+            pointers[i] = &seqs[i];
+        }
+        message.step = r->pass.step.number;
+        message.n_seq = link->n_word;
+        message.seq = pointers;
+        cm_bytes_clear(&r->packed);
+        pr_pack(&message.base, &r->packed);
+        if (sim_send(s, link->end, PR_MSG_STEP_TOKENS, NULL, 0, r->packed.data, r->packed.len, NULL) ==
+            CM_OK) {
+            link->n_word = 0; /* else they go with the next flush */
+        }
+    }
+}
+
+static gateway_link *router_gateway(router *r, const sim_end *end)
+{
+    for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
+        if (r->gateways[i].end == end) {
+            return &r->gateways[i];
+        }
+    }
+    return NULL;
+}
+
+static rt_seq_request router_request(const gateway_link *link, const Baleen__Engine__V1__SeqOpen *open,
+                                     uint64_t now_ms)
+{
+    const Baleen__Engine__V1__SamplerParams *from = open->sampler;
+    rt_seq_request request = {
+        .key = {link->owner, open->stream},
+        .prompt = open->prompt,
+        .n_prompt = (uint32_t)open->n_prompt,
+        .emitted = open->emitted,
+        .n_emitted = (uint32_t)open->n_emitted,
+        .sampler = {.seed = from->seed,
+                    .top_p = 1,
+                    .tokens_max = from->tokens_max,
+                    .tokens_min = from->tokens_min,
+                    .n_stop = (uint32_t)from->n_stop_id},
+        .deadline_ms = open->has_deadline_ms ? now_ms + open->deadline_ms : UINT64_MAX,
+    };
+    memcpy(request.sampler.stop, from->stop_id, sizeof(uint32_t) * from->n_stop_id);
+    return request;
+}
+
+static void router_open(sim *s, router *r, gateway_link *link, const sim_message *m)
+{
+    ProtobufCMessage *message;
+    cm_error err = {0};
+    cm_arena_reset(&r->arena);
+    if (pr_unpack(&baleen__engine__v1__seq_open__descriptor, m->data, m->n_bytes, &r->arena, &message) !=
+        CM_OK) {
+        sim_fail(s, "a SeqOpen cannot be read");
+    }
+    rt_seq_request request = router_request(link, (Baleen__Engine__V1__SeqOpen *)message, sim_ms(s));
+    rt_word word = {.key = request.key, .offset = request.n_emitted, .end = RT_GOING_ON};
+    cm_status status = rt_sched_open(r->sched, sim_ms(s), &request, &err);
+    if (status != CM_OK) {
+        word.end = RT_END_FAILED;
+        word.status = status;
+        word.text = err.text;
+    }
+    router_word(r, &word);
+}
+
+static void router_cancel(sim *s, router *r, const gateway_link *link, const sim_message *m)
+{
+    ProtobufCMessage *message;
+    cm_arena_reset(&r->arena);
+    if (pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, m->data, m->n_bytes, &r->arena, &message) !=
+        CM_OK) {
+        sim_fail(s, "a SeqCancel cannot be read");
+    }
+    const Baleen__Engine__V1__SeqCancel *cancel = (const Baleen__Engine__V1__SeqCancel *)message;
+    for (size_t i = 0; i < cancel->n_stream; i++) {
+        rt_sched_cancel(r->sched, (rt_seq_key){link->owner, cancel->stream[i]});
+    }
+}
+
+/* ---- a step ---- */
+
+static uint64_t *router_kv(sim *s, router *r, const rt_step_seg *seg, uint32_t position, uint32_t layer)
+{
+    uint32_t per_page = s->shape.page_tokens;
+    if (position / per_page >= seg->n_page || seg->pages[position / per_page] >= s->shape.page_max) {
+        sim_fail(s, "position %u has no page", position);
+    }
+    size_t row = (size_t)seg->pages[position / per_page] * per_page + position % per_page;
+    return &r->kv[row * s->shape.n_layer + layer];
+}
+
+/* Attention and gate of all rows; then their experts are asked. */
+static void pass_begin_layer(sim *s, router *r)
+{
+    pass *p = &r->pass;
+    uint32_t row = 0, topk = s->shape.topk;
+    for (uint32_t i = 0; i < p->step.n_seg; i++) {
+        const rt_step_seg *seg = &p->step.segs[i];
+        for (uint32_t k = 0; k < seg->n_row; k++, row++) {
+            uint32_t position = seg->pos0 + k;
+            uint64_t before = position > 0 ? *router_kv(s, r, seg, position - 1, p->layer) : 0;
+            sim_expert_choice choice;
+            p->hidden[row] =
+                sim_model_attend(p->hidden[row], before, p->layer, router_kv(s, r, seg, position, p->layer));
+            sim_model_row(p->hidden[row], p->codes + (size_t)row * SIM_D, p->scales + row);
+            sim_model_gate(&s->shape, p->hidden[row], p->layer, &choice);
+            memcpy(p->experts + (size_t)row * topk, choice.expert, sizeof(int32_t) * topk);
+            memcpy(p->weights + (size_t)row * topk, choice.weight, sizeof(float) * topk);
+        }
+    }
+    memset(p->results, 0, sizeof(uint16_t) * p->step.n_row * topk * SIM_D);
+    p->exchanging = true;
+    s->counts.exchanges++;
+    rt_xcore_begin(r->exchange, &(rt_xcore_layer){.step = p->step.number,
+                                                  .layer = p->layer,
+                                                  .n_row = p->step.n_row,
+                                                  .experts = p->experts,
+                                                  .weights = p->weights,
+                                                  .codes = p->codes,
+                                                  .scales = p->scales,
+                                                  .results = p->results});
+}
+
+static void pass_begin(sim *s, router *r)
+{
+    pass *p = &r->pass;
+    uint32_t row = 0;
+    for (uint32_t i = 0; i < p->step.n_seg; i++) {
+        for (uint32_t k = 0; k < p->step.segs[i].n_row; k++) {
+            p->hidden[row++] = sim_model_embed(p->step.segs[i].tokens[k]);
+        }
+    }
+    p->busy = true;
+    p->layer = 0;
+    p->exchanging = false;
+    p->compute_until_us = s->now_us + sim_between(s, SIM_TIMES, 20, 400);
+    s->counts.steps++;
+}
+
+/* Tokens as an engine draws them: one after another while the guess before was right; then guesses, seldom
+ * right ones, of what follows. first: the segment's row in the step. */
+static void pass_draw(sim *s, const pass *p, const rt_step_seg *seg, uint32_t first, rt_step_result *out)
+{
+    const uint32_t *guesses = seg->tokens + seg->n_row - seg->n_draft;
+    *out = (rt_step_result){.n_draft = seg->draft_want};
+    do {
+        uint32_t i = out->n_token++, row = seg->n_row - seg->n_draft - 1 + i;
+        out->tokens[i] = sim_model_token(p->hidden[first + row], seg->sampler->seed, seg->pos0 + row + 1,
+                                         seg->sampler, seg->stop_wait <= i);
+    } while (out->n_token <= seg->n_draft && guesses[out->n_token - 1] == out->tokens[out->n_token - 1]);
+    for (uint32_t i = 0; i < out->n_draft; i++) {
+        out->drafts[i] = sim_below(s, SIM_TIMES, SIM_VOCAB);
+    }
+}
+
+static void pass_end(sim *s, router *r)
+{
+    pass *p = &r->pass;
+    uint32_t row = 0, n = 0;
+    for (uint32_t i = 0; i < p->step.n_seg; i++) {
+        const rt_step_seg *seg = &p->step.segs[i];
+        if (seg->sample) {
+            pass_draw(s, p, seg, row, &p->tokens[n++]);
+        }
+        row += seg->n_row;
+    }
+    p->busy = false;
+    rt_sched_complete(r->sched, sim_ms(s), 0, p->tokens, router_word, r);
+}
+
+static void pass_layer_done(sim *s, sim_proc *proc, cm_status status, uint32_t expert)
+{
+    router *r = proc->state;
+    pass *p = &r->pass;
+    p->exchanging = false;
+    if (status != CM_OK) {
+        sim_trace(s, proc, "step %llu failed: layer %u expert %u: %s", (unsigned long long)p->step.number,
+                  p->layer, expert, cm_status_text(status));
+        p->busy = false;
+        rt_sched_fail_step(r->sched, sim_ms(s), CM_E_UNAVAILABLE, "experts are not available", router_word,
+                           r);
+        return;
+    }
+    for (uint32_t row = 0; row < p->step.n_row; row++) {
+        p->hidden[row] = sim_model_combine(p->hidden[row], p->results + (size_t)row * s->shape.topk * SIM_D,
+                                           s->shape.topk);
+    }
+    p->compute_until_us = s->now_us + sim_between(s, SIM_TIMES, 20, 400);
+    if (++p->layer == s->shape.n_layer) {
+        pass_end(s, r);
+    }
+}
+
+/* ---- the exchange's wishes ---- */
+
+static void router_chores(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    rt_xact act;
+    while (rt_xcore_chore(r->exchange, sim_ms(s), &act)) {
+        if (act.kind == RT_XACT_DISCONNECT) {
+            sim_disconnect(s, act.handle);
+        } else if (act.kind == RT_XACT_REPORT) {
+            rt_xlink link = rt_xcore_link(r->exchange, act.rank);
+            sim_trace(s, proc, "lost worker %u: %s", link.member_id, cm_status_text(act.status));
+            pc_mcore_report(r->member.core, link.member_id, act.status);
+            sim_member_act(s, proc, &r->member);
+        } else if (act.kind == RT_XACT_CONNECT) {
+            rt_xlink link = rt_xcore_link(r->exchange, act.rank);
+            net_identity self = {rt_xcore_epoch(r->exchange)->cluster, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
+                                 rt_xcore_self(r->exchange)};
+            rt_xcore_connecting(r->exchange, sim_ms(s), act.rank,
+                                sim_connect(s, proc, SIM_ROWS, link.address, &self));
+        }
+    }
+}
+
+static void router_send(sim *s, sim_proc *proc, const rt_xact *act)
+{
+    router *r = proc->state;
+    pr_dispatch header;
+    uint8_t *payload = r->staging + act->staged_at;
+    rt_xcore_pack(r->exchange, act->part, &header, payload);
+    cm_status status = sim_send(s, act->handle, PR_MSG_DISPATCH, &header, sizeof(header), payload,
+                                rt_xcore_payload_bytes(r->exchange, act->part), ROUTER_STAGED);
+    sim_trace(s, proc, "asks exchange %u of step %llu layer %u epoch %llu: %u slots of rank %u: %s",
+              header.head.exchange, (unsigned long long)header.head.step, header.head.layer,
+              (unsigned long long)header.head.epoch, header.n_slot, act->rank, cm_status_text(status));
+    r->asked[header.head.exchange % SIM_ASKED_MAX] = (sim_asked){.end = act->handle, .head = header.head};
+    rt_xcore_sent(r->exchange, status);
+}
+
+/* As far as the layer goes now; when it wants to be asked again. */
+static uint64_t router_exchange(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    for (;;) {
+        rt_xact act = rt_xcore_next(r->exchange, sim_ms(s));
+        if (act.kind == RT_XACT_SEND) {
+            router_send(s, proc, &act);
+        } else if (act.kind == RT_XACT_WAIT) {
+            return act.until_ms == UINT64_MAX ? SIM_NEVER : act.until_ms * SIM_MS;
+        } else if (act.kind == RT_XACT_DONE) {
+            pass_layer_done(s, proc, act.status, act.expert);
+            return s->now_us;
+        }
+    }
+}
+
+static void router_rest(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    const pc_epoch *epoch = rt_xcore_epoch(r->exchange);
+    r->resting = true;
+    for (uint32_t rank = 0; rank < rt_xcore_n_link(r->exchange); rank++) {
+        rt_xlink link = rt_xcore_link(r->exchange, rank);
+        pr_idle header = {{.version = PR_FRAME_VERSION,
+                           .router = rt_xcore_self(r->exchange),
+                           .cluster = epoch->cluster,
+                           .epoch = epoch->number,
+                           .step = r->pass.step.number}};
+        if (link.up) {
+            cm_status status = sim_send(s, link.handle, PR_MSG_IDLE, &header, sizeof(header), NULL, 0, NULL);
+            (void)status; /* a full queue means it is no news */
+        }
+    }
+    (void)proc;
+}
+
+/* Begins or goes on with a step; when it wants to be woken. */
+static uint64_t router_step(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    pass *p = &r->pass;
+    if (!p->busy && rt_sched_next(r->sched, sim_ms(s), &p->step)) {
+        r->resting = false;
+        pass_begin(s, r);
+    }
+    if (!p->busy) {
+        if (!r->resting) {
+            router_rest(s, proc);
+        }
+        uint64_t deadline_ms = rt_sched_next_deadline(r->sched);
+        return deadline_ms == UINT64_MAX ? SIM_NEVER : deadline_ms * SIM_MS;
+    }
+    if (!p->exchanging) {
+        if (s->now_us < p->compute_until_us) {
+            return p->compute_until_us;
+        }
+        pass_begin_layer(s, r);
+    }
+    return router_exchange(s, proc);
+}
+
+/* ---- the process ---- */
+
+static void router_finish(sim *s, void *arg, uint64_t tag)
+{
+    sim_proc *proc = arg;
+    (void)tag;
+    if (proc->alive) {
+        sim_kill(s, proc, false);
+    }
+}
+
+static void router_news(sim *s, sim_proc *proc, const pc_mout *out)
+{
+    router *r = proc->state;
+    if (out->kind == PC_MOUT_COMMIT) {
+        sim_check_followed(s, proc, out->value, &r->followed);
+        rt_xcore_offer(r->exchange, out->value, pc_mcore_id(r->member.core));
+        pc_mcore_committed(r->member.core, out->value->number);
+    } else if (out->kind == PC_MOUT_PREPARE) {
+        pc_mcore_prepared(r->member.core, out->value->number, CM_OK, NULL);
+    } else if (out->kind == PC_MOUT_REFUSED) {
+        sim_at(s, s->now_us, router_finish, proc, 0);
+    }
+}
+
+static void router_up(sim *s, sim_proc *proc, sim_end *end)
+{
+    router *r = proc->state;
+    if (end->side == 0) {
+        rt_xcore_up(r->exchange, end);
+        return;
+    }
+    gateway_link *link = router_gateway(r, NULL);
+    if (link == NULL) {
+        sim_disconnect(s, end);
+        return;
+    }
+    if (link->words == NULL) {
+        link->words = cm_alloc(sizeof(rt_word) * ROUTER_WORDS_MAX);
+        link->texts = cm_alloc(ROUTER_TEXT_BYTES * ROUTER_WORDS_MAX);
+    }
+    link->end = end;
+    link->owner = ++r->next_owner;
+    link->n_word = 0;
+}
+
+static void router_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
+{
+    router *r = proc->state;
+    if (sim_member_down(s, proc, &r->member, end)) {
+        return;
+    }
+    if (end->side == 0) {
+        rt_xcore_down(r->exchange, sim_ms(s), end, status);
+        return;
+    }
+    gateway_link *link = router_gateway(r, end);
+    if (link != NULL) {
+        rt_sched_cancel_owner(r->sched, link->owner);
+        link->end = NULL;
+    }
+}
+
+static void router_answer(sim *s, sim_proc *proc, sim_end *end, const sim_message *m)
+{
+    router *r = proc->state;
+    cm_error err = {0};
+    cm_status status =
+        m->type == PR_MSG_COMBINE
+            ? rt_xcore_combine(r->exchange, end, m->header, m->header_bytes, m->data, m->n_bytes, &err)
+            : rt_xcore_refuse(r->exchange, end, m->header, m->header_bytes, &err);
+    const pr_frame_head *head = (const pr_frame_head *)m->header;
+    if (status == CM_OK) {
+        sim_check_answer(s, proc, r->asked, end, head, r->pass.step.number, r->pass.layer,
+                         rt_xcore_epoch(r->exchange)->number);
+    }
+    sim_trace(s, proc, "%s exchange %u: %s", m->type == PR_MSG_COMBINE ? "answer to" : "refusal of",
+              head->exchange, status == CM_OK ? "taken" : err.text);
+}
+
+static void router_message(sim *s, sim_proc *proc, sim_end *end, const sim_message *m)
+{
+    router *r = proc->state;
+    gateway_link *link = router_gateway(r, end);
+    if (sim_member_message(s, proc, &r->member, end, m)) {
+        return;
+    }
+    if (m->type == PR_MSG_COMBINE || m->type == PR_MSG_REFUSE) {
+        router_answer(s, proc, end, m);
+    } else if (link != NULL && m->type == PR_MSG_SEQ_OPEN) {
+        router_open(s, r, link, m);
+    } else if (link != NULL && m->type == PR_MSG_SEQ_CANCEL) {
+        router_cancel(s, r, link, m);
+    }
+}
+
+static void router_sent(sim *s, sim_proc *proc, void *cookie)
+{
+    router *r = proc->state;
+    (void)s;
+    CM_ASSERT(cookie == ROUTER_STAGED);
+    rt_xcore_left(r->exchange);
+}
+
+static void router_check(sim *s, const sim_proc *proc)
+{
+    const router *r = proc->state;
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(r->sched, &ledger);
+    if (ledger.n_slot > s->shape.slot_max || ledger.n_page > s->shape.page_max ||
+        ledger.n_waiting > s->shape.queue_max + s->shape.slot_max) {
+        sim_fail(s, "%s holds %u slots, %u pages, %u waiting", proc->name, ledger.n_slot, ledger.n_page,
+                 ledger.n_waiting);
+    }
+}
+
+static uint64_t router_pump(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    uint64_t wake_us = sim_member_pump(s, proc, &r->member);
+    router_chores(s, proc);
+    uint64_t step_us = router_step(s, proc), chore_ms = rt_xcore_chore_ms(r->exchange);
+    rt_sched_words(r->sched, router_word, r);
+    router_flush(s, r);
+    router_check(s, proc);
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(r->sched, &ledger);
+    if (r->draining && ledger.n_seq == 0 && !r->pass.busy) {
+        r->draining = false;
+        sim_at(s, s->now_us, router_finish, proc, 0);
+    }
+    wake_us = step_us < wake_us ? step_us : wake_us;
+    return chore_ms != UINT64_MAX && chore_ms * SIM_MS < wake_us ? chore_ms * SIM_MS : wake_us;
+}
+
+static net_identity router_identity(const sim_proc *proc)
+{
+    const router *r = proc->state;
+    return (net_identity){pc_mcore_cluster(r->member.core), BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
+                          pc_mcore_id(r->member.core)};
+}
+
+static void router_no_word(void *ctx, const rt_word *word)
+{
+    (void)ctx;
+    (void)word;
+}
+
+static void router_end(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    pass *p = &r->pass;
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(r->sched, &ledger);
+    s->counts.preempted += ledger.n_preempted;
+    s->counts.retries += rt_xcore_n_retries(r->exchange);
+    if (p->busy) {
+        rt_sched_fail_step(r->sched, sim_ms(s), CM_E_CANCELLED, NULL, router_no_word, NULL);
+    }
+    for (uint64_t owner = 1; owner <= r->next_owner; owner++) {
+        rt_sched_cancel_owner(r->sched, owner);
+    }
+    for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
+        cm_free(r->gateways[i].words);
+        cm_free(r->gateways[i].texts);
+    }
+    rt_sched_destroy(r->sched);
+    rt_xcore_destroy(r->exchange);
+    sim_member_fini(&r->member);
+    cm_arena_fini(&r->arena);
+    cm_bytes_fini(&r->packed);
+    cm_free(r->staging);
+    cm_free(r->kv);
+    cm_free(p->hidden);
+    cm_free(p->codes);
+    cm_free(p->scales);
+    cm_free(p->experts);
+    cm_free(p->weights);
+    cm_free(p->results);
+    cm_free(p->tokens);
+    cm_free(r);
+}
+
+static const sim_ops router_ops = {.up = router_up,
+                                   .down = router_down,
+                                   .message = router_message,
+                                   .sent = router_sent,
+                                   .pump = router_pump,
+                                   .identity = router_identity,
+                                   .end = router_end};
+
+static void pass_init(const sim_shape *shape, pass *p)
+{
+    size_t n = shape->row_max, n_slot = n * shape->topk;
+    p->hidden = cm_alloc(sizeof(uint64_t) * n);
+    p->codes = cm_alloc(n * SIM_D);
+    p->scales = cm_alloc(n);
+    p->experts = cm_alloc(sizeof(int32_t) * n_slot);
+    p->weights = cm_alloc(sizeof(float) * n_slot);
+    p->results = cm_alloc(sizeof(uint16_t) * n_slot * SIM_D);
+    p->tokens = cm_alloc(sizeof(rt_step_result) * shape->slot_max);
+}
+
+void sim_router_start(sim *s, sim_proc *proc)
+{
+    const sim_shape *shape = &s->shape;
+    router *r = cm_alloc(sizeof(*r));
+    proc->ops = &router_ops;
+    proc->state = r;
+    r->sched = rt_sched_create(&(rt_sched_limits){.slot_max = shape->slot_max,
+                                                  .queue_max = shape->queue_max,
+                                                  .row_max = shape->row_max,
+                                                  .chunk_max = shape->chunk_max,
+                                                  .page_max = shape->page_max,
+                                                  .page_tokens = shape->page_tokens,
+                                                  .context = SIM_CONTEXT,
+                                                  .vocab = SIM_VOCAB,
+                                                  .draft_max = shape->draft_max,
+                                                  .draft_always = true});
+    r->exchange = rt_xcore_create(&(rt_xcore_options){.limits = {.row_max = shape->row_max,
+                                                                 .topk = shape->topk,
+                                                                 .d = SIM_D,
+                                                                 .frame_bytes_max = shape->frame_bytes},
+                                                      .answer_ms = (uint32_t)shape->answer_ms,
+                                                      .wait_ms = (uint32_t)shape->wait_ms});
+    r->staging = cm_alloc_aligned(rt_xcore_staging_bytes(r->exchange));
+    r->kv = cm_alloc(sizeof(uint64_t) * shape->page_max * shape->page_tokens * shape->n_layer);
+    pass_init(shape, &r->pass);
+    r->resting = true;
+    cm_arena_init(&r->arena, "sim open", 16 << 10, 4 << 20);
+    cm_bytes_init(&r->packed, 0);
+    sim_member_init(s, proc, &r->member, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, true, router_news);
+    sim_member_act(s, proc, &r->member);
+}
+
+void sim_router_leave(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    if (!r->draining) {
+        sim_trace(s, proc, "is drained");
+        r->draining = true;
+        pc_mcore_leave(r->member.core);
+        rt_sched_drain(r->sched);
+        sim_member_act(s, proc, &r->member);
+        sim_go(s, proc);
+    }
+}
+
+void sim_router_ledger(const sim_proc *proc, char *text, size_t cap)
+{
+    const router *r = proc->state;
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(r->sched, &ledger);
+    text[0] = 0;
+    if (ledger.n_seq + ledger.n_slot + ledger.n_page + rt_xcore_n_open(r->exchange) > 0) {
+        snprintf(text, cap, "%u sequences, %u slots, %u pages, %u frames", ledger.n_seq, ledger.n_slot,
+                 ledger.n_page, rt_xcore_n_open(r->exchange));
+    }
+}
