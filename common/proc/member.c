@@ -1,5 +1,6 @@
 #include "common/proc/member.h"
 
+#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -9,6 +10,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
+#include "common/proc/addresses.h"
 #include "common/proc/rpc_client.h"
 #include "proto/messages.h"
 #include "proto/pack.h"
@@ -17,7 +19,7 @@
 
 enum {
     MEMBER_BACKOFF_MIN_MS = 100,
-    MEMBER_BACKOFF_MAX_MS = 2000,
+    MEMBER_BACKOFF_MAX_MS = 2000, /* and a third of the lease: who starts again waits a lease for us */
     MEMBER_HEARTBEAT_MAX_MS = 600000,
     MEMBER_ARENA_CHUNK = 64 << 10, /* one message of the coordinator, unpacked */
     MEMBER_ARENA_MAX = 64 << 20,
@@ -27,15 +29,22 @@ struct pc_member {
     pc_loop *loop;
     pc_member_events events;
     void *ctx;
-    char *coordinator, *data_address, *http_address, *grpc_address,
-        *fingerprint; /* addresses: NULL when none */
+    char *data_address, *http_address, *grpc_address, *fingerprint; /* addresses: NULL when none */
     uint32_t role, n_layer, n_expert;
     uint64_t expert_bytes, expert_bytes_max, incarnation;
 
-    pc_channel *channel;
-    pc_stream *stream; /* the session; NULL between two */
+    /* Coordinators, one of which is active. A round tries all of them, and once the one that a standby names;
+     * the backoff is between rounds. */
+    pc_addresses coordinators;
+    uint32_t i_coordinator, n_tried;    /* next of the list; in this round */
+    char coordinator[PC_ADDRESS_BYTES]; /* the one that we talk to, or try */
+    char hint[PC_ADDRESS_BYTES];        /* where a standby sent us; "" */
+    bool hint_followed, at_hint;        /* in this round; now */
+
+    pc_channel *channel; /* to coordinator */
+    pc_stream *stream;   /* the session; NULL between two */
     pc_timer *retry, *heartbeat;
-    uint64_t backoff_ms, heartbeat_ms;
+    uint64_t backoff_ms, backoff_max_ms, heartbeat_ms;
     bool connected; /* welcomed in this session */
     bool over;      /* refused for good, left or destroyed: no further session */
 
@@ -199,6 +208,18 @@ void pc_member_leave(pc_member *member)
 /* ----------------------------------------------------------------------------------------------
  * coordinator's words */
 
+static void member_remember_active(pc_member *member, uint32_t lease_ms)
+{
+    uint64_t third_ms = lease_ms / 3 > MEMBER_BACKOFF_MIN_MS ? lease_ms / 3 : MEMBER_BACKOFF_MIN_MS;
+    member->backoff_max_ms = third_ms < MEMBER_BACKOFF_MAX_MS ? third_ms : MEMBER_BACKOFF_MAX_MS;
+    member->n_tried = 0;
+    for (uint32_t i = 0; i < member->coordinators.n; i++) {
+        if (strcmp(member->coordinators.text[i], member->coordinator) == 0) {
+            member->i_coordinator = i;
+        }
+    }
+}
+
 static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__Welcome *welcome)
 {
     if (welcome->member_id == 0 || welcome->heartbeat_ms == 0 ||
@@ -217,6 +238,7 @@ static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__We
     member->heartbeat_ms = welcome->heartbeat_ms;
     member->connected = true;
     member->backoff_ms = MEMBER_BACKOFF_MIN_MS;
+    member_remember_active(member, welcome->lease_ms);
     cm_log_identity(member_role_name(member->role), (int)member->id);
     cm_info("member %u of cluster %llx, coordinator %s", member->id, (unsigned long long)member->cluster,
             member->coordinator);
@@ -230,7 +252,12 @@ static void member_hear_refused(pc_member *member, const Baleen__Control__V1__Re
 {
     cm_status status = refused->status < 0 ? (cm_status)refused->status : CM_E_REFUSED;
     bool final = refused->has_final && refused->final;
-    cm_warn("coordinator %s refuses us%s: %s", member->coordinator, final ? " for good" : "", refused->text);
+    bool again = status == CM_E_UNAVAILABLE && member->backoff_ms > MEMBER_BACKOFF_MIN_MS;
+    cm_log_line(again ? CM_LOG_DEBUG : CM_LOG_WARN, "coordinator %s refuses us%s: %s", member->coordinator,
+                final ? " for good" : "", refused->text);
+    if (refused->active != NULL && strlen(refused->active) < sizeof(member->hint)) {
+        snprintf(member->hint, sizeof(member->hint), "%s", refused->active);
+    }
     member->over |= final;
     pc_stream_cancel(member->stream);
     if (final && member->events.refused != NULL) {
@@ -362,6 +389,26 @@ static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
     member_hear(member, (const Baleen__Control__V1__CoordinatorMessage *)message);
 }
 
+/* How long to wait before the next try, and where that one goes. */
+static uint64_t member_next_try(pc_member *member)
+{
+    if (!member->at_hint) {
+        member->i_coordinator = (member->i_coordinator + 1) % member->coordinators.n;
+        member->n_tried++;
+    }
+    member->at_hint = member->hint[0] != 0 && !member->hint_followed;
+    member->hint_followed |= member->at_hint;
+    if (member->at_hint || member->n_tried < member->coordinators.n) {
+        return 0;
+    }
+    uint64_t backoff_ms = member->backoff_ms;
+    member->n_tried = 0;
+    member->hint_followed = false;
+    member->hint[0] = 0;
+    member->backoff_ms = backoff_ms * 2 < member->backoff_max_ms ? backoff_ms * 2 : member->backoff_max_ms;
+    return backoff_ms;
+}
+
 static void member_closed(void *ctx, pc_code code, const char *text)
 {
     pc_member *member = ctx;
@@ -372,22 +419,31 @@ static void member_closed(void *ctx, pc_code code, const char *text)
     if (member->over) {
         return;
     }
-    if (was_connected || member->backoff_ms == MEMBER_BACKOFF_MIN_MS) { /* then at debug until it is back */
-        cm_warn("no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text,
+    bool first = was_connected || member->backoff_ms == MEMBER_BACKOFF_MIN_MS; /* of many: then at debug */
+    cm_log_line(first ? CM_LOG_WARN : CM_LOG_DEBUG,
+                "no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text,
                 (int)code);
+    if (was_connected) { /* it first: its connection may be all that was lost */
+        member->hint[0] = 0;
+        member->at_hint = member->hint_followed = false;
+        pc_timer_set(member->retry, MEMBER_BACKOFF_MIN_MS);
     } else {
-        cm_debug("coordinator %s: %s (code %d), next try in %llu ms", member->coordinator, text, (int)code,
-                 (unsigned long long)member->backoff_ms);
+        pc_timer_set(member->retry, member_next_try(member));
     }
-    pc_timer_set(member->retry, member->backoff_ms);
-    member->backoff_ms =
-        member->backoff_ms * 2 < MEMBER_BACKOFF_MAX_MS ? member->backoff_ms * 2 : MEMBER_BACKOFF_MAX_MS;
 }
 
 static void member_connect(void *arg)
 {
     static const pc_stream_events events = {.message = member_message, .closed = member_closed};
     pc_member *member = arg;
+    const char *address = member->at_hint ? member->hint : member->coordinators.text[member->i_coordinator];
+    if (member->channel == NULL || strcmp(member->coordinator, address) != 0) {
+        if (member->channel != NULL) {
+            pc_channel_destroy(member->channel);
+        }
+        snprintf(member->coordinator, sizeof(member->coordinator), "%s", address);
+        member->channel = pc_channel_create(member->loop, address);
+    }
     member->stream = pc_stream_open(member->channel, MEMBER_SESSION, &events, member, 0);
     member_say_hello(member);
 }
@@ -404,7 +460,8 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->loop = loop;
     member->events = *events;
     member->ctx = ctx;
-    member->coordinator = cm_strdup(options->coordinator);
+    cm_status status = pc_addresses_parse("coordinator", options->coordinator, &member->coordinators, NULL);
+    CM_ASSERT_MSG(status == CM_OK, "coordinator '%s' was not checked", options->coordinator);
     member->data_address = member_copy(options->data_address);
     member->http_address = member_copy(options->http_address);
     member->grpc_address = member_copy(options->grpc_address);
@@ -416,9 +473,9 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->expert_bytes_max = options->expert_bytes_max;
     member->incarnation = cm_random_u64();
     member->backoff_ms = MEMBER_BACKOFF_MIN_MS;
+    member->backoff_max_ms = MEMBER_BACKOFF_MAX_MS;
     cm_arena_init(&member->arena, "member message", MEMBER_ARENA_CHUNK, MEMBER_ARENA_MAX);
     cm_bytes_init(&member->packed, 0);
-    member->channel = pc_channel_create(loop, options->coordinator);
     member->retry = pc_timer_create(loop, member_connect, member);
     member->heartbeat = pc_timer_create(loop, member_beat, member);
     member_connect(member);
@@ -433,7 +490,6 @@ void pc_member_destroy(pc_member *member)
     pc_timer_destroy(member->heartbeat);
     cm_arena_fini(&member->arena);
     cm_bytes_fini(&member->packed);
-    cm_free(member->coordinator);
     cm_free(member->data_address);
     cm_free(member->http_address);
     cm_free(member->grpc_address);

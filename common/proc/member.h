@@ -48,8 +48,9 @@ typedef struct pc_member_events {
 } pc_member_events; /* members that a role does not use may be NULL */
 
 typedef struct pc_member_options {
-    const char *coordinator;                                /* "host:port" */
-    uint32_t role;                                          /* Baleen__Control__V1__Role */
+    const char
+        *coordinator; /* "host:port[,host:port]", checked (addresses.h): one is active, others stand by */
+    uint32_t role;    /* Baleen__Control__V1__Role */
     const char *data_address, *http_address, *grpc_address; /* NULL when none */
     const char *fingerprint;
     uint64_t expert_bytes_max; /* workers */
