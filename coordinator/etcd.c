@@ -135,6 +135,11 @@ void co_etcd_call(co_etcd *etcd, const char *path, const ProtobufCMessage *reque
     cm_bytes_fini(&packed);
 }
 
+const char *co_etcd_endpoint(const co_etcd *etcd)
+{
+    return etcd->endpoints.text[etcd->endpoint];
+}
+
 void co_etcd_forget(co_etcd *etcd)
 {
     etcd_call *call;

@@ -18,5 +18,6 @@ void co_etcd_destroy(co_etcd *etcd); /* no fn runs any more. Not from inside one
 /* Methods that stream are asked once: one message up, one down. */
 void co_etcd_call(co_etcd *etcd, const char *path, const ProtobufCMessage *request,
                   const ProtobufCMessageDescriptor *reply, uint64_t deadline_ms, co_etcd_fn fn, void *ctx);
+const char *co_etcd_endpoint(const co_etcd *etcd); /* that the next call goes to */
 /* Nobody wants the results of the calls under way any more. */
 void co_etcd_forget(co_etcd *etcd);

@@ -28,7 +28,8 @@
 #include "proto/pack.h"
 
 enum {
-    ETCD_CALL_MS_MIN = 500,
+    ETCD_CALL_MS_MIN = 200,
+    ETCD_CALL_MS_MAX = 2000,
     ETCD_AGAIN_MS = 200, /* after a call without an answer */
     ETCD_REFRESH_MS_MAX =
         1000, /* gRPC servers end connections that are pinged more often than they are used */
@@ -92,9 +93,10 @@ static uint64_t within(uint64_t value, uint64_t min, uint64_t max)
     return value < min ? min : value > max ? max : value;
 }
 
+/* So that several attempts find room within a claim. */
 static uint64_t etcd_call_ms(const etcd_store *store)
 {
-    return store->lease_ms / 4 > ETCD_CALL_MS_MIN ? store->lease_ms / 4 : ETCD_CALL_MS_MIN;
+    return within(store->lease_ms / 6, ETCD_CALL_MS_MIN, ETCD_CALL_MS_MAX);
 }
 
 /* A fifth of the lease is for clocks that run at different speeds and for a loop that is late. It counts from
@@ -380,8 +382,8 @@ static void etcd_expired(void *arg)
 {
     etcd_store *store = arg;
     char why[480];
-    snprintf(why, sizeof(why), "not active any more: the claim could not be renewed in time%s%.400s",
-             store->trouble[0] != 0 ? ": " : "", store->trouble);
+    snprintf(why, sizeof(why), "not active any more: the claim could not be renewed in time: %.400s",
+             store->trouble[0] != 0 ? store->trouble : co_etcd_endpoint(store->client));
     etcd_rest(store);
     etcd_tell(store, "", true, why);
 }
