@@ -46,6 +46,7 @@ struct pc_member {
     pc_timer *retry, *heartbeat;
     uint64_t backoff_ms, backoff_max_ms, heartbeat_ms;
     bool connected; /* welcomed in this session */
+    bool refused;   /* in this session */
     bool over;      /* refused for good, left or destroyed: no further session */
 
     uint32_t id;
@@ -259,6 +260,7 @@ static void member_hear_refused(pc_member *member, const Baleen__Control__V1__Re
         snprintf(member->hint, sizeof(member->hint), "%s", refused->active);
     }
     member->over |= final;
+    member->refused = true;
     pc_stream_cancel(member->stream);
     if (final && member->events.refused != NULL) {
         member->events.refused(member->ctx, status, refused->text);
@@ -419,7 +421,8 @@ static void member_closed(void *ctx, pc_code code, const char *text)
     if (member->over) {
         return;
     }
-    bool first = was_connected || member->backoff_ms == MEMBER_BACKOFF_MIN_MS; /* of many: then at debug */
+    /* The first of many; a refusal has said why itself. */
+    bool first = was_connected || (member->backoff_ms == MEMBER_BACKOFF_MIN_MS && !member->refused);
     cm_log_line(first ? CM_LOG_WARN : CM_LOG_DEBUG,
                 "no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text,
                 (int)code);
@@ -444,6 +447,7 @@ static void member_connect(void *arg)
         snprintf(member->coordinator, sizeof(member->coordinator), "%s", address);
         member->channel = pc_channel_create(member->loop, address);
     }
+    member->refused = false;
     member->stream = pc_stream_open(member->channel, MEMBER_SESSION, &events, member, 0);
     member_say_hello(member);
 }

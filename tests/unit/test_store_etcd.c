@@ -443,6 +443,26 @@ static void a_dead_one_is_followed(void **state)
     assert_int_equal(b->past.epoch->number, 6);
 }
 
+/* Longer than a claim lasts. */
+static void waited(void *arg)
+{
+    *(bool *)arg = true;
+}
+
+static void a_claim_is_renewed(void **state)
+{
+    (void)state;
+    node *a = open_node(0, 3000);
+    run_until(first_active);
+    g_stopped = false;
+    pc_timer *timer = pc_timer_create(g.loop, waited, &g_stopped);
+    pc_timer_set(timer, 4000);
+    run_until(is_stopped);
+    pc_timer_destroy(timer);
+    assert_int_equal(a->n_standby, 0);
+    assert_true(co_store_is_active(a->store));
+}
+
 /* ---- whoever lost the claim cannot write, even before it knows ---- */
 
 static bool g_believed;
@@ -689,6 +709,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(urls, setup, teardown),
         cmocka_unit_test_setup_teardown(the_next_one_continues, setup, teardown),
         cmocka_unit_test_setup_teardown(a_dead_one_is_followed, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_claim_is_renewed, setup, teardown),
         cmocka_unit_test_setup_teardown(a_lost_claim_cannot_write, setup, teardown),
         cmocka_unit_test_setup_teardown(a_usurped_claim_cannot_write, setup, teardown),
         cmocka_unit_test_setup_teardown(attempts_count_once, setup, teardown),
