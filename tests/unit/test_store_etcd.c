@@ -603,6 +603,22 @@ static void lost_answers_are_found_out(void **state)
     assert_int_equal(b->past.epoch->number, 6);
 }
 
+/* One endpoint falls silent: the next one is asked, claim and writes go on. */
+static void the_next_endpoint_is_asked(void **state)
+{
+    (void)state;
+    char endpoints[160];
+    g.relay = relay_create(pc_loop_base(g.loop), g.server.client);
+    snprintf(endpoints, sizeof(endpoints), "%s,%s", relay_address(g.relay), g.server.client);
+    node *a = open_at(0, endpoints, 6000);
+    run_until(first_active);
+    relay_hold(g.relay, true, true);
+    write_log(a, 1, 4, 7, NULL);
+    run_until(first_wrote);
+    assert_int_equal(a->written[0].status, CM_OK);
+    assert_int_equal(a->n_standby, 0);
+}
+
 /* The claim cannot be renewed: we stop by our own clock, and only then somebody else starts. */
 static void one_cut_off_stops_first(void **state)
 {
@@ -714,6 +730,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(a_usurped_claim_cannot_write, setup, teardown),
         cmocka_unit_test_setup_teardown(attempts_count_once, setup, teardown),
         cmocka_unit_test_setup_teardown(lost_answers_are_found_out, setup, teardown),
+        cmocka_unit_test_setup_teardown(the_next_endpoint_is_asked, setup, teardown),
         cmocka_unit_test_setup_teardown(one_cut_off_stops_first, setup, teardown),
         cmocka_unit_test_setup_teardown(etcd_goes_away_and_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(refusals_are_final, setup, teardown),
