@@ -24,6 +24,8 @@ enum {
     CO_ARENA_CHUNK_BYTES = 16 << 10,
     CO_ARENA_BYTES_MAX = 4 << 20,
     CO_STOP_MS = 1000,
+    CO_RECALL_MS =
+        3000, /* a member notices a silent coordinator in 3 s, an address that does not answer in 2 */
 };
 
 typedef struct co_session {
@@ -417,6 +419,7 @@ static cm_status coordinator_open_log(co_coordinator *c, const co_config *config
                                         .members_max = (uint32_t)config->members_max,
                                         .lease_ms = config->lease_ms,
                                         .grace_ms = config->grace_ms,
+                                        .recall_ms = CO_RECALL_MS,
                                         .fingerprint = c->fingerprint};
     co_store_options options = {.url = config->store,
                                 .address = c->bound,

@@ -21,6 +21,7 @@ enum {
     MEMBER_BACKOFF_MIN_MS = 100,
     MEMBER_BACKOFF_MAX_MS = 2000, /* and a third of the lease: who starts again waits a lease for us */
     MEMBER_HEARTBEAT_MAX_MS = 600000,
+    MEMBER_REPORTS_MAX = 16,       /* kept while there is nobody to tell; leases find out the rest */
     MEMBER_ARENA_CHUNK = 64 << 10, /* one message of the coordinator, unpacked */
     MEMBER_ARENA_MAX = 64 << 20,
 };
@@ -33,10 +34,10 @@ struct pc_member {
     uint32_t role, n_layer, n_expert;
     uint64_t expert_bytes, expert_bytes_max, incarnation;
 
-    /* Coordinators, one of which is active. A round tries all of them, and once the one that a standby names;
-     * the backoff is between rounds. */
+    /* Coordinators, one of which is active. A round tries each of them once, and the one that a standby
+     * names; the backoff is between rounds. */
     pc_addresses coordinators;
-    uint32_t i_coordinator, n_tried;    /* next of the list; in this round */
+    uint32_t i_coordinator, tried;      /* next of the list; in this round, a bit for each */
     char coordinator[PC_ADDRESS_BYTES]; /* the one that we talk to, or try */
     char hint[PC_ADDRESS_BYTES];        /* where a standby sent us; "" */
     bool hint_followed, at_hint;        /* in this round; now */
@@ -53,6 +54,11 @@ struct pc_member {
     uint64_t cluster;
     uint64_t epoch_heard;    /* newest commit handed out */
     uint64_t epoch_in_force; /* pc_member_committed said so */
+    struct {
+        uint32_t member_id;
+        cm_status status;
+    } reports[MEMBER_REPORTS_MAX]; /* of lost peers, for the next coordinator */
+    uint32_t n_reports;
     cm_arena arena;
     cm_bytes packed;
 };
@@ -179,18 +185,41 @@ void pc_member_committed(pc_member *member, uint64_t epoch)
     member_say(member, &word);
 }
 
+static void member_keep_report(pc_member *member, uint32_t member_id, cm_status status)
+{
+    for (uint32_t i = 0; i < member->n_reports; i++) {
+        if (member->reports[i].member_id == member_id) {
+            return;
+        }
+    }
+    if (member->n_reports < MEMBER_REPORTS_MAX) {
+        member->reports[member->n_reports].member_id = member_id;
+        member->reports[member->n_reports++].status = status;
+    }
+}
+
 void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status)
 {
     Baleen__Control__V1__PeerReport report = BALEEN__CONTROL__V1__PEER_REPORT__INIT;
     member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
-    if (!member->connected) {
-        return; /* the coordinator has its own leases */
+    if (!member->connected) { /* whoever is active next knows nothing of it */
+        member_keep_report(member, member_id, status);
+        return;
     }
     report.member_id = member_id;
     report.status = status;
     word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PEER_REPORT;
     word.peer_report = &report;
     member_say(member, &word);
+}
+
+static void member_say_kept_reports(pc_member *member)
+{
+    uint32_t n = member->n_reports;
+    member->n_reports = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        pc_member_report_peer(member, member->reports[i].member_id, member->reports[i].status);
+    }
 }
 
 void pc_member_leave(pc_member *member)
@@ -209,16 +238,20 @@ void pc_member_leave(pc_member *member)
 /* ----------------------------------------------------------------------------------------------
  * coordinator's words */
 
-static void member_remember_active(pc_member *member, uint32_t lease_ms)
+/* In the list; its length when it is not in it. */
+static uint32_t member_index_of(const pc_member *member, const char *address)
+{
+    uint32_t i = 0;
+    while (i < member->coordinators.n && strcmp(member->coordinators.text[i], address) != 0) {
+        i++;
+    }
+    return i;
+}
+
+static void member_bound_backoff(pc_member *member, uint32_t lease_ms)
 {
     uint64_t third_ms = lease_ms / 3 > MEMBER_BACKOFF_MIN_MS ? lease_ms / 3 : MEMBER_BACKOFF_MIN_MS;
     member->backoff_max_ms = third_ms < MEMBER_BACKOFF_MAX_MS ? third_ms : MEMBER_BACKOFF_MAX_MS;
-    member->n_tried = 0;
-    for (uint32_t i = 0; i < member->coordinators.n; i++) {
-        if (strcmp(member->coordinators.text[i], member->coordinator) == 0) {
-            member->i_coordinator = i;
-        }
-    }
 }
 
 static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__Welcome *welcome)
@@ -232,6 +265,7 @@ static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__We
     }
     if (welcome->cluster != member->cluster) {
         member->epoch_heard = member->epoch_in_force = 0; /* another cluster counts from the start */
+        member->n_reports = 0;
         cm_log_epoch(0);
     }
     member->id = welcome->member_id;
@@ -239,11 +273,12 @@ static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__We
     member->heartbeat_ms = welcome->heartbeat_ms;
     member->connected = true;
     member->backoff_ms = MEMBER_BACKOFF_MIN_MS;
-    member_remember_active(member, welcome->lease_ms);
+    member_bound_backoff(member, welcome->lease_ms);
     cm_log_identity(member_role_name(member->role), (int)member->id);
     cm_info("member %u of cluster %llx, coordinator %s", member->id, (unsigned long long)member->cluster,
             member->coordinator);
     member_beat(member);
+    member_say_kept_reports(member);
     if (member->events.welcome != NULL) {
         member->events.welcome(member->ctx, member->id, member->cluster);
     }
@@ -391,22 +426,34 @@ static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
     member_hear(member, (const Baleen__Control__V1__CoordinatorMessage *)message);
 }
 
+static void member_begin_round(pc_member *member)
+{
+    member->tried = 0;
+    member->hint[0] = 0;
+    member->hint_followed = member->at_hint = false;
+}
+
+static bool member_was_tried(const pc_member *member, const char *address)
+{
+    return (member->tried & 1u << member_index_of(member, address)) != 0;
+}
+
 /* How long to wait before the next try, and where that one goes. */
 static uint64_t member_next_try(pc_member *member)
 {
-    if (!member->at_hint) {
-        member->i_coordinator = (member->i_coordinator + 1) % member->coordinators.n;
-        member->n_tried++;
-    }
-    member->at_hint = member->hint[0] != 0 && !member->hint_followed;
+    uint32_t n = member->coordinators.n;
+    member->tried |= 1u << member_index_of(member, member->coordinator);
+    member->at_hint =
+        member->hint[0] != 0 && !member->hint_followed && !member_was_tried(member, member->hint);
     member->hint_followed |= member->at_hint;
-    if (member->at_hint || member->n_tried < member->coordinators.n) {
-        return 0;
+    for (uint32_t i = 0; i < n; i++) {
+        if (member->at_hint || (member->tried & 1u << member->i_coordinator) == 0) {
+            return 0;
+        }
+        member->i_coordinator = (member->i_coordinator + 1) % n;
     }
     uint64_t backoff_ms = member->backoff_ms;
-    member->n_tried = 0;
-    member->hint_followed = false;
-    member->hint[0] = 0;
+    member_begin_round(member);
     member->backoff_ms = backoff_ms * 2 < member->backoff_max_ms ? backoff_ms * 2 : member->backoff_max_ms;
     return backoff_ms;
 }
@@ -426,9 +473,11 @@ static void member_closed(void *ctx, pc_code code, const char *text)
     cm_log_line(first ? CM_LOG_WARN : CM_LOG_DEBUG,
                 "no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text,
                 (int)code);
-    if (was_connected) { /* it first: its connection may be all that was lost */
-        member->hint[0] = 0;
-        member->at_hint = member->hint_followed = false;
+    if (was_connected) {
+        /* Another one first: a machine that went silent takes long to refuse us, and if all that was lost is
+         * our connection a standby sends us back at once. */
+        member_begin_round(member);
+        member->i_coordinator = (member_index_of(member, member->coordinator) + 1) % member->coordinators.n;
         pc_timer_set(member->retry, MEMBER_BACKOFF_MIN_MS);
     } else {
         pc_timer_set(member->retry, member_next_try(member));
