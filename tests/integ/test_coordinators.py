@@ -189,7 +189,9 @@ def test_killed_and_restarted_on_its_file(processes, tmp_path):
     print(f"longest pause of {STREAMS} streams: {max(s.longest_pause() for s in streams) * 1e3:.0f} ms")
 
 
-def test_the_active_one_of_two_dies_while_a_worker_joins(processes, etcd):
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_active_one_of_two_goes_while_a_worker_joins(processes, etcd, how):
+    """Killed, or silent for so long that another one took over, and then awake again with what it wanted to do."""
     store = ["--store", f"etcd://{etcd}/baleen/test", "--claim-ms", "2000", "--workers-min", "3"]
     first = processes.start("coordinator-a", "coordinator", *store)
     second = processes.start("coordinator-b", "coordinator", *store)
@@ -204,9 +206,9 @@ def test_the_active_one_of_two_dies_while_a_worker_joins(processes, etcd):
                     "--failpoints", "worker_load_stops:10000")
     late = processes.all["worker-late"].pid
     wait_for("it to be asked to prepare", lambda: is_stopped(late))
-    processes.all["coordinator-a"].kill()
-    processes.all["coordinator-a"].wait()
+    processes.all["coordinator-a"].send_signal(how)
     all_go_on(streams)  # without any
+    processes.coordinators = second["address"]  # a silent one would hold up every question
 
     def joined():
         os.kill(late, signal.SIGCONT)  # it stops before each expert
@@ -220,12 +222,19 @@ def test_the_active_one_of_two_dies_while_a_worker_joins(processes, etcd):
     wait_for("all to have the epoch", lambda: len({m["epoch"] for m in processes.status()["members"]}) == 1)
     for stream in streams:
         assert stream.text() == whole, processes.said()
-    print(f"longest pause of {STREAMS} streams: {max(s.longest_pause() for s in streams) * 1e3:.0f} ms")
+    print(f"{how.name}: longest pause of {STREAMS} streams: {max(s.longest_pause() for s in streams) * 1e3:.0f} ms")
     assert Stream(processes.client).text() == whole  # on the new epoch
 
-    # The one that died comes back as the standby, and an orderly end hands over at once.
-    third = processes.start("coordinator-c", "coordinator", *store, "--address", first["address"])
-    assert third["role"] == "standby"
+    # It comes back as the standby, and an orderly end hands over to it at once.
+    if how == signal.SIGKILL:
+        back = processes.start("coordinator-c", "coordinator", *store, "--address", first["address"])
+        assert back["role"] == "standby"
+    else:
+        processes.all["coordinator-a"].send_signal(signal.SIGCONT)
+        wait_for("it to notice", lambda: "is the standby coordinator" in open(processes.log("coordinator-a")).read())
+    assert {m["epoch"] for m in processes.status()["members"]} == {status["epoch"]}
+    processes.coordinators = first["address"]
+    wait_for("the standby to send us on", lambda: processes.ids() == after)
     processes.all["coordinator-b"].terminate()
     assert processes.all["coordinator-b"].wait(timeout=WAIT_S) == 0
-    wait_for("the other to have all members", lambda: processes.ids() == after)
+    wait_for("the other to have all members", lambda: processes.ids() == after and processes.workers_ready() == 4)

@@ -499,6 +499,7 @@ static void restart_waits_for_the_absent(void **state)
         if (reported == 0) {
             fake_pass(&f, 2200);
             fake_pass(&f, 2000);
+            fake_settle(&f);
             assert_int_equal(co_core_epoch(f.core)->number, number); /* 5.8 of 6 s */
             fake_pass(&f, 300);
             fake_settle(&f);
