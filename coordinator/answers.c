@@ -63,6 +63,18 @@ bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, 
     return true;
 }
 
+void co_answer_send_on(const char *active, const char *why, cm_bytes *packed_out)
+{
+    Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
+    Baleen__Control__V1__Refused refused = BALEEN__CONTROL__V1__REFUSED__INIT;
+    refused.status = CM_E_UNAVAILABLE;
+    refused.text = (char *)(uintptr_t)why; /* packing only reads */
+    refused.active = active[0] != 0 ? (char *)(uintptr_t)active : NULL;
+    word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_REFUSED;
+    word.refused = &refused;
+    pr_pack(&word.base, packed_out);
+}
+
 /* [n] pointers to n messages, as protobuf-c wants repeated ones. */
 static stat_message **stats_messages(cm_arena *arena, const cm_stat_value *stats, uint32_t n)
 {
@@ -161,4 +173,18 @@ void co_answer_status(const co_core *core, const co_peer *self, uint64_t now_ms,
     }
     pr_pack(&reply.base, packed_out);
     cm_arena_fini(&arena);
+}
+
+void co_answer_status_standby(const co_peer *self, const char *active, const char *why, cm_bytes *packed_out)
+{
+    Baleen__Control__V1__StatusReply reply = BALEEN__CONTROL__V1__STATUS_REPLY__INIT;
+    Baleen__Control__V1__MemberStatus row = BALEEN__CONTROL__V1__MEMBER_STATUS__INIT, *rows[] = {&row};
+    row.member = (co_peer *)(uintptr_t)self;
+    row.state = (char[]){"standby"};
+    reply.n_members = 1;
+    reply.members = rows;
+    reply.change = (char *)(uintptr_t)why;
+    reply.has_standby = reply.standby = true;
+    reply.active = active[0] != 0 ? (char *)(uintptr_t)active : NULL;
+    pr_pack(&reply.base, packed_out);
 }

@@ -6,8 +6,15 @@ static const cm_cfg_field co_config_fields[] = {
     {"address", "127.0.0.1:0",
      "host:port to listen on for members and for the admin service; port 0 = any free one",
      CM_CFG_STRING(co_config, address)},
-    {"store", "", "folder of the epoch log; empty = in memory, a restart begins a new cluster",
+    {"store", "",
+     "folder of the epoch log, or etcd://HOST:PORT[,HOST:PORT]/PREFIX, where several coordinators may wait "
+     "for "
+     "one another; empty = in memory, a restart begins a new cluster",
      CM_CFG_STRING(co_config, store)},
+    {"claim_ms", "3000",
+     "etcd: how long the claim of the active coordinator outlives it; rounded up to seconds, etcd itself "
+     "allows no less than 1.5 of its election timeouts",
+     CM_CFG_MS(co_config, claim_ms, 1000, 60000)},
     {"workers_min", "1", "workers the first placement of the experts waits for",
      CM_CFG_UINT(co_config, workers_min, 1, PR_RANK_MAX)},
     {"members_max", "64", "members of all roles together",

@@ -201,7 +201,9 @@ static void core_peer_report(co_core *core, const co_member *from,
                  cm_status_text((cm_status)report->status));
     peer->suspect_until_ms = core->now_ms + core->lease_ms;
     if (peer->session == 0) {
-        peer->dead_ms = core->now_ms;
+        /* After a start everybody is away: one that lives has come back by half a lease. */
+        uint64_t dead_ms = core->now_ms + (peer->recalled ? core->lease_ms / 2 : 0);
+        peer->dead_ms = dead_ms < peer->dead_ms ? dead_ms : peer->dead_ms;
     }
 }
 
@@ -286,6 +288,7 @@ co_core *co_core_create(const co_core_options *options, const co_core_past *past
     core->members_max = options->members_max;
     core->lease_ms = options->lease_ms;
     core->grace_ms = options->grace_ms;
+    core->recall_ms = options->recall_ms;
     core->fingerprint = cm_strdup(options->fingerprint);
     core->now_ms = now_ms;
     core->cluster = past->cluster;

@@ -26,6 +26,7 @@ typedef struct co_core_options {
     uint32_t members_max;    /* of all roles; at most PR_RANK_MAX */
     uint64_t lease_ms;       /* a member silent for longer is dead */
     uint64_t grace_ms;       /* time to reconnect after a lost session */
+    uint64_t recall_ms;      /* after a start, on top of the lease: for the members of the log to find us */
     const char *fingerprint; /* of the checkpoint; "" = the first worker's or router's. Copied */
 } co_core_options;
 

@@ -11,11 +11,11 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
+#include "common/proc/addresses.h"
 #include "common/proc/rpc_server.h"
 #include "coordinator/answers.h"
 #include "coordinator/co_core.h"
 #include "coordinator/store.h"
-#include "coordinator/writer.h"
 #include "proto/pack.h"
 
 enum {
@@ -24,6 +24,8 @@ enum {
     CO_ARENA_CHUNK_BYTES = 16 << 10,
     CO_ARENA_BYTES_MAX = 4 << 20,
     CO_STOP_MS = 1000,
+    CO_RECALL_MS =
+        3000, /* a member notices a silent coordinator in 3 s, an address that does not answer in 2 */
 };
 
 typedef struct co_session {
@@ -39,8 +41,14 @@ typedef struct co_pending {
 
 struct co_coordinator {
     pc_loop *loop;
-    co_core *core;
-    co_writer *writer;
+    co_store *store;
+    co_core *core; /* NULL while we are not the active one */
+    co_core_options core_options;
+    char *fingerprint; /* core_options points to it */
+    co_role_now role;
+    char active_address[PC_ADDRESS_BYTES], why[480]; /* not active: who is, "" = not known; what to say */
+    co_coordinator_events events;
+    void *events_ctx;
     pc_rpc_server *server;
     pc_timer *tick, *stats_timer, *stop_timer;
     char bound[128], host[256];
@@ -57,7 +65,8 @@ struct co_coordinator {
     co_pending *pending;
     uint32_t n_pending, pending_cap;
     bool busy, stopping;
-    uint64_t n_lost; /* of the core, already counted */
+    uint32_t n_stopping; /* parts that have not ended yet */
+    uint64_t n_lost;     /* of the core, already counted */
     pc_fn done;
     void *done_arg;
 };
@@ -109,12 +118,12 @@ static void deliver_word(co_coordinator *c, const co_out *out)
 
 static void deliver_store(co_coordinator *c, const co_out *out)
 {
-    cm_status status = co_writer_submit(c->writer, out->ticket, out->member_id, out->number, out->epoch);
+    cm_status status = co_store_write(c->store, out->ticket, out->member_id, out->number, out->epoch);
     if (status != CM_OK) {
         coordinator_expect(c, &(co_in){.kind = CO_IN_STORED,
                                        .ticket = out->ticket,
                                        .status = status,
-                                       .text = "too many writes wait for the coordinator's disk"});
+                                       .text = "too many writes wait for the coordinator's store"});
     }
 }
 
@@ -153,8 +162,8 @@ static void coordinator_settle(co_coordinator *c)
 /* in NULL: only time passes. */
 static void coordinator_step(co_coordinator *c, const co_in *in)
 {
-    if (c->stopping) {
-        return;
+    if (c->stopping || c->core == NULL || !co_store_is_active(c->store)) {
+        return; /* nobody's business, or soon a newer coordinator's: the store will say so */
     }
     if (c->busy) {
         CM_ASSERT(in != NULL && in->kind != CO_IN_WORD); /* words come as events of their own */
@@ -202,11 +211,24 @@ static co_session *session_open(co_coordinator *c, pc_call *call)
     return session;
 }
 
+/* A member that came to the wrong one hears where to go. */
+static void session_send_on(co_coordinator *c, pc_call *call)
+{
+    cm_bytes_clear(&c->packed);
+    co_answer_send_on(c->active_address, c->why, &c->packed);
+    cm_status status = pc_call_send(call, c->packed.data, c->packed.len);
+    pc_call_finish(call, status == CM_OK ? PC_CODE_OK : pc_code_of(status), "", NULL, 0, 0);
+}
+
 static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 {
     co_coordinator *c = pc_call_ctx(call);
     co_session *session = pc_call_user(call);
     if (c->stopping || (session != NULL && session->finished)) {
+        return;
+    }
+    if (c->core == NULL) {
+        session_send_on(c, call);
         return;
     }
     if (session == NULL) {
@@ -256,6 +278,9 @@ static void coordinator_send_stats(void *arg)
 {
     co_coordinator *c = arg;
     bool packed = false;
+    if (c->core == NULL) {
+        return; /* set again when we are active */
+    }
     cm_bytes_clear(&c->packed);
     for (uint32_t i = 0; i < co_core_n_members(c->core); i++) {
         co_member_view view;
@@ -287,7 +312,11 @@ static void admin_status(pc_call *call, const uint8_t *data, size_t n_bytes)
         return;
     }
     cm_bytes_clear(&c->packed);
-    co_answer_status(c->core, &c->self, cm_now_ms(), &c->packed);
+    if (c->core != NULL) {
+        co_answer_status(c->core, &c->self, cm_now_ms(), &c->packed);
+    } else {
+        co_answer_status_standby(&c->self, c->active_address, c->why, &c->packed);
+    }
     cm_status status = pc_call_send(call, c->packed.data, c->packed.len);
     pc_call_finish(call, pc_code_of(status), "", NULL, 0, 0);
 }
@@ -309,24 +338,95 @@ static const pc_method coordinator_methods[] = {
 
 /* ---- life ---- */
 
+static void coordinator_set_role(co_coordinator *c, co_role_now role)
+{
+    bool changed = c->role != role;
+    c->role = role;
+    if (changed && c->events.role != NULL) {
+        c->events.role(c->events_ctx, role);
+    }
+}
+
+static void coordinator_active(void *ctx, const co_store_past *past)
+{
+    co_coordinator *c = ctx;
+    co_core_past core_past = {.cluster = past->cluster,
+                              .next_member_id = past->next_member_id,
+                              .next_number = past->next_number,
+                              .epoch = past->epoch};
+    CM_ASSERT(c->core == NULL);
+    c->core = co_core_create(&c->core_options, &core_past, cm_now_ms());
+    c->n_lost = 0;
+    c->active_address[0] = c->why[0] = 0;
+    pc_timer_set(c->stats_timer, c->heartbeat_ms);
+    coordinator_settle(c);
+    coordinator_set_role(c, CO_ROLE_NOW_ACTIVE);
+}
+
+/* What was decided and not yet written is forgotten; whoever is active next goes on from the log. */
+static void coordinator_step_down(co_coordinator *c)
+{
+    uint32_t at = 0;
+    uint64_t id;
+    void *session;
+    CM_ASSERT(!c->busy);
+    while (cm_map_next(&c->by_id, &at, &id, &session)) {
+        session_finish(session, CM_E_UNAVAILABLE, "not the active coordinator any more");
+    }
+    pc_timer_clear(c->tick);
+    pc_timer_clear(c->stats_timer);
+    co_core_destroy(c->core);
+    c->core = NULL;
+    cm_stat_set(CM_STAT_members, 0);
+    cm_stat_set(CM_STAT_epoch, 0);
+    cm_log_epoch(0);
+}
+
+static void coordinator_standby(void *ctx, const char *address, const char *text)
+{
+    co_coordinator *c = ctx;
+    snprintf(c->active_address, sizeof(c->active_address), "%s", address);
+    snprintf(c->why, sizeof(c->why), "%s", text);
+    if (c->stopping) {
+        return;
+    }
+    if (c->core != NULL) {
+        cm_warn("%s", text);
+        coordinator_step_down(c);
+    } else {
+        cm_info("%s", text);
+    }
+    coordinator_set_role(c, CO_ROLE_NOW_STANDBY);
+}
+
+static void coordinator_failed(void *ctx, const cm_error *err)
+{
+    co_coordinator *c = ctx;
+    cm_error_log("%s", err->text);
+    if (c->events.failed != NULL) {
+        c->events.failed(c->events_ctx, err);
+    }
+}
+
 static cm_status coordinator_open_log(co_coordinator *c, const co_config *config, cm_error *err)
 {
-    co_store *store = NULL;
-    co_store_past past;
-    CM_TRY(co_store_open(config->store, &store, &past, err));
-    co_core_options options = {.workers_min = (uint32_t)config->workers_min,
-                               .members_max = (uint32_t)config->members_max,
-                               .lease_ms = config->lease_ms,
-                               .grace_ms = config->grace_ms,
-                               .fingerprint = config->fingerprint};
-    co_core_past core_past = {.cluster = past.cluster,
-                              .next_member_id = past.next_member_id,
-                              .next_number = past.next_number,
-                              .epoch = past.epoch};
-    c->core = co_core_create(&options, &core_past, cm_now_ms());
-    co_epoch_release(past.epoch);
-    c->writer = co_writer_create(c->loop, store, options.members_max * 2, coordinator_stored, c);
-    return CM_OK;
+    static const co_store_events events = {.active = coordinator_active,
+                                           .standby = coordinator_standby,
+                                           .written = coordinator_stored,
+                                           .failed = coordinator_failed};
+    c->fingerprint = cm_strdup(config->fingerprint);
+    c->core_options = (co_core_options){.workers_min = (uint32_t)config->workers_min,
+                                        .members_max = (uint32_t)config->members_max,
+                                        .lease_ms = config->lease_ms,
+                                        .grace_ms = config->grace_ms,
+                                        .recall_ms = CO_RECALL_MS,
+                                        .fingerprint = c->fingerprint};
+    co_store_options options = {.url = config->store,
+                                .address = c->bound,
+                                .lease_ms = config->claim_ms,
+                                .n_queued_max = c->core_options.members_max * 2};
+    snprintf(c->why, sizeof(c->why), "the store has not said yet who is active");
+    return co_store_open(c->loop, &options, &events, c, &c->store, err);
 }
 
 static cm_status coordinator_listen(co_coordinator *c, const co_config *config, cm_error *err)
@@ -377,28 +477,29 @@ cm_status co_coordinator_create(pc_loop *loop, const co_config *config, co_coord
     c->lease_ms = config->lease_ms;
     cm_arena_init(&c->arena, "coordinator word", CO_ARENA_CHUNK_BYTES, CO_ARENA_BYTES_MAX);
     cm_bytes_init(&c->packed, 0);
-    cm_status status = coordinator_open_log(c, config, err);
+    c->tick = pc_timer_create(loop, coordinator_tick, c);
+    c->stats_timer = pc_timer_create(loop, coordinator_send_stats, c);
+    /* The others are told our address with the claim, so it must be known first. */
+    cm_status status = coordinator_listen(c, config, err);
     if (status != CM_OK) {
         goto err_free;
     }
-    status = coordinator_listen(c, config, err);
+    coordinator_name_self(c);
+    status = coordinator_open_log(c, config, err);
     if (status != CM_OK) {
         goto err_close;
     }
-    coordinator_name_self(c);
-    c->tick = pc_timer_create(loop, coordinator_tick, c);
-    c->stats_timer = pc_timer_create(loop, coordinator_send_stats, c);
-    pc_timer_set(c->stats_timer, c->heartbeat_ms);
-    coordinator_settle(c);
     *coordinator_out = c;
     return CM_OK;
 
 err_close:
+    pc_rpc_server_destroy(c->server);
+    cm_free(c->fingerprint);
+err_free:
     cm_map_fini(&c->by_id);
     cm_pool_fini(&c->sessions);
-    co_writer_destroy(c->writer);
-    co_core_destroy(c->core);
-err_free:
+    pc_timer_destroy(c->tick);
+    pc_timer_destroy(c->stats_timer);
     cm_arena_fini(&c->arena);
     cm_bytes_fini(&c->packed);
     cm_free(c);
@@ -410,14 +511,36 @@ const char *co_coordinator_address(const co_coordinator *coordinator)
     return coordinator->bound;
 }
 
+void co_coordinator_watch(co_coordinator *c, const co_coordinator_events *events, void *ctx)
+{
+    c->events = *events;
+    c->events_ctx = ctx;
+    if (c->role != CO_ROLE_NOW_UNKNOWN && events->role != NULL) {
+        events->role(ctx, c->role);
+    }
+}
+
+co_role_now co_coordinator_role(const co_coordinator *coordinator)
+{
+    return coordinator->role;
+}
+
 static void coordinator_stopped(void *arg)
 {
     co_coordinator *c = arg;
     pc_fn done = c->done;
     pc_timer_clear(c->stop_timer);
-    c->done = NULL; /* the timer and the drain both come here */
+    c->done = NULL; /* the timer comes here, and what it bounds */
     if (done != NULL) {
         done(c->done_arg);
+    }
+}
+
+static void coordinator_part_stopped(void *arg)
+{
+    co_coordinator *c = arg;
+    if (--c->n_stopping == 0) {
+        coordinator_stopped(c);
     }
 }
 
@@ -437,7 +560,9 @@ void co_coordinator_stop(co_coordinator *c, pc_fn done, void *arg)
     while (cm_map_next(&c->by_id, &at, &id, &session)) {
         session_finish(session, CM_E_UNAVAILABLE, "the coordinator stops; go on with the epoch in force");
     }
-    pc_rpc_server_drain(c->server, coordinator_stopped, c);
+    c->n_stopping = 2;
+    co_store_stop(c->store, coordinator_part_stopped, c);
+    pc_rpc_server_drain(c->server, coordinator_part_stopped, c);
 }
 
 void co_coordinator_destroy(co_coordinator *c)
@@ -450,12 +575,13 @@ void co_coordinator_destroy(co_coordinator *c)
     pc_timer_destroy(c->tick);
     pc_timer_destroy(c->stats_timer);
     pc_timer_destroy(c->stop_timer);
-    co_writer_destroy(c->writer);
+    co_store_close(c->store);
     co_core_destroy(c->core);
     cm_map_fini(&c->by_id);
     cm_pool_fini(&c->sessions);
     cm_arena_fini(&c->arena);
     cm_bytes_fini(&c->packed);
+    cm_free(c->fingerprint);
     cm_free(c->pending);
     cm_free(c);
 }

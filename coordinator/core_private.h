@@ -29,6 +29,7 @@ typedef struct co_member {
     uint64_t epoch;                                  /* in force there */
     uint64_t prepared;                               /* last number it answered Prepared for */
     uint64_t told_prepare, told_commit, told_retire; /* numbers sent in this session */
+    bool recalled;                                   /* from the log, not back yet */
     bool leaving;
     bool removed; /* goes at the end of the step; nothing finds it any more */
     uint32_t n_stats;
@@ -37,7 +38,7 @@ typedef struct co_member {
 
 struct co_core {
     uint32_t workers_min, members_max;
-    uint64_t lease_ms, grace_ms;
+    uint64_t lease_ms, grace_ms, recall_ms;
     uint64_t now_ms;
 
     uint64_t cluster;

@@ -40,8 +40,9 @@ void co_core_recall(co_core *core, const co_peer *peer)
     member_init(member, peer);
     member->fingerprint = cm_strdup("");
     member->heard_ms = core->now_ms;
+    member->recalled = true;
     /* Longer than the grace of one lost session: all of them have to notice and come back. */
-    member->dead_ms = core->now_ms + core->lease_ms;
+    member->dead_ms = core->now_ms + core->lease_ms + core->recall_ms;
 }
 
 /* ---- who may come in ---- */
@@ -210,6 +211,7 @@ static void core_return(co_core *core, co_member *member, uint64_t session,
     cm_free(member->fingerprint);
     member->fingerprint = cm_strdup(hello->fingerprint);
     member->session = session;
+    member->recalled = false;
     member->heard_ms = core->now_ms;
     if (member->ticket != 0) {
         return; /* its Welcome follows when its id is in the log */

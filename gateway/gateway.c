@@ -7,6 +7,7 @@
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/model/checkpoint.h"
+#include "common/proc/addresses.h"
 #include "gateway/gateway_private.h"
 
 /* ---- as a member of the cluster ---- */
@@ -211,6 +212,8 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
     if (config->coordinator[0] == 0) {
         return cm_error_set(err, CM_E_CONFIG, "coordinator", "the address of the coordinator must be given");
     }
+    pc_addresses coordinators;
+    CM_TRY(pc_addresses_parse("coordinator", config->coordinator, &coordinators, err));
     gw_gateway *gateway = gateway_make(loop, config, leave, ctx);
     cm_status status = open_model(gateway, err);
     if (status != CM_OK) {

@@ -7,6 +7,7 @@
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/base/stats.h"
+#include "common/proc/addresses.h"
 #include "common/proc/member.h"
 #include "router/engine/engine.h"
 #include "router/gateways.h"
@@ -246,6 +247,8 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
         return cm_error_set(err, CM_E_CONFIG, "model",
                             "a router needs --model DIR and --coordinator HOST:PORT");
     }
+    pc_addresses coordinators;
+    CM_TRY(pc_addresses_parse("coordinator", config->coordinator, &coordinators, err));
     rt_sched_limits limits;
     rt_router *r = cm_alloc(sizeof(*r));
     r->loop = loop;

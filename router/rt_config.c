@@ -2,7 +2,9 @@
 #include "router/sched/sched_core.h"
 
 static const cm_cfg_field g_fields[] = {
-    {"coordinator", "", "host:port of the coordinator", CM_CFG_STRING(rt_config, coordinator)},
+    {"coordinator", "",
+     "host:port of the coordinator; of all, with commas, where several stand by for one another",
+     CM_CFG_STRING(rt_config, coordinator)},
     {"address", "127.0.0.1:0", "host:port to listen on for gateways; port 0 = any",
      CM_CFG_STRING(rt_config, address)},
     {"model", "", "folder of the checkpoint", CM_CFG_STRING(rt_config, model)},

@@ -1,6 +1,7 @@
 #include "worker/shard.h"
 
 #include <stdatomic.h>
+#include <signal.h>
 #include <string.h>
 
 #include "common/base/clock.h"
@@ -73,6 +74,9 @@ static cm_status shard_load_matrix(wk_shard *shard, uint32_t layer, uint32_t exp
 static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t expert, cm_error *err)
 {
     shard_entry *entry = &shard->entries[(size_t)layer * shard->geometry->n_expert + expert];
+    if (cm_failpoint_fires(CM_FAILPOINT_worker_load_stops)) {
+        raise(SIGSTOP);
+    }
     if (cm_failpoint_fires(CM_FAILPOINT_worker_load_fails)) {
         return cm_error_set(err, CM_E_IO, "", "layer %u expert %u: load failed by a failpoint", layer,
                             expert);

@@ -10,6 +10,7 @@
 #include "common/base/jobs.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
+#include "common/proc/addresses.h"
 #include "common/proc/member.h"
 #include "worker/engine.h"
 #include "worker/epochs_core.h"
@@ -225,6 +226,8 @@ cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finish
         return cm_error_set(err, CM_E_CONFIG, "model",
                             "a worker needs --model DIR and --coordinator HOST:PORT");
     }
+    pc_addresses coordinators;
+    CM_TRY(pc_addresses_parse("coordinator", config->coordinator, &coordinators, err));
     wk_worker *w = cm_alloc(sizeof(*w));
     LIST_INIT(&w->loads);
     w->loop = loop;

@@ -1,6 +1,7 @@
 #include "common/proc/member.h"
 
 #include <stdio.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "common/base/assert.h"
@@ -25,13 +26,14 @@ struct pc_member {
     pc_loop *loop;
     pc_member_events events;
     void *ctx;
-    char *coordinator, *data_address, *http_address, *grpc_address,
-        *fingerprint; /* addresses: NULL when none */
+    char *data_address, *http_address, *grpc_address, *fingerprint; /* addresses: NULL when none */
+    pc_addresses coordinators;
+    char coordinator[PC_ADDRESS_BYTES]; /* the one that we talk to, or try */
     char host[256];
     uint32_t role;
 
-    pc_channel *channel;
-    pc_stream *stream; /* the session; NULL between two */
+    pc_channel *channel; /* to coordinator */
+    pc_stream *stream;   /* the session; NULL between two */
     pc_timer *tick;
     pc_mcore *core;
     bool acting; /* member_act is under way: it takes what comes out */
@@ -134,11 +136,24 @@ static void member_tell(pc_member *member, const pc_mout *out)
 static void member_message(void *ctx, const uint8_t *data, size_t n_bytes);
 static void member_closed(void *ctx, pc_code code, const char *text);
 
+static void member_go_to(pc_member *member, const char *address)
+{
+    if (member->channel != NULL && strcmp(member->coordinator, address) == 0) {
+        return;
+    }
+    if (member->channel != NULL) {
+        pc_channel_destroy(member->channel);
+    }
+    snprintf(member->coordinator, sizeof(member->coordinator), "%.*s", PC_ADDRESS_BYTES - 1, address);
+    member->channel = pc_channel_create(member->loop, address);
+}
+
 static void member_do(pc_member *member, const pc_mout *out)
 {
     static const pc_stream_events events = {.message = member_message, .closed = member_closed};
     switch (out->kind) {
     case PC_MOUT_OPEN:
+        member_go_to(member, out->text);
         member->stream = pc_stream_open(member->channel, MEMBER_SESSION, &events, member, 0);
         break;
     case PC_MOUT_HELLO:
@@ -270,7 +285,8 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->loop = loop;
     member->events = *events;
     member->ctx = ctx;
-    member->coordinator = cm_strdup(options->coordinator);
+    cm_status status = pc_addresses_parse("coordinator", options->coordinator, &member->coordinators, NULL);
+    CM_ASSERT_MSG(status == CM_OK, "coordinator '%s' was not checked", options->coordinator);
     member->data_address = member_copy(options->data_address);
     member->http_address = member_copy(options->http_address);
     member->grpc_address = member_copy(options->grpc_address);
@@ -279,9 +295,9 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     gethostname(member->host, sizeof(member->host) - 1);
     cm_arena_init(&member->arena, "member message", MEMBER_ARENA_CHUNK, MEMBER_ARENA_MAX);
     cm_bytes_init(&member->packed, 0);
-    member->channel = pc_channel_create(loop, options->coordinator);
     member->tick = pc_timer_create(loop, member_tick, member);
-    pc_mself self = {.role = options->role,
+    pc_mself self = {.coordinators = &member->coordinators,
+                     .role = options->role,
                      .incarnation = cm_random_u64(),
                      .pid = (uint32_t)getpid(),
                      .host = member->host,
@@ -307,7 +323,6 @@ void pc_member_destroy(pc_member *member)
     pc_mcore_destroy(member->core);
     cm_arena_fini(&member->arena);
     cm_bytes_fini(&member->packed);
-    cm_free(member->coordinator);
     cm_free(member->data_address);
     cm_free(member->http_address);
     cm_free(member->grpc_address);

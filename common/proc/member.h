@@ -48,8 +48,9 @@ typedef struct pc_member_events {
 } pc_member_events; /* members that a role does not use may be NULL */
 
 typedef struct pc_member_options {
-    const char *coordinator;                                /* "host:port" */
-    uint32_t role;                                          /* Baleen__Control__V1__Role */
+    const char
+        *coordinator; /* "host:port[,host:port]", checked (addresses.h): one is active, others stand by */
+    uint32_t role;    /* Baleen__Control__V1__Role */
     const char *data_address, *http_address, *grpc_address; /* NULL when none */
     const char *fingerprint;
     uint64_t expert_bytes_max; /* workers */
@@ -64,6 +65,7 @@ void pc_member_destroy(pc_member *member); /* not from inside a callback of it *
 
 void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, const char *text);
 void pc_member_committed(pc_member *member, uint64_t epoch);
+/* Without a session the first few are kept for the next one. */
 void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status);
 void pc_member_leave(pc_member *member); /* tell the coordinator; it will publish an epoch without us */
 bool pc_member_connected(const pc_member *member);

@@ -11,9 +11,11 @@
 
 enum {
     MCORE_BACKOFF_MIN_MS = 100,
-    MCORE_BACKOFF_MAX_MS = 2000,
+    MCORE_BACKOFF_MAX_MS = 2000, /* and a third of the lease: who starts again waits a lease for us */
     MCORE_HEARTBEAT_MAX_MS = 600000,
-    MCORE_OUTS = 16, /* one input makes a few, and what the owner does about them a few more */
+    MCORE_REPORTS_MAX = 16, /* kept while there is nobody to tell; leases find out the rest */
+    MCORE_OUTS =
+        16 + MCORE_REPORTS_MAX, /* one input makes a few, and what the owner does about them a few more */
 };
 
 struct pc_mcore {
@@ -21,11 +23,22 @@ struct pc_mcore {
     bool open;      /* a session is there, welcomed or not */
     bool connected; /* welcomed in this session */
     bool over;      /* refused for good or left: no further session */
-    uint64_t retry_at_ms, beat_at_ms, backoff_ms, heartbeat_ms;
+    bool refused;   /* in this session */
+    uint64_t retry_at_ms, beat_at_ms, backoff_ms, backoff_max_ms, heartbeat_ms;
+
+    /* A round tries each coordinator once, and the one that a standby names; the backoff is between rounds.
+     */
+    uint32_t i_coordinator, tried;      /* next of the list; in this round, a bit for each */
+    char coordinator[PC_ADDRESS_BYTES]; /* the one that we talk to, or try */
+    char hint[PC_ADDRESS_BYTES];        /* where a standby sent us; "" */
+    bool hint_followed, at_hint;        /* in this round; now */
+
     uint32_t id;
     uint64_t cluster;
-    uint64_t epoch_heard;     /* newest commit handed out */
-    uint64_t epoch_in_force;  /* pc_mcore_committed said so */
+    uint64_t epoch_heard;               /* newest commit handed out */
+    uint64_t epoch_in_force;            /* pc_mcore_committed said so */
+    pc_mout reports[MCORE_REPORTS_MAX]; /* of lost peers, for the next coordinator */
+    uint32_t n_reports;
     pc_mout outs[MCORE_OUTS]; /* a ring */
     uint32_t first_out, n_outs;
 };
@@ -69,8 +82,11 @@ bool pc_mcore_next(pc_mcore *core, pc_mout *out)
 
 static void mcore_connect(pc_mcore *core)
 {
+    const char *address = core->at_hint ? core->hint : core->self.coordinators->text[core->i_coordinator];
     core->open = true;
-    mcore_emit(core, PC_MOUT_OPEN);
+    core->refused = false;
+    snprintf(core->coordinator, sizeof(core->coordinator), "%s", address);
+    snprintf(mcore_emit(core, PC_MOUT_OPEN)->text, PC_ADDRESS_BYTES, "%s", address);
     mcore_emit(core, PC_MOUT_HELLO);
 }
 
@@ -102,6 +118,7 @@ pc_mcore *pc_mcore_create(const pc_mself *self, uint64_t now_ms)
     pc_mcore *core = cm_alloc(sizeof(*core));
     core->self = *self;
     core->backoff_ms = MCORE_BACKOFF_MIN_MS;
+    core->backoff_max_ms = MCORE_BACKOFF_MAX_MS;
     core->retry_at_ms = now_ms;
     mcore_connect(core);
     return core;
@@ -139,13 +156,35 @@ void pc_mcore_committed(pc_mcore *core, uint64_t epoch)
     }
 }
 
+static void mcore_keep_report(pc_mcore *core, uint32_t member_id, cm_status status)
+{
+    for (uint32_t i = 0; i < core->n_reports; i++) {
+        if (core->reports[i].member_id == member_id) {
+            return;
+        }
+    }
+    if (core->n_reports < MCORE_REPORTS_MAX) {
+        core->reports[core->n_reports++] = (pc_mout){.member_id = member_id, .status = status};
+    }
+}
+
 void pc_mcore_report(pc_mcore *core, uint32_t member_id, cm_status status)
 {
-    if (core->connected) { /* else the coordinator has its own leases */
-        pc_mout *out = mcore_emit(core, PC_MOUT_REPORT);
-        out->member_id = member_id;
-        out->status = status;
+    if (!core->connected) { /* whoever is active next knows nothing of it */
+        mcore_keep_report(core, member_id, status);
+        return;
     }
+    pc_mout *out = mcore_emit(core, PC_MOUT_REPORT);
+    out->member_id = member_id;
+    out->status = status;
+}
+
+static void mcore_say_kept_reports(pc_mcore *core)
+{
+    for (uint32_t i = 0; i < core->n_reports; i++) {
+        pc_mcore_report(core, core->reports[i].member_id, core->reports[i].status);
+    }
+    core->n_reports = 0;
 }
 
 void pc_mcore_leave(pc_mcore *core)
@@ -158,6 +197,22 @@ void pc_mcore_leave(pc_mcore *core)
 
 /* ---- the coordinator's words ---- */
 
+/* In the list; its length when it is not in it. */
+static uint32_t mcore_index_of(const pc_mcore *core, const char *address)
+{
+    uint32_t i = 0;
+    while (i < core->self.coordinators->n && strcmp(core->self.coordinators->text[i], address) != 0) {
+        i++;
+    }
+    return i;
+}
+
+static void mcore_bound_backoff(pc_mcore *core, uint32_t lease_ms)
+{
+    uint64_t third_ms = lease_ms / 3 > MCORE_BACKOFF_MIN_MS ? lease_ms / 3 : MCORE_BACKOFF_MIN_MS;
+    core->backoff_max_ms = third_ms < MCORE_BACKOFF_MAX_MS ? third_ms : MCORE_BACKOFF_MAX_MS;
+}
+
 static void mcore_hear_welcome(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__Welcome *welcome)
 {
     if (welcome->member_id == 0 || welcome->heartbeat_ms == 0 ||
@@ -169,25 +224,35 @@ static void mcore_hear_welcome(pc_mcore *core, uint64_t now_ms, const Baleen__Co
     }
     if (welcome->cluster != core->cluster) {
         core->epoch_heard = core->epoch_in_force = 0; /* another cluster counts from the start */
+        core->n_reports = 0;
     }
     core->id = welcome->member_id;
     core->cluster = welcome->cluster;
     core->heartbeat_ms = welcome->heartbeat_ms;
     core->connected = true;
     core->backoff_ms = MCORE_BACKOFF_MIN_MS;
+    mcore_bound_backoff(core, welcome->lease_ms);
     mcore_beat(core, now_ms);
+    mcore_say_kept_reports(core);
     mcore_emit(core, PC_MOUT_WELCOME);
 }
 
 static void mcore_hear_refused(pc_mcore *core, const Baleen__Control__V1__Refused *refused)
 {
     bool final = refused->has_final && refused->final;
-    mcore_note(core, CM_LOG_WARN, "refused%s: %s", final ? " for good" : "", refused->text);
+    cm_status status = refused->status < 0 ? (cm_status)refused->status : CM_E_REFUSED;
+    bool again = status == CM_E_UNAVAILABLE && core->backoff_ms > MCORE_BACKOFF_MIN_MS;
+    mcore_note(core, again ? CM_LOG_DEBUG : CM_LOG_WARN, "refused%s: %s", final ? " for good" : "",
+               refused->text);
+    if (refused->active != NULL && strlen(refused->active) < sizeof(core->hint)) {
+        snprintf(core->hint, sizeof(core->hint), "%s", refused->active);
+    }
     core->over |= final;
+    core->refused = true;
     mcore_emit(core, PC_MOUT_CANCEL);
     if (final) {
         pc_mout *out = mcore_emit(core, PC_MOUT_REFUSED);
-        out->status = refused->status < 0 ? (cm_status)refused->status : CM_E_REFUSED;
+        out->status = status;
         snprintf(out->text, sizeof(out->text), "%s", refused->text);
     }
 }
@@ -281,6 +346,33 @@ void pc_mcore_hear(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__C
     }
 }
 
+static void mcore_begin_round(pc_mcore *core)
+{
+    core->tried = 0;
+    core->hint[0] = 0;
+    core->hint_followed = core->at_hint = false;
+}
+
+/* How long to wait before the next try, and where that one goes. */
+static uint64_t mcore_next_try(pc_mcore *core)
+{
+    uint32_t n = core->self.coordinators->n;
+    core->tried |= 1u << mcore_index_of(core, core->coordinator);
+    core->at_hint = core->hint[0] != 0 && !core->hint_followed &&
+                    (core->tried & 1u << mcore_index_of(core, core->hint)) == 0;
+    core->hint_followed |= core->at_hint;
+    for (uint32_t i = 0; i < n; i++) {
+        if (core->at_hint || (core->tried & 1u << core->i_coordinator) == 0) {
+            return 0;
+        }
+        core->i_coordinator = (core->i_coordinator + 1) % n;
+    }
+    uint64_t backoff_ms = core->backoff_ms;
+    mcore_begin_round(core);
+    core->backoff_ms = backoff_ms * 2 < core->backoff_max_ms ? backoff_ms * 2 : core->backoff_max_ms;
+    return backoff_ms;
+}
+
 void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, const char *why)
 {
     bool was_connected = core->connected;
@@ -288,15 +380,18 @@ void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, const char *why)
     if (core->over) {
         return;
     }
-    if (was_connected || core->backoff_ms == MCORE_BACKOFF_MIN_MS) { /* then at debug until it is back */
-        mcore_note(core, CM_LOG_WARN, "no session: %s, trying on", why);
+    /* The first of many; a refusal has said why itself. */
+    bool first = was_connected || (core->backoff_ms == MCORE_BACKOFF_MIN_MS && !core->refused);
+    mcore_note(core, first ? CM_LOG_WARN : CM_LOG_DEBUG, "no session: %s, trying on", why);
+    if (was_connected) {
+        /* Another one first: a machine that went silent takes long to refuse us, and if all that was lost is
+         * our connection a standby sends us back at once. */
+        mcore_begin_round(core);
+        core->i_coordinator = (mcore_index_of(core, core->coordinator) + 1) % core->self.coordinators->n;
+        core->retry_at_ms = now_ms + MCORE_BACKOFF_MIN_MS;
     } else {
-        mcore_note(core, CM_LOG_DEBUG, "no session: %s, next try in %llu ms", why,
-                   (unsigned long long)core->backoff_ms);
+        core->retry_at_ms = now_ms + mcore_next_try(core);
     }
-    core->retry_at_ms = now_ms + core->backoff_ms;
-    core->backoff_ms =
-        core->backoff_ms * 2 < MCORE_BACKOFF_MAX_MS ? core->backoff_ms * 2 : MCORE_BACKOFF_MAX_MS;
 }
 
 /* ---- what can be seen ---- */

@@ -9,6 +9,7 @@
 #include "common/base/bytes.h"
 #include "common/base/log.h"
 #include "common/base/stats.h"
+#include "common/proc/addresses.h"
 #include "common/proc/member.h"
 #include "proto/control.pb-c.h"
 
@@ -16,7 +17,8 @@ typedef struct pc_mcore pc_mcore;
 
 /* What it tells of itself. Strings are kept; addresses NULL when none. */
 typedef struct pc_mself {
-    uint32_t role; /* Baleen__Control__V1__Role */
+    const pc_addresses *coordinators; /* one of which is active */
+    uint32_t role;                    /* Baleen__Control__V1__Role */
     uint64_t incarnation;
     uint32_t pid;
     const char *host, *data_address, *http_address, *grpc_address, *fingerprint;
@@ -26,7 +28,7 @@ typedef struct pc_mself {
 } pc_mself;
 
 typedef enum pc_mout_kind {
-    PC_MOUT_OPEN,      /* begin a session; its end is told by pc_mcore_closed */
+    PC_MOUT_OPEN,      /* begin a session with the coordinator at text; pc_mcore_closed tells its end */
     PC_MOUT_HELLO,     /* these are words of the session: pc_mcore_word packs them */
     PC_MOUT_HEARTBEAT, /* epoch */
     PC_MOUT_PREPARED,  /* epoch, status, text */

@@ -7,8 +7,10 @@
 void sim_member_init(sim *s, sim_proc *proc, sim_member *member, uint32_t role, bool has_data,
                      void (*news)(sim *s, sim_proc *proc, const pc_mout *out))
 {
+    static const pc_addresses coordinators = {.n = 1, .text = {"coordinator"}};
     bool worker = role == BALEEN__CONTROL__V1__ROLE__ROLE_WORKER;
-    pc_mself self = {.role = role,
+    pc_mself self = {.coordinators = &coordinators,
+                     .role = role,
                      .incarnation = sim_mix(s->seed, 1000 + proc->id),
                      .pid = proc->id,
                      .host = "sim",
@@ -76,7 +78,7 @@ void sim_member_act(sim *s, sim_proc *proc, sim_member *member)
     while (pc_mcore_next(member->core, &out)) {
         switch (out.kind) {
         case PC_MOUT_OPEN:
-            member->end = sim_connect(s, proc, SIM_CONTROL, "coordinator", NULL);
+            member->end = sim_connect(s, proc, SIM_CONTROL, out.text, NULL);
             break;
         case PC_MOUT_HELLO:
         case PC_MOUT_HEARTBEAT:

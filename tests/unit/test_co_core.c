@@ -470,6 +470,46 @@ static void restart_at_rest_changes_nothing(void **state)
     fake_fini(&f);
 }
 
+/* Members of the log have time to find a coordinator that was started again; one that died meanwhile is given
+ * up sooner when a peer says so. */
+static void restart_waits_for_the_absent(void **state)
+{
+    (void)state;
+    for (uint32_t reported = 0; reported < 2; reported++) {
+        fake_cluster f;
+        start(&f, 3);
+        f.options.recall_ms = 3000;
+        fake_peer *dead = &f.peers[2], *router = &f.peers[3];
+        assert_int_equal(dead->role, CO_ROLE_WORKER);
+        assert_int_equal(router->role, CO_ROLE_ROUTER);
+        uint64_t number = co_core_epoch(f.core)->number;
+        uint32_t id = dead->id;
+        fake_restart(&f);
+        dead->alive = false;
+        fake_settle(&f);
+        if (reported != 0) {
+            fake_report(&f, router, id);
+        }
+        fake_pass(&f, 1400);
+        fake_settle(&f);
+        assert_int_equal(co_core_epoch(f.core)->number, number); /* may only be late */
+        fake_pass(&f, 200);
+        fake_settle(&f);
+        assert_int_equal(co_core_epoch(f.core)->number > number, reported != 0);
+        if (reported == 0) {
+            fake_pass(&f, 2200);
+            fake_pass(&f, 2000);
+            fake_settle(&f);
+            assert_int_equal(co_core_epoch(f.core)->number, number); /* 5.8 of 6 s */
+            fake_pass(&f, 300);
+            fake_settle(&f);
+        }
+        fake_check_whole(&f);
+        assert_null(co_epoch_find(co_core_epoch(f.core), id));
+        fake_fini(&f);
+    }
+}
+
 /* ---- aborts, failures ---- */
 
 typedef struct snapshot {
@@ -823,6 +863,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(death_at_every_phase),
         cmocka_unit_test(restart_at_every_phase),
         cmocka_unit_test(restart_at_rest_changes_nothing),
+        cmocka_unit_test(restart_waits_for_the_absent),
         cmocka_unit_test(abort_changes_nothing),
         cmocka_unit_test(failed_prepare),
         cmocka_unit_test(log_that_cannot_be_written),

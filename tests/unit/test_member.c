@@ -579,6 +579,11 @@ static bool member_is_alone(void)
     return !pc_member_connected(g.member);
 }
 
+static bool peer_reported(void)
+{
+    return g.reported_member == 9;
+}
+
 static void test_session_lost(void **state)
 {
     char address[128];
@@ -599,6 +604,8 @@ static void test_session_lost(void **state)
     assert_int_equal(g.hello_cluster, CLUSTER);
     assert_int_equal(g.hello_epoch, 12);
     assert_true(g.hello_incarnation == g.hello_incarnation_before && g.hello_incarnation != 0);
+    until(peer_reported); /* the next coordinator hears of it */
+    assert_int_equal(g.reported_status, CM_E_RESET);
     assert_int_equal(g.prepared_epoch, 0);
 }
 

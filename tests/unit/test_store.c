@@ -10,7 +10,7 @@
 
 #include <cmocka.h>
 
-#include "coordinator/store.h"
+#include "coordinator/sqlite_log.h"
 
 enum { EPOCHS_KEPT = 1000 };
 
@@ -52,11 +52,11 @@ static co_epoch *epoch_of(uint64_t number)
     return co_epoch_create(number, 5, members, 1, &placement);
 }
 
-static co_store *open_good(const char *folder, co_store_past *past_out)
+static co_sqlite *open_good(const char *folder, co_store_past *past_out)
 {
-    co_store *store = NULL;
+    co_sqlite *store = NULL;
     cm_error err = {0};
-    cm_status status = co_store_open(folder, &store, past_out, &err);
+    cm_status status = co_sqlite_open(folder, &store, past_out, &err);
     if (status != CM_OK) {
         fail_msg("%s", err.text);
     }
@@ -65,20 +65,20 @@ static co_store *open_good(const char *folder, co_store_past *past_out)
 
 static void expect_refusal(const char *folder, cm_status expected, const char *needle)
 {
-    co_store *store = NULL;
+    co_sqlite *store = NULL;
     co_store_past past;
     cm_error err = {0};
-    assert_int_equal(co_store_open(folder, &store, &past, &err), expected);
+    assert_int_equal(co_sqlite_open(folder, &store, &past, &err), expected);
     assert_null(store);
     if (strstr(err.text, needle) == NULL || strstr(err.text, folder) == NULL) {
         fail_msg("'%s' does not say '%s' and '%s'", err.text, needle, folder);
     }
 }
 
-static void write_good(co_store *store, uint32_t id, uint64_t number, const co_epoch *epoch)
+static void write_good(co_sqlite *store, uint32_t id, uint64_t number, const co_epoch *epoch)
 {
     cm_error err = {0};
-    if (co_store_write(store, id, number, epoch, &err) != CM_OK) {
+    if (co_sqlite_write(store, id, number, epoch, &err) != CM_OK) {
         fail_msg("%s", err.text);
     }
 }
@@ -87,7 +87,7 @@ static void restart_continues(void **state)
 {
     (void)state;
     co_store_past past;
-    co_store *store = open_good(g_folder, &past);
+    co_sqlite *store = open_good(g_folder, &past);
     uint64_t cluster = past.cluster;
     assert_true(cluster != 0);
     assert_int_equal(past.next_member_id, 1);
@@ -98,7 +98,7 @@ static void restart_continues(void **state)
     write_good(store, 4, 1, NULL);
     write_good(store, 4, 7, epoch);
     write_good(store, 5, 8, NULL);
-    co_store_close(store);
+    co_sqlite_close(store);
 
     store = open_good(g_folder, &past);
     assert_int_equal(past.cluster, cluster);
@@ -112,7 +112,7 @@ static void restart_continues(void **state)
     assert_int_equal(past.epoch->placement->rank_member[0], 3);
     co_epoch_release(past.epoch);
     co_epoch_release(epoch);
-    co_store_close(store);
+    co_sqlite_close(store);
 }
 
 static void a_failed_write_leaves_nothing(void **state)
@@ -120,24 +120,24 @@ static void a_failed_write_leaves_nothing(void **state)
     (void)state;
     co_store_past past;
     cm_error err = {0};
-    co_store *store = open_good(g_folder, &past);
+    co_sqlite *store = open_good(g_folder, &past);
     co_epoch *epoch = epoch_of(3);
     write_good(store, 2, 4, epoch);
-    assert_int_equal(co_store_write(store, 20, 40, epoch, &err), CM_E_IO); /* its number is taken */
-    co_store_close(store);
+    assert_int_equal(co_sqlite_write(store, 20, 40, epoch, &err), CM_E_IO); /* its number is taken */
+    co_sqlite_close(store);
     store = open_good(g_folder, &past);
     assert_int_equal(past.next_member_id, 2);
     assert_int_equal(past.next_number, 4);
     co_epoch_release(past.epoch);
     co_epoch_release(epoch);
-    co_store_close(store);
+    co_sqlite_close(store);
 }
 
 static void old_epochs_are_trimmed(void **state)
 {
     (void)state;
     co_store_past past;
-    co_store *store = open_good("", &past); /* in memory: fast */
+    co_sqlite *store = open_good("", &past); /* in memory: fast */
     for (uint64_t number = 1; number <= EPOCHS_KEPT + 5; number++) {
         co_epoch *epoch = epoch_of(number);
         write_good(store, 4, number + 1, epoch);
@@ -145,32 +145,32 @@ static void old_epochs_are_trimmed(void **state)
     }
     co_epoch *early = epoch_of(5), *kept = epoch_of(6);
     write_good(store, 4, EPOCHS_KEPT + 6, early); /* its place is free again */
-    assert_int_equal(co_store_write(store, 4, EPOCHS_KEPT + 6, kept, NULL), CM_E_IO);
+    assert_int_equal(co_sqlite_write(store, 4, EPOCHS_KEPT + 6, kept, NULL), CM_E_IO);
     co_epoch_release(early);
     co_epoch_release(kept);
-    co_store_close(store);
+    co_sqlite_close(store);
 }
 
 static void in_memory_is_forgotten(void **state)
 {
     (void)state;
     co_store_past first, second;
-    co_store *a = open_good("", &first), *b = open_good("", &second);
+    co_sqlite *a = open_good("", &first), *b = open_good("", &second);
     assert_true(first.cluster != second.cluster);
-    co_store_close(a);
-    co_store_close(b);
+    co_sqlite_close(a);
+    co_sqlite_close(b);
 }
 
 static void second_opener_is_refused(void **state)
 {
     (void)state;
     co_store_past past;
-    co_store *store = open_good(g_folder, &past);
+    co_sqlite *store = open_good(g_folder, &past);
     expect_refusal(g_folder, CM_E_EXISTS, "another coordinator has");
     write_good(store, 2, 2, NULL);
     expect_refusal(g_folder, CM_E_EXISTS, "stop it");
-    co_store_close(store);
-    co_store_close(open_good(g_folder, &past));
+    co_sqlite_close(store);
+    co_sqlite_close(open_good(g_folder, &past));
 }
 
 static void overwrite(long offset, const char *bytes, size_t n)
@@ -194,9 +194,9 @@ static void damage_is_named(void **state)
 
     co_store_past past;
     co_epoch *epoch = epoch_of(1);
-    co_store *store = open_good(g_folder, &past);
+    co_sqlite *store = open_good(g_folder, &past);
     write_good(store, 2, 2, epoch);
-    co_store_close(store);
+    co_sqlite_close(store);
     co_epoch_release(epoch);
     char noise[3000];
     memset(noise, 0xa5, sizeof(noise));
@@ -210,13 +210,13 @@ static void hidden_damage_is_named(void **state)
     (void)state;
     enum { PAGE = 4096, FIRST_LEAF = 3 }; /* after the header's page, meta and the root of epochs */
     co_store_past past;
-    co_store *store = open_good(g_folder, &past);
+    co_sqlite *store = open_good(g_folder, &past);
     for (uint64_t number = 1; number <= 200; number++) {
         co_epoch *epoch = epoch_of(number);
         write_good(store, 4, number + 1, epoch);
         co_epoch_release(epoch);
     }
-    co_store_close(store);
+    co_sqlite_close(store);
     char noise[PAGE];
     memset(noise, 0xa5, sizeof(noise));
     overwrite(FIRST_LEAF * PAGE, noise, sizeof(noise));

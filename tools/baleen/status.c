@@ -6,6 +6,7 @@
 
 #include "common/base/bytes.h"
 #include "common/base/stats.h"
+#include "common/proc/addresses.h"
 #include "common/proc/rpc_client.h"
 #include "proto/control.pb-c.h"
 #include "proto/pack.h"
@@ -25,7 +26,7 @@ typedef struct status_config {
 
 static const cm_cfg_field g_fields[] = {
     {"run", "", "run folder of a baleen up", CM_CFG_STRING(status_config, run)},
-    {"coordinator", "", "host:port of the coordinator, in place of --run",
+    {"coordinator", "", "host:port of the coordinator, or of several with commas, in place of --run",
      CM_CFG_STRING(status_config, coordinator)},
     {"json", "off", "one JSON object in place of the table", CM_CFG_BOOL(status_config, json)},
 };
@@ -183,11 +184,10 @@ static void print_json(const status_reply *reply)
 
 /* ---- asking ---- */
 
-static cm_status find_coordinator(const status_config *config, char out[128], cm_error *err)
+static cm_status find_coordinators(const status_config *config, pc_addresses *out, cm_error *err)
 {
     if (config->coordinator[0] != '\0') {
-        snprintf(out, 128, "%s", config->coordinator);
-        return CM_OK;
+        return pc_addresses_parse("coordinator", config->coordinator, out, err);
     }
     if (config->run[0] == '\0') {
         return cm_error_set(
@@ -196,8 +196,7 @@ static cm_status find_coordinator(const status_config *config, char out[128], cm
     }
     run_addresses addresses;
     CM_TRY(run_folder_addresses(config->run, &addresses, err));
-    snprintf(out, 128, "%s", addresses.coordinator);
-    return CM_OK;
+    return pc_addresses_parse("coordinator", addresses.coordinator, out, err);
 }
 
 static cm_status ask(const char *address, cm_bytes *reply, cm_error *err)
@@ -224,30 +223,67 @@ static cm_status ask(const char *address, cm_bytes *reply, cm_error *err)
     return status;
 }
 
-static cm_status status_show(const status_config *config, cm_error *err)
+static cm_status ask_and_read(const char *address, cm_arena *arena, status_reply **reply_out, cm_error *err)
 {
-    char address[128];
     cm_bytes packed;
-    cm_arena arena;
-    status_reply *reply;
-    CM_TRY(find_coordinator(config, address, err));
     cm_bytes_init(&packed, 0);
-    cm_arena_init(&arena, "status", STATUS_ARENA_CHUNK_BYTES, STATUS_ARENA_BYTES_MAX);
+    cm_arena_reset(arena);
     cm_status status = ask(address, &packed, err);
-    if (status == CM_OK) {
-        status = pr_unpack(&baleen__control__v1__status_reply__descriptor, packed.data, packed.len, &arena,
-                           (ProtobufCMessage **)&reply);
-        if (status != CM_OK) {
-            cm_error_set(err, status, NULL,
+    if (status == CM_OK && pr_unpack(&baleen__control__v1__status_reply__descriptor, packed.data, packed.len,
+                                     arena, (ProtobufCMessage **)reply_out) != CM_OK) {
+        status =
+            cm_error_set(err, CM_E_PROTOCOL, NULL,
                          "the answer of %s is no status: not a coordinator, or of another version", address);
-        } else if (config->json) {
-            print_json(reply);
-        } else {
-            print_table(reply);
+    }
+    cm_bytes_fini(&packed);
+    return status;
+}
+
+/* The active one of the list, or the one that a standby names; err has what a standby says, if there is one.
+ */
+static cm_status ask_active(const pc_addresses *list, cm_arena *arena, status_reply **reply_out,
+                            cm_error *err)
+{
+    char address[PC_ADDRESS_BYTES], named[PC_ADDRESS_BYTES] = "";
+    cm_status status = CM_E_UNAVAILABLE;
+    bool standby = false;
+    for (uint32_t i = 0; i <= list->n; i++) {
+        cm_error why = {0};
+        snprintf(address, sizeof(address), "%s", i < list->n ? list->text[i] : named);
+        if (address[0] == '\0') {
+            continue;
+        }
+        cm_status asked = ask_and_read(address, arena, reply_out, &why);
+        if (asked == CM_OK && !(*reply_out)->standby) {
+            return CM_OK;
+        }
+        if (asked != CM_OK && !standby) {
+            *err = why;
+            status = asked;
+        } else if (asked == CM_OK) {
+            standby = true;
+            snprintf(named, sizeof(named), "%s", or_empty((*reply_out)->active));
+            status = cm_error_set(err, CM_E_UNAVAILABLE, NULL, "%s is no active coordinator: %.300s", address,
+                                  or_empty((*reply_out)->change));
         }
     }
+    return status;
+}
+
+static cm_status status_show(const status_config *config, cm_error *err)
+{
+    pc_addresses list;
+    cm_arena arena;
+    status_reply *reply;
+    CM_TRY(find_coordinators(config, &list, err));
+    cm_arena_init(&arena, "status", STATUS_ARENA_CHUNK_BYTES, STATUS_ARENA_BYTES_MAX);
+    cm_status status = ask_active(&list, &arena, &reply, err);
+    if (status == CM_OK && config->json) {
+        print_json(reply);
+    } else if (status == CM_OK) {
+        print_table(reply);
+    }
     cm_arena_fini(&arena);
-    cm_bytes_fini(&packed);
     return status;
 }
 
