@@ -485,20 +485,16 @@ static void header_check(void *ctx, const field *f, const char *what)
     c->n_refused++;
 }
 
-/* Ways that one field cannot have: keys too many, ranges moved as a whole, shapes of other ranks. */
-static void header_corrupt_entry(header_case *c)
+/* Ways that one field cannot have: other dtypes, ranges moved as a whole, shapes of other ranks, keys too
+ * many. entry: the tensor's; good: a copy of it. */
+static void header_corrupt_dtype(header_case *c, json_t *entry, const json_t *good)
 {
     static const char *const dtypes[] = {"F64",     "F16", "F32",  "BF16",     "F8_E4M3", "F8_E5M2",
                                          "F8_E8M0", "I8",  "U8",   "I16",      "I32",     "I64",
                                          "BOOL",    "f32", " F32", "F8_E4M3FN"};
-    json_t *entry = json_object_get(c->header, c->tensor), *good = json_deep_copy(entry);
+    const field f = {.parent = entry, .key = "dtype", .path = "dtype"};
     const char *dtype = json_string_value(json_object_get(good, "dtype"));
-    json_t *range = json_object_get(entry, "data_offsets"), *shape = json_object_get(entry, "shape");
-    json_int_t begin = json_integer_value(json_array_get(range, 0)),
-               end = json_integer_value(json_array_get(range, 1)), n = end - begin,
-               all = (json_int_t)c->data_bytes;
     char what[200];
-    field f = {.parent = entry, .key = "dtype", .path = "dtype"};
     for (size_t i = 0; i < sizeof dtypes / sizeof dtypes[0]; i++) {
         if (strcmp(dtypes[i], dtype) != 0) {
             snprintf(what, sizeof what, "%s: dtype %s", c->tensor, dtypes[i]);
@@ -507,6 +503,15 @@ static void header_corrupt_entry(header_case *c)
         }
     }
     json_object_set(entry, "dtype", json_object_get(good, "dtype"));
+}
+
+static void header_corrupt_range(header_case *c, json_t *entry, const json_t *good)
+{
+    const field f = {.parent = entry, .key = "data_offsets", .path = "data_offsets"};
+    const json_t *range = json_object_get(good, "data_offsets");
+    json_int_t begin = json_integer_value(json_array_get(range, 0)),
+               end = json_integer_value(json_array_get(range, 1));
+    json_int_t n = end - begin, all = (json_int_t)c->data_bytes;
     const json_int_t ranges[][2] = {{begin + 1, end + 1},
                                     {begin - 1, end - 1},
                                     {begin + n, end + n},
@@ -518,32 +523,45 @@ static void header_corrupt_entry(header_case *c)
                                     {all / 2, all / 2 + n},
                                     {begin, begin},
                                     {INT64_MAX - n, INT64_MAX}};
-    f.key = f.path = "data_offsets";
+    char what[200];
     for (size_t i = 0; i < sizeof ranges / sizeof ranges[0]; i++) {
-        if (ranges[i][0] == begin && ranges[i][1] == end) {
-            continue;
+        if (ranges[i][0] != begin || ranges[i][1] != end) {
+            snprintf(what, sizeof what, "%s: data_offsets [%" PRId64 ", %" PRId64 "]", c->tensor,
+                     (int64_t)ranges[i][0], (int64_t)ranges[i][1]);
+            json_object_set_new(entry, "data_offsets", json_pack("[I,I]", ranges[i][0], ranges[i][1]));
+            header_check(c, &f, what);
         }
-        snprintf(what, sizeof what, "%s: data_offsets [%" PRId64 ", %" PRId64 "], %" PRId64 " too far",
-                 c->tensor, (int64_t)ranges[i][0], (int64_t)ranges[i][1], (int64_t)(ranges[i][0] - begin));
-        json_object_set_new(entry, "data_offsets", json_pack("[I,I]", ranges[i][0], ranges[i][1]));
-        header_check(c, &f, what);
     }
     json_object_set(entry, "data_offsets", json_object_get(good, "data_offsets"));
-    f.key = f.path = "shape";
+}
+
+static void header_corrupt_rank(header_case *c, json_t *entry)
+{
+    const field f = {.parent = entry, .key = "shape", .path = "shape"};
+    json_t *shape = json_object_get(entry, "shape");
+    char what[200];
     for (int i = 0; i < 4; i++) { /* longer by ones, then beyond what a tensor has */
         json_array_append_new(shape, json_integer(1));
         snprintf(what, sizeof what, "%s: %d ones more", c->tensor, i + 1);
         header_check(c, &f, what);
     }
-    json_object_set(entry, "shape", json_object_get(good, "shape"));
-    const char *const extra[] = {"x", "Dtype", "offset", ""};
+}
+
+static void header_corrupt_entry(header_case *c)
+{
+    static const char *const extra[] = {"x", "Dtype", "offset", ""};
+    json_t *entry = json_object_get(c->header, c->tensor), *good = json_deep_copy(entry);
+    char what[200];
+    header_corrupt_dtype(c, entry, good);
+    header_corrupt_range(c, entry, good);
     for (size_t i = 0; i < sizeof extra / sizeof extra[0]; i++) {
-        field more = {.parent = entry, .key = extra[i], .path = "unknown"};
+        const field f = {.parent = entry, .key = extra[i], .path = "unknown"};
         json_object_set_new(entry, extra[i], json_integer(1));
         snprintf(what, sizeof what, "%s: extra key '%s'", c->tensor, extra[i]);
-        header_check(c, &more, what);
+        header_check(c, &f, what);
         json_object_del(entry, extra[i]);
     }
+    header_corrupt_rank(c, entry);
     json_object_set_new(c->header, c->tensor, good);
 }
 
