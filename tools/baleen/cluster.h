@@ -1,7 +1,10 @@
-/* A cluster of processes on this machine: started in order, watched, drained in order. Used by `baleen up`.
- * Coordinator first; when it listens, everything else; ready when every process listens and the gateway's
- * /ready says so. Speaks to the person on stderr. Thread: the loop's. */
+/* A cluster of processes on this machine: started in order, supervised, drained in order. Used by `baleen
+ * up`. Coordinator first; when it listens, everything else; ready when every process listens and the
+ * gateway's /ready says so. From then on a process that fails is started again, at its old addresses, after a
+ * pause that grows while it fails; one that ends in order (it was drained) stays away. Speaks to the person
+ * on stderr. Thread: the loop's. */
 #pragma once
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "common/base/bytes.h"
@@ -13,17 +16,19 @@ typedef struct cluster cluster;
 typedef struct up_config {
     char *model, *http, *grpc, *run, *name, *device, *log_level, *failpoints;
     uint64_t workers, routers, threads, seed, ready_ms, drain_ms;
+    bool no_restart;
 } up_config;
 
 typedef struct cluster_options {
     const up_config *config;
     const char *run_dir;    /* logs go there */
+    const char *store_dir;  /* of the coordinator's log; "" leaves it to the environment */
     const char *bin_dir;    /* of the servers' programs */
     const char *model_dir;  /* absolute */
     const char *model_name; /* what clients ask for */
     char *const *env;       /* of the children */
     void (*ready)(void *ctx);
-    void (*changed)(void *ctx); /* while ready: a process is gone and the cluster goes on */
+    void (*changed)(void *ctx); /* while ready: a process is gone, or has come, and the cluster goes on */
     void (*ended)(void *ctx,
                   int code); /* no process is left; exit code. Not before cluster_create has returned */
     void *ctx;
