@@ -17,6 +17,7 @@ bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, 
     Baleen__Control__V1__Abort abort = BALEEN__CONTROL__V1__ABORT__INIT;
     Baleen__Control__V1__Commit commit = BALEEN__CONTROL__V1__COMMIT__INIT;
     Baleen__Control__V1__Retire retire = BALEEN__CONTROL__V1__RETIRE__INIT;
+    Baleen__Control__V1__Drain drain = BALEEN__CONTROL__V1__DRAIN__INIT;
     switch (out->kind) {
     case CO_OUT_WELCOME:
         welcome.member_id = out->member_id;
@@ -54,7 +55,12 @@ bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, 
         word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_RETIRE;
         word.retire = &retire;
         break;
+    case CO_OUT_DRAIN:
+        word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_DRAIN;
+        word.drain = &drain;
+        break;
     case CO_OUT_CLOSE:
+    case CO_OUT_ANSWER:
     case CO_OUT_STORE:
     case CO_OUT_NOTE:
         return false;

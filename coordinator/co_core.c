@@ -40,6 +40,17 @@ void co_core_refuse(co_core *core, uint64_t session, cm_status status, bool fina
     snprintf(out->text, sizeof(out->text), "%s", text);
 }
 
+void co_core_answer(co_core *core, uint64_t ticket, cm_status status, const char *fmt, ...)
+{
+    co_out *out = co_core_emit(core, CO_OUT_ANSWER, 0);
+    out->ticket = ticket;
+    out->status = status;
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(out->text, sizeof(out->text), fmt, args);
+    va_end(args);
+}
+
 static void core_close(co_core *core, uint64_t session, cm_status status, const char *text)
 {
     co_out *out = co_core_emit(core, CO_OUT_CLOSE, session);
@@ -108,6 +119,10 @@ void co_core_remove(co_core *core, co_member *member, cm_status status, const ch
     }
     member->removed = true;
     core->dirty = true;
+    if (member->drain_ticket != 0) {
+        co_core_answer(core, member->drain_ticket, status, "member %u %s%s", member->self.id,
+                       status == CM_OK ? "has left" : "was lost: ", status == CM_OK ? "" : text);
+    }
 }
 
 static void core_sweep(co_core *core)
@@ -142,7 +157,7 @@ static void core_session_lost(co_core *core, co_member *member)
     }
     if (member->leaving) {
         co_core_note(core, CM_LOG_INFO, "member %u has left", member->self.id);
-        co_core_remove(core, member, CM_OK, "");
+        co_core_remove(core, member, CM_OK, "has left");
         return;
     }
     /* A peer that lost it too is a second witness: no grace. */
@@ -205,15 +220,6 @@ static void core_peer_report(co_core *core, const co_member *from,
     }
 }
 
-static void core_leaving(co_core *core, co_member *member)
-{
-    if (!member->leaving) {
-        member->leaving = true;
-        core->dirty = true;
-        co_core_note(core, CM_LOG_INFO, "member %u wants to leave", member->self.id);
-    }
-}
-
 static void core_word(co_core *core, uint64_t session, const Baleen__Control__V1__MemberMessage *word)
 {
     co_member *member = core_find_session(core, session);
@@ -248,7 +254,7 @@ static void core_word(co_core *core, uint64_t session, const Baleen__Control__V1
         core_peer_report(core, member, word->peer_report);
         break;
     case BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LEAVING:
-        core_leaving(core, member);
+        co_core_leaving(core, member);
         break;
     default:
         break;
@@ -268,6 +274,9 @@ static void core_take(co_core *core, const co_in *in)
         }
         break;
     }
+    case CO_IN_DRAIN:
+        co_core_drain(core, in);
+        break;
     case CO_IN_STORED:
         co_core_join_stored(core, in);
         co_core_change_stored(core, in);

@@ -41,13 +41,15 @@ typedef enum co_in_kind {
     CO_IN_WORD,   /* session, word */
     CO_IN_CLOSED, /* session: it is over, no word of it follows */
     CO_IN_STORED, /* ticket, status, text: how a CO_OUT_STORE went */
+    CO_IN_DRAIN,  /* ticket, member_id: an operator wants it to leave */
 } co_in_kind;
 
 typedef struct co_in {
     co_in_kind kind;
     uint64_t session; /* the owner's name for one session; not 0, never used twice */
     const Baleen__Control__V1__MemberMessage *word; /* borrowed for the step */
-    uint64_t ticket;
+    uint64_t ticket;                                /* of operators' wishes: not 0, theirs alone */
+    uint32_t member_id;
     cm_status status;
     const char *text;
 } co_in;
@@ -59,10 +61,12 @@ typedef enum co_out_kind {
     CO_OUT_ABORT,   /* session, number */
     CO_OUT_COMMIT,  /* session, epoch */
     CO_OUT_RETIRE,  /* session, number */
+    CO_OUT_DRAIN,   /* session */
     CO_OUT_CLOSE,   /* session, status (CM_OK: a good end), text */
-    CO_OUT_STORE, /* ticket, member_id and number (the next free ones), epoch (may be NULL): make it durable,
-                     in order, and answer with CO_IN_STORED */
-    CO_OUT_NOTE,  /* level, text: for the log */
+    CO_OUT_STORE,  /* ticket, member_id and number (the next free ones), epoch (may be NULL): make it durable,
+                      in order, and answer with CO_IN_STORED */
+    CO_OUT_ANSWER, /* ticket, status, text: what became of an operator's wish */
+    CO_OUT_NOTE,   /* level, text: for the log */
 } co_out_kind;
 
 typedef struct co_out {
@@ -94,7 +98,7 @@ typedef enum co_member_state {
     CO_MEMBER_PREPARING, /* loads for the epoch being prepared */
     CO_MEMBER_READY,     /* in the epoch in force */
     CO_MEMBER_SUSPECT,   /* session lost or reported by a peer */
-    CO_MEMBER_LEAVING,   /* asked to go, waits for the epoch without it */
+    CO_MEMBER_LEAVING,   /* wants or is asked to go: others take over, or it finishes what runs */
 } co_member_state;
 const char *co_member_state_name(co_member_state state);
 

@@ -12,6 +12,7 @@
 #include "common/base/rng.h"
 #include "common/base/stats.h"
 #include "common/proc/rpc_server.h"
+#include "coordinator/admin.h"
 #include "coordinator/answers.h"
 #include "coordinator/co_core.h"
 #include "coordinator/store.h"
@@ -41,6 +42,7 @@ struct co_coordinator {
     pc_loop *loop;
     co_core *core;
     co_writer *writer;
+    co_admin *admin;
     pc_rpc_server *server;
     pc_timer *tick, *stats_timer, *stop_timer;
     char bound[128], host[256];
@@ -127,6 +129,8 @@ static void coordinator_deliver(co_coordinator *c)
             cm_log_line(outs[i].level, "%s", outs[i].text);
         } else if (outs[i].kind == CO_OUT_STORE) {
             deliver_store(c, &outs[i]);
+        } else if (outs[i].kind == CO_OUT_ANSWER) {
+            co_admin_answer(c->admin, &outs[i]);
         } else {
             deliver_word(c, &outs[i]);
         }
@@ -250,7 +254,7 @@ static void session_closed(pc_call *call, bool cancelled)
     }
 }
 
-/* ---- counters for gateways, status for operators ---- */
+/* ---- counters for gateways, operators ---- */
 
 static void coordinator_send_stats(void *arg)
 {
@@ -276,26 +280,20 @@ static void coordinator_send_stats(void *arg)
     pc_timer_set(c->stats_timer, c->heartbeat_ms);
 }
 
-static void admin_status(pc_call *call, const uint8_t *data, size_t n_bytes)
+static void admin_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 {
-    co_coordinator *c = pc_call_ctx(call);
-    Baleen__Control__V1__StatusRequest *request = NULL;
-    cm_arena_reset(&c->arena);
-    if (pr_unpack(&baleen__control__v1__status_request__descriptor, data, n_bytes, &c->arena,
-                  (ProtobufCMessage **)&request) != CM_OK) {
-        pc_call_finish(call, PC_CODE_INVALID_ARGUMENT, "not a StatusRequest", NULL, 0, 0);
-        return;
-    }
-    cm_bytes_clear(&c->packed);
-    co_answer_status(c->core, &c->self, cm_now_ms(), &c->packed);
-    cm_status status = pc_call_send(call, c->packed.data, c->packed.len);
-    pc_call_finish(call, pc_code_of(status), "", NULL, 0, 0);
+    co_admin_message(((co_coordinator *)pc_call_ctx(call))->admin, call, data, n_bytes);
 }
 
 static void admin_closed(pc_call *call, bool cancelled)
 {
-    (void)call;
     (void)cancelled;
+    co_admin_closed(((co_coordinator *)pc_call_ctx(call))->admin, call);
+}
+
+static void admin_wish(void *ctx, const co_in *wish)
+{
+    coordinator_step(ctx, wish);
 }
 
 static const pc_method coordinator_methods[] = {
@@ -304,7 +302,8 @@ static const pc_method coordinator_methods[] = {
      .half_closed = session_half_closed,
      .closed = session_closed,
      .client_streams = true},
-    {.path = "/baleen.control.v1.Admin/Status", .message = admin_status, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Status", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Drain", .message = admin_message, .closed = admin_closed},
 };
 
 /* ---- life ---- */
@@ -339,6 +338,8 @@ static cm_status coordinator_listen(co_coordinator *c, const co_config *config, 
                               .ctx = c};
     cm_pool_init(&c->sessions, "sessions", sizeof(co_session), calls_max);
     cm_map_init(&c->by_id, calls_max);
+    c->admin = co_admin_create(&(co_admin_options){
+        .core = c->core, .self = &c->self, .calls_max = calls_max, .wish = admin_wish, .ctx = c});
     cm_status status = pc_rpc_server_create(c->loop, &options, coordinator_methods,
                                             sizeof(coordinator_methods) / sizeof(coordinator_methods[0]),
                                             &c->server, c->bound, err);
@@ -394,6 +395,7 @@ cm_status co_coordinator_create(pc_loop *loop, const co_config *config, co_coord
     return CM_OK;
 
 err_close:
+    co_admin_destroy(c->admin);
     cm_map_fini(&c->by_id);
     cm_pool_fini(&c->sessions);
     co_writer_destroy(c->writer);
@@ -437,6 +439,7 @@ void co_coordinator_stop(co_coordinator *c, pc_fn done, void *arg)
     while (cm_map_next(&c->by_id, &at, &id, &session)) {
         session_finish(session, CM_E_UNAVAILABLE, "the coordinator stops; go on with the epoch in force");
     }
+    co_admin_stop(c->admin);
     pc_rpc_server_drain(c->server, coordinator_stopped, c);
 }
 
@@ -447,6 +450,7 @@ void co_coordinator_destroy(co_coordinator *c)
     }
     c->stopping = true; /* what the closing of the sessions brings is no news */
     pc_rpc_server_destroy(c->server);
+    co_admin_destroy(c->admin);
     pc_timer_destroy(c->tick);
     pc_timer_destroy(c->stats_timer);
     pc_timer_destroy(c->stop_timer);

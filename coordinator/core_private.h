@@ -1,5 +1,5 @@
 /* State of the coordinator's machine, shared by co_core.c (time, sessions, outbox), join_core.c (who may be a
- * member) and change_core.c (epochs). */
+ * member), leave_core.c (who goes) and change_core.c (epochs). */
 #pragma once
 #include "coordinator/co_core.h"
 
@@ -29,7 +29,9 @@ typedef struct co_member {
     uint64_t epoch;                                  /* in force there */
     uint64_t prepared;                               /* last number it answered Prepared for */
     uint64_t told_prepare, told_commit, told_retire; /* numbers sent in this session */
-    bool leaving;
+    bool leaving;                                    /* by its own wish or an operator's */
+    bool told_drain;                                 /* in this session */
+    uint64_t drain_ticket;                           /* of the operator who waits for its end; 0 = none */
     bool removed; /* goes at the end of the step; nothing finds it any more */
     uint32_t n_stats;
     cm_stat_value stats[CM_STAT_COUNT];
@@ -84,6 +86,14 @@ static inline bool co_member_is_in(const co_member *member)
 {
     return !member->removed && member->ticket == 0;
 }
+/* Belongs into the next epoch. A worker that leaves hands its experts over; a router or gateway that leaves
+ * needs epochs until it has finished what runs. */
+static inline bool co_member_is_wanted(const co_member *member)
+{
+    return co_member_is_in(member) && !(member->leaving && member->self.role == CO_ROLE_WORKER);
+}
+uint32_t co_core_count(const co_core *core, Baleen__Control__V1__Role role); /* wanted ones */
+void co_core_answer(co_core *core, uint64_t ticket, cm_status status, const char *fmt, ...) CM_PRINTF(4, 5);
 
 /* ---- join_core.c ---- */
 void co_core_hello(co_core *core, uint64_t session, const Baleen__Control__V1__Hello *hello);
@@ -91,6 +101,16 @@ void co_core_join_stored(co_core *core, const co_in *in);
 /* A member as the log's last epoch knew it: away, may come back. */
 void co_core_recall(co_core *core, const co_peer *peer);
 void co_member_fini(co_member *member);
+
+/* ---- leave_core.c ---- */
+void co_core_leaving(co_core *core, co_member *member);
+void co_core_drain(co_core *core, const co_in *in);
+/* Nothing in force or on the way needs them any more: workers are let go. */
+void co_core_release_leavers(co_core *core);
+/* No epoch without them can be made. A worker stays while a router may still ask it. */
+void co_core_release_blocked(co_core *core);
+/* Routers that no gateway chooses any more, and gateways, may finish. */
+void co_core_tell_drains(co_core *core);
 
 /* ---- change_core.c ---- */
 void co_core_advance(co_core *core);

@@ -24,6 +24,8 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_BYTES(wk_config, frame_bytes, 65536, 1u << 30)},
     {"expert_bytes_max", "0", "memory for experts; 0 = three quarters of the machine's",
      CM_CFG_BYTES(wk_config, expert_bytes_max, 0, UINT64_MAX)},
+    {"drain_ms", "10m", "how long to serve on, when asked to stop, until the others have loaded our experts",
+     CM_CFG_MS(wk_config, drain_ms, 0, 86400000)},
     PC_PROCESS_FIELDS(wk_config, process),
 };
 

@@ -14,7 +14,6 @@
 #include "worker/engine.h"
 
 enum {
-    WORKER_DRAIN_MS = 10000,   /* for the coordinator to publish an epoch without us */
     WORKER_DRAIN_TICK_MS = 50, /* between looks whether it is still there */
     WORKER_EPOCHS = 4,         /* known and not retired */
 };
@@ -152,11 +151,6 @@ static void worker_on_commit(void *ctx, pc_epoch *epoch)
     }
     wk_engine_commit(w->engine, epoch, w->self);
     pc_member_committed(w->member, epoch->number);
-    bool ours = epoch->placement != NULL &&
-                pr_placement_rank_of(epoch->placement, w->self) < epoch->placement->n_rank;
-    if (w->draining && !ours) {
-        w->finished(w->ctx, 0);
-    }
 }
 
 static void worker_on_retire(void *ctx, uint64_t oldest)
@@ -171,9 +165,12 @@ static void worker_on_retire(void *ctx, uint64_t oldest)
     worker_keep_experts(w);
 }
 
+/* No epoch in use needs us. */
 static void worker_on_drain(void *ctx)
 {
-    wk_worker_drain(ctx);
+    wk_worker *w = ctx;
+    pc_member_leave(w->member); /* the end of the session is for good */
+    w->finished(w->ctx, 0);
 }
 
 static void worker_on_refused(void *ctx, cm_status status, const char *text)
@@ -292,8 +289,10 @@ static void worker_drain_tick(void *arg)
         pc_timer_set(w->drain_timer, WORKER_DRAIN_TICK_MS);
         return;
     }
-    cm_info("leaving without an epoch that knows it: the coordinator %s",
-            pc_member_connected(w->member) ? "published none" : "is gone");
+    if (pc_member_connected(w->member)) {
+        cm_warn("leaves although the others cannot do without us yet: %llu ms have passed",
+                (unsigned long long)w->config->drain_ms);
+    }
     w->finished(w->ctx, 0);
 }
 
@@ -308,7 +307,7 @@ void wk_worker_drain(wk_worker *w)
         return;
     }
     pc_member_leave(w->member);
-    w->drain_until_ms = cm_now_ms() + WORKER_DRAIN_MS;
+    w->drain_until_ms = cm_now_ms() + w->config->drain_ms;
     w->drain_timer = pc_timer_create(w->loop, worker_drain_tick, w);
     pc_timer_set(w->drain_timer, WORKER_DRAIN_TICK_MS);
 }

@@ -83,6 +83,7 @@ cm_status pc_epoch_unpack(const Baleen__Control__V1__Epoch *message, pc_epoch **
             .role = (uint32_t)from->role,
             .incarnation = from->incarnation,
             .data_address = cm_strdup(from->data_address != NULL ? from->data_address : ""),
+            .draining = from->has_draining && from->draining,
         };
     }
     if (epoch->n_member > 0) {

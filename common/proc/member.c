@@ -38,6 +38,7 @@ struct pc_member {
     uint64_t backoff_ms, heartbeat_ms;
     bool connected; /* welcomed in this session */
     bool over;      /* refused for good, left or destroyed: no further session */
+    bool leaving;   /* said to every coordinator that welcomes us */
 
     uint32_t id;
     uint64_t cluster;
@@ -183,16 +184,20 @@ void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status stat
     member_say(member, &word);
 }
 
-void pc_member_leave(pc_member *member)
+static void member_say_leaving(pc_member *member)
 {
     Baleen__Control__V1__Leaving leaving = BALEEN__CONTROL__V1__LEAVING__INIT;
     member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
-    member->over = true;
-    pc_timer_clear(member->retry);
+    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LEAVING;
+    word.leaving = &leaving;
+    member_say(member, &word);
+}
+
+void pc_member_leave(pc_member *member)
+{
+    member->leaving = true;
     if (member->connected) {
-        word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LEAVING;
-        word.leaving = &leaving;
-        member_say(member, &word);
+        member_say_leaving(member);
     }
 }
 
@@ -221,6 +226,9 @@ static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__We
     cm_info("member %u of cluster %llx, coordinator %s", member->id, (unsigned long long)member->cluster,
             member->coordinator);
     member_beat(member);
+    if (member->leaving) {
+        member_say_leaving(member); /* a coordinator that was started again has not heard it */
+    }
     if (member->events.welcome != NULL) {
         member->events.welcome(member->ctx, member->id, member->cluster);
     }
@@ -369,6 +377,7 @@ static void member_closed(void *ctx, pc_code code, const char *text)
     member->stream = NULL;
     member->connected = false;
     pc_timer_clear(member->heartbeat);
+    member->over |= member->leaving && code == PC_CODE_OK; /* let go */
     if (member->over) {
         return;
     }

@@ -22,6 +22,7 @@ typedef struct pc_epoch {
         uint32_t role; /* Baleen__Control__V1__Role */
         uint64_t incarnation;
         char *data_address; /* "" when none */
+        bool draining;      /* a router that gets no new sequences */
     } * members;
 } pc_epoch;
 pc_epoch *pc_epoch_hold(pc_epoch *epoch);
@@ -65,5 +66,7 @@ void pc_member_destroy(pc_member *member); /* not from inside a callback of it *
 void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, const char *text);
 void pc_member_committed(pc_member *member, uint64_t epoch);
 void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status);
-void pc_member_leave(pc_member *member); /* tell the coordinator; it will publish an epoch without us */
+/* Tells the coordinator, again after a reconnect, that we want to go. It answers with drain when nobody
+ * counts on us any more; an orderly end of the session is then the last one. */
+void pc_member_leave(pc_member *member);
 bool pc_member_connected(const pc_member *member);

@@ -54,6 +54,61 @@ def serving(cluster, role):
             if m["role"] == role and m["state"] == "ready" and m["epoch"] == status["epoch"]]
 
 
+PROMPTS = ("Count from 1 to 100.", "Count from 1 to 60.", "What is the capital of France?", "Count from 20 to 90.")
+
+
+class Load:
+    """Streams that never stop coming: each thread asks its prompt again and again, and every answer must be the one of rest."""
+
+    def __init__(self, cluster, n_threads=8):
+        self.cluster = cluster
+        self.expected = {prompt: answer(cluster, [{"role": "user", "content": prompt}]) for prompt in PROMPTS}
+        self.over = threading.Event()
+        self.failures, self.n_answers, self.n_tokens = [], 0, 0
+        self.threads = [threading.Thread(target=self.ask, args=(PROMPTS[i % len(PROMPTS)],)) for i in range(n_threads)]
+
+    def ask(self, prompt):
+        client = client_of(self.cluster)
+        while not self.over.is_set():
+            text = ""
+            try:
+                for chunk in client.chat.completions.create(model="nano", messages=[{"role": "user", "content": prompt}],
+                                                            temperature=0, stream=True, extra_body=CHAT):
+                    text += (chunk.choices[0].delta.content or "") if chunk.choices else ""
+                    self.n_tokens += 1
+            except Exception as error:  # any: the point is that there is none
+                self.failures.append(f"{prompt!r} after {len(text)} characters: {error!r}")
+                return
+            if text != self.expected[prompt]:
+                self.failures.append(f"{prompt!r}: {text!r} in place of {self.expected[prompt]!r}")
+                return
+            self.n_answers += 1
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        self.goes_on()
+        return self
+
+    def goes_on(self):
+        """Tokens come, and a whole answer after this moment too."""
+        tokens, answers = self.n_tokens, self.n_answers
+        wait_for("answers", lambda: self.failures or (self.n_tokens > tokens + 50 and self.n_answers > answers))
+        assert not self.failures, self.failures[0] + "\n" + self.cluster.said()
+
+    def __exit__(self, kind, value, trace):
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
+        if kind is None:
+            assert not self.failures, self.failures[0] + "\n" + self.cluster.said()
+
+
+def operate(cluster, *words):
+    return subprocess.run([os.path.join(cluster.bin_dir, "baleen"), *words, "--run", cluster.run], capture_output=True, text=True,
+                          timeout=WAIT_S)
+
+
 # ---- processes that come again
 
 
@@ -98,3 +153,30 @@ def test_no_restart_leaves_it_dead(start_cluster):
     os.kill(pids(cluster)["router-0"], signal.SIGKILL)  # the last of its kind: nothing can be served
     assert cluster.up.wait(timeout=WAIT_S) == 1
     assert "no router is left" in cluster.said()
+
+
+# ---- drains
+
+
+def test_drain_under_load(start_cluster):
+    """A worker and a router go while streams run on both routers: nobody notices, and up does not start them again."""
+    cluster = start_cluster("--workers", "3", "--routers", "2")
+    with Load(cluster) as load:
+        for role, left in (("worker", 2), ("router", 1)):
+            out = operate(cluster, "drain", str(serving(cluster, role)[0]))
+            assert out.returncode == 0 and "has left" in out.stdout, out.stderr + cluster.said()
+            wait_for("its epoch", lambda: len(serving(cluster, role)) == left)
+            load.goes_on()
+    wait_for("their processes to end", lambda: len(pids(cluster)) == 5)
+    assert "again" not in open(os.path.join(cluster.run, "up.err")).read()
+    wait_for("the ledger to be zero", cluster.ledger_is_zero)
+
+
+def test_drains_that_cannot_be(start_cluster):
+    cluster = start_cluster("--workers", "1")
+    epoch = cluster.status()["epoch"]
+    for words, code, said in ((["99"], 1, "no member 99"), (["x"], 2, "no member id"), ([], 2, "which member"),
+                              ([str(serving(cluster, "worker")[0])], 1, "only one of its role")):
+        out = operate(cluster, "drain", *words)
+        assert out.returncode == code and said in out.stderr
+    assert cluster.status()["epoch"] == epoch

@@ -93,6 +93,25 @@ static void check_state(fake_cluster *f)
     }
 }
 
+/* Nobody who may still hold an epoch with it counts on the one that goes. */
+static void check_drain(fake_cluster *f, const fake_peer *p)
+{
+    const co_epoch *epoch = co_core_epoch(f->core);
+    const co_peer *self = epoch != NULL ? co_epoch_find(epoch, p->given_id) : NULL;
+    char change[256];
+    if (p->role == CO_ROLE_WORKER) {
+        if (self == NULL && epoch != NULL) {
+            assert_true(all_switched(f, epoch, CO_ROLE_ROUTER));
+        }
+    } else if (p->role == CO_ROLE_ROUTER && self != NULL && !co_core_change(f->core, change)) {
+        FOR_PEERS(f, g)
+        {
+            bool holds = g->role == CO_ROLE_GATEWAY && is_in(g, epoch) && g->epoch != 0;
+            assert_true(!holds || (self->draining && g->epoch == epoch->number));
+        }
+    }
+}
+
 static void check_word(fake_cluster *f, fake_peer *p, const co_out *out)
 {
     const co_epoch *epoch = co_core_epoch(f->core);
@@ -141,6 +160,10 @@ static void check_word(fake_cluster *f, fake_peer *p, const co_out *out)
         assert_int_equal(out->number, epoch->number);
         assert_true(all_switched(f, epoch, CO_ROLE_WORKER));
         break;
+    case CO_OUT_DRAIN:
+        check_drain(f, p);
+        p->told_drain = p->leaving = true;
+        break;
     default:
         break;
     }
@@ -168,6 +191,17 @@ static void take_word(fake_cluster *f, const co_out *out)
     p->mail[p->n_mail++] = (fake_mail){out->kind, out->epoch != NULL ? out->epoch->number : number};
 }
 
+static void take_answer(fake_cluster *f, const co_out *out)
+{
+    assert_true(out->ticket != 0 && out->ticket <= f->n_tickets);
+    if (out->ticket < FAKE_ASKS) {
+        assert_false(f->answers[out->ticket].given); /* once */
+        f->answers[out->ticket].given = true;
+        f->answers[out->ticket].status = out->status;
+        snprintf(f->answers[out->ticket].text, sizeof(f->answers[0].text), "%s", out->text);
+    }
+}
+
 static void fake_step(fake_cluster *f, const co_in *in)
 {
     co_core_step(f->core, f->now_ms, in, in != NULL ? 1 : 0);
@@ -176,6 +210,8 @@ static void fake_step(fake_cluster *f, const co_in *in)
     for (uint32_t i = 0; i < n; i++) {
         if (outs[i].kind == CO_OUT_NOTE) {
             f->n_warnings += outs[i].level <= CM_LOG_WARN;
+        } else if (outs[i].kind == CO_OUT_ANSWER) {
+            take_answer(f, &outs[i]);
         } else if (outs[i].kind == CO_OUT_STORE) {
             assert_true(f->n_stores < FAKE_STORES);
             co_epoch *epoch = outs[i].epoch != NULL ? co_epoch_hold(outs[i].epoch) : NULL;
@@ -319,6 +355,12 @@ void fake_leave(fake_cluster *f, fake_peer *p)
     fake_say(f, p, &word);
 }
 
+uint32_t fake_drain(fake_cluster *f, uint32_t id)
+{
+    fake_step(f, &(co_in){.kind = CO_IN_DRAIN, .ticket = ++f->n_tickets, .member_id = id});
+    return f->n_tickets;
+}
+
 void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id)
 {
     Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
@@ -381,6 +423,9 @@ bool fake_read(fake_cluster *f, fake_peer *p)
         break;
     case CO_OUT_COMMIT:
         fake_answer_commit(f, p, mail.number);
+        break;
+    case CO_OUT_DRAIN:
+        fake_disconnect(f, p); /* a worker's session is ended by the machine */
         break;
     default:
         break;

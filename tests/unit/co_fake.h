@@ -11,6 +11,7 @@ enum {
     FAKE_MAIL = 64,
     FAKE_STORES = 64,
     FAKE_IDS = 4096,
+    FAKE_ASKS = 256, /* later ones are not kept */
     FAKE_LAYERS = 3,
     FAKE_EXPERTS = 8,
     FAKE_EXPERT_BYTES = 10
@@ -27,6 +28,7 @@ typedef struct fake_peer {
     bool given, welcomed;       /* in this session: a Welcome was sent, was read */
     uint32_t given_id;          /* of the last Welcome sent */
     bool fails_prepare, leaving;
+    bool told_drain; /* may finish; a router or gateway does when it reads that */
     Baleen__Control__V1__Role role;
     uint64_t incarnation, cluster, session; /* session 0: none */
     uint64_t capacity;                      /* experts */
@@ -66,6 +68,13 @@ typedef struct fake_cluster {
     uint64_t number_max;         /* highest ever in force */
     uint32_t n_prepares, n_aborts, n_commits, n_retires, n_warnings;
     uint32_t n_changes; /* epochs that came into force */
+    /* answers to operators, by ticket */
+    uint32_t n_tickets;
+    struct {
+        bool given;
+        cm_status status;
+        char text[420];
+    } answers[FAKE_ASKS];
 } fake_cluster;
 
 void fake_init(fake_cluster *f, uint32_t workers_min);
@@ -77,6 +86,8 @@ void fake_hello(fake_cluster *f, fake_peer *p);
 void fake_disconnect(fake_cluster *f, fake_peer *p); /* the process lives on */
 void fake_kill(fake_cluster *f, fake_peer *p);       /* session closed, process gone */
 void fake_leave(fake_cluster *f, fake_peer *p);
+/* An operator's wish; the ticket. */
+uint32_t fake_drain(fake_cluster *f, uint32_t id);
 void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id);
 
 /* One message of the coordinator is read and answered; false: no mail. */

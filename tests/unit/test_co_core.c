@@ -657,6 +657,104 @@ static void all_may_leave(void **state)
     fake_fini(&f);
 }
 
+/* A router is first marked, then told to finish when no gateway can choose it, and gone when it has finished.
+ */
+static void a_router_leaves_in_two_epochs(void **state)
+{
+    (void)state;
+    for (uint32_t by_operator = 0; by_operator < 2; by_operator++) {
+        fake_cluster f;
+        start(&f, 2);
+        fake_spawn(&f, CO_ROLE_ROUTER);
+        fake_spawn(&f, CO_ROLE_GATEWAY);
+        fake_settle(&f);
+        fake_peer *p = peer_of(&f, CO_ROLE_ROUTER, 0), *gateway = peer_of(&f, CO_ROLE_GATEWAY, 1);
+        uint64_t before = co_core_epoch(f.core)->number;
+        uint32_t id = p->id, ticket = 0;
+        if (by_operator) {
+            ticket = fake_drain(&f, id);
+        } else {
+            fake_leave(&f, p);
+        }
+        assert_int_equal(fake_state(&f, p), CO_MEMBER_LEAVING);
+        assert_true(fake_settle_until(&f, gateway, CO_OUT_COMMIT));
+        for (uint32_t i = 0; i < FAKE_PEERS; i++) { /* all but one gateway have heard */
+            while (&f.peers[i] != gateway && fake_read(&f, &f.peers[i])) {
+            }
+        }
+        assert_true(co_epoch_find(co_core_epoch(f.core), id)->draining);
+        assert_int_equal(co_core_epoch(f.core)->number, before + 1);
+        assert_false(p->told_drain);
+        assert_true(fake_read(&f, gateway));
+        assert_true(p->told_drain);
+        assert_non_null(co_epoch_find(co_core_epoch(f.core), id)); /* it still gets epochs */
+        assert_true(ticket == 0 || !f.answers[ticket].given);
+        fake_settle(&f);
+        assert_true(p->finished);
+        assert_null(co_epoch_find(co_core_epoch(f.core), id));
+        assert_true(ticket == 0 || (f.answers[ticket].given && f.answers[ticket].status == CM_OK));
+        fake_check_whole(&f);
+        assert_int_equal(co_core_n_lost(f.core), 0);
+        fake_fini(&f);
+    }
+}
+
+static void an_operator_drains_a_worker(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    start(&f, 3);
+    fake_peer *p = &f.peers[1], *router = peer_of(&f, CO_ROLE_ROUTER, 0);
+    uint32_t id = p->id, ticket = fake_drain(&f, id);
+    assert_true(fake_settle_until(&f, router, CO_OUT_COMMIT));
+    assert_false(p->told_drain || f.answers[ticket].given); /* the router may still ask it */
+    fake_settle(&f);
+    assert_true(p->told_drain && p->finished);
+    assert_true(f.answers[ticket].given && f.answers[ticket].status == CM_OK);
+    fake_check_whole(&f);
+    assert_int_equal(f.n_changes, 1);
+    fake_fini(&f);
+}
+
+static void drains_that_cannot_be(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_init(&f, 1);
+    fake_spawn(&f, CO_ROLE_WORKER)->capacity = 20; /* 24 are needed */
+    fake_spawn(&f, CO_ROLE_WORKER)->capacity = 20;
+    fake_spawn(&f, CO_ROLE_ROUTER);
+    fake_spawn(&f, CO_ROLE_ROUTER);
+    fake_spawn(&f, CO_ROLE_GATEWAY);
+    fake_settle(&f);
+    uint64_t number = co_core_epoch(f.core)->number;
+    const struct {
+        uint32_t id;
+        cm_status status;
+        const char *needle;
+    } rows[] = {
+        {99, CM_E_NOT_FOUND, "no member 99"},
+        {f.peers[0].id, CM_E_CAPACITY, "hold 20 of the 24"},
+        {f.peers[4].id, CM_E_CAPACITY, "only one of its role"},
+        {f.peers[2].id, CM_OK, "member"}, /* one of two routers may go */
+        {f.peers[3].id, CM_E_CAPACITY, "only one of its role"},
+        {f.peers[2].id, CM_E_EXISTS, "leaving already"},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        uint32_t ticket = fake_drain(&f, rows[i].id);
+        assert_int_equal(f.answers[ticket].given, rows[i].status != CM_OK);
+        if (rows[i].status != CM_OK) {
+            assert_int_equal(f.answers[ticket].status, rows[i].status);
+            assert_non_null(strstr(f.answers[ticket].text, rows[i].needle));
+        }
+    }
+    assert_int_equal(co_core_epoch(f.core)->number, number);
+    fake_settle(&f);
+    assert_int_equal(f.answers[4].status, CM_OK);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
 static void too_small_for_the_experts(void **state)
 {
     (void)state;
@@ -752,8 +850,10 @@ static void walk_step(fake_cluster *f, walk *w)
     } else if (dice < 2970) {
         p->hung = p->used && !p->hung && walk_below(w, 3) == 0;
     } else if (dice < 2976) {
-        if (talks) {
+        if (talks && walk_below(w, 2) == 0) {
             fake_leave(f, p);
+        } else {
+            fake_drain(f, 1 + walk_below(w, f->id_max + 1));
         }
     } else if (dice < 2984) {
         if (talks) {
@@ -829,6 +929,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(who_never_switches_is_given_up),
         cmocka_unit_test(leave_waits_for_the_next_epoch),
         cmocka_unit_test(all_may_leave),
+        cmocka_unit_test(a_router_leaves_in_two_epochs),
+        cmocka_unit_test(an_operator_drains_a_worker),
+        cmocka_unit_test(drains_that_cannot_be),
         cmocka_unit_test(too_small_for_the_experts),
         cmocka_unit_test(experts_stay_where_they_were),
         cmocka_unit_test(random_walk),

@@ -6,27 +6,22 @@
 
 #include "common/base/bytes.h"
 #include "common/base/stats.h"
-#include "common/proc/rpc_client.h"
-#include "proto/control.pb-c.h"
-#include "proto/pack.h"
+#include "tools/baleen/admin.h"
 #include "tools/baleen/cli.h"
-#include "tools/baleen/run_folder.h"
 #include "tools/baleen/verbs.h"
 
-enum { STATUS_TIMEOUT_MS = 10000, STATUS_ARENA_CHUNK_BYTES = 64 << 10, STATUS_ARENA_BYTES_MAX = 256 << 20 };
+enum { STATUS_ARENA_CHUNK_BYTES = 64 << 10, STATUS_ARENA_BYTES_MAX = 256 << 20 };
 
 typedef Baleen__Control__V1__StatusReply status_reply;
 typedef Baleen__Control__V1__MemberStatus status_member;
 
 typedef struct status_config {
-    char *run, *coordinator;
+    admin_target target;
     bool json;
 } status_config;
 
 static const cm_cfg_field g_fields[] = {
-    {"run", "", "run folder of a baleen up", CM_CFG_STRING(status_config, run)},
-    {"coordinator", "", "host:port of the coordinator, in place of --run",
-     CM_CFG_STRING(status_config, coordinator)},
+    ADMIN_TARGET_FIELDS(status_config, target),
     {"json", "off", "one JSON object in place of the table", CM_CFG_BOOL(status_config, json)},
 };
 
@@ -105,7 +100,7 @@ static const char *member_address(const Baleen__Control__V1__Member *member)
     return "";
 }
 
-static void print_table(const status_reply *reply)
+void admin_print_table(const status_reply *reply)
 {
     printf("cluster %016llx, epoch %llu, checkpoint %s\n", (unsigned long long)reply->cluster,
            (unsigned long long)reply->epoch,
@@ -183,71 +178,20 @@ static void print_json(const status_reply *reply)
 
 /* ---- asking ---- */
 
-static cm_status find_coordinator(const status_config *config, char out[128], cm_error *err)
-{
-    if (config->coordinator[0] != '\0') {
-        snprintf(out, 128, "%s", config->coordinator);
-        return CM_OK;
-    }
-    if (config->run[0] == '\0') {
-        return cm_error_set(
-            err, CM_E_CONFIG, "run",
-            "which cluster? give --run DIR (the run folder of baleen up) or --coordinator HOST:PORT");
-    }
-    run_addresses addresses;
-    CM_TRY(run_folder_addresses(config->run, &addresses, err));
-    snprintf(out, 128, "%s", addresses.coordinator);
-    return CM_OK;
-}
-
-static cm_status ask(const char *address, cm_bytes *reply, cm_error *err)
-{
-    pc_loop *loop;
-    cm_bytes request;
-    cm_error inner = {0};
-    Baleen__Control__V1__StatusRequest message = BALEEN__CONTROL__V1__STATUS_REQUEST__INIT;
-    if (pc_loop_create(&loop) != CM_OK) {
-        return cm_error_set(err, CM_E_IO, NULL, "no event loop");
-    }
-    cm_bytes_init(&request, 0);
-    pr_pack(&message.base, &request);
-    pc_channel *channel = pc_channel_create(loop, address);
-    cm_status status = pc_unary_wait(channel, "/baleen.control.v1.Admin/Status", request.data, request.len,
-                                     STATUS_TIMEOUT_MS, reply, &inner);
-    if (status != CM_OK) {
-        cm_error_set(err, status, NULL, "the coordinator at %s: %.300s", address,
-                     inner.text[0] != '\0' ? inner.text : cm_status_text(status));
-    }
-    pc_channel_destroy(channel);
-    pc_loop_destroy(loop);
-    cm_bytes_fini(&request);
-    return status;
-}
-
 static cm_status status_show(const status_config *config, cm_error *err)
 {
     char address[128];
-    cm_bytes packed;
     cm_arena arena;
     status_reply *reply;
-    CM_TRY(find_coordinator(config, address, err));
-    cm_bytes_init(&packed, 0);
+    CM_TRY(admin_find(&config->target, address, err));
     cm_arena_init(&arena, "status", STATUS_ARENA_CHUNK_BYTES, STATUS_ARENA_BYTES_MAX);
-    cm_status status = ask(address, &packed, err);
-    if (status == CM_OK) {
-        status = pr_unpack(&baleen__control__v1__status_reply__descriptor, packed.data, packed.len, &arena,
-                           (ProtobufCMessage **)&reply);
-        if (status != CM_OK) {
-            cm_error_set(err, status, NULL,
-                         "the answer of %s is no status: not a coordinator, or of another version", address);
-        } else if (config->json) {
-            print_json(reply);
-        } else {
-            print_table(reply);
-        }
+    cm_status status = admin_status(address, &arena, &reply, err);
+    if (status == CM_OK && config->json) {
+        print_json(reply);
+    } else if (status == CM_OK) {
+        admin_print_table(reply);
     }
     cm_arena_fini(&arena);
-    cm_bytes_fini(&packed);
     return status;
 }
 
