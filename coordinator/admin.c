@@ -7,6 +7,7 @@
 #include "common/base/map.h"
 #include "common/base/mem.h"
 #include "coordinator/answers.h"
+#include "coordinator/launcher.h"
 #include "proto/pack.h"
 
 enum { ADMIN_ARENA_CHUNK_BYTES = 4 << 10, ADMIN_ARENA_BYTES_MAX = 1 << 20 };
@@ -22,6 +23,7 @@ struct co_admin {
     cm_pool asks;
     cm_map by_ticket; /* -> admin_ask */
     uint64_t next_ticket;
+    co_launcher *launcher;
     cm_arena arena; /* one request, unpacked */
     cm_bytes packed;
 };
@@ -41,6 +43,18 @@ static void admin_wish(co_admin *admin, pc_call *call, co_in *in)
     admin->options.wish(admin->options.ctx, in);
 }
 
+static void admin_done(co_admin *admin, pc_call *call, cm_status status, const char *text)
+{
+    if (status == CM_OK) {
+        Baleen__Control__V1__Done done = BALEEN__CONTROL__V1__DONE__INIT;
+        done.text = (char *)(uintptr_t)text; /* packing only reads */
+        cm_bytes_clear(&admin->packed);
+        pr_pack(&done.base, &admin->packed);
+        status = pc_call_send(call, admin->packed.data, admin->packed.len);
+    }
+    pc_call_finish(call, pc_code_of(status), text, NULL, 0, 0);
+}
+
 static void admin_status(co_admin *admin, pc_call *call, const ProtobufCMessage *message)
 {
     (void)message;
@@ -56,6 +70,26 @@ static void admin_drain(co_admin *admin, pc_call *call, const ProtobufCMessage *
     admin_wish(admin, call, &(co_in){.kind = CO_IN_DRAIN, .member_id = request->member_id});
 }
 
+static void admin_scale(co_admin *admin, pc_call *call, const ProtobufCMessage *message)
+{
+    const Baleen__Control__V1__ScaleRequest *request = (const Baleen__Control__V1__ScaleRequest *)message;
+    cm_error err = {0};
+    cm_status status = CM_OK;
+    if (request->n_workers == 0 || request->n_workers > PR_RANK_MAX) {
+        status = cm_error_set(&err, CM_E_INVALID, "workers", "%u workers: give 1 to %d", request->n_workers,
+                              PR_RANK_MAX);
+    }
+    if (status == CM_OK) {
+        status = co_launcher_scale(admin->launcher, admin->options.core, request->n_workers, &err);
+    }
+    admin_done(admin, call, status, err.text);
+}
+
+static void admin_launch(co_admin *admin, pc_call *call, const ProtobufCMessage *message)
+{
+    co_launcher_take(admin->launcher, call, (const Baleen__Control__V1__LauncherState *)message);
+}
+
 static const struct {
     const char *name;
     const ProtobufCMessageDescriptor *request;
@@ -63,6 +97,8 @@ static const struct {
 } g_methods[] = {
     {"Status", &baleen__control__v1__status_request__descriptor, admin_status},
     {"Drain", &baleen__control__v1__drain_request__descriptor, admin_drain},
+    {"Scale", &baleen__control__v1__scale_request__descriptor, admin_scale},
+    {"Launch", &baleen__control__v1__launcher_state__descriptor, admin_launch},
 };
 
 void co_admin_message(co_admin *admin, pc_call *call, const uint8_t *data, size_t n_bytes)
@@ -84,6 +120,7 @@ void co_admin_message(co_admin *admin, pc_call *call, const uint8_t *data, size_
 void co_admin_closed(co_admin *admin, pc_call *call)
 {
     admin_ask *ask = pc_call_user(call);
+    co_launcher_closed(admin->launcher, call);
     if (ask != NULL) {
         cm_map_remove(&admin->by_ticket, ask->ticket);
         cm_pool_put(&admin->asks, ask);
@@ -96,15 +133,7 @@ void co_admin_answer(co_admin *admin, const co_out *out)
     if (ask == NULL) {
         return; /* whoever asked does not wait any more */
     }
-    cm_status status = out->status;
-    if (status == CM_OK) {
-        Baleen__Control__V1__Done reply = BALEEN__CONTROL__V1__DONE__INIT;
-        reply.text = (char *)(uintptr_t)out->text; /* packing only reads */
-        cm_bytes_clear(&admin->packed);
-        pr_pack(&reply.base, &admin->packed);
-        status = pc_call_send(ask->call, admin->packed.data, admin->packed.len);
-    }
-    pc_call_finish(ask->call, pc_code_of(status), out->text, NULL, 0, 0);
+    admin_done(admin, ask->call, out->status, out->text);
 }
 
 void co_admin_stop(co_admin *admin)
@@ -115,12 +144,14 @@ void co_admin_stop(co_admin *admin)
     while (cm_map_next(&admin->by_ticket, &at, &ticket, &ask)) {
         pc_call_finish(((admin_ask *)ask)->call, PC_CODE_UNAVAILABLE, "the coordinator stops", NULL, 0, 0);
     }
+    co_launcher_stop(admin->launcher);
 }
 
 co_admin *co_admin_create(const co_admin_options *options)
 {
     co_admin *admin = cm_alloc(sizeof(*admin));
     admin->options = *options;
+    admin->launcher = co_launcher_create();
     cm_pool_init(&admin->asks, "wishes", sizeof(admin_ask), options->calls_max);
     cm_map_init(&admin->by_ticket, options->calls_max);
     cm_arena_init(&admin->arena, "admin request", ADMIN_ARENA_CHUNK_BYTES, ADMIN_ARENA_BYTES_MAX);
@@ -133,6 +164,7 @@ void co_admin_destroy(co_admin *admin)
     if (admin == NULL) {
         return;
     }
+    co_launcher_destroy(admin->launcher);
     cm_map_fini(&admin->by_ticket);
     cm_pool_fini(&admin->asks);
     cm_arena_fini(&admin->arena);

@@ -434,6 +434,11 @@ const char *co_core_fingerprint(const co_core *core)
     return core->fingerprint;
 }
 
+uint64_t co_core_expert_bytes(const co_core *core)
+{
+    return (uint64_t)core->n_layer * core->n_expert * core->expert_bytes;
+}
+
 uint64_t co_core_n_lost(const co_core *core)
 {
     return core->n_lost;

@@ -118,6 +118,7 @@ void co_core_member(const co_core *core, uint32_t i, co_member_view *view_out);
 const co_epoch *co_core_epoch(const co_core *core); /* in force; NULL before the first */
 uint64_t co_core_cluster(const co_core *core);
 const char *co_core_fingerprint(const co_core *core); /* "" while unknown */
+uint64_t co_core_expert_bytes(const co_core *core);   /* of all experts together; 0 while unknown */
 uint64_t co_core_n_lost(const co_core *core);         /* members that died, ever */
 /* What is being changed or why it cannot be, in words; false at rest. */
 bool co_core_change(const co_core *core, char text_out[256]);

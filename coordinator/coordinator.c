@@ -285,6 +285,11 @@ static void admin_message(pc_call *call, const uint8_t *data, size_t n_bytes)
     co_admin_message(((co_coordinator *)pc_call_ctx(call))->admin, call, data, n_bytes);
 }
 
+static void admin_half_closed(pc_call *call)
+{
+    pc_call_finish(call, PC_CODE_OK, "", NULL, 0, 0);
+}
+
 static void admin_closed(pc_call *call, bool cancelled)
 {
     (void)cancelled;
@@ -304,6 +309,12 @@ static const pc_method coordinator_methods[] = {
      .client_streams = true},
     {.path = CO_ADMIN_PATH "Status", .message = admin_message, .closed = admin_closed},
     {.path = CO_ADMIN_PATH "Drain", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Scale", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Launch",
+     .message = admin_message,
+     .half_closed = admin_half_closed,
+     .closed = admin_closed,
+     .client_streams = true},
 };
 
 /* ---- life ---- */

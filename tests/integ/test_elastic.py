@@ -180,3 +180,55 @@ def test_drains_that_cannot_be(start_cluster):
         out = operate(cluster, "drain", *words)
         assert out.returncode == code and said in out.stderr
     assert cluster.status()["epoch"] == epoch
+
+
+# ---- scaling
+
+
+def test_scale_under_load(start_cluster):
+    """2, 3, 5, 4, 1 workers while streams run: all of them finish, and no token changes."""
+    cluster = start_cluster("--workers", "2")
+    with Load(cluster) as load:
+        for n in (3, 5, 4, 1):
+            out = operate(cluster, "scale", str(n))
+            assert out.returncode == 0 and f"{n} of {n} workers serve" in out.stderr, out.stderr + cluster.said()
+            assert len(serving(cluster, "worker")) == n
+            load.goes_on()
+    wait_for("the others to end", lambda: [name for name in pids(cluster) if name.startswith("worker")] == ["worker-0"])
+    assert "again" not in open(os.path.join(cluster.run, "up.err")).read()
+    wait_for("the ledger to be zero", cluster.ledger_is_zero)
+
+
+def test_scale_outlives_the_coordinator(start_cluster):
+    """The coordinator dies when the order is out: the one started again finds the workers, and they serve."""
+    cluster = start_cluster("--workers", "2")
+    with Load(cluster, 4) as load:
+        scale = subprocess.Popen([os.path.join(cluster.bin_dir, "baleen"), "scale", "4", "--run", cluster.run], stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True)
+        wait_for("the order", lambda: "worker-3 is started" in open(os.path.join(cluster.run, "up.err")).read())
+        os.kill(pids(cluster)["coordinator"], signal.SIGKILL)
+        said = scale.communicate(timeout=WAIT_S)[1]
+        assert scale.returncode == 0, said + cluster.said()
+        assert len(serving(cluster, "worker")) == 4
+        load.goes_on()
+        out = operate(cluster, "scale", "2")  # up has found the new coordinator
+        assert out.returncode == 0, out.stderr
+
+
+def test_scales_that_cannot_be(start_cluster, bin_dir, tmp_path):
+    cluster = start_cluster("--workers", "2", env={"BALEEN_EXPERT_BYTES_MAX": "3m"})  # each holds some 60 of the 80 experts
+    epoch = cluster.status()["epoch"]
+    for words, code, said in ((["0"], 1, "give 1 to"), (["many"], 2, "no number of workers"), ([], 2, "how many"),
+                              (["1"], 1, "keep more workers")):
+        out = operate(cluster, "scale", *words)
+        assert out.returncode == code and said in out.stderr, out.stderr
+    assert cluster.status()["epoch"] == epoch
+    # processes started by unit files: nobody here can start another
+    ready, child = os.pipe()
+    with subprocess.Popen([os.path.join(bin_dir, "baleen-coordinator"), "--ready-fd", str(child)], pass_fds=[child]) as coordinator:
+        address = json.loads(os.read(ready, 4096))["address"]
+        out = subprocess.run([os.path.join(bin_dir, "baleen"), "scale", "3", "--coordinator", address], capture_output=True, text=True)
+        coordinator.terminate()
+    os.close(ready)
+    os.close(child)
+    assert out.returncode == 1 and "not started by baleen up" in out.stderr and "baleen-worker" in out.stderr

@@ -48,6 +48,7 @@ typedef struct cluster_child {
     uint32_t index;
     char name[32]; /* "worker-0"; of its log too */
     pid_t pid;     /* 0: not running */
+    bool leaving;  /* asked to: it is not counted on any more */
     bool over;     /* ended in order, or for good: not started again */
     uint64_t start_ms;
     uint64_t again_ms; /* pause before it is started again */
@@ -125,7 +126,7 @@ static uint32_t cluster_count_alive(const cluster *self, cluster_role role)
 {
     uint32_t n = 0;
     for (uint32_t i = 0; i < self->n_children; i++) {
-        n += self->children[i]->role == role && !self->children[i]->over;
+        n += self->children[i]->role == role && !self->children[i]->over && !self->children[i]->leaving;
     }
     return n;
 }
@@ -382,7 +383,7 @@ static void child_again(void *arg)
 static void child_lost(cluster_child *child, const char *how, bool in_order, pid_t pid)
 {
     cluster *self = child->cluster;
-    bool again = !in_order && !self->options->config->no_restart;
+    bool again = !in_order && !child->leaving && !self->options->config->no_restart;
     cluster_say("%s (process %d) %s; its log is %s/%s.log", child->name, (int)pid, how,
                 self->options->run_dir, child->name);
     if (!again) {
@@ -509,6 +510,68 @@ static void cluster_add(cluster *self, cluster_role role, uint32_t index, bool n
     }
 }
 
+/* ---- more and fewer workers ---- */
+
+static void cluster_start_worker(cluster *self)
+{
+    cm_error err = {0};
+    uint32_t index = 0;
+    cluster_child *child = NULL;
+    for (uint32_t i = 0; i < self->n_children;
+         i++) { /* one that is over gives its name and log to the new one */
+        if (self->children[i]->role == CLUSTER_WORKER) {
+            child = child == NULL && self->children[i]->over ? self->children[i] : child;
+            index++;
+        }
+    }
+    if (child == NULL) {
+        cluster_add(self, CLUSTER_WORKER, index, true);
+        child = self->children[self->n_children - 1];
+    }
+    child->over = child->leaving = false;
+    child->again_ms = 0;
+    if (child_start(child, &err) != CM_OK) {
+        cluster_say("%s", err.text);
+        child_again_later(child);
+        return;
+    }
+    cluster_say("%s is started as process %d", child->name, (int)child->pid);
+}
+
+static void cluster_stop_worker(cluster *self)
+{
+    for (uint32_t i = self->n_children; i-- > 0;) {
+        cluster_child *child = self->children[i];
+        if (child->role != CLUSTER_WORKER || child->over || child->leaving) {
+            continue;
+        }
+        if (child->pid != 0) {
+            cluster_say("%s (process %d) is asked to leave", child->name, (int)child->pid);
+            child->leaving = true;
+            kill(child->pid, SIGTERM);
+        } else { /* it waits to be started again */
+            pc_timer_clear(child->again);
+            child->over = true;
+        }
+        return;
+    }
+}
+
+void cluster_scale(cluster *self, uint32_t n_workers)
+{
+    if (self->state != CLUSTER_READY) {
+        return;
+    }
+    uint32_t n = cluster_count_alive(self, CLUSTER_WORKER);
+    for (; n < n_workers; n++) {
+        cluster_start_worker(self);
+    }
+    for (; n > n_workers; n--) {
+        cluster_stop_worker(self);
+    }
+    self->options->changed(self->options->ctx);
+}
+
 cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster **cluster_out, cm_error *err)
 {
     const up_config *config = options->config;
@@ -561,6 +624,23 @@ const char *cluster_http(const cluster *self)
 const char *cluster_grpc(const cluster *self)
 {
     return self->grpc;
+}
+
+const char *cluster_coordinator(const cluster *self)
+{
+    return self->children[0]->address;
+}
+
+uint32_t cluster_worker_pids(const cluster *self, uint32_t *pids_out, uint32_t n_max)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < self->n_children && n < n_max; i++) {
+        const cluster_child *child = self->children[i];
+        if (child->role == CLUSTER_WORKER && child->pid != 0) {
+            pids_out[n++] = (uint32_t)child->pid;
+        }
+    }
+    return n;
 }
 
 void cluster_describe(const cluster *self, cm_bytes *json)

@@ -42,6 +42,9 @@ CM_MUST_CHECK cm_status cluster_create(pc_loop *loop, const cluster_options *opt
 void cluster_drain(cluster *self);
 /* For people in a hurry: kills what still runs. ended follows, with code 1. */
 void cluster_kill(cluster *self);
+/* While ready: so many workers shall run. Missing ones are started; of too many the youngest are asked to
+ * leave, which they do when the others have their experts. */
+void cluster_scale(cluster *self, uint32_t n_workers);
 /* After ended. */
 void cluster_destroy(cluster *self);
 
@@ -49,6 +52,9 @@ void cluster_destroy(cluster *self);
 
 const char *cluster_http(const cluster *self);
 const char *cluster_grpc(const cluster *self);
+const char *cluster_coordinator(const cluster *self);
+/* Process ids of the workers; how many there are, at most n_max. */
+uint32_t cluster_worker_pids(const cluster *self, uint32_t *pids_out, uint32_t n_max);
 /* Appends what goes into cluster.json: addresses, model, the processes that live. */
 void cluster_describe(const cluster *self, cm_bytes *json);
 /* Appends "coordinator 123, router-0 124, ...". */

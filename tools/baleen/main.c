@@ -17,6 +17,7 @@ static const main_verb g_verbs[] = {
     {"up", verb_up, "run a whole cluster on this machine, in the foreground"},
     {"chat", verb_chat, "talk to a cluster"},
     {"status", verb_status, "members of a cluster, its epoch, placement and load"},
+    {"scale", verb_scale, "have so many workers serve"},
     {"drain", verb_drain, "let a member finish what it does and leave"},
     {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
     {"logits", verb_logits,

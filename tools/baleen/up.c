@@ -14,6 +14,7 @@
 #include "common/model/geometry.h"
 #include "tools/baleen/cli.h"
 #include "tools/baleen/cluster.h"
+#include "tools/baleen/launcher.h"
 #include "tools/baleen/run_folder.h"
 #include "tools/baleen/verbs.h"
 
@@ -61,6 +62,7 @@ typedef struct up {
     pc_loop *loop;
     run_folder folder;
     cluster *cluster;
+    launcher *launcher; /* while the cluster serves */
     cluster_options options;
     char *bin_dir, *model_dir, *store_dir;
     char **env;
@@ -142,10 +144,22 @@ static void up_publish(up *self)
     cm_bytes_fini(&json);
 }
 
+static uint32_t up_pids(void *ctx, uint32_t *pids_out, uint32_t n_max)
+{
+    return cluster_worker_pids(((up *)ctx)->cluster, pids_out, n_max);
+}
+
+static void up_order(void *ctx, uint32_t n_workers)
+{
+    cluster_scale(((up *)ctx)->cluster, n_workers);
+}
+
 static void up_ready(void *ctx)
 {
     up *self = ctx;
     cm_bytes list;
+    self->launcher = launcher_create(self->loop, cluster_coordinator(self->cluster),
+                                     &(launcher_events){.pids = up_pids, .order = up_order, .ctx = self});
     up_publish(self); /* before the line: who reads it may look */
     cm_bytes_init(&list, 0);
     cluster_list(self->cluster, &list);
@@ -157,7 +171,9 @@ static void up_ready(void *ctx)
 
 static void up_changed(void *ctx)
 {
-    up_publish(ctx);
+    up *self = ctx;
+    up_publish(self);
+    launcher_changed(self->launcher);
 }
 
 static void up_ended(void *ctx, int code)
@@ -215,6 +231,7 @@ static cm_status up_run(up *self, cm_error *err)
     CM_TRY(cluster_create(self->loop, &self->options, &self->cluster, err));
     up_watch_signals(self);
     pc_loop_run(self->loop);
+    launcher_destroy(self->launcher);
     cluster_destroy(self->cluster);
     return CM_OK;
 }
