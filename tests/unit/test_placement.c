@@ -169,6 +169,99 @@ static void only_what_must_moves(void **state)
     }
 }
 
+/* Skewed counts and second copies, as rebalancing leaves them, on four ranks. */
+static pr_placement *skewed(const uint32_t *members)
+{
+    uint16_t owners[PAIRS][2];
+    uint8_t n_owner[PAIRS];
+    for (uint32_t i = 0; i < PAIRS; i++) {
+        uint32_t e = i % EXPERTS;
+        owners[i][0] = e == 0 ? 0 : (uint16_t)(1 + e % 3); /* rank 0 has one hot expert a layer */
+        owners[i][1] = (uint16_t)((owners[i][0] + 1) % 4);
+        n_owner[i] = e < 2 ? 2 : 1;
+    }
+    return pr_placement_build(LAYERS, EXPERTS, members, 4, owners[0], n_owner, 2);
+}
+
+static bool member_owns(const pr_placement *p, uint32_t pair, uint32_t member)
+{
+    uint32_t rank = pr_placement_rank_of(p, member);
+    return rank < p->n_rank && pr_placement_owns(p, pair / EXPERTS, pair % EXPERTS, rank);
+}
+
+/* Who goes leaves gaps; all else stays, copies and skew with it. */
+static void a_death_moves_only_orphans(void **state)
+{
+    (void)state;
+    const uint32_t members[] = {3, 5, 8, 9};
+    for (uint32_t gone = 0; gone < 4; gone++) {
+        uint32_t left[3], n = 0;
+        for (uint32_t r = 0; r < 4; r++) {
+            if (r != gone) {
+                left[n++] = members[r];
+            }
+        }
+        pr_placement *before = skewed(members), *after = NULL;
+        assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, left, 3, roomy, before, &after, NULL), CM_OK);
+        for (uint32_t i = 0; i < PAIRS; i++) {
+            uint32_t had = 0, has = after->first[i + 1] - after->first[i];
+            for (uint32_t k = 0; k < 3; k++) {
+                if (member_owns(before, i, left[k])) {
+                    assert_true(member_owns(after, i, left[k]));
+                    had++;
+                }
+            }
+            assert_int_equal(has, had > 0 ? had : 1);
+        }
+        pr_placement_free(before);
+        pr_placement_free(after);
+    }
+}
+
+/* Where memory is short second copies give way, and where it is shorter still everything is spread anew. */
+static void copies_give_way_to_orphans(void **state)
+{
+    (void)state;
+    const uint32_t members[] = {3, 5, 8, 9}, left[] = {5, 8, 9};
+    pr_placement *before = skewed(members), *after = NULL;
+    uint64_t capacity[3] = {0}, sum = 0;
+    for (uint32_t r = 0; r < 3; r++) {
+        capacity[r] = pr_placement_count(before, r + 1);
+        sum += capacity[r];
+    }
+    assert_true(sum > PAIRS); /* with their copies they are full */
+    assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, left, 3, capacity, before, &after, NULL), CM_OK);
+    for (uint32_t i = 0; i < PAIRS; i++) {
+        assert_true(after->first[i + 1] > after->first[i]);
+    }
+    for (uint32_t r = 0; r < 3; r++) {
+        assert_true(pr_placement_count(after, r) <= capacity[r]);
+    }
+    pr_placement_free(after);
+    pr_placement_free(before);
+}
+
+/* A newcomer makes the counts even; a copy that is there and has room stays one. */
+static void copies_outlive_a_join(void **state)
+{
+    (void)state;
+    const uint32_t members[] = {3, 5, 8, 9}, joined[] = {3, 5, 8, 9, 12};
+    pr_placement *before = skewed(members), *after = NULL;
+    assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, joined, 5, roomy, before, &after, NULL), CM_OK);
+    uint32_t n_copies = 0;
+    for (uint32_t i = 0; i < PAIRS; i++) {
+        uint32_t n;
+        const uint16_t *owners = pr_placement_owners(after, i / EXPERTS, i % EXPERTS, &n);
+        for (uint32_t k = 1; k < n; k++) {
+            assert_true(member_owns(before, i, after->rank_member[owners[k]]));
+            n_copies++;
+        }
+    }
+    assert_true(n_copies >= LAYERS * 2 / 2 && pr_placement_count(after, 4) == LAYERS * (EXPERTS / 5) + 1);
+    pr_placement_free(after);
+    pr_placement_free(before);
+}
+
 static void random_changes(void **state)
 {
     (void)state;
@@ -305,13 +398,11 @@ int main(int argc, char **argv)
     g_seed = argc > 1 ? strtoull(argv[1], NULL, 0) : cm_random_u64();
     printf("seed %llu\n", (unsigned long long)g_seed);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(even_over_ranks_and_layers),
-        cmocka_unit_test(capacity_is_kept),
-        cmocka_unit_test(same_ranks_move_nothing),
-        cmocka_unit_test(only_what_must_moves),
-        cmocka_unit_test(random_changes),
-        cmocka_unit_test(message_round_trip),
-        cmocka_unit_test(malformed_messages_are_refused),
+        cmocka_unit_test(even_over_ranks_and_layers), cmocka_unit_test(capacity_is_kept),
+        cmocka_unit_test(same_ranks_move_nothing),    cmocka_unit_test(only_what_must_moves),
+        cmocka_unit_test(a_death_moves_only_orphans), cmocka_unit_test(copies_give_way_to_orphans),
+        cmocka_unit_test(copies_outlive_a_join),      cmocka_unit_test(random_changes),
+        cmocka_unit_test(message_round_trip),         cmocka_unit_test(malformed_messages_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
