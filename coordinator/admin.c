@@ -57,9 +57,10 @@ static void admin_done(co_admin *admin, pc_call *call, cm_status status, const c
 
 static void admin_status(co_admin *admin, pc_call *call, const ProtobufCMessage *message)
 {
-    (void)message;
+    const Baleen__Control__V1__StatusRequest *request = (const Baleen__Control__V1__StatusRequest *)message;
     cm_bytes_clear(&admin->packed);
-    co_answer_status(admin->options.core, admin->options.self, cm_now_ms(), &admin->packed);
+    co_answer_status(admin->options.core, admin->options.self, cm_now_ms(),
+                     request->has_experts && request->experts, &admin->packed);
     cm_status status = pc_call_send(call, admin->packed.data, admin->packed.len);
     pc_call_finish(call, pc_code_of(status), "", NULL, 0, 0);
 }
@@ -68,6 +69,13 @@ static void admin_drain(co_admin *admin, pc_call *call, const ProtobufCMessage *
 {
     const Baleen__Control__V1__DrainRequest *request = (const Baleen__Control__V1__DrainRequest *)message;
     admin_wish(admin, call, &(co_in){.kind = CO_IN_DRAIN, .member_id = request->member_id});
+}
+
+static void admin_rebalance(co_admin *admin, pc_call *call, const ProtobufCMessage *message)
+{
+    const Baleen__Control__V1__RebalanceRequest *request =
+        (const Baleen__Control__V1__RebalanceRequest *)message;
+    admin_wish(admin, call, &(co_in){.kind = CO_IN_REBALANCE, .n_moves = request->moves_max});
 }
 
 static void admin_scale(co_admin *admin, pc_call *call, const ProtobufCMessage *message)
@@ -99,6 +107,7 @@ static const struct {
     {"Drain", &baleen__control__v1__drain_request__descriptor, admin_drain},
     {"Scale", &baleen__control__v1__scale_request__descriptor, admin_scale},
     {"Launch", &baleen__control__v1__launcher_state__descriptor, admin_launch},
+    {"Rebalance", &baleen__control__v1__rebalance_request__descriptor, admin_rebalance},
 };
 
 void co_admin_message(co_admin *admin, pc_call *call, const uint8_t *data, size_t n_bytes)

@@ -96,15 +96,46 @@ static co_epoch *core_propose(co_core *core, const pr_placement *placement)
 
 /* ---- a change: begin, give up, go on ---- */
 
+static void change_propose(co_core *core, pr_placement *placement)
+{
+    core->blocked[0] = 0;
+    core->proposal = core_propose(core, placement);
+    pr_placement_free(placement);
+    /* The number must be in the log before anyone hears it: one that was promised and forgotten could mean
+     * two epochs. */
+    core->ticket = co_core_store(core, NULL);
+    core->phase = CO_PHASE_NUMBERING;
+}
+
+/* The members are those of the epoch in force; their experts may move. */
+static void change_balance(co_core *core)
+{
+    pr_placement *placement = core->balance_moves != 0 && !core_differs(core) ? co_core_balanced(core) : NULL;
+    if (placement != NULL) {
+        const co_balance_report *report = &core->balance_report;
+        change_propose(core, placement);
+        co_core_note(
+            core, CM_LOG_INFO,
+            "epoch %llu moves %u experts and gives up %u copies: busiest workers %.2f -> %.2f of the mean",
+            (unsigned long long)core->proposal->number, report->n_moves, report->n_dropped, report->before,
+            report->after);
+    }
+}
+
 static void change_begin(co_core *core)
 {
     co_core_release_leavers(core);
+    if (!core->dirty && !core_has_absent(core)) {
+        change_balance(core);
+        return;
+    }
     if (!core->dirty || core->now_ms < core->retry_ms || core_has_absent(core)) {
         return; /* the absent come back or die soon; moving experts costs more than waiting */
     }
     core->dirty = false;
     if (!core_differs(core)) {
         core->blocked[0] = 0;
+        change_balance(core);
         return;
     }
     cm_error err = {0};
@@ -118,13 +149,7 @@ static void change_begin(co_core *core)
         co_core_release_blocked(core);
         return;
     }
-    core->blocked[0] = 0;
-    core->proposal = core_propose(core, placement);
-    pr_placement_free(placement);
-    /* The number must be in the log before anyone hears it: one that was promised and forgotten could mean
-     * two epochs. */
-    core->ticket = co_core_store(core, NULL);
-    core->phase = CO_PHASE_NUMBERING;
+    change_propose(core, placement);
 }
 
 static void change_abort(co_core *core, const char *why)
@@ -138,6 +163,9 @@ static void change_abort(co_core *core, const char *why)
         }
     }
     co_core_note(core, CM_LOG_WARN, "epoch %llu is given up: %s", (unsigned long long)number, why);
+    if (core->balancing) {
+        co_core_balance_done(core, CM_E_UNAVAILABLE, why);
+    }
     co_core_drop_epoch(core, core->proposal);
     core->proposal = NULL;
     core->ticket = 0;
@@ -194,6 +222,10 @@ void co_core_prepared(co_core *core, co_member *member, const Baleen__Control__V
     snprintf(text, sizeof(text), "could not prepare epoch %llu: %.200s", (unsigned long long)prepared->epoch,
              prepared->text != NULL ? prepared->text : cm_status_text((cm_status)prepared->status));
     co_core_note(core, CM_LOG_WARN, "member %u %s", member->self.id, text);
+    if (core->balancing) {
+        change_abort(core, text); /* it serves what it has; nothing is lost but a better balance */
+        return;
+    }
     uint32_t at = core->n_failed++ % CO_FAILED_MAX;
     core->failed[at].incarnation = member->self.incarnation;
     core->failed[at].until_ms = core->now_ms + core->lease_ms;
@@ -280,6 +312,16 @@ static void change_finish(co_core *core)
     co_core_note(core, CM_LOG_INFO, "epoch %llu is in force: %u workers, %u routers, %u gateways",
                  (unsigned long long)epoch->number, co_epoch_count(epoch, CO_ROLE_WORKER),
                  co_epoch_count(epoch, CO_ROLE_ROUTER), co_epoch_count(epoch, CO_ROLE_GATEWAY));
+    if (core->balancing) {
+        char text[160];
+        snprintf(
+            text, sizeof(text),
+            "epoch %llu: %u experts moved, %u copies given up; the busiest workers had %.2f of the mean and "
+            "have %.2f",
+            (unsigned long long)epoch->number, core->balance_report.n_moves, core->balance_report.n_dropped,
+            core->balance_report.before, core->balance_report.after);
+        co_core_balance_done(core, CM_OK, text);
+    }
     core->phase = CO_PHASE_REST;
     core->dirty = true; /* whoever came or went meanwhile */
 }

@@ -256,6 +256,9 @@ static void core_word(co_core *core, uint64_t session, const Baleen__Control__V1
     case BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LEAVING:
         co_core_leaving(core, member);
         break;
+    case BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_EXPERT_LOAD:
+        co_core_take_load(core, member, word->expert_load);
+        break;
     default:
         break;
     }
@@ -277,6 +280,9 @@ static void core_take(co_core *core, const co_in *in)
     case CO_IN_DRAIN:
         co_core_drain(core, in);
         break;
+    case CO_IN_REBALANCE:
+        co_core_rebalance(core, in);
+        break;
     case CO_IN_STORED:
         co_core_join_stored(core, in);
         co_core_change_stored(core, in);
@@ -295,6 +301,10 @@ co_core *co_core_create(const co_core_options *options, const co_core_past *past
     core->members_max = options->members_max;
     core->lease_ms = options->lease_ms;
     core->grace_ms = options->grace_ms;
+    core->balance_every_ms = options->rebalance_ms;
+    core->balance_moves_max = options->moves_max;
+    core->balance_next_ms = now_ms + options->rebalance_ms;
+    core->load_half_ms = now_ms + CO_LOAD_HALF_MS;
     core->fingerprint = cm_strdup(options->fingerprint);
     core->now_ms = now_ms;
     core->cluster = past->cluster;
@@ -328,6 +338,7 @@ void co_core_destroy(co_core *core)
     co_epoch_release(core->proposal);
     cm_free(core->members);
     cm_free(core->fingerprint);
+    cm_free(core->load);
     cm_free(core->outs);
     cm_free(core->dropped);
     cm_free(core);
@@ -347,6 +358,7 @@ void co_core_step(co_core *core, uint64_t now_ms, const co_in *in, uint32_t n_in
         core_take(core, &in[i]);
     }
     core_expire(core);
+    co_core_load_time(core);
     co_core_advance(core);
     core_sweep(core);
 }
@@ -372,6 +384,9 @@ uint64_t co_core_wake_ms(const co_core *core)
     if (core->phase == CO_PHASE_REST && core->dirty && core->retry_ms > core->now_ms &&
         core->retry_ms < wake_ms) {
         wake_ms = core->retry_ms;
+    }
+    if (core->balance_every_ms != 0 && core->balance_next_ms < wake_ms) {
+        wake_ms = core->balance_next_ms;
     }
     return wake_ms;
 }
@@ -432,6 +447,13 @@ uint64_t co_core_cluster(const co_core *core)
 const char *co_core_fingerprint(const co_core *core)
 {
     return core->fingerprint;
+}
+
+const uint64_t *co_core_load(const co_core *core)
+{
+    const pr_placement *place = core->epoch != NULL ? core->epoch->placement : NULL;
+    bool same = place != NULL && place->n_layer == core->n_layer && place->n_expert == core->n_expert;
+    return same ? core->load : NULL;
 }
 
 uint64_t co_core_expert_bytes(const co_core *core)

@@ -20,8 +20,8 @@
 #include "proto/pack.h"
 
 enum {
-    CO_REQUEST_BYTES_MAX = 64 << 10, /* a heartbeat with all counters has less than 2 KB */
-    CO_QUEUE_BYTES_MAX = 32 << 20,   /* unsent; an epoch of the largest model has less than 1 MB */
+    CO_REQUEST_BYTES_MAX = 1 << 20, /* the load of 61 x 384 experts has 115 KB at most */
+    CO_QUEUE_BYTES_MAX = 32 << 20,  /* unsent; an epoch of the largest model has less than 1 MB */
     CO_ARENA_CHUNK_BYTES = 16 << 10,
     CO_ARENA_BYTES_MAX = 4 << 20,
     CO_STOP_MS = 1000,
@@ -309,6 +309,7 @@ static const pc_method coordinator_methods[] = {
      .client_streams = true},
     {.path = CO_ADMIN_PATH "Status", .message = admin_message, .closed = admin_closed},
     {.path = CO_ADMIN_PATH "Drain", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Rebalance", .message = admin_message, .closed = admin_closed},
     {.path = CO_ADMIN_PATH "Scale", .message = admin_message, .closed = admin_closed},
     {.path = CO_ADMIN_PATH "Launch",
      .message = admin_message,
@@ -328,6 +329,8 @@ static cm_status coordinator_open_log(co_coordinator *c, const co_config *config
                                .members_max = (uint32_t)config->members_max,
                                .lease_ms = config->lease_ms,
                                .grace_ms = config->grace_ms,
+                               .rebalance_ms = config->rebalance_ms,
+                               .moves_max = (uint32_t)config->rebalance_moves,
                                .fingerprint = config->fingerprint};
     co_core_past core_past = {.cluster = past.cluster,
                               .next_member_id = past.next_member_id,

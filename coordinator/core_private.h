@@ -1,10 +1,13 @@
 /* State of the coordinator's machine, shared by co_core.c (time, sessions, outbox), join_core.c (who may be a
  * member), leave_core.c (who goes) and change_core.c (epochs). */
 #pragma once
+#include "coordinator/balance_core.h"
 #include "coordinator/co_core.h"
 
 /* A member that lives but has not switched to a committed epoch after so many leases is given up. */
 enum { CO_COMMIT_LEASES = 10 };
+/* Load fades: what was asked for a few minutes ago says little. */
+enum { CO_LOAD_HALF_MS = 60000 };
 /* Workers that failed to prepare and are kept out for a lease, so that they cannot spoil change after change.
  */
 enum { CO_FAILED_MAX = 16 };
@@ -67,6 +70,15 @@ struct co_core {
     uint64_t retry_ms;    /* no change before it: the log could not be written */
     char blocked[256];    /* why no epoch can be made; "" */
 
+    uint64_t *load;        /* [n_layer * n_expert] rows, halved every CO_LOAD_HALF_MS; NULL until the first */
+    uint64_t load_half_ms; /* when they are halved next */
+    uint32_t balance_moves;                     /* wanted at the next rest; 0 = nothing */
+    uint64_t balance_every_ms, balance_next_ms; /* by itself; every 0 = never */
+    uint32_t balance_moves_max;
+    uint64_t balance_ticket;          /* of the operator who waits for it; 0 = none */
+    bool balancing;                   /* the proposal moves experts and nothing else */
+    co_balance_report balance_report; /* of the proposal */
+
     co_out *outs;
     uint32_t n_outs, outs_cap;
     co_epoch **dropped; /* epochs an entry of the outbox may still point to */
@@ -111,6 +123,18 @@ void co_core_release_leavers(co_core *core);
 void co_core_release_blocked(co_core *core);
 /* Routers that no gateway chooses any more, and gateways, may finish. */
 void co_core_tell_drains(co_core *core);
+
+/* ---- load_core.c ---- */
+void co_core_take_load(co_core *core, const co_member *from, const Baleen__Control__V1__ExpertLoad *load);
+/* Time passes: the load fades, a round of balancing may be due. */
+void co_core_load_time(co_core *core);
+void co_core_rebalance(co_core *core, const co_in *in);
+/* The next placement if one is wanted and worth it, else NULL and whoever asked is answered. */
+pr_placement *co_core_balanced(co_core *core);
+/* The change it was wanted for has come to its end. */
+void co_core_balance_done(co_core *core, cm_status status, const char *text);
+/* Memory of the ranks of a placement in force, in experts; freed by the caller. */
+uint64_t *co_core_capacity(const co_core *core, const pr_placement *place);
 
 /* ---- change_core.c ---- */
 void co_core_advance(co_core *core);

@@ -10,6 +10,7 @@
 #include "common/proc/member.h"
 #include "router/engine/engine.h"
 #include "router/gateways.h"
+#include "router/load.h"
 #include "router/runner.h"
 
 enum {
@@ -31,6 +32,7 @@ struct rt_router {
     rt_runner *runner;
     rt_gateways *gateways;
     pc_member *member;
+    rt_load *load;
     pc_timer *deadline_timer, *drain_timer, *doors_timer;
     char address[NET_ADDRESS_BYTES];
     char fingerprint[33];
@@ -243,6 +245,7 @@ static void router_join(rt_router *r)
         .expert_bytes = md_expert_bytes(g),
     };
     r->member = pc_member_create(r->loop, &options, &g_member_events, r);
+    r->load = rt_load_create(r->loop, rt_engine_exchange(r->engine), r->member, g->n_layer, g->n_expert);
 }
 
 cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finished)(void *ctx, int code),
@@ -327,6 +330,7 @@ void rt_router_destroy(rt_router *r)
     pc_timer_destroy(r->doors_timer);
     pc_timer_destroy(r->deadline_timer);
     rt_runner_destroy(r->runner);
+    rt_load_destroy(r->load);
     pc_member_destroy(r->member);
     r->member = NULL;
     rt_gateways_destroy(r->gateways);

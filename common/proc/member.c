@@ -184,6 +184,23 @@ void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status stat
     member_say(member, &word);
 }
 
+bool pc_member_load(pc_member *member, uint32_t *count, uint32_t n_layer, uint32_t n_expert)
+{
+    Baleen__Control__V1__ExpertLoad load = BALEEN__CONTROL__V1__EXPERT_LOAD__INIT;
+    member_word word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
+    if (!member->connected) {
+        return false;
+    }
+    load.n_layer = n_layer;
+    load.n_expert = n_expert;
+    load.count = count;
+    load.n_count = (size_t)n_layer * n_expert;
+    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_EXPERT_LOAD;
+    word.expert_load = &load;
+    member_say(member, &word);
+    return true;
+}
+
 static void member_say_leaving(pc_member *member)
 {
     Baleen__Control__V1__Leaving leaving = BALEEN__CONTROL__V1__LEAVING__INIT;

@@ -66,6 +66,8 @@ void pc_member_destroy(pc_member *member); /* not from inside a callback of it *
 void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, const char *text);
 void pc_member_committed(pc_member *member, uint64_t epoch);
 void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status);
+/* Routers: rows per (layer, expert) since the last time it was said. false: nobody hears it now. */
+bool pc_member_load(pc_member *member, uint32_t *count, uint32_t n_layer, uint32_t n_expert);
 /* Tells the coordinator, again after a reconnect, that we want to go. It answers with drain when nobody
  * counts on us any more; an orderly end of the session is then the last one. */
 void pc_member_leave(pc_member *member);

@@ -63,6 +63,7 @@ struct rt_exchange {
     uint32_t self;
     exchange_link *links; /* [placement->n_rank], rank order */
     uint32_t n_link;
+    _Atomic uint32_t *picks;        /* [n_layer][n_expert]; written by the compute thread alone */
     const rt_exchange_layer *layer; /* of the run under way */
     bool progress;                  /* results have come since it was last asked */
 };
@@ -85,6 +86,7 @@ cm_status rt_exchange_create(const rt_exchange_options *options, rt_exchange **e
     x->avoid = cm_alloc(PR_RANK_MAX / 8);
     x->staging = cm_alloc(n_slot * row_bytes + (uint64_t)x->plan->part_max * 3 * 64);
     x->parts = cm_alloc(sizeof(exchange_part) * x->plan->part_max);
+    x->picks = cm_alloc(sizeof(x->picks[0]) * options->n_layer * options->n_expert);
     pthread_mutex_init(&x->lock, NULL);
     *exchange_out = x;
     return CM_OK;
@@ -104,6 +106,7 @@ void rt_exchange_destroy(rt_exchange *x)
     cm_free(x->staging);
     cm_free(x->parts);
     cm_free(x->links);
+    cm_free((void *)x->picks);
     cm_free(x);
 }
 
@@ -476,6 +479,22 @@ static cm_status exchange_plan(rt_exchange *x, const rt_exchange_layer *layer, u
                          layer->weights, layer->n_row, x->wanted, x->avoid, expert_out);
 }
 
+/* Once per layer, however often it is sent. One writer: no locked instruction for each slot. */
+static void exchange_count(rt_exchange *x, const rt_exchange_layer *layer, uint32_t n_slot)
+{
+    _Atomic uint32_t *picks = x->picks + (size_t)layer->layer * x->options.n_expert;
+    for (uint32_t i = 0; i < n_slot; i++) {
+        uint32_t n = atomic_load_explicit(&picks[layer->experts[i]], memory_order_relaxed);
+        atomic_store_explicit(&picks[layer->experts[i]], n + 1, memory_order_relaxed);
+    }
+}
+
+uint32_t rt_exchange_picks(const rt_exchange *x, uint32_t layer, uint32_t expert)
+{
+    return atomic_load_explicit(&x->picks[(size_t)layer * x->options.n_expert + expert],
+                                memory_order_relaxed);
+}
+
 cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
 {
     uint32_t n_slot = layer->n_row * x->options.limits.topk, expert = 0;
@@ -507,6 +526,9 @@ cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
         } else {
             exchange_wait(x, EXCHANGE_RETRY_MS);
         }
+    }
+    if (status == CM_OK) {
+        exchange_count(x, layer, n_slot);
     }
     x->n_part = 0;
     x->layer = NULL;

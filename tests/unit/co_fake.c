@@ -235,8 +235,12 @@ static void fake_say(fake_cluster *f, fake_peer *p, Baleen__Control__V1__MemberM
 void fake_init(fake_cluster *f, uint32_t workers_min)
 {
     memset(f, 0, sizeof(*f));
-    f->options = (co_core_options){
-        .workers_min = workers_min, .members_max = 32, .lease_ms = 3000, .grace_ms = 300, .fingerprint = ""};
+    f->options = (co_core_options){.workers_min = workers_min,
+                                   .members_max = 32,
+                                   .lease_ms = 3000,
+                                   .grace_ms = 300,
+                                   .moves_max = 4,
+                                   .fingerprint = ""};
     f->cluster = 77;
     f->next_id = 1;
     f->next_number = 1;

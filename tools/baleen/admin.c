@@ -51,11 +51,12 @@ cm_status admin_ask(const char *address, const char *method, const ProtobufCMess
     return status;
 }
 
-cm_status admin_status(const char *address, cm_arena *arena, Baleen__Control__V1__StatusReply **reply_out,
-                       cm_error *err)
+cm_status admin_status(const char *address, bool experts, cm_arena *arena,
+                       Baleen__Control__V1__StatusReply **reply_out, cm_error *err)
 {
     cm_bytes packed;
     Baleen__Control__V1__StatusRequest request = BALEEN__CONTROL__V1__STATUS_REQUEST__INIT;
+    request.has_experts = request.experts = experts;
     cm_bytes_init(&packed, 0);
     cm_status status = admin_ask(address, "Status", &request.base, ADMIN_STATUS_MS, &packed, err);
     if (status == CM_OK && pr_unpack(&baleen__control__v1__status_reply__descriptor, packed.data, packed.len,

@@ -23,8 +23,8 @@ CM_MUST_CHECK cm_status admin_find(const admin_target *target, char address_out[
 CM_MUST_CHECK cm_status admin_ask(const char *address, const char *method, const ProtobufCMessage *request,
                                   uint64_t timeout_ms, cm_bytes *reply, cm_error *err);
 
-/* What the coordinator knows; the answer lives in the arena. */
-CM_MUST_CHECK cm_status admin_status(const char *address, cm_arena *arena,
+/* What the coordinator knows, with placement and load if experts; the answer lives in the arena. */
+CM_MUST_CHECK cm_status admin_status(const char *address, bool experts, cm_arena *arena,
                                      Baleen__Control__V1__StatusReply **reply_out, cm_error *err);
 /* Members, epoch, placement and load as a table on stdout. */
 void admin_print_table(const Baleen__Control__V1__StatusReply *reply);

@@ -19,6 +19,7 @@ static const main_verb g_verbs[] = {
     {"status", verb_status, "members of a cluster, its epoch, placement and load"},
     {"scale", verb_scale, "have so many workers serve"},
     {"drain", verb_drain, "let a member finish what it does and leave"},
+    {"rebalance", verb_rebalance, "move experts by their load, once"},
     {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
     {"logits", verb_logits,
      "logits and greedy tokens of given token ids, to compare with other implementations"},

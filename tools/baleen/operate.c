@@ -1,4 +1,4 @@
-/* baleen drain, scale: what operators ask of a running cluster. */
+/* baleen drain, scale, rebalance: what operators ask of a running cluster. */
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +16,7 @@ enum { OPERATE_ARENA_BYTES = 16 << 10, OPERATE_STATUS_BYTES = 64 << 20, OPERATE_
 
 typedef struct operate_config {
     admin_target target;
-    uint64_t wait_ms;
+    uint64_t wait_ms, moves;
 } operate_config;
 
 static cm_status parse_number(const char *what, const char *text, uint32_t *number_out, cm_error *err)
@@ -144,7 +144,7 @@ static bool scale_look(scale_watch *watch)
     Baleen__Control__V1__StatusReply *reply;
     bool done = false;
     cm_arena_init(&arena, "status", OPERATE_ARENA_BYTES, OPERATE_STATUS_BYTES);
-    watch->status = admin_status(watch->address, &arena, &reply, &watch->err);
+    watch->status = admin_status(watch->address, false, &arena, &reply, &watch->err);
     if (watch->status == CM_OK) { /* else it may be back soon */
         bool at_rest;
         uint32_t n = count_serving(reply, &at_rest);
@@ -222,5 +222,42 @@ int verb_scale(int argc, char **argv)
         code = scale(&config, number, &err) == CM_OK ? CLI_OK : cli_fail(&g_scale_table, &err);
     }
     cm_cfg_free(&g_scale_table, &config);
+    return code;
+}
+
+/* ---- rebalance ---- */
+
+static const cm_cfg_field g_rebalance_fields[] = {
+    ADMIN_TARGET_FIELDS(operate_config, target),
+    {"moves", "0", "experts that workers load at most; 0 = the coordinator's rebalance_moves",
+     CM_CFG_UINT(operate_config, moves, 0, 1u << 20)},
+    {"wait_ms", "10m", "how long to wait until the next epoch is in force; it comes all the same",
+     CM_CFG_MS(operate_config, wait_ms, 1, 86400000)},
+};
+
+static const cm_cfg_table g_rebalance_table = {
+    .program = "baleen rebalance",
+    .summary = "one round of moving and copying experts by the load of the last minutes, so that no worker "
+               "is waited "
+               "for longer than need be",
+    .operands = "",
+    .fields = g_rebalance_fields,
+    .n_fields = sizeof(g_rebalance_fields) / sizeof(g_rebalance_fields[0]),
+};
+
+int verb_rebalance(int argc, char **argv)
+{
+    operate_config config = {0};
+    cm_error err = {0};
+    Baleen__Control__V1__RebalanceRequest request = BALEEN__CONTROL__V1__REBALANCE_REQUEST__INIT;
+    int code = cli_begin(&g_rebalance_table, &config, argc, argv, NULL, 0, NULL);
+    if (code >= 0) {
+        return code;
+    }
+    request.has_moves_max = true;
+    request.moves_max = (uint32_t)config.moves;
+    code = wish(&config, "Rebalance", &request.base, &err) == CM_OK ? CLI_OK
+                                                                    : cli_fail(&g_rebalance_table, &err);
+    cm_cfg_free(&g_rebalance_table, &config);
     return code;
 }

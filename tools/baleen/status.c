@@ -17,11 +17,12 @@ typedef Baleen__Control__V1__MemberStatus status_member;
 
 typedef struct status_config {
     admin_target target;
-    bool json;
+    bool json, experts;
 } status_config;
 
 static const cm_cfg_field g_fields[] = {
     ADMIN_TARGET_FIELDS(status_config, target),
+    {"experts", "off", "with every expert's owners and recent load", CM_CFG_BOOL(status_config, experts)},
     {"json", "off", "one JSON object in place of the table", CM_CFG_BOOL(status_config, json)},
 };
 
@@ -108,6 +109,9 @@ void admin_print_table(const status_reply *reply)
     if (reply->change != NULL) {
         printf("being changed: %s\n", reply->change);
     }
+    if (reply->has_imbalance_permille) {
+        printf("load: the busiest worker of a layer has %.2f of the mean\n", reply->imbalance_permille / 1e3);
+    }
     printf("\n%-11s %4s %8s %-16s %-22s %-10s %5s %8s  %s\n", "role", "id", "pid", "host", "address", "state",
            "epoch", "experts", "load");
     for (size_t i = 0; i < reply->n_members; i++) {
@@ -123,7 +127,38 @@ void admin_print_table(const status_reply *reply)
     }
 }
 
+/* One line per expert: layer, expert, rows, owners. */
+static void print_experts(const status_reply *reply)
+{
+    const Baleen__Control__V1__Placement *place = reply->placement;
+    printf("\n%5s %6s %12s  %s\n", "layer", "expert", "recent rows", "workers");
+    for (size_t i = 0; place != NULL && i + 1 < place->n_first; i++) {
+        printf("%5zu %6zu %12llu ", i / place->n_expert, i % place->n_expert,
+               i < reply->n_load ? (unsigned long long)reply->load[i] : 0ull);
+        for (uint32_t k = place->first[i]; k < place->first[i + 1]; k++) {
+            printf(" %u", place->rank_member[place->owner[k]]);
+        }
+        printf("\n");
+    }
+}
+
 /* ---- JSON ---- */
+
+static json_t *experts_json(const status_reply *reply)
+{
+    const Baleen__Control__V1__Placement *place = reply->placement;
+    json_t *owners = json_array(), *load = json_array();
+    for (size_t i = 0; i + 1 < place->n_first; i++) {
+        json_t *ids = json_array();
+        for (uint32_t k = place->first[i]; k < place->first[i + 1]; k++) {
+            json_array_append_new(ids, json_integer(place->rank_member[place->owner[k]]));
+        }
+        json_array_append_new(owners, ids);
+        json_array_append_new(load, json_integer(i < reply->n_load ? (json_int_t)reply->load[i] : 0));
+    }
+    return json_pack("{s:i, s:i, s:o, s:o}", "layers", (int)place->n_layer, "experts_of_a_layer",
+                     (int)place->n_expert, "owners", owners, "load", load);
+}
 
 static void set_text(json_t *object, const char *key, const char *text)
 {
@@ -170,6 +205,12 @@ static void print_json(const status_reply *reply)
     json_t *all = json_pack("{s:s, s:I}", "cluster", cluster, "epoch", (json_int_t)reply->epoch);
     set_text(all, "fingerprint", reply->fingerprint);
     set_text(all, "change", reply->change);
+    if (reply->has_imbalance_permille) {
+        json_object_set_new(all, "imbalance", json_real(reply->imbalance_permille / 1e3));
+    }
+    if (reply->placement != NULL) {
+        json_object_set_new(all, "placement", experts_json(reply));
+    }
     json_object_set_new(all, "members", members);
     json_dumpf(all, stdout, JSON_INDENT(2));
     printf("\n");
@@ -185,11 +226,14 @@ static cm_status status_show(const status_config *config, cm_error *err)
     status_reply *reply;
     CM_TRY(admin_find(&config->target, address, err));
     cm_arena_init(&arena, "status", STATUS_ARENA_CHUNK_BYTES, STATUS_ARENA_BYTES_MAX);
-    cm_status status = admin_status(address, &arena, &reply, err);
+    cm_status status = admin_status(address, config->experts, &arena, &reply, err);
     if (status == CM_OK && config->json) {
         print_json(reply);
     } else if (status == CM_OK) {
         admin_print_table(reply);
+        if (config->experts) {
+            print_experts(reply);
+        }
     }
     cm_arena_fini(&arena);
     return status;
