@@ -10,9 +10,9 @@
  * a layer's cost is the 16-norm of its ranks' loads, close to the largest and smaller with every step in the
  * right direction: taken with multiplications and square roots only, which give the same bits everywhere. */
 
-/* Places that must be left on a rank by what stays there: an exchange passes through the last one, so that a
- * full cluster can still be balanced; new copies leave another for experts that move. */
-enum { BALANCE_MOVE_ROOM = 2, BALANCE_COPY_ROOM = 3 };
+/* Room that a rank must have to take an expert for good: an exchange passes through the last place, so that a
+ * full cluster can still be balanced. */
+enum { BALANCE_ROOM = 2 };
 #define BALANCE_GAIN                                                                                         \
     0.005 /* of a layer's cost, for each expert that has to be loaded; less is not worth it */
 
@@ -140,7 +140,7 @@ static void take_better(action *best, action_kind kind, uint32_t expert, uint32_
 static void try_move(const balance *b, uint32_t layer, const layer_cost *cost, uint32_t e, uint32_t from,
                      uint32_t to, action *best)
 {
-    if (b->room[to] < BALANCE_MOVE_ROOM) {
+    if (b->room[to] < BALANCE_ROOM) {
         return;
     }
     double share = b->share[layer * b->n_expert + e];
@@ -152,7 +152,7 @@ static void try_copy(const balance *b, uint32_t layer, const layer_cost *cost, u
                      uint32_t to, action *best)
 {
     uint32_t pair = layer * b->n_expert + e, n = b->n_owner[pair];
-    if (n == PR_COPIES_MAX || b->room[to] < BALANCE_COPY_ROOM) {
+    if (n == PR_COPIES_MAX || b->room[to] < BALANCE_ROOM) {
         return;
     }
     double share = b->share[pair], less = share * n / (n + 1), change = cost_change(cost, to, less);
@@ -260,23 +260,34 @@ static void balance_act(balance *b, uint32_t layer, const action *a, uint32_t *n
     }
 }
 
-/* Copies of experts that are not hot any more: without them no rank of the layer comes near its largest load.
- */
+/* Whether the copy on owner k can be missed: without it no rank of the layer comes near its largest load. */
+static bool copy_is_idle(const balance *b, uint32_t pair, uint32_t k, double load, double bound)
+{
+    const double *sums = b->load + (size_t)(pair / b->n_expert) * b->n_rank;
+    uint32_t n = b->n_owner[pair];
+    double more = load / (n - 1) - b->share[pair];
+    for (uint32_t i = 0; i < n; i++) {
+        if (i != k && sums[pair_owners(b, pair)[i]] + more > bound) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Where room is short, copies of experts that are not hot any more give it back, in time for the round after
+ * this. */
 static void balance_drop_idle(balance *b, const uint64_t *load)
 {
-    for (uint32_t layer = 0; layer < b->now->n_layer; layer++) {
-        uint32_t top;
+    for (uint32_t pair = 0; pair < b->now->n_layer * b->n_expert; pair++) {
+        uint32_t layer = pair / b->n_expert, top, none = 0;
         double bound = 0.8 * layer_max(b, layer, &top);
-        for (uint32_t e = 0; e < b->n_expert; e++) {
-            uint32_t pair = layer * b->n_expert + e, n = b->n_owner[pair];
-            bool idle = n > 1 && b->room[pair_owners(b, pair)[n - 1]] < BALANCE_COPY_ROOM;
-            for (uint32_t i = 0; i + 1 < n && idle; i++) { /* the last one goes, the others take its part */
-                double more = (double)load[pair] / (n - 1) - b->share[pair];
-                idle = b->load[(size_t)layer * b->n_rank + pair_owners(b, pair)[i]] + more <= bound;
-            }
-            if (idle) {
-                b->n_owner[pair]--;
+        for (uint32_t k = 0; b->n_owner[pair] > 1 && k < b->n_owner[pair];) {
+            uint32_t rank = pair_owners(b, pair)[k];
+            if (b->room[rank] < BALANCE_ROOM && copy_is_idle(b, pair, k, (double)load[pair], bound)) {
+                pair_drop(b, pair, rank, &none);
                 layer_sum(b, layer, load);
+            } else {
+                k++;
             }
         }
     }
@@ -286,7 +297,7 @@ static void balance_drop_idle(balance *b, const uint64_t *load)
 static bool action_possible(const balance *b, const action *a)
 {
     static const uint64_t rooms[] = {
-        [ACTION_MOVE] = BALANCE_MOVE_ROOM, [ACTION_SWAP] = 1, [ACTION_COPY] = BALANCE_COPY_ROOM};
+        [ACTION_MOVE] = BALANCE_ROOM, [ACTION_SWAP] = 1, [ACTION_COPY] = BALANCE_ROOM};
     return a->gain >= 0 && (a->kind == ACTION_NONE || (b->room[a->to] >= rooms[a->kind] &&
                                                        (a->kind != ACTION_SWAP || b->room[a->from] > 0)));
 }
@@ -380,6 +391,7 @@ pr_placement *co_balance_plan(const pr_placement *now, const uint64_t *load, con
     report.before = balance_ratio(&b);
     uint32_t n_before = balance_copies(&b);
     balance_drop_idle(&b, load);
+    bool drops = balance_copies(&b) < n_before; /* makes room for the round after this one */
     uint32_t layer;
     while ((layer = balance_choose(&b, moves_max - report.n_moves)) < now->n_layer) {
         action a = b.best[layer];
@@ -390,7 +402,7 @@ pr_placement *co_balance_plan(const pr_placement *now, const uint64_t *load, con
     report.n_dropped = n_before + report.n_moves - balance_copies(&b);
     *report_out = report;
     pr_placement *next = NULL;
-    if (report.before - report.after >= BALANCE_WORTH * report.before) {
+    if (drops || report.before - report.after >= BALANCE_WORTH * report.before) {
         next = pr_placement_build(now->n_layer, now->n_expert, now->rank_member, now->n_rank, b.owners,
                                   b.n_owner, PR_COPIES_MAX);
     }
