@@ -365,6 +365,41 @@ uint32_t fake_drain(fake_cluster *f, uint32_t id)
     return f->n_tickets;
 }
 
+uint32_t fake_rebalance(fake_cluster *f, uint32_t n_moves)
+{
+    fake_step(f, &(co_in){.kind = CO_IN_REBALANCE, .ticket = ++f->n_tickets, .n_moves = n_moves});
+    return f->n_tickets;
+}
+
+void fake_load(fake_cluster *f, fake_peer *router, const uint32_t load[FAKE_LAYERS * FAKE_EXPERTS])
+{
+    Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
+    Baleen__Control__V1__ExpertLoad message = BALEEN__CONTROL__V1__EXPERT_LOAD__INIT;
+    uint32_t count[FAKE_LAYERS * FAKE_EXPERTS];
+    memcpy(count, load, sizeof(count));
+    message.n_layer = FAKE_LAYERS;
+    message.n_expert = FAKE_EXPERTS;
+    message.count = count;
+    message.n_count = FAKE_LAYERS * FAKE_EXPERTS;
+    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_EXPERT_LOAD;
+    word.expert_load = &message;
+    fake_say(f, router, &word);
+}
+
+bool fake_move(fake_cluster *f)
+{
+    if (fake_write(f)) {
+        return true;
+    }
+    FOR_PEERS(f, p)
+    {
+        if (p->used && fake_read(f, p)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id)
 {
     Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;

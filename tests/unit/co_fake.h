@@ -88,6 +88,12 @@ void fake_kill(fake_cluster *f, fake_peer *p);       /* session closed, process 
 void fake_leave(fake_cluster *f, fake_peer *p);
 /* An operator's wish; the ticket. */
 uint32_t fake_drain(fake_cluster *f, uint32_t id);
+uint32_t fake_rebalance(fake_cluster *f, uint32_t n_moves);
+/* A router tells the rows of every (layer, expert). */
+void fake_load(fake_cluster *f, fake_peer *router, const uint32_t load[FAKE_LAYERS * FAKE_EXPERTS]);
+/* One thing happens: the oldest write is done, or else the first that has mail reads one. false: nothing is
+ * left. */
+bool fake_move(fake_cluster *f);
 void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id);
 
 /* One message of the coordinator is read and answered; false: no mail. */
