@@ -357,6 +357,37 @@ cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, const uint32_t 
     return CM_OK;
 }
 
+/* ---- who would take over ---- */
+
+void pr_placement_heirs(const pr_placement *p, const uint64_t *capacity, uint32_t rank, uint8_t *takes_out)
+{
+    uint32_t *left = cm_alloc(sizeof(uint32_t) * p->n_rank);
+    uint64_t *room = cm_alloc(sizeof(uint64_t) * p->n_rank);
+    memset(takes_out, 0, placement_pairs(p));
+    for (uint32_t gone = 0; gone < p->n_rank; gone++) {
+        pr_placement *after;
+        uint32_t n = 0;
+        for (uint32_t r = 0; r < p->n_rank; r++) {
+            if (r != gone) {
+                left[n] = p->rank_member[r];
+                room[n++] = capacity[r];
+            }
+        }
+        if (gone == rank ||
+            pr_placement_plan(p->n_layer, p->n_expert, left, n, room, p, &after, NULL) != CM_OK) {
+            continue; /* without that one the others are too small: nobody takes over */
+        }
+        uint32_t now = pr_placement_rank_of(after, p->rank_member[rank]);
+        for (uint32_t i = 0; i < placement_pairs(p); i++) {
+            takes_out[i] |= pr_placement_owns(after, i / p->n_expert, i % p->n_expert, now) &&
+                            !pr_placement_owns(p, i / p->n_expert, i % p->n_expert, rank);
+        }
+        pr_placement_free(after);
+    }
+    cm_free(left);
+    cm_free(room);
+}
+
 /* ---- the message ---- */
 
 void pr_placement_pack(const pr_placement *p, Baleen__Control__V1__Placement *message)

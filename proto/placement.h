@@ -46,6 +46,9 @@ CM_MUST_CHECK cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, c
                                           uint32_t n_rank, const uint64_t *capacity,
                                           const pr_placement *before, pr_placement **placement_out,
                                           cm_error *err);
+/* What `rank` would have to load if one other rank went, whichever: takes_out[layer * n_expert + expert] is 1
+ * for those, else 0. Other owners of its own experts are no heirs. */
+void pr_placement_heirs(const pr_placement *p, const uint64_t *capacity, uint32_t rank, uint8_t *takes_out);
 /* From lists of owners: those of pair i (layer * n_expert + expert) are owners[i * stride ..], n_owner[i] of
  * them. */
 pr_placement *pr_placement_build(uint32_t n_layer, uint32_t n_expert, const uint32_t *rank_member,

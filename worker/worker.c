@@ -12,6 +12,7 @@
 #include "common/base/mem.h"
 #include "common/proc/member.h"
 #include "worker/engine.h"
+#include "worker/warm.h"
 
 enum {
     WORKER_DRAIN_TICK_MS = 50, /* between looks whether it is still there */
@@ -37,6 +38,7 @@ struct wk_worker {
     wk_engine *engine;
     pthread_t thread;
     cm_jobs *jobs;
+    wk_warm *warm; /* NULL: nothing is read ahead */
     pc_member *member;
     pc_timer *drain_timer;
     char address[NET_ADDRESS_BYTES];
@@ -151,6 +153,9 @@ static void worker_on_commit(void *ctx, pc_epoch *epoch)
     }
     wk_engine_commit(w->engine, epoch, w->self);
     pc_member_committed(w->member, epoch->number);
+    if (w->warm != NULL) {
+        wk_warm_follow(w->warm, epoch, w->self);
+    }
 }
 
 static void worker_on_retire(void *ctx, uint64_t oldest)
@@ -223,6 +228,19 @@ static cm_status worker_create_engine(wk_worker *w, cm_error *err)
     return wk_engine_create(&options, &w->engine, w->address, err);
 }
 
+static void worker_begin_warm(wk_worker *w)
+{
+    if (w->config->warm_bytes_s != 0) {
+        w->warm = wk_warm_create(&(wk_warm_options){
+            .loop = w->loop,
+            .jobs = w->jobs,
+            .shard = wk_engine_shard(w->engine),
+            .expert_bytes = md_expert_bytes(md_checkpoint_geometry(w->checkpoint)),
+            .bytes_per_s = w->config->warm_bytes_s,
+        });
+    }
+}
+
 static void worker_join(wk_worker *w)
 {
     const md_geometry *g = md_checkpoint_geometry(w->checkpoint);
@@ -264,6 +282,7 @@ cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finish
         goto err_checkpoint;
     }
     w->jobs = cm_jobs_create("expert loads", 1, 4);
+    worker_begin_warm(w);
     int rc = pthread_create(&w->thread, NULL, worker_thread, w->engine);
     CM_ASSERT_MSG(rc == 0, "compute thread: error %d", rc);
     worker_join(w);
@@ -320,6 +339,7 @@ void wk_worker_destroy(wk_worker *w)
     pthread_join(w->thread, NULL);
     wk_shard_stop(wk_engine_shard(w->engine));
     cm_jobs_destroy(w->jobs);
+    wk_warm_destroy(w->warm);
     worker_load *load;
     LIST_FOREACH (load, &w->loads, link) {
         load->worker = NULL;

@@ -21,8 +21,9 @@ typedef struct pc_epoch {
         uint32_t id;
         uint32_t role; /* Baleen__Control__V1__Role */
         uint64_t incarnation;
-        char *data_address; /* "" when none */
-        bool draining;      /* a router that gets no new sequences */
+        char *data_address;        /* "" when none */
+        bool draining;             /* a router that gets no new sequences */
+        uint64_t expert_bytes_max; /* a worker's memory for experts */
     } * members;
 } pc_epoch;
 pc_epoch *pc_epoch_hold(pc_epoch *epoch);

@@ -232,3 +232,78 @@ def test_scales_that_cannot_be(start_cluster, bin_dir, tmp_path):
     os.close(ready)
     os.close(child)
     assert out.returncode == 1 and "not started by baleen up" in out.stderr and "baleen-worker" in out.stderr
+
+
+# ---- rebalancing
+
+
+def test_rebalance_under_load(start_cluster):
+    """Experts move and get copies while streams run: no token changes, the imbalance is less."""
+    cluster = start_cluster("--workers", "3")
+    assert "no load" in operate(cluster, "rebalance").stdout
+    with Load(cluster) as load:
+        before = wait_for("the load to be told", lambda: cluster.status().get("imbalance"))
+        epoch = cluster.status()["epoch"]
+        for _ in range(10):
+            out = operate(cluster, "rebalance", "--moves", "4")
+            assert out.returncode == 0, out.stderr + cluster.said()
+            load.goes_on()
+            if "nothing moves" in out.stdout:
+                break
+        assert cluster.status()["epoch"] > epoch
+        assert cluster.status()["imbalance"] < before
+        table = operate(cluster, "status", "--experts", "--json")
+        owners = json.loads(table.stdout)["placement"]["owners"]
+        assert len(owners) == 80 and all(owners)
+        for victim in ("worker-0", "worker-2"):  # what has copies lives on in them, what has none is taken over
+            os.kill(pids(cluster)[victim], signal.SIGKILL)
+            wait_for("up to notice", lambda: open(os.path.join(cluster.run, "up.err")).read().count(f"{victim} is started again as"))
+            wait_for("three to serve", lambda: len(serving(cluster, "worker")) == 3)
+            load.goes_on()
+
+
+def test_rebalance_that_fails_changes_nothing(start_cluster):
+    """No worker can load a moved expert: the round is given up, everybody serves on with what he has."""
+    cluster = start_cluster("--workers", "2", env={"BALEEN_FAILPOINTS": "worker_load_again_fails:10000"})
+    with Load(cluster, 4) as load:
+        wait_for("the load to be told", lambda: cluster.status().get("imbalance"))
+        epoch, members = cluster.status()["epoch"], serving(cluster, "worker")
+        out = operate(cluster, "rebalance")
+        assert out.returncode == 1 and "by a failpoint" in out.stderr, out.stdout + out.stderr
+        load.goes_on()
+        assert cluster.status()["epoch"] == epoch and serving(cluster, "worker") == members
+
+
+def test_rounds_by_themselves(start_cluster):
+    cluster = start_cluster("--workers", "3", env={"BALEEN_REBALANCE_MS": "300"})
+    with Load(cluster) as load:
+        log = os.path.join(cluster.run, "coordinator.log")
+        wait_for("a round", lambda: " experts and gives up " in open(log).read())
+        load.goes_on()
+
+
+# ---- warm spares
+
+
+def warm(cluster):
+    return sum(cluster.metrics().get("baleen_experts_warm", {}).values())
+
+
+def test_heirs_are_warm(start_cluster):
+    """Every expert has one heir, who has read it before its worker dies; then heirs are found anew."""
+    cluster = start_cluster("--workers", "3", "--no-restart")
+    whole = answer(cluster)
+    wait_for("all 80 to be warm", lambda: warm(cluster) == 80)
+    os.kill(pids(cluster)["worker-1"], signal.SIGKILL)
+    wait_for("the epoch without it", lambda: len(serving(cluster, "worker")) == 2)
+    assert answer(cluster) == whole
+    wait_for("all to be warm again", lambda: warm(cluster) == 80)
+    os.kill(pids(cluster)["worker-0"], signal.SIGKILL)
+    wait_for("the epoch without it", lambda: len(serving(cluster, "worker")) == 1)
+    assert answer(cluster) == whole
+    wait_for("nobody to be an heir", lambda: warm(cluster) == 0)
+
+
+def test_no_more_is_warm_than_memory_allows(start_cluster):
+    cluster = start_cluster("--workers", "3", env={"BALEEN_EXPERT_BYTES_MAX": "2350080"})  # 45 experts: 27 or 26, and 18 or 19
+    wait_for("what fits to be warm", lambda: warm(cluster) == 3 * 45 - 80)

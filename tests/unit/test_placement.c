@@ -262,6 +262,70 @@ static void copies_outlive_a_join(void **state)
     pr_placement_free(before);
 }
 
+/* Each rank knows beforehand exactly what the plan without another rank will give it. */
+static void heirs_are_who_takes_over(void **state)
+{
+    (void)state;
+    const uint32_t members[] = {3, 5, 8, 9};
+    uint64_t tight[4];
+    pr_placement *places[] = {plan(members, 4, roomy, NULL), skewed(members)};
+    for (uint32_t k = 0; k < 4; k++) {
+        const pr_placement *p = places[k % 2];
+        for (uint32_t r = 0; r < 4; r++) {
+            tight[r] = pr_placement_count(p, r) + (r == 1 ? 2 : 12);
+        }
+        const uint64_t *capacity = k < 2 ? roomy : tight;
+        uint8_t takes[4][PAIRS];
+        uint32_t n_gains[4] = {0}, n_takes[4] = {0};
+        for (uint32_t r = 0; r < 4; r++) {
+            pr_placement_heirs(p, capacity, r, takes[r]);
+        }
+        for (uint32_t gone = 0; gone < 4; gone++) {
+            uint32_t left[3], n = 0;
+            uint64_t room[3];
+            for (uint32_t r = 0; r < 4; r++) {
+                if (r != gone) {
+                    room[n] = capacity[r];
+                    left[n++] = members[r];
+                }
+            }
+            pr_placement *after = NULL;
+            assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, left, 3, room, p, &after, NULL), CM_OK);
+            for (uint32_t i = 0; i < PAIRS; i++) {
+                for (uint32_t r = 0; r < 4; r++) {
+                    if (r != gone && member_owns(after, i, members[r]) && !member_owns(p, i, members[r])) {
+                        assert_int_equal(takes[r][i], 1);
+                        n_gains[r]++;
+                    }
+                }
+            }
+            pr_placement_free(after);
+        }
+        for (uint32_t r = 0; r < 4; r++) {
+            for (uint32_t i = 0; i < PAIRS; i++) {
+                n_takes[r] += takes[r][i];
+                assert_true(takes[r][i] == 0 || !member_owns(p, i, members[r]));
+            }
+            assert_true(n_takes[r] <= n_gains[r] && (n_gains[r] == 0) == (n_takes[r] == 0));
+        }
+    }
+    pr_placement_free(places[0]);
+    pr_placement_free(places[1]);
+    /* who is alone, or whose loss the others cannot bear, has no heirs */
+    uint8_t takes[PAIRS];
+    const uint64_t full[2] = {PAIRS / 2, PAIRS / 2};
+    pr_placement *two = plan(members, 2, full, NULL), *one = plan(members, 1, roomy, NULL);
+    for (uint32_t k = 0; k < 2; k++) {
+        memset(takes, 7, sizeof(takes));
+        pr_placement_heirs(k == 0 ? two : one, k == 0 ? full : roomy, 0, takes);
+        for (uint32_t i = 0; i < PAIRS; i++) {
+            assert_int_equal(takes[i], 0);
+        }
+    }
+    pr_placement_free(two);
+    pr_placement_free(one);
+}
+
 static void random_changes(void **state)
 {
     (void)state;
@@ -398,11 +462,17 @@ int main(int argc, char **argv)
     g_seed = argc > 1 ? strtoull(argv[1], NULL, 0) : cm_random_u64();
     printf("seed %llu\n", (unsigned long long)g_seed);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(even_over_ranks_and_layers), cmocka_unit_test(capacity_is_kept),
-        cmocka_unit_test(same_ranks_move_nothing),    cmocka_unit_test(only_what_must_moves),
-        cmocka_unit_test(a_death_moves_only_orphans), cmocka_unit_test(copies_give_way_to_orphans),
-        cmocka_unit_test(copies_outlive_a_join),      cmocka_unit_test(random_changes),
-        cmocka_unit_test(message_round_trip),         cmocka_unit_test(malformed_messages_are_refused),
+        cmocka_unit_test(even_over_ranks_and_layers),
+        cmocka_unit_test(capacity_is_kept),
+        cmocka_unit_test(same_ranks_move_nothing),
+        cmocka_unit_test(only_what_must_moves),
+        cmocka_unit_test(a_death_moves_only_orphans),
+        cmocka_unit_test(copies_give_way_to_orphans),
+        cmocka_unit_test(copies_outlive_a_join),
+        cmocka_unit_test(heirs_are_who_takes_over),
+        cmocka_unit_test(random_changes),
+        cmocka_unit_test(message_round_trip),
+        cmocka_unit_test(malformed_messages_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
