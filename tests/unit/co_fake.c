@@ -592,3 +592,55 @@ co_member_state fake_state(const fake_cluster *f, const fake_peer *p)
     fail_msg("member %u is not known", p->id);
     return CO_MEMBER_JOINING;
 }
+
+/* ---- what several tests begin with ---- */
+
+const uint32_t fake_skewed[FAKE_LAYERS * FAKE_EXPERTS] = {900, 10, 10, 10, 10, 10, 10,  10, 10, 900, 10, 10,
+                                                          10,  10, 10, 10, 10, 10, 900, 10, 10, 10,  10, 10};
+
+void fake_start(fake_cluster *f, uint32_t n_workers)
+{
+    fake_init(f, n_workers);
+    for (uint32_t i = 0; i < n_workers; i++) {
+        fake_spawn(f, CO_ROLE_WORKER);
+    }
+    fake_spawn(f, CO_ROLE_ROUTER);
+    fake_spawn(f, CO_ROLE_GATEWAY);
+    fake_settle(f);
+    fake_check_whole(f);
+    f->n_changes = 0;
+}
+
+fake_peer *fake_nth(fake_cluster *f, Baleen__Control__V1__Role role, uint32_t nth)
+{
+    for (uint32_t i = 0; i < FAKE_PEERS; i++) {
+        if (f->peers[i].used && f->peers[i].role == role && nth-- == 0) {
+            return &f->peers[i];
+        }
+    }
+    return NULL;
+}
+
+fake_snapshot fake_snapshot_take(fake_cluster *f)
+{
+    const co_epoch *epoch = co_core_epoch(f->core);
+    fake_snapshot s = {.number = epoch->number};
+    cm_bytes_init(&s.packed, 0);
+    cm_bytes_append(&s.packed, epoch->packed.data, epoch->packed.len);
+    for (uint32_t i = 0; i < 4; i++) {
+        s.epoch_of[i] = f->peers[i].epoch;
+        s.state_of[i] = fake_state(f, &f->peers[i]);
+    }
+    return s;
+}
+
+void fake_snapshot_compare(fake_snapshot *a, fake_snapshot *b)
+{
+    assert_int_equal(a->number, b->number);
+    assert_int_equal(a->packed.len, b->packed.len);
+    assert_memory_equal(a->packed.data, b->packed.data, a->packed.len);
+    assert_memory_equal(a->epoch_of, b->epoch_of, sizeof(a->epoch_of));
+    assert_memory_equal(a->state_of, b->state_of, sizeof(a->state_of));
+    cm_bytes_fini(&a->packed);
+    cm_bytes_fini(&b->packed);
+}

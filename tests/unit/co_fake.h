@@ -78,7 +78,23 @@ typedef struct fake_cluster {
 } fake_cluster;
 
 void fake_init(fake_cluster *f, uint32_t workers_min);
+/* n workers, one router, one gateway, at rest in one epoch. */
+void fake_start(fake_cluster *f, uint32_t n_workers);
 void fake_fini(fake_cluster *f);
+/* The n-th process of a role; NULL when there are fewer. */
+fake_peer *fake_nth(fake_cluster *f, Baleen__Control__V1__Role role, uint32_t nth);
+
+/* What an abort must not change: the epoch in force, and epoch and state of the first processes. */
+typedef struct fake_snapshot {
+    uint64_t number, epoch_of[5];
+    co_member_state state_of[5];
+    cm_bytes packed;
+} fake_snapshot;
+fake_snapshot fake_snapshot_take(fake_cluster *f);
+void fake_snapshot_compare(fake_snapshot *a, fake_snapshot *b); /* and frees both */
+
+/* A load: one expert of each layer has most of the rows. */
+extern const uint32_t fake_skewed[FAKE_LAYERS * FAKE_EXPERTS];
 
 /* A new process; it says hello with the next fake_hello or fake_settle. */
 fake_peer *fake_spawn(fake_cluster *f, Baleen__Control__V1__Role role);
