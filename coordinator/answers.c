@@ -1,6 +1,7 @@
 #include "coordinator/answers.h"
 
 #include "common/base/mem.h"
+#include "coordinator/balance_core.h"
 #include "proto/pack.h"
 
 typedef Baleen__Control__V1__StatValue stat_message;
@@ -17,6 +18,7 @@ bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, 
     Baleen__Control__V1__Abort abort = BALEEN__CONTROL__V1__ABORT__INIT;
     Baleen__Control__V1__Commit commit = BALEEN__CONTROL__V1__COMMIT__INIT;
     Baleen__Control__V1__Retire retire = BALEEN__CONTROL__V1__RETIRE__INIT;
+    Baleen__Control__V1__Drain drain = BALEEN__CONTROL__V1__DRAIN__INIT;
     switch (out->kind) {
     case CO_OUT_WELCOME:
         welcome.member_id = out->member_id;
@@ -54,7 +56,12 @@ bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, 
         word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_RETIRE;
         word.retire = &retire;
         break;
+    case CO_OUT_DRAIN:
+        word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_DRAIN;
+        word.drain = &drain;
+        break;
     case CO_OUT_CLOSE:
+    case CO_OUT_ANSWER:
     case CO_OUT_STORE:
     case CO_OUT_NOTE:
         return false;
@@ -148,7 +155,28 @@ static void status_fill_member(cm_arena *arena, const co_core *core, uint32_t i,
     }
 }
 
-void co_answer_status(const co_core *core, const co_peer *self, uint64_t now_ms, cm_bytes *packed_out)
+/* The placement borrows from the epoch; the load is the core's. */
+static void status_fill_experts(const co_core *core, bool experts, Baleen__Control__V1__StatusReply *reply)
+{
+    const co_epoch *epoch = co_core_epoch(core);
+    const uint64_t *load = co_core_load(core);
+    if (epoch == NULL) {
+        return;
+    }
+    uint32_t n_pair = epoch->placement->n_layer * epoch->placement->n_expert;
+    if (load != NULL) {
+        reply->has_imbalance_permille = true;
+        reply->imbalance_permille = (uint32_t)(1000 * co_balance_imbalance(epoch->placement, load));
+    }
+    if (experts) {
+        reply->placement = epoch->message->placement;
+        reply->load = (uint64_t *)(uintptr_t)load; /* packing only reads */
+        reply->n_load = load != NULL ? n_pair : 0;
+    }
+}
+
+void co_answer_status(const co_core *core, const co_peer *self, uint64_t now_ms, bool experts,
+                      cm_bytes *packed_out)
 {
     cm_arena arena;
     cm_arena_init(&arena, "status", ANSWER_ARENA_CHUNK_BYTES, ANSWER_ARENA_BYTES_MAX);
@@ -160,6 +188,7 @@ void co_answer_status(const co_core *core, const co_peer *self, uint64_t now_ms,
     reply.change = co_core_change(core, change) ? change : NULL;
     const char *fingerprint = co_core_fingerprint(core);
     reply.fingerprint = fingerprint[0] != 0 ? (char *)(uintptr_t)fingerprint : NULL;
+    status_fill_experts(core, experts, &reply);
     reply.n_members = 1 + (size_t)co_core_n_members(core);
     reply.members = cm_arena_take(&arena, sizeof(*reply.members) * reply.n_members);
     for (uint32_t i = 0; i < reply.n_members; i++) {

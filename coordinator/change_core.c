@@ -7,16 +7,11 @@
 
 /* ---- what the next epoch should be ---- */
 
-static bool member_is_wanted(const co_member *member)
-{
-    return co_member_is_in(member) && !member->leaving;
-}
-
-static uint32_t core_count(const co_core *core, Baleen__Control__V1__Role role)
+uint32_t co_core_count(const co_core *core, Baleen__Control__V1__Role role)
 {
     uint32_t n = 0;
     for (uint32_t i = 0; i < core->n_members; i++) {
-        n += member_is_wanted(&core->members[i]) && core->members[i].self.role == role;
+        n += co_member_is_wanted(&core->members[i]) && core->members[i].self.role == role;
     }
     return n;
 }
@@ -26,8 +21,10 @@ static bool core_differs(const co_core *core)
 {
     size_t at = 0, n = core->epoch != NULL ? core->epoch->message->n_members : 0;
     for (uint32_t i = 0; i < core->n_members; i++) {
-        if (member_is_wanted(&core->members[i])) {
-            if (at == n || core->epoch->message->members[at]->id != core->members[i].self.id) {
+        const co_peer *self = &core->members[i].self;
+        if (co_member_is_wanted(&core->members[i])) {
+            if (at == n || core->epoch->message->members[at]->id != self->id ||
+                core->epoch->message->members[at]->draining != self->draining) {
                 return true;
             }
             at++;
@@ -39,7 +36,7 @@ static bool core_differs(const co_core *core)
 static bool core_has_absent(const co_core *core)
 {
     for (uint32_t i = 0; i < core->n_members; i++) {
-        if (member_is_wanted(&core->members[i]) && core->members[i].session == 0) {
+        if (co_member_is_wanted(&core->members[i]) && core->members[i].session == 0) {
             return true;
         }
     }
@@ -48,7 +45,7 @@ static bool core_has_absent(const co_core *core)
 
 static cm_status core_place(const co_core *core, pr_placement **placement_out, cm_error *err)
 {
-    uint32_t n_rank = core_count(core, CO_ROLE_WORKER);
+    uint32_t n_rank = co_core_count(core, CO_ROLE_WORKER);
     if (n_rank == 0 || (core->epoch == NULL && n_rank < core->workers_min)) {
         /* At the start that is how it has to be. */
         cm_status status = core->epoch == NULL ? CM_E_UNAVAILABLE : CM_E_CAPACITY;
@@ -65,7 +62,7 @@ static cm_status core_place(const co_core *core, pr_placement **placement_out, c
     uint32_t rank = 0;
     for (uint32_t i = 0; i < core->n_members; i++) {
         const co_member *member = &core->members[i];
-        if (member_is_wanted(member) && member->self.role == CO_ROLE_WORKER) {
+        if (co_member_is_wanted(member) && member->self.role == CO_ROLE_WORKER) {
             rank_member[rank] = member->self.id;
             capacity[rank++] = member->self.expert_bytes_max / core->expert_bytes;
         }
@@ -88,7 +85,7 @@ static co_epoch *core_propose(co_core *core, const pr_placement *placement)
     co_peer **peers = cm_alloc(sizeof(*peers) * core->n_members);
     uint32_t n = 0;
     for (uint32_t i = 0; i < core->n_members; i++) {
-        if (member_is_wanted(&core->members[i])) {
+        if (co_member_is_wanted(&core->members[i])) {
             peers[n++] = &core->members[i].self;
         }
     }
@@ -97,49 +94,48 @@ static co_epoch *core_propose(co_core *core, const pr_placement *placement)
     return epoch;
 }
 
-/* ---- those who leave ---- */
-
-static void core_let_go(co_core *core, co_member *member)
-{
-    co_core_note(core, CM_LOG_INFO, "member %u has left", member->self.id);
-    co_core_remove(core, member, CM_OK, "left");
-}
-
-/* Nothing in force or on the way needs them any more. */
-static void core_release_leavers(co_core *core)
-{
-    for (uint32_t i = 0; i < core->n_members; i++) {
-        co_member *member = &core->members[i];
-        if (co_member_is_in(member) && member->leaving &&
-            (core->epoch == NULL || co_epoch_find(core->epoch, member->self.id) == NULL)) {
-            core_let_go(core, member);
-        }
-    }
-}
-
-/* No epoch without them can be made. A worker stays while a router may still ask it; the others just go. */
-static void core_release_blocked(co_core *core)
-{
-    bool asked = core_count(core, CO_ROLE_ROUTER) > 0;
-    for (uint32_t i = 0; i < core->n_members; i++) {
-        co_member *member = &core->members[i];
-        if (co_member_is_in(member) && member->leaving && !(asked && member->self.role == CO_ROLE_WORKER)) {
-            core_let_go(core, member);
-        }
-    }
-}
-
 /* ---- a change: begin, give up, go on ---- */
+
+static void change_propose(co_core *core, pr_placement *placement)
+{
+    core->blocked[0] = 0;
+    core->proposal = core_propose(core, placement);
+    pr_placement_free(placement);
+    /* The number must be in the log before anyone hears it: one that was promised and forgotten could mean
+     * two epochs. */
+    core->ticket = co_core_store(core, NULL);
+    core->phase = CO_PHASE_NUMBERING;
+}
+
+/* The members are those of the epoch in force; their experts may move. */
+static void change_balance(co_core *core)
+{
+    pr_placement *placement = core->balance_moves != 0 && !core_differs(core) ? co_core_balanced(core) : NULL;
+    if (placement != NULL) {
+        const co_balance_report *report = &core->balance_report;
+        change_propose(core, placement);
+        co_core_note(
+            core, CM_LOG_INFO,
+            "epoch %llu moves %u experts and gives up %u copies: busiest workers %.2f -> %.2f of the mean",
+            (unsigned long long)core->proposal->number, report->n_moves, report->n_dropped, report->before,
+            report->after);
+    }
+}
 
 static void change_begin(co_core *core)
 {
-    core_release_leavers(core);
+    co_core_release_leavers(core);
+    if (!core->dirty && !core_has_absent(core)) {
+        change_balance(core);
+        return;
+    }
     if (!core->dirty || core->now_ms < core->retry_ms || core_has_absent(core)) {
         return; /* the absent come back or die soon; moving experts costs more than waiting */
     }
     core->dirty = false;
     if (!core_differs(core)) {
         core->blocked[0] = 0;
+        change_balance(core);
         return;
     }
     cm_error err = {0};
@@ -150,16 +146,10 @@ static void change_begin(co_core *core)
             co_core_note(core, err.status == CM_E_CAPACITY ? CM_LOG_WARN : CM_LOG_INFO, "no new epoch: %s",
                          err.text);
         }
-        core_release_blocked(core);
+        co_core_release_blocked(core);
         return;
     }
-    core->blocked[0] = 0;
-    core->proposal = core_propose(core, placement);
-    pr_placement_free(placement);
-    /* The number must be in the log before anyone hears it: one that was promised and forgotten could mean
-     * two epochs. */
-    core->ticket = co_core_store(core, NULL);
-    core->phase = CO_PHASE_NUMBERING;
+    change_propose(core, placement);
 }
 
 static void change_abort(co_core *core, const char *why)
@@ -173,6 +163,9 @@ static void change_abort(co_core *core, const char *why)
         }
     }
     co_core_note(core, CM_LOG_WARN, "epoch %llu is given up: %s", (unsigned long long)number, why);
+    if (core->balancing) {
+        co_core_balance_done(core, CM_E_UNAVAILABLE, why);
+    }
     co_core_drop_epoch(core, core->proposal);
     core->proposal = NULL;
     core->ticket = 0;
@@ -186,7 +179,7 @@ static bool change_is_whole(co_core *core)
     const Baleen__Control__V1__Epoch *message = core->proposal->message;
     for (size_t i = 0; i < message->n_members; i++) {
         const co_member *member = co_core_find(core, message->members[i]->id);
-        if (member == NULL || member->leaving) {
+        if (member == NULL || !co_member_is_wanted(member)) {
             return false;
         }
     }
@@ -229,12 +222,16 @@ void co_core_prepared(co_core *core, co_member *member, const Baleen__Control__V
     snprintf(text, sizeof(text), "could not prepare epoch %llu: %.200s", (unsigned long long)prepared->epoch,
              prepared->text != NULL ? prepared->text : cm_status_text((cm_status)prepared->status));
     co_core_note(core, CM_LOG_WARN, "member %u %s", member->self.id, text);
+    if (core->balancing) {
+        change_abort(core, text); /* it serves what it has; nothing is lost but a better balance */
+        return;
+    }
     uint32_t at = core->n_failed++ % CO_FAILED_MAX;
     core->failed[at].incarnation = member->self.incarnation;
     core->failed[at].until_ms = core->now_ms + core->lease_ms;
     co_core_refuse(core, member->session, (cm_status)prepared->status, false, text);
     member->session = 0;
-    co_core_remove(core, member, CM_OK, "");
+    co_core_remove(core, member, (cm_status)prepared->status, text);
 }
 
 /* Tells every member of the epoch in force what it may know by now: workers first, the others once all
@@ -315,6 +312,16 @@ static void change_finish(co_core *core)
     co_core_note(core, CM_LOG_INFO, "epoch %llu is in force: %u workers, %u routers, %u gateways",
                  (unsigned long long)epoch->number, co_epoch_count(epoch, CO_ROLE_WORKER),
                  co_epoch_count(epoch, CO_ROLE_ROUTER), co_epoch_count(epoch, CO_ROLE_GATEWAY));
+    if (core->balancing) {
+        char text[160];
+        snprintf(
+            text, sizeof(text),
+            "epoch %llu: %u experts moved, %u copies given up; the busiest workers had %.2f of the mean and "
+            "have %.2f",
+            (unsigned long long)epoch->number, core->balance_report.n_moves, core->balance_report.n_dropped,
+            core->balance_report.before, core->balance_report.after);
+        co_core_balance_done(core, CM_OK, text);
+    }
     core->phase = CO_PHASE_REST;
     core->dirty = true; /* whoever came or went meanwhile */
 }
@@ -350,6 +357,7 @@ void co_core_advance(co_core *core)
             break;
         }
     } while (core->phase != before);
+    co_core_tell_drains(core);
 }
 
 /* ---- in words ---- */

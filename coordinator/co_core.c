@@ -40,6 +40,17 @@ void co_core_refuse(co_core *core, uint64_t session, cm_status status, bool fina
     snprintf(out->text, sizeof(out->text), "%s", text);
 }
 
+void co_core_answer(co_core *core, uint64_t ticket, cm_status status, const char *fmt, ...)
+{
+    co_out *out = co_core_emit(core, CO_OUT_ANSWER, 0);
+    out->ticket = ticket;
+    out->status = status;
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(out->text, sizeof(out->text), fmt, args);
+    va_end(args);
+}
+
 static void core_close(co_core *core, uint64_t session, cm_status status, const char *text)
 {
     co_out *out = co_core_emit(core, CO_OUT_CLOSE, session);
@@ -108,6 +119,10 @@ void co_core_remove(co_core *core, co_member *member, cm_status status, const ch
     }
     member->removed = true;
     core->dirty = true;
+    if (member->drain_ticket != 0) {
+        co_core_answer(core, member->drain_ticket, status, "member %u %s%s", member->self.id,
+                       status == CM_OK ? "has left" : "was lost: ", status == CM_OK ? "" : text);
+    }
 }
 
 static void core_sweep(co_core *core)
@@ -142,7 +157,7 @@ static void core_session_lost(co_core *core, co_member *member)
     }
     if (member->leaving) {
         co_core_note(core, CM_LOG_INFO, "member %u has left", member->self.id);
-        co_core_remove(core, member, CM_OK, "");
+        co_core_remove(core, member, CM_OK, "has left");
         return;
     }
     /* A peer that lost it too is a second witness: no grace. */
@@ -207,15 +222,6 @@ static void core_peer_report(co_core *core, const co_member *from,
     }
 }
 
-static void core_leaving(co_core *core, co_member *member)
-{
-    if (!member->leaving) {
-        member->leaving = true;
-        core->dirty = true;
-        co_core_note(core, CM_LOG_INFO, "member %u wants to leave", member->self.id);
-    }
-}
-
 static void core_word(co_core *core, uint64_t session, const Baleen__Control__V1__MemberMessage *word)
 {
     co_member *member = core_find_session(core, session);
@@ -250,7 +256,10 @@ static void core_word(co_core *core, uint64_t session, const Baleen__Control__V1
         core_peer_report(core, member, word->peer_report);
         break;
     case BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LEAVING:
-        core_leaving(core, member);
+        co_core_leaving(core, member);
+        break;
+    case BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_EXPERT_LOAD:
+        co_core_take_load(core, member, word->expert_load);
         break;
     default:
         break;
@@ -270,6 +279,12 @@ static void core_take(co_core *core, const co_in *in)
         }
         break;
     }
+    case CO_IN_DRAIN:
+        co_core_drain(core, in);
+        break;
+    case CO_IN_REBALANCE:
+        co_core_rebalance(core, in);
+        break;
     case CO_IN_STORED:
         co_core_join_stored(core, in);
         co_core_change_stored(core, in);
@@ -289,6 +304,10 @@ co_core *co_core_create(const co_core_options *options, const co_core_past *past
     core->lease_ms = options->lease_ms;
     core->grace_ms = options->grace_ms;
     core->recall_ms = options->recall_ms;
+    core->balance_every_ms = options->rebalance_ms;
+    core->balance_moves_max = options->moves_max;
+    core->balance_next_ms = now_ms + options->rebalance_ms;
+    core->load_half_ms = now_ms + CO_LOAD_HALF_MS;
     core->fingerprint = cm_strdup(options->fingerprint);
     core->now_ms = now_ms;
     core->cluster = past->cluster;
@@ -322,6 +341,7 @@ void co_core_destroy(co_core *core)
     co_epoch_release(core->proposal);
     cm_free(core->members);
     cm_free(core->fingerprint);
+    cm_free(core->load);
     cm_free(core->outs);
     cm_free(core->dropped);
     cm_free(core);
@@ -341,6 +361,7 @@ void co_core_step(co_core *core, uint64_t now_ms, const co_in *in, uint32_t n_in
         core_take(core, &in[i]);
     }
     core_expire(core);
+    co_core_load_time(core);
     co_core_advance(core);
     core_sweep(core);
 }
@@ -366,6 +387,9 @@ uint64_t co_core_wake_ms(const co_core *core)
     if (core->phase == CO_PHASE_REST && core->dirty && core->retry_ms > core->now_ms &&
         core->retry_ms < wake_ms) {
         wake_ms = core->retry_ms;
+    }
+    if (core->balance_every_ms != 0 && core->balance_next_ms < wake_ms) {
+        wake_ms = core->balance_next_ms;
     }
     return wake_ms;
 }
@@ -426,6 +450,18 @@ uint64_t co_core_cluster(const co_core *core)
 const char *co_core_fingerprint(const co_core *core)
 {
     return core->fingerprint;
+}
+
+const uint64_t *co_core_load(const co_core *core)
+{
+    const pr_placement *place = core->epoch != NULL ? core->epoch->placement : NULL;
+    bool same = place != NULL && place->n_layer == core->n_layer && place->n_expert == core->n_expert;
+    return same ? core->load : NULL;
+}
+
+uint64_t co_core_expert_bytes(const co_core *core)
+{
+    return (uint64_t)core->n_layer * core->n_expert * core->expert_bytes;
 }
 
 uint64_t co_core_n_lost(const co_core *core)

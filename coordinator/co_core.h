@@ -27,6 +27,8 @@ typedef struct co_core_options {
     uint64_t lease_ms;       /* a member silent for longer is dead */
     uint64_t grace_ms;       /* time to reconnect after a lost session */
     uint64_t recall_ms;      /* after a start, on top of the lease: for the members of the log to find us */
+    uint64_t rebalance_ms;   /* between rounds of rebalancing by load; 0 = only when asked */
+    uint32_t moves_max;      /* experts that one of them makes workers load; at least 1 */
     const char *fingerprint; /* of the checkpoint; "" = the first worker's or router's. Copied */
 } co_core_options;
 
@@ -39,16 +41,19 @@ typedef struct co_core_past {
 } co_core_past;
 
 typedef enum co_in_kind {
-    CO_IN_WORD,   /* session, word */
-    CO_IN_CLOSED, /* session: it is over, no word of it follows */
-    CO_IN_STORED, /* ticket, status, text: how a CO_OUT_STORE went */
+    CO_IN_WORD,      /* session, word */
+    CO_IN_CLOSED,    /* session: it is over, no word of it follows */
+    CO_IN_STORED,    /* ticket, status, text: how a CO_OUT_STORE went */
+    CO_IN_DRAIN,     /* ticket, member_id: an operator wants it to leave */
+    CO_IN_REBALANCE, /* ticket, n_moves (0: as the options say): an operator wants experts moved by load */
 } co_in_kind;
 
 typedef struct co_in {
     co_in_kind kind;
     uint64_t session; /* the owner's name for one session; not 0, never used twice */
     const Baleen__Control__V1__MemberMessage *word; /* borrowed for the step */
-    uint64_t ticket;
+    uint64_t ticket;                                /* of operators' wishes: not 0, theirs alone */
+    uint32_t member_id, n_moves;
     cm_status status;
     const char *text;
 } co_in;
@@ -60,10 +65,12 @@ typedef enum co_out_kind {
     CO_OUT_ABORT,   /* session, number */
     CO_OUT_COMMIT,  /* session, epoch */
     CO_OUT_RETIRE,  /* session, number */
+    CO_OUT_DRAIN,   /* session */
     CO_OUT_CLOSE,   /* session, status (CM_OK: a good end), text */
-    CO_OUT_STORE, /* ticket, member_id and number (the next free ones), epoch (may be NULL): make it durable,
-                     in order, and answer with CO_IN_STORED */
-    CO_OUT_NOTE,  /* level, text: for the log */
+    CO_OUT_STORE,  /* ticket, member_id and number (the next free ones), epoch (may be NULL): make it durable,
+                      in order, and answer with CO_IN_STORED */
+    CO_OUT_ANSWER, /* ticket, status, text: what became of an operator's wish */
+    CO_OUT_NOTE,   /* level, text: for the log */
 } co_out_kind;
 
 typedef struct co_out {
@@ -95,7 +102,7 @@ typedef enum co_member_state {
     CO_MEMBER_PREPARING, /* loads for the epoch being prepared */
     CO_MEMBER_READY,     /* in the epoch in force */
     CO_MEMBER_SUSPECT,   /* session lost or reported by a peer */
-    CO_MEMBER_LEAVING,   /* asked to go, waits for the epoch without it */
+    CO_MEMBER_LEAVING,   /* wants or is asked to go: others take over, or it finishes what runs */
 } co_member_state;
 const char *co_member_state_name(co_member_state state);
 
@@ -115,6 +122,9 @@ void co_core_member(const co_core *core, uint32_t i, co_member_view *view_out);
 const co_epoch *co_core_epoch(const co_core *core); /* in force; NULL before the first */
 uint64_t co_core_cluster(const co_core *core);
 const char *co_core_fingerprint(const co_core *core); /* "" while unknown */
-uint64_t co_core_n_lost(const co_core *core);         /* members that died, ever */
+/* [n_layer * n_expert] recent rows, as the placement in force counts pairs; NULL while nothing was heard. */
+const uint64_t *co_core_load(const co_core *core);
+uint64_t co_core_expert_bytes(const co_core *core); /* of all experts together; 0 while unknown */
+uint64_t co_core_n_lost(const co_core *core);       /* members that died, ever */
 /* What is being changed or why it cannot be, in words; false at rest. */
 bool co_core_change(const co_core *core, char text_out[256]);

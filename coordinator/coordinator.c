@@ -13,14 +13,15 @@
 #include "common/base/stats.h"
 #include "common/proc/addresses.h"
 #include "common/proc/rpc_server.h"
+#include "coordinator/admin.h"
 #include "coordinator/answers.h"
 #include "coordinator/co_core.h"
 #include "coordinator/store.h"
 #include "proto/pack.h"
 
 enum {
-    CO_REQUEST_BYTES_MAX = 64 << 10, /* a heartbeat with all counters has less than 2 KB */
-    CO_QUEUE_BYTES_MAX = 32 << 20,   /* unsent; an epoch of the largest model has less than 1 MB */
+    CO_REQUEST_BYTES_MAX = 1 << 20, /* the load of 61 x 384 experts has 115 KB at most */
+    CO_QUEUE_BYTES_MAX = 32 << 20,  /* unsent; an epoch of the largest model has less than 1 MB */
     CO_ARENA_CHUNK_BYTES = 16 << 10,
     CO_ARENA_BYTES_MAX = 4 << 20,
     CO_STOP_MS = 1000,
@@ -49,6 +50,7 @@ struct co_coordinator {
     char active_address[PC_ADDRESS_BYTES], why[480]; /* not active: who is, "" = not known; what to say */
     co_coordinator_events events;
     void *events_ctx;
+    co_admin *admin;
     pc_rpc_server *server;
     pc_timer *tick, *stats_timer, *stop_timer;
     char bound[128], host[256];
@@ -136,6 +138,8 @@ static void coordinator_deliver(co_coordinator *c)
             cm_log_line(outs[i].level, "%s", outs[i].text);
         } else if (outs[i].kind == CO_OUT_STORE) {
             deliver_store(c, &outs[i]);
+        } else if (outs[i].kind == CO_OUT_ANSWER) {
+            co_admin_answer(c->admin, &outs[i]);
         } else {
             deliver_word(c, &outs[i]);
         }
@@ -272,7 +276,7 @@ static void session_closed(pc_call *call, bool cancelled)
     }
 }
 
-/* ---- counters for gateways, status for operators ---- */
+/* ---- counters for gateways, operators ---- */
 
 static void coordinator_send_stats(void *arg)
 {
@@ -301,30 +305,25 @@ static void coordinator_send_stats(void *arg)
     pc_timer_set(c->stats_timer, c->heartbeat_ms);
 }
 
-static void admin_status(pc_call *call, const uint8_t *data, size_t n_bytes)
+static void admin_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 {
-    co_coordinator *c = pc_call_ctx(call);
-    Baleen__Control__V1__StatusRequest *request = NULL;
-    cm_arena_reset(&c->arena);
-    if (pr_unpack(&baleen__control__v1__status_request__descriptor, data, n_bytes, &c->arena,
-                  (ProtobufCMessage **)&request) != CM_OK) {
-        pc_call_finish(call, PC_CODE_INVALID_ARGUMENT, "not a StatusRequest", NULL, 0, 0);
-        return;
-    }
-    cm_bytes_clear(&c->packed);
-    if (c->core != NULL) {
-        co_answer_status(c->core, &c->self, cm_now_ms(), &c->packed);
-    } else {
-        co_answer_status_standby(&c->self, c->active_address, c->why, &c->packed);
-    }
-    cm_status status = pc_call_send(call, c->packed.data, c->packed.len);
-    pc_call_finish(call, pc_code_of(status), "", NULL, 0, 0);
+    co_admin_message(((co_coordinator *)pc_call_ctx(call))->admin, call, data, n_bytes);
+}
+
+static void admin_half_closed(pc_call *call)
+{
+    pc_call_finish(call, PC_CODE_OK, "", NULL, 0, 0);
 }
 
 static void admin_closed(pc_call *call, bool cancelled)
 {
-    (void)call;
     (void)cancelled;
+    co_admin_closed(((co_coordinator *)pc_call_ctx(call))->admin, call);
+}
+
+static void admin_wish(void *ctx, const co_in *wish)
+{
+    coordinator_step(ctx, wish);
 }
 
 static const pc_method coordinator_methods[] = {
@@ -333,7 +332,15 @@ static const pc_method coordinator_methods[] = {
      .half_closed = session_half_closed,
      .closed = session_closed,
      .client_streams = true},
-    {.path = "/baleen.control.v1.Admin/Status", .message = admin_status, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Status", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Drain", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Rebalance", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Scale", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Launch",
+     .message = admin_message,
+     .half_closed = admin_half_closed,
+     .closed = admin_closed,
+     .client_streams = true},
 };
 
 /* ---- life ---- */
@@ -373,6 +380,7 @@ static void coordinator_step_down(co_coordinator *c)
     while (cm_map_next(&c->by_id, &at, &id, &session)) {
         session_finish(session, CM_E_UNAVAILABLE, "not the active coordinator any more");
     }
+    co_admin_stop(c->admin);
     pc_timer_clear(c->tick);
     pc_timer_clear(c->stats_timer);
     co_core_destroy(c->core);
@@ -420,6 +428,8 @@ static cm_status coordinator_open_log(co_coordinator *c, const co_config *config
                                         .lease_ms = config->lease_ms,
                                         .grace_ms = config->grace_ms,
                                         .recall_ms = CO_RECALL_MS,
+                                        .rebalance_ms = config->rebalance_ms,
+                                        .moves_max = (uint32_t)config->rebalance_moves,
                                         .fingerprint = c->fingerprint};
     co_store_options options = {.url = config->store,
                                 .address = c->bound,
@@ -439,6 +449,13 @@ static cm_status coordinator_listen(co_coordinator *c, const co_config *config, 
                               .ctx = c};
     cm_pool_init(&c->sessions, "sessions", sizeof(co_session), calls_max);
     cm_map_init(&c->by_id, calls_max);
+    c->admin = co_admin_create(&(co_admin_options){.core = &c->core,
+                                                   .self = &c->self,
+                                                   .active = c->active_address,
+                                                   .why = c->why,
+                                                   .calls_max = calls_max,
+                                                   .wish = admin_wish,
+                                                   .ctx = c});
     cm_status status = pc_rpc_server_create(c->loop, &options, coordinator_methods,
                                             sizeof(coordinator_methods) / sizeof(coordinator_methods[0]),
                                             &c->server, c->bound, err);
@@ -496,6 +513,7 @@ err_close:
     pc_rpc_server_destroy(c->server);
     cm_free(c->fingerprint);
 err_free:
+    co_admin_destroy(c->admin);
     cm_map_fini(&c->by_id);
     cm_pool_fini(&c->sessions);
     pc_timer_destroy(c->tick);
@@ -560,6 +578,7 @@ void co_coordinator_stop(co_coordinator *c, pc_fn done, void *arg)
     while (cm_map_next(&c->by_id, &at, &id, &session)) {
         session_finish(session, CM_E_UNAVAILABLE, "the coordinator stops; go on with the epoch in force");
     }
+    co_admin_stop(c->admin);
     c->n_stopping = 2;
     co_store_stop(c->store, coordinator_part_stopped, c);
     pc_rpc_server_drain(c->server, coordinator_part_stopped, c);
@@ -572,6 +591,7 @@ void co_coordinator_destroy(co_coordinator *c)
     }
     c->stopping = true; /* what the closing of the sessions brings is no news */
     pc_rpc_server_destroy(c->server);
+    co_admin_destroy(c->admin);
     pc_timer_destroy(c->tick);
     pc_timer_destroy(c->stats_timer);
     pc_timer_destroy(c->stop_timer);

@@ -1,10 +1,13 @@
 /* State of the coordinator's machine, shared by co_core.c (time, sessions, outbox), join_core.c (who may be a
- * member) and change_core.c (epochs). */
+ * member), leave_core.c (who goes) and change_core.c (epochs). */
 #pragma once
+#include "coordinator/balance_core.h"
 #include "coordinator/co_core.h"
 
 /* A member that lives but has not switched to a committed epoch after so many leases is given up. */
 enum { CO_COMMIT_LEASES = 10 };
+/* Load fades: what was asked for a few minutes ago says little. */
+enum { CO_LOAD_HALF_MS = 60000 };
 /* Workers that failed to prepare and are kept out for a lease, so that they cannot spoil change after change.
  */
 enum { CO_FAILED_MAX = 16 };
@@ -30,7 +33,9 @@ typedef struct co_member {
     uint64_t prepared;                               /* last number it answered Prepared for */
     uint64_t told_prepare, told_commit, told_retire; /* numbers sent in this session */
     bool recalled;                                   /* from the log, not back yet */
-    bool leaving;
+    bool leaving;                                    /* by its own wish or an operator's */
+    bool told_drain;                                 /* in this session */
+    uint64_t drain_ticket;                           /* of the operator who waits for its end; 0 = none */
     bool removed; /* goes at the end of the step; nothing finds it any more */
     uint32_t n_stats;
     cm_stat_value stats[CM_STAT_COUNT];
@@ -66,6 +71,15 @@ struct co_core {
     uint64_t retry_ms;    /* no change before it: the log could not be written */
     char blocked[256];    /* why no epoch can be made; "" */
 
+    uint64_t *load;        /* [n_layer * n_expert] rows, halved every CO_LOAD_HALF_MS; NULL until the first */
+    uint64_t load_half_ms; /* when they are halved next */
+    uint32_t balance_moves;                     /* wanted at the next rest; 0 = nothing */
+    uint64_t balance_every_ms, balance_next_ms; /* by itself; every 0 = never */
+    uint32_t balance_moves_max;
+    uint64_t balance_ticket;          /* of the operator who waits for it; 0 = none */
+    bool balancing;                   /* the proposal moves experts and nothing else */
+    co_balance_report balance_report; /* of the proposal */
+
     co_out *outs;
     uint32_t n_outs, outs_cap;
     co_epoch **dropped; /* epochs an entry of the outbox may still point to */
@@ -85,6 +99,14 @@ static inline bool co_member_is_in(const co_member *member)
 {
     return !member->removed && member->ticket == 0;
 }
+/* Belongs into the next epoch. A worker that leaves hands its experts over; a router or gateway that leaves
+ * needs epochs until it has finished what runs. */
+static inline bool co_member_is_wanted(const co_member *member)
+{
+    return co_member_is_in(member) && !(member->leaving && member->self.role == CO_ROLE_WORKER);
+}
+uint32_t co_core_count(const co_core *core, Baleen__Control__V1__Role role); /* wanted ones */
+void co_core_answer(co_core *core, uint64_t ticket, cm_status status, const char *fmt, ...) CM_PRINTF(4, 5);
 
 /* ---- join_core.c ---- */
 void co_core_hello(co_core *core, uint64_t session, const Baleen__Control__V1__Hello *hello);
@@ -92,6 +114,28 @@ void co_core_join_stored(co_core *core, const co_in *in);
 /* A member as the log's last epoch knew it: away, may come back. */
 void co_core_recall(co_core *core, const co_peer *peer);
 void co_member_fini(co_member *member);
+
+/* ---- leave_core.c ---- */
+void co_core_leaving(co_core *core, co_member *member);
+void co_core_drain(co_core *core, const co_in *in);
+/* Nothing in force or on the way needs them any more: workers are let go. */
+void co_core_release_leavers(co_core *core);
+/* No epoch without them can be made. A worker stays while a router may still ask it. */
+void co_core_release_blocked(co_core *core);
+/* Routers that no gateway chooses any more, and gateways, may finish. */
+void co_core_tell_drains(co_core *core);
+
+/* ---- load_core.c ---- */
+void co_core_take_load(co_core *core, const co_member *from, const Baleen__Control__V1__ExpertLoad *load);
+/* Time passes: the load fades, a round of balancing may be due. */
+void co_core_load_time(co_core *core);
+void co_core_rebalance(co_core *core, const co_in *in);
+/* The next placement if one is wanted and worth it, else NULL and whoever asked is answered. */
+pr_placement *co_core_balanced(co_core *core);
+/* The change it was wanted for has come to its end. */
+void co_core_balance_done(co_core *core, cm_status status, const char *text);
+/* Memory of the ranks of a placement in force, in experts; freed by the caller. */
+uint64_t *co_core_capacity(const co_core *core, const pr_placement *place);
 
 /* ---- change_core.c ---- */
 void co_core_advance(co_core *core);

@@ -41,6 +41,7 @@ void co_core_recall(co_core *core, const co_peer *peer)
     member->fingerprint = cm_strdup("");
     member->heard_ms = core->now_ms;
     member->recalled = true;
+    member->leaving = member->self.draining;
     /* Longer than the grace of one lost session: all of them have to notice and come back. */
     member->dead_ms = core->now_ms + core->lease_ms + core->recall_ms;
 }
@@ -225,7 +226,11 @@ static void core_return(co_core *core, co_member *member, uint64_t session,
         co_core_emit(core, CO_OUT_ABORT, session)->number = member->told_prepare;
     }
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
-    member->prepared = member->told_prepare = member->told_commit = member->told_retire = 0;
+    member->told_drain = false;
+    member->prepared = member->told_commit = member->told_retire = 0;
+    if (core->phase != CO_PHASE_STORING || member->told_prepare != proposed) {
+        member->told_prepare = 0; /* to be said again; if the log fails, an Abort is due all the same */
+    }
     core->dirty = true;
 }
 
@@ -234,9 +239,12 @@ static void core_join(co_core *core, uint64_t session, const Baleen__Control__V1
     co_member *member = &core->members[core->n_members++];
     member_init(member, hello->self);
     member->self.id = core->next_member_id++;
+    member->self.draining = member->self.has_draining = false; /* ours to say */
     member->fingerprint = cm_strdup(hello->fingerprint);
     member->session = session;
     member->heard_ms = core->now_ms;
+    /* One that was given up and comes back goes on with what it had. */
+    member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->ticket = co_core_store(core, NULL);
 }
 

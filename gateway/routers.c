@@ -35,6 +35,7 @@ struct gw_router {
     bool up;         /* greeted */
     bool broken;     /* sent what cannot be read: the link is ended outside of its own event */
     bool stays;      /* scratch of gw_routers_epoch */
+    bool draining;   /* goes on with what it has, gets nothing new */
     pc_timer *timer; /* next try, or the end of a broken link */
     uint32_t retry_ms;
     uint32_t running, waiting; /* by its last frame */
@@ -220,6 +221,7 @@ void gw_routers_epoch(gw_routers *routers, const pc_epoch *epoch)
             router_connect(router);
         }
         router->stays = true;
+        router->draining = member->draining;
     }
     for (router = TAILQ_FIRST(&routers->list); router != NULL; router = next) {
         next = TAILQ_NEXT(router, link);
@@ -383,7 +385,7 @@ gw_router *gw_routers_pick(gw_routers *routers)
     uint64_t best_load = UINT64_MAX;
     TAILQ_FOREACH (router, &routers->list, link) {
         uint64_t load = (uint64_t)router->running + router->waiting + router->n_opened;
-        if (router->up && !router->broken && load < best_load) {
+        if (router->up && !router->broken && !router->draining && load < best_load) {
             best = router;
             best_load = load;
         }

@@ -11,11 +11,15 @@
 #include "common/proc/member.h"
 #include "router/engine/engine.h"
 #include "router/gateways.h"
+#include "router/load.h"
 #include "router/runner.h"
 
 enum {
     ROUTER_SENDS_MAX = 256
 }; /* frames on their way to one worker; a link takes the smaller of both sides' bounds */
+enum {
+    ROUTER_DOORS_MS = 200
+}; /* a sequence opened just before its gateway heard of our drain may still be on its way */
 enum { ROUTER_OPEN_BYTES_MIN = 1 << 20 }; /* room for a SeqOpen beside its ids */
 
 struct rt_router {
@@ -29,14 +33,17 @@ struct rt_router {
     rt_runner *runner;
     rt_gateways *gateways;
     pc_member *member;
-    pc_timer *deadline_timer, *drain_timer;
+    rt_load *load;
+    pc_timer *deadline_timer, *drain_timer, *doors_timer;
     char address[NET_ADDRESS_BYTES];
     char fingerprint[33];
     uint32_t self;
     rt_step step;
     bool in_flight; /* step is being computed */
     bool resting;   /* workers were told that nothing comes */
-    bool draining;
+    bool leaving; /* the coordinator knows or will know; sequences are taken until it says that none will come
+                   */
+    bool draining; /* no new sequences: ends with the last one */
 };
 
 /* ---- scheduling ---- */
@@ -62,7 +69,8 @@ static void router_show_ledger(rt_router *r)
     router_count(CM_STAT_draft_tokens, ledger.n_draft_token);
     router_count(CM_STAT_accepted_tokens, ledger.n_accepted_token);
     router_count(CM_STAT_decode_tokens, ledger.n_decode_token);
-    if (r->draining && ledger.n_seq == 0 && !r->in_flight) {
+    bool alone = r->leaving && !pc_member_connected(r->member);
+    if ((r->draining || alone) && ledger.n_seq == 0 && !r->in_flight) {
         r->finished(r->ctx, 0);
     }
 }
@@ -129,9 +137,19 @@ static void router_on_commit(void *ctx, pc_epoch *epoch)
     pc_member_committed(r->member, epoch->number);
 }
 
+static void router_close_doors(void *arg)
+{
+    rt_router *r = arg;
+    r->draining = true;
+    rt_sched_drain(r->sched);
+}
+
+/* No gateway chooses us any more. */
 static void router_on_drain(void *ctx)
 {
-    rt_router_drain(ctx);
+    rt_router *r = ctx;
+    rt_router_drain(r);
+    pc_timer_set(r->doors_timer, ROUTER_DOORS_MS);
 }
 
 static void router_on_refused(void *ctx, cm_status status, const char *text)
@@ -238,6 +256,8 @@ static void router_join(rt_router *r)
         .expert_bytes = md_expert_bytes(g),
     };
     r->member = pc_member_create(r->loop, &options, &g_member_events, r);
+    r->load =
+        rt_load_create(r->loop, rt_engine_exchange(r->engine), r->member, md_block_count(g), g->n_expert);
 }
 
 cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finished)(void *ctx, int code),
@@ -276,6 +296,7 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
     }
     r->runner = rt_runner_create(loop, r->engine, limits.slot_max, router_step_done, r);
     r->deadline_timer = pc_timer_create(loop, router_changed, r);
+    r->doors_timer = pc_timer_create(loop, router_close_doors, r);
     pc_loop_before_sleep(loop, router_before_sleep, r);
     router_join(r);
     *router_out = r;
@@ -308,12 +329,11 @@ static void router_drain_expired(void *arg)
 
 void rt_router_drain(rt_router *r)
 {
-    if (r->draining) {
+    if (r->leaving) {
         return;
     }
-    r->draining = true;
+    r->leaving = true;
     pc_member_leave(r->member);
-    rt_sched_drain(r->sched);
     r->drain_timer = pc_timer_create(r->loop, router_drain_expired, r);
     pc_timer_set(r->drain_timer, r->config->drain_ms);
 }
@@ -321,8 +341,10 @@ void rt_router_drain(rt_router *r)
 void rt_router_destroy(rt_router *r)
 {
     pc_timer_destroy(r->drain_timer);
+    pc_timer_destroy(r->doors_timer);
     pc_timer_destroy(r->deadline_timer);
     rt_runner_destroy(r->runner);
+    rt_load_destroy(r->load);
     pc_member_destroy(r->member);
     r->member = NULL;
     rt_gateways_destroy(r->gateways);

@@ -21,6 +21,7 @@ CM_MUST_CHECK cm_status rt_router_create(pc_loop *loop, const rt_config *config,
                                          void (*finished)(void *ctx, int code), void *ctx,
                                          rt_router **router_out, cm_error *err);
 const char *rt_router_address(const rt_router *router);
-/* Refuses new sequences, finishes the running ones (at most drain_ms), then finished. */
+/* Tells the coordinator that we want to leave; when no gateway chooses us any more the running sequences are
+ * finished (all within drain_ms), then finished(ctx, 0). */
 void rt_router_drain(rt_router *router);
 void rt_router_destroy(rt_router *router);

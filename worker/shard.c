@@ -3,6 +3,8 @@
 #include <stdatomic.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "common/base/clock.h"
 #include "common/base/failpoint.h"
@@ -10,10 +12,11 @@
 #include "common/base/mem.h"
 #include "common/base/stats.h"
 
-enum { SHARD_PROGRESS_MS = 2000 };
+enum { SHARD_PROGRESS_MS = 2000, SHARD_TOUCH_BYTES = 4096 /* no page is smaller */ };
 
 typedef struct shard_entry {
     kn_expert weights; /* written once, by the load that placed them */
+    bool checked;      /* its values are good; job thread's */
     bool placed;       /* job thread's */
     _Atomic bool held;
 } shard_entry;
@@ -25,6 +28,7 @@ struct wk_shard {
     shard_entry *entries; /* [md_block_count * n_expert] */
     _Atomic uint32_t n_held;
     _Atomic bool stopping;
+    bool served; /* a load was complete once; job thread's */
 };
 
 cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk_shard **shard_out)
@@ -45,15 +49,57 @@ void wk_shard_destroy(wk_shard *shard)
     cm_free(shard);
 }
 
-static cm_status shard_load_matrix(wk_shard *shard, uint32_t layer, uint32_t expert, const char *name,
-                                   kn_matrix *matrix_out, cm_error *err)
+/* The six tensors of an expert. */
+static const char *const g_matrices[] = {"w1", "w3", "w2"};
+
+static const md_tensor *shard_tensor(const wk_shard *shard, uint32_t layer, uint32_t expert,
+                                     const char *matrix, const char *part)
 {
     char block[MD_BLOCK_NAME_MAX];
     md_block_name(shard->geometry, layer, block);
-    const md_tensor *weight =
-        md_checkpoint_tensor(shard->checkpoint, "%sffn.experts.%u.%s.weight", block, expert, name);
-    const md_tensor *scale =
-        md_checkpoint_tensor(shard->checkpoint, "%sffn.experts.%u.%s.scale", block, expert, name);
+    return md_checkpoint_tensor(shard->checkpoint, "%sffn.experts.%u.%s.%s", block, expert, matrix, part);
+}
+
+static void shard_announce(const md_tensor *tensor)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), at = (uintptr_t)tensor->data / page * page;
+    madvise((void *)at, (uintptr_t)tensor->data + tensor->n_bytes - at,
+            MADV_WILLNEED); /* advice: no harm if not */
+}
+
+/* A byte of each page: rows must not wait for the disk in the middle of a step. */
+static void shard_read_through(const md_tensor *tensor)
+{
+    const volatile uint8_t *data = tensor->data;
+    for (uint64_t i = 0; i < tensor->n_bytes; i += SHARD_TOUCH_BYTES) {
+        (void)data[i];
+    }
+    (void)data[tensor->n_bytes - 1];
+}
+
+static cm_status shard_read_expert(wk_shard *shard, uint32_t layer, uint32_t expert, cm_error *err)
+{
+    shard_entry *entry = &shard->entries[(size_t)layer * shard->geometry->n_expert + expert];
+    const md_tensor *tensors[6];
+    for (uint32_t i = 0; i < 6; i++) {
+        tensors[i] = shard_tensor(shard, layer, expert, g_matrices[i / 2], i % 2 == 0 ? "weight" : "scale");
+        shard_announce(tensors[i]);
+    }
+    for (uint32_t i = 0; i < 6; i++) {
+        shard_read_through(tensors[i]);
+        if (!entry->checked) {
+            CM_TRY(md_tensor_check_values(tensors[i], shard->geometry, err));
+        }
+    }
+    entry->checked = true;
+    return CM_OK;
+}
+
+static cm_status shard_place_matrix(wk_shard *shard, uint32_t layer, uint32_t expert, const char *name,
+                                    kn_matrix *matrix_out, cm_error *err)
+{
+    const md_tensor *weight = shard_tensor(shard, layer, expert, name, "weight");
+    const md_tensor *scale = shard_tensor(shard, layer, expert, name, "scale");
     bool fp4 = weight->dtype == MD_I8;
     kn_matrix matrix = {
         .n_out = (uint32_t)weight->dim[0],
@@ -61,8 +107,6 @@ static cm_status shard_load_matrix(wk_shard *shard, uint32_t layer, uint32_t exp
         .dtype = fp4 ? KN_E2M1 : KN_E4M3,
         .scale_dtype = scale->dtype == MD_F32 ? KN_F32 : KN_E8M0,
     };
-    CM_TRY(md_tensor_check_values(weight, shard->geometry, err));
-    CM_TRY(md_tensor_check_values(scale, shard->geometry, err));
     if (kn_mem_place(shard->device, weight->data, weight->n_bytes, &matrix.data) != CM_OK ||
         kn_mem_place(shard->device, scale->data, scale->n_bytes, &matrix.scale) != CM_OK) {
         return cm_error_set(err, CM_E_MEMORY, weight->name, "no device memory for %s", weight->name);
@@ -77,19 +121,29 @@ static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t exp
     if (cm_failpoint_fires(CM_FAILPOINT_worker_load_stops)) {
         raise(SIGSTOP);
     }
-    if (cm_failpoint_fires(CM_FAILPOINT_worker_load_fails)) {
+    bool again = shard->served && cm_failpoint_fires(CM_FAILPOINT_worker_load_again_fails);
+    if (again || cm_failpoint_fires(CM_FAILPOINT_worker_load_fails)) {
         return cm_error_set(err, CM_E_IO, "", "layer %u expert %u: load failed by a failpoint", layer,
                             expert);
     }
+    CM_TRY(shard_read_expert(shard, layer, expert, err));
     if (!entry->placed) {
-        CM_TRY(shard_load_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
-        CM_TRY(shard_load_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
-        CM_TRY(shard_load_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
+        CM_TRY(shard_place_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
+        CM_TRY(shard_place_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
+        CM_TRY(shard_place_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
         entry->placed = true;
     }
     atomic_store(&entry->held, true);
     atomic_fetch_add(&shard->n_held, 1);
     return CM_OK;
+}
+
+cm_status wk_shard_warm(wk_shard *shard, uint32_t layer, uint32_t expert, cm_error *err)
+{
+    if (atomic_load(&shard->stopping)) {
+        return cm_error_set(err, CM_E_CANCELLED, "", "stopping");
+    }
+    return shard_read_expert(shard, layer, expert, err);
 }
 
 cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t rank, cm_error *err)
@@ -116,6 +170,7 @@ cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t
             }
         }
     }
+    shard->served = true;
     cm_stat_set(CM_STAT_worker_experts, wk_shard_count(shard));
     if (n_new > 0) {
         cm_info("loaded %u experts, %llu MB, in %llu ms; %u held", n_new,

@@ -18,6 +18,9 @@ void wk_shard_destroy(wk_shard *shard);
  * to the log. */
 CM_MUST_CHECK cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t rank,
                                       cm_error *err);
+/* Reads and checks an expert that is not ours, so that a later load finds it in the page cache and checked.
+ * Thread: as load. */
+CM_MUST_CHECK cm_status wk_shard_warm(wk_shard *shard, uint32_t layer, uint32_t expert, cm_error *err);
 /* Lets go of every expert that none of the placements gives to us. rank[i] is our rank in placements[i]. */
 void wk_shard_keep(wk_shard *shard, const pr_placement *const *placements, const uint32_t *ranks, uint32_t n);
 /* Weights of an expert that was held when its frame came in. They stay where they are even if it has been let

@@ -26,6 +26,13 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_BYTES(wk_config, frame_bytes, 65536, 1u << 30)},
     {"expert_bytes_max", "0", "memory for experts; 0 = three quarters of the machine's",
      CM_CFG_BYTES(wk_config, expert_bytes_max, 0, UINT64_MAX)},
+    {"warm_bytes_s", "256m",
+     "bytes a second to read ahead of what the loss of another worker would give us, as far as "
+     "expert_bytes_max "
+     "goes; 0 = nothing",
+     CM_CFG_BYTES(wk_config, warm_bytes_s, 0, UINT64_MAX)},
+    {"drain_ms", "10m", "how long to serve on, when asked to stop, until the others have loaded our experts",
+     CM_CFG_MS(wk_config, drain_ms, 0, 86400000)},
     PC_PROCESS_FIELDS(wk_config, process),
 };
 

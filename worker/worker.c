@@ -14,9 +14,9 @@
 #include "common/proc/member.h"
 #include "worker/engine.h"
 #include "worker/epochs_core.h"
+#include "worker/warm.h"
 
 enum {
-    WORKER_DRAIN_MS = 10000,   /* for the coordinator to publish an epoch without us */
     WORKER_DRAIN_TICK_MS = 50, /* between looks whether it is still there */
 };
 
@@ -39,6 +39,7 @@ struct wk_worker {
     wk_engine *engine;
     pthread_t thread;
     cm_jobs *jobs;
+    wk_warm *warm; /* NULL: nothing is read ahead */
     pc_member *member;
     pc_timer *drain_timer;
     char address[NET_ADDRESS_BYTES];
@@ -133,10 +134,8 @@ static void worker_on_commit(void *ctx, pc_epoch *epoch)
     wk_hold_commit(&w->hold, epoch);
     wk_engine_commit(w->engine, epoch, w->self);
     pc_member_committed(w->member, epoch->number);
-    bool ours = epoch->placement != NULL &&
-                pr_placement_rank_of(epoch->placement, w->self) < epoch->placement->n_rank;
-    if (w->draining && !ours) {
-        w->finished(w->ctx, 0);
+    if (w->warm != NULL) {
+        wk_warm_follow(w->warm, epoch, w->self);
     }
 }
 
@@ -148,9 +147,12 @@ static void worker_on_retire(void *ctx, uint64_t oldest)
     worker_keep_experts(w);
 }
 
+/* No epoch in use needs us. */
 static void worker_on_drain(void *ctx)
 {
-    wk_worker_drain(ctx);
+    wk_worker *w = ctx;
+    pc_member_leave(w->member); /* the end of the session is for good */
+    w->finished(w->ctx, 0);
 }
 
 static void worker_on_refused(void *ctx, cm_status status, const char *text)
@@ -203,6 +205,19 @@ static cm_status worker_create_engine(wk_worker *w, cm_error *err)
     return wk_engine_create(&options, &w->engine, w->address, err);
 }
 
+static void worker_begin_warm(wk_worker *w)
+{
+    if (w->config->warm_bytes_s != 0) {
+        w->warm = wk_warm_create(&(wk_warm_options){
+            .loop = w->loop,
+            .jobs = w->jobs,
+            .shard = wk_engine_shard(w->engine),
+            .expert_bytes = md_expert_bytes(md_checkpoint_geometry(w->checkpoint)),
+            .bytes_per_s = w->config->warm_bytes_s,
+        });
+    }
+}
+
 static void worker_join(wk_worker *w)
 {
     const md_geometry *g = md_checkpoint_geometry(w->checkpoint);
@@ -246,6 +261,7 @@ cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finish
         goto err_checkpoint;
     }
     w->jobs = cm_jobs_create("expert loads", 1, 4);
+    worker_begin_warm(w);
     int rc = pthread_create(&w->thread, NULL, worker_thread, w->engine);
     CM_ASSERT_MSG(rc == 0, "compute thread: error %d", rc);
     worker_join(w);
@@ -271,8 +287,10 @@ static void worker_drain_tick(void *arg)
         pc_timer_set(w->drain_timer, WORKER_DRAIN_TICK_MS);
         return;
     }
-    cm_info("leaving without an epoch that knows it: the coordinator %s",
-            pc_member_connected(w->member) ? "published none" : "is gone");
+    if (pc_member_connected(w->member)) {
+        cm_warn("leaves although the others cannot do without us yet: %llu ms have passed",
+                (unsigned long long)w->config->drain_ms);
+    }
     w->finished(w->ctx, 0);
 }
 
@@ -287,7 +305,7 @@ void wk_worker_drain(wk_worker *w)
         return;
     }
     pc_member_leave(w->member);
-    w->drain_until_ms = cm_now_ms() + WORKER_DRAIN_MS;
+    w->drain_until_ms = cm_now_ms() + w->config->drain_ms;
     w->drain_timer = pc_timer_create(w->loop, worker_drain_tick, w);
     pc_timer_set(w->drain_timer, WORKER_DRAIN_TICK_MS);
 }
@@ -300,6 +318,7 @@ void wk_worker_destroy(wk_worker *w)
     pthread_join(w->thread, NULL);
     wk_shard_stop(wk_engine_shard(w->engine));
     cm_jobs_destroy(w->jobs);
+    wk_warm_destroy(w->warm);
     worker_load *load;
     LIST_FOREACH (load, &w->loads, link) {
         load->worker = NULL;

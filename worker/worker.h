@@ -10,7 +10,7 @@ enum { WK_FRAMES_MAX = 128 }; /* bound of the option frames_max */
 typedef struct wk_config {
     char *coordinator, *address, *model, *device, *cpu_isa, *net;
     uint64_t threads, rows_max, frames_max, routers_max, window_us, answer_ms, frame_bytes, expert_bytes_max,
-        silence_ms;
+        silence_ms, drain_ms, warm_bytes_s;
     pc_process_config process;
 } wk_config;
 extern const cm_cfg_table wk_config_table;
@@ -23,7 +23,7 @@ CM_MUST_CHECK cm_status wk_worker_create(pc_loop *loop, const wk_config *config,
                                          void (*finished)(void *ctx, int code), void *ctx,
                                          wk_worker **worker_out, cm_error *err);
 const char *wk_worker_address(const wk_worker *worker);
-/* Tells the coordinator that we leave; finished(ctx, 0) follows when another epoch is in force or after a
- * while. */
+/* Tells the coordinator that we want to leave and serves on; finished(ctx, 0) follows when no epoch in use
+ * needs us, when the coordinator is gone, or after drain_ms. */
 void wk_worker_drain(wk_worker *worker);
 void wk_worker_destroy(wk_worker *worker);

@@ -83,6 +83,8 @@ cm_status pc_epoch_unpack(const Baleen__Control__V1__Epoch *message, pc_epoch **
             .role = (uint32_t)from->role,
             .incarnation = from->incarnation,
             .data_address = cm_strdup(from->data_address != NULL ? from->data_address : ""),
+            .draining = from->has_draining && from->draining,
+            .expert_bytes_max = from->has_expert_bytes_max ? from->expert_bytes_max : 0,
         };
     }
     if (epoch->n_member > 0) {

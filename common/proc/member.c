@@ -54,6 +54,16 @@ static char member_role_letter(uint32_t role)
 
 /* ---- what the machine asks for ---- */
 
+static void member_send_packed(pc_member *member)
+{
+    cm_status status = pc_stream_send(member->stream, member->packed.data, member->packed.len);
+    if (status != CM_OK) {
+        cm_warn("cannot tell the coordinator %s: %s, starting the session afresh", member->coordinator,
+                cm_status_text(status));
+        pc_stream_cancel(member->stream); /* closed follows and connects again */
+    }
+}
+
 static void member_say(pc_member *member, const pc_mout *out)
 {
     cm_stat_value stats[CM_STAT_COUNT];
@@ -63,12 +73,7 @@ static void member_say(pc_member *member, const pc_mout *out)
     }
     cm_bytes_clear(&member->packed);
     pc_mcore_word(member->core, out, stats, n_stats, &member->packed);
-    cm_status status = pc_stream_send(member->stream, member->packed.data, member->packed.len);
-    if (status != CM_OK) {
-        cm_warn("cannot tell the coordinator %s: %s, starting the session afresh", member->coordinator,
-                cm_status_text(status));
-        pc_stream_cancel(member->stream); /* closed follows and connects again */
-    }
+    member_send_packed(member);
 }
 
 static void member_welcome(pc_member *member)
@@ -217,6 +222,25 @@ void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status stat
     member_act(member);
 }
 
+bool pc_member_load(pc_member *member, uint32_t *count, uint32_t n_layer, uint32_t n_expert)
+{
+    Baleen__Control__V1__ExpertLoad load = BALEEN__CONTROL__V1__EXPERT_LOAD__INIT;
+    Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
+    if (!pc_mcore_connected(member->core)) {
+        return false;
+    }
+    load.n_layer = n_layer;
+    load.n_expert = n_expert;
+    load.count = count;
+    load.n_count = (size_t)n_layer * n_expert;
+    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_EXPERT_LOAD;
+    word.expert_load = &load;
+    cm_bytes_clear(&member->packed);
+    pr_pack(&word.base, &member->packed);
+    member_send_packed(member);
+    return true;
+}
+
 void pc_member_leave(pc_member *member)
 {
     pc_mcore_leave(member->core);
@@ -262,7 +286,7 @@ static void member_closed(void *ctx, pc_code code, const char *text)
     char why[256];
     member->stream = NULL;
     snprintf(why, sizeof(why), "%s (code %d)", text, (int)code);
-    pc_mcore_closed(member->core, cm_now_ms(), why);
+    pc_mcore_closed(member->core, cm_now_ms(), code == PC_CODE_OK, why);
     member_act(member);
 }
 

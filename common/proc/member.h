@@ -21,7 +21,9 @@ typedef struct pc_epoch {
         uint32_t id;
         uint32_t role; /* Baleen__Control__V1__Role */
         uint64_t incarnation;
-        char *data_address; /* "" when none */
+        char *data_address;        /* "" when none */
+        bool draining;             /* a router that gets no new sequences */
+        uint64_t expert_bytes_max; /* a worker's memory for experts */
     } * members;
 } pc_epoch;
 pc_epoch *pc_epoch_hold(pc_epoch *epoch);
@@ -67,5 +69,9 @@ void pc_member_prepared(pc_member *member, uint64_t epoch, cm_status status, con
 void pc_member_committed(pc_member *member, uint64_t epoch);
 /* Without a session the first few are kept for the next one. */
 void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status);
-void pc_member_leave(pc_member *member); /* tell the coordinator; it will publish an epoch without us */
+/* Routers: rows per (layer, expert) since the last time it was said. false: nobody hears it now. */
+bool pc_member_load(pc_member *member, uint32_t *count, uint32_t n_layer, uint32_t n_expert);
+/* Tells the coordinator, again after a reconnect, that we want to go. It answers with drain when nobody
+ * counts on us any more; an orderly end of the session is then the last one. */
+void pc_member_leave(pc_member *member);
 bool pc_member_connected(const pc_member *member);

@@ -22,7 +22,8 @@ struct pc_mcore {
     pc_mself self;
     bool open;      /* a session is there, welcomed or not */
     bool connected; /* welcomed in this session */
-    bool over;      /* refused for good or left: no further session */
+    bool over;      /* refused for good or let go: no further session */
+    bool leaving;   /* said to every coordinator that welcomes us */
     bool refused;   /* in this session */
     uint64_t retry_at_ms, beat_at_ms, backoff_ms, backoff_max_ms, heartbeat_ms;
 
@@ -189,7 +190,7 @@ static void mcore_say_kept_reports(pc_mcore *core)
 
 void pc_mcore_leave(pc_mcore *core)
 {
-    core->over = true;
+    core->leaving = true;
     if (core->connected) {
         mcore_emit(core, PC_MOUT_LEAVING);
     }
@@ -234,6 +235,9 @@ static void mcore_hear_welcome(pc_mcore *core, uint64_t now_ms, const Baleen__Co
     mcore_bound_backoff(core, welcome->lease_ms);
     mcore_beat(core, now_ms);
     mcore_say_kept_reports(core);
+    if (core->leaving) {
+        mcore_emit(core, PC_MOUT_LEAVING); /* a coordinator that was started again has not heard it */
+    }
     mcore_emit(core, PC_MOUT_WELCOME);
 }
 
@@ -373,10 +377,11 @@ static uint64_t mcore_next_try(pc_mcore *core)
     return backoff_ms;
 }
 
-void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, const char *why)
+void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *why)
 {
     bool was_connected = core->connected;
     core->open = core->connected = false;
+    core->over |= core->leaving && orderly; /* let go */
     if (core->over) {
         return;
     }

@@ -66,7 +66,8 @@ uint64_t pc_mcore_wake_ms(const pc_mcore *core); /* when time alone changes some
 
 /* A word of the coordinator; borrowed for the call. Counters (ClusterStats) are its owner's to take. */
 void pc_mcore_hear(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__CoordinatorMessage *message);
-void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, const char *why);
+/* orderly: the coordinator ended it without complaint; to who wants to leave it is the last one. */
+void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *why);
 
 /* text: NULL when there is nothing to say. */
 void pc_mcore_prepared(pc_mcore *core, uint64_t epoch, cm_status status, const char *text);

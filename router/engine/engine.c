@@ -83,6 +83,8 @@ static cm_status engine_open_exchange(rt_engine *e, cm_error *err)
                    .topk = g->topk,
                    .d = g->d,
                    .frame_bytes_max = e->options.rows.message_bytes_max},
+        .n_layer = md_block_count(g),
+        .n_expert = g->n_expert,
         .answer_ms = e->options.answer_ms,
         .wait_ms = e->options.wait_ms,
         .peer_lost = e->options.peer_lost,

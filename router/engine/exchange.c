@@ -35,6 +35,7 @@ struct rt_exchange {
     int wake_fd;
     _Atomic bool stopping;
     _Atomic bool ready;
+    _Atomic uint32_t *picks; /* [n_layer][n_expert]; written by the compute thread alone */
 };
 
 /* In NET_EV_SENT, for frames whose payload stands in staging. */
@@ -53,6 +54,7 @@ cm_status rt_exchange_create(const rt_exchange_options *options, rt_exchange **e
     x->core = rt_xcore_create(&(rt_xcore_options){
         .limits = options->limits, .answer_ms = options->answer_ms, .wait_ms = options->wait_ms});
     x->staging = cm_alloc(rt_xcore_staging_bytes(x->core));
+    x->picks = cm_alloc(sizeof(x->picks[0]) * options->n_layer * options->n_expert);
     pthread_mutex_init(&x->lock, NULL);
     *exchange_out = x;
     return CM_OK;
@@ -67,6 +69,7 @@ void rt_exchange_destroy(rt_exchange *x)
     pthread_mutex_destroy(&x->lock);
     rt_xcore_destroy(x->core);
     cm_free(x->staging);
+    cm_free((void *)x->picks);
     cm_free(x);
 }
 
@@ -282,6 +285,22 @@ static void exchange_count_retries(rt_exchange *x)
     }
 }
 
+/* Once per layer, however often it is sent. One writer: no locked instruction for each slot. */
+static void exchange_count(rt_exchange *x, const rt_exchange_layer *layer, uint32_t n_slot)
+{
+    _Atomic uint32_t *picks = x->picks + (size_t)layer->layer * x->options.n_expert;
+    for (uint32_t i = 0; i < n_slot; i++) {
+        uint32_t n = atomic_load_explicit(&picks[layer->experts[i]], memory_order_relaxed);
+        atomic_store_explicit(&picks[layer->experts[i]], n + 1, memory_order_relaxed);
+    }
+}
+
+uint32_t rt_exchange_picks(const rt_exchange *x, uint32_t layer, uint32_t expert)
+{
+    return atomic_load_explicit(&x->picks[(size_t)layer * x->options.n_expert + expert],
+                                memory_order_relaxed);
+}
+
 cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
 {
     rt_xact act;
@@ -303,6 +322,9 @@ cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
                      x->options.wait_ms);
     }
     exchange_count_retries(x);
+    if (act.status == CM_OK) {
+        exchange_count(x, layer, layer->n_row * x->options.limits.topk);
+    }
     cm_stat_set(CM_STAT_ledger_frames, (int64_t)net_in_flight(x->rows));
     return act.status;
 }

@@ -14,6 +14,7 @@ typedef struct rt_exchange rt_exchange;
 typedef struct rt_exchange_options {
     net *rows; /* owned by the exchange from now on */
     rt_plan_limits limits;
+    uint32_t n_layer, n_expert;
     uint32_t answer_ms; /* a worker that has not answered a frame by then is dropped */
     uint32_t wait_ms;   /* how long a layer waits for an epoch in which every expert has an owner */
     /* A worker's link was lost: tell the coordinator. Compute thread. May be NULL. */
@@ -54,6 +55,8 @@ void rt_exchange_announce_idle(rt_exchange *exchange, uint64_t step);
 /* Between steps: keeps links alive and follows epochs; sleeps until something happens, rt_exchange_wake, or
  * sleep_ms. */
 void rt_exchange_idle(rt_exchange *exchange, uint32_t sleep_ms);
+/* Any thread: rows asked of (layer, expert) since the start, modulo 2^32. */
+uint32_t rt_exchange_picks(const rt_exchange *exchange, uint32_t layer, uint32_t expert);
 /* Any thread: rt_exchange_run ends soon with CM_E_CANCELLED; for shutdown. */
 void rt_exchange_stop(rt_exchange *exchange);
 bool rt_exchange_ready(const rt_exchange *exchange); /* a placement is in force and its workers are linked */

@@ -64,40 +64,60 @@ void rt_plan_destroy(rt_plan *plan)
     cm_free(memory);
 }
 
-/* The rank to ask for an expert; PLAN_UNWANTED when nobody may be asked. */
-static uint16_t plan_rank_of(const pr_placement *placement, uint32_t layer, uint32_t expert,
-                             const uint64_t *avoid)
+static bool plan_may_ask(const uint64_t *avoid, uint16_t rank)
 {
-    uint32_t n_owner;
-    const uint16_t *owners = pr_placement_owners(placement, layer, expert, &n_owner);
-    for (uint32_t i = 0; i < n_owner; i++) {
-        if (avoid == NULL || (avoid[owners[i] / 64] >> (owners[i] % 64) & 1) == 0) {
-            return owners[i];
-        }
-    }
-    return PLAN_UNWANTED;
+    return avoid == NULL || (avoid[rank / 64] >> (rank % 64) & 1) == 0;
 }
 
-/* Chooses a rank for every wanted slot and counts them per rank. */
+/* Of several owners the one with the fewest slots of the plan so far; among equals the slot's weight decides,
+ * which differs from token to token, so that small batches do not all ask the same one. PLAN_UNWANTED when
+ * nobody may be asked. */
+static uint16_t plan_least_loaded(const plan_memory *memory, const uint16_t *owners, uint32_t n_owner,
+                                  const uint64_t *avoid, float weight)
+{
+    uint32_t bits;
+    uint16_t best = PLAN_UNWANTED;
+    memcpy(&bits, &weight, sizeof(bits));
+    for (uint32_t i = 0; i < n_owner; i++) {
+        uint16_t rank = owners[(i + (bits ^ bits >> 16)) % n_owner];
+        if (plan_may_ask(avoid, rank) && (best == PLAN_UNWANTED || memory->at[rank] < memory->at[best])) {
+            best = rank;
+        }
+    }
+    return best;
+}
+
+/* Chooses a rank for every wanted slot and counts them per rank: first where there is no choice, then where
+ * there is.
+ */
 static cm_status plan_choose(plan_memory *memory, const pr_placement *placement, uint32_t layer,
-                             const int32_t *experts, uint32_t n_slot, const uint8_t *wanted,
-                             const uint64_t *avoid, uint32_t *expert_out)
+                             const int32_t *experts, const float *weights, uint32_t n_slot,
+                             const uint8_t *wanted, const uint64_t *avoid, uint32_t *expert_out)
 {
     memset(memory->at, 0, sizeof(memory->at));
     for (uint32_t i = 0; i < n_slot; i++) {
         memory->slot_rank[i] = PLAN_UNWANTED;
-        if (wanted != NULL && !wanted[i]) {
-            continue;
+    }
+    for (uint32_t pass = 0; pass < 2; pass++) {
+        for (uint32_t i = 0; i < n_slot; i++) {
+            uint32_t n_owner;
+            if (wanted != NULL && !wanted[i]) {
+                continue;
+            }
+            CM_ASSERT_MSG(experts[i] >= 0 && (uint32_t)experts[i] < placement->n_expert,
+                          "slot %u: expert %d of %u", i, experts[i], placement->n_expert);
+            const uint16_t *owners = pr_placement_owners(placement, layer, (uint32_t)experts[i], &n_owner);
+            if ((n_owner > 1) != (pass == 1)) {
+                continue;
+            }
+            uint16_t rank = plan_least_loaded(memory, owners, n_owner, avoid, weights[i]);
+            if (rank == PLAN_UNWANTED) {
+                *expert_out = (uint32_t)experts[i];
+                return CM_E_NO_OWNER;
+            }
+            memory->slot_rank[i] = rank;
+            memory->at[rank]++;
         }
-        CM_ASSERT_MSG(experts[i] >= 0 && (uint32_t)experts[i] < placement->n_expert,
-                      "slot %u: expert %d of %u", i, experts[i], placement->n_expert);
-        uint16_t rank = plan_rank_of(placement, layer, (uint32_t)experts[i], avoid);
-        if (rank == PLAN_UNWANTED) {
-            *expert_out = (uint32_t)experts[i];
-            return CM_E_NO_OWNER;
-        }
-        memory->slot_rank[i] = rank;
-        memory->at[rank]++;
     }
     return CM_OK;
 }
@@ -161,7 +181,7 @@ cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_pl
                   layer, placement->n_layer, placement->n_rank);
     uint32_t n_slot = n_row * limits->topk;
     plan->n_part = plan->n_row = plan->n_slot = 0;
-    CM_TRY(plan_choose(memory, placement, layer, experts, n_slot, wanted, avoid, expert_out));
+    CM_TRY(plan_choose(memory, placement, layer, experts, weights, n_slot, wanted, avoid, expert_out));
     plan_scatter(memory, placement->n_rank, n_slot);
     for (uint32_t rank = 0, slot0 = 0; rank < placement->n_rank; rank++) {
         plan_cut(plan, limits, experts, weights, rank, slot0, memory->at[rank]);

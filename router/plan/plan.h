@@ -38,9 +38,9 @@ void rt_plan_destroy(rt_plan *plan);
 
 /* Groups slots of the batch by owning rank. Only slots with wanted[i] != 0 are planned (i = row * topk +
  * slot; NULL: all): a retry plans what is still missing. experts int32 [n_row][topk], weights float
- * [n_row][topk] With several owners the first of the placement's list that is not in `avoid` (bit per rank;
- * NULL: none) is taken. CM_E_NO_OWNER: *expert_out has no owner outside avoid; the plan is unusable, the
- * caller waits for another epoch. */
+ * [n_row][topk]. Of several owners that are not in `avoid` (bit per rank; NULL: none) one with the fewest
+ * slots of the plan is taken: which one never changes a result. CM_E_NO_OWNER: *expert_out has no owner
+ * outside avoid; the plan is unusable, the caller waits for another epoch. */
 CM_MUST_CHECK cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits,
                                       const pr_placement *placement, uint32_t layer, const int32_t *experts,
                                       const float *weights, uint32_t n_row, const uint8_t *wanted,

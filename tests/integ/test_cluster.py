@@ -56,7 +56,7 @@ def test_a_running_answer_survives_the_drain(start_cluster):
 
 def test_worker_dies_in_the_middle(start_cluster):
     """kill -9 of a worker while an answer streams: the others take its experts over and no token changes."""
-    cluster = start_cluster("--workers", "3")
+    cluster = start_cluster("--workers", "3", "--no-restart")
     whole = answer(cluster)
     stream = client_of(cluster).chat.completions.create(model="nano", messages=COUNT, temperature=0, stream=True, extra_body=CHAT)
     text = ""

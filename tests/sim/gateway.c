@@ -267,8 +267,7 @@ static void gateway_up(sim *s, sim_proc *proc, sim_end *end)
 static void gateway_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
 {
     sim_gateway *g = proc->state;
-    (void)status;
-    if (!sim_member_down(s, proc, &g->member, end)) {
+    if (!sim_member_down(s, proc, &g->member, end, status)) {
         sim_gw_router *router = end->user;
         if (router != NULL && router->end == end) {
             gateway_lose(s, g, router);

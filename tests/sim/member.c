@@ -120,14 +120,14 @@ bool sim_member_message(sim *s, sim_proc *proc, sim_member *member, sim_end *end
     return true;
 }
 
-bool sim_member_down(sim *s, sim_proc *proc, sim_member *member, sim_end *end)
+bool sim_member_down(sim *s, sim_proc *proc, sim_member *member, sim_end *end, cm_status status)
 {
     if (end != NULL && end != member->end) {
         return false;
     }
     if (end != NULL || member->end == NULL) {
         member->end = NULL;
-        pc_mcore_closed(member->core, sim_ms(s), "link lost");
+        pc_mcore_closed(member->core, sim_ms(s), status == CM_OK, "link lost");
         sim_member_act(s, proc, member);
     }
     return true;

@@ -441,7 +441,7 @@ static void router_up(sim *s, sim_proc *proc, sim_end *end)
 static void router_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
 {
     router *r = proc->state;
-    if (sim_member_down(s, proc, &r->member, end)) {
+    if (sim_member_down(s, proc, &r->member, end, status)) {
         return;
     }
     if (end->side == 0) {

@@ -239,7 +239,7 @@ void sim_member_fini(sim_member *member);
 void sim_member_act(sim *s, sim_proc *proc, sim_member *member);
 bool sim_member_message(sim *s, sim_proc *proc, sim_member *member, sim_end *end,
                         const sim_message *message); /* false: not its session */
-bool sim_member_down(sim *s, sim_proc *proc, sim_member *member, sim_end *end);
+bool sim_member_down(sim *s, sim_proc *proc, sim_member *member, sim_end *end, cm_status status);
 uint64_t sim_member_pump(sim *s, sim_proc *proc, sim_member *member);
 
 /* ---- the processes ---- */

@@ -436,8 +436,7 @@ static void worker_up(sim *s, sim_proc *proc, sim_end *end)
 static void worker_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
 {
     worker *w = proc->state;
-    (void)status;
-    if (!sim_member_down(s, proc, &w->member, end)) {
+    if (!sim_member_down(s, proc, &w->member, end, status)) {
         worker_forget_link(w, end);
     }
 }

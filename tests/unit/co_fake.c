@@ -93,6 +93,25 @@ static void check_state(fake_cluster *f)
     }
 }
 
+/* Nobody who may still hold an epoch with it counts on the one that goes. */
+static void check_drain(fake_cluster *f, const fake_peer *p)
+{
+    const co_epoch *epoch = co_core_epoch(f->core);
+    const co_peer *self = epoch != NULL ? co_epoch_find(epoch, p->given_id) : NULL;
+    char change[256];
+    if (p->role == CO_ROLE_WORKER) {
+        if (self == NULL && epoch != NULL) {
+            assert_true(all_switched(f, epoch, CO_ROLE_ROUTER));
+        }
+    } else if (p->role == CO_ROLE_ROUTER && self != NULL && !co_core_change(f->core, change)) {
+        FOR_PEERS(f, g)
+        {
+            bool holds = g->role == CO_ROLE_GATEWAY && is_in(g, epoch) && g->epoch != 0;
+            assert_true(!holds || (self->draining && g->epoch == epoch->number));
+        }
+    }
+}
+
 static void check_word(fake_cluster *f, fake_peer *p, const co_out *out)
 {
     const co_epoch *epoch = co_core_epoch(f->core);
@@ -141,6 +160,10 @@ static void check_word(fake_cluster *f, fake_peer *p, const co_out *out)
         assert_int_equal(out->number, epoch->number);
         assert_true(all_switched(f, epoch, CO_ROLE_WORKER));
         break;
+    case CO_OUT_DRAIN:
+        check_drain(f, p);
+        p->told_drain = p->leaving = true;
+        break;
     default:
         break;
     }
@@ -168,6 +191,17 @@ static void take_word(fake_cluster *f, const co_out *out)
     p->mail[p->n_mail++] = (fake_mail){out->kind, out->epoch != NULL ? out->epoch->number : number};
 }
 
+static void take_answer(fake_cluster *f, const co_out *out)
+{
+    assert_true(out->ticket != 0 && out->ticket <= f->n_tickets);
+    if (out->ticket < FAKE_ASKS) {
+        assert_false(f->answers[out->ticket].given); /* once */
+        f->answers[out->ticket].given = true;
+        f->answers[out->ticket].status = out->status;
+        snprintf(f->answers[out->ticket].text, sizeof(f->answers[0].text), "%s", out->text);
+    }
+}
+
 static void fake_step(fake_cluster *f, const co_in *in)
 {
     co_core_step(f->core, f->now_ms, in, in != NULL ? 1 : 0);
@@ -176,6 +210,8 @@ static void fake_step(fake_cluster *f, const co_in *in)
     for (uint32_t i = 0; i < n; i++) {
         if (outs[i].kind == CO_OUT_NOTE) {
             f->n_warnings += outs[i].level <= CM_LOG_WARN;
+        } else if (outs[i].kind == CO_OUT_ANSWER) {
+            take_answer(f, &outs[i]);
         } else if (outs[i].kind == CO_OUT_STORE) {
             assert_true(f->n_stores < FAKE_STORES);
             co_epoch *epoch = outs[i].epoch != NULL ? co_epoch_hold(outs[i].epoch) : NULL;
@@ -199,8 +235,12 @@ static void fake_say(fake_cluster *f, fake_peer *p, Baleen__Control__V1__MemberM
 void fake_init(fake_cluster *f, uint32_t workers_min)
 {
     memset(f, 0, sizeof(*f));
-    f->options = (co_core_options){
-        .workers_min = workers_min, .members_max = 32, .lease_ms = 3000, .grace_ms = 300, .fingerprint = ""};
+    f->options = (co_core_options){.workers_min = workers_min,
+                                   .members_max = 32,
+                                   .lease_ms = 3000,
+                                   .grace_ms = 300,
+                                   .moves_max = 4,
+                                   .fingerprint = ""};
     f->cluster = 77;
     f->next_id = 1;
     f->next_number = 1;
@@ -319,6 +359,47 @@ void fake_leave(fake_cluster *f, fake_peer *p)
     fake_say(f, p, &word);
 }
 
+uint32_t fake_drain(fake_cluster *f, uint32_t id)
+{
+    fake_step(f, &(co_in){.kind = CO_IN_DRAIN, .ticket = ++f->n_tickets, .member_id = id});
+    return f->n_tickets;
+}
+
+uint32_t fake_rebalance(fake_cluster *f, uint32_t n_moves)
+{
+    fake_step(f, &(co_in){.kind = CO_IN_REBALANCE, .ticket = ++f->n_tickets, .n_moves = n_moves});
+    return f->n_tickets;
+}
+
+void fake_load(fake_cluster *f, fake_peer *router, const uint32_t load[FAKE_LAYERS * FAKE_EXPERTS])
+{
+    Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
+    Baleen__Control__V1__ExpertLoad message = BALEEN__CONTROL__V1__EXPERT_LOAD__INIT;
+    uint32_t count[FAKE_LAYERS * FAKE_EXPERTS];
+    memcpy(count, load, sizeof(count));
+    message.n_layer = FAKE_LAYERS;
+    message.n_expert = FAKE_EXPERTS;
+    message.count = count;
+    message.n_count = FAKE_LAYERS * FAKE_EXPERTS;
+    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_EXPERT_LOAD;
+    word.expert_load = &message;
+    fake_say(f, router, &word);
+}
+
+bool fake_move(fake_cluster *f)
+{
+    if (fake_write(f)) {
+        return true;
+    }
+    FOR_PEERS(f, p)
+    {
+        if (p->used && fake_read(f, p)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id)
 {
     Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
@@ -381,6 +462,9 @@ bool fake_read(fake_cluster *f, fake_peer *p)
         break;
     case CO_OUT_COMMIT:
         fake_answer_commit(f, p, mail.number);
+        break;
+    case CO_OUT_DRAIN:
+        fake_disconnect(f, p); /* a worker's session is ended by the machine */
         break;
     default:
         break;
@@ -507,4 +591,56 @@ co_member_state fake_state(const fake_cluster *f, const fake_peer *p)
     }
     fail_msg("member %u is not known", p->id);
     return CO_MEMBER_JOINING;
+}
+
+/* ---- what several tests begin with ---- */
+
+const uint32_t fake_skewed[FAKE_LAYERS * FAKE_EXPERTS] = {900, 10, 10, 10, 10, 10, 10,  10, 10, 900, 10, 10,
+                                                          10,  10, 10, 10, 10, 10, 900, 10, 10, 10,  10, 10};
+
+void fake_start(fake_cluster *f, uint32_t n_workers)
+{
+    fake_init(f, n_workers);
+    for (uint32_t i = 0; i < n_workers; i++) {
+        fake_spawn(f, CO_ROLE_WORKER);
+    }
+    fake_spawn(f, CO_ROLE_ROUTER);
+    fake_spawn(f, CO_ROLE_GATEWAY);
+    fake_settle(f);
+    fake_check_whole(f);
+    f->n_changes = 0;
+}
+
+fake_peer *fake_nth(fake_cluster *f, Baleen__Control__V1__Role role, uint32_t nth)
+{
+    for (uint32_t i = 0; i < FAKE_PEERS; i++) {
+        if (f->peers[i].used && f->peers[i].role == role && nth-- == 0) {
+            return &f->peers[i];
+        }
+    }
+    return NULL;
+}
+
+fake_snapshot fake_snapshot_take(fake_cluster *f)
+{
+    const co_epoch *epoch = co_core_epoch(f->core);
+    fake_snapshot s = {.number = epoch->number};
+    cm_bytes_init(&s.packed, 0);
+    cm_bytes_append(&s.packed, epoch->packed.data, epoch->packed.len);
+    for (uint32_t i = 0; i < 4; i++) {
+        s.epoch_of[i] = f->peers[i].epoch;
+        s.state_of[i] = fake_state(f, &f->peers[i]);
+    }
+    return s;
+}
+
+void fake_snapshot_compare(fake_snapshot *a, fake_snapshot *b)
+{
+    assert_int_equal(a->number, b->number);
+    assert_int_equal(a->packed.len, b->packed.len);
+    assert_memory_equal(a->packed.data, b->packed.data, a->packed.len);
+    assert_memory_equal(a->epoch_of, b->epoch_of, sizeof(a->epoch_of));
+    assert_memory_equal(a->state_of, b->state_of, sizeof(a->state_of));
+    cm_bytes_fini(&a->packed);
+    cm_bytes_fini(&b->packed);
 }

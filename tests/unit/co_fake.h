@@ -11,6 +11,7 @@ enum {
     FAKE_MAIL = 64,
     FAKE_STORES = 64,
     FAKE_IDS = 4096,
+    FAKE_ASKS = 256, /* later ones are not kept */
     FAKE_LAYERS = 3,
     FAKE_EXPERTS = 8,
     FAKE_EXPERT_BYTES = 10
@@ -27,6 +28,7 @@ typedef struct fake_peer {
     bool given, welcomed;       /* in this session: a Welcome was sent, was read */
     uint32_t given_id;          /* of the last Welcome sent */
     bool fails_prepare, leaving;
+    bool told_drain; /* may finish; a router or gateway does when it reads that */
     Baleen__Control__V1__Role role;
     uint64_t incarnation, cluster, session; /* session 0: none */
     uint64_t capacity;                      /* experts */
@@ -66,10 +68,33 @@ typedef struct fake_cluster {
     uint64_t number_max;         /* highest ever in force */
     uint32_t n_prepares, n_aborts, n_commits, n_retires, n_warnings;
     uint32_t n_changes; /* epochs that came into force */
+    /* answers to operators, by ticket */
+    uint32_t n_tickets;
+    struct {
+        bool given;
+        cm_status status;
+        char text[420];
+    } answers[FAKE_ASKS];
 } fake_cluster;
 
 void fake_init(fake_cluster *f, uint32_t workers_min);
+/* n workers, one router, one gateway, at rest in one epoch. */
+void fake_start(fake_cluster *f, uint32_t n_workers);
 void fake_fini(fake_cluster *f);
+/* The n-th process of a role; NULL when there are fewer. */
+fake_peer *fake_nth(fake_cluster *f, Baleen__Control__V1__Role role, uint32_t nth);
+
+/* What an abort must not change: the epoch in force, and epoch and state of the first processes. */
+typedef struct fake_snapshot {
+    uint64_t number, epoch_of[5];
+    co_member_state state_of[5];
+    cm_bytes packed;
+} fake_snapshot;
+fake_snapshot fake_snapshot_take(fake_cluster *f);
+void fake_snapshot_compare(fake_snapshot *a, fake_snapshot *b); /* and frees both */
+
+/* A load: one expert of each layer has most of the rows. */
+extern const uint32_t fake_skewed[FAKE_LAYERS * FAKE_EXPERTS];
 
 /* A new process; it says hello with the next fake_hello or fake_settle. */
 fake_peer *fake_spawn(fake_cluster *f, Baleen__Control__V1__Role role);
@@ -77,6 +102,14 @@ void fake_hello(fake_cluster *f, fake_peer *p);
 void fake_disconnect(fake_cluster *f, fake_peer *p); /* the process lives on */
 void fake_kill(fake_cluster *f, fake_peer *p);       /* session closed, process gone */
 void fake_leave(fake_cluster *f, fake_peer *p);
+/* An operator's wish; the ticket. */
+uint32_t fake_drain(fake_cluster *f, uint32_t id);
+uint32_t fake_rebalance(fake_cluster *f, uint32_t n_moves);
+/* A router tells the rows of every (layer, expert). */
+void fake_load(fake_cluster *f, fake_peer *router, const uint32_t load[FAKE_LAYERS * FAKE_EXPERTS]);
+/* One thing happens: the oldest write is done, or else the first that has mail reads one. false: nothing is
+ * left. */
+bool fake_move(fake_cluster *f);
 void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id);
 
 /* One message of the coordinator is read and answered; false: no mail. */

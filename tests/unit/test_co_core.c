@@ -22,30 +22,6 @@ static uint32_t walk_below(walk *w, uint32_t n)
     return cm_rng_at(w->key, w->counter++, 0).word[0] % n;
 }
 
-/* n workers, one router, one gateway, at rest in one epoch. */
-static void start(fake_cluster *f, uint32_t n_workers)
-{
-    fake_init(f, n_workers);
-    for (uint32_t i = 0; i < n_workers; i++) {
-        fake_spawn(f, CO_ROLE_WORKER);
-    }
-    fake_spawn(f, CO_ROLE_ROUTER);
-    fake_spawn(f, CO_ROLE_GATEWAY);
-    fake_settle(f);
-    fake_check_whole(f);
-    f->n_changes = 0;
-}
-
-static fake_peer *peer_of(fake_cluster *f, Baleen__Control__V1__Role role, uint32_t nth)
-{
-    for (uint32_t i = 0; i < FAKE_PEERS; i++) {
-        if (f->peers[i].used && f->peers[i].role == role && nth-- == 0) {
-            return &f->peers[i];
-        }
-    }
-    return NULL;
-}
-
 /* ---- joining ---- */
 
 static void join_in_any_order(void **state)
@@ -97,7 +73,7 @@ static void waits_for_workers_min(void **state)
     fake_settle(&f);
     fake_check_whole(&f);
     assert_int_equal(f.n_changes, 1);
-    fake_kill(&f, peer_of(&f, CO_ROLE_WORKER, 0)); /* the minimum is for the start only */
+    fake_kill(&f, fake_nth(&f, CO_ROLE_WORKER, 0)); /* the minimum is for the start only */
     fake_pass(&f, 400);
     fake_settle(&f);
     fake_check_whole(&f);
@@ -123,7 +99,7 @@ static void other_checkpoint_is_refused(void **state)
         {"abc", FAKE_LAYERS, 1, CO_ROLE_COORDINATOR, {"role 1", "cannot", "member"}},
     };
     fake_cluster f;
-    start(&f, 2);
+    fake_start(&f, 2);
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         fake_peer *p = fake_spawn(&f, cases[i].role);
         p->fingerprint = cases[i].fingerprint;
@@ -174,7 +150,7 @@ static void too_many_members(void **state)
     assert_int_equal(p->session, 0);
     assert_false(p->refused_final);
     assert_non_null(strstr(p->refused, "32 members"));
-    fake_kill(&f, peer_of(&f, CO_ROLE_ROUTER, 0));
+    fake_kill(&f, fake_nth(&f, CO_ROLE_ROUTER, 0));
     fake_pass(&f, 300);
     fake_settle(&f);
     assert_true(p->welcomed);
@@ -185,7 +161,7 @@ static void hello_must_come_first_and_once(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 1);
+    fake_start(&f, 1);
     fake_peer *p = fake_spawn(&f, CO_ROLE_ROUTER);
     p->session = ++f.next_session;
     fake_leave(&f, p);
@@ -200,7 +176,7 @@ static void reconnect_keeps_id_and_epoch(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 3);
+    fake_start(&f, 3);
     for (uint32_t i = 0; i < 5; i++) {
         fake_peer *p = &f.peers[i];
         uint32_t id = p->id;
@@ -227,7 +203,7 @@ static void new_incarnation_gets_a_new_id(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 2);
+    fake_start(&f, 2);
     fake_peer *p = &f.peers[0];
     uint32_t id = p->id;
     fake_disconnect(&f, p);
@@ -245,7 +221,7 @@ static void a_foreign_past_is_ignored_a_future_refused(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 1);
+    fake_start(&f, 1);
     fake_peer *p = fake_spawn(&f, CO_ROLE_WORKER);
     p->id = 1;
     p->cluster = 1234; /* another cluster's member 1 with its epoch 99 */
@@ -270,7 +246,7 @@ static void silence_ends_a_lease(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 2);
+    fake_start(&f, 2);
     fake_peer *p = &f.peers[0];
     p->hung = true;
     fake_pass(&f, 3000);
@@ -289,7 +265,7 @@ static void own_sleep_kills_nobody(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 2);
+    fake_start(&f, 2);
     f.now_ms += 60000;
     fake_pass(&f, 100);
     assert_int_equal(co_core_n_lost(f.core), 0);
@@ -301,8 +277,8 @@ static void grace_and_reports(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 3);
-    fake_peer *router = peer_of(&f, CO_ROLE_ROUTER, 0), *first = &f.peers[0], *second = &f.peers[1];
+    fake_start(&f, 3);
+    fake_peer *router = fake_nth(&f, CO_ROLE_ROUTER, 0), *first = &f.peers[0], *second = &f.peers[1];
 
     fake_kill(&f, first);
     fake_pass(&f, 299);
@@ -366,7 +342,7 @@ static void until_publishing(fake_cluster *f)
             }
         }
     }
-    assert_int_equal(peer_of(f, CO_ROLE_ROUTER, 0)->mail[0].kind, CO_OUT_COMMIT);
+    assert_int_equal(fake_nth(f, CO_ROLE_ROUTER, 0)->mail[0].kind, CO_OUT_COMMIT);
 }
 
 static const struct {
@@ -460,7 +436,7 @@ static void restart_at_rest_changes_nothing(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 3);
+    fake_start(&f, 3);
     uint64_t number = co_core_epoch(f.core)->number;
     fake_restart(&f);
     fake_settle(&f);
@@ -477,7 +453,7 @@ static void restart_waits_for_the_absent(void **state)
     (void)state;
     for (uint32_t reported = 0; reported < 2; reported++) {
         fake_cluster f;
-        start(&f, 3);
+        fake_start(&f, 3);
         f.options.recall_ms = 3000;
         fake_peer *dead = &f.peers[2], *router = &f.peers[3];
         assert_int_equal(dead->role, CO_ROLE_WORKER);
@@ -512,43 +488,13 @@ static void restart_waits_for_the_absent(void **state)
 
 /* ---- aborts, failures ---- */
 
-typedef struct snapshot {
-    uint64_t number, epoch_of[5];
-    co_member_state state_of[5];
-    cm_bytes packed;
-} snapshot;
-
-static snapshot snapshot_take(fake_cluster *f)
-{
-    const co_epoch *epoch = co_core_epoch(f->core);
-    snapshot s = {.number = epoch->number};
-    cm_bytes_init(&s.packed, 0);
-    cm_bytes_append(&s.packed, epoch->packed.data, epoch->packed.len);
-    for (uint32_t i = 0; i < 4; i++) {
-        s.epoch_of[i] = f->peers[i].epoch;
-        s.state_of[i] = fake_state(f, &f->peers[i]);
-    }
-    return s;
-}
-
-static void snapshot_compare(snapshot *a, snapshot *b)
-{
-    assert_int_equal(a->number, b->number);
-    assert_int_equal(a->packed.len, b->packed.len);
-    assert_memory_equal(a->packed.data, b->packed.data, a->packed.len);
-    assert_memory_equal(a->epoch_of, b->epoch_of, sizeof(a->epoch_of));
-    assert_memory_equal(a->state_of, b->state_of, sizeof(a->state_of));
-    cm_bytes_fini(&a->packed);
-    cm_bytes_fini(&b->packed);
-}
-
 static void abort_changes_nothing(void **state)
 {
     (void)state;
     for (uint32_t phase = 0; phase < 2; phase++) {
         fake_cluster f;
         begin_change(&f);
-        snapshot before = snapshot_take(&f);
+        fake_snapshot before = fake_snapshot_take(&f);
         uint32_t n_commits = f.n_commits;
         phases[phase].reach(&f);
         fake_kill(&f, &f.peers[4]);
@@ -558,8 +504,8 @@ static void abort_changes_nothing(void **state)
             }
             assert_int_equal(f.peers[i].open_prepare, 0);
         }
-        snapshot after = snapshot_take(&f);
-        snapshot_compare(&before, &after);
+        fake_snapshot after = fake_snapshot_take(&f);
+        fake_snapshot_compare(&before, &after);
         assert_int_equal(f.n_commits, n_commits);
         uint32_t n_prepares = f.n_prepares; /* nothing is tried again: the members are those of the epoch */
         while (fake_write(&f)) {
@@ -661,12 +607,12 @@ static void leave_waits_for_the_next_epoch(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 3);
+    fake_start(&f, 3);
     fake_peer *p = &f.peers[1];
     uint32_t id = p->id;
     fake_leave(&f, p);
     assert_int_equal(fake_state(&f, p), CO_MEMBER_LEAVING);
-    fake_peer *router = peer_of(&f, CO_ROLE_ROUTER, 0);
+    fake_peer *router = fake_nth(&f, CO_ROLE_ROUTER, 0);
     assert_true(fake_settle_until(&f, router, CO_OUT_COMMIT));
     assert_true(p->session != 0); /* the router may still ask it */
     fake_settle(&f);
@@ -681,7 +627,7 @@ static void all_may_leave(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 2);
+    fake_start(&f, 2);
     fake_leave(&f, &f.peers[0]);
     fake_leave(&f, &f.peers[1]);
     fake_settle(&f);
@@ -733,7 +679,7 @@ static void experts_stay_where_they_were(void **state)
 {
     (void)state;
     fake_cluster f;
-    start(&f, 3);
+    fake_start(&f, 3);
     pr_placement *before = pr_placement_clone(co_core_epoch(f.core)->placement);
     fake_restart(&f);
     fake_settle(&f);
@@ -792,8 +738,13 @@ static void walk_step(fake_cluster *f, walk *w)
     } else if (dice < 2970) {
         p->hung = p->used && !p->hung && walk_below(w, 3) == 0;
     } else if (dice < 2976) {
-        if (talks) {
+        if (talks && p->role == CO_ROLE_ROUTER && walk_below(w, 2) == 0) {
+            fake_load(f, p, fake_skewed);
+            fake_rebalance(f, 1 + walk_below(w, 4));
+        } else if (talks && walk_below(w, 2) == 0) {
             fake_leave(f, p);
+        } else {
+            fake_drain(f, 1 + walk_below(w, f->id_max + 1));
         }
     } else if (dice < 2984) {
         if (talks) {

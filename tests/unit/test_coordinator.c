@@ -23,7 +23,8 @@ typedef struct peer {
     pc_member *member;
     uint32_t role, id;
     uint64_t epoch, retired; /* in force; last Retire */
-    uint32_t n_members, n_ranks, n_stats, n_prepares;
+    uint32_t n_members, n_ranks, n_stats, n_prepares, n_drains;
+    bool mute; /* never answers a prepare */
     cm_status refused;
     char text[420];
 } peer;
@@ -56,6 +57,9 @@ static void on_prepare(void *ctx, pc_epoch *epoch)
 {
     peer *p = ctx;
     p->n_prepares++;
+    if (p->mute) {
+        return;
+    }
     pc_member_prepared(p->member, epoch->number, CM_OK, NULL);
 }
 
@@ -84,6 +88,13 @@ static void on_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
     ((peer *)ctx)->n_stats = (uint32_t)stats->n_members;
 }
 
+static void on_drain(void *ctx)
+{
+    peer *p = ctx;
+    p->n_drains++;
+    pc_member_leave(p->member);
+}
+
 static void on_refused(void *ctx, cm_status status, const char *text)
 {
     peer *p = ctx;
@@ -97,6 +108,7 @@ static const pc_member_events events = {.welcome = on_welcome,
                                         .commit = on_commit,
                                         .retire = on_retire,
                                         .cluster_stats = on_stats,
+                                        .drain = on_drain,
                                         .refused = on_refused};
 
 static peer *join(world *w, uint32_t role, const char *fingerprint)
@@ -320,6 +332,178 @@ static void status_tells_all(void **state)
     pc_channel_destroy(channel);
 }
 
+/* ---- operators ---- */
+
+static void on_stopped(void *arg)
+{
+    ((world *)arg)->stopped = true;
+}
+
+static cm_status ask(world *w, const char *method, const ProtobufCMessage *request, cm_error *err)
+{
+    cm_bytes packed, reply;
+    char path[64];
+    *err = (cm_error){0};
+    cm_bytes_init(&packed, 0);
+    cm_bytes_init(&reply, 0);
+    pr_pack(request, &packed);
+    snprintf(path, sizeof(path), "/baleen.control.v1.Admin/%s", method);
+    pc_channel *channel = pc_channel_create(w->loop, co_coordinator_address(w->coordinator));
+    cm_status status = pc_unary_wait(channel, path, packed.data, packed.len, GUARD_MS, &reply, err);
+    pc_channel_destroy(channel);
+    cm_bytes_fini(&packed);
+    cm_bytes_fini(&reply);
+    return status;
+}
+
+static cm_status ask_scale(world *w, uint32_t n_workers, cm_error *err)
+{
+    Baleen__Control__V1__ScaleRequest request = BALEEN__CONTROL__V1__SCALE_REQUEST__INIT;
+    request.n_workers = n_workers;
+    return ask(w, "Scale", &request.base, err);
+}
+
+static void operators_are_answered(void **state)
+{
+    world *w = *state;
+    cm_error err;
+    Baleen__Control__V1__DrainRequest drain = BALEEN__CONTROL__V1__DRAIN_REQUEST__INIT;
+    Baleen__Control__V1__RebalanceRequest rebalance = BALEEN__CONTROL__V1__REBALANCE_REQUEST__INIT;
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    drain.member_id = 99;
+    assert_int_equal(ask(w, "Drain", &drain.base, &err), CM_E_NOT_FOUND);
+    assert_non_null(strstr(err.text, "no member 99"));
+    assert_int_equal(ask(w, "Rebalance", &rebalance.base, &err), CM_OK);
+    assert_int_not_equal(ask_scale(w, 3, &err), CM_OK);
+    assert_non_null(strstr(err.text, "not started by baleen up"));
+
+    drain.member_id = w->peers[3].id;
+    assert_int_equal(ask(w, "Drain", &drain.base, &err), CM_OK);
+    run_until(w, last_is_gone);
+    assert_int_equal(w->peers[3].n_drains, 1);
+    assert_int_equal(w->peers[1].n_ranks, 1);
+    assert_int_not_equal(ask(w, "Drain", &drain.base, &err), CM_OK);
+    assert_non_null(strstr(err.text, "no member"));
+}
+
+typedef struct order {
+    uint32_t n_workers, n_orders;
+    bool closed;
+} order;
+static order g_order;
+
+static void on_order(void *ctx, const uint8_t *data, size_t n_bytes)
+{
+    (void)ctx;
+    Baleen__Control__V1__LaunchOrder *message =
+        baleen__control__v1__launch_order__unpack(NULL, n_bytes, data);
+    assert_non_null(message);
+    g_order.n_workers = message->n_workers;
+    g_order.n_orders++;
+    baleen__control__v1__launch_order__free_unpacked(message, NULL);
+}
+
+static void on_order_closed(void *ctx, pc_code code, const char *text)
+{
+    (void)ctx;
+    (void)code;
+    (void)text;
+    g_order.closed = true;
+}
+
+static const pc_stream_events order_events = {.message = on_order, .closed = on_order_closed};
+
+static pc_stream *launch(pc_channel *channel, const char *host, uint32_t pid)
+{
+    cm_bytes packed;
+    char name[256];
+    snprintf(name, sizeof(name), "%s", host);
+    Baleen__Control__V1__LauncherState state = BALEEN__CONTROL__V1__LAUNCHER_STATE__INIT;
+    state.host = name;
+    state.worker_pid = &pid;
+    state.n_worker_pid = 1;
+    cm_bytes_init(&packed, 0);
+    pr_pack(&state.base, &packed);
+    pc_stream *stream = pc_stream_open(channel, "/baleen.control.v1.Admin/Launch", &order_events, NULL, 0);
+    assert_int_equal(pc_stream_send(stream, packed.data, packed.len), CM_OK);
+    cm_bytes_fini(&packed);
+    return stream;
+}
+
+static bool is_ordered(const world *w)
+{
+    (void)w;
+    return g_order.n_orders == 1;
+}
+
+static bool first_is_closed(const world *w)
+{
+    (void)w;
+    return g_order.closed;
+}
+
+/* Workers that the launcher runs are told from others by host and process id. */
+static void a_launcher_is_ordered(void **state)
+{
+    world *w = *state;
+    cm_error err;
+    char host[256] = "";
+    gethostname(host, sizeof(host) - 1);
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    g_order = (order){0};
+    pc_channel *channel = pc_channel_create(w->loop, co_coordinator_address(w->coordinator));
+    launch(channel, "elsewhere", (uint32_t)getpid()); /* both workers are others' */
+    while (ask_scale(w, 3, &err) != CM_OK) {          /* until it is there */
+        assert_non_null(strstr(err.text, "not started by baleen up"));
+    }
+    run_until(w, is_ordered);
+    assert_int_equal(g_order.n_workers, 1);
+    assert_int_not_equal(ask_scale(w, 1, &err), CM_OK);
+    assert_non_null(strstr(err.text, "2 workers were not started by baleen up"));
+    assert_int_not_equal(ask_scale(w, 0, &err), CM_OK);
+    assert_non_null(strstr(err.text, "1 to"));
+
+    launch(channel, host, (uint32_t)getpid()); /* another launcher comes: they are its own */
+    run_until(w, first_is_closed);
+    g_order = (order){0};
+    assert_int_equal(ask_scale(w, 5, &err), CM_OK);
+    run_until(w, is_ordered);
+    assert_int_equal(g_order.n_workers, 5);
+    pc_channel_destroy(channel);
+}
+
+/* Who waits for something that will not come any more hears so. */
+static void a_stop_answers_operators(void **state)
+{
+    world *w = *state;
+    Baleen__Control__V1__DrainRequest drain = BALEEN__CONTROL__V1__DRAIN_REQUEST__INIT;
+    cm_bytes packed;
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    g_order = (order){0};
+    w->peers[2].mute = true;
+    drain.member_id = w->peers[3].id;
+    cm_bytes_init(&packed, 0);
+    pr_pack(&drain.base, &packed);
+    pc_channel *channel = pc_channel_create(w->loop, co_coordinator_address(w->coordinator));
+    pc_stream *stream = pc_stream_open(channel, "/baleen.control.v1.Admin/Drain", &order_events, NULL, 0);
+    assert_int_equal(pc_stream_send(stream, packed.data, packed.len), CM_OK);
+    pc_stream_half_close(stream);
+    cm_bytes_fini(&packed);
+    uint32_t before = w->peers[2].n_prepares;
+    while (w->peers[2].n_prepares == before) { /* it waits for the one that never answers */
+        cm_error err;
+        Baleen__Control__V1__StatusRequest status = BALEEN__CONTROL__V1__STATUS_REQUEST__INIT;
+        assert_int_equal(ask(w, "Status", &status.base, &err), CM_OK);
+    }
+    assert_false(g_order.closed);
+    co_coordinator_stop(w->coordinator, on_stopped, w);
+    run_until(w, first_is_closed);
+    pc_channel_destroy(channel);
+}
+
 static void a_dead_worker_is_replaced(void **state)
 {
     world *w = *state;
@@ -378,11 +562,6 @@ static void a_second_coordinator(void **state)
     set(w, "lease_ms", "100");
     set(w, "heartbeat_ms", "50");
     assert_int_equal(co_coordinator_create(w->loop, &w->config, &second, &err), CM_E_CONFIG);
-}
-
-static void on_stopped(void *arg)
-{
-    ((world *)arg)->stopped = true;
 }
 
 static void members_outlive_a_restart(void **state)
@@ -472,6 +651,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(members_join, setup, teardown),
         cmocka_unit_test_setup_teardown(status_tells_all, setup, teardown),
         cmocka_unit_test_setup_teardown(a_dead_worker_is_replaced, setup, teardown),
+        cmocka_unit_test_setup_teardown(operators_are_answered, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_launcher_is_ordered, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_stop_answers_operators, setup, teardown),
         cmocka_unit_test_setup_teardown(a_leaving_member_is_let_go, setup, teardown),
         cmocka_unit_test_setup_teardown(another_checkpoint_is_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(a_second_coordinator, setup, teardown),

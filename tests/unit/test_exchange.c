@@ -207,6 +207,8 @@ static void exchange_open(uint32_t answer_ms, uint32_t wait_ms)
     cm_error err = {0};
     net_options options;
     rt_exchange_options x = {.limits = {.row_max = ROWS, .topk = TOPK, .d = D, .frame_bytes_max = 16384},
+                             .n_layer = LAYERS,
+                             .n_expert = EXPERTS,
                              .answer_ms = answer_ms,
                              .wait_ms = wait_ms,
                              .peer_lost = on_lost};
@@ -268,6 +270,11 @@ static void test_plain(void **state)
         assert_int_equal(exchange_run(i % LAYERS), CM_OK);
     }
     assert_int_equal(atomic_load(&g_lost), 0);
+    uint32_t n_picks = 0; /* counted once, however often a frame had to be sent */
+    for (uint32_t i = 0; i < LAYERS * EXPERTS; i++) {
+        n_picks += rt_exchange_picks(g_exchange, i / EXPERTS, i % EXPERTS);
+    }
+    assert_int_equal(n_picks, 20 * ROWS * TOPK);
     rt_exchange_destroy(g_exchange);
     pc_epoch_release(epoch);
     fake_stop(&a);

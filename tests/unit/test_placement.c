@@ -169,6 +169,163 @@ static void only_what_must_moves(void **state)
     }
 }
 
+/* Skewed counts and second copies, as rebalancing leaves them, on four ranks. */
+static pr_placement *skewed(const uint32_t *members)
+{
+    uint16_t owners[PAIRS][2];
+    uint8_t n_owner[PAIRS];
+    for (uint32_t i = 0; i < PAIRS; i++) {
+        uint32_t e = i % EXPERTS;
+        owners[i][0] = e == 0 ? 0 : (uint16_t)(1 + e % 3); /* rank 0 has one hot expert a layer */
+        owners[i][1] = (uint16_t)((owners[i][0] + 1) % 4);
+        n_owner[i] = e < 2 ? 2 : 1;
+    }
+    return pr_placement_build(LAYERS, EXPERTS, members, 4, owners[0], n_owner, 2);
+}
+
+static bool member_owns(const pr_placement *p, uint32_t pair, uint32_t member)
+{
+    uint32_t rank = pr_placement_rank_of(p, member);
+    return rank < p->n_rank && pr_placement_owns(p, pair / EXPERTS, pair % EXPERTS, rank);
+}
+
+/* Who goes leaves gaps; all else stays, copies and skew with it. */
+static void a_death_moves_only_orphans(void **state)
+{
+    (void)state;
+    const uint32_t members[] = {3, 5, 8, 9};
+    for (uint32_t gone = 0; gone < 4; gone++) {
+        uint32_t left[3], n = 0;
+        for (uint32_t r = 0; r < 4; r++) {
+            if (r != gone) {
+                left[n++] = members[r];
+            }
+        }
+        pr_placement *before = skewed(members), *after = NULL;
+        assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, left, 3, roomy, before, &after, NULL), CM_OK);
+        for (uint32_t i = 0; i < PAIRS; i++) {
+            uint32_t had = 0, has = after->first[i + 1] - after->first[i];
+            for (uint32_t k = 0; k < 3; k++) {
+                if (member_owns(before, i, left[k])) {
+                    assert_true(member_owns(after, i, left[k]));
+                    had++;
+                }
+            }
+            assert_int_equal(has, had > 0 ? had : 1);
+        }
+        pr_placement_free(before);
+        pr_placement_free(after);
+    }
+}
+
+/* Where memory is short second copies give way, and where it is shorter still everything is spread anew. */
+static void copies_give_way_to_orphans(void **state)
+{
+    (void)state;
+    const uint32_t members[] = {3, 5, 8, 9}, left[] = {5, 8, 9};
+    pr_placement *before = skewed(members), *after = NULL;
+    uint64_t capacity[3] = {0}, sum = 0;
+    for (uint32_t r = 0; r < 3; r++) {
+        capacity[r] = pr_placement_count(before, r + 1);
+        sum += capacity[r];
+    }
+    assert_true(sum > PAIRS); /* with their copies they are full */
+    assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, left, 3, capacity, before, &after, NULL), CM_OK);
+    for (uint32_t i = 0; i < PAIRS; i++) {
+        assert_true(after->first[i + 1] > after->first[i]);
+    }
+    for (uint32_t r = 0; r < 3; r++) {
+        assert_true(pr_placement_count(after, r) <= capacity[r]);
+    }
+    pr_placement_free(after);
+    pr_placement_free(before);
+}
+
+/* A newcomer makes the counts even; a copy that is there and has room stays one. */
+static void copies_outlive_a_join(void **state)
+{
+    (void)state;
+    const uint32_t members[] = {3, 5, 8, 9}, joined[] = {3, 5, 8, 9, 12};
+    pr_placement *before = skewed(members), *after = NULL;
+    assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, joined, 5, roomy, before, &after, NULL), CM_OK);
+    uint32_t n_copies = 0;
+    for (uint32_t i = 0; i < PAIRS; i++) {
+        uint32_t n;
+        const uint16_t *owners = pr_placement_owners(after, i / EXPERTS, i % EXPERTS, &n);
+        for (uint32_t k = 1; k < n; k++) {
+            assert_true(member_owns(before, i, after->rank_member[owners[k]]));
+            n_copies++;
+        }
+    }
+    assert_true(n_copies >= LAYERS * 2 / 2 && pr_placement_count(after, 4) == LAYERS * (EXPERTS / 5) + 1);
+    pr_placement_free(after);
+    pr_placement_free(before);
+}
+
+/* Each rank knows beforehand exactly what the plan without another rank will give it. */
+static void heirs_are_who_takes_over(void **state)
+{
+    (void)state;
+    const uint32_t members[] = {3, 5, 8, 9};
+    uint64_t tight[4];
+    pr_placement *places[] = {plan(members, 4, roomy, NULL), skewed(members)};
+    for (uint32_t k = 0; k < 4; k++) {
+        const pr_placement *p = places[k % 2];
+        for (uint32_t r = 0; r < 4; r++) {
+            tight[r] = pr_placement_count(p, r) + (r == 1 ? 2 : 12);
+        }
+        const uint64_t *capacity = k < 2 ? roomy : tight;
+        uint8_t takes[4][PAIRS];
+        uint32_t n_gains[4] = {0}, n_takes[4] = {0};
+        for (uint32_t r = 0; r < 4; r++) {
+            pr_placement_heirs(p, capacity, r, takes[r]);
+        }
+        for (uint32_t gone = 0; gone < 4; gone++) {
+            uint32_t left[3], n = 0;
+            uint64_t room[3];
+            for (uint32_t r = 0; r < 4; r++) {
+                if (r != gone) {
+                    room[n] = capacity[r];
+                    left[n++] = members[r];
+                }
+            }
+            pr_placement *after = NULL;
+            assert_int_equal(pr_placement_plan(LAYERS, EXPERTS, left, 3, room, p, &after, NULL), CM_OK);
+            for (uint32_t i = 0; i < PAIRS; i++) {
+                for (uint32_t r = 0; r < 4; r++) {
+                    if (r != gone && member_owns(after, i, members[r]) && !member_owns(p, i, members[r])) {
+                        assert_int_equal(takes[r][i], 1);
+                        n_gains[r]++;
+                    }
+                }
+            }
+            pr_placement_free(after);
+        }
+        for (uint32_t r = 0; r < 4; r++) {
+            for (uint32_t i = 0; i < PAIRS; i++) {
+                n_takes[r] += takes[r][i];
+                assert_true(takes[r][i] == 0 || !member_owns(p, i, members[r]));
+            }
+            assert_true(n_takes[r] <= n_gains[r] && (n_gains[r] == 0) == (n_takes[r] == 0));
+        }
+    }
+    pr_placement_free(places[0]);
+    pr_placement_free(places[1]);
+    /* who is alone, or whose loss the others cannot bear, has no heirs */
+    uint8_t takes[PAIRS];
+    const uint64_t full[2] = {PAIRS / 2, PAIRS / 2};
+    pr_placement *two = plan(members, 2, full, NULL), *one = plan(members, 1, roomy, NULL);
+    for (uint32_t k = 0; k < 2; k++) {
+        memset(takes, 7, sizeof(takes));
+        pr_placement_heirs(k == 0 ? two : one, k == 0 ? full : roomy, 0, takes);
+        for (uint32_t i = 0; i < PAIRS; i++) {
+            assert_int_equal(takes[i], 0);
+        }
+    }
+    pr_placement_free(two);
+    pr_placement_free(one);
+}
+
 static void random_changes(void **state)
 {
     (void)state;
@@ -309,6 +466,10 @@ int main(int argc, char **argv)
         cmocka_unit_test(capacity_is_kept),
         cmocka_unit_test(same_ranks_move_nothing),
         cmocka_unit_test(only_what_must_moves),
+        cmocka_unit_test(a_death_moves_only_orphans),
+        cmocka_unit_test(copies_give_way_to_orphans),
+        cmocka_unit_test(copies_outlive_a_join),
+        cmocka_unit_test(heirs_are_who_takes_over),
         cmocka_unit_test(random_changes),
         cmocka_unit_test(message_round_trip),
         cmocka_unit_test(malformed_messages_are_refused),

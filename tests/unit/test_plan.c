@@ -99,18 +99,11 @@ static bool t_avoided(const t_case *c, uint32_t rank)
     return c->avoid != NULL && (c->avoid[rank / 64] >> (rank % 64) & 1) != 0;
 }
 
-/* The rank the contract names for a slot; n_rank: none. */
-static uint32_t t_rank_of(const t_case *c, uint32_t target)
+/* An owner of the slot's expert that need not be avoided. */
+static bool t_may_ask(const t_case *c, uint32_t target, uint32_t rank)
 {
-    uint32_t n_owner;
-    const uint16_t *owners =
-        pr_placement_owners(&c->placement, c->layer, (uint32_t)c->experts[target], &n_owner);
-    for (uint32_t i = 0; i < n_owner; i++) {
-        if (!t_avoided(c, owners[i])) {
-            return owners[i];
-        }
-    }
-    return c->placement.n_rank;
+    return pr_placement_owns(&c->placement, c->layer, (uint32_t)c->experts[target], rank) &&
+           !t_avoided(c, rank);
 }
 
 static void t_part_check(const t_case *c, const rt_plan *plan, const rt_part *part, uint8_t *seen)
@@ -137,7 +130,7 @@ static void t_part_check(const t_case *c, const rt_plan *plan, const rt_part *pa
         assert_int_equal(rows[slots[i].row], target / limits->topk);
         assert_int_equal(slots[i].expert, c->experts[target]);
         assert_true(slots[i].weight == c->weights[target]);
-        assert_int_equal(part->rank, t_rank_of(c, target));
+        assert_true(t_may_ask(c, target, part->rank));
     }
     assert_int_equal(slots[part->n_slot - 1].row, part->n_row - 1); /* no row without a slot */
 }
@@ -255,7 +248,10 @@ static void test_random_plans(void **state)
         cm_status status = t_build(&c, plan, &expert);
         bool owned = true;
         for (uint32_t k = 0; k < c.n_row * c.limits.topk; k++) {
-            bool orphan = (c.wanted == NULL || c.wanted[k]) && t_rank_of(&c, k) == c.placement.n_rank;
+            bool orphan = c.wanted == NULL || c.wanted[k];
+            for (uint32_t r = 0; r < c.placement.n_rank; r++) {
+                orphan = orphan && !t_may_ask(&c, k, r);
+            }
             owned = owned && !orphan;
         }
         if (owned) {
@@ -309,7 +305,7 @@ static void test_plan_is_used_again(void **state)
     t_case_fini(&c);
 }
 
-/* Owners in order of the list, those to avoid left out, down to none. */
+/* Only owners, those to avoid left out, down to none. */
 static void test_avoid(void **state)
 {
     (void)state;
@@ -325,12 +321,12 @@ static void test_avoid(void **state)
     static const struct {
         uint64_t avoid;
         cm_status status;
-        uint32_t rank0, expert; /* of expert 0; the one without an owner */
-    } rows[] = {{0, CM_OK, 2, 0},
-                {4, CM_OK, 0, 0},
-                {5, CM_OK, 1, 0},
+        uint32_t ranks, expert;   /* bits of those that may be asked for expert 0; the one without an owner */
+    } rows[] = {{0, CM_OK, 5, 0}, /* rank 1 has the other slot */
+                {4, CM_OK, 1, 0},
+                {5, CM_OK, 2, 0},
                 {2, CM_E_NO_OWNER, 0, 1},
-                {7, CM_E_NO_OWNER, 0, 0}};
+                {7, CM_E_NO_OWNER, 0, 1}};
     for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
         avoid = rows[i].avoid;
         expert = 99;
@@ -344,10 +340,48 @@ static void test_avoid(void **state)
         for (uint32_t k = 0; k < plan->n_part; k++) {
             const rt_part *part = &plan->parts[k];
             for (uint32_t s = 0; s < part->n_slot; s++) {
-                assert_int_equal(part->rank, plan->slots[part->slot0 + s].expert == 0 ? rows[i].rank0 : 1);
+                uint32_t may = plan->slots[part->slot0 + s].expert == 0 ? rows[i].ranks : 2;
+                assert_true(may >> part->rank & 1);
             }
         }
     }
+    rt_plan_destroy(plan);
+}
+
+/* Copies of an expert share its slots, and take less where their rank has others to compute. */
+static void test_copies_share(void **state)
+{
+    (void)state;
+    enum { ROWS = 60 };
+    uint32_t member[] = {10, 11, 12}, first[] = {0, 3, 4}, expert, n_one = 0;
+    uint16_t owner[] = {2, 0, 1, 1};
+    int32_t experts[ROWS];
+    float weights[ROWS];
+    rt_plan_limits limits = {.row_max = ROWS, .topk = 1, .d = 128, .frame_bytes_max = 1 << 20};
+    pr_placement p = {
+        .n_layer = 1, .n_expert = 2, .n_rank = 3, .rank_member = member, .first = first, .owner = owner};
+    rt_plan *plan = rt_plan_create(&limits);
+    for (uint32_t i = 0; i < ROWS; i++) {
+        experts[i] =
+            i >= 50; /* 50 rows for the expert with three owners, 10 for the one that only rank 1 has */
+        weights[i] = (float)(i % 7) / 16;
+    }
+    assert_int_equal(rt_plan_build(plan, &limits, &p, 0, experts, weights, ROWS, NULL, NULL, &expert), CM_OK);
+    assert_int_equal(plan->n_part, 3);
+    for (uint32_t i = 0; i < 3; i++) {
+        assert_int_equal(plan->parts[i].n_slot, 20);
+    }
+    /* one row at a time: none of the owners is forgotten */
+    uint32_t asked = 0;
+    for (uint32_t i = 0; i < 50; i++) {
+        weights[0] = 0.001f * (float)(i + 1);
+        assert_int_equal(rt_plan_build(plan, &limits, &p, 0, experts, weights, 1, NULL, NULL, &expert),
+                         CM_OK);
+        asked |= 1u << plan->parts[0].rank;
+        n_one += plan->parts[0].rank == 1;
+    }
+    assert_int_equal(asked, 7);
+    assert_in_range(n_one, 5, 35);
     rt_plan_destroy(plan);
 }
 
@@ -409,9 +443,9 @@ int main(int argc, char **argv)
     }
     printf("seed %llu\n", (unsigned long long)g_seed);
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_random_plans), cmocka_unit_test(test_plan_is_used_again),
-        cmocka_unit_test(test_avoid),        cmocka_unit_test(test_nothing_wanted),
-        cmocka_unit_test(test_large),
+        cmocka_unit_test(test_random_plans),   cmocka_unit_test(test_plan_is_used_again),
+        cmocka_unit_test(test_avoid),          cmocka_unit_test(test_copies_share),
+        cmocka_unit_test(test_nothing_wanted), cmocka_unit_test(test_large),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -18,7 +18,10 @@
 
 enum {
     CLUSTER_TICK_MS = 50,
-    CLUSTER_KILL_MS = 5000, /* beyond what a process was told it may take */
+    CLUSTER_KILL_MS = 5000,     /* beyond what a process was told it may take */
+    CLUSTER_AGAIN_MIN_MS = 200, /* before a process that failed is started again; doubled each time */
+    CLUSTER_AGAIN_MAX_MS = 10000,
+    CLUSTER_STEADY_MS = 30000, /* one that ran for so long has its failures forgotten */
     CLUSTER_READY_LINE_MAX = 4096,
     CLUSTER_ADDRESS_BYTES = 128,
 };
@@ -45,7 +48,12 @@ typedef struct cluster_child {
     uint32_t index;
     char name[32]; /* "worker-0"; of its log too */
     pid_t pid;     /* 0: not running */
-    int ready_fd;  /* -1: closed */
+    bool leaving;  /* asked to: it is not counted on any more */
+    bool over;     /* ended in order, or for good: not started again */
+    uint64_t start_ms;
+    uint64_t again_ms; /* pause before it is started again */
+    pc_timer *again;
+    int ready_fd; /* -1: closed */
     struct event *ready_event;
     cm_bytes ready_line; /* so far */
     bool listens;
@@ -56,7 +64,7 @@ struct cluster {
     pc_loop *loop;
     const cluster_options *options;
     cluster_state state;
-    cluster_child *children;
+    cluster_child **children; /* the coordinator first */
     uint32_t n_children;
     char http[CLUSTER_ADDRESS_BYTES], grpc[CLUSTER_ADDRESS_BYTES];
     ready_probe *probe;
@@ -107,8 +115,18 @@ static uint32_t cluster_count(const cluster *self, cluster_role role, bool only_
 {
     uint32_t n = 0;
     for (uint32_t i = 0; i < self->n_children; i++) {
-        const cluster_child *child = &self->children[i];
+        const cluster_child *child = self->children[i];
         n += child->role == role && child->pid != 0 && (child->listens || !only_listening);
+    }
+    return n;
+}
+
+/* Those that run or will run again. */
+static uint32_t cluster_count_alive(const cluster *self, cluster_role role)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        n += self->children[i]->role == role && !self->children[i]->over && !self->children[i]->leaving;
     }
     return n;
 }
@@ -116,7 +134,7 @@ static uint32_t cluster_count(const cluster *self, cluster_role role, bool only_
 static bool cluster_all_listen(const cluster *self)
 {
     for (uint32_t i = 0; i < self->n_children; i++) {
-        if (!self->children[i].listens) {
+        if (!self->children[i]->listens) {
             return false;
         }
     }
@@ -135,13 +153,19 @@ static void args_for_role(const cluster *self, const cluster_child *child, spawn
     spawn_args_add(args, "--seed=%llu", (unsigned long long)config->seed);
     if (child->role == CLUSTER_COORDINATOR) {
         spawn_args_add(args, "--workers-min=%llu", (unsigned long long)config->workers);
+        if (options->store_dir[0] != '\0') {
+            spawn_args_add(args, "--store=%s", options->store_dir);
+        }
+        if (child->address[0] != '\0') {
+            spawn_args_add(args, "--address=%s", child->address); /* where the others look for it */
+        }
         return;
     }
-    spawn_args_add(args, "--coordinator=%s", self->children[0].address);
+    spawn_args_add(args, "--coordinator=%s", self->children[0]->address);
     spawn_args_add(args, "--model=%s", options->model_dir);
     if (child->role == CLUSTER_GATEWAY) {
-        spawn_args_add(args, "--http=%s", config->http);
-        spawn_args_add(args, "--grpc=%s", config->grpc);
+        spawn_args_add(args, "--http=%s", self->http[0] != '\0' ? self->http : config->http);
+        spawn_args_add(args, "--grpc=%s", self->grpc[0] != '\0' ? self->grpc : config->grpc);
         spawn_args_add(args, "--model-name=%s", options->model_name);
     } else {
         spawn_args_add(args, "--device=%s", config->device);
@@ -161,8 +185,11 @@ static cm_status child_start(cluster_child *child, cm_error *err)
     cm_bytes log_path;
     args_for_role(self, child, &args);
     child_log_path(child, &log_path);
-    cm_status status =
-        spawn_start(&args, self->options->env, cm_bytes_text(&log_path), &child->pid, &child->ready_fd, err);
+    cm_status status = spawn_start(&args, self->options->env, cm_bytes_text(&log_path), child->start_ms != 0,
+                                   &child->pid, &child->ready_fd, err);
+    child->start_ms = cm_now_ms();
+    child->listens = false;
+    cm_bytes_clear(&child->ready_line);
     cm_bytes_fini(&log_path);
     spawn_args_fini(&args);
     if (status == CM_OK) {
@@ -187,7 +214,7 @@ static void cluster_start_others(cluster *self)
 {
     cm_error err = {0};
     for (uint32_t i = 1; i < self->n_children; i++) {
-        if (child_start(&self->children[i], &err) != CM_OK) {
+        if (child_start(self->children[i], &err) != CM_OK) {
             cluster_fail(self, "%s", err.text);
             return;
         }
@@ -221,6 +248,9 @@ static void child_heard(cluster_child *child)
         return;
     }
     child->listens = true;
+    if (self->state == CLUSTER_READY) {
+        self->options->changed(self->options->ctx);
+    }
     if (self->state != CLUSTER_STARTING) {
         return;
     }
@@ -292,31 +322,77 @@ static void cluster_ticked(void *arg)
 
 /* ---- ends ---- */
 
-/* A process ended although nobody asked it to. */
-static void child_lost(cluster_child *child, const char *how, pid_t pid)
+/* Before the cluster was ready: whoever started it wants to know now. */
+static void child_lost_early(cluster_child *child, const char *how, pid_t pid)
+{
+    cm_bytes log_path;
+    child_log_path(child, &log_path);
+    cluster_say("%s (process %d) %s before the cluster was ready; the end of its log %s:", child->name,
+                (int)pid, how, cm_bytes_text(&log_path));
+    spawn_show_log_tail(cm_bytes_text(&log_path), stderr);
+    cm_bytes_fini(&log_path);
+    child->cluster->code = CLI_FAILED;
+    cluster_drain(child->cluster);
+}
+
+/* It will not come again: the others may or may not do without. */
+static void child_over(cluster_child *child)
 {
     cluster *self = child->cluster;
-    cm_bytes log_path;
-    uint32_t n_left = cluster_count(self, child->role, false);
-    child_log_path(child, &log_path);
-    if (self->state == CLUSTER_STARTING) {
-        cluster_say("%s (process %d) %s before the cluster was ready; the end of its log %s:", child->name,
-                    (int)pid, how, cm_bytes_text(&log_path));
-        spawn_show_log_tail(cm_bytes_text(&log_path), stderr);
-        self->code = CLI_FAILED;
-        cluster_drain(self);
-    } else {
-        cluster_say("%s (process %d) %s; its log is %s", child->name, (int)pid, how,
-                    cm_bytes_text(&log_path));
-        if (child->role != CLUSTER_WORKER && n_left == 0) {
-            cluster_fail(self, "no %s is left: the others are stopped", g_role_names[child->role]);
-        } else {
-            cluster_say("the cluster goes on with %u %s%s", n_left, g_role_names[child->role],
-                        n_left == 1 ? "" : "s");
-            self->options->changed(self->options->ctx);
-        }
+    child->over = true;
+    uint32_t n_left = cluster_count_alive(self, child->role);
+    if (n_left == 0 && child->role != CLUSTER_WORKER) {
+        cluster_fail(self, "no %s is left: the others are stopped", g_role_names[child->role]);
+        return;
     }
-    cm_bytes_fini(&log_path);
+    cluster_say("the cluster goes on with %u %s%s", n_left, g_role_names[child->role],
+                n_left == 1 ? "" : "s");
+    self->options->changed(self->options->ctx);
+}
+
+/* A process that fails at once would otherwise keep the machine busy with starting it. */
+static void child_again_later(cluster_child *child)
+{
+    if (child->start_ms + CLUSTER_STEADY_MS <= cm_now_ms() || child->again_ms == 0) {
+        child->again_ms = CLUSTER_AGAIN_MIN_MS;
+    } else {
+        child->again_ms =
+            child->again_ms * 2 < CLUSTER_AGAIN_MAX_MS ? child->again_ms * 2 : CLUSTER_AGAIN_MAX_MS;
+    }
+    pc_timer_set(child->again, child->again_ms);
+}
+
+static void child_again(void *arg)
+{
+    cluster_child *child = arg;
+    cluster *self = child->cluster;
+    cm_error err = {0};
+    if (self->state != CLUSTER_READY) {
+        return;
+    }
+    if (child_start(child, &err) != CM_OK) {
+        cluster_say("%s", err.text);
+        child_again_later(child);
+        return;
+    }
+    cluster_say("%s is started again as process %d", child->name, (int)child->pid);
+    self->options->changed(self->options->ctx);
+}
+
+/* A process of the running cluster ended. In order means that it was asked to, by whomever. */
+static void child_lost(cluster_child *child, const char *how, bool in_order, pid_t pid)
+{
+    cluster *self = child->cluster;
+    bool again = !in_order && !child->leaving && !self->options->config->no_restart;
+    cluster_say("%s (process %d) %s; its log is %s/%s.log", child->name, (int)pid, how,
+                self->options->run_dir, child->name);
+    if (!again) {
+        child_over(child);
+        return;
+    }
+    child_again_later(child);
+    cluster_say("%s is started again in %.1f s", child->name, (double)child->again_ms / 1e3);
+    self->options->changed(self->options->ctx);
 }
 
 static void child_ended(cluster_child *child, int wait_status)
@@ -327,8 +403,10 @@ static void child_ended(cluster_child *child, int wait_status)
     child->pid = 0;
     child_stop_reading(child);
     spawn_describe_end(wait_status, how);
-    if (self->state == CLUSTER_STARTING || self->state == CLUSTER_READY) {
-        child_lost(child, how, pid);
+    if (self->state == CLUSTER_STARTING) {
+        child_lost_early(child, how, pid);
+    } else if (self->state == CLUSTER_READY) {
+        child_lost(child, how, WIFEXITED(wait_status) && WEXITSTATUS(wait_status) == 0, pid);
     } else if (self->watch_ends && (!WIFEXITED(wait_status) || WEXITSTATUS(wait_status) != 0)) {
         self->code = CLI_FAILED;
         cluster_say("%s (process %d) %s while it was stopped; its log is %s/%s.log", child->name, (int)pid,
@@ -341,7 +419,7 @@ static void child_ended(cluster_child *child, int wait_status)
 static void stage_signal(cluster *self, int number)
 {
     for (uint32_t i = 0; i < self->n_children; i++) {
-        cluster_child *child = &self->children[i];
+        cluster_child *child = self->children[i];
         if (child->role == g_drain_order[self->drain_stage] && child->pid != 0) {
             if (number == SIGKILL) {
                 cluster_say("%s (process %d) does not end and is killed", child->name, (int)child->pid);
@@ -392,8 +470,8 @@ void cluster_kill(cluster *self)
     self->code = CLI_FAILED;
     cluster_say("kills what still runs");
     for (uint32_t i = 0; i < self->n_children; i++) {
-        if (self->children[i].pid != 0) {
-            kill(self->children[i].pid, SIGKILL);
+        if (self->children[i]->pid != 0) {
+            kill(self->children[i]->pid, SIGKILL);
         }
     }
 }
@@ -403,7 +481,7 @@ static void cluster_reap(void *arg)
 {
     cluster *self = arg;
     for (uint32_t i = 0; i < self->n_children; i++) {
-        cluster_child *child = &self->children[i];
+        cluster_child *child = self->children[i];
         int wait_status;
         if (child->pid != 0 && waitpid(child->pid, &wait_status, WNOHANG) == child->pid) {
             child_ended(child, wait_status);
@@ -419,14 +497,79 @@ static void cluster_reap(void *arg)
 
 static void cluster_add(cluster *self, cluster_role role, uint32_t index, bool numbered)
 {
-    cluster_child *child = &self->children[self->n_children++];
+    cluster_child *child = cm_alloc(sizeof(*child));
     *child = (cluster_child){.cluster = self, .role = role, .index = index, .ready_fd = -1};
+    child->again = pc_timer_create(self->loop, child_again, child);
+    self->children = cm_realloc(self->children, sizeof(*self->children) * (self->n_children + 1));
+    self->children[self->n_children++] = child;
     cm_bytes_init(&child->ready_line, CLUSTER_READY_LINE_MAX);
     if (numbered) {
         snprintf(child->name, sizeof(child->name), "%s-%u", g_role_names[role], index);
     } else {
         snprintf(child->name, sizeof(child->name), "%s", g_role_names[role]);
     }
+}
+
+/* ---- more and fewer workers ---- */
+
+static void cluster_start_worker(cluster *self)
+{
+    cm_error err = {0};
+    uint32_t index = 0;
+    cluster_child *child = NULL;
+    for (uint32_t i = 0; i < self->n_children;
+         i++) { /* one that is over gives its name and log to the new one */
+        if (self->children[i]->role == CLUSTER_WORKER) {
+            child = child == NULL && self->children[i]->over ? self->children[i] : child;
+            index++;
+        }
+    }
+    if (child == NULL) {
+        cluster_add(self, CLUSTER_WORKER, index, true);
+        child = self->children[self->n_children - 1];
+    }
+    child->over = child->leaving = false;
+    child->again_ms = 0;
+    if (child_start(child, &err) != CM_OK) {
+        cluster_say("%s", err.text);
+        child_again_later(child);
+        return;
+    }
+    cluster_say("%s is started as process %d", child->name, (int)child->pid);
+}
+
+static void cluster_stop_worker(cluster *self)
+{
+    for (uint32_t i = self->n_children; i-- > 0;) {
+        cluster_child *child = self->children[i];
+        if (child->role != CLUSTER_WORKER || child->over || child->leaving) {
+            continue;
+        }
+        if (child->pid != 0) {
+            cluster_say("%s (process %d) is asked to leave", child->name, (int)child->pid);
+            child->leaving = true;
+            kill(child->pid, SIGTERM);
+        } else { /* it waits to be started again */
+            pc_timer_clear(child->again);
+            child->over = true;
+        }
+        return;
+    }
+}
+
+void cluster_scale(cluster *self, uint32_t n_workers)
+{
+    if (self->state != CLUSTER_READY) {
+        return;
+    }
+    uint32_t n = cluster_count_alive(self, CLUSTER_WORKER);
+    for (; n < n_workers; n++) {
+        cluster_start_worker(self);
+    }
+    for (; n > n_workers; n--) {
+        cluster_stop_worker(self);
+    }
+    self->options->changed(self->options->ctx);
 }
 
 cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster **cluster_out, cm_error *err)
@@ -438,7 +581,6 @@ cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster 
     self->begin_ms = cm_now_ms();
     self->tick = pc_timer_create(loop, cluster_ticked, self);
     self->kill_timer = pc_timer_create(loop, cluster_kill_due, self);
-    self->children = cm_alloc(sizeof(cluster_child) * (size_t)(2 + config->routers + config->workers));
     cluster_add(self, CLUSTER_COORDINATOR, 0, false);
     for (uint32_t i = 0; i < config->routers; i++) {
         cluster_add(self, CLUSTER_ROUTER, i, true);
@@ -448,7 +590,7 @@ cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster 
     }
     cluster_add(self, CLUSTER_GATEWAY, 0, false);
     pc_loop_on_signal(loop, SIGCHLD, cluster_reap, self);
-    cm_status status = child_start(&self->children[0], err);
+    cm_status status = child_start(self->children[0], err);
     if (status != CM_OK) {
         cluster_destroy(self);
         return status;
@@ -461,9 +603,9 @@ cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster 
 void cluster_destroy(cluster *self)
 {
     for (uint32_t i = 0; i < self->n_children; i++) {
-        CM_ASSERT_MSG(self->children[i].pid == 0, "%s still runs", self->children[i].name);
-        child_stop_reading(&self->children[i]);
-        cm_bytes_fini(&self->children[i].ready_line);
+        CM_ASSERT_MSG(self->children[i]->pid == 0, "%s still runs", self->children[i]->name);
+        child_stop_reading(self->children[i]);
+        cm_bytes_fini(&self->children[i]->ready_line);
     }
     ready_probe_destroy(self->probe);
     pc_timer_destroy(self->tick);
@@ -484,11 +626,28 @@ const char *cluster_grpc(const cluster *self)
     return self->grpc;
 }
 
+const char *cluster_coordinator(const cluster *self)
+{
+    return self->children[0]->address;
+}
+
+uint32_t cluster_worker_pids(const cluster *self, uint32_t *pids_out, uint32_t n_max)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < self->n_children && n < n_max; i++) {
+        const cluster_child *child = self->children[i];
+        if (child->role == CLUSTER_WORKER && child->pid != 0) {
+            pids_out[n++] = (uint32_t)child->pid;
+        }
+    }
+    return n;
+}
+
 void cluster_describe(const cluster *self, cm_bytes *json)
 {
     json_t *processes = json_array();
     for (uint32_t i = 0; i < self->n_children; i++) {
-        const cluster_child *child = &self->children[i];
+        const cluster_child *child = self->children[i];
         if (child->pid == 0) {
             continue;
         }
@@ -500,7 +659,7 @@ void cluster_describe(const cluster *self, cm_bytes *json)
         json_array_append_new(processes, row);
     }
     json_t *all = json_pack("{s:s, s:s, s:s, s:s, s:i, s:o}", "http", self->http, "grpc", self->grpc,
-                            "coordinator", self->children[0].address, "model", self->options->model_name,
+                            "coordinator", self->children[0]->address, "model", self->options->model_name,
                             "pid", (int)getpid(), "processes", processes);
     cli_append_json(json, all, JSON_INDENT(2));
     json_decref(all);
@@ -509,7 +668,7 @@ void cluster_describe(const cluster *self, cm_bytes *json)
 void cluster_list(const cluster *self, cm_bytes *text)
 {
     for (uint32_t i = 0; i < self->n_children; i++) {
-        cm_bytes_printf(text, "%s%s %d", i > 0 ? ", " : "", self->children[i].name,
-                        (int)self->children[i].pid);
+        cm_bytes_printf(text, "%s%s %d", i > 0 ? ", " : "", self->children[i]->name,
+                        (int)self->children[i]->pid);
     }
 }

@@ -17,6 +17,9 @@ static const main_verb g_verbs[] = {
     {"up", verb_up, "run a whole cluster on this machine, in the foreground"},
     {"chat", verb_chat, "talk to a cluster"},
     {"status", verb_status, "members of a cluster, its epoch, placement and load"},
+    {"scale", verb_scale, "have so many workers serve"},
+    {"drain", verb_drain, "let a member finish what it does and leave"},
+    {"rebalance", verb_rebalance, "move experts by their load, once"},
     {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
     {"logits", verb_logits,
      "logits and greedy tokens of given token ids, to compare with other implementations"},
@@ -30,7 +33,7 @@ static void main_help(FILE *to)
 {
     fprintf(to, "baleen: DeepSeek-V4 served by a cluster of processes\n\nusage: baleen VERB [options]\n\n");
     for (size_t i = 0; i < MAIN_VERBS; i++) {
-        fprintf(to, "  %-8s %s\n", g_verbs[i].word, g_verbs[i].doc);
+        fprintf(to, "  %-9s %s\n", g_verbs[i].word, g_verbs[i].doc);
     }
     fprintf(to,
             "\nbaleen VERB --help lists a verb's options; baleen --version says which version this is.\n");

@@ -1,5 +1,6 @@
 #include "tools/baleen/run_folder.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <jansson.h>
@@ -115,6 +116,28 @@ void run_folder_close(run_folder *folder)
 cm_status run_folder_publish(const run_folder *folder, const char *json, cm_error *err)
 {
     return replace_file(folder->path, "cluster.json", json, strlen(json), err);
+}
+
+cm_status run_folder_empty(const run_folder *folder, const char *name, char **path_out, cm_error *err)
+{
+    cm_bytes path;
+    folder_file(folder->path, name, &path);
+    DIR *dir = NULL;
+    if (mkdir(cm_bytes_text(&path), 0777) == 0 || errno == EEXIST) {
+        dir = opendir(cm_bytes_text(&path));
+    }
+    cm_status status = CM_OK;
+    if (dir == NULL) {
+        status = cm_error_set(err, CM_E_IO, "run", "%s: %s", cm_bytes_text(&path), strerror(errno));
+    } else {
+        for (struct dirent *entry; (entry = readdir(dir)) != NULL;) {
+            unlinkat(dirfd(dir), entry->d_name, 0); /* "." and ".." are no files and stay */
+        }
+        closedir(dir);
+        *path_out = cm_strdup(cm_bytes_text(&path));
+    }
+    cm_bytes_fini(&path);
+    return status;
 }
 
 static cm_status address_take(const json_t *cluster, const char *dir, const char *key, char out[128],

@@ -19,6 +19,10 @@ void run_folder_close(run_folder *folder);
 /* Replaces cluster.json as a whole. */
 CM_MUST_CHECK cm_status run_folder_publish(const run_folder *folder, const char *json, cm_error *err);
 
+/* A folder of that name in it, made or emptied of its files. path_out is the caller's to free. */
+CM_MUST_CHECK cm_status run_folder_empty(const run_folder *folder, const char *name, char **path_out,
+                                         cm_error *err);
+
 /* What clients want from cluster.json. */
 typedef struct run_addresses {
     char http[128], grpc[128], coordinator[128];

@@ -105,7 +105,7 @@ static pid_t spawn_fork(char *const *argv, char *const *env, int null_fd, int lo
     return pid;
 }
 
-cm_status spawn_start(spawn_args *args, char *const *env, const char *log_path, pid_t *pid_out,
+cm_status spawn_start(spawn_args *args, char *const *env, const char *log_path, bool again, pid_t *pid_out,
                       int *ready_fd_out, cm_error *err)
 {
     int pipe_fd[2], null_fd, log_fd;
@@ -114,7 +114,7 @@ cm_status spawn_start(spawn_args *args, char *const *env, const char *log_path, 
     if (null_fd < 0) {
         return cm_error_set(err, CM_E_IO, NULL, "/dev/null: %s", strerror(errno));
     }
-    log_fd = open(log_path, O_WRONLY | O_CREAT | O_TRUNC | O_APPEND | O_CLOEXEC, 0666);
+    log_fd = open(log_path, O_WRONLY | O_CREAT | (again ? 0 : O_TRUNC) | O_APPEND | O_CLOEXEC, 0666);
     if (log_fd < 0) {
         status = cm_error_set(err, CM_E_IO, NULL, "%s: %s", log_path, strerror(errno));
         goto out_null;

@@ -6,28 +6,23 @@
 
 #include "common/base/bytes.h"
 #include "common/base/stats.h"
-#include "common/proc/addresses.h"
-#include "common/proc/rpc_client.h"
-#include "proto/control.pb-c.h"
-#include "proto/pack.h"
+#include "tools/baleen/admin.h"
 #include "tools/baleen/cli.h"
-#include "tools/baleen/run_folder.h"
 #include "tools/baleen/verbs.h"
 
-enum { STATUS_TIMEOUT_MS = 10000, STATUS_ARENA_CHUNK_BYTES = 64 << 10, STATUS_ARENA_BYTES_MAX = 256 << 20 };
+enum { STATUS_ARENA_CHUNK_BYTES = 64 << 10, STATUS_ARENA_BYTES_MAX = 256 << 20 };
 
 typedef Baleen__Control__V1__StatusReply status_reply;
 typedef Baleen__Control__V1__MemberStatus status_member;
 
 typedef struct status_config {
-    char *run, *coordinator;
-    bool json;
+    admin_target target;
+    bool json, experts;
 } status_config;
 
 static const cm_cfg_field g_fields[] = {
-    {"run", "", "run folder of a baleen up", CM_CFG_STRING(status_config, run)},
-    {"coordinator", "", "host:port of the coordinator, or of several with commas, in place of --run",
-     CM_CFG_STRING(status_config, coordinator)},
+    ADMIN_TARGET_FIELDS(status_config, target),
+    {"experts", "off", "with every expert's owners and recent load", CM_CFG_BOOL(status_config, experts)},
     {"json", "off", "one JSON object in place of the table", CM_CFG_BOOL(status_config, json)},
 };
 
@@ -106,13 +101,16 @@ static const char *member_address(const Baleen__Control__V1__Member *member)
     return "";
 }
 
-static void print_table(const status_reply *reply)
+void admin_print_table(const status_reply *reply)
 {
     printf("cluster %016llx, epoch %llu, checkpoint %s\n", (unsigned long long)reply->cluster,
            (unsigned long long)reply->epoch,
            reply->fingerprint != NULL ? reply->fingerprint : "not known yet");
     if (reply->change != NULL) {
         printf("being changed: %s\n", reply->change);
+    }
+    if (reply->has_imbalance_permille) {
+        printf("load: the busiest worker of a layer has %.2f of the mean\n", reply->imbalance_permille / 1e3);
     }
     printf("\n%-11s %4s %8s %-16s %-22s %-10s %5s %8s  %s\n", "role", "id", "pid", "host", "address", "state",
            "epoch", "experts", "load");
@@ -129,7 +127,38 @@ static void print_table(const status_reply *reply)
     }
 }
 
+/* One line per expert: layer, expert, rows, owners. */
+static void print_experts(const status_reply *reply)
+{
+    const Baleen__Control__V1__Placement *place = reply->placement;
+    printf("\n%5s %6s %12s  %s\n", "layer", "expert", "recent rows", "workers");
+    for (size_t i = 0; place != NULL && i + 1 < place->n_first; i++) {
+        printf("%5zu %6zu %12llu ", i / place->n_expert, i % place->n_expert,
+               i < reply->n_load ? (unsigned long long)reply->load[i] : 0ull);
+        for (uint32_t k = place->first[i]; k < place->first[i + 1]; k++) {
+            printf(" %u", place->rank_member[place->owner[k]]);
+        }
+        printf("\n");
+    }
+}
+
 /* ---- JSON ---- */
+
+static json_t *experts_json(const status_reply *reply)
+{
+    const Baleen__Control__V1__Placement *place = reply->placement;
+    json_t *owners = json_array(), *load = json_array();
+    for (size_t i = 0; i + 1 < place->n_first; i++) {
+        json_t *ids = json_array();
+        for (uint32_t k = place->first[i]; k < place->first[i + 1]; k++) {
+            json_array_append_new(ids, json_integer(place->rank_member[place->owner[k]]));
+        }
+        json_array_append_new(owners, ids);
+        json_array_append_new(load, json_integer(i < reply->n_load ? (json_int_t)reply->load[i] : 0));
+    }
+    return json_pack("{s:i, s:i, s:o, s:o}", "layers", (int)place->n_layer, "experts_of_a_layer",
+                     (int)place->n_expert, "owners", owners, "load", load);
+}
 
 static void set_text(json_t *object, const char *key, const char *text)
 {
@@ -176,6 +205,12 @@ static void print_json(const status_reply *reply)
     json_t *all = json_pack("{s:s, s:I}", "cluster", cluster, "epoch", (json_int_t)reply->epoch);
     set_text(all, "fingerprint", reply->fingerprint);
     set_text(all, "change", reply->change);
+    if (reply->has_imbalance_permille) {
+        json_object_set_new(all, "imbalance", json_real(reply->imbalance_permille / 1e3));
+    }
+    if (reply->placement != NULL) {
+        json_object_set_new(all, "placement", experts_json(reply));
+    }
     json_object_set_new(all, "members", members);
     json_dumpf(all, stdout, JSON_INDENT(2));
     printf("\n");
@@ -184,104 +219,21 @@ static void print_json(const status_reply *reply)
 
 /* ---- asking ---- */
 
-static cm_status find_coordinators(const status_config *config, pc_addresses *out, cm_error *err)
-{
-    if (config->coordinator[0] != '\0') {
-        return pc_addresses_parse("coordinator", config->coordinator, out, err);
-    }
-    if (config->run[0] == '\0') {
-        return cm_error_set(
-            err, CM_E_CONFIG, "run",
-            "which cluster? give --run DIR (the run folder of baleen up) or --coordinator HOST:PORT");
-    }
-    run_addresses addresses;
-    CM_TRY(run_folder_addresses(config->run, &addresses, err));
-    return pc_addresses_parse("coordinator", addresses.coordinator, out, err);
-}
-
-static cm_status ask(const char *address, cm_bytes *reply, cm_error *err)
-{
-    pc_loop *loop;
-    cm_bytes request;
-    cm_error inner = {0};
-    Baleen__Control__V1__StatusRequest message = BALEEN__CONTROL__V1__STATUS_REQUEST__INIT;
-    if (pc_loop_create(&loop) != CM_OK) {
-        return cm_error_set(err, CM_E_IO, NULL, "no event loop");
-    }
-    cm_bytes_init(&request, 0);
-    pr_pack(&message.base, &request);
-    pc_channel *channel = pc_channel_create(loop, address);
-    cm_status status = pc_unary_wait(channel, "/baleen.control.v1.Admin/Status", request.data, request.len,
-                                     STATUS_TIMEOUT_MS, reply, &inner);
-    if (status != CM_OK) {
-        cm_error_set(err, status, NULL, "the coordinator at %s: %.300s", address,
-                     inner.text[0] != '\0' ? inner.text : cm_status_text(status));
-    }
-    pc_channel_destroy(channel);
-    pc_loop_destroy(loop);
-    cm_bytes_fini(&request);
-    return status;
-}
-
-static cm_status ask_and_read(const char *address, cm_arena *arena, status_reply **reply_out, cm_error *err)
-{
-    cm_bytes packed;
-    cm_bytes_init(&packed, 0);
-    cm_arena_reset(arena);
-    cm_status status = ask(address, &packed, err);
-    if (status == CM_OK && pr_unpack(&baleen__control__v1__status_reply__descriptor, packed.data, packed.len,
-                                     arena, (ProtobufCMessage **)reply_out) != CM_OK) {
-        status =
-            cm_error_set(err, CM_E_PROTOCOL, NULL,
-                         "the answer of %s is no status: not a coordinator, or of another version", address);
-    }
-    cm_bytes_fini(&packed);
-    return status;
-}
-
-/* The active one of the list, or the one that a standby names; err has what a standby says, if there is one.
- */
-static cm_status ask_active(const pc_addresses *list, cm_arena *arena, status_reply **reply_out,
-                            cm_error *err)
-{
-    char address[PC_ADDRESS_BYTES], named[PC_ADDRESS_BYTES] = "";
-    cm_status status = CM_E_UNAVAILABLE;
-    bool standby = false;
-    for (uint32_t i = 0; i <= list->n; i++) {
-        cm_error why = {0};
-        snprintf(address, sizeof(address), "%s", i < list->n ? list->text[i] : named);
-        if (address[0] == '\0') {
-            continue;
-        }
-        cm_status asked = ask_and_read(address, arena, reply_out, &why);
-        if (asked == CM_OK && !(*reply_out)->standby) {
-            return CM_OK;
-        }
-        if (asked != CM_OK && !standby) {
-            *err = why;
-            status = asked;
-        } else if (asked == CM_OK) {
-            standby = true;
-            snprintf(named, sizeof(named), "%s", or_empty((*reply_out)->active));
-            status = cm_error_set(err, CM_E_UNAVAILABLE, NULL, "%s is no active coordinator: %.300s", address,
-                                  or_empty((*reply_out)->change));
-        }
-    }
-    return status;
-}
-
 static cm_status status_show(const status_config *config, cm_error *err)
 {
-    pc_addresses list;
+    char address[128];
     cm_arena arena;
     status_reply *reply;
-    CM_TRY(find_coordinators(config, &list, err));
+    CM_TRY(admin_find(&config->target, address, err));
     cm_arena_init(&arena, "status", STATUS_ARENA_CHUNK_BYTES, STATUS_ARENA_BYTES_MAX);
-    cm_status status = ask_active(&list, &arena, &reply, err);
+    cm_status status = admin_status(address, config->experts, &arena, &reply, err);
     if (status == CM_OK && config->json) {
         print_json(reply);
     } else if (status == CM_OK) {
-        print_table(reply);
+        admin_print_table(reply);
+        if (config->experts) {
+            print_experts(reply);
+        }
     }
     cm_arena_fini(&arena);
     return status;

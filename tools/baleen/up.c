@@ -14,6 +14,7 @@
 #include "common/model/geometry.h"
 #include "tools/baleen/cli.h"
 #include "tools/baleen/cluster.h"
+#include "tools/baleen/launcher.h"
 #include "tools/baleen/run_folder.h"
 #include "tools/baleen/verbs.h"
 
@@ -39,6 +40,9 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_MS(up_config, ready_ms, 100, 86400000)},
     {"drain_ms", "30s", "how long running requests may take to finish when asked to stop",
      CM_CFG_MS(up_config, drain_ms, 0, 3600000)},
+    {"no_restart", "off",
+     "a process that fails stays away; else it is started again, as a unit file would do",
+     CM_CFG_BOOL(up_config, no_restart)},
     {"failpoints", "", "tests only: name:odds,.. of failpoints to arm in every process",
      CM_CFG_STRING(up_config, failpoints)},
     {"seed", "0", "tests only: seed of armed failpoints", CM_CFG_UINT(up_config, seed, 0, UINT64_MAX)},
@@ -58,8 +62,9 @@ typedef struct up {
     pc_loop *loop;
     run_folder folder;
     cluster *cluster;
+    launcher *launcher; /* while the cluster serves */
     cluster_options options;
-    char *bin_dir, *model_dir;
+    char *bin_dir, *model_dir, *store_dir;
     char **env;
     bool interrupted;
     int code;
@@ -139,10 +144,22 @@ static void up_publish(up *self)
     cm_bytes_fini(&json);
 }
 
+static uint32_t up_pids(void *ctx, uint32_t *pids_out, uint32_t n_max)
+{
+    return cluster_worker_pids(((up *)ctx)->cluster, pids_out, n_max);
+}
+
+static void up_order(void *ctx, uint32_t n_workers)
+{
+    cluster_scale(((up *)ctx)->cluster, n_workers);
+}
+
 static void up_ready(void *ctx)
 {
     up *self = ctx;
     cm_bytes list;
+    self->launcher = launcher_create(self->loop, cluster_coordinator(self->cluster),
+                                     &(launcher_events){.pids = up_pids, .order = up_order, .ctx = self});
     up_publish(self); /* before the line: who reads it may look */
     cm_bytes_init(&list, 0);
     cluster_list(self->cluster, &list);
@@ -154,7 +171,9 @@ static void up_ready(void *ctx)
 
 static void up_changed(void *ctx)
 {
-    up_publish(ctx);
+    up *self = ctx;
+    up_publish(self);
+    launcher_changed(self->launcher);
 }
 
 static void up_ended(void *ctx, int code)
@@ -198,6 +217,7 @@ static cm_status up_run(up *self, cm_error *err)
     self->options = (cluster_options){
         .config = &self->config,
         .run_dir = self->folder.path,
+        .store_dir = self->store_dir,
         .bin_dir = self->bin_dir,
         .model_dir = self->model_dir,
         .model_name = self->config.name[0] != '\0' ? self->config.name : strrchr(self->model_dir, '/') + 1,
@@ -211,8 +231,21 @@ static cm_status up_run(up *self, cm_error *err)
     CM_TRY(cluster_create(self->loop, &self->options, &self->cluster, err));
     up_watch_signals(self);
     pc_loop_run(self->loop);
+    launcher_destroy(self->launcher);
     cluster_destroy(self->cluster);
     return CM_OK;
+}
+
+/* A coordinator that is started again must know its cluster. Unless the user keeps the log elsewhere it lies
+ * in the run folder and begins anew with each cluster. */
+static cm_status find_store(up *self, cm_error *err)
+{
+    const char *elsewhere = cm_env_get("BALEEN_STORE");
+    if (elsewhere != NULL && elsewhere[0] != '\0') {
+        self->store_dir = cm_strdup("");
+        return CM_OK;
+    }
+    return run_folder_empty(&self->folder, "store", &self->store_dir, err);
 }
 
 static cm_status up_prepare(up *self, cm_error *err)
@@ -238,7 +271,10 @@ int verb_up(int argc, char **argv)
     }
     cm_status status = up_prepare(&self, &err);
     if (status == CM_OK) {
-        status = up_run(&self, &err);
+        status = find_store(&self, &err);
+        if (status == CM_OK) {
+            status = up_run(&self, &err);
+        }
         run_folder_close(&self.folder);
     }
     code = status == CM_OK ? self.code : cli_fail(&g_table, &err);
@@ -248,6 +284,7 @@ int verb_up(int argc, char **argv)
     cm_free(self.env);
     cm_free(self.model_dir);
     cm_free(self.bin_dir);
+    cm_free(self.store_dir);
     cm_cfg_free(&g_table, &self.config);
     return code;
 }

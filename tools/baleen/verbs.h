@@ -5,6 +5,9 @@
 int verb_up(int argc, char **argv);
 int verb_chat(int argc, char **argv);
 int verb_status(int argc, char **argv);
+int verb_scale(int argc, char **argv);
+int verb_drain(int argc, char **argv);
+int verb_rebalance(int argc, char **argv);
 int verb_logits(int argc, char **argv);
 int verb_verify(int argc, char **argv);
 int verb_tokenize(int argc, char **argv);

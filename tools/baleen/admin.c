@@ -1,0 +1,111 @@
+#include "tools/baleen/admin.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "common/proc/rpc_client.h"
+#include "proto/pack.h"
+#include "tools/baleen/run_folder.h"
+
+enum { ADMIN_STATUS_MS = 10000, ADMIN_ARENA_CHUNK_BYTES = 64 << 10, ADMIN_ARENA_BYTES_MAX = 256 << 20 };
+
+cm_status admin_ask(const char *address, const char *method, const ProtobufCMessage *request,
+                    uint64_t timeout_ms, cm_bytes *reply, cm_error *err)
+{
+    pc_loop *loop;
+    cm_bytes packed;
+    cm_error inner = {0};
+    char path[64];
+    if (pc_loop_create(&loop) != CM_OK) {
+        return cm_error_set(err, CM_E_IO, NULL, "no event loop");
+    }
+    cm_bytes_init(&packed, 0);
+    pr_pack(request, &packed);
+    snprintf(path, sizeof(path), "/baleen.control.v1.Admin/%s", method);
+    pc_channel *channel = pc_channel_create(loop, address);
+    cm_status status = pc_unary_wait(channel, path, packed.data, packed.len, timeout_ms, reply, &inner);
+    if (status != CM_OK) {
+        cm_error_set(err, status, NULL, "the coordinator at %s: %.300s", address,
+                     inner.text[0] != '\0' ? inner.text : cm_status_text(status));
+    }
+    pc_channel_destroy(channel);
+    pc_loop_destroy(loop);
+    cm_bytes_fini(&packed);
+    return status;
+}
+
+cm_status admin_status(const char *address, bool experts, cm_arena *arena,
+                       Baleen__Control__V1__StatusReply **reply_out, cm_error *err)
+{
+    cm_bytes packed;
+    Baleen__Control__V1__StatusRequest request = BALEEN__CONTROL__V1__STATUS_REQUEST__INIT;
+    request.has_experts = request.experts = experts;
+    cm_bytes_init(&packed, 0);
+    cm_status status = admin_ask(address, "Status", &request.base, ADMIN_STATUS_MS, &packed, err);
+    if (status == CM_OK && pr_unpack(&baleen__control__v1__status_reply__descriptor, packed.data, packed.len,
+                                     arena, (ProtobufCMessage **)reply_out) != CM_OK) {
+        status =
+            cm_error_set(err, CM_E_PROTOCOL, NULL,
+                         "the answer of %s is no status: not a coordinator, or of another version", address);
+    }
+    cm_bytes_fini(&packed);
+    return status;
+}
+
+/* ---- which one ---- */
+
+static cm_status admin_list(const admin_target *target, pc_addresses *out, cm_error *err)
+{
+    if (target->coordinator[0] != '\0') {
+        return pc_addresses_parse("coordinator", target->coordinator, out, err);
+    }
+    if (target->run[0] == '\0') {
+        return cm_error_set(
+            err, CM_E_CONFIG, "run",
+            "which cluster? give --run DIR (the run folder of baleen up) or --coordinator HOST:PORT");
+    }
+    run_addresses addresses;
+    CM_TRY(run_folder_addresses(target->run, &addresses, err));
+    return pc_addresses_parse("coordinator", addresses.coordinator, out, err);
+}
+
+static cm_status admin_find_in(const pc_addresses *list, cm_arena *arena, char *address_out, cm_error *err)
+{
+    char named[PC_ADDRESS_BYTES] = "";
+    cm_status status = CM_E_UNAVAILABLE;
+    bool standby = false;
+    for (uint32_t i = 0; i <= list->n; i++) {
+        Baleen__Control__V1__StatusReply *reply;
+        cm_error why = {0};
+        snprintf(address_out, PC_ADDRESS_BYTES, "%s", i < list->n ? list->text[i] : named);
+        if (address_out[0] == '\0') {
+            continue;
+        }
+        cm_arena_reset(arena);
+        cm_status asked = admin_status(address_out, false, arena, &reply, &why);
+        if (asked == CM_OK && !reply->standby) {
+            return CM_OK;
+        }
+        if (asked != CM_OK && !standby) {
+            *err = why;
+            status = asked;
+        } else if (asked == CM_OK) {
+            standby = true;
+            snprintf(named, sizeof(named), "%s", reply->active != NULL ? reply->active : "");
+            status = cm_error_set(err, CM_E_UNAVAILABLE, NULL, "%s is no active coordinator: %.300s",
+                                  address_out, reply->change != NULL ? reply->change : "");
+        }
+    }
+    return status;
+}
+
+cm_status admin_find(const admin_target *target, char address_out[PC_ADDRESS_BYTES], cm_error *err)
+{
+    pc_addresses list;
+    cm_arena arena;
+    CM_TRY(admin_list(target, &list, err));
+    cm_arena_init(&arena, "status", ADMIN_ARENA_CHUNK_BYTES, ADMIN_ARENA_BYTES_MAX);
+    cm_status status = admin_find_in(&list, &arena, address_out, err);
+    cm_arena_fini(&arena);
+    return status;
+}
