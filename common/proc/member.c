@@ -34,16 +34,11 @@ struct pc_member {
     uint32_t role, n_layer, n_expert;
     uint64_t expert_bytes, expert_bytes_max, incarnation;
 
-    /* Coordinators, one of which is active. A round tries each of them once, and the one that a standby
-     * names; the backoff is between rounds. */
-    pc_addresses coordinators;
-    uint32_t i_coordinator, tried;      /* next of the list; in this round, a bit for each */
-    char coordinator[PC_ADDRESS_BYTES]; /* the one that we talk to, or try */
-    char hint[PC_ADDRESS_BYTES];        /* where a standby sent us; "" */
-    bool hint_followed, at_hint;        /* in this round; now */
+    pc_tour tour;
+    char coordinator[PC_ADDRESS_BYTES]; /* the one that channel goes to */
 
-    pc_channel *channel; /* to coordinator */
-    pc_stream *stream;   /* the session; NULL between two */
+    pc_channel *channel;
+    pc_stream *stream; /* the session; NULL between two */
     pc_timer *retry, *heartbeat;
     uint64_t backoff_ms, backoff_max_ms, heartbeat_ms;
     bool connected; /* welcomed in this session */
@@ -238,16 +233,6 @@ void pc_member_leave(pc_member *member)
 /* ----------------------------------------------------------------------------------------------
  * coordinator's words */
 
-/* In the list; its length when it is not in it. */
-static uint32_t member_index_of(const pc_member *member, const char *address)
-{
-    uint32_t i = 0;
-    while (i < member->coordinators.n && strcmp(member->coordinators.text[i], address) != 0) {
-        i++;
-    }
-    return i;
-}
-
 static void member_bound_backoff(pc_member *member, uint32_t lease_ms)
 {
     uint64_t third_ms = lease_ms / 3 > MEMBER_BACKOFF_MIN_MS ? lease_ms / 3 : MEMBER_BACKOFF_MIN_MS;
@@ -291,8 +276,8 @@ static void member_hear_refused(pc_member *member, const Baleen__Control__V1__Re
     bool again = status == CM_E_UNAVAILABLE && member->backoff_ms > MEMBER_BACKOFF_MIN_MS;
     cm_log_line(again ? CM_LOG_DEBUG : CM_LOG_WARN, "coordinator %s refuses us%s: %s", member->coordinator,
                 final ? " for good" : "", refused->text);
-    if (refused->active != NULL && strlen(refused->active) < sizeof(member->hint)) {
-        snprintf(member->hint, sizeof(member->hint), "%s", refused->active);
+    if (refused->active != NULL) {
+        pc_tour_hint(&member->tour, refused->active);
     }
     member->over |= final;
     member->refused = true;
@@ -426,38 +411,6 @@ static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
     member_hear(member, (const Baleen__Control__V1__CoordinatorMessage *)message);
 }
 
-static void member_begin_round(pc_member *member)
-{
-    member->tried = 0;
-    member->hint[0] = 0;
-    member->hint_followed = member->at_hint = false;
-}
-
-static bool member_was_tried(const pc_member *member, const char *address)
-{
-    return (member->tried & 1u << member_index_of(member, address)) != 0;
-}
-
-/* How long to wait before the next try, and where that one goes. */
-static uint64_t member_next_try(pc_member *member)
-{
-    uint32_t n = member->coordinators.n;
-    member->tried |= 1u << member_index_of(member, member->coordinator);
-    member->at_hint =
-        member->hint[0] != 0 && !member->hint_followed && !member_was_tried(member, member->hint);
-    member->hint_followed |= member->at_hint;
-    for (uint32_t i = 0; i < n; i++) {
-        if (member->at_hint || (member->tried & 1u << member->i_coordinator) == 0) {
-            return 0;
-        }
-        member->i_coordinator = (member->i_coordinator + 1) % n;
-    }
-    uint64_t backoff_ms = member->backoff_ms;
-    member_begin_round(member);
-    member->backoff_ms = backoff_ms * 2 < member->backoff_max_ms ? backoff_ms * 2 : member->backoff_max_ms;
-    return backoff_ms;
-}
-
 static void member_closed(void *ctx, pc_code code, const char *text)
 {
     pc_member *member = ctx;
@@ -473,22 +426,22 @@ static void member_closed(void *ctx, pc_code code, const char *text)
     cm_log_line(first ? CM_LOG_WARN : CM_LOG_DEBUG,
                 "no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text,
                 (int)code);
+    uint64_t wait_ms = 0;
     if (was_connected) {
-        /* Another one first: a machine that went silent takes long to refuse us, and if all that was lost is
-         * our connection a standby sends us back at once. */
-        member_begin_round(member);
-        member->i_coordinator = (member_index_of(member, member->coordinator) + 1) % member->coordinators.n;
-        pc_timer_set(member->retry, MEMBER_BACKOFF_MIN_MS);
-    } else {
-        pc_timer_set(member->retry, member_next_try(member));
+        pc_tour_lost(&member->tour);
+        wait_ms = MEMBER_BACKOFF_MIN_MS;
+    } else if (!pc_tour_next(&member->tour)) {
+        wait_ms = member->backoff_ms;
+        member->backoff_ms = wait_ms * 2 < member->backoff_max_ms ? wait_ms * 2 : member->backoff_max_ms;
     }
+    pc_timer_set(member->retry, wait_ms);
 }
 
 static void member_connect(void *arg)
 {
     static const pc_stream_events events = {.message = member_message, .closed = member_closed};
     pc_member *member = arg;
-    const char *address = member->at_hint ? member->hint : member->coordinators.text[member->i_coordinator];
+    const char *address = member->tour.at;
     if (member->channel == NULL || strcmp(member->coordinator, address) != 0) {
         if (member->channel != NULL) {
             pc_channel_destroy(member->channel);
@@ -513,8 +466,10 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->loop = loop;
     member->events = *events;
     member->ctx = ctx;
-    cm_status status = pc_addresses_parse("coordinator", options->coordinator, &member->coordinators, NULL);
+    pc_addresses coordinators;
+    cm_status status = pc_addresses_parse("coordinator", options->coordinator, &coordinators, NULL);
     CM_ASSERT_MSG(status == CM_OK, "coordinator '%s' was not checked", options->coordinator);
+    pc_tour_init(&member->tour, &coordinators);
     member->data_address = member_copy(options->data_address);
     member->http_address = member_copy(options->http_address);
     member->grpc_address = member_copy(options->grpc_address);
