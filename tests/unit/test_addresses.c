@@ -97,6 +97,8 @@ static void a_hint_is_followed_once_a_round(void **state)
     pc_tour tour = tour_of("a:1,b:2");
     walk(&tour, (const char *[]){"a:1", "hint b:2", "next", "b:2", "hint a:1", "wait", /* tried already */
                                  "hint x:9", "next", "x:9", "hint y:9", "next", "wait", NULL});
+    tour = tour_of("a:1,b:2");
+    walk(&tour, (const char *[]){"a:1", "next", "b:2", "hint a:1", "wait", NULL}); /* not twice in a round */
 }
 
 static void another_one_comes_first_after_a_loss(void **state)
