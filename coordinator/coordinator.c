@@ -221,7 +221,8 @@ static void session_send_on(co_coordinator *c, pc_call *call)
     cm_bytes_clear(&c->packed);
     co_answer_send_on(c->active_address, c->why, &c->packed);
     cm_status status = pc_call_send(call, c->packed.data, c->packed.len);
-    pc_call_finish(call, status == CM_OK ? PC_CODE_OK : pc_code_of(status), "", NULL, 0, 0);
+    /* Not OK: to one that leaves that would mean it was let go. */
+    pc_call_finish(call, status == CM_OK ? PC_CODE_UNAVAILABLE : pc_code_of(status), c->why, NULL, 0, 0);
 }
 
 static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)

@@ -1,5 +1,6 @@
 #include "common/proc/addresses.h"
 
+#include <stdio.h>
 #include <string.h>
 
 static bool address_is_plain(const char *text, size_t n)
@@ -38,4 +39,69 @@ cm_status pc_addresses_parse(const char *name, const char *list, pc_addresses *a
     }
     *addresses_out = addresses;
     return CM_OK;
+}
+
+/* ---- tour ---- */
+
+/* In the list; its length when it is not in it. */
+static uint32_t tour_index(const pc_tour *tour, const char *address)
+{
+    uint32_t i = 0;
+    while (i < tour->list.n && strcmp(tour->list.text[i], address) != 0) {
+        i++;
+    }
+    return i;
+}
+
+static void tour_go(pc_tour *tour, const char *address)
+{
+    snprintf(tour->at, sizeof(tour->at), "%s", address);
+}
+
+static void tour_begin_round(pc_tour *tour)
+{
+    tour->tried = 0;
+    tour->hint[0] = 0;
+    tour->hint_taken = false;
+    tour_go(tour, tour->list.text[tour->i]);
+}
+
+void pc_tour_init(pc_tour *tour, const pc_addresses *list)
+{
+    *tour = (pc_tour){.list = *list};
+    tour_begin_round(tour);
+}
+
+void pc_tour_hint(pc_tour *tour, const char *address)
+{
+    if (strlen(address) < sizeof(tour->hint)) {
+        snprintf(tour->hint, sizeof(tour->hint), "%s", address);
+    }
+}
+
+bool pc_tour_next(pc_tour *tour)
+{
+    tour->tried |= 1u << tour_index(tour, tour->at);
+    uint32_t hint = tour_index(tour, tour->hint);
+    bool hint_is_new = hint == tour->list.n || (tour->tried & 1u << hint) == 0;
+    if (tour->hint[0] != 0 && !tour->hint_taken && hint_is_new) {
+        tour->hint_taken = true;
+        tour_go(tour, tour->hint);
+        return true;
+    }
+    for (uint32_t n = 0; n < tour->list.n; n++) {
+        if ((tour->tried & 1u << tour->i) == 0) {
+            tour_go(tour, tour->list.text[tour->i]);
+            return true;
+        }
+        tour->i = (tour->i + 1) % tour->list.n;
+    }
+    tour_begin_round(tour);
+    return false;
+}
+
+void pc_tour_lost(pc_tour *tour)
+{
+    tour->i = (tour_index(tour, tour->at) + 1) % tour->list.n;
+    tour_begin_round(tour);
 }

@@ -27,8 +27,7 @@ struct pc_member {
     pc_member_events events;
     void *ctx;
     char *data_address, *http_address, *grpc_address, *fingerprint; /* addresses: NULL when none */
-    pc_addresses coordinators;
-    char coordinator[PC_ADDRESS_BYTES]; /* the one that we talk to, or try */
+    char coordinator[PC_ADDRESS_BYTES];                             /* the one that we talk to, or try */
     char host[256];
     uint32_t role;
 
@@ -309,7 +308,8 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->loop = loop;
     member->events = *events;
     member->ctx = ctx;
-    cm_status status = pc_addresses_parse("coordinator", options->coordinator, &member->coordinators, NULL);
+    pc_addresses coordinators;
+    cm_status status = pc_addresses_parse("coordinator", options->coordinator, &coordinators, NULL);
     CM_ASSERT_MSG(status == CM_OK, "coordinator '%s' was not checked", options->coordinator);
     member->data_address = member_copy(options->data_address);
     member->http_address = member_copy(options->http_address);
@@ -320,7 +320,7 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     cm_arena_init(&member->arena, "member message", MEMBER_ARENA_CHUNK, MEMBER_ARENA_MAX);
     cm_bytes_init(&member->packed, 0);
     member->tick = pc_timer_create(loop, member_tick, member);
-    pc_mself self = {.coordinators = &member->coordinators,
+    pc_mself self = {.coordinators = &coordinators,
                      .role = options->role,
                      .incarnation = cm_random_u64(),
                      .pid = (uint32_t)getpid(),

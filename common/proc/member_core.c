@@ -27,12 +27,7 @@ struct pc_mcore {
     bool refused;   /* in this session */
     uint64_t retry_at_ms, beat_at_ms, backoff_ms, backoff_max_ms, heartbeat_ms;
 
-    /* A round tries each coordinator once, and the one that a standby names; the backoff is between rounds.
-     */
-    uint32_t i_coordinator, tried;      /* next of the list; in this round, a bit for each */
-    char coordinator[PC_ADDRESS_BYTES]; /* the one that we talk to, or try */
-    char hint[PC_ADDRESS_BYTES];        /* where a standby sent us; "" */
-    bool hint_followed, at_hint;        /* in this round; now */
+    pc_tour tour;
 
     uint32_t id;
     uint64_t cluster;
@@ -83,11 +78,9 @@ bool pc_mcore_next(pc_mcore *core, pc_mout *out)
 
 static void mcore_connect(pc_mcore *core)
 {
-    const char *address = core->at_hint ? core->hint : core->self.coordinators->text[core->i_coordinator];
     core->open = true;
     core->refused = false;
-    snprintf(core->coordinator, sizeof(core->coordinator), "%s", address);
-    snprintf(mcore_emit(core, PC_MOUT_OPEN)->text, PC_ADDRESS_BYTES, "%s", address);
+    snprintf(mcore_emit(core, PC_MOUT_OPEN)->text, PC_ADDRESS_BYTES, "%s", core->tour.at);
     mcore_emit(core, PC_MOUT_HELLO);
 }
 
@@ -120,6 +113,7 @@ pc_mcore *pc_mcore_create(const pc_mself *self, uint64_t now_ms)
     core->self = *self;
     core->backoff_ms = MCORE_BACKOFF_MIN_MS;
     core->backoff_max_ms = MCORE_BACKOFF_MAX_MS;
+    pc_tour_init(&core->tour, self->coordinators);
     core->retry_at_ms = now_ms;
     mcore_connect(core);
     return core;
@@ -198,16 +192,6 @@ void pc_mcore_leave(pc_mcore *core)
 
 /* ---- the coordinator's words ---- */
 
-/* In the list; its length when it is not in it. */
-static uint32_t mcore_index_of(const pc_mcore *core, const char *address)
-{
-    uint32_t i = 0;
-    while (i < core->self.coordinators->n && strcmp(core->self.coordinators->text[i], address) != 0) {
-        i++;
-    }
-    return i;
-}
-
 static void mcore_bound_backoff(pc_mcore *core, uint32_t lease_ms)
 {
     uint64_t third_ms = lease_ms / 3 > MCORE_BACKOFF_MIN_MS ? lease_ms / 3 : MCORE_BACKOFF_MIN_MS;
@@ -248,8 +232,8 @@ static void mcore_hear_refused(pc_mcore *core, const Baleen__Control__V1__Refuse
     bool again = status == CM_E_UNAVAILABLE && core->backoff_ms > MCORE_BACKOFF_MIN_MS;
     mcore_note(core, again ? CM_LOG_DEBUG : CM_LOG_WARN, "refused%s: %s", final ? " for good" : "",
                refused->text);
-    if (refused->active != NULL && strlen(refused->active) < sizeof(core->hint)) {
-        snprintf(core->hint, sizeof(core->hint), "%s", refused->active);
+    if (refused->active != NULL) {
+        pc_tour_hint(&core->tour, refused->active);
     }
     core->over |= final;
     core->refused = true;
@@ -350,33 +334,6 @@ void pc_mcore_hear(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__C
     }
 }
 
-static void mcore_begin_round(pc_mcore *core)
-{
-    core->tried = 0;
-    core->hint[0] = 0;
-    core->hint_followed = core->at_hint = false;
-}
-
-/* How long to wait before the next try, and where that one goes. */
-static uint64_t mcore_next_try(pc_mcore *core)
-{
-    uint32_t n = core->self.coordinators->n;
-    core->tried |= 1u << mcore_index_of(core, core->coordinator);
-    core->at_hint = core->hint[0] != 0 && !core->hint_followed &&
-                    (core->tried & 1u << mcore_index_of(core, core->hint)) == 0;
-    core->hint_followed |= core->at_hint;
-    for (uint32_t i = 0; i < n; i++) {
-        if (core->at_hint || (core->tried & 1u << core->i_coordinator) == 0) {
-            return 0;
-        }
-        core->i_coordinator = (core->i_coordinator + 1) % n;
-    }
-    uint64_t backoff_ms = core->backoff_ms;
-    mcore_begin_round(core);
-    core->backoff_ms = backoff_ms * 2 < core->backoff_max_ms ? backoff_ms * 2 : core->backoff_max_ms;
-    return backoff_ms;
-}
-
 void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *why)
 {
     bool was_connected = core->connected;
@@ -388,14 +345,14 @@ void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *
     /* The first of many; a refusal has said why itself. */
     bool first = was_connected || (core->backoff_ms == MCORE_BACKOFF_MIN_MS && !core->refused);
     mcore_note(core, first ? CM_LOG_WARN : CM_LOG_DEBUG, "no session: %s, trying on", why);
+    core->retry_at_ms = now_ms;
     if (was_connected) {
-        /* Another one first: a machine that went silent takes long to refuse us, and if all that was lost is
-         * our connection a standby sends us back at once. */
-        mcore_begin_round(core);
-        core->i_coordinator = (mcore_index_of(core, core->coordinator) + 1) % core->self.coordinators->n;
-        core->retry_at_ms = now_ms + MCORE_BACKOFF_MIN_MS;
-    } else {
-        core->retry_at_ms = now_ms + mcore_next_try(core);
+        pc_tour_lost(&core->tour);
+        core->retry_at_ms += MCORE_BACKOFF_MIN_MS;
+    } else if (!pc_tour_next(&core->tour)) {
+        core->retry_at_ms += core->backoff_ms;
+        core->backoff_ms =
+            core->backoff_ms * 2 < core->backoff_max_ms ? core->backoff_ms * 2 : core->backoff_max_ms;
     }
 }
 

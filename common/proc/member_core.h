@@ -17,7 +17,7 @@ typedef struct pc_mcore pc_mcore;
 
 /* What it tells of itself. Strings are kept; addresses NULL when none. */
 typedef struct pc_mself {
-    const pc_addresses *coordinators; /* one of which is active */
+    const pc_addresses *coordinators; /* one of which is active; borrowed for the create */
     uint32_t role;                    /* Baleen__Control__V1__Role */
     uint64_t incarnation;
     uint32_t pid;
