@@ -141,6 +141,7 @@ def test_a_failing_process_is_started_more_and_more_rarely(start_cluster):
         os.kill(pid, signal.SIGKILL)
         wait_for("up to notice", lambda: len(pauses()) == n + 1 and pids(cluster).get("worker-0") != pid)
     assert pauses() == ["0.2 s", "0.4 s", "0.8 s", "1.6 s"]
+    assert cluster.stop() == 0, cluster.said()
 
 
 def test_no_restart_leaves_it_dead(start_cluster):
@@ -197,6 +198,7 @@ def test_scale_under_load(start_cluster):
     wait_for("the others to end", lambda: [name for name in pids(cluster) if name.startswith("worker")] == ["worker-0"])
     assert "again" not in open(os.path.join(cluster.run, "up.err")).read()
     wait_for("the ledger to be zero", cluster.ledger_is_zero)
+    assert cluster.stop() == 0, cluster.said()
 
 
 def test_scale_outlives_the_coordinator(start_cluster):
