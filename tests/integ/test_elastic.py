@@ -141,6 +141,7 @@ def test_a_failing_process_is_started_more_and_more_rarely(start_cluster):
         os.kill(pid, signal.SIGKILL)
         wait_for("up to notice", lambda: len(pauses()) == n + 1 and pids(cluster).get("worker-0") != pid)
     assert pauses() == ["0.2 s", "0.4 s", "0.8 s", "1.6 s"]
+    assert cluster.stop() == 0, cluster.said()
 
 
 def test_no_restart_leaves_it_dead(start_cluster):
@@ -172,6 +173,39 @@ def test_drain_under_load(start_cluster):
     wait_for("the ledger to be zero", cluster.ledger_is_zero)
 
 
+def test_drain_of_a_gateway(start_cluster, bin_dir):
+    """Its stream ends as it would have, new requests are refused there, then its process ends in order."""
+    cluster = start_cluster("--workers", "1", env={"BALEEN_FAILPOINTS": "router_step_slow:10000"})
+    ask = {"model": "nano", "messages": COUNT, "temperature": 0, "max_tokens": 80, "extra_body": CHAT}
+    whole = client_of(cluster).chat.completions.create(**ask).choices[0].message.content
+    ready, child = os.pipe()
+    second = subprocess.Popen([os.path.join(bin_dir, "baleen-gateway"), "--coordinator", cluster.coordinator, "--model", NANO,
+                               "--ready-fd", str(child)], pass_fds=[child], stderr=open(os.path.join(cluster.run, "second.log"), "w"))
+    http = json.loads(os.read(ready, 4096))["http"]
+    os.close(ready)
+    os.close(child)
+
+    def both():
+        ids = serving(cluster, "gateway")
+        return ids if len(ids) == 2 else None
+
+    gateway = max(wait_for("the second gateway", both))  # ids are given in order
+    client = openai.OpenAI(base_url=f"http://{http}/v1", api_key="none", max_retries=0)
+    wait_for("it to be ready", lambda: subprocess.run(["curl", "-sf", f"http://{http}/ready"], capture_output=True).returncode == 0)
+    stream = client.chat.completions.create(**ask, stream=True)
+    text = next(stream).choices[0].delta.content or ""
+    drain = subprocess.Popen([os.path.join(bin_dir, "baleen"), "drain", str(gateway), "--run", cluster.run], stdout=subprocess.PIPE,
+                             text=True)
+    wait_for("it to be leaving", lambda: [m for m in cluster.status()["members"] if m["id"] == gateway and m["state"] == "leaving"])
+    with pytest.raises(openai.APIError):
+        client.chat.completions.create(**ask)
+    text += "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == whole
+    assert "has left" in drain.communicate(timeout=WAIT_S)[0]
+    assert second.wait(timeout=WAIT_S) == 0
+    assert client_of(cluster).chat.completions.create(**ask).choices[0].message.content == whole
+
+
 def test_drains_that_cannot_be(start_cluster):
     cluster = start_cluster("--workers", "1")
     epoch = cluster.status()["epoch"]
@@ -197,6 +231,7 @@ def test_scale_under_load(start_cluster):
     wait_for("the others to end", lambda: [name for name in pids(cluster) if name.startswith("worker")] == ["worker-0"])
     assert "again" not in open(os.path.join(cluster.run, "up.err")).read()
     wait_for("the ledger to be zero", cluster.ledger_is_zero)
+    assert cluster.stop() == 0, cluster.said()
 
 
 def test_scale_outlives_the_coordinator(start_cluster):

@@ -606,6 +606,8 @@ void cluster_destroy(cluster *self)
         CM_ASSERT_MSG(self->children[i]->pid == 0, "%s still runs", self->children[i]->name);
         child_stop_reading(self->children[i]);
         cm_bytes_fini(&self->children[i]->ready_line);
+        pc_timer_destroy(self->children[i]->again);
+        cm_free(self->children[i]);
     }
     ready_probe_destroy(self->probe);
     pc_timer_destroy(self->tick);
