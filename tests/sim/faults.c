@@ -32,6 +32,8 @@ static void shape_draw_sizes(sim *s)
     }
     shape->n_request = sim_between(s, SIM_SHAPE, 4, SIM_REQUESTS_MAX);
     shape->storm_us = sim_between(s, SIM_SHAPE, 3000, 20000) * SIM_MS;
+    /* some disks are always slow, up to more than a lease */
+    shape->disk_ms = sim_below(s, SIM_SHAPE, 8) == 0 ? sim_between(s, SIM_SHAPE, 10, 1200) : 8;
 }
 
 static void shape_draw_bounds(sim *s)
@@ -81,7 +83,8 @@ static void shape_draw_odds(sim *s)
     uint32_t of_100 = s->seed % 2 == 0 ? 100 : sim_between(s, SIM_SHAPE, 5, 60);
     for (uint32_t i = 0; i < SIM_FAULT_COUNT; i++) {
         uint32_t odds = sim_between(s, SIM_SHAPE, fault_odds[i].low, fault_odds[i].high);
-        s->shape.odds[i] = sim_below(s, SIM_SHAPE, 100) < of_100 ? odds : 0;
+        bool drawn = sim_below(s, SIM_SHAPE, 100) < of_100;
+        s->shape.odds[i] = drawn && !sim_fault_off[i] ? odds : 0;
     }
 }
 
