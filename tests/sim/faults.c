@@ -32,8 +32,7 @@ static void shape_draw_sizes(sim *s)
     }
     shape->n_request = sim_between(s, SIM_SHAPE, 4, SIM_REQUESTS_MAX);
     shape->storm_us = sim_between(s, SIM_SHAPE, 3000, 20000) * SIM_MS;
-    /* some disks are always slow, up to more than a lease */
-    shape->disk_ms = sim_below(s, SIM_SHAPE, 8) == 0 ? sim_between(s, SIM_SHAPE, 10, 1200) : 8;
+    shape->disk_ms = 8;
 }
 
 static void shape_draw_bounds(sim *s)
@@ -69,7 +68,7 @@ static const struct {
     [SIM_FAULT_cut_both_ways] = {10, 100},    [SIM_FAULT_crash] = {10, 200},
     [SIM_FAULT_power_loss] = {10, 100},       [SIM_FAULT_pause] = {10, 150},
     [SIM_FAULT_slow_peer] = {10, 100},        [SIM_FAULT_disk_slow] = {100, 2000},
-    [SIM_FAULT_disk_fails] = {100, 1500},     [SIM_FAULT_disk_unsure] = {100, 1000},
+    [SIM_FAULT_disk_fails] = {100, 1500},     [SIM_FAULT_disk_unsure] = {0, 0},
     [SIM_FAULT_log_lost] = {300, 3000},       [SIM_FAULT_load_fails] = {50, 500},
     [SIM_FAULT_load_slow] = {100, 1000},      [SIM_FAULT_worker_joins] = {10, 60},
     [SIM_FAULT_worker_leaves] = {10, 60},     [SIM_FAULT_router_leaves] = {5, 30},
