@@ -90,7 +90,7 @@ typedef struct sim_counts {
 
 typedef struct sim_message {
     uint16_t type;
-    uint8_t header[NET_HEADER_MAX];
+    _Alignas(8) uint8_t header[NET_HEADER_MAX];
     uint32_t header_bytes;
     uint8_t *data; /* a copy; 64-byte aligned */
     size_t n_bytes;

@@ -67,7 +67,7 @@ typedef struct wire_receipt {
 static void wire_tell_sent(sim *s, void *arg, uint64_t tag)
 {
     wire_receipt *receipt = arg;
-    if (!receipt->proc->alive) {
+    if (!receipt->proc->alive || receipt->proc->paused_until_us == SIM_NEVER) {
         cm_free(receipt);
     } else if (!sim_put_off(s, receipt->proc, wire_tell_sent, arg, tag)) {
         receipt->proc->ops->sent(s, receipt->proc, receipt->cookie);
