@@ -52,7 +52,7 @@ static void disk_done(sim *s, void *arg, uint64_t tag);
 
 static void disk_begin(sim *s, sim_proc *proc)
 {
-    uint64_t us = sim_between(s, SIM_TIMES, 100, 8000);
+    uint64_t us = sim_between(s, SIM_TIMES, s->shape.disk_ms * 100, s->shape.disk_ms * 1000);
     if (sim_strikes(s, SIM_FAULT_disk_slow)) {
         us += sim_between(s, SIM_TIMES, 100, 6000) * SIM_MS;
     }

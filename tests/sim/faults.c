@@ -32,6 +32,7 @@ static void shape_draw_sizes(sim *s)
     }
     shape->n_request = sim_between(s, SIM_SHAPE, 4, SIM_REQUESTS_MAX);
     shape->storm_us = sim_between(s, SIM_SHAPE, 3000, 20000) * SIM_MS;
+    shape->disk_ms = 8;
 }
 
 static void shape_draw_bounds(sim *s)
@@ -62,17 +63,29 @@ static void shape_draw_bounds(sim *s)
 static const struct {
     uint16_t low, high;
 } fault_odds[SIM_FAULT_COUNT] = {
-    [SIM_FAULT_rows_drop] = {1, 40},          [SIM_FAULT_rows_twice] = {1, 200},
-    [SIM_FAULT_rows_overtaken] = {1, 200},    [SIM_FAULT_wire_delay] = {1, 20},
-    [SIM_FAULT_link_reset] = {10, 150},       [SIM_FAULT_cut_one_way] = {10, 100},
-    [SIM_FAULT_cut_both_ways] = {10, 100},    [SIM_FAULT_crash] = {10, 200},
-    [SIM_FAULT_power_loss] = {10, 100},       [SIM_FAULT_pause] = {10, 150},
-    [SIM_FAULT_slow_peer] = {10, 100},        [SIM_FAULT_disk_slow] = {100, 2000},
-    [SIM_FAULT_disk_fails] = {100, 1500},     [SIM_FAULT_disk_unsure] = {100, 1000},
-    [SIM_FAULT_log_lost] = {300, 3000},       [SIM_FAULT_load_fails] = {50, 500},
-    [SIM_FAULT_load_slow] = {100, 1000},      [SIM_FAULT_worker_joins] = {10, 60},
-    [SIM_FAULT_worker_leaves] = {10, 60},     [SIM_FAULT_router_leaves] = {5, 30},
-    [SIM_FAULT_client_cancels] = {500, 5000}, [SIM_FAULT_client_deadline] = {200, 2000},
+    [SIM_FAULT_rows_drop] = {1, 40},
+    [SIM_FAULT_rows_twice] = {1, 200},
+    [SIM_FAULT_rows_overtaken] = {1, 200},
+    [SIM_FAULT_tokens_twice] = {1, 100},
+    [SIM_FAULT_wire_delay] = {1, 20},
+    [SIM_FAULT_link_reset] = {10, 150},
+    [SIM_FAULT_cut_one_way] = {10, 100},
+    [SIM_FAULT_cut_both_ways] = {10, 100},
+    [SIM_FAULT_crash] = {10, 200},
+    [SIM_FAULT_power_loss] = {10, 100},
+    [SIM_FAULT_pause] = {10, 150},
+    [SIM_FAULT_slow_peer] = {10, 100},
+    [SIM_FAULT_disk_slow] = {100, 2000},
+    [SIM_FAULT_disk_fails] = {100, 1500},
+    [SIM_FAULT_disk_unsure] = {0, 0},
+    [SIM_FAULT_log_lost] = {300, 3000},
+    [SIM_FAULT_load_fails] = {50, 500},
+    [SIM_FAULT_load_slow] = {100, 1000},
+    [SIM_FAULT_worker_joins] = {10, 60},
+    [SIM_FAULT_worker_leaves] = {10, 60},
+    [SIM_FAULT_router_leaves] = {5, 30},
+    [SIM_FAULT_client_cancels] = {500, 5000},
+    [SIM_FAULT_client_deadline] = {200, 2000},
 };
 
 /* Even seeds: all faults at once. Odd ones: a subset, often small, so that what hides behind the loud ones is
@@ -82,7 +95,8 @@ static void shape_draw_odds(sim *s)
     uint32_t of_100 = s->seed % 2 == 0 ? 100 : sim_between(s, SIM_SHAPE, 5, 60);
     for (uint32_t i = 0; i < SIM_FAULT_COUNT; i++) {
         uint32_t odds = sim_between(s, SIM_SHAPE, fault_odds[i].low, fault_odds[i].high);
-        s->shape.odds[i] = sim_below(s, SIM_SHAPE, 100) < of_100 ? odds : 0;
+        bool drawn = sim_below(s, SIM_SHAPE, 100) < of_100;
+        s->shape.odds[i] = drawn && !sim_fault_off[i] ? odds : 0;
     }
 }
 

@@ -200,14 +200,31 @@ static void gateway_lose(sim *s, sim_gateway *g, sim_gw_router *router)
     }
 }
 
-static sim_gw_router *gateway_router(sim_gateway *g, uint32_t member)
+static sim_gw_router *gateway_free_place(sim_gateway *g)
 {
     for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
-        if (g->routers[i].member == member) {
+        if (g->routers[i].member == 0) {
             return &g->routers[i];
         }
     }
     return NULL;
+}
+
+/* Another cluster gives the same ids to others. */
+static bool gateway_is(const sim_gw_router *router, const struct pc_epoch_member *member)
+{
+    return member != NULL && router->member == member->id &&
+           strcmp(router->address, member->data_address) == 0;
+}
+
+static bool gateway_knows(const sim_gateway *g, const struct pc_epoch_member *member)
+{
+    for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
+        if (gateway_is(&g->routers[i], member)) {
+            return true;
+        }
+    }
+    return false;
 }
 
 static void gateway_epoch(sim *s, sim_proc *proc, const pc_epoch *epoch)
@@ -215,7 +232,7 @@ static void gateway_epoch(sim *s, sim_proc *proc, const pc_epoch *epoch)
     sim_gateway *g = proc->state;
     for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
         sim_gw_router *router = &g->routers[i];
-        if (router->member != 0 && pc_epoch_member_find(epoch, router->member) == NULL) {
+        if (router->member != 0 && !gateway_is(router, pc_epoch_member_find(epoch, router->member))) {
             if (router->end != NULL) {
                 sim_disconnect(s, router->end);
             }
@@ -225,8 +242,8 @@ static void gateway_epoch(sim *s, sim_proc *proc, const pc_epoch *epoch)
     }
     for (uint32_t i = 0; i < epoch->n_member; i++) {
         const struct pc_epoch_member *member = &epoch->members[i];
-        if (member->role == BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER && gateway_router(g, member->id) == NULL) {
-            sim_gw_router *router = gateway_router(g, 0);
+        if (member->role == BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER && !gateway_knows(g, member)) {
+            sim_gw_router *router = gateway_free_place(g);
             if (router == NULL) {
                 sim_fail(s, "%s knows too many routers", proc->name);
             }

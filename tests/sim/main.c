@@ -1,5 +1,6 @@
 /* t_sim [--seeds N] [--first S]   runs N seeds from S on; even seeds have all faults, odd ones subsets
- * t_sim --seed S                  replays one with its trace */
+ * t_sim --seed S                  replays one with its trace
+ * --faults NAME,NAME              of what a seed draws only these faults happen */
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,7 +10,7 @@
 #include "common/base/log.h"
 #include "tests/sim/sim.h"
 
-enum { SEEDS_DEFAULT = 400 };
+enum { SEEDS_DEFAULT = 600 };
 
 static volatile uint64_t g_seed; /* under way, for who reads an assertion */
 
@@ -109,6 +110,25 @@ static int run_seeds(sim *s, uint64_t first, uint64_t n)
     return failures != 0;
 }
 
+static bool names_contain(const char *names, const char *name)
+{
+    size_t n = strlen(name);
+    for (const char *at = names; at != NULL; at = strchr(at, ',')) {
+        at += *at == ',';
+        if (strncmp(at, name, n) == 0 && (at[n] == ',' || at[n] == 0)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void only_faults(const char *names)
+{
+    for (uint32_t i = 0; i < SIM_FAULT_COUNT; i++) {
+        sim_fault_off[i] = !names_contain(names, sim_fault_names[i]);
+    }
+}
+
 int main(int argc, char **argv)
 {
     uint64_t n = SEEDS_DEFAULT, first = 1, one = 0;
@@ -119,6 +139,8 @@ int main(int argc, char **argv)
             n = value;
         } else if (strcmp(argv[i], "--first") == 0) {
             first = value;
+        } else if (strcmp(argv[i], "--faults") == 0) {
+            only_faults(argv[i + 1]);
         } else if (strcmp(argv[i], "--seed") == 0) {
             single = true;
             one = value;

@@ -139,7 +139,9 @@ static rt_seq_request router_request(const gateway_link *link, const Baleen__Eng
                     .n_stop = (uint32_t)from->n_stop_id},
         .deadline_ms = open->has_deadline_ms ? now_ms + open->deadline_ms : UINT64_MAX,
     };
-    memcpy(request.sampler.stop, from->stop_id, sizeof(uint32_t) * from->n_stop_id);
+    for (size_t i = 0; i < from->n_stop_id; i++) {
+        request.sampler.stop[i] = from->stop_id[i];
+    }
     return request;
 }
 

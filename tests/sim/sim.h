@@ -55,6 +55,7 @@ typedef enum sim_fault {
     SIM_FAULT_COUNT
 } sim_fault;
 extern const char *const sim_fault_names[SIM_FAULT_COUNT];
+extern bool sim_fault_off[SIM_FAULT_COUNT]; /* by wish, whatever a seed draws */
 
 /* Streams of random numbers: what is asked does not depend on what goes wrong. */
 typedef enum sim_stream { SIM_SHAPE, SIM_WORK, SIM_WIRE, SIM_FAULTS, SIM_TIMES, SIM_STREAM_COUNT } sim_stream;
@@ -69,6 +70,7 @@ typedef struct sim_shape {
     uint32_t workers_min;
     uint32_t n_request;
     uint64_t storm_us; /* how long faults come */
+    uint32_t disk_ms;  /* a write of the log takes at most, when nothing is wrong */
     uint64_t heartbeat_ms, lease_ms, grace_ms, silence_ms, answer_ms, wait_ms;
     uint32_t row_max, chunk_max, slot_max, draft_max, queue_max, page_max, page_tokens;
     uint32_t frame_max, window_us, sends_max;
@@ -88,7 +90,7 @@ typedef struct sim_counts {
 
 typedef struct sim_message {
     uint16_t type;
-    uint8_t header[NET_HEADER_MAX];
+    _Alignas(8) uint8_t header[NET_HEADER_MAX];
     uint32_t header_bytes;
     uint8_t *data; /* a copy; 64-byte aligned */
     size_t n_bytes;

@@ -1,4 +1,4 @@
-/* Links. Each direction is a queue whose head is delivered when its time has come; strays (frames that come
+/* Links. Each direction is a queue whose head is delivered when its time has come; strays (what comes
  * twice or late) fly on their own. A link ends for one side when it disconnects, dies, hears nothing for
  * silence_ms, or gets the other's goodbye. */
 #include <string.h>
@@ -67,7 +67,7 @@ typedef struct wire_receipt {
 static void wire_tell_sent(sim *s, void *arg, uint64_t tag)
 {
     wire_receipt *receipt = arg;
-    if (!receipt->proc->alive) {
+    if (!receipt->proc->alive || receipt->proc->paused_until_us == SIM_NEVER) {
         cm_free(receipt);
     } else if (!sim_put_off(s, receipt->proc, wire_tell_sent, arg, tag)) {
         receipt->proc->ops->sent(s, receipt->proc, receipt->cookie);
@@ -323,17 +323,22 @@ static void flight_fill(wire_flight *flight, uint16_t type, const void *header, 
     }
 }
 
+static void wire_again(sim *s, const wire_flight *flight)
+{
+    wire_flight *again = cm_alloc(sizeof(*again));
+    const sim_message *m = &flight->message;
+    again->kind = FLIGHT_DATA;
+    again->to = flight->to;
+    flight_fill(again, m->type, m->header, m->header_bytes, m->data, m->n_bytes);
+    sim_at(s, flight->ready_us + sim_between(s, SIM_WIRE, 1, 500) * SIM_MS, wire_stray, again, 0);
+}
+
 /* A frame of rows may go astray: out of its queue, alone. */
-static void wire_tempt(sim *s, wire_flight *flight, const void *data)
+static void wire_tempt(sim *s, wire_flight *flight)
 {
     wire_queue *queue = &flight->to->link->queues[flight->to->side];
     if (sim_strikes(s, SIM_FAULT_rows_twice)) {
-        wire_flight *again = cm_alloc(sizeof(*again));
-        const sim_message *m = &flight->message;
-        again->kind = FLIGHT_DATA;
-        again->to = flight->to;
-        flight_fill(again, m->type, m->header, m->header_bytes, data, m->n_bytes);
-        sim_at(s, flight->ready_us + sim_between(s, SIM_WIRE, 1, 500) * SIM_MS, wire_stray, again, 0);
+        wire_again(s, flight);
     }
     bool drop = sim_strikes(s, SIM_FAULT_rows_drop);
     if (drop || sim_strikes(s, SIM_FAULT_rows_overtaken)) {
@@ -364,7 +369,9 @@ cm_status sim_send(sim *s, sim_end *end, uint16_t type, const void *header, uint
     flight->counted = true;
     end->n_out++;
     if (class == SIM_ROWS) {
-        wire_tempt(s, flight, data);
+        wire_tempt(s, flight);
+    } else if (class == SIM_TOKENS && end->side == 1 && sim_strikes(s, SIM_FAULT_tokens_twice)) {
+        wire_again(s, flight);
     }
     return CM_OK;
 }

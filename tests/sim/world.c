@@ -8,7 +8,7 @@
 /* Processes start far from zero, so that nothing hides behind an early clock. */
 #define WORLD_BEGIN_US (1000 * 1000 * SIM_MS)
 enum {
-    WORLD_BUDGET_MS = 20000, /* after the healing, for every open request to finish */
+    WORLD_BUDGET_MS = 40000, /* after the healing, for every open request to finish */
     WORLD_REST_MS = 15000,   /* then for everything to come to rest */
 };
 
@@ -17,6 +17,8 @@ const char *const sim_fault_names[SIM_FAULT_COUNT] = {
 #include "tests/sim/faults.def"
 #undef SIM_FAULT
 };
+
+bool sim_fault_off[SIM_FAULT_COUNT];
 
 /* ---- chance ---- */
 

@@ -20,7 +20,7 @@ ROOMS = {
     "gateway": (["common", "proto"], "clients: HTTP, gRPC, streams, request validation"),
     "tools": (["common", "proto", "kernels", "router", "worker", "coordinator", "gateway"], "the baleen command and the checks"),
     "tests": (["common", "proto", "kernels", "router", "worker", "coordinator", "gateway", "tools"],
-              "unit, golden, integration"),
+              "unit, simulator, golden, integration"),
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"')
 
