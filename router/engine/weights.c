@@ -222,7 +222,7 @@ cm_status rt_weights_open(const md_checkpoint *checkpoint, const rt_kv_layout *k
         weight_attention(&binder, &kv->layer[l], &weights.layers[l]);
         weight_ffn(&binder, md_layer_is_hash(g, l), &weights.layers[l]);
     }
-    if (kv->n_layer > g->n_layer) {
+    if (binder.status == CM_OK && kv->n_layer > g->n_layer) {
         weight_mtp(&binder, &weights.mtp); /* its prefix is the last one's */
     }
     if (binder.status != CM_OK) {
