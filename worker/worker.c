@@ -17,7 +17,8 @@
 #include "worker/warm.h"
 
 enum {
-    WORKER_DRAIN_TICK_MS = 50, /* between looks whether it is still there */
+    WORKER_DRAIN_TICK_MS = 50, /* between looks whether the coordinator is still there */
+    WORKER_ALONE_MS = 5000,    /* for one to come back that lets us go in order */
 };
 
 /* A load on the job thread; its result comes back as a loop event. */
@@ -48,7 +49,7 @@ struct wk_worker {
     wk_hold hold;                   /* epochs whose experts we hold */
     LIST_HEAD(, worker_load) loads; /* on the job thread or on their way back */
     bool draining;
-    uint64_t drain_until_ms;
+    uint64_t drain_until_ms, alone_until_ms;
 };
 
 static void *worker_thread(void *arg)
@@ -283,13 +284,20 @@ const char *wk_worker_address(const wk_worker *w)
 static void worker_drain_tick(void *arg)
 {
     wk_worker *w = arg;
-    if (pc_member_connected(w->member) && cm_now_ms() < w->drain_until_ms) {
+    uint64_t now_ms = cm_now_ms();
+    bool connected = pc_member_connected(w->member);
+    if (connected) {
+        w->alone_until_ms = now_ms + WORKER_ALONE_MS;
+    }
+    if (now_ms < w->alone_until_ms && now_ms < w->drain_until_ms) {
         pc_timer_set(w->drain_timer, WORKER_DRAIN_TICK_MS);
         return;
     }
-    if (pc_member_connected(w->member)) {
+    if (connected) {
         cm_warn("leaves although the others cannot do without us yet: %llu ms have passed",
                 (unsigned long long)w->config->drain_ms);
+    } else {
+        cm_warn("leaves on its own: the coordinator is gone");
     }
     w->finished(w->ctx, 0);
 }

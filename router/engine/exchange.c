@@ -288,6 +288,7 @@ static void exchange_count_retries(rt_exchange *x)
 /* Once per layer, however often it is sent. One writer: no locked instruction for each slot. */
 static void exchange_count(rt_exchange *x, const rt_exchange_layer *layer, uint32_t n_slot)
 {
+    CM_ASSERT(layer->layer < x->options.n_layer); /* experts were checked by the plan */
     _Atomic uint32_t *picks = x->picks + (size_t)layer->layer * x->options.n_expert;
     for (uint32_t i = 0; i < n_slot; i++) {
         uint32_t n = atomic_load_explicit(&picks[layer->experts[i]], memory_order_relaxed);

@@ -723,6 +723,36 @@ static void test_stats_drain_report_leave(void **state)
     assert_int_equal(g.n_hello, 1);
 }
 
+static bool left_once(void)
+{
+    return g.n_left == 1;
+}
+
+static bool left_twice(void)
+{
+    return g.n_left == 2;
+}
+
+/* A coordinator that was started again does not know who wants to go. */
+static void test_leave_is_said_again(void **state)
+{
+    char address[128];
+    (void)state;
+    until(is_welcome);
+    pc_member_leave(g.member);
+    until(left_once);
+    snprintf(address, sizeof(address), "%s", g.address);
+    pc_rpc_server_destroy(g.server);
+    g.server = NULL;
+    until(member_is_alone);
+    server_start(address);
+    until(left_twice);
+    assert_int_equal(g.n_hello, 2);
+    pc_call_finish(g.session, PC_CODE_OK, NULL, NULL, 0, 0);
+    until(member_is_alone);
+    assert_int_equal(g.n_hello, 2);
+}
+
 static void test_garbage_starts_afresh(void **state)
 {
     (void)state;
@@ -749,6 +779,7 @@ int main(void)
         TEST(test_refused_for_good),
         TEST(test_refused_for_now),
         TEST(test_stats_drain_report_leave),
+        TEST(test_leave_is_said_again),
         TEST(test_garbage_starts_afresh),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
