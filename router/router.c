@@ -8,6 +8,7 @@
 #include "common/base/mem.h"
 #include "common/base/stats.h"
 #include "common/proc/member.h"
+#include "proto/messages.h"
 #include "router/engine/engine.h"
 #include "router/gateways.h"
 #include "router/runner.h"
@@ -52,7 +53,10 @@ static void router_show_ledger(rt_router *r)
     cm_stat_set(CM_STAT_kv_pages_total, ledger.page_max);
     cm_stat_add(CM_STAT_preemptions, (int64_t)ledger.n_preempted - cm_stat_get(CM_STAT_preemptions));
     cm_stat_add(CM_STAT_seq_cancelled, (int64_t)ledger.n_cancelled - cm_stat_get(CM_STAT_seq_cancelled));
-    if (r->draining && ledger.n_seq == 0 && !r->in_flight) {
+    rt_keep_ledger kept;
+    rt_gateways_ledger(r->gateways, &kept);
+    cm_stat_set(CM_STAT_sequences_kept, kept.n_orphan + kept.n_ended);
+    if (r->draining && ledger.n_seq == 0 && !r->in_flight && rt_gateways_all_told(r->gateways)) {
         r->finished(r->ctx, 0);
     }
 }
@@ -201,16 +205,22 @@ static cm_status router_open_gateways(rt_router *r, cm_error *err)
     net *n;
     router_net_options(r->config, &options);
     options.peers_max = (uint32_t)r->config->gateways_max;
-    options.message_bytes_max =
-        ROUTER_OPEN_BYTES_MIN + 5ull * g->context; /* a varint id takes at most 5 bytes */
+    options.message_bytes_max = ROUTER_OPEN_BYTES_MIN + PR_RESUME_BYTES_MAX +
+                                5ull * g->context; /* a varint id takes at most 5 bytes */
     CM_TRY(net_open(&options, &n, err));
     cm_status status = net_listen(n, r->config->address, r->address, err);
     if (status != CM_OK) {
         net_close(n);
         return status;
     }
-    r->gateways =
-        rt_gateways_create(r->loop, n, r->sched, (uint32_t)r->config->gateways_max, router_changed, r);
+    rt_gateways_options gateways = {
+        .gateway_max = (uint32_t)r->config->gateways_max,
+        .keep = {.live_max = (uint32_t)(r->config->sequences_max + r->config->queue_max),
+                 .ended_max = (uint32_t)r->config->kept_max,
+                 .bytes_max = r->config->kept_bytes,
+                 .grace_ms = r->config->gateway_grace_ms},
+    };
+    r->gateways = rt_gateways_create(r->loop, n, r->sched, &gateways, router_changed, r);
     return CM_OK;
 }
 

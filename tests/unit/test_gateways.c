@@ -107,7 +107,10 @@ static int setup(void **state)
     assert_int_equal(net_open(&options, &server, &err), CM_OK);
     assert_int_equal(net_listen(server, "t_gateways", bound, &err), CM_OK);
     f->sched = rt_sched_create(&limits);
-    f->gateways = rt_gateways_create(f->loop, server, f->sched, 2, nothing, f);
+    rt_gateways_options gateways = {
+        .gateway_max = 2,
+        .keep = {.live_max = 4 + 4096, .ended_max = 16, .bytes_max = 1 << 20, .grace_ms = 60000}};
+    f->gateways = rt_gateways_create(f->loop, server, f->sched, &gateways, nothing, f);
     rt_gateways_identify(f->gateways, &(net_identity){CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, 1});
     pc_loop_before_sleep(f->loop, flush, f);
     assert_int_equal(net_open(&options, &f->n, &err), CM_OK);
@@ -190,9 +193,6 @@ static void test_every_open_is_answered(void **state)
     rt_sched_ledger ledger;
     rt_sched_ledger_get(f->sched, &ledger);
     assert_int_equal(ledger.n_seq, OPENS - OPENS / 3);
-    rt_sched_cancel_owner(f->sched, 1);
-    rt_sched_ledger_get(f->sched, &ledger);
-    assert_int_equal(ledger.n_seq, 0);
 }
 
 static bool empty(fixture *f)
