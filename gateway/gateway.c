@@ -46,8 +46,9 @@ static void on_refused(void *ctx, cm_status status, const char *text)
     gateway->leave(gateway->ctx, status);
 }
 
-static void on_linked(void *ctx)
+static void on_linked(void *ctx, gw_router *router)
 {
+    gw_streams_linked(ctx, router);
     gw_probe_consider(ctx);
 }
 
@@ -61,6 +62,36 @@ static void on_lost(void *ctx, gw_router *router, cm_status status)
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         gw_probe_reset(gateway);
     }
+}
+
+static void on_unreachable(void *ctx, gw_router *router)
+{
+    gw_gateway *gateway = ctx;
+    gw_place_unreachable(&gateway->place, gw_router_number(router));
+    gw_streams_place(gateway);
+}
+
+static void on_leaves(void *ctx, gw_router *router, bool leaves)
+{
+    gw_gateway *gateway = ctx;
+    gw_place_leaves(&gateway->place, cm_now_ms(), gw_router_number(router), leaves);
+    gw_streams_place(gateway);
+    if (gw_routers_get_load(gateway->routers).n_linked == 0) {
+        gw_probe_reset(gateway);
+    }
+}
+
+static void on_gone(void *ctx, gw_router *router)
+{
+    gw_gateway *gateway = ctx;
+    gw_place_gone(&gateway->place, cm_now_ms(), gw_router_number(router));
+    gw_streams_place(gateway);
+}
+
+static void on_load(void *ctx, gw_router *router, uint32_t n_sequences)
+{
+    gw_gateway *gateway = ctx;
+    gw_place_load(&gateway->place, gw_router_number(router), n_sequences);
 }
 
 /* ---- create ---- */
@@ -194,9 +225,7 @@ static gw_gateway *gateway_make(pc_loop *loop, const gw_config *config, gw_leave
     gateway->ctx = ctx;
     gateway->born_ms = cm_now_ms();
     gateway->created_s = (int64_t)(cm_wall_us() / 1000000u);
-    gateway->next_number = 1;
-    TAILQ_INIT(&gateway->streams);
-    cm_map_init(&gateway->by_number, (uint32_t)config->streams_max + 1);
+    gw_streams_init(gateway);
     gateway->drain_timer = pc_timer_create(loop, drain_timeout, gateway);
     gateway->drain_task = (pc_task){.fn = drain_tell, .arg = gateway};
     gw_probe_init(gateway);
@@ -206,8 +235,13 @@ static gw_gateway *gateway_make(pc_loop *loop, const gw_config *config, gw_leave
 cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn leave, void *ctx,
                             gw_gateway **gateway_out, cm_error *err)
 {
-    static const gw_routers_events events = {
-        .linked = on_linked, .lost = on_lost, .tokens = gw_streams_tokens};
+    static const gw_routers_events events = {.linked = on_linked,
+                                             .lost = on_lost,
+                                             .unreachable = on_unreachable,
+                                             .leaves = on_leaves,
+                                             .gone = on_gone,
+                                             .load = on_load,
+                                             .tokens = gw_streams_tokens};
     if (config->coordinator[0] == 0) {
         return cm_error_set(err, CM_E_CONFIG, "coordinator", "the address of the coordinator must be given");
     }
@@ -264,7 +298,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
     pc_epoch_release(gateway->epoch);
     gw_member_stats_free(gateway);
     pc_timer_destroy(gateway->drain_timer);
-    cm_map_fini(&gateway->by_number);
+    gw_streams_fini(gateway);
     for (uint32_t i = 0; i < gateway->n_alias; i++) {
         cm_free(gateway->alias[i]);
     }

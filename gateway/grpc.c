@@ -101,10 +101,9 @@ static bool is_request_id(const char *id)
     return id[n] == 0 && n >= 1 && n <= 128;
 }
 
-static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_events *events,
-                             gw_error *error_out)
+static cm_status check_ask(const gw_ask *ask, const char *request_id, gw_error *error_out)
 {
-    if (ask->request_id != NULL && !is_request_id(ask->request_id)) {
+    if (request_id != NULL && !is_request_id(request_id)) {
         gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
                      "routing.request_id must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -");
         return CM_E_INVALID;
@@ -114,16 +113,22 @@ static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_ev
                      "the deadline of the request passed before it was begun");
         return CM_E_DEADLINE;
     }
-    return gw_stream_open(call->grpc->gateway, ask, events, call, &call->stream, error_out);
+    return CM_OK;
 }
 
 void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
                   const gw_stream_events *events)
 {
     gw_error error;
-    ask->request_id = routing != NULL ? routing->request_id : NULL;
+    const char *request_id = routing != NULL ? routing->request_id : NULL;
     ask->deadline_ms = pc_call_deadline_ms(call->call);
-    if (open_stream(call, ask, events, &error) != CM_OK) {
+    cm_status status = check_ask(ask, request_id, &error);
+    if (status == CM_OK) {
+        ask->origin = gw_origin_create(ask->kind, request_id, NULL, ask->body, NULL);
+        status = gw_stream_open(call->grpc->gateway, ask, events, call, &call->stream, &error);
+        gw_origin_release(ask->origin);
+    }
+    if (status != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }

@@ -59,6 +59,31 @@ static gw_stream *find(gw_gateway *gateway, const char *id)
     return NULL;
 }
 
+struct gw_origin {
+    uint32_t refs;
+    char *id;
+};
+
+gw_origin *gw_origin_create(gw_ask_kind kind, const char *id, const char *surface, const json_t *body,
+                            const json_t *options)
+{
+    gw_origin *origin = cm_alloc(sizeof(*origin));
+    (void)kind;
+    (void)surface;
+    (void)body;
+    (void)options;
+    *origin = (gw_origin){.refs = 1, .id = cm_strdup(id != NULL ? id : "made-by-gateway")};
+    return origin;
+}
+
+void gw_origin_release(gw_origin *origin)
+{
+    if (origin != NULL && --origin->refs == 0) {
+        cm_free(origin->id);
+        cm_free(origin);
+    }
+}
+
 cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
                          gw_stream **stream_out, gw_error *error_out)
 {
@@ -67,7 +92,7 @@ cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream
         return CM_E_INVALID;
     }
     CM_TRY(gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out));
-    if (ask->request_id != NULL && find(gateway, ask->request_id) != NULL) {
+    if (find(gateway, ask->origin->id) != NULL && strcmp(ask->origin->id, "made-by-gateway") != 0) {
         gw_error_set(error_out, GW_CAUSE_EXISTS, "request_id", "a request with this id is running");
         return CM_E_EXISTS;
     }
@@ -82,8 +107,7 @@ cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream
                           .events = *events,
                           .ctx = ctx,
                           .task = {.fn = run_script, .arg = stream}};
-    snprintf(stream->id, sizeof(stream->id), "%s",
-             ask->request_id != NULL ? ask->request_id : "made-by-gateway");
+    snprintf(stream->id, sizeof(stream->id), "%s", ask->origin->id);
     gateway->n_live++;
     pc_loop_post(gateway->loop, &stream->task);
     *stream_out = stream;
