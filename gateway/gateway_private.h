@@ -100,6 +100,7 @@ void gw_origin_hash(const char *id, uint8_t key_out[GW_KEY_BYTES]);
 void gw_origin_key(const gw_origin *origin, uint32_t choice, Baleen__Engine__V1__SeqKey *key_out);
 /* false: it cannot be told by another gateway. Borrowed from origin. */
 bool gw_origin_resume(const gw_origin *origin, ProtobufCBinaryData *resume_out);
+uint64_t gw_origin_term(const gw_origin *origin);
 uint64_t gw_origin_seed(const gw_origin *origin);
 int64_t gw_origin_created_s(const gw_origin *origin);
 

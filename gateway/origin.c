@@ -14,6 +14,7 @@ struct gw_origin {
     char *id;                  /* towards clients */
     uint8_t key[GW_KEY_BYTES]; /* towards routers: its hash, so that an id of any length has one */
     uint64_t birth, seed;
+    uint64_t term; /* when the client came; later than whoever had the streams before */
     int64_t created_s;
     char *resume; /* JSON; NULL: it cannot be told by another gateway */
     size_t n_resume;
@@ -61,6 +62,7 @@ gw_origin *gw_origin_create(gw_ask_kind kind, const char *id, const char *surfac
                           .id = id != NULL ? cm_strdup(id) : make_id(kind),
                           .birth = cm_random_u64(),
                           .seed = cm_random_u64(),
+                          .term = cm_wall_us(),
                           .created_s = (int64_t)(cm_wall_us() / 1000000u)};
     gw_origin_hash(origin->id, origin->key);
     if (surface != NULL) {
@@ -111,4 +113,9 @@ uint64_t gw_origin_seed(const gw_origin *origin)
 int64_t gw_origin_created_s(const gw_origin *origin)
 {
     return origin->created_s;
+}
+
+uint64_t gw_origin_term(const gw_origin *origin)
+{
+    return origin->term;
 }

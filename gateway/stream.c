@@ -293,6 +293,8 @@ static void send_open(gw_stream *stream)
     if (!stream->probe) {
         gw_origin_key(stream->origin, stream->choice, &key);
         open.key = &key;
+        open.has_term = true;
+        open.term = gw_origin_term(stream->origin);
         open.has_resume = gw_origin_resume(stream->origin, &open.resume);
     }
     open.prompt = stream->core.prompt.id;
@@ -369,6 +371,7 @@ static void send_resume(gw_stream *stream)
     resume.stream = stream->number;
     resume.key = &key;
     resume.from = stream->core.emitted.n;
+    resume.term = gw_origin_term(stream->origin);
     gw_router_resume(stream->router, &resume);
 }
 

@@ -370,8 +370,11 @@ static void gateways_on_open(rt_gateways *g, gateway_link *link, const void *mes
         rt_keep_refuse(g->keep, &link->owner, open->stream, status, err.text);
         return;
     }
-    rt_keep_open(g->keep, now, &link->owner, &request, keyed ? &key : NULL, open->resume.data,
-                 open->has_resume ? open->resume.len : 0);
+    rt_keep_offer offer = {.key = keyed ? &key : NULL,
+                           .term = open->term,
+                           .resume = open->resume.data,
+                           .n_resume = open->has_resume ? open->resume.len : 0};
+    rt_keep_open(g->keep, now, &link->owner, &request, &offer);
 }
 
 static void gateways_on_cancel(rt_gateways *g, gateway_link *link, const void *message)
@@ -404,7 +407,8 @@ static void gateways_on_resume(rt_gateways *g, gateway_link *link, const void *m
     const Baleen__Engine__V1__SeqResume *resume = message;
     rt_keep_key key;
     if (gateways_read_key(resume->key, &key)) {
-        rt_keep_resume(g->keep, &link->owner, resume->stream, &key, resume->from);
+        rt_keep_offer offer = {.key = &key, .term = resume->term};
+        rt_keep_resume(g->keep, &link->owner, resume->stream, &offer, resume->from);
     } else {
         rt_keep_refuse(g->keep, &link->owner, resume->stream, CM_E_NOT_FOUND, "there is no such key");
     }
@@ -421,6 +425,8 @@ static void gateways_put_found(const rt_kept *kept, Baleen__Engine__V1__SeqKey *
         found->has_resume = true;
         found->resume = (ProtobufCBinaryData){.len = kept->n_resume, .data = kept->resume};
     }
+    found->has_term = true;
+    found->term = kept->term > found->term ? kept->term : found->term;
 }
 
 static void gateways_on_find(rt_gateways *g, gateway_link *link, const void *message)

@@ -312,11 +312,16 @@ void rt_keep_refuse(rt_keep *keep, rt_keep_owner *owner, uint64_t stream, cm_sta
     untold_add(kept);
 }
 
+static const char TAKEN_OVER[] = "the stream was resumed elsewhere";
+
 static cm_status open_check(rt_keep *keep, rt_keep_owner *owner, const rt_seq_request *request,
-                            const rt_keep_key *key, cm_error *err)
+                            const rt_keep_offer *offer, cm_error *err)
 {
-    bool known = key != NULL && keys_find(keep, key) != NULL;
-    if (known || cm_map_get(&owner->by_stream, request->key.stream) != NULL) {
+    const rt_kept *known = offer->key != NULL ? keys_find(keep, offer->key) : NULL;
+    if (known != NULL && known->term > offer->term) {
+        return cm_error_set(err, CM_E_CANCELLED, NULL, "%s", TAKEN_OVER);
+    }
+    if (known != NULL || cm_map_get(&owner->by_stream, request->key.stream) != NULL) {
         return cm_error_set(err, CM_E_EXISTS, "stream", "stream %llu of this gateway is here already",
                             (unsigned long long)request->key.stream);
     }
@@ -342,12 +347,12 @@ static void kept_begin(rt_keep *keep, rt_kept *kept, const rt_seq_request *reque
 }
 
 void rt_keep_open(rt_keep *keep, uint64_t now_ms, rt_keep_owner *owner, const rt_seq_request *request,
-                  const rt_keep_key *key, const void *resume, size_t n_resume)
+                  const rt_keep_offer *offer)
 {
     cm_error err = {0};
     rt_seq_request inner = *request;
     uint64_t stream = request->key.stream;
-    cm_status status = open_check(keep, owner, request, key, &err);
+    cm_status status = open_check(keep, owner, request, offer, &err);
     inner.key = (rt_seq_key){KEEP_OWNER, keep->n_numbers + 1};
     if (status == CM_OK) {
         status = rt_sched_open(keep->sched, now_ms, &inner, &err);
@@ -358,18 +363,16 @@ void rt_keep_open(rt_keep *keep, uint64_t now_ms, rt_keep_owner *owner, const rt
     }
     rt_kept *kept = kept_make(keep, owner, stream);
     kept_begin(keep, kept, request);
-    if (key == NULL) {
+    if (offer->key == NULL) {
         return;
     }
-    kept->key = *key;
-    if (!keys_add(keep, kept)) {
-        return;
-    }
-    if (n_resume > 0 && make_room(keep, n_resume)) {
-        kept->resume = cm_alloc(n_resume);
-        kept->n_resume = n_resume;
-        memcpy(kept->resume, resume, n_resume);
-        kept_count_bytes(keep, kept, n_resume);
+    kept->key = *offer->key;
+    kept->term = offer->term;
+    if (keys_add(keep, kept) && offer->n_resume > 0 && make_room(keep, offer->n_resume)) {
+        kept->resume = cm_alloc(offer->n_resume);
+        kept->n_resume = offer->n_resume;
+        memcpy(kept->resume, offer->resume, offer->n_resume);
+        kept_count_bytes(keep, kept, offer->n_resume);
     }
 }
 
@@ -382,19 +385,24 @@ static void kept_take_over(rt_keep *keep, rt_kept *kept)
         return;
     }
     owner_take(kept);
-    rt_keep_refuse(keep, owner, kept->stream, CM_E_CANCELLED, "the stream was resumed elsewhere");
+    rt_keep_refuse(keep, owner, kept->stream, CM_E_CANCELLED, TAKEN_OVER);
 }
 
-void rt_keep_resume(rt_keep *keep, rt_keep_owner *owner, uint64_t stream, const rt_keep_key *key,
+void rt_keep_resume(rt_keep *keep, rt_keep_owner *owner, uint64_t stream, const rt_keep_offer *offer,
                     uint64_t from)
 {
-    rt_kept *kept = keys_find(keep, key);
+    rt_kept *kept = keys_find(keep, offer->key);
     bool known = kept != NULL && may_be_resumed(kept);
     if (!known || cm_map_get(&owner->by_stream, stream) != NULL || from > UINT32_MAX ||
         (kept->logprobs && from < kept->n_first)) {
         rt_keep_refuse(keep, owner, stream, CM_E_NOT_FOUND, "the stream is not here, or not any more");
         return;
     }
+    if (kept->term > offer->term) {
+        rt_keep_refuse(keep, owner, stream, CM_E_CANCELLED, TAKEN_OVER);
+        return;
+    }
+    kept->term = offer->term;
     kept_take_over(keep, kept);
     owner_give(kept, owner, stream);
     if (kept->live) {

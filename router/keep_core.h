@@ -6,9 +6,10 @@
  * A sequence belongs to the link it was opened on. A link that goes down leaves those that have a key behind:
  * they run on for grace_ms, for whoever names the key; the others are cancelled. One that has ended is kept
  * as long, told or not, because the gateway that was told may die before its client was. Whoever resumes a
- * sequence gets it, also from a link that seems to be up. A cancel ends it at once, whatever its state.
- * Memory: logs of running sequences grow with their tokens; ended ones and what gateways leave with their
- * sequences stay below ended_max and bytes_max, the oldest ended ones go first. */
+ * sequence gets it, also from a link that seems to be up, unless a client that came later has it: a gateway
+ * that does not know yet that its client went elsewhere must not take the stream back. A cancel ends it at
+ * once, whatever its state. Memory: logs of running sequences grow with their tokens; ended ones and what
+ * gateways leave with their sequences stay below ended_max and bytes_max, the oldest ended ones go first. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -56,9 +57,10 @@ struct rt_kept {
     uint64_t stream;      /* what owner calls it */
     bool keyed;
     rt_keep_key key;
-    bool live;   /* the scheduler has it */
-    bool untold; /* in its owner's list */
-    bool opened; /* the acceptance, or the refusal, was told */
+    uint64_t term; /* when the client came for whom it is told */
+    bool live;     /* the scheduler has it */
+    bool untold;   /* in its owner's list */
+    bool opened;   /* the acceptance, or the refusal, was told */
     uint64_t drop_ms;
     uint32_t *ids; /* [n_id] generated ones, those emitted before included */
     uint32_t n_id, cap, n_told;
@@ -85,14 +87,21 @@ void rt_keep_owner_init(const rt_keep *keep, rt_keep_owner *owner);
 void rt_keep_owner_lost(rt_keep *keep, uint64_t now_ms, rt_keep_owner *owner);
 
 /* ---- what gateways say ---- */
-/* request->key.stream: what owner calls it. key: NULL: it ends with its link. resume: copied if it fits. The
- * answer, acceptance or refusal, is something to tell. */
+typedef struct rt_keep_offer {
+    const rt_keep_key *key; /* NULL: it ends with its link */
+    uint64_t term;          /* when the gateway's client came */
+    const void *resume;     /* [n_resume] copied if it fits */
+    size_t n_resume;
+} rt_keep_offer;
+/* request->key.stream: what owner calls it. The answer, acceptance or refusal, is something to tell.
+ * CM_E_EXISTS: it is here already and can be resumed. */
 void rt_keep_open(rt_keep *keep, uint64_t now_ms, rt_keep_owner *owner, const rt_seq_request *request,
-                  const rt_keep_key *key, const void *resume, size_t n_resume);
+                  const rt_keep_offer *offer);
 /* The answer is status and text. */
 void rt_keep_refuse(rt_keep *keep, rt_keep_owner *owner, uint64_t stream, cm_status status, const char *text);
-/* Tokens from the from-th on are told to owner. CM_E_NOT_FOUND is told if it is not here. */
-void rt_keep_resume(rt_keep *keep, rt_keep_owner *owner, uint64_t stream, const rt_keep_key *key,
+/* Tokens from the from-th on are told to owner. CM_E_NOT_FOUND is told if it is not here, CM_E_CANCELLED if
+ * it is somebody's who came later. */
+void rt_keep_resume(rt_keep *keep, rt_keep_owner *owner, uint64_t stream, const rt_keep_offer *offer,
                     uint64_t from);
 /* Its client has all it wanted: computes no more and keeps the log, as of one that has ended. */
 void rt_keep_finish(rt_keep *keep, uint64_t now_ms, rt_keep_owner *owner, uint64_t stream);
