@@ -25,6 +25,7 @@ static void on_commit(void *ctx, pc_epoch *epoch)
     gateway->epoch = pc_epoch_hold(epoch);
     gw_routers_epoch(gateway->routers, epoch);
     pc_member_committed(gateway->member, epoch->number);
+    gw_seeks_changed(gateway);
     gw_probe_consider(gateway);
 }
 
@@ -49,6 +50,7 @@ static void on_refused(void *ctx, cm_status status, const char *text)
 static void on_linked(void *ctx, gw_router *router)
 {
     gw_streams_linked(ctx, router);
+    gw_seeks_linked(ctx, router);
     gw_probe_consider(ctx);
 }
 
@@ -59,6 +61,7 @@ static void on_lost(void *ctx, gw_router *router, cm_status status)
         pc_member_report_peer(gateway->member, gw_router_member(router), status);
     }
     gw_streams_lost(gateway, router);
+    gw_seeks_lost(gateway, router);
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         gw_probe_reset(gateway);
     }
@@ -226,6 +229,7 @@ static gw_gateway *gateway_make(pc_loop *loop, const gw_config *config, gw_leave
     gateway->born_ms = cm_now_ms();
     gateway->created_s = (int64_t)(cm_wall_us() / 1000000u);
     gw_streams_init(gateway);
+    TAILQ_INIT(&gateway->seeks);
     gateway->drain_timer = pc_timer_create(loop, drain_timeout, gateway);
     gateway->drain_task = (pc_task){.fn = drain_tell, .arg = gateway};
     gw_probe_init(gateway);
@@ -241,7 +245,8 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
                                              .leaves = on_leaves,
                                              .gone = on_gone,
                                              .load = on_load,
-                                             .tokens = gw_streams_tokens};
+                                             .tokens = gw_streams_tokens,
+                                             .found = gw_seeks_found};
     if (config->coordinator[0] == 0) {
         return cm_error_set(err, CM_E_CONFIG, "coordinator", "the address of the coordinator must be given");
     }

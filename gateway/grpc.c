@@ -20,15 +20,21 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
     {.path = "/baleen.v1.Inference/Chat",
      .request = &baleen__v1__chat_request__descriptor,
      .ask = gw_grpc_chat_ask,
+     .resume = gw_grpc_chat_resume,
+     .surface = "grpc chat",
      .fini = gw_grpc_chat_fini,
      .typed = true},
     {.path = "/baleen.v1.Inference/ChatJson",
      .request = &baleen__v1__chat_json_request__descriptor,
      .ask = gw_grpc_json_ask,
+     .resume = gw_grpc_json_resume,
+     .surface = "grpc json",
      .fini = gw_grpc_json_fini},
     {.path = "/baleen.v1.Inference/Generate",
      .request = &baleen__v1__generate_request__descriptor,
      .ask = gw_grpc_generate_ask,
+     .resume = gw_grpc_generate_resume,
+     .surface = "grpc generate",
      .fini = gw_grpc_generate_fini,
      .typed = true},
     {.path = "/baleen.v1.Inference/Tokenize",
@@ -72,6 +78,13 @@ static void drop_slow_reader(gw_grpc_call *call)
     gw_grpc_fail(call, &error);
 }
 
+void gw_grpc_send_new(gw_grpc_call *call, const ProtobufCMessage *message)
+{
+    if (++call->n_sent > call->skip) {
+        gw_grpc_send(call, message);
+    }
+}
+
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
 {
     cm_bytes *packed = &call->grpc->packed;
@@ -101,38 +114,86 @@ static bool is_request_id(const char *id)
     return id[n] == 0 && n >= 1 && n <= 128;
 }
 
-static cm_status check_ask(const gw_ask *ask, const char *request_id, gw_error *error_out)
+static cm_status check_id(const char *request_id, gw_error *error_out)
 {
-    if (request_id != NULL && !is_request_id(request_id)) {
-        gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
-                     "routing.request_id must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -");
-        return CM_E_INVALID;
+    if (is_request_id(request_id)) {
+        return CM_OK;
     }
+    gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
+                 "routing.request_id must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -");
+    return CM_E_INVALID;
+}
+
+static cm_status open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_events *events,
+                             gw_error *error_out)
+{
+    ask->deadline_ms = pc_call_deadline_ms(call->call);
     if (ask->deadline_ms == 0) {
         gw_error_set(error_out, GW_CAUSE_DEADLINE, NULL,
                      "the deadline of the request passed before it was begun");
         return CM_E_DEADLINE;
     }
+    CM_TRY(gw_stream_open(call->grpc->gateway, ask, events, call, &call->stream, error_out));
+    pc_call_add_header(call->call, "x-request-id", gw_stream_id(call->stream));
     return CM_OK;
 }
 
-void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const json_t *options,
                   const gw_stream_events *events)
 {
     gw_error error;
     const char *request_id = routing != NULL ? routing->request_id : NULL;
-    ask->deadline_ms = pc_call_deadline_ms(call->call);
-    cm_status status = check_ask(ask, request_id, &error);
+    cm_status status = request_id != NULL ? check_id(request_id, &error) : CM_OK;
+    call->resumable = routing != NULL && routing->resumable;
     if (status == CM_OK) {
-        ask->origin = gw_origin_create(ask->kind, request_id, NULL, ask->body, NULL);
-        status = gw_stream_open(call->grpc->gateway, ask, events, call, &call->stream, &error);
+        ask->origin = gw_origin_create(ask->kind, request_id, call->method->surface, ask->body, options);
+        status = open_stream(call, ask, events, &error);
         gw_origin_release(ask->origin);
     }
     if (status != CM_OK) {
         gw_grpc_fail(call, &error);
+    }
+}
+
+static void on_found(void *ctx, const gw_found *found, const gw_error *error)
+{
+    gw_grpc_call *call = ctx;
+    gw_error wrong;
+    call->seek = NULL;
+    if (error == NULL && strcmp(found->surface, call->method->surface) != 0) {
+        gw_error_set(&wrong, GW_CAUSE_NO_STREAM, "routing.request_id",
+                     "the request '%.140s' was not begun by this method", gw_origin_id(found->origin));
+        error = &wrong;
+    }
+    if (error != NULL) {
+        gw_grpc_fail(call, error);
+    } else {
+        call->method->resume(call, found);
+    }
+}
+
+void gw_grpc_seek(gw_grpc_call *call, const Baleen__V1__Routing *routing, uint64_t skip)
+{
+    gw_error error;
+    const char *request_id = routing != NULL && routing->request_id != NULL ? routing->request_id : "";
+    if (check_id(request_id, &error) != CM_OK) {
+        gw_grpc_fail(call, &error);
         return;
     }
-    pc_call_add_header(call->call, "x-request-id", gw_stream_id(call->stream));
+    call->skip = skip;
+    call->resumable = routing->resumable;
+    call->seek = gw_seek_begin(call->grpc->gateway, request_id, on_found, call);
+}
+
+void gw_grpc_reopen(gw_grpc_call *call, gw_ask *ask, const gw_found *found, const gw_stream_events *events)
+{
+    gw_error error;
+    ask->body = found->body;
+    ask->origin = found->origin;
+    ask->router = found->router[0];
+    if (open_stream(call, ask, events, &error) != CM_OK) {
+        gw_grpc_fail(call, &error);
+    }
 }
 
 void gw_grpc_stream_failed(void *ctx, const gw_error *error)
@@ -234,7 +295,12 @@ static void call_closed(pc_call *rpc, bool cancelled)
     gw_grpc_call *call = pc_call_user(rpc);
     gw_grpc *grpc = call->grpc;
     (void)cancelled;
-    if (call->stream != NULL) {
+    if (call->seek != NULL) {
+        gw_seek_cancel(call->seek);
+    }
+    if (call->stream != NULL && call->resumable) {
+        gw_stream_detach(call->stream);
+    } else if (call->stream != NULL) {
         gw_stream_cancel(call->stream);
     }
     if (call->method->fini != NULL) {

@@ -3,13 +3,14 @@
 
 enum { BODY_BYTES_MAX = 32 << 20 };
 
-static void json_emit(void *ctx, const char *json, size_t n_bytes, bool last)
+static void json_emit(void *ctx, uint32_t choice, const char *json, size_t n_bytes, bool last)
 {
     Baleen__V1__ChatJsonChunk chunk = BALEEN__V1__CHAT_JSON_CHUNK__INIT;
+    (void)choice; /* there is one */
     chunk.json = (ProtobufCBinaryData){.data = (uint8_t *)json, .len = n_bytes};
     chunk.has_last = last;
     chunk.last = last;
-    gw_grpc_send(ctx, &chunk.base);
+    gw_grpc_send_new(ctx, &chunk.base);
 }
 
 static void json_started(void *ctx, const gw_start *start)
@@ -78,30 +79,47 @@ static cm_status read_body(const Baleen__V1__ChatJsonRequest *request, json_t **
     return CM_OK;
 }
 
+static const gw_stream_events JSON_EVENTS = {
+    .started = json_started,
+    .piece = json_piece,
+    .tokens = json_tokens,
+    .logprobs = json_logprobs,
+    .flush = json_flush,
+    .finished = json_finished,
+    .failed = gw_grpc_stream_failed,
+};
+
+static void make_writer(gw_grpc_call *call, const json_t *body)
+{
+    gw_info info;
+    gw_gateway_info(call->grpc->gateway, &info);
+    call->writer = gw_openai_create(GW_ASK_CHAT, body, info.fingerprint, json_emit, call);
+}
+
 void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *message)
 {
-    static const gw_stream_events events = {
-        .started = json_started,
-        .piece = json_piece,
-        .tokens = json_tokens,
-        .logprobs = json_logprobs,
-        .flush = json_flush,
-        .finished = json_finished,
-        .failed = gw_grpc_stream_failed,
-    };
     const Baleen__V1__ChatJsonRequest *request = (const Baleen__V1__ChatJsonRequest *)message;
     json_t *body;
     gw_error error;
-    gw_info info;
+    if (request->has_resume_offset) {
+        gw_grpc_seek(call, request->routing, request->resume_offset);
+        return;
+    }
     if (read_body(request, &body, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
-    gw_gateway_info(call->grpc->gateway, &info);
-    call->writer = gw_openai_create(GW_ASK_CHAT, body, info.fingerprint, json_emit, call);
+    make_writer(call, body);
     gw_ask ask = {.kind = GW_ASK_CHAT, .body = body};
-    gw_grpc_open(call, &ask, request->routing, &events);
+    gw_grpc_open(call, &ask, request->routing, NULL, &JSON_EVENTS);
     json_decref(body);
+}
+
+void gw_grpc_json_resume(gw_grpc_call *call, const gw_found *found)
+{
+    gw_ask ask = {.kind = GW_ASK_CHAT};
+    make_writer(call, found->body);
+    gw_grpc_reopen(call, &ask, found, &JSON_EVENTS);
 }
 
 void gw_grpc_json_fini(gw_grpc_call *call)

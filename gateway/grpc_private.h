@@ -21,8 +21,10 @@ typedef struct gw_grpc_method {
     /* request is borrowed for the call. Ends the call, or opens a stream that will. */
     void (*ask)(gw_grpc_call *call, const ProtobufCMessage *request);
     void (*fini)(gw_grpc_call *call); /* frees its part of the call; NULL: nothing to free */
-    bool typed;                       /* its body was built from fields: errors name those, not the body's */
-    bool health;                      /* answered also while draining */
+    void (*resume)(gw_grpc_call *call, const gw_found *found); /* as ask, for a client that comes back */
+    const char *surface; /* what its requests are known by at routers; NULL: they are no streams */
+    bool typed;          /* its body was built from fields: errors name those, not the body's */
+    bool health;         /* answered also while draining */
 } gw_grpc_method;
 extern const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS];
 
@@ -40,6 +42,7 @@ typedef struct gw_grpc_chat {
 typedef struct gw_grpc_generate {
     bool whole; /* one tokens event at the end */
     bool return_text;
+    uint64_t n_told; /* generated tokens */
     uint64_t offset; /* of ids.id[0] */
     md_ids ids;      /* not yet sent, as are text and logprobs */
     cm_bytes text;
@@ -58,6 +61,10 @@ struct gw_grpc_call {
     pc_call *call;
     const gw_grpc_method *method;
     gw_stream *stream; /* NULL: none, or it has ended */
+    gw_seek *seek;     /* what the client comes back for is looked for */
+    uint64_t skip;     /* messages, for Generate tokens, that the client has from before */
+    uint64_t n_sent;   /* messages made, those included */
+    bool resumable;    /* the stream goes on for a while if the client goes away */
     union {            /* by method */
         gw_grpc_chat chat;
         gw_grpc_generate generate;
@@ -85,11 +92,18 @@ struct gw_grpc {
 /* ---- grpc.c ---- */
 /* A client that reads too slowly loses its stream and is told so. */
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message);
+/* The same, unless the client has it from before. */
+void gw_grpc_send_new(gw_grpc_call *call, const ProtobufCMessage *message);
 void gw_grpc_finish(gw_grpc_call *call); /* OK */
-/* Opens the stream of a call or fails it. routing may be NULL; ask's request id and deadline are filled in
- * here. */
-void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+/* Opens the stream of a call or fails it. routing may be NULL; ask's origin and deadline are filled in here.
+ * options: what another gateway must know besides the body; NULL: nothing. */
+void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const json_t *options,
                   const gw_stream_events *events);
+/* The client comes back and has so many messages (Generate: tokens): the method's resume follows, or the call
+ * fails. */
+void gw_grpc_seek(gw_grpc_call *call, const Baleen__V1__Routing *routing, uint64_t skip);
+/* What resume does in the end; ask's kind and what depends on options are given. */
+void gw_grpc_reopen(gw_grpc_call *call, gw_ask *ask, const gw_found *found, const gw_stream_events *events);
 /* The failed event of every surface's stream. */
 void gw_grpc_stream_failed(void *call, const gw_error *error);
 
@@ -126,10 +140,13 @@ CM_MUST_CHECK cm_status gw_grpc_put_routing(json_t *body, const Baleen__V1__Rout
 
 /* ---- the methods ---- */
 void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_chat_resume(gw_grpc_call *call, const gw_found *found);
 void gw_grpc_chat_fini(gw_grpc_call *call);
 void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_json_resume(gw_grpc_call *call, const gw_found *found);
 void gw_grpc_json_fini(gw_grpc_call *call);
 void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_generate_resume(gw_grpc_call *call, const gw_found *found);
 void gw_grpc_generate_fini(gw_grpc_call *call);
 void gw_grpc_tokenize(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_detokenize(gw_grpc_call *call, const ProtobufCMessage *request);

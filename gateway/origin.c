@@ -1,5 +1,6 @@
 /* What a request is known by, and what another gateway needs to tell its streams again. */
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <xxhash.h>
 
@@ -69,6 +70,41 @@ gw_origin *gw_origin_create(gw_ask_kind kind, const char *id, const char *surfac
         pack_resume(origin, surface, body, options);
     }
     return origin;
+}
+
+static bool read_hex(const json_t *all, const char *name, uint64_t *out)
+{
+    const char *text = json_string_value(json_object_get(all, name));
+    char *end = NULL;
+    *out = text != NULL ? strtoull(text, &end, 16) : 0;
+    return text != NULL && end != text && *end == 0;
+}
+
+gw_origin *gw_origin_read(const json_t *all, uint64_t after_term)
+{
+    const char *id = json_string_value(json_object_get(all, "id"));
+    const char *surface = json_string_value(json_object_get(all, "surface"));
+    const json_t *created = json_object_get(all, "created"), *body = json_object_get(all, "body");
+    uint64_t seed, birth, now_us = cm_wall_us();
+    if (id == NULL || surface == NULL || !json_is_integer(created) || !json_is_object(body) ||
+        !read_hex(all, "seed", &seed) || !read_hex(all, "birth", &birth)) {
+        return NULL;
+    }
+    gw_origin *origin = cm_alloc(sizeof(*origin));
+    *origin = (gw_origin){.refs = 1,
+                          .id = cm_strdup(id),
+                          .birth = birth,
+                          .seed = seed,
+                          .term = now_us > after_term ? now_us : after_term + 1,
+                          .created_s = json_integer_value(created)};
+    gw_origin_hash(id, origin->key);
+    pack_resume(origin, surface, body, json_object_get(all, "options"));
+    return origin;
+}
+
+uint64_t gw_origin_birth(const gw_origin *origin)
+{
+    return origin->birth;
 }
 
 gw_origin *gw_origin_hold(gw_origin *origin)

@@ -165,18 +165,28 @@ void gw_stream_cancel(gw_stream *stream)
     gw_stream_release(stream);
 }
 
-void gw_stream_detach(gw_stream *stream)
+static void detach_there(gw_stream *stream)
 {
     if (stream->router != NULL && stream->core.state != GW_CORE_ENDED) {
         gw_router_detach(stream->router, stream->number);
         forget_number(stream);
     }
+}
+
+void gw_stream_detach(gw_stream *stream)
+{
+    detach_there(stream);
     gw_stream_cancel(stream);
 }
 
 const char *gw_stream_id(const gw_stream *stream)
 {
     return gw_origin_id(stream->origin);
+}
+
+bool gw_stream_is_ending(const gw_stream *stream)
+{
+    return stream->ending;
 }
 
 static gw_stream *find_by_id(gw_gateway *gateway, const char *id)
@@ -201,7 +211,8 @@ bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
     return stream != NULL;
 }
 
-static uint32_t fail_all(gw_gateway *gateway, const gw_error *error)
+/* detach: their clients may come back for them elsewhere. */
+static uint32_t fail_all(gw_gateway *gateway, const gw_error *error, bool detach)
 {
     /* a handler may open or cancel others: start over after each; what is opened meanwhile is not ours to
      * fail */
@@ -217,6 +228,9 @@ static uint32_t fail_all(gw_gateway *gateway, const gw_error *error)
         if (stream == NULL) {
             return n;
         }
+        if (detach) {
+            detach_there(stream);
+        }
         gw_stream_fail(stream, error);
         n++;
     }
@@ -226,14 +240,14 @@ uint32_t gw_stream_abort_all(gw_gateway *gateway)
 {
     gw_error error;
     gw_error_set(&error, GW_CAUSE_ABORTED, NULL, "the request was aborted");
-    return fail_all(gateway, &error);
+    return fail_all(gateway, &error, false);
 }
 
 void gw_streams_fail_all(gw_gateway *gateway, gw_cause cause, const char *message)
 {
     gw_error error;
     gw_error_set(&error, cause, NULL, "%s", message);
-    (void)fail_all(gateway, &error);
+    (void)fail_all(gateway, &error, true);
 }
 
 /* ---- opening at a router ---- */

@@ -129,6 +129,7 @@ static void fail_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqToken
 
 static void end_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *frame)
 {
+    stream->ending = true;
     md_parser_finish(stream->parser, tell_piece, stream);
     if (stream->over) {
         return;

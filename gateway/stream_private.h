@@ -22,7 +22,7 @@ struct gw_stream {
     gw_router *router; /* it was asked for there, as number; else NULL. Another time, another number: late
                           words of an earlier one find nobody */
     uint64_t number;
-    bool has_core, thinking;
+    bool has_core, thinking, ending;
     gw_core core;
     md_parser *parser;
     pc_timer *deadline; /* NULL when none */

@@ -172,6 +172,7 @@ static void coordinator_start(void)
 
 typedef struct router_frame {
     STAILQ_ENTRY(router_frame) link;
+    uint16_t type;
     cm_bytes bytes;
 } router_frame;
 
@@ -188,7 +189,7 @@ static void router_flush(void)
 {
     router_frame *frame;
     while ((frame = STAILQ_FIRST(&waiting)) != NULL) {
-        net_message message = {.type = PR_MSG_STEP_TOKENS,
+        net_message message = {.type = frame->type,
                                .iov = {{frame->bytes.data, frame->bytes.len}},
                                .n_iov = 1,
                                .deadline_ms = WATCHDOG_MS,
@@ -202,6 +203,16 @@ static void router_flush(void)
         }
     }
     pc_netpump_kick(R.pump);
+}
+
+static void router_send(uint16_t type, const ProtobufCMessage *message)
+{
+    router_frame *frame = cm_alloc(sizeof(*frame));
+    frame->type = type;
+    cm_bytes_init(&frame->bytes, 0);
+    pr_pack(message, &frame->bytes);
+    STAILQ_INSERT_TAIL(&waiting, frame, link);
+    router_flush();
 }
 
 static void put_logprobs(Baleen__Engine__V1__SeqTokens *seq)
@@ -247,11 +258,7 @@ static void router_say(uint64_t stream, uint64_t offset, const uint32_t *ids, ui
     Baleen__Engine__V1__StepTokens step = BALEEN__ENGINE__V1__STEP_TOKENS__INIT;
     step.seq = list;
     step.n_seq = 1;
-    router_frame *frame = cm_alloc(sizeof(*frame));
-    cm_bytes_init(&frame->bytes, 0);
-    pr_pack(&step.base, &frame->bytes);
-    STAILQ_INSERT_TAIL(&waiting, frame, link);
-    router_flush();
+    router_send(PR_MSG_STEP_TOKENS, &step.base);
 }
 
 void rig_tokens(uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end)
@@ -311,6 +318,8 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
     for (size_t i = 0; i < open->n_prompt; i++) {
         md_ids_push(&R.prompt, open->prompt[i]);
     }
+    R.birth = open->key->birth;
+    R.term = open->term;
     R.emitted.n = 0;
     for (size_t i = 0; i < open->n_emitted; i++) {
         md_ids_push(&R.emitted, open->emitted[i]);
@@ -342,6 +351,9 @@ static void router_resume(const Baleen__Engine__V1__SeqResume *resume)
 {
     R.n_resumes++;
     R.resume_from = resume->from;
+    R.resumed[resume->key->choice % 4] = resume->stream;
+    R.birth = resume->key->birth;
+    R.term = resume->term;
     if (R.keeps) {
         R.stream = resume->stream;
         router_say(R.stream, resume->from, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
@@ -351,6 +363,28 @@ static void router_resume(const Baleen__Engine__V1__SeqResume *resume)
     R.refuse_status = CM_E_NOT_FOUND;
     router_say(resume->stream, resume->from, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED);
     R.refuse_status = status;
+}
+
+static void router_find(const Baleen__Engine__V1__SeqFind *find)
+{
+    Baleen__Engine__V1__SeqFound found = BALEEN__ENGINE__V1__SEQ_FOUND__INIT;
+    Baleen__Engine__V1__SeqKey keys[4], *list[4];
+    R.n_finds++;
+    for (uint32_t i = 0; i < R.n_found; i++) {
+        baleen__engine__v1__seq_key__init(&keys[i]);
+        keys[i].id = find->id;
+        keys[i].choice = i;
+        keys[i].birth = R.birth;
+        list[i] = &keys[i];
+    }
+    found.ask = find->ask;
+    found.key = list;
+    found.n_key = R.n_found;
+    found.has_resume = R.n_found > 0;
+    found.resume = (ProtobufCBinaryData){.len = strlen(R.resume), .data = (uint8_t *)R.resume};
+    found.has_term = true;
+    found.term = R.term;
+    router_send(PR_MSG_SEQ_FOUND, &found.base);
 }
 
 static void router_message(const net_event *event)
@@ -366,6 +400,11 @@ static void router_message(const net_event *event)
                                    event->payload_bytes, &R.arena, &message),
                          CM_OK);
         router_resume((const Baleen__Engine__V1__SeqResume *)message);
+    } else if (event->type == PR_MSG_SEQ_FIND) {
+        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_find__descriptor, event->payload,
+                                   event->payload_bytes, &R.arena, &message),
+                         CM_OK);
+        router_find((const Baleen__Engine__V1__SeqFind *)message);
     } else if (event->type == PR_MSG_SEQ_DETACH) {
         R.n_detached++;
     } else {

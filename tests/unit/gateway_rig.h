@@ -64,7 +64,11 @@ typedef struct rig {
     md_ids prompt, emitted;                /* of the newest SeqOpen */
     uint32_t n_resumes;                    /* SeqResumes */
     uint64_t resume_from;                  /* of the newest one */
-    bool keeps; /* a SeqResume finds the sequence, else nothing; tokens are the test's to give */
+    bool keeps;       /* a SeqResume finds the sequence, else nothing; tokens are the test's to give */
+    uint32_t n_found; /* choices that a SeqFind finds, of the newest SeqOpen's request */
+    uint32_t n_finds;
+    uint64_t resumed[4];  /* by choice: what it is called since it was resumed */
+    uint64_t birth, term; /* of the newest SeqOpen or SeqResume */
     uint32_t n_copies, n_detached;
     char resume[4096];                         /* of the newest SeqOpen */
     Baleen__Engine__V1__SamplerParams sampler; /* likewise; without its list */
