@@ -77,7 +77,8 @@ static void on_unreachable(void *ctx, gw_router *router)
 static void on_leaves(void *ctx, gw_router *router, bool leaves)
 {
     gw_gateway *gateway = ctx;
-    gw_place_leaves(&gateway->place, cm_now_ms(), gw_router_number(router), leaves);
+    gw_place_stands(&gateway->place, cm_now_ms(), gw_router_number(router),
+                    leaves ? GW_PLACE_OUT : GW_PLACE_MEMBER);
     gw_streams_place(gateway);
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         gw_probe_reset(gateway);

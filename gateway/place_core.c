@@ -9,7 +9,8 @@ enum { BACKOFF_MIN_MS = 100, BACKOFF_DOUBLINGS = 4 };
 struct gw_place_router {
     TAILQ_ENTRY(gw_place_router) link;
     uint64_t number;
-    bool up, leaves;
+    bool up;
+    gw_place_standing standing;
     uint64_t n_sequences; /* as it said last */
     uint64_t n_asked;     /* by us since */
     uint32_t n_unanswered;
@@ -83,7 +84,7 @@ static void router_rest(gw_place *place, uint64_t now_ms, gw_place_router *route
 
 static bool router_takes(const gw_place *place, const gw_place_router *router, uint64_t now_ms)
 {
-    return router->up && !router->leaves && now_ms >= router->backoff_ms &&
+    return router->up && router->standing == GW_PLACE_MEMBER && now_ms >= router->backoff_ms &&
            router->n_unanswered < place->limits.opens_max;
 }
 
@@ -225,10 +226,10 @@ void gw_place_unreachable(gw_place *place, uint64_t number)
     router_of(place, number)->hold_ms = 0;
 }
 
-void gw_place_leaves(gw_place *place, uint64_t now_ms, uint64_t number, bool leaves)
+void gw_place_stands(gw_place *place, uint64_t now_ms, uint64_t number, gw_place_standing standing)
 {
     gw_place_router *router = router_of(place, number);
-    router->leaves = leaves;
+    router->standing = standing;
     router->left_ms = now_ms;
 }
 
@@ -260,7 +261,7 @@ static bool any_takes(const gw_place *place, uint64_t now_ms)
 {
     const gw_place_router *router;
     TAILQ_FOREACH (router, &place->routers, link) {
-        if (router->up && !router->leaves && now_ms >= router->backoff_ms) {
+        if (router->up && router->standing == GW_PLACE_MEMBER && now_ms >= router->backoff_ms) {
             return true;
         }
     }
@@ -410,7 +411,7 @@ static void routers_check(gw_place *place, uint64_t now_ms)
         if (!router->up && now_ms >= router->hold_ms) {
             router_give_away(place, now_ms, router);
         }
-        if (router->leaves) {
+        if (router->standing == GW_PLACE_OUT) {
             router_check_leaver(place, now_ms, router);
         }
     }
@@ -483,7 +484,8 @@ static gw_place_router *pick(const gw_place *place, uint64_t now_ms, bool fresh)
     bool best_takes = false;
     TAILQ_FOREACH (router, &place->routers, link) {
         bool takes = router_takes(place, router, now_ms);
-        if (!router->up || router->leaves || !(takes || fresh) || (best_takes && !takes)) {
+        if (!router->up || router->standing != GW_PLACE_MEMBER || !(takes || fresh) ||
+            (best_takes && !takes)) {
             continue;
         }
         if (best == NULL || (takes && !best_takes) ||
@@ -531,11 +533,12 @@ static uint64_t router_due(const gw_place *place, uint64_t now_ms, const gw_plac
     if (!router->up && !TAILQ_EMPTY(&router->lost)) {
         due_ms = router->hold_ms;
     }
-    if (router->up && !router->leaves && !TAILQ_EMPTY(&place->waiting) && router->backoff_ms > now_ms) {
+    if (router->up && router->standing == GW_PLACE_MEMBER && !TAILQ_EMPTY(&place->waiting) &&
+        router->backoff_ms > now_ms) {
         due_ms = router->backoff_ms;
     }
     const gw_spot *spot;
-    if (router->leaves) {
+    if (router->standing == GW_PLACE_OUT) {
         TAILQ_FOREACH (spot, &router->here, link) {
             uint64_t at_ms = leaver_due(place, router, spot);
             due_ms = at_ms < due_ms ? at_ms : due_ms;

@@ -72,9 +72,13 @@ void gw_place_fini(gw_place *place); /* all spots have ended */
 void gw_place_up(gw_place *place, uint64_t number);
 void gw_place_down(gw_place *place, uint64_t now_ms, uint64_t number);
 void gw_place_unreachable(gw_place *place, uint64_t number); /* an attempt to link it again has failed */
-/* It left the epoch, though its link is up: it gets no more streams and keeps those it has while they get
- * tokens. false: it is back. */
-void gw_place_leaves(gw_place *place, uint64_t now_ms, uint64_t number, bool leaves);
+typedef enum gw_place_standing {
+    GW_PLACE_MEMBER,
+    GW_PLACE_DRAINING, /* gets no more streams, finishes those it has */
+    GW_PLACE_OUT, /* likewise, but its link may be all that it has left: streams move on when no tokens come
+                   */
+} gw_place_standing;
+void gw_place_stands(gw_place *place, uint64_t now_ms, uint64_t number, gw_place_standing standing);
 void gw_place_gone(gw_place *place, uint64_t now_ms, uint64_t number); /* it will not come back; down or up */
 void gw_place_load(gw_place *place, uint64_t number, uint64_t n_sequences);
 bool gw_place_hosts(const gw_place *place, uint64_t number); /* some stream is there */

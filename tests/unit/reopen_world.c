@@ -687,11 +687,11 @@ void w_router_starts(w_world *world)
 void w_router_leaves(w_world *world)
 {
     uint32_t r = t_below(&world->rng, W_ROUTERS);
-    bool leaves = t_below(&world->rng, 2) == 0;
+    gw_place_standing standing = (gw_place_standing)t_below(&world->rng, 3);
     for (uint32_t g = 0; g < W_GATEWAYS; g++) {
         uint64_t known = world->gateways[g].known[r];
         if (known != 0 && known == world->routers[r].number) {
-            gw_place_leaves(&world->gateways[g].place, world->now_ms, known, leaves);
+            gw_place_stands(&world->gateways[g].place, world->now_ms, known, standing);
         }
     }
 }
@@ -735,7 +735,8 @@ void w_heal(w_world *world)
         }
         for (uint32_t g = 0; g < W_GATEWAYS; g++) {
             if (world->gateways[g].known[r] == world->routers[r].number) {
-                gw_place_leaves(&world->gateways[g].place, world->now_ms, world->routers[r].number, false);
+                gw_place_stands(&world->gateways[g].place, world->now_ms, world->routers[r].number,
+                                GW_PLACE_MEMBER);
             }
         }
     }
