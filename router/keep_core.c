@@ -409,7 +409,6 @@ void rt_keep_resume(rt_keep *keep, rt_keep_owner *owner, uint64_t stream, const 
         cm_status status = cm_map_put(&owner->by_stream, stream, kept);
         CM_ASSERT_MSG(status == CM_OK, "%s", cm_status_name(status));
     }
-    kept->opened = false;
     kept->n_told = (uint32_t)from;
     untold_add(kept);
 }
@@ -508,7 +507,6 @@ void rt_keep_word(rt_keep *keep, uint64_t now_ms, const rt_word *word)
 
 void rt_keep_told(rt_keep *keep, uint64_t now_ms, rt_kept *kept, uint32_t n)
 {
-    kept->opened = true;
     kept->n_told += n;
     if (kept->n_told < kept->n_id) {
         return;

@@ -60,7 +60,6 @@ struct rt_kept {
     uint64_t term; /* when the client came for whom it is told */
     bool live;     /* the scheduler has it */
     bool untold;   /* in its owner's list */
-    bool opened;   /* the acceptance, or the refusal, was told */
     uint64_t drop_ms;
     uint32_t *ids; /* [n_id] generated ones, those emitted before included */
     uint32_t n_id, cap, n_told;

@@ -136,7 +136,9 @@ static void router_tells(w_world *world, w_router *router, w_link *link)
                              .end = ends ? kept->end : RT_GOING_ON,
                              .stop_id = kept->stop_id,
                              .status = kept->status};
-        memcpy(message.ids, kept->ids + (n > 0 ? kept->n_told : 0), n * sizeof(uint32_t));
+        if (n > 0) {
+            memcpy(message.ids, kept->ids + kept->n_told, n * sizeof(uint32_t));
+        }
         say(link, &link->to_gateway, &message);
         rt_keep_told(router->keep, world->now_ms, kept, n);
     }
