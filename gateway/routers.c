@@ -31,12 +31,12 @@ struct gw_router {
     uint32_t member;
     uint64_t incarnation;
     char *address;
-    net_peer *peer;  /* NULL: waiting for the next try */
-    bool up;         /* greeted */
-    bool broken;     /* sent what cannot be read: the link is ended outside of its own event */
-    bool stays;      /* scratch of gw_routers_epoch */
+    net_peer *peer;             /* NULL: waiting for the next try */
+    bool up;                    /* greeted */
+    bool broken;                /* sent what cannot be read: the link is ended outside of its own event */
+    bool stays;                 /* scratch of gw_routers_epoch */
     gw_place_standing standing; /* GW_PLACE_OUT: not tried again when its link goes down */
-    pc_timer *timer; /* next try, or the end of a broken link */
+    pc_timer *timer;            /* next try, or the end of a broken link */
     uint32_t retry_ms;
     uint32_t running, waiting; /* by its last frame */
     struct router_sends queue; /* wait for a place on the link; at most two a stream */

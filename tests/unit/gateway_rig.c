@@ -97,6 +97,8 @@ void rig_commit(uint64_t number, bool router, bool placement)
     members[1].role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER;
     members[1].incarnation = 9;
     members[1].data_address = (char[]){"rig-router"};
+    members[1].has_draining = true;
+    members[1].draining = R.drains;
     Baleen__Control__V1__Epoch epoch = BALEEN__CONTROL__V1__EPOCH__INIT;
     epoch.number = number;
     epoch.cluster = RIG_CLUSTER;

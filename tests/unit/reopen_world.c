@@ -57,6 +57,7 @@ static void router_start(w_world *world, w_router *router)
     router->in_flight = false;
     router->number = ++world->n_lives;
     t_engine_init(&router->engine, &world->limits);
+    router->engine.right_percent = world->right_percent;
     router->keep = rt_keep_create(&world->keep_limits, router->engine.sched);
 }
 
@@ -469,6 +470,9 @@ void w_init(w_world *world, uint64_t seed)
     world->limits = t_limits();
     world->limits.slot_max = t_between(rng, 1, 6);
     world->limits.queue_max = t_between(rng, 1, 12);
+    world->limits.draft_max = t_below(rng, RT_DRAFT_MAX + 1);
+    world->limits.draft_always = true;
+    world->right_percent = t_between(rng, 0, 100);
     world->keep_limits = (rt_keep_limits){.live_max = world->limits.slot_max + world->limits.queue_max,
                                           .ended_max = t_between(rng, 0, 20),
                                           .bytes_max = t_between(rng, 0, 20000),

@@ -77,6 +77,7 @@ typedef struct w_world {
     t_rng rng;
     uint64_t now_ms;
     rt_sched_limits limits;
+    uint32_t right_percent; /* of the routers' guesses: one step gives a sequence several tokens */
     rt_keep_limits keep_limits;
     w_router routers[W_ROUTERS];
     w_gateway gateways[W_GATEWAYS];

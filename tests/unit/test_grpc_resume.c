@@ -108,8 +108,8 @@ static void test_resume_json(void **state)
     check_chunk(1, "{\"usage\":1}", true);
 }
 
-/* All answers of a request are resumed, each where it is, from the beginning: how its messages mix is nobody's
- * to say. */
+/* All answers of a request are resumed, each where it is, from the beginning: how its messages mix is
+ * nobody's to say. */
 static void test_resume_json_choices(void **state)
 {
     (void)state;
@@ -237,8 +237,8 @@ static void test_resumable_choices(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        RIG_TEST(test_resume_chat),    RIG_TEST(test_resume_json), RIG_TEST(test_resume_generate),
-        RIG_TEST(test_resume_refused), RIG_TEST(test_resumable),   RIG_TEST(test_resume_json_choices),
+        RIG_TEST(test_resume_chat),       RIG_TEST(test_resume_json), RIG_TEST(test_resume_generate),
+        RIG_TEST(test_resume_refused),    RIG_TEST(test_resumable),   RIG_TEST(test_resume_json_choices),
         RIG_TEST(test_resumable_choices),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

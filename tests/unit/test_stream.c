@@ -256,6 +256,18 @@ static bool in_epoch_2(void *arg)
     return R.epoch_committed == 2;
 }
 
+static bool in_epoch_3(void *arg)
+{
+    (void)arg;
+    return R.epoch_committed == 3;
+}
+
+static bool has_resumed(void *arg)
+{
+    (void)arg;
+    return R.n_resumes == 1;
+}
+
 static bool link_is_down(void *arg)
 {
     (void)arg;
@@ -286,6 +298,38 @@ static void router_leaves(void **state)
     cm_bytes_fini(&t.text);
     rig_until(link_is_down, NULL);
     assert_int_equal(R.n_reports, 0); /* nobody was lost */
+}
+
+/* One that drains gets no more streams, and one whose link breaks meanwhile goes on there: it has it. */
+static void router_drains(void **state)
+{
+    (void)state;
+    told t, more;
+    gw_error error;
+    R.mode = RIG_HOLD;
+    R.keeps = true;
+    rig_reply("one two");
+    assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    rig_until(has_opened, NULL);
+    R.drains = true;
+    rig_commit(2, true, true);
+    rig_until(in_epoch_2, NULL);
+    assert_int_equal(ask(&more, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_E_UNAVAILABLE);
+    rig_cut();
+    rig_until(has_resumed, NULL);
+    rig_tokens(0, R.reply, R.n_reply, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
+    rig_until(is_over, &t);
+    assert_int_equal(t.n_finished, 1);
+    assert_int_equal(R.n_opens, 1);
+    cm_bytes_fini(&t.text);
+    R.drains = false; /* it was given up */
+    rig_commit(3, true, true);
+    rig_until(in_epoch_3, NULL);
+    R.mode = RIG_ANSWER;
+    assert_int_equal(ask(&more, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    rig_until(is_over, &more);
+    assert_int_equal(more.n_finished, 1);
+    cm_bytes_fini(&more.text);
 }
 
 /* ---- streams that end anywhere: nothing of them is left ---- */
@@ -368,8 +412,9 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(ids_and_text),  TEST(burst),          TEST(deadline),      TEST(same_id_and_abort),
-        TEST(cancel_inside), TEST(special_tokens), TEST(router_leaves), TEST(random_ends),
+        TEST(ids_and_text),      TEST(burst),         TEST(deadline),
+        TEST(same_id_and_abort), TEST(cancel_inside), TEST(special_tokens),
+        TEST(router_leaves),     TEST(router_drains), TEST(random_ends),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
