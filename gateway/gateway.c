@@ -26,6 +26,7 @@ static void on_commit(void *ctx, pc_epoch *epoch)
     gateway->epoch = pc_epoch_hold(epoch);
     gw_routers_epoch(gateway->routers, epoch);
     pc_member_committed(gateway->member, epoch->number);
+    gw_seeks_changed(gateway);
     gw_probe_consider(gateway);
 }
 
@@ -47,8 +48,10 @@ static void on_refused(void *ctx, cm_status status, const char *text)
     gateway->leave(gateway->ctx, status);
 }
 
-static void on_linked(void *ctx)
+static void on_linked(void *ctx, gw_router *router)
 {
+    gw_streams_linked(ctx, router);
+    gw_seeks_linked(ctx, router);
     gw_probe_consider(ctx);
 }
 
@@ -59,9 +62,40 @@ static void on_lost(void *ctx, gw_router *router, cm_status status)
         pc_member_report_peer(gateway->member, gw_router_member(router), status);
     }
     gw_streams_lost(gateway, router);
+    gw_seeks_lost(gateway, router);
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         gw_probe_reset(gateway);
     }
+}
+
+static void on_unreachable(void *ctx, gw_router *router)
+{
+    gw_gateway *gateway = ctx;
+    gw_place_unreachable(&gateway->place, gw_router_number(router));
+    gw_streams_place(gateway);
+}
+
+static void on_stands(void *ctx, gw_router *router, gw_place_standing standing)
+{
+    gw_gateway *gateway = ctx;
+    gw_place_stands(&gateway->place, cm_now_ms(), gw_router_number(router), standing);
+    gw_streams_place(gateway);
+    if (gw_routers_get_load(gateway->routers).n_linked == 0) {
+        gw_probe_reset(gateway);
+    }
+}
+
+static void on_gone(void *ctx, gw_router *router)
+{
+    gw_gateway *gateway = ctx;
+    gw_place_gone(&gateway->place, cm_now_ms(), gw_router_number(router));
+    gw_streams_place(gateway);
+}
+
+static void on_load(void *ctx, gw_router *router, uint32_t n_sequences)
+{
+    gw_gateway *gateway = ctx;
+    gw_place_load(&gateway->place, gw_router_number(router), n_sequences);
 }
 
 /* ---- create ---- */
@@ -195,9 +229,8 @@ static gw_gateway *gateway_make(pc_loop *loop, const gw_config *config, gw_leave
     gateway->ctx = ctx;
     gateway->born_ms = cm_now_ms();
     gateway->created_s = (int64_t)(cm_wall_us() / 1000000u);
-    gateway->next_number = 1;
-    TAILQ_INIT(&gateway->streams);
-    cm_map_init(&gateway->by_number, (uint32_t)config->streams_max + 1);
+    gw_streams_init(gateway);
+    TAILQ_INIT(&gateway->seeks);
     gateway->drain_timer = pc_timer_create(loop, drain_timeout, gateway);
     gateway->drain_task = (pc_task){.fn = drain_tell, .arg = gateway};
     gw_probe_init(gateway);
@@ -207,8 +240,14 @@ static gw_gateway *gateway_make(pc_loop *loop, const gw_config *config, gw_leave
 cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn leave, void *ctx,
                             gw_gateway **gateway_out, cm_error *err)
 {
-    static const gw_routers_events events = {
-        .linked = on_linked, .lost = on_lost, .tokens = gw_streams_tokens};
+    static const gw_routers_events events = {.linked = on_linked,
+                                             .lost = on_lost,
+                                             .unreachable = on_unreachable,
+                                             .stands = on_stands,
+                                             .gone = on_gone,
+                                             .load = on_load,
+                                             .tokens = gw_streams_tokens,
+                                             .found = gw_seeks_found};
     if (config->coordinator[0] == 0) {
         return cm_error_set(err, CM_E_CONFIG, "coordinator", "the address of the coordinator must be given");
     }
@@ -267,7 +306,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
     pc_epoch_release(gateway->epoch);
     gw_member_stats_free(gateway);
     pc_timer_destroy(gateway->drain_timer);
-    cm_map_fini(&gateway->by_number);
+    gw_streams_fini(gateway);
     for (uint32_t i = 0; i < gateway->n_alias; i++) {
         cm_free(gateway->alias[i]);
     }

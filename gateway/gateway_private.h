@@ -10,6 +10,7 @@
 #include "gateway/gateway.h"
 #include "gateway/grpc.h"
 #include "gateway/http.h"
+#include "gateway/place_core.h"
 #include "gateway/routers.h"
 #include "gateway/stream.h"
 
@@ -59,9 +60,15 @@ struct gw_gateway {
 
     gw_stream_list streams;
     uint32_t n_streams; /* without the probe's */
-    cm_map by_number;   /* stream number -> gw_stream */
-    uint64_t next_number;
+    uint64_t next_serial;
+    cm_map by_number; /* as which streams are known at routers -> gw_stream */
+    uint64_t last_number;
+    gw_place place; /* which router computes which stream */
+    pc_timer *place_timer;
+    pc_task place_task;
     gw_probe probe;
+    TAILQ_HEAD(, gw_seek) seeks;
+    uint64_t last_ask;
 
     gw_http *http;
     gw_grpc *grpc; /* NULL when left out */
@@ -79,10 +86,34 @@ struct gw_gateway {
 CM_MUST_CHECK cm_status gw_stream_open_probe(gw_gateway *gateway, const gw_ask *ask,
                                              const gw_stream_events *events, void *ctx,
                                              gw_stream **stream_out, gw_error *error_out);
+void gw_streams_init(gw_gateway *gateway);
+void gw_streams_fini(gw_gateway *gateway); /* all have ended */
+/* Streams look for their routers, soon. */
+void gw_streams_place(gw_gateway *gateway);
+void gw_streams_linked(gw_gateway *gateway, gw_router *router);
 void gw_streams_tokens(void *gateway, gw_router *router, const Baleen__Engine__V1__SeqTokens *seq);
 void gw_streams_lost(gw_gateway *gateway, gw_router *router);
-/* Fails every stream. */
+/* Fails every stream; routers keep them for clients that go on elsewhere. */
 void gw_streams_fail_all(gw_gateway *gateway, gw_cause cause, const char *message);
+
+/* ---- origin.c ---- */
+enum { GW_KEY_BYTES = 16 };
+void gw_origin_hash(const char *id, uint8_t key_out[GW_KEY_BYTES]);
+void gw_origin_key(const gw_origin *origin, uint32_t choice, Baleen__Engine__V1__SeqKey *key_out);
+/* false: it cannot be told by another gateway. Borrowed from origin. */
+bool gw_origin_resume(const gw_origin *origin, ProtobufCBinaryData *resume_out);
+/* all: what gw_origin_resume gave, read as JSON. Its client comes after after_term. NULL: it is none. */
+gw_origin *gw_origin_read(const json_t *all, uint64_t after_term);
+uint64_t gw_origin_birth(const gw_origin *origin);
+uint64_t gw_origin_term(const gw_origin *origin);
+uint64_t gw_origin_seed(const gw_origin *origin);
+int64_t gw_origin_created_s(const gw_origin *origin);
+
+/* ---- seek.c ---- */
+void gw_seeks_linked(gw_gateway *gateway, gw_router *router);
+void gw_seeks_lost(gw_gateway *gateway, gw_router *router);
+void gw_seeks_found(void *gateway, gw_router *router, const Baleen__Engine__V1__SeqFound *found);
+void gw_seeks_changed(gw_gateway *gateway); /* the epoch did */
 
 /* ---- probe.c ---- */
 void gw_probe_init(gw_gateway *gateway);

@@ -20,16 +20,22 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
     {.path = "/baleen.v1.Inference/Chat",
      .request = &baleen__v1__chat_request__descriptor,
      .ask = gw_grpc_chat_ask,
+     .resume = gw_grpc_chat_resume,
+     .surface = "grpc chat",
      .fini = gw_grpc_chat_fini,
      .typed = true},
     {.path = "/baleen.v1.Inference/ChatJson",
      .request = &baleen__v1__chat_json_request__descriptor,
      .ask = gw_grpc_json_ask,
-     .cancel = gw_grpc_json_cancel,
+     .end_streams = gw_grpc_json_end_streams,
+     .resume = gw_grpc_json_resume,
+     .surface = "grpc json",
      .fini = gw_grpc_json_fini},
     {.path = "/baleen.v1.Inference/Generate",
      .request = &baleen__v1__generate_request__descriptor,
      .ask = gw_grpc_generate_ask,
+     .resume = gw_grpc_generate_resume,
+     .surface = "grpc generate",
      .fini = gw_grpc_generate_fini,
      .typed = true},
     {.path = "/baleen.v1.Inference/Tokenize",
@@ -58,15 +64,20 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
 
 /* ---- what is sent ---- */
 
-void gw_grpc_cancel(gw_grpc_call *call)
+static void end_streams(gw_grpc_call *call, void (*end)(gw_stream *stream))
 {
     if (call->stream != NULL) {
-        gw_stream_cancel(call->stream);
+        end(call->stream);
         call->stream = NULL;
     }
-    if (call->method->cancel != NULL) {
-        call->method->cancel(call);
+    if (call->method->end_streams != NULL) {
+        call->method->end_streams(call, end);
     }
+}
+
+void gw_grpc_cancel(gw_grpc_call *call)
+{
+    end_streams(call, gw_stream_cancel);
 }
 
 static void drop_slow_reader(gw_grpc_call *call)
@@ -79,6 +90,13 @@ static void drop_slow_reader(gw_grpc_call *call)
                  "the client reads too slowly: %llu bytes of the answer were waiting to be read",
                  (unsigned long long)n);
     gw_grpc_fail(call, &error);
+}
+
+void gw_grpc_send_new(gw_grpc_call *call, const ProtobufCMessage *message)
+{
+    if (++call->n_sent > call->skip) {
+        gw_grpc_send(call, message);
+    }
 }
 
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
@@ -110,34 +128,97 @@ static bool is_request_id(const char *id)
     return id[n] == 0 && n >= 1 && n <= 128;
 }
 
-cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
-                              const gw_stream_events *events, void *ctx, gw_stream **stream_out,
-                              gw_error *error_out)
+static cm_status check_id(const char *request_id, gw_error *error_out)
 {
-    ask->request_id = routing != NULL ? routing->request_id : NULL;
-    ask->deadline_ms = pc_call_deadline_ms(call->call);
-    if (ask->request_id != NULL && !is_request_id(ask->request_id)) {
-        gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
-                     "routing.request_id must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -");
-        return CM_E_INVALID;
+    if (is_request_id(request_id)) {
+        return CM_OK;
     }
+    gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
+                 "routing.request_id must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -");
+    return CM_E_INVALID;
+}
+
+cm_status gw_grpc_identify(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+                           const json_t *options, gw_error *error_out)
+{
+    const char *request_id = routing != NULL ? routing->request_id : NULL;
+    if (request_id != NULL) {
+        CM_TRY(check_id(request_id, error_out));
+    }
+    call->resumable = routing != NULL && routing->resumable;
+    ask->origin = gw_origin_create(ask->kind, request_id, call->method->surface, ask->body, options);
+    return CM_OK;
+}
+
+cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_events *events, void *ctx,
+                              gw_stream **stream_out, gw_error *error_out)
+{
+    ask->deadline_ms = pc_call_deadline_ms(call->call);
     if (ask->deadline_ms == 0) {
         gw_error_set(error_out, GW_CAUSE_DEADLINE, NULL,
                      "the deadline of the request passed before it was begun");
         return CM_E_DEADLINE;
     }
-    return gw_stream_open(call->grpc->gateway, ask, events, ctx, stream_out, error_out);
+    CM_TRY(gw_stream_open(call->grpc->gateway, ask, events, ctx, stream_out, error_out));
+    if (ask->choice == 0) {
+        pc_call_add_header(call->call, "x-request-id", gw_stream_id(*stream_out));
+    }
+    return CM_OK;
 }
 
-void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const json_t *options,
                   const gw_stream_events *events)
 {
     gw_error error;
-    if (gw_grpc_open_stream(call, ask, routing, events, call, &call->stream, &error) != CM_OK) {
+    cm_status status = gw_grpc_identify(call, ask, routing, options, &error);
+    if (status == CM_OK) {
+        status = gw_grpc_open_stream(call, ask, events, call, &call->stream, &error);
+        gw_origin_release(ask->origin);
+    }
+    if (status != CM_OK) {
+        gw_grpc_fail(call, &error);
+    }
+}
+
+static void on_found(void *ctx, const gw_found *found, const gw_error *error)
+{
+    gw_grpc_call *call = ctx;
+    gw_error wrong;
+    call->seek = NULL;
+    if (error == NULL && strcmp(found->surface, call->method->surface) != 0) {
+        gw_error_set(&wrong, GW_CAUSE_NO_STREAM, "routing.request_id",
+                     "the request '%.140s' was not begun by this method", gw_origin_id(found->origin));
+        error = &wrong;
+    }
+    if (error != NULL) {
+        gw_grpc_fail(call, error);
+    } else {
+        call->method->resume(call, found);
+    }
+}
+
+void gw_grpc_seek(gw_grpc_call *call, const Baleen__V1__Routing *routing, uint64_t skip)
+{
+    gw_error error;
+    const char *request_id = routing != NULL && routing->request_id != NULL ? routing->request_id : "";
+    if (check_id(request_id, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
-    pc_call_add_header(call->call, "x-request-id", gw_stream_id(call->stream));
+    call->skip = skip;
+    call->resumable = routing->resumable;
+    call->seek = gw_seek_begin(call->grpc->gateway, request_id, on_found, call);
+}
+
+void gw_grpc_reopen(gw_grpc_call *call, gw_ask *ask, const gw_found *found, const gw_stream_events *events)
+{
+    gw_error error;
+    ask->body = found->body;
+    ask->origin = found->origin;
+    ask->router = found->router[0];
+    if (gw_grpc_open_stream(call, ask, events, call, &call->stream, &error) != CM_OK) {
+        gw_grpc_fail(call, &error);
+    }
 }
 
 void gw_grpc_stream_failed(void *ctx, const gw_error *error)
@@ -239,7 +320,10 @@ static void call_closed(pc_call *rpc, bool cancelled)
     gw_grpc_call *call = pc_call_user(rpc);
     gw_grpc *grpc = call->grpc;
     (void)cancelled;
-    gw_grpc_cancel(call);
+    if (call->seek != NULL) {
+        gw_seek_cancel(call->seek);
+    }
+    end_streams(call, call->resumable ? gw_stream_detach : gw_stream_cancel);
     if (call->method->fini != NULL) {
         call->method->fini(call);
     }

@@ -6,7 +6,7 @@
 
 static void send_event(gw_grpc_call *call, Baleen__V1__ChatEvent *event)
 {
-    gw_grpc_send(call, &event->base);
+    gw_grpc_send_new(call, &event->base);
 }
 
 static void chat_started(void *ctx, const gw_start *start)
@@ -130,20 +130,25 @@ static void chat_finished(void *ctx, const gw_finish *finish)
     gw_grpc_finish(call);
 }
 
+static const gw_stream_events CHAT_EVENTS = {
+    .started = chat_started,
+    .piece = chat_piece,
+    .tokens = chat_tokens,
+    .logprobs = chat_logprobs,
+    .flush = chat_flush,
+    .finished = chat_finished,
+    .failed = gw_grpc_stream_failed,
+};
+
 void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *message)
 {
-    static const gw_stream_events events = {
-        .started = chat_started,
-        .piece = chat_piece,
-        .tokens = chat_tokens,
-        .logprobs = chat_logprobs,
-        .flush = chat_flush,
-        .finished = chat_finished,
-        .failed = gw_grpc_stream_failed,
-    };
     const Baleen__V1__ChatRequest *request = (const Baleen__V1__ChatRequest *)message;
     json_t *body;
     gw_error error;
+    if (request->has_resume_offset) {
+        gw_grpc_seek(call, request->routing, request->resume_offset);
+        return;
+    }
     if (gw_grpc_chat_body(request, &body, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
@@ -151,8 +156,16 @@ void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *message)
     gw_ask ask = {.kind = GW_ASK_CHAT,
                   .body = body,
                   .want_ids = request->has_return_token_ids && request->return_token_ids};
-    gw_grpc_open(call, &ask, request->routing, &events);
+    json_t *options = json_pack("{s:b}", "want_ids", ask.want_ids);
+    gw_grpc_open(call, &ask, request->routing, options, &CHAT_EVENTS);
+    json_decref(options);
     json_decref(body);
+}
+
+void gw_grpc_chat_resume(gw_grpc_call *call, const gw_found *found)
+{
+    gw_ask ask = {.kind = GW_ASK_CHAT, .want_ids = json_is_true(json_object_get(found->options, "want_ids"))};
+    gw_grpc_reopen(call, &ask, found, &CHAT_EVENTS);
 }
 
 void gw_grpc_chat_fini(gw_grpc_call *call)

@@ -15,26 +15,39 @@ static void generate_started(void *ctx, const gw_start *start)
     gw_grpc_send(call, &event.base);
 }
 
+/* The client of a resumed stream has the first skip tokens, with their text. */
 static void generate_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
 {
-    gw_grpc_generate *g = &((gw_grpc_call *)ctx)->generate;
-    if (g->ids.n == 0) {
-        g->offset = offset;
-    }
-    for (uint32_t i = 0; i < n; i++) {
+    gw_grpc_call *call = ctx;
+    gw_grpc_generate *g = &call->generate;
+    for (uint32_t i = 0; i < n; i++, offset++) {
+        g->n_told = offset + 1;
+        if (offset < call->skip) {
+            g->offset = offset + 1;
+            continue;
+        }
+        if (g->ids.n == 0) {
+            g->offset = offset;
+        }
         md_ids_push(&g->ids, ids[i]);
     }
 }
 
+/* Comes before its token. */
 static void generate_logprobs(void *ctx, const gw_logprobs *logprobs)
 {
-    gw_grpc_logprobs_add(&((gw_grpc_call *)ctx)->generate.logprobs, logprobs);
+    gw_grpc_call *call = ctx;
+    if (call->generate.n_told >= call->skip) {
+        gw_grpc_logprobs_add(&call->generate.logprobs, logprobs);
+    }
 }
 
+/* Comes after its token, or at the end. */
 static void generate_piece(void *ctx, const md_piece *piece)
 {
-    gw_grpc_generate *g = &((gw_grpc_call *)ctx)->generate;
-    if (g->return_text) {
+    gw_grpc_call *call = ctx;
+    gw_grpc_generate *g = &call->generate;
+    if (g->return_text && (g->n_told > call->skip || gw_stream_is_ending(call->stream))) {
         cm_bytes_append(&g->text, piece->text, piece->n_bytes);
     }
 }
@@ -94,32 +107,27 @@ static void generate_finished(void *ctx, const gw_finish *finish)
     gw_grpc_finish(call);
 }
 
-static cm_status make_body(const Baleen__V1__GenerateRequest *request, json_t **body_out, gw_error *error_out)
-{
-    if (request->has_resume_offset) {
-        gw_error_set(error_out, GW_CAUSE_UNSUPPORTED, "resume_offset",
-                     "resume_offset is not supported: a stream that broke must be asked for again");
-        return CM_E_UNSUPPORTED;
-    }
-    return gw_grpc_generate_body(request, body_out, error_out);
-}
+static const gw_stream_events GENERATE_EVENTS = {
+    .started = generate_started,
+    .piece = generate_piece,
+    .tokens = generate_tokens,
+    .logprobs = generate_logprobs,
+    .flush = generate_flush,
+    .finished = generate_finished,
+    .failed = gw_grpc_stream_failed,
+};
 
 void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *message)
 {
-    static const gw_stream_events events = {
-        .started = generate_started,
-        .piece = generate_piece,
-        .tokens = generate_tokens,
-        .logprobs = generate_logprobs,
-        .flush = generate_flush,
-        .finished = generate_finished,
-        .failed = gw_grpc_stream_failed,
-    };
     const Baleen__V1__GenerateRequest *request = (const Baleen__V1__GenerateRequest *)message;
     gw_grpc_generate *g = &call->generate;
     json_t *body;
     gw_error error;
-    if (make_body(request, &body, &error) != CM_OK) {
+    if (request->has_resume_offset) {
+        gw_grpc_seek(call, request->routing, request->resume_offset);
+        return;
+    }
+    if (gw_grpc_generate_body(request, &body, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
@@ -130,8 +138,22 @@ void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *message)
                   .body = body,
                   .want_ids = true,
                   .skip_special = !request->has_skip_special_tokens || request->skip_special_tokens};
-    gw_grpc_open(call, &ask, request->routing, &events);
+    json_t *options = json_pack("{s:b, s:b, s:b}", "whole", g->whole, "return_text", g->return_text,
+                                "skip_special", ask.skip_special);
+    gw_grpc_open(call, &ask, request->routing, options, &GENERATE_EVENTS);
+    json_decref(options);
     json_decref(body);
+}
+
+void gw_grpc_generate_resume(gw_grpc_call *call, const gw_found *found)
+{
+    gw_grpc_generate *g = &call->generate;
+    g->whole = json_is_true(json_object_get(found->options, "whole"));
+    g->return_text = json_is_true(json_object_get(found->options, "return_text"));
+    gw_ask ask = {.kind = GW_ASK_COMPLETE,
+                  .want_ids = true,
+                  .skip_special = json_is_true(json_object_get(found->options, "skip_special"))};
+    gw_grpc_reopen(call, &ask, found, &GENERATE_EVENTS);
 }
 
 void gw_grpc_generate_fini(gw_grpc_call *call)

@@ -1,17 +1,16 @@
 /* ChatJson: the HTTP surface's body in, its objects out; n answers are n streams. */
-#include <string.h>
-
 #include "gateway/grpc_private.h"
 
 enum { BODY_BYTES_MAX = 32 << 20 };
 
-static void json_emit(void *ctx, const char *json, size_t n_bytes, bool last)
+static void json_emit(void *ctx, uint32_t choice, const char *json, size_t n_bytes, bool last)
 {
     Baleen__V1__ChatJsonChunk chunk = BALEEN__V1__CHAT_JSON_CHUNK__INIT;
+    (void)choice; /* the object has its number */
     chunk.json = (ProtobufCBinaryData){.data = (uint8_t *)json, .len = n_bytes};
     chunk.has_last = last;
     chunk.last = last;
-    gw_grpc_send(ctx, &chunk.base);
+    gw_grpc_send_new(ctx, &chunk.base);
 }
 
 /* ---- the streams' events ----
@@ -97,9 +96,8 @@ static cm_status read_body(const Baleen__V1__ChatJsonRequest *request, json_t **
     return CM_OK;
 }
 
-/* The first answer has the request's id, the others have ids of their own. */
-static cm_status open_choices(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
-                              gw_error *error_out)
+/* router: [n] who has its choices; NULL: nobody, it is a new one. */
+static cm_status open_choices(gw_grpc_call *call, gw_ask *ask, const uint64_t *router, gw_error *error_out)
 {
     static const gw_stream_events events = {
         .started = json_started,
@@ -115,45 +113,77 @@ static cm_status open_choices(gw_grpc_call *call, gw_ask *ask, const Baleen__V1_
         gw_grpc_json_choice *choice = &json->choices[i];
         *choice = (gw_grpc_json_choice){.call = call, .writer = gw_openai_choice_of(json->writer, i)};
         ask->choice = i;
-        CM_TRY(gw_grpc_open_stream(call, ask, i == 0 ? routing : NULL, &events, choice, &choice->stream,
-                                   error_out));
+        ask->router = router != NULL ? router[i] : 0;
+        CM_TRY(gw_grpc_open_stream(call, ask, &events, choice, &choice->stream, error_out));
     }
     return CM_OK;
+}
+
+/* ask's body and origin are given. */
+static cm_status begin(gw_grpc_call *call, gw_ask *ask, const uint64_t *router, gw_error *error_out)
+{
+    gw_grpc_json *json = &call->json;
+    gw_info info;
+    gw_gateway_info(call->grpc->gateway, &info);
+    json->writer = gw_openai_create(GW_ASK_CHAT, ask->body, info.fingerprint, json_emit, call);
+    json->n_choice = gw_openai_choices(json->writer);
+    json->choices = cm_alloc(sizeof(*json->choices) * json->n_choice);
+    ask->choices_max = info.choices_max;
+    cm_status status = open_choices(call, ask, router, error_out);
+    if (status != CM_OK) {
+        gw_grpc_cancel(call);
+    }
+    return status;
 }
 
 void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *message)
 {
     const Baleen__V1__ChatJsonRequest *request = (const Baleen__V1__ChatJsonRequest *)message;
-    gw_grpc_json *json = &call->json;
     json_t *body;
     gw_error error;
-    gw_info info;
+    if (request->has_resume_offset) {
+        gw_grpc_seek(call, request->routing, request->resume_offset);
+        return;
+    }
     if (read_body(request, &body, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
-    gw_gateway_info(call->grpc->gateway, &info);
-    json->writer = gw_openai_create(GW_ASK_CHAT, body, info.fingerprint, json_emit, call);
-    json->n_choice = gw_openai_choices(json->writer);
-    json->choices = cm_alloc(sizeof(*json->choices) * json->n_choice);
-    gw_ask ask = {.kind = GW_ASK_CHAT, .body = body, .choices_max = info.choices_max};
-    if (open_choices(call, &ask, request->routing, &error) != CM_OK) {
-        gw_grpc_cancel(call);
+    gw_ask ask = {.kind = GW_ASK_CHAT, .body = body};
+    cm_status status = gw_grpc_identify(call, &ask, request->routing, NULL, &error);
+    if (status == CM_OK) {
+        status = begin(call, &ask, NULL, &error);
+        gw_origin_release(ask.origin);
+    }
+    if (status != CM_OK) {
         gw_grpc_fail(call, &error);
-    } else {
-        json->id = cm_strdup(gw_stream_id(json->choices[0].stream));
-        pc_call_add_header(call->call, "x-request-id", json->id);
     }
     json_decref(body);
 }
 
-void gw_grpc_json_cancel(gw_grpc_call *call)
+/* Messages of several answers mix anew each time: a count of all says nothing of where each stood. */
+void gw_grpc_json_resume(gw_grpc_call *call, const gw_found *found)
+{
+    gw_error error;
+    gw_ask ask = {.kind = GW_ASK_CHAT, .body = found->body, .origin = found->origin};
+    if (found->n_router > 1 && call->skip > 0) {
+        gw_error_set(&error, GW_CAUSE_UNSUPPORTED, "resume_offset",
+                     "the request '%.140s' has %u answers (n), whose messages may mix differently: it is "
+                     "resumed from its beginning only, with resume_offset 0",
+                     gw_origin_id(found->origin), found->n_router);
+        gw_grpc_fail(call, &error);
+    } else if (begin(call, &ask, found->router, &error) != CM_OK) {
+        gw_grpc_fail(call, &error);
+    }
+}
+
+void gw_grpc_json_end_streams(gw_grpc_call *call, void (*end)(gw_stream *stream))
 {
     for (uint32_t i = 0; i < call->json.n_choice; i++) {
         gw_stream *stream = call->json.choices[i].stream;
         call->json.choices[i].stream = NULL;
         if (stream != NULL) {
-            gw_stream_cancel(stream);
+            end(stream);
         }
     }
 }
@@ -164,22 +194,4 @@ void gw_grpc_json_fini(gw_grpc_call *call)
         gw_openai_destroy(call->json.writer);
     }
     cm_free(call->json.choices);
-    cm_free(call->json.id);
-}
-
-bool gw_grpc_json_abort(gw_grpc *grpc, const char *request_id)
-{
-    gw_grpc_call *call;
-    TAILQ_FOREACH (call, &grpc->calls, link) {
-        bool is_json = call->method->ask == gw_grpc_json_ask && call->json.id != NULL;
-        if (is_json && strcmp(call->json.id, request_id) == 0) {
-            for (uint32_t i = 0; i < call->json.n_choice; i++) {
-                const gw_stream *stream = call->json.choices[i].stream;
-                if (stream != NULL) {
-                    return gw_stream_abort(grpc->gateway, gw_stream_id(stream));
-                }
-            }
-        }
-    }
-    return false;
 }

@@ -20,10 +20,13 @@ typedef struct gw_grpc_method {
     const ProtobufCMessageDescriptor *request;
     /* request is borrowed for the call. Ends the call, or opens a stream that will. */
     void (*ask)(gw_grpc_call *call, const ProtobufCMessage *request);
-    void (*cancel)(gw_grpc_call *call); /* its streams but call->stream; NULL: it has no more */
-    void (*fini)(gw_grpc_call *call);   /* frees its part of the call; NULL: nothing to free */
-    bool typed;  /* its body was built from fields: errors name those, not the body's */
-    bool health; /* answered also while draining */
+    /* Ends each of its streams but call->stream; NULL: it has no more. */
+    void (*end_streams)(gw_grpc_call *call, void (*end)(gw_stream *stream));
+    void (*fini)(gw_grpc_call *call); /* frees its part of the call; NULL: nothing to free */
+    void (*resume)(gw_grpc_call *call, const gw_found *found); /* as ask, for a client that comes back */
+    const char *surface; /* what its requests are known by at routers; NULL: they are no streams */
+    bool typed;          /* its body was built from fields: errors name those, not the body's */
+    bool health;         /* answered also while draining */
 } gw_grpc_method;
 extern const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS];
 
@@ -41,6 +44,7 @@ typedef struct gw_grpc_chat {
 typedef struct gw_grpc_generate {
     bool whole; /* one tokens event at the end */
     bool return_text;
+    uint64_t n_told; /* generated tokens */
     uint64_t offset; /* of ids.id[0] */
     md_ids ids;      /* not yet sent, as are text and logprobs */
     cm_bytes text;
@@ -57,7 +61,6 @@ typedef struct gw_grpc_json {
     gw_openai *writer; /* NULL: the body was refused */
     gw_grpc_json_choice *choices;
     uint32_t n_choice, n_finished;
-    char *id; /* of the request, as the client chose it or as the first answer's stream has it; owned */
 } gw_grpc_json;
 
 typedef struct gw_grpc_watch {
@@ -72,6 +75,10 @@ struct gw_grpc_call {
     pc_call *call;
     const gw_grpc_method *method;
     gw_stream *stream; /* NULL: none, or it has ended */
+    gw_seek *seek;     /* what the client comes back for is looked for */
+    uint64_t skip;     /* messages, for Generate tokens, that the client has from before */
+    uint64_t n_sent;   /* messages made, those included */
+    bool resumable;    /* its streams go on for a while if the client goes away */
     union {            /* by method */
         gw_grpc_chat chat;
         gw_grpc_generate generate;
@@ -99,18 +106,26 @@ struct gw_grpc {
 /* ---- grpc.c ---- */
 /* A client that reads too slowly loses its stream and is told so. */
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message);
+/* The same, unless the client has it from before. */
+void gw_grpc_send_new(gw_grpc_call *call, const ProtobufCMessage *message);
 void gw_grpc_finish(gw_grpc_call *call); /* OK */
 /* Ends whatever streams the call still has; their events stop. */
 void gw_grpc_cancel(gw_grpc_call *call);
-/* Opens one stream for a call, its events with ctx. routing may be NULL; ask's request id and deadline are
- * filled in here. */
-CM_MUST_CHECK cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask,
-                                            const Baleen__V1__Routing *routing,
-                                            const gw_stream_events *events, void *ctx, gw_stream **stream_out,
-                                            gw_error *error_out);
-/* The same for the only stream of a call: with the call as ctx, and failing the call. */
-void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+/* Who the request is: ask's origin is filled in, the caller's to release. routing may be NULL. options: what
+ * another gateway must know besides the body; NULL: nothing. */
+CM_MUST_CHECK cm_status gw_grpc_identify(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing,
+                                         const json_t *options, gw_error *error_out);
+/* Opens one stream of a request, its events with ctx. ask's deadline is filled in here. */
+CM_MUST_CHECK cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_events *events,
+                                            void *ctx, gw_stream **stream_out, gw_error *error_out);
+/* Both for the only stream of a call: with the call as ctx, and failing the call. */
+void gw_grpc_open(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Routing *routing, const json_t *options,
                   const gw_stream_events *events);
+/* The client comes back and has so many messages (Generate: tokens): the method's resume follows, or the call
+ * fails. */
+void gw_grpc_seek(gw_grpc_call *call, const Baleen__V1__Routing *routing, uint64_t skip);
+/* What resume does in the end; ask's kind and what depends on options are given. */
+void gw_grpc_reopen(gw_grpc_call *call, gw_ask *ask, const gw_found *found, const gw_stream_events *events);
 /* The failed event of every surface's stream. */
 void gw_grpc_stream_failed(void *call, const gw_error *error);
 
@@ -147,13 +162,14 @@ CM_MUST_CHECK cm_status gw_grpc_put_routing(json_t *body, const Baleen__V1__Rout
 
 /* ---- the methods ---- */
 void gw_grpc_chat_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_chat_resume(gw_grpc_call *call, const gw_found *found);
 void gw_grpc_chat_fini(gw_grpc_call *call);
 void gw_grpc_json_ask(gw_grpc_call *call, const ProtobufCMessage *request);
-void gw_grpc_json_cancel(gw_grpc_call *call);
+void gw_grpc_json_end_streams(gw_grpc_call *call, void (*end)(gw_stream *stream));
+void gw_grpc_json_resume(gw_grpc_call *call, const gw_found *found);
 void gw_grpc_json_fini(gw_grpc_call *call);
-/* Abort of a request whose first answer, which has the request's id, is complete and others are not. */
-bool gw_grpc_json_abort(gw_grpc *grpc, const char *request_id);
 void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *request);
+void gw_grpc_generate_resume(gw_grpc_call *call, const gw_found *found);
 void gw_grpc_generate_fini(gw_grpc_call *call);
 void gw_grpc_tokenize(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_detokenize(gw_grpc_call *call, const ProtobufCMessage *request);

@@ -171,8 +171,7 @@ void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *message)
         return;
     }
     for (size_t i = 0; i < request->n_request_ids; i++) {
-        response.aborted += gw_stream_abort(gateway, request->request_ids[i]) ||
-                            gw_grpc_json_abort(call->grpc, request->request_ids[i]);
+        response.aborted += gw_stream_abort(gateway, request->request_ids[i]);
     }
     if (request->has_all && request->all) {
         response.aborted += gw_stream_abort_all(gateway);

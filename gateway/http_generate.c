@@ -17,6 +17,11 @@ typedef struct exchange_choice {
     gw_exchange *x;
     gw_stream *stream; /* NULL: it has ended */
     gw_openai_choice *writer;
+    uint32_t n_events; /* made */
+    uint32_t n_skip;   /* of these, the client has from before */
+    bool finished;
+    bool held; /* finish waits to be told */
+    gw_finish finish;
 } exchange_choice;
 
 struct gw_exchange {
@@ -24,8 +29,12 @@ struct gw_exchange {
     gw_http *http;
     struct evhttp_request *req;
     exchange_choice *choices;
-    uint32_t n_choice, n_started, n_finished;
+    uint32_t n_choice, n_started, n_finished, n_held;
     gw_openai *writer;
+    gw_origin *origin;
+    gw_seek *seek;            /* what the client comes back for is looked for; there are no choices yet */
+    gw_event_id from;         /* the last event that it has, when it comes back */
+    bool resumable;           /* its streams go on for a while if it goes away */
     bool sse;                 /* answered in events */
     bool head_sent;           /* status and headers are out: errors go into the body */
     struct evbuffer *pending; /* of this step, not yet given to the connection */
@@ -76,16 +85,37 @@ static void cancel_streams(gw_exchange *x)
     }
 }
 
+/* Whoever may come back finds them at their routers. */
+static void detach_streams(gw_exchange *x)
+{
+    for (uint32_t i = 0; i < x->n_choice; i++) {
+        gw_stream *stream = x->choices[i].stream;
+        x->choices[i].stream = NULL;
+        if (stream != NULL) {
+            gw_stream_detach(stream);
+        }
+    }
+}
+
 static void exchange_free(gw_exchange *x)
 {
     gw_http *http = x->http;
+    if (x->seek != NULL) {
+        gw_seek_cancel(x->seek);
+    }
+    if (x->resumable) {
+        detach_streams(x);
+    }
     cancel_streams(x);
+    gw_origin_release(x->origin);
     cm_free(x->choices);
     TAILQ_REMOVE(&http->exchanges, x, link);
     http->n_exchanges--;
     pc_timer_destroy(x->keep_alive);
     evbuffer_free(x->pending);
-    gw_openai_destroy(x->writer);
+    if (x->writer != NULL) {
+        gw_openai_destroy(x->writer);
+    }
     cm_free(x);
     gw_drain_check(http->gateway);
 }
@@ -160,13 +190,43 @@ static bool write_pending(gw_exchange *x)
     return true;
 }
 
-static void emit_object(void *ctx, const char *json, size_t n_bytes, bool last)
+/* How far the client is once it has what is in pending: for each choice the events it has. */
+static void put_event_id(gw_exchange *x)
+{
+    evbuffer_add_printf(x->pending, "id: %s", gw_origin_id(x->origin));
+    for (uint32_t i = 0; i < x->n_choice; i++) {
+        const exchange_choice *choice = &x->choices[i];
+        uint32_t n = choice->n_events > choice->n_skip ? choice->n_events : choice->n_skip;
+        evbuffer_add_printf(x->pending, "%c%u", i == 0 ? ':' : '.', n);
+    }
+    evbuffer_add(x->pending, "\n", 1);
+}
+
+static void put_event(gw_exchange *x, const char *data, size_t n_bytes)
+{
+    evbuffer_add(x->pending, "data: ", 6);
+    evbuffer_add(x->pending, data, n_bytes);
+    evbuffer_add(x->pending, "\n\n", 2);
+}
+
+static void emit_event(gw_exchange *x, uint32_t i_choice, const char *data, size_t n_bytes)
+{
+    exchange_choice *choice = &x->choices[i_choice];
+    if (++choice->n_events > choice->n_skip) {
+        put_event_id(x);
+        put_event(x, data, n_bytes);
+    }
+}
+
+static void emit_object(void *ctx, uint32_t choice, const char *json, size_t n_bytes, bool last)
 {
     gw_exchange *x = ctx;
     (void)last;
-    evbuffer_add(x->pending, "data: ", x->sse ? 6 : 0);
-    evbuffer_add(x->pending, json, n_bytes);
-    evbuffer_add(x->pending, "\n\n", x->sse ? 2 : 0);
+    if (x->sse) {
+        emit_event(x, choice, json, n_bytes);
+    } else {
+        evbuffer_add(x->pending, json, n_bytes);
+    }
 }
 
 static void keep_alive(void *arg)
@@ -225,29 +285,80 @@ static void on_logprobs(void *ctx, const gw_logprobs *logprobs)
     gw_openai_events()->logprobs(choice->writer, logprobs);
 }
 
+static void write_now(gw_exchange *x)
+{
+    if (x->sse && x->n_started == x->n_choice) {
+        (void)write_pending(x);
+    }
+}
+
+static void finish_choice(exchange_choice *choice)
+{
+    gw_exchange *x = choice->x;
+    gw_openai_events()->finished(choice->writer, &choice->finish);
+    choice->held = false;
+    x->n_held--;
+    x->n_finished++;
+}
+
+static bool caught_up(const gw_exchange *x)
+{
+    for (uint32_t i = 0; i < x->n_choice; i++) {
+        const exchange_choice *choice = &x->choices[i];
+        if (!choice->finished && choice->n_events < choice->n_skip) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void finish_held(gw_exchange *x, bool client_has_it)
+{
+    for (uint32_t i = 0; i < x->n_choice; i++) {
+        exchange_choice *choice = &x->choices[i];
+        if (choice->held && (choice->n_events < choice->n_skip) == client_has_it) {
+            finish_choice(choice);
+        }
+    }
+}
+
+/* The last choice that finishes carries the usage: a client that has the finishes of some must see the
+ * others' after them, so these wait until everything it has was made again. x may be gone afterwards. */
+static void tell_finishes(gw_exchange *x)
+{
+    finish_held(x, true);
+    if (caught_up(x)) {
+        finish_held(x, false);
+    }
+    if (x->n_finished < x->n_choice) {
+        write_now(x);
+        return;
+    }
+    if (x->sse) {
+        emit_event(x, 0, "[DONE]", 6);
+    }
+    end_answer(x);
+}
+
 static void on_flush(void *ctx)
 {
     exchange_choice *choice = ctx;
-    gw_exchange *x = choice->x;
-    if (x->sse && x->n_started == x->n_choice) {
-        (void)write_pending(x);
+    if (choice->x->n_held > 0) {
+        tell_finishes(choice->x);
+    } else {
+        write_now(choice->x);
     }
 }
 
 static void on_finished(void *ctx, const gw_finish *finish)
 {
     exchange_choice *choice = ctx;
-    gw_exchange *x = choice->x;
     choice->stream = NULL;
-    gw_openai_events()->finished(choice->writer, finish);
-    if (++x->n_finished < x->n_choice) {
-        on_flush(choice);
-        return;
-    }
-    if (x->sse) {
-        evbuffer_add_printf(x->pending, "data: [DONE]\n\n");
-    }
-    end_answer(x);
+    choice->finished = choice->held = true;
+    choice->x->n_held++;
+    choice->finish = *finish;
+    choice->finish.stop_string = NULL; /* nobody is told; not ours to keep */
+    tell_finishes(choice->x);
 }
 
 /* One that fails takes the others with it. */
@@ -265,33 +376,34 @@ static void on_failed(void *ctx, const gw_error *error)
     cm_bytes body;
     cm_bytes_init(&body, 0);
     gw_openai_error(error, &body);
-    emit_object(x, cm_bytes_text(&body), body.len, true);
+    if (x->sse) {
+        put_event(x, cm_bytes_text(&body), body.len); /* without an id: it is none of the answer's */
+    } else {
+        evbuffer_add(x->pending, cm_bytes_text(&body), body.len);
+    }
     cm_bytes_fini(&body);
     end_answer(x);
 }
 
 /* ---- begin ---- */
 
-static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req, gw_ask_kind kind,
-                                  const json_t *body)
+static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req)
 {
     gw_exchange *x = cm_alloc(sizeof(*x));
-    gw_info info;
-    gw_gateway_info(http->gateway, &info);
+    struct evhttp_connection *connection = evhttp_request_get_connection(req);
     x->http = http;
     x->req = req;
-    x->sse = gw_request_streams(body);
-    x->writer = gw_openai_create(kind, body, info.fingerprint, emit_object, x);
-    x->n_choice = gw_request_choices(body);
-    x->choices = cm_alloc(sizeof(*x->choices) * x->n_choice);
     x->pending = evbuffer_new();
     x->keep_alive = pc_timer_create(http->gateway->loop, keep_alive, x);
     TAILQ_INSERT_TAIL(&http->exchanges, x, link);
     http->n_exchanges++;
+    evhttp_connection_set_closecb(connection, exchange_closed, x);
+    evhttp_request_set_on_complete_cb(req, exchange_written, x);
+    watch_connection(x, connection);
     return x;
 }
 
-static cm_status open_choices(gw_exchange *x, gw_ask *ask, gw_error *error_out)
+static cm_status open_choices(gw_exchange *x, gw_ask *ask, const uint64_t *router, gw_error *error_out)
 {
     static const gw_stream_events events = {.started = on_started,
                                             .piece = on_piece,
@@ -302,36 +414,103 @@ static cm_status open_choices(gw_exchange *x, gw_ask *ask, gw_error *error_out)
     for (uint32_t i = 0; i < x->n_choice; i++) {
         exchange_choice *choice = &x->choices[i];
         *choice = (exchange_choice){.x = x, .writer = gw_openai_choice_of(x->writer, i)};
+        choice->n_skip = i < x->from.n ? x->from.count[i] : 0;
         ask->choice = i;
+        ask->router = router != NULL ? router[i] : 0;
         CM_TRY(gw_stream_open(x->http->gateway, ask, &events, choice, &choice->stream, error_out));
     }
     return CM_OK;
 }
 
+/* origin is given. router: [n] who has its choices; NULL: nobody, it is a new one. */
+static void exchange_begin(gw_exchange *x, gw_ask_kind kind, const json_t *body, gw_origin *origin,
+                           const uint64_t *router)
+{
+    gw_gateway *gateway = x->http->gateway;
+    gw_info info;
+    gw_error error;
+    gw_gateway_info(gateway, &info);
+    x->origin = origin;
+    x->sse = gw_request_streams(body);
+    x->resumable = x->sse && gw_request_is_resumable(body);
+    x->writer = gw_openai_create(kind, body, info.fingerprint, emit_object, x);
+    x->n_choice = gw_request_choices(body);
+    x->choices = cm_alloc(sizeof(*x->choices) * x->n_choice);
+    gw_ask ask = {.kind = kind,
+                  .body = body,
+                  .origin = origin,
+                  .deadline_ms = UINT64_MAX,
+                  .skip_special = true,
+                  .choices_max = (uint32_t)gateway->config->choices_max};
+    if (open_choices(x, &ask, router, &error) != CM_OK) {
+        cancel_streams(x);
+        gw_reply_error(x->req, &error);
+    }
+}
+
+static const char *surface_of(gw_ask_kind kind)
+{
+    return kind == GW_ASK_CHAT ? "http chat" : "http completion";
+}
+
 void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kind)
 {
+    if (evhttp_find_header(evhttp_request_get_input_headers(req), "Last-Event-ID") != NULL) {
+        gw_http_resume(http, req, NULL);
+        return;
+    }
     json_t *body = gw_request_json(http, req);
     if (body == NULL) {
         cm_stat_add(CM_STAT_requests, 1);
         cm_stat_add(CM_STAT_requests_refused, 1);
         return;
     }
-    gw_ask ask = {.kind = kind,
-                  .body = body,
-                  .deadline_ms = UINT64_MAX,
-                  .skip_special = true,
-                  .choices_max = (uint32_t)http->gateway->config->choices_max};
-    gw_error error;
-    gw_exchange *x = exchange_make(http, req, kind, body);
-    cm_status status = open_choices(x, &ask, &error);
+    gw_origin *origin =
+        gw_origin_create(kind, NULL, gw_request_streams(body) ? surface_of(kind) : NULL, body, NULL);
+    exchange_begin(exchange_make(http, req), kind, body, origin, NULL);
     json_decref(body);
-    if (status != CM_OK) {
-        exchange_free(x);
+}
+
+/* ---- coming back ---- */
+
+static void on_found(void *ctx, const gw_found *found, const gw_error *error)
+{
+    gw_exchange *x = ctx;
+    gw_error wrong;
+    x->seek = NULL;
+    if (error != NULL) {
+        gw_reply_error(x->req, error);
+        return;
+    }
+    bool chat = strcmp(found->surface, surface_of(GW_ASK_CHAT)) == 0;
+    if (!chat && strcmp(found->surface, surface_of(GW_ASK_COMPLETE)) != 0) {
+        gw_error_set(&wrong, GW_CAUSE_NO_STREAM, NULL, "the stream '%.140s' was not begun over HTTP",
+                     gw_origin_id(found->origin));
+        gw_reply_error(x->req, &wrong);
+    } else if (x->from.n != 0 && x->from.n != found->n_router) {
+        gw_error_set(&wrong, GW_CAUSE_INVALID, "Last-Event-ID",
+                     "the stream '%.140s' has %u answers, Last-Event-ID counts the events of %u",
+                     gw_origin_id(found->origin), found->n_router, x->from.n);
+        gw_reply_error(x->req, &wrong);
+    } else {
+        exchange_begin(x, chat ? GW_ASK_CHAT : GW_ASK_COMPLETE, found->body, gw_origin_hold(found->origin),
+                       found->router);
+    }
+}
+
+void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id)
+{
+    const char *last = evhttp_find_header(evhttp_request_get_input_headers(req), "Last-Event-ID");
+    gw_event_id from = {.n = 0};
+    gw_error error;
+    if (last != NULL && (!gw_event_id_parse(last, &from) || (id != NULL && strcmp(from.id, id) != 0))) {
+        gw_error_set(&error, GW_CAUSE_INVALID, "Last-Event-ID",
+                     "Last-Event-ID '%.100s' is not the id of an event of this server%s", last,
+                     id != NULL ? " and of the stream in the path" : "");
         gw_reply_error(req, &error);
         return;
     }
-    struct evhttp_connection *connection = evhttp_request_get_connection(req);
-    evhttp_connection_set_closecb(connection, exchange_closed, x);
-    evhttp_request_set_on_complete_cb(req, exchange_written, x);
-    watch_connection(x, connection);
+    gw_exchange *x = exchange_make(http, req);
+    x->from = from;
+    x->seek = gw_seek_begin(http->gateway, id != NULL ? id : from.id, on_found, x);
 }

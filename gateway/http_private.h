@@ -8,6 +8,7 @@
 #include <sys/queue.h>
 
 #include "gateway/gateway_private.h"
+#include "gateway/request.h"
 
 typedef struct gw_exchange gw_exchange;
 typedef struct gw_connections gw_connections;
@@ -37,7 +38,19 @@ void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
 /* The body as a JSON object; NULL: an error was answered. */
 json_t *gw_request_json(gw_http *http, struct evhttp_request *req);
 
+/* ---- http_event_id.c ---- */
+/* "ID:N", with several answers "ID:N.N.N": the stream, and how many events of each answer were sent with this
+ * one. Answers mix as they come, but the events of one are always the same. */
+typedef struct gw_event_id {
+    char id[160];
+    uint32_t n; /* 0: nothing is known */
+    uint32_t count[GW_CHOICES_MAX];
+} gw_event_id;
+bool gw_event_id_parse(const char *text, gw_event_id *out);
+
 /* ---- http_generate.c ---- */
+/* A client comes back. id: of the stream; NULL: that of its Last-Event-ID, which must be there. */
+void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id);
 void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kind);
 void gw_exchanges_drop_all(gw_http *http);
 

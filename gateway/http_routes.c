@@ -264,6 +264,20 @@ static void route_complete(gw_http *http, struct evhttp_request *req, const char
     gw_http_generate(http, req, GW_ASK_COMPLETE);
 }
 
+static void route_stream(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    gw_error error;
+    if (evhttp_request_get_command(req) == EVHTTP_REQ_HEAD) {
+        gw_error_set(&error, GW_CAUSE_METHOD, NULL, "a stream is asked for with GET");
+        gw_reply_error(req, &error);
+        return;
+    }
+    char *id = cm_strdup(rest);
+    percent_decode(id);
+    gw_http_resume(http, req, id);
+    cm_free(id);
+}
+
 /* ---- the table ---- */
 
 typedef struct route {
@@ -277,6 +291,7 @@ typedef struct route {
 static const route ROUTES[] = {
     {"/chat/completions", true, false, EVHTTP_REQ_POST, route_chat},
     {"/completions", true, false, EVHTTP_REQ_POST, route_complete},
+    {"/streams/", true, true, EVHTTP_REQ_GET, route_stream},
     {"/models", true, false, EVHTTP_REQ_GET, route_models},
     {"/models/", true, true, EVHTTP_REQ_GET, route_model},
     {"/tokenize", false, false, EVHTTP_REQ_POST, route_tokenize},

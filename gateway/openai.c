@@ -161,12 +161,12 @@ static void put_usage(gw_openai *writer, const gw_usage *usage)
                     usage->prompt_tokens - usage->cached_tokens);
 }
 
-static void end_object(gw_openai *writer, const gw_usage *usage, bool last)
+static void end_object(gw_openai *writer, uint32_t choice, const gw_usage *usage, bool last)
 {
     put(writer, "],\"usage\":");
     put_usage(writer, usage);
     put(writer, "}");
-    writer->emit(writer->ctx, cm_bytes_text(&writer->out), writer->out.len, last);
+    writer->emit(writer->ctx, choice, cm_bytes_text(&writer->out), writer->out.len, last);
 }
 
 static const char *reason_word(gw_reason reason)
@@ -228,7 +228,7 @@ static void end_delta(gw_openai_choice *choice, const gw_reason *reason, const g
         cm_bytes_printf(&writer->out, ",\"index\":%u", choice->index);
     }
     end_choice(choice, reason);
-    end_object(writer, usage, last);
+    end_object(writer, choice->index, usage, last);
 }
 
 static void make_call_id(uint32_t call, char id_out[40])
@@ -299,7 +299,7 @@ static void emit_finish(gw_openai_choice *choice, gw_reason reason)
               last && !writer->include_usage);
     if (last && writer->include_usage) {
         begin_object(writer);
-        end_object(writer, &writer->usage, true);
+        end_object(writer, 0, &writer->usage, true);
     }
 }
 
@@ -371,7 +371,7 @@ static void emit_whole(gw_openai *writer)
         put(writer, i > 0 ? "," : "");
         put_whole(&writer->choices[i]);
     }
-    end_object(writer, &writer->usage, true);
+    end_object(writer, 0, &writer->usage, true);
 }
 
 /* ---- events ---- */

@@ -144,6 +144,10 @@ static cm_status parse_stream_options(const parse_at *at)
     if (usage != NULL && !json_is_boolean(usage) && !json_is_null(usage)) {
         return refuse(at->error, "stream_options.include_usage", "must be true or false");
     }
+    const json_t *resumable = json_object_get(at->value, "resumable");
+    if (resumable != NULL && !json_is_boolean(resumable) && !json_is_null(resumable)) {
+        return refuse(at->error, "stream_options.resumable", "must be true or false");
+    }
     at->request->include_usage = json_is_true(usage);
     return CM_OK;
 }
@@ -501,6 +505,11 @@ void gw_request_free(gw_request *request)
 bool gw_request_streams(const json_t *body)
 {
     return json_is_true(json_object_get(body, "stream"));
+}
+
+bool gw_request_is_resumable(const json_t *body)
+{
+    return json_is_true(json_object_get(json_object_get(body, "stream_options"), "resumable"));
 }
 
 bool gw_request_wants_usage(const json_t *body)

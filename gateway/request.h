@@ -54,6 +54,7 @@ void gw_request_free(gw_request *request);
 
 /* Single fields, for a surface that must know them before and after the stream's life. */
 bool gw_request_streams(const json_t *body);
+bool gw_request_is_resumable(const json_t *body); /* the client may go away and come back */
 bool gw_request_wants_usage(const json_t *body);
 bool gw_request_wants_logprobs(gw_ask_kind kind, const json_t *body);
 uint32_t gw_request_choices(const json_t *body); /* 1 to GW_CHOICES_MAX */

@@ -3,7 +3,6 @@
 #include <string.h>
 #include <sys/queue.h>
 
-#include "common/base/assert.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "proto/messages.h"
@@ -28,18 +27,18 @@ TAILQ_HEAD(router_sends, router_send);
 struct gw_router {
     TAILQ_ENTRY(gw_router) link;
     gw_routers *routers;
+    uint64_t number;
     uint32_t member;
     uint64_t incarnation;
     char *address;
-    net_peer *peer;  /* NULL: waiting for the next try */
-    bool up;         /* greeted */
-    bool broken;     /* sent what cannot be read: the link is ended outside of its own event */
-    bool stays;      /* scratch of gw_routers_epoch */
-    bool draining;   /* goes on with what it has, gets nothing new */
-    pc_timer *timer; /* next try, or the end of a broken link */
+    net_peer *peer;             /* NULL: waiting for the next try */
+    bool up;                    /* greeted */
+    bool broken;                /* sent what cannot be read: the link is ended outside of its own event */
+    bool stays;                 /* scratch of gw_routers_epoch */
+    gw_place_standing standing; /* GW_PLACE_OUT: not tried again when its link goes down */
+    pc_timer *timer;            /* next try, or the end of a broken link */
     uint32_t retry_ms;
     uint32_t running, waiting; /* by its last frame */
-    uint32_t n_opened;         /* by us since then */
     struct router_sends queue; /* wait for a place on the link; at most two a stream */
 };
 
@@ -51,6 +50,7 @@ struct gw_routers {
     void *ctx;
     cm_arena arena;               /* one StepTokens at a time */
     TAILQ_HEAD(, gw_router) list; /* ascending member id */
+    uint64_t n_numbers;           /* given to routers */
     struct router_sends sends;    /* on their way */
 };
 
@@ -86,8 +86,12 @@ static void router_flush(gw_router *router)
     }
 }
 
+/* A link that is down is being lost, and all that was said on it with it. */
 static void router_say(gw_router *router, uint16_t type, const ProtobufCMessage *message)
 {
+    if (!router->up) {
+        return;
+    }
     router_send *send = cm_alloc(sizeof(*send));
     send->type = type;
     cm_bytes_init(&send->bytes, 0);
@@ -98,20 +102,49 @@ static void router_say(gw_router *router, uint16_t type, const ProtobufCMessage 
 
 void gw_router_open(gw_router *router, const Baleen__Engine__V1__SeqOpen *open)
 {
-    CM_ASSERT(router->up);
-    router->n_opened++;
     router_say(router, PR_MSG_SEQ_OPEN, &open->base);
 }
 
 void gw_router_cancel(gw_router *router, uint64_t stream)
 {
     Baleen__Engine__V1__SeqCancel message = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
-    if (!router->up) {
-        return; /* it is being lost, and all of its sequences with it */
-    }
     message.stream = &stream;
     message.n_stream = 1;
     router_say(router, PR_MSG_SEQ_CANCEL, &message.base);
+}
+
+void gw_router_finish(gw_router *router, uint64_t stream)
+{
+    Baleen__Engine__V1__SeqCancel message = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
+    message.finished = &stream;
+    message.n_finished = 1;
+    router_say(router, PR_MSG_SEQ_CANCEL, &message.base);
+}
+
+void gw_router_cancel_copy(gw_router *router, Baleen__Engine__V1__SeqKey *key)
+{
+    Baleen__Engine__V1__SeqCancel message = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
+    message.copy = &key;
+    message.n_copy = 1;
+    router_say(router, PR_MSG_SEQ_CANCEL, &message.base);
+}
+
+void gw_router_detach(gw_router *router, uint64_t stream)
+{
+    Baleen__Engine__V1__SeqDetach message = BALEEN__ENGINE__V1__SEQ_DETACH__INIT;
+    message.stream = &stream;
+    message.n_stream = 1;
+    router_say(router, PR_MSG_SEQ_DETACH, &message.base);
+}
+
+void gw_router_resume(gw_router *router, const Baleen__Engine__V1__SeqResume *resume)
+{
+    router_say(router, PR_MSG_SEQ_RESUME, &resume->base);
+}
+
+void gw_router_find(gw_router *router, const Baleen__Engine__V1__SeqFind *find)
+{
+    router_say(router, PR_MSG_SEQ_FIND, &find->base);
 }
 
 /* ---- links ---- */
@@ -124,6 +157,7 @@ static void router_connect(gw_router *router)
         cm_warn("router %u at %s: %s", router->member, router->address, err.text);
         router->peer = NULL;
         pc_timer_set(router->timer, RETRY_MAX_MS);
+        router->routers->events.unreachable(router->routers->ctx, router);
         return;
     }
     net_peer_set_user(router->peer, router);
@@ -137,17 +171,43 @@ static void router_unlink(gw_router *router, cm_status status)
     router->peer = NULL;
     router->up = false;
     router->broken = false;
-    router->running = router->waiting = router->n_opened = 0;
+    router->running = router->waiting = 0;
     sends_free(&router->queue);
     if (was_up) {
         router->routers->events.lost(router->routers->ctx, router, status);
+    } else {
+        router->routers->events.unreachable(router->routers->ctx, router);
     }
 }
 
+/* A link that was up is tried again at once: whether its router is still there is what its streams wait for.
+ */
 static void router_retry_later(gw_router *router)
 {
     pc_timer_set(router->timer, router->retry_ms);
-    router->retry_ms = 2 * router->retry_ms < RETRY_MAX_MS ? 2 * router->retry_ms : RETRY_MAX_MS;
+    router->retry_ms = router->retry_ms == 0                 ? RETRY_MIN_MS
+                       : 2 * router->retry_ms < RETRY_MAX_MS ? 2 * router->retry_ms
+                                                             : RETRY_MAX_MS;
+}
+
+static void router_free(gw_router *router)
+{
+    TAILQ_REMOVE(&router->routers->list, router, link);
+    router->routers->events.gone(router->routers->ctx, router);
+    pc_timer_destroy(router->timer);
+    sends_free(&router->queue);
+    cm_free(router->address);
+    cm_free(router);
+}
+
+/* After its link went down. */
+static void router_goes_on(gw_router *router)
+{
+    if (router->standing == GW_PLACE_OUT) {
+        router_free(router);
+    } else {
+        router_retry_later(router);
+    }
 }
 
 static void router_timer(void *arg)
@@ -156,7 +216,7 @@ static void router_timer(void *arg)
     if (router->broken) {
         net_disconnect(router->peer);
         router_unlink(router, CM_E_PROTOCOL);
-        router_retry_later(router);
+        router_goes_on(router);
     } else if (router->peer == NULL) {
         router_connect(router);
     }
@@ -166,6 +226,7 @@ static gw_router *router_add(gw_routers *routers, const struct pc_epoch_member *
 {
     gw_router *router = cm_alloc(sizeof(*router));
     *router = (gw_router){.routers = routers,
+                          .number = ++routers->n_numbers,
                           .member = member->id,
                           .incarnation = member->incarnation,
                           .address = cm_strdup(member->data_address),
@@ -183,15 +244,6 @@ static gw_router *router_add(gw_routers *routers, const struct pc_epoch_member *
     return router;
 }
 
-static void router_free(gw_router *router)
-{
-    TAILQ_REMOVE(&router->routers->list, router, link);
-    pc_timer_destroy(router->timer);
-    sends_free(&router->queue);
-    cm_free(router->address);
-    cm_free(router);
-}
-
 static gw_router *router_find(const gw_routers *routers, const struct pc_epoch_member *member)
 {
     gw_router *router;
@@ -202,6 +254,24 @@ static gw_router *router_find(const gw_routers *routers, const struct pc_epoch_m
         }
     }
     return NULL;
+}
+
+/* Ends its link from our side. */
+static void router_drop(gw_router *router)
+{
+    if (router->peer != NULL) {
+        net_disconnect(router->peer);
+    }
+    router_unlink(router, CM_OK);
+    router_free(router);
+}
+
+static void router_stands(gw_router *router, gw_place_standing standing)
+{
+    if (router->standing != standing) {
+        router->standing = standing;
+        router->routers->events.stands(router->routers->ctx, router, standing);
+    }
 }
 
 void gw_routers_epoch(gw_routers *routers, const pc_epoch *epoch)
@@ -221,38 +291,59 @@ void gw_routers_epoch(gw_routers *routers, const pc_epoch *epoch)
             router_connect(router);
         }
         router->stays = true;
-        router->draining = member->draining;
+        router_stands(router, member->draining ? GW_PLACE_DRAINING : GW_PLACE_MEMBER);
     }
     for (router = TAILQ_FIRST(&routers->list); router != NULL; router = next) {
         next = TAILQ_NEXT(router, link);
-        if (!router->stays) {
-            if (router->peer != NULL) {
-                net_disconnect(router->peer);
-            }
-            router_unlink(router, CM_OK);
-            router_free(router);
+        if (!router->stays && router->up && !router->broken) {
+            router_stands(router, GW_PLACE_OUT);
+        } else if (!router->stays) {
+            router_drop(router);
+        }
+    }
+}
+
+void gw_routers_drop_leavers(gw_routers *routers, bool (*needed)(void *ctx, const gw_router *router))
+{
+    gw_router *router, *next;
+    for (router = TAILQ_FIRST(&routers->list); router != NULL; router = next) {
+        next = TAILQ_NEXT(router, link);
+        if (router->standing == GW_PLACE_OUT && !needed(routers->ctx, router)) {
+            router_drop(router);
         }
     }
 }
 
 /* ---- what arrives ---- */
 
-static void take_step(gw_routers *routers, gw_router *router, const net_event *event)
+static void router_is_broken(gw_router *router)
 {
-    Baleen__Engine__V1__StepTokens *step;
-    cm_status status = pr_unpack(&baleen__engine__v1__step_tokens__descriptor, event->payload,
-                                 event->payload_bytes, &routers->arena, (ProtobufCMessage **)&step);
+    router->broken = true;
+    pc_timer_set(router->timer, 0);
+}
+
+/* NULL: it is none; the link will be ended. */
+static void *unpack(gw_routers *routers, gw_router *router, const ProtobufCMessageDescriptor *descriptor,
+                    const net_event *event)
+{
+    ProtobufCMessage *message;
+    cm_status status = pr_unpack(descriptor, event->payload, event->payload_bytes, &routers->arena, &message);
     if (status != CM_OK) {
-        cm_error_log("router %u sent %llu bytes that are no tokens: %s", router->member,
-                     (unsigned long long)event->payload_bytes, cm_status_text(status));
-        router->broken = true;
-        pc_timer_set(router->timer, 0);
-        return;
+        cm_error_log("router %u sent %llu bytes that are no %s: %s", router->member,
+                     (unsigned long long)event->payload_bytes, descriptor->short_name,
+                     cm_status_text(status));
+        router_is_broken(router);
+        return NULL;
     }
+    return message;
+}
+
+static void take_step(gw_routers *routers, gw_router *router, const Baleen__Engine__V1__StepTokens *step)
+{
     if (step->has_running) {
         router->running = step->running;
         router->waiting = step->has_waiting ? step->waiting : 0;
-        router->n_opened = 0;
+        routers->events.load(routers->ctx, router, router->running + router->waiting);
     }
     for (size_t i = 0; i < step->n_seq && router->up; i++) {
         routers->events.tokens(routers->ctx, router, step->seq[i]);
@@ -265,15 +356,23 @@ static void take_message(gw_routers *routers, const net_event *event)
     if (router == NULL || router->broken) {
         return; /* a link that is being ended */
     }
+    const void *message = NULL;
     if (event->type == PR_MSG_STEP_TOKENS) {
-        take_step(routers, router, event);
-        cm_arena_reset(&routers->arena);
+        message = unpack(routers, router, &baleen__engine__v1__step_tokens__descriptor, event);
+        if (message != NULL) {
+            take_step(routers, router, message);
+        }
+    } else if (event->type == PR_MSG_SEQ_FOUND) {
+        message = unpack(routers, router, &baleen__engine__v1__seq_found__descriptor, event);
+        if (message != NULL) {
+            routers->events.found(routers->ctx, router, message);
+        }
     } else {
         cm_error_log("router %u sent %s, which is not for a gateway", router->member,
                      pr_message_name(event->type));
-        router->broken = true;
-        pc_timer_set(router->timer, 0);
+        router_is_broken(router);
     }
+    cm_arena_reset(&routers->arena);
 }
 
 static void take_sent(gw_routers *routers, const net_event *event)
@@ -296,16 +395,16 @@ static void take_event(void *ctx, const net_event *event)
     case NET_EV_UP:
         router = net_peer_user(event->peer);
         router->up = true;
-        router->retry_ms = RETRY_MIN_MS;
+        router->retry_ms = 0;
         cm_info("router %u at %s linked", router->member, router->address);
-        routers->events.linked(routers->ctx);
+        routers->events.linked(routers->ctx, router);
         break;
     case NET_EV_DOWN:
         router = net_peer_user(event->peer);
         cm_warn("router %u at %s: %s", router->member, router->address, cm_status_text(event->status));
         pc_timer_clear(router->timer);
         router_unlink(router, event->status);
-        router_retry_later(router);
+        router_goes_on(router);
         break;
     case NET_EV_MESSAGE:
         take_message(routers, event);
@@ -342,6 +441,12 @@ cm_status gw_routers_create(pc_loop *loop, const char *backend, const gw_routers
     return CM_OK;
 }
 
+static void nobody(void *ctx, gw_router *router)
+{
+    (void)ctx;
+    (void)router;
+}
+
 void gw_routers_destroy(gw_routers *routers)
 {
     if (routers == NULL) {
@@ -350,6 +455,8 @@ void gw_routers_destroy(gw_routers *routers)
     pc_netpump_destroy(routers->pump);
     net_close(routers->n);
     gw_router *router;
+    static const gw_routers_events deaf = {.gone = nobody};
+    routers->events = deaf;
     while ((router = TAILQ_FIRST(&routers->list)) != NULL) {
         router_free(router);
     }
@@ -370,8 +477,8 @@ gw_routers_load gw_routers_get_load(const gw_routers *routers)
     gw_routers_load load = {0};
     const gw_router *router;
     TAILQ_FOREACH (router, &routers->list, link) {
-        if (router->up) {
-            load.n_linked++;
+        if (router->up && router->standing != GW_PLACE_OUT) {
+            load.n_linked += router->standing == GW_PLACE_MEMBER;
             load.running += router->running;
             load.waiting += router->waiting;
         }
@@ -379,18 +486,30 @@ gw_routers_load gw_routers_get_load(const gw_routers *routers)
     return load;
 }
 
-gw_router *gw_routers_pick(gw_routers *routers)
+gw_router *gw_routers_get(const gw_routers *routers, uint64_t number)
 {
-    gw_router *router, *best = NULL;
-    uint64_t best_load = UINT64_MAX;
+    gw_router *router;
     TAILQ_FOREACH (router, &routers->list, link) {
-        uint64_t load = (uint64_t)router->running + router->waiting + router->n_opened;
-        if (router->up && !router->broken && !router->draining && load < best_load) {
-            best = router;
-            best_load = load;
+        if (router->number == number) {
+            return router;
         }
     }
-    return best;
+    return NULL;
+}
+
+gw_router *gw_routers_next(const gw_routers *routers, const gw_router *router)
+{
+    return router == NULL ? TAILQ_FIRST(&routers->list) : TAILQ_NEXT(router, link);
+}
+
+uint64_t gw_router_number(const gw_router *router)
+{
+    return router->number;
+}
+
+bool gw_router_is_up(const gw_router *router)
+{
+    return router->up && !router->broken;
 }
 
 uint32_t gw_router_member(const gw_router *router)

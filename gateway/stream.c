@@ -1,5 +1,5 @@
 /* A stream's life: checked, encoded, opened at a router, ended. */
-#include <stdio.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "common/base/assert.h"
@@ -12,6 +12,12 @@
 /* A deadline so far away is none. */
 #define DEADLINE_MAX_MS (365ull * 24 * 3600 * 1000)
 
+enum {
+    REBIND_MS = 300, /* longer than a refused connection takes, shorter than anyone minds */
+    LEAVE_MS = 5000,
+    REOPENS_MAX = 32,
+};
+
 /* ---- ends ---- */
 
 static void stream_free(gw_stream *stream)
@@ -21,7 +27,7 @@ static void stream_free(gw_stream *stream)
         gw_core_fini(&stream->core);
     }
     gw_request_free(&stream->request);
-    cm_free(stream->id);
+    gw_origin_release(stream->origin);
     cm_free(stream);
 }
 
@@ -32,7 +38,7 @@ static void stream_detach(gw_stream *stream)
     CM_ASSERT(!stream->over);
     stream->over = true;
     TAILQ_REMOVE(&gateway->streams, stream, link);
-    cm_map_remove(&gateway->by_number, stream->number);
+    CM_ASSERT(stream->router == NULL && stream->spot.state == GW_SPOT_NONE);
     if (stream->encode != NULL) {
         gw_encode_forget(stream->encode);
     }
@@ -60,12 +66,28 @@ void gw_stream_release(gw_stream *stream)
     }
 }
 
-void gw_stream_leave_router(gw_stream *stream)
+/* What it was known by there is known no more. */
+static void forget_number(gw_stream *stream)
+{
+    if (stream->router != NULL) {
+        cm_map_remove(&stream->gateway->by_number, stream->number);
+        stream->router = NULL;
+    }
+}
+
+static void cancel_there(gw_stream *stream)
 {
     if (stream->router != NULL && stream->core.state != GW_CORE_ENDED) {
         gw_router_cancel(stream->router, stream->number);
     }
-    stream->router = NULL;
+    forget_number(stream);
+}
+
+void gw_stream_leave_router(gw_stream *stream)
+{
+    cancel_there(stream);
+    gw_place_end(&stream->gateway->place, &stream->spot);
+    gw_streams_place(stream->gateway);
 }
 
 static double seconds_since(uint64_t from_ns, uint64_t until_ns)
@@ -96,6 +118,11 @@ void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
         cm_stat_add(CM_STAT_requests_finished, 1);
         cm_stat_observe(CM_STAT_request_seconds, seconds_since(stream->received_ns, now_ns));
     }
+    if (stream->router != NULL && stream->core.state != GW_CORE_ENDED) {
+        gw_router_finish(stream->router,
+                         stream->number); /* a stop string: the router does not know of them */
+        forget_number(stream);
+    }
     gw_stream_leave_router(stream);
     stream_detach(stream);
     gw_stream_hold(stream);
@@ -119,7 +146,7 @@ void gw_stream_fail(gw_stream *stream, const gw_error *error)
 {
     gw_error copy = *error; /* it may lie in what is freed */
     count_failure(stream, copy.cause);
-    cm_debug("stream %s: %s", stream->id, copy.message);
+    cm_debug("stream %s: %s", gw_origin_id(stream->origin), copy.message);
     gw_stream_leave_router(stream);
     stream_detach(stream);
     gw_stream_hold(stream);
@@ -138,16 +165,35 @@ void gw_stream_cancel(gw_stream *stream)
     gw_stream_release(stream);
 }
 
+static void detach_there(gw_stream *stream)
+{
+    if (stream->router != NULL && stream->core.state != GW_CORE_ENDED) {
+        gw_router_detach(stream->router, stream->number);
+        forget_number(stream);
+    }
+}
+
+void gw_stream_detach(gw_stream *stream)
+{
+    detach_there(stream);
+    gw_stream_cancel(stream);
+}
+
 const char *gw_stream_id(const gw_stream *stream)
 {
-    return stream->id;
+    return gw_origin_id(stream->origin);
+}
+
+bool gw_stream_is_ending(const gw_stream *stream)
+{
+    return stream->ending;
 }
 
 static gw_stream *find_by_id(gw_gateway *gateway, const char *id)
 {
     gw_stream *stream;
     TAILQ_FOREACH (stream, &gateway->streams, link) {
-        if (!stream->probe && strcmp(stream->id, id) == 0) {
+        if (!stream->probe && strcmp(gw_origin_id(stream->origin), id) == 0) {
             return stream;
         }
     }
@@ -165,21 +211,25 @@ bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
     return stream != NULL;
 }
 
-static uint32_t fail_all(gw_gateway *gateway, const gw_error *error)
+/* detach: their clients may come back for them elsewhere. */
+static uint32_t fail_all(gw_gateway *gateway, const gw_error *error, bool detach)
 {
     /* a handler may open or cancel others: start over after each; what is opened meanwhile is not ours to
      * fail */
-    uint64_t before = gateway->next_number;
+    uint64_t before = gateway->next_serial;
     uint32_t n = 0;
     for (;;) {
         gw_stream *stream;
         TAILQ_FOREACH (stream, &gateway->streams, link) {
-            if (!stream->probe && stream->number < before) {
+            if (!stream->probe && stream->serial < before) {
                 break;
             }
         }
         if (stream == NULL) {
             return n;
+        }
+        if (detach) {
+            detach_there(stream);
         }
         gw_stream_fail(stream, error);
         n++;
@@ -190,35 +240,14 @@ uint32_t gw_stream_abort_all(gw_gateway *gateway)
 {
     gw_error error;
     gw_error_set(&error, GW_CAUSE_ABORTED, NULL, "the request was aborted");
-    return fail_all(gateway, &error);
+    return fail_all(gateway, &error, false);
 }
 
 void gw_streams_fail_all(gw_gateway *gateway, gw_cause cause, const char *message)
 {
     gw_error error;
     gw_error_set(&error, cause, NULL, "%s", message);
-    (void)fail_all(gateway, &error);
-}
-
-void gw_streams_lost(gw_gateway *gateway, gw_router *router)
-{
-    gw_error error;
-    gw_error_set(&error, GW_CAUSE_UNAVAILABLE, NULL, "the connection to router %u was lost; please try again",
-                 gw_router_member(router));
-    error.retry_ms = GW_RETRY_MS;
-    for (;;) {
-        gw_stream *stream;
-        TAILQ_FOREACH (stream, &gateway->streams, link) {
-            if (stream->router == router) {
-                break;
-            }
-        }
-        if (stream == NULL) {
-            return;
-        }
-        stream->router = NULL; /* there is nobody to tell */
-        gw_stream_fail(stream, &error);
-    }
+    (void)fail_all(gateway, &error, true);
 }
 
 /* ---- opening at a router ---- */
@@ -270,26 +299,24 @@ static void send_open(gw_stream *stream)
     sampler.n_stop_id = n_stop;
     put_filters(request, &sampler);
 
+    Baleen__Engine__V1__SeqKey key;
     Baleen__Engine__V1__SeqOpen open = BALEEN__ENGINE__V1__SEQ_OPEN__INIT;
     open.stream = stream->number;
+    open.emitted = stream->core.emitted.id;
+    open.n_emitted = stream->core.emitted.n;
+    if (!stream->probe) {
+        gw_origin_key(stream->origin, stream->choice, &key);
+        open.key = &key;
+        open.has_term = true;
+        open.term = gw_origin_term(stream->origin);
+        open.has_resume = gw_origin_resume(stream->origin, &open.resume);
+    }
     open.prompt = stream->core.prompt.id;
     open.n_prompt = stream->core.prompt.n;
     open.sampler = &sampler;
     open.has_deadline_ms = stream->deadline != NULL;
     open.deadline_ms = open.has_deadline_ms ? deadline_left_ms(stream) : 0;
     gw_router_open(stream->router, &open);
-}
-
-static cm_status open_at_router(gw_stream *stream, gw_error *error_out)
-{
-    stream->router = gw_routers_pick(stream->gateway->routers);
-    if (stream->router == NULL) {
-        gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL, "no router is connected; please try again");
-        error_out->retry_ms = GW_RETRY_MS;
-        return CM_E_UNAVAILABLE;
-    }
-    send_open(stream);
-    return CM_OK;
 }
 
 static md_parser *make_parser(const gw_stream *stream, bool continues)
@@ -323,11 +350,187 @@ static void stream_encoded(void *ctx, gw_encoded *encoded)
         stream->has_core = true;
         stream->thinking = encoded->thinking;
         stream->parser = make_parser(stream, encoded->continues);
-        status = open_at_router(stream, &error);
+        gw_place_begin(&stream->gateway->place, cm_now_ms(), &stream->spot, stream->at);
+        gw_streams_place(stream->gateway);
     }
     if (status != CM_OK) {
         gw_stream_fail(stream, &error);
     }
+}
+
+/* ---- where streams are: doing what the place machine says ---- */
+
+static gw_stream *stream_of(gw_spot *spot)
+{
+    return (gw_stream *)((char *)spot - offsetof(gw_stream, spot));
+}
+
+/* A new number, so that no word of an earlier asking is taken for one of this. */
+static void ask_at(gw_stream *stream, uint64_t router)
+{
+    gw_gateway *gateway = stream->gateway;
+    cancel_there(stream); /* it may be there still: a router that left the epoch and gave no more tokens */
+    stream->router = gw_routers_get(gateway->routers, router);
+    stream->number = ++gateway->last_number;
+    CM_ASSERT(stream->router != NULL);
+    cm_status status = cm_map_put(&gateway->by_number, stream->number, stream);
+    CM_ASSERT(status == CM_OK); /* as many entries as streams */
+}
+
+static void send_resume(gw_stream *stream)
+{
+    Baleen__Engine__V1__SeqKey key;
+    Baleen__Engine__V1__SeqResume resume = BALEEN__ENGINE__V1__SEQ_RESUME__INIT;
+    gw_origin_key(stream->origin, stream->choice, &key);
+    resume.stream = stream->number;
+    resume.key = &key;
+    resume.from = stream->core.emitted.n;
+    resume.term = gw_origin_term(stream->origin);
+    gw_router_resume(stream->router, &resume);
+}
+
+static void forget_copy(const gw_stream *stream, uint64_t router)
+{
+    Baleen__Engine__V1__SeqKey key;
+    gw_router *at = gw_routers_get(stream->gateway->routers, router);
+    gw_origin_key(stream->origin, stream->choice, &key);
+    if (at != NULL) {
+        gw_router_cancel_copy(at, &key);
+    }
+}
+
+static void give_up(gw_stream *stream, cm_status status)
+{
+    gw_error error;
+    bool full = status == CM_E_CAPACITY;
+    if (full && !stream->spot.accepted) {
+        gw_error_set(&error, GW_CAUSE_CAPACITY, NULL,
+                     "all routers are full and requests wait already; please try again in 1s");
+    } else {
+        gw_error_set(&error, GW_CAUSE_UNAVAILABLE, NULL,
+                     "no router could go on with this request%s%s; please try again",
+                     status != CM_OK ? ": " : "", status != CM_OK ? cm_status_text(status) : "");
+    }
+    error.retry_ms = GW_RETRY_MS;
+    gw_stream_fail(stream, &error);
+}
+
+static void place_do(const gw_place_action *action)
+{
+    gw_stream *stream = stream_of(action->spot);
+    switch (action->act) {
+    case GW_PLACE_OPEN:
+        if (stream->spot.accepted) {
+            cm_stat_add(CM_STAT_streams_reopened, 1);
+        }
+        ask_at(stream, action->router);
+        send_open(stream);
+        break;
+    case GW_PLACE_RESUME:
+        ask_at(stream, action->router);
+        send_resume(stream);
+        break;
+    case GW_PLACE_FORGET:
+        forget_copy(stream, action->router);
+        break;
+    case GW_PLACE_GIVE_UP:
+        give_up(stream, action->status);
+        break;
+    }
+}
+
+static bool still_needed(void *ctx, const gw_router *router)
+{
+    const gw_gateway *gateway = ctx;
+    return gw_place_hosts(&gateway->place, gw_router_number(router));
+}
+
+static void place_run(void *arg)
+{
+    gw_gateway *gateway = arg;
+    gw_place_action action;
+    uint64_t now_ms = cm_now_ms();
+    while (gw_place_next(&gateway->place, now_ms, &action)) {
+        place_do(&action);
+    }
+    gw_routers_drop_leavers(gateway->routers, still_needed);
+    uint64_t due_ms = gw_place_due(&gateway->place, now_ms);
+    if (due_ms != UINT64_MAX) {
+        pc_timer_set(gateway->place_timer, due_ms > now_ms ? due_ms - now_ms : 1);
+    } else {
+        pc_timer_clear(gateway->place_timer);
+    }
+}
+
+void gw_streams_place(gw_gateway *gateway)
+{
+    pc_loop_post(gateway->loop, &gateway->place_task);
+}
+
+static void place_timer(void *arg)
+{
+    gw_streams_place(arg);
+}
+
+void gw_streams_init(gw_gateway *gateway)
+{
+    gw_place_limits limits = {.reopen_ms = gateway->config->reopen_ms,
+                              .rebind_ms = REBIND_MS,
+                              .leave_ms = LEAVE_MS,
+                              .opens_max = REOPENS_MAX,
+                              .seed = cm_random_u64()};
+    TAILQ_INIT(&gateway->streams);
+    cm_map_init(&gateway->by_number, (uint32_t)gateway->config->streams_max + 1);
+    gw_place_init(&gateway->place, &limits);
+    gateway->place_timer = pc_timer_create(gateway->loop, place_timer, gateway);
+    gateway->place_task = (pc_task){.fn = place_run, .arg = gateway};
+}
+
+void gw_streams_fini(gw_gateway *gateway)
+{
+    pc_loop_unpost(gateway->loop, &gateway->place_task);
+    pc_timer_destroy(gateway->place_timer);
+    gw_place_fini(&gateway->place);
+    cm_map_fini(&gateway->by_number);
+}
+
+bool gw_stream_try_again(gw_stream *stream, cm_status status)
+{
+    gw_gateway *gateway = stream->gateway;
+    bool again = gw_place_refused(&gateway->place, cm_now_ms(), &stream->spot, status);
+    gw_streams_place(gateway);
+    if (!again) {
+        return false;
+    }
+    cm_debug("stream %s: router %u: %s; asked for again after %zu tokens", gw_stream_id(stream),
+             gw_router_member(stream->router), cm_status_text(status), stream->core.emitted.n);
+    cancel_there(stream);
+    gw_core_reopen(&stream->core);
+    return true;
+}
+
+void gw_streams_linked(gw_gateway *gateway, gw_router *router)
+{
+    gw_place_up(&gateway->place, gw_router_number(router));
+    gw_streams_place(gateway);
+}
+
+void gw_streams_lost(gw_gateway *gateway, gw_router *router)
+{
+    gw_stream *stream;
+    uint32_t n = 0;
+    gw_place_down(&gateway->place, cm_now_ms(), gw_router_number(router));
+    TAILQ_FOREACH (stream, &gateway->streams, link) {
+        if (stream->router == router) {
+            forget_number(stream); /* there is nobody to tell */
+            n++;
+        }
+    }
+    if (n > 0) {
+        cm_warn("router %u: its link is down, %u streams look for it or for another",
+                gw_router_member(router), n);
+    }
+    gw_streams_place(gateway);
 }
 
 /* ---- what a client asks ---- */
@@ -353,7 +556,8 @@ static cm_status admit(gw_gateway *gateway, const gw_ask *ask, gw_error *error_o
     if (gateway->draining) {
         return unavailable(error_out, "this gateway is shutting down");
     }
-    if (ask->request_id != NULL && find_by_id(gateway, ask->request_id) != NULL) {
+    if (ask->origin != NULL && ask->router == 0 && ask->choice == 0 &&
+        find_by_id(gateway, gw_origin_id(ask->origin)) != NULL) {
         gw_error_set(error_out, GW_CAUSE_EXISTS, "request_id", "a request with this id is running");
         return CM_E_EXISTS;
     }
@@ -373,52 +577,44 @@ static cm_status admit(gw_gateway *gateway, const gw_ask *ask, gw_error *error_o
     return CM_OK;
 }
 
-static char *make_id(void)
+/* The seed belongs to the stream's log: whoever goes on with it must draw the same. drawn: when the client
+ * gave none. */
+static void choose_seed(gw_request *request, uint64_t drawn, uint32_t choice)
 {
-    uint8_t b[16];
-    char text[37];
-    cm_random_bytes(b, sizeof(b));
-    b[6] = (uint8_t)((b[6] & 0x0f) | 0x40); /* RFC 9562: version 4, its variant */
-    b[8] = (uint8_t)((b[8] & 0x3f) | 0x80);
-    snprintf(text, sizeof(text), "%02x%02x%02x%02x-%02x%02x-%02x%02x-%02x%02x-%02x%02x%02x%02x%02x%02x", b[0],
-             b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14], b[15]);
-    return cm_strdup(text);
+    request->seed = request->has_seed ? request->seed : (int64_t)drawn;
+    if (choice > 0) {
+        cm_rng_block block =
+            cm_rng_at((uint64_t)request->seed, choice, UINT64_MAX); /* no draw has that counter */
+        request->seed = (int64_t)((uint64_t)block.word[1] << 32 | block.word[0]);
+    }
 }
 
 static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
                               void *ctx, const gw_request *request, bool probe)
 {
     gw_stream *stream = cm_alloc(sizeof(*stream));
-    *stream = (gw_stream){.gateway = gateway,
-                          .number = gateway->next_number++,
-                          .id = ask->request_id != NULL ? cm_strdup(ask->request_id) : make_id(),
-                          .request = *request,
-                          .events = *events,
-                          .ctx = ctx,
-                          .want_ids = ask->want_ids,
-                          .keep_special =
-                              ask->kind == GW_ASK_COMPLETE && (request->keep_special || !ask->skip_special),
-                          .probe = probe,
-                          .created_s = (int64_t)(cm_wall_us() / 1000000u),
-                          .received_ns = cm_now_ns()};
+    *stream = (gw_stream){
+        .gateway = gateway,
+        .serial = gateway->next_serial++,
+        .origin = ask->origin != NULL ? gw_origin_hold(ask->origin)
+                                      : gw_origin_create(ask->kind, NULL, NULL, ask->body, NULL),
+        .choice = ask->choice,
+        .at = ask->router,
+        .spot = {.once = probe},
+        .request = *request,
+        .events = *events,
+        .ctx = ctx,
+        .want_ids = ask->want_ids,
+        .keep_special = ask->kind == GW_ASK_COMPLETE && (request->keep_special || !ask->skip_special),
+        .probe = probe,
+        .received_ns = cm_now_ns()};
+    choose_seed(&stream->request, gw_origin_seed(stream->origin), ask->choice);
     if (ask->deadline_ms < DEADLINE_MAX_MS) {
         stream->deadline_at_ms = cm_now_ms() + ask->deadline_ms;
         stream->deadline = pc_timer_create(gateway->loop, deadline_passed, stream);
         pc_timer_set(stream->deadline, ask->deadline_ms);
     }
     return stream;
-}
-
-/* The seed belongs to the stream's log: a retry must draw the same. */
-static void choose_seed(gw_request *request, uint32_t choice)
-{
-    if (!request->has_seed) {
-        request->seed = (int64_t)cm_random_u64();
-    } else if (choice > 0) {
-        cm_rng_block block =
-            cm_rng_at((uint64_t)request->seed, choice, UINT64_MAX); /* no draw has that counter */
-        request->seed = (int64_t)((uint64_t)block.word[1] << 32 | block.word[0]);
-    }
 }
 
 static cm_status check_choices(const gw_request *request, const gw_ask *ask, gw_error *error_out)
@@ -437,7 +633,6 @@ static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_s
 {
     gw_request request;
     CM_TRY(gw_request_parse(ask->kind, ask->body, gateway->geometry.vocab, &request, error_out));
-    choose_seed(&request, ask->choice);
     cm_status status = check_choices(&request, ask, error_out);
     if (status == CM_OK) {
         status = gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out);
@@ -453,12 +648,6 @@ static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_s
     gw_stream *stream = stream_make(gateway, ask, events, ctx, &request, probe);
     status = gw_encode_begin(&gateway->encoder, &stream->request, ask->body, stream_encoded, stream,
                              &stream->encode);
-    if (status == CM_OK) {
-        status = cm_map_put(&gateway->by_number, stream->number, stream);
-        if (status != CM_OK) {
-            gw_encode_forget(stream->encode);
-        }
-    }
     if (status != CM_OK) {
         gw_error_set(error_out, GW_CAUSE_CAPACITY, NULL, "too many requests at once; please try again in 1s");
         error_out->retry_ms = GW_RETRY_MS;

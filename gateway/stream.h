@@ -39,18 +39,47 @@ typedef enum gw_ask_kind {
     GW_ASK_COMPLETE, /* body is an OpenAI completion request: prompt text or ids, optional suffix */
 } gw_ask_kind;
 
+/* A request's identity wherever its streams are computed and whichever gateway tells them: the id that
+ * clients see, what routers know it by, and what another gateway needs to tell it again from its first token
+ * (origin.c). Counted: every stream of a request holds it. */
+typedef struct gw_origin gw_origin;
+/* id: NULL, one is made that nobody can guess. surface: who can tell it again, a literal; NULL: nobody, it
+ * ends with this gateway. body, options (NULL: none): borrowed for the call. */
+gw_origin *gw_origin_create(gw_ask_kind kind, const char *id, const char *surface, const json_t *body,
+                            const json_t *options);
+gw_origin *gw_origin_hold(gw_origin *origin);
+void gw_origin_release(gw_origin *origin); /* NULL is fine */
+const char *gw_origin_id(const gw_origin *origin);
+
 /* body: borrowed for the call. Both gRPC Chat and Generate are turned into such a body first, so that every
  * field is checked in one place. */
 typedef struct gw_ask {
     gw_ask_kind kind;
     const json_t *body;
-    const char *request_id; /* given by the client, NULL: one is made */
-    uint64_t deadline_ms;   /* from now; UINT64_MAX = none */
-    bool want_ids;          /* tokens events, with or without text */
-    bool skip_special;      /* GW_ASK_COMPLETE: leave special tokens out of the text */
-    uint32_t choices_max;   /* answers (n) this surface can give, each a stream; 0: one */
-    uint32_t choice; /* which of them: with a seed, each is drawn by one of its own, 0 by the client's */
+    gw_origin *origin;    /* borrowed; NULL: one is made, of a request that cannot be resumed */
+    uint64_t router;      /* has the stream already: told there from its first token on; 0: a new one */
+    uint64_t deadline_ms; /* from now; UINT64_MAX = none */
+    bool want_ids;        /* tokens events, with or without text */
+    bool skip_special;    /* GW_ASK_COMPLETE: leave special tokens out of the text */
+    uint32_t choices_max; /* answers (n) this surface can give, each a stream; 0: one */
+    uint32_t choice;      /* which of them: with a seed, each is drawn by one of its own, 0 by the client's */
 } gw_ask;
+
+/* ---- going on with a request that was told before, here or by another gateway ---- */
+typedef struct gw_seek gw_seek;
+typedef struct gw_found {
+    gw_origin *origin; /* everything is borrowed until the callback returns */
+    const char *surface;
+    const json_t *body, *options; /* of gw_origin_create; options may be NULL */
+    const uint64_t
+        *router; /* [n_router] by choice, for gw_ask.router; 0: nobody has it, it is computed anew */
+    uint32_t n_router;
+} gw_found;
+/* One of the two is NULL. Not from inside gw_seek_begin. */
+typedef void (*gw_seek_fn)(void *ctx, const gw_found *found, const gw_error *error);
+/* Asks all routers for the request with this id. */
+gw_seek *gw_seek_begin(gw_gateway *gateway, const char *id, gw_seek_fn fn, void *ctx);
+void gw_seek_cancel(gw_seek *seek); /* fn will not be called */
 
 typedef struct gw_start {
     const char *request_id;
@@ -109,7 +138,12 @@ CM_MUST_CHECK cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, c
                                        void *ctx, gw_stream **stream_out, gw_error *error_out);
 /* The client went away: no event follows; the router hears of it at once. */
 void gw_stream_cancel(gw_stream *stream);
+/* The same, but the router goes on: the client may ask for the rest, here or at another gateway, for as long
+ * as routers keep it. */
+void gw_stream_detach(gw_stream *stream);
 const char *gw_stream_id(const gw_stream *stream);
+/* Its last token was told: pieces that come now were held back, or are of nothing. */
+bool gw_stream_is_ending(const gw_stream *stream);
 /* By request id, for Abort: the stream fails with GW_CAUSE_ABORTED. false: no such stream. */
 bool gw_stream_abort(gw_gateway *gateway, const char *request_id);
 uint32_t gw_stream_abort_all(gw_gateway *gateway); /* how many */
@@ -146,7 +180,9 @@ void gw_metrics_render(gw_gateway *gateway, cm_bytes *out);
  * of the body's n choices have finished. error objects are the caller's. */
 typedef struct gw_openai gw_openai;
 typedef struct gw_openai_choice gw_openai_choice; /* one of its n answers */
-typedef void (*gw_openai_emit_fn)(void *ctx, const char *json, size_t n_bytes, bool last);
+/* choice: whose object it is; that of all of them is the first one's. The objects of one choice are the same
+ * and in the same order however its tokens came; those of several mix as they come. */
+typedef void (*gw_openai_emit_fn)(void *ctx, uint32_t choice, const char *json, size_t n_bytes, bool last);
 gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
                             gw_openai_emit_fn emit, void *ctx);
 void gw_openai_destroy(gw_openai *writer);

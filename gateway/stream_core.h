@@ -1,7 +1,8 @@
 /* The token log of one stream, as a pure machine: what was asked, what has been generated, whether it was
- * accepted and has ended. Routers speak in offsets; a frame that repeats or skips tokens, comes after the end
- * or holds more than was asked for is refused, so that nothing a router does wrong can reach a client as
- * text. Owns its lists. No I/O, no clock. Thread: one at a time. */
+ * accepted and has ended. Routers speak in offsets: tokens that are known already are dropped, if they are
+ * the same; a frame that changes or skips tokens, comes after the end or holds more than was asked for is
+ * refused, so that nothing a router does wrong can reach a client as text. Owns its lists. No I/O, no clock.
+ * Thread: one at a time. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -19,6 +20,7 @@ typedef enum gw_core_state {
 
 typedef struct gw_core {
     gw_core_state state;
+    bool started; /* some router has accepted it */
     uint32_t vocab, tokens_max;
     bool logprobs;          /* every id must come with some */
     md_ids prompt, emitted; /* owned */
@@ -33,7 +35,8 @@ typedef struct gw_core_news {
     bool accepted;      /* the first word of the router that is no failure */
     uint64_t offset;    /* of id[0] among the generated tokens */
     const uint32_t *id; /* in the log: valid until the next frame */
-    uint32_t n_id;
+    uint32_t n_id;      /* new ones */
+    uint32_t n_known;   /* of the frame, before them: dropped */
     Baleen__Engine__V1__SeqEnd end;
 } gw_core_news;
 
@@ -41,3 +44,5 @@ typedef struct gw_core_news {
  */
 CM_MUST_CHECK cm_status gw_core_take(gw_core *core, const Baleen__Engine__V1__SeqTokens *frame,
                                      gw_core_news *news_out, cm_error *err);
+/* The end was a failure that is not the stream's own: another router is asked to go on from the log. */
+void gw_core_reopen(gw_core *core);

@@ -16,9 +16,9 @@ static void tell_piece(void *ctx, const md_piece *piece)
 
 static void tell_started(gw_stream *stream)
 {
-    gw_start start = {.request_id = stream->id,
+    gw_start start = {.request_id = gw_stream_id(stream),
                       .model = stream->gateway->model,
-                      .created_s = stream->created_s,
+                      .created_s = gw_origin_created_s(stream->origin),
                       .prompt_tokens = (uint32_t)stream->core.prompt.n,
                       .thinking = stream->thinking};
     stream->accepted_ns = cm_now_ns();
@@ -109,6 +109,9 @@ static void fail_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqToken
         {CM_E_UNSUPPORTED, GW_CAUSE_UNSUPPORTED, 0},
     };
     cm_status status = frame->has_status ? (cm_status)frame->status : CM_E_IO;
+    if (gw_stream_try_again(stream, status)) {
+        return;
+    }
     gw_cause cause = cm_status_scope(status) == CM_SCOPE_PEER ? GW_CAUSE_UNAVAILABLE : GW_CAUSE_INTERNAL;
     uint32_t retry_ms = cause == GW_CAUSE_UNAVAILABLE ? GW_RETRY_MS : 0;
     for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++) {
@@ -126,6 +129,7 @@ static void fail_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqToken
 
 static void end_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *frame)
 {
+    stream->ending = true;
     md_parser_finish(stream->parser, tell_piece, stream);
     if (stream->over) {
         return;
@@ -142,12 +146,15 @@ static void end_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqTokens
 static void tell_news(gw_stream *stream, const gw_core_news *news, const Baleen__Engine__V1__SeqTokens *frame)
 {
     bool matched = false;
+    if (news->end != BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED) {
+        gw_place_word(&stream->gateway->place, cm_now_ms(), &stream->spot, news->n_id > 0);
+    }
     if (news->accepted) {
         tell_started(stream);
     }
     for (uint32_t i = 0; i < news->n_id && !stream->over && !matched; i++) {
-        matched =
-            tell_id(stream, news->offset + i, news->id[i], frame->n_logprobs > 0 ? frame->logprobs[i] : NULL);
+        matched = tell_id(stream, news->offset + i, news->id[i],
+                          frame->n_logprobs > 0 ? frame->logprobs[news->n_known + i] : NULL);
     }
     if (stream->over) {
         return;
@@ -170,6 +177,9 @@ static void take_frame(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *f
     if (gw_core_take(&stream->core, frame, &news, &err) != CM_OK) {
         cm_error_log("router %u, stream %llu: %s", gw_router_member(stream->router),
                      (unsigned long long)stream->number, err.text);
+        if (gw_stream_try_again(stream, CM_E_PROTOCOL)) {
+            return;
+        }
         gw_error error;
         gw_error_set(&error, GW_CAUSE_INTERNAL, NULL,
                      "the router sent an answer that does not fit the request");

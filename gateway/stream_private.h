@@ -7,8 +7,10 @@
 struct gw_stream {
     TAILQ_ENTRY(gw_stream) link;
     gw_gateway *gateway;
-    uint64_t number; /* towards routers */
-    char *id;        /* towards clients; owned */
+    uint64_t serial;   /* counts streams */
+    gw_origin *origin; /* held */
+    uint32_t choice;
+    uint64_t at; /* the router that has it already when it begins; 0: none */
     gw_request request;
     gw_stream_events events;
     void *ctx;
@@ -16,13 +18,15 @@ struct gw_stream {
     bool keep_special; /* a raw completion's special tokens are text; the parser drops them else */
 
     gw_encode *encode; /* its prompt is being encoded; else NULL */
-    gw_router *router; /* it was opened there; else NULL */
-    bool has_core, thinking;
+    gw_spot spot;      /* which router it is at, or waits for */
+    gw_router *router; /* it was asked for there, as number; else NULL. Another time, another number: late
+                          words of an earlier one find nobody */
+    uint64_t number;
+    bool has_core, thinking, ending;
     gw_core core;
     md_parser *parser;
     pc_timer *deadline; /* NULL when none */
     uint64_t deadline_at_ms;
-    int64_t created_s;
     uint64_t received_ns, accepted_ns, first_ns; /* 0: not yet */
     uint32_t completion_tokens, reasoning_tokens;
 
@@ -36,5 +40,7 @@ void gw_stream_hold(gw_stream *stream);
 void gw_stream_release(gw_stream *stream);
 /* Tells the router, unless it has said its last word. */
 void gw_stream_leave_router(gw_stream *stream);
+/* It failed there, or what it said cannot be. true: it is asked for again. */
+bool gw_stream_try_again(gw_stream *stream, cm_status status);
 void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id);
 void gw_stream_fail(gw_stream *stream, const gw_error *error);

@@ -13,3 +13,4 @@ typedef enum pr_message {
 const char *pr_message_name(uint16_t id); /* "DISPATCH"; "unknown" */
 
 enum { PR_CONTROL_VERSION = 1 };
+enum { PR_RESUME_BYTES_MAX = 4 << 20 }; /* of SeqOpen.resume; a longer request is opened without */

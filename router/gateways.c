@@ -13,123 +13,140 @@
 
 enum {
     GATEWAYS_SEND_MS = 10000,          /* a gateway that does not take a frame for so long is dropped */
-    GATEWAYS_FRAME_WORDS = 1024,       /* words of one frame: with all their logprobs they fit a message */
-    GATEWAYS_WORDS_MAX = 1 << 16,      /* unsent words of one gateway; more and it is dropped */
+    GATEWAYS_FRAME_WORDS = 1024,       /* tokens of one frame: with all their logprobs they fit a message */
+    GATEWAYS_UNTOLD_MAX = 1 << 16,     /* answers that wait for one gateway; more and it is dropped */
+    GATEWAYS_FOUND_BYTES = 64 << 20,   /* likewise, of answers to SeqFind */
     GATEWAYS_MESSAGE_BYTES = 64 << 20, /* unpacked message: a prompt of the longest context fits */
+    GATEWAYS_CHOICES_MAX = 128,        /* of one request */
 };
 
-typedef struct gateway_link {
-    uint64_t owner; /* key of its sequences */
-    net_peer *peer; /* NULL: free */
-    rt_word *words; /* not sent yet; their texts are ours */
-    uint32_t n_word, cap_word;
-    rt_logprobs *logprobs; /* of the words that have some, in their order */
-    uint32_t n_logprobs, cap_logprobs;
-} gateway_link;
-
-/* A packed frame on its way. */
+/* A packed frame. */
 typedef struct gateway_frame {
-    LIST_ENTRY(gateway_frame) link;
+    TAILQ_ENTRY(gateway_frame) link;
+    uint16_t type;
     cm_bytes packed;
 } gateway_frame;
+TAILQ_HEAD(gateway_frames, gateway_frame);
+
+typedef struct gateway_link {
+    net_peer *peer; /* NULL: free */
+    rt_keep_owner owner;
+    struct gateway_frames found; /* answers to SeqFind: wait for a place on the link */
+    uint64_t found_bytes;
+} gateway_link;
+
+/* A sequence's part of a frame. */
+typedef struct gateway_part {
+    rt_kept *kept;
+    uint32_t n; /* tokens */
+} gateway_part;
 
 struct rt_gateways {
     net *n;
     pc_netpump *pump;
-    rt_sched *sched;
+    rt_keep *keep;
+    pc_timer *timer; /* of what is kept for a while */
     pc_fn changed;
     void *ctx;
     gateway_link *links;
     uint32_t n_link;
-    uint64_t next_owner;
-    cm_arena arena;                    /* of the message being read or packed */
-    LIST_HEAD(, gateway_frame) frames; /* on their way */
+    gateway_part parts[GATEWAYS_FRAME_WORDS]; /* of the frame being made */
+    uint32_t n_part;
+    rt_sched *sched;
+    cm_arena arena;               /* of the message being read or packed */
+    struct gateway_frames frames; /* on their way */
 };
 
-/* ---- words out ---- */
+/* ---- frames out ---- */
 
-static gateway_link *gateways_find(rt_gateways *g, uint64_t owner)
+static void frames_free(struct gateway_frames *frames, gateway_frame *frame)
 {
-    for (uint32_t i = 0; i < g->n_link; i++) {
-        if (g->links[i].peer != NULL && g->links[i].owner == owner) {
-            return &g->links[i];
-        }
-    }
-    return NULL;
-}
-
-/* The first n words and what belongs to them. */
-static void gateways_forget_words(gateway_link *link, uint32_t n)
-{
-    uint32_t n_logprobs = 0;
-    for (uint32_t i = 0; i < n; i++) {
-        n_logprobs += link->words[i].logprobs != NULL;
-        cm_free((char *)(uintptr_t)link->words[i].text);
-    }
-    link->n_word -= n;
-    link->n_logprobs -= n_logprobs;
-    if (link->n_word > 0) {
-        memmove(link->words, link->words + n, sizeof(*link->words) * link->n_word);
-    }
-    if (link->n_logprobs > 0) {
-        memmove(link->logprobs, link->logprobs + n_logprobs, sizeof(*link->logprobs) * link->n_logprobs);
-    }
+    TAILQ_REMOVE(frames, frame, link);
+    cm_bytes_fini(&frame->packed);
+    cm_free(frame);
 }
 
 static void gateways_drop(rt_gateways *g, gateway_link *link)
 {
-    rt_sched_cancel_owner(g->sched, link->owner);
+    rt_keep_owner_lost(g->keep, cm_now_ms(), &link->owner);
     link->peer = NULL;
-    gateways_forget_words(link, link->n_word);
+    while (!TAILQ_EMPTY(&link->found)) {
+        frames_free(&link->found, TAILQ_FIRST(&link->found));
+    }
+    link->found_bytes = 0;
     g->changed(g->ctx);
-}
-
-static void gateways_add_word(gateway_link *link, const rt_word *word)
-{
-    if (link->n_word == link->cap_word) {
-        link->cap_word = link->cap_word != 0 ? link->cap_word * 2 : 64;
-        link->words = cm_realloc(link->words, sizeof(rt_word) * link->cap_word);
-    }
-    link->words[link->n_word] = *word;
-    if (word->text != NULL) {
-        link->words[link->n_word].text = cm_strdup(word->text);
-    }
-    link->n_word++;
-    if (word->logprobs == NULL) {
-        return;
-    }
-    if (link->n_logprobs == link->cap_logprobs) {
-        link->cap_logprobs = link->cap_logprobs != 0 ? link->cap_logprobs * 2 : 64;
-        link->logprobs = cm_realloc(link->logprobs, sizeof(rt_logprobs) * link->cap_logprobs);
-    }
-    link->logprobs[link->n_logprobs++] = *word->logprobs;
 }
 
 void rt_gateways_word(void *gateways, const rt_word *word)
 {
-    gateway_link *link = gateways_find(gateways, word->key.owner);
-    if (link != NULL) {
-        gateways_add_word(link, word);
+    rt_gateways *g = gateways;
+    rt_keep_word(g->keep, cm_now_ms(), word);
+}
+
+static uint32_t kept_untold(const rt_kept *kept)
+{
+    return kept->n_id > kept->n_told ? kept->n_id - kept->n_told : 0;
+}
+
+/* The next frame's parts: whole sequences in their order, the last one as far as there is room. */
+static void gateways_choose_parts(rt_gateways *g, const gateway_link *link)
+{
+    uint32_t room = GATEWAYS_FRAME_WORDS;
+    rt_kept *kept;
+    g->n_part = 0;
+    TAILQ_FOREACH (kept, &link->owner.untold, untold_link) {
+        uint32_t n = kept_untold(kept) < room ? kept_untold(kept) : room;
+        g->parts[g->n_part++] = (gateway_part){kept, n};
+        room -= n > 0 ? n : 1;
+        if (room == 0) {
+            return;
+        }
     }
 }
 
 /* Borrows the lists of logprobs. */
-static void gateways_fill_logprobs(rt_gateways *g, rt_logprobs *logprobs, Baleen__Engine__V1__SeqTokens *seq)
+static void gateways_fill_logprobs(rt_gateways *g, const gateway_part *part,
+                                   Baleen__Engine__V1__SeqTokens *seq)
 {
-    Baleen__Engine__V1__TokenLogprobs *out = cm_arena_take(&g->arena, sizeof(*out));
-    baleen__engine__v1__token_logprobs__init(out);
-    out->token = logprobs->token;
-    out->n_top_id = out->n_top = logprobs->n_top;
-    out->top_id = logprobs->top_id;
-    out->top = logprobs->top;
-    seq->n_logprobs = 1;
-    seq->logprobs = cm_arena_take(&g->arena, sizeof(void *));
-    seq->logprobs[0] = out;
+    const rt_kept *kept = part->kept;
+    Baleen__Engine__V1__TokenLogprobs *out = cm_arena_take(&g->arena, sizeof(*out) * part->n);
+    seq->n_logprobs = part->n;
+    seq->logprobs = cm_arena_take(&g->arena, sizeof(void *) * part->n);
+    for (uint32_t i = 0; i < part->n; i++) {
+        size_t at = kept->n_told + i;
+        baleen__engine__v1__token_logprobs__init(&out[i]);
+        out[i].token = kept->token_logprob[at];
+        out[i].n_top_id = out[i].n_top = kept->n_top_told;
+        out[i].top_id = kept->top_id + at * kept->n_top;
+        out[i].top = kept->top + at * kept->n_top;
+        seq->logprobs[i] = &out[i];
+    }
+}
+
+static void gateways_fill_seq(rt_gateways *g, const gateway_part *part, Baleen__Engine__V1__SeqTokens *seq)
+{
+    const rt_kept *kept = part->kept;
+    bool ends = !kept->live && part->n == kept_untold(kept);
+    baleen__engine__v1__seq_tokens__init(seq);
+    seq->stream = kept->stream;
+    seq->has_offset = true;
+    seq->offset = kept->n_told;
+    seq->n_id = part->n;
+    seq->id = part->n > 0 ? kept->ids + kept->n_told : NULL;
+    if (kept->logprobs && part->n > 0) {
+        gateways_fill_logprobs(g, part, seq);
+    }
+    seq->has_end = true;
+    seq->end = ends ? (Baleen__Engine__V1__SeqEnd)kept->end : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON;
+    seq->has_stop_id = ends && kept->end == RT_END_STOP;
+    seq->stop_id = kept->stop_id;
+    seq->has_status = ends && kept->end == RT_END_FAILED;
+    seq->status = kept->status;
+    seq->text = ends ? kept->text : NULL;
 }
 
 /* Everything but the arrays of the message stands in the arena; the caller packs at once. */
-static void gateways_fill(rt_gateways *g, const gateway_link *link, uint32_t n_word, uint64_t step,
-                          Baleen__Engine__V1__StepTokens *message)
+static void gateways_fill(rt_gateways *g, uint64_t step, Baleen__Engine__V1__StepTokens *message)
 {
     rt_sched_ledger ledger;
     rt_sched_ledger_get(g->sched, &ledger);
@@ -139,73 +156,85 @@ static void gateways_fill(rt_gateways *g, const gateway_link *link, uint32_t n_w
     message->running = ledger.n_running;
     message->waiting = ledger.n_waiting;
     message->pages_free = ledger.page_max - ledger.n_page;
-    message->n_seq = n_word;
-    message->seq = cm_arena_take(&g->arena, sizeof(void *) * n_word);
-    Baleen__Engine__V1__SeqTokens *seqs = cm_arena_take(&g->arena, sizeof(*seqs) * n_word);
-    for (uint32_t i = 0, i_logprobs = 0; i < n_word; i++) {
-        rt_word *word = &link->words[i];
-        Baleen__Engine__V1__SeqTokens *seq = &seqs[i];
-        baleen__engine__v1__seq_tokens__init(seq);
-        message->seq[i] = seq;
-        seq->stream = word->key.stream;
-        seq->has_offset = true;
-        seq->offset = word->offset;
-        seq->n_id = word->has_token ? 1 : 0;
-        seq->id = &word->token;
-        if (word->logprobs != NULL) {
-            gateways_fill_logprobs(g, &link->logprobs[i_logprobs++], seq);
-        }
-        seq->has_end = true;
-        seq->end = (Baleen__Engine__V1__SeqEnd)word->end;
-        seq->has_stop_id = word->end == RT_END_STOP;
-        seq->stop_id = word->stop_id;
-        seq->has_status = word->end == RT_END_FAILED;
-        seq->status = word->status;
-        seq->text = (char *)(uintptr_t)word->text; /* packing does not write */
+    message->n_seq = g->n_part;
+    message->seq = cm_arena_take(&g->arena, sizeof(void *) * g->n_part);
+    Baleen__Engine__V1__SeqTokens *seqs = cm_arena_take(&g->arena, sizeof(*seqs) * g->n_part);
+    for (uint32_t i = 0; i < g->n_part; i++) {
+        gateways_fill_seq(g, &g->parts[i], &seqs[i]);
+        message->seq[i] = &seqs[i];
     }
 }
 
-static void gateways_free_frame(gateway_frame *frame)
+static gateway_frame *frame_make(uint16_t type, const ProtobufCMessage *message)
 {
-    LIST_REMOVE(frame, link);
-    cm_bytes_fini(&frame->packed);
-    cm_free(frame);
+    gateway_frame *frame = cm_alloc(sizeof(*frame));
+    frame->type = type;
+    pr_pack(message, &frame->packed);
+    return frame;
 }
 
-/* One frame of the words that wait. CM_AGAIN, CM_E_RESET: they still wait. */
-static cm_status gateways_send_frame(rt_gateways *g, gateway_link *link, uint64_t step)
+/* On its way with CM_OK, else still the caller's. */
+static cm_status gateways_send_frame(rt_gateways *g, gateway_link *link, gateway_frame *frame)
 {
-    Baleen__Engine__V1__StepTokens message;
-    uint32_t n_word = link->n_word < GATEWAYS_FRAME_WORDS ? link->n_word : GATEWAYS_FRAME_WORDS;
-    gateway_frame *frame = cm_alloc(sizeof(*frame));
-    LIST_INSERT_HEAD(&g->frames, frame, link);
-    cm_arena_reset(&g->arena);
-    gateways_fill(g, link, n_word, step, &message);
-    pr_pack(&message.base, &frame->packed);
-    net_message out = {.type = PR_MSG_STEP_TOKENS,
+    net_message out = {.type = frame->type,
                        .iov = {{frame->packed.data, frame->packed.len}},
                        .n_iov = 1,
                        .deadline_ms = GATEWAYS_SEND_MS,
                        .cookie = frame};
-    cm_status status = net_send(link->peer, &out);
-    if (status == CM_OK) {
-        gateways_forget_words(link, n_word);
-        pc_netpump_kick(g->pump);
-    } else {
-        gateways_free_frame(frame);
+    CM_TRY(net_send(link->peer, &out));
+    TAILQ_INSERT_TAIL(&g->frames, frame, link);
+    pc_netpump_kick(g->pump);
+    return CM_OK;
+}
+
+/* One frame of what waits. CM_AGAIN, CM_E_RESET: it still waits. */
+static cm_status gateways_send_words(rt_gateways *g, gateway_link *link, uint64_t step)
+{
+    Baleen__Engine__V1__StepTokens message;
+    cm_arena_reset(&g->arena);
+    gateways_choose_parts(g, link);
+    gateways_fill(g, step, &message);
+    gateway_frame *frame = frame_make(PR_MSG_STEP_TOKENS, &message.base);
+    cm_status status = gateways_send_frame(g, link, frame);
+    if (status != CM_OK) {
+        cm_bytes_fini(&frame->packed);
+        cm_free(frame);
+        return status;
     }
-    return status;
+    uint64_t now = cm_now_ms();
+    for (uint32_t i = 0; i < g->n_part; i++) {
+        rt_keep_told(g->keep, now, g->parts[i].kept, g->parts[i].n);
+    }
+    return CM_OK;
+}
+
+static cm_status gateways_send_found(rt_gateways *g, gateway_link *link)
+{
+    gateway_frame *frame = TAILQ_FIRST(&link->found);
+    TAILQ_REMOVE(&link->found, frame, link);
+    uint64_t n_bytes = frame->packed.len;
+    cm_status status = gateways_send_frame(g, link, frame);
+    if (status != CM_OK) {
+        TAILQ_INSERT_HEAD(&link->found, frame, link);
+        return status;
+    }
+    link->found_bytes -= n_bytes;
+    return CM_OK;
 }
 
 static void gateways_send(rt_gateways *g, gateway_link *link, uint64_t step)
 {
     cm_status status = CM_OK;
-    while (status == CM_OK && link->n_word > 0) {
-        status = gateways_send_frame(g, link, step);
+    while (status == CM_OK && !TAILQ_EMPTY(&link->found)) {
+        status = gateways_send_found(g, link);
     }
-    if (status == CM_AGAIN && link->n_word > GATEWAYS_WORDS_MAX) {
-        cm_warn("gateway %s does not take its tokens: %u wait; link dropped", net_peer_address(link->peer),
-                link->n_word);
+    while (status == CM_OK && !TAILQ_EMPTY(&link->owner.untold)) {
+        status = gateways_send_words(g, link, step);
+    }
+    if (status == CM_AGAIN &&
+        (link->owner.n_untold > GATEWAYS_UNTOLD_MAX || link->found_bytes > GATEWAYS_FOUND_BYTES)) {
+        cm_warn("gateway %s does not take its answers: %u wait; link dropped", net_peer_address(link->peer),
+                link->owner.n_untold);
         net_disconnect(link->peer);
         gateways_drop(g, link);
     } /* else: they go with the next flush, or the link's end is about to be told */
@@ -213,11 +242,32 @@ static void gateways_send(rt_gateways *g, gateway_link *link, uint64_t step)
 
 void rt_gateways_flush(rt_gateways *g, uint64_t step)
 {
+    uint64_t now = cm_now_ms();
+    rt_keep_expire(g->keep, now);
     for (uint32_t i = 0; i < g->n_link; i++) {
-        if (g->links[i].peer != NULL && g->links[i].n_word > 0) {
+        if (g->links[i].peer != NULL) {
             gateways_send(g, &g->links[i], step);
         }
     }
+    uint64_t due = rt_keep_due(g->keep);
+    if (due != UINT64_MAX) {
+        pc_timer_set(g->timer, due > now ? due - now : 1);
+    }
+}
+
+bool rt_gateways_all_told(const rt_gateways *g)
+{
+    for (uint32_t i = 0; i < g->n_link; i++) {
+        if (g->links[i].peer != NULL && !TAILQ_EMPTY(&g->links[i].owner.untold)) {
+            return false;
+        }
+    }
+    return TAILQ_EMPTY(&g->frames);
+}
+
+void rt_gateways_ledger(const rt_gateways *g, rt_keep_ledger *ledger_out)
+{
+    rt_keep_ledger_get(g->keep, ledger_out);
 }
 
 /* ---- messages in ---- */
@@ -265,52 +315,164 @@ static cm_status gateways_read_sampler(rt_gateways *g, const Baleen__Engine__V1_
     return gateways_read_bias(g, in, out, err);
 }
 
-static void gateways_on_open(rt_gateways *g, gateway_link *link, const net_event *event)
+/* NULL: it is none; the link is gone then. */
+static void *gateways_read(rt_gateways *g, gateway_link *link, const ProtobufCMessageDescriptor *descriptor,
+                           const net_event *event)
 {
-    Baleen__Engine__V1__SeqOpen *open;
-    cm_error err = {0};
-    rt_word word = {.end = RT_GOING_ON};
-    cm_status status = pr_unpack(&baleen__engine__v1__seq_open__descriptor, event->payload,
-                                 event->payload_bytes, &g->arena, (ProtobufCMessage **)&open);
-    if (status != CM_OK) {
-        cm_warn("gateway %s sent a broken SeqOpen of %llu bytes", net_peer_address(event->peer),
-                (unsigned long long)event->payload_bytes);
-        net_disconnect(event->peer);
-        gateways_drop(g, link);
-        return;
+    ProtobufCMessage *message;
+    if (pr_unpack(descriptor, event->payload, event->payload_bytes, &g->arena, &message) == CM_OK) {
+        return message;
     }
+    cm_warn("gateway %s sent a broken %s of %llu bytes", net_peer_address(event->peer),
+            descriptor->short_name, (unsigned long long)event->payload_bytes);
+    net_disconnect(event->peer);
+    gateways_drop(g, link);
+    return NULL;
+}
+
+/* false: it is none of ours. */
+static bool gateways_read_id(const ProtobufCBinaryData *id, uint8_t out[RT_KEEP_ID_BYTES])
+{
+    if (id->len != RT_KEEP_ID_BYTES) {
+        return false;
+    }
+    memcpy(out, id->data, RT_KEEP_ID_BYTES);
+    return true;
+}
+
+static bool gateways_read_key(const Baleen__Engine__V1__SeqKey *in, rt_keep_key *out)
+{
+    *out = (rt_keep_key){.choice = in->choice, .birth = in->birth};
+    return gateways_read_id(&in->id, out->id);
+}
+
+static void gateways_on_open(rt_gateways *g, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqOpen *open = message;
+    cm_error err = {0};
+    rt_keep_key key;
     uint64_t now = cm_now_ms();
     rt_seq_request request = {
-        .key = {link->owner, open->stream},
+        .key = {0, open->stream},
         .prompt = open->prompt,
         .n_prompt = (uint32_t)open->n_prompt,
         .emitted = open->emitted,
         .n_emitted = (uint32_t)open->n_emitted,
         .deadline_ms = open->has_deadline_ms ? now + open->deadline_ms : UINT64_MAX,
     };
-    status = gateways_read_sampler(g, open->sampler, &request.sampler, &err);
-    if (status == CM_OK) {
-        status = rt_sched_open(g->sched, now, &request, &err);
+    bool keyed = open->key != NULL && gateways_read_key(open->key, &key);
+    cm_status status = gateways_read_sampler(g, open->sampler, &request.sampler, &err);
+    if (status == CM_OK && open->resume.len > PR_RESUME_BYTES_MAX) {
+        status = cm_error_set(&err, CM_E_INVALID, "resume", "%zu bytes to resume by, at most %d",
+                              open->resume.len, PR_RESUME_BYTES_MAX);
     }
-    word.key = request.key;
     if (status != CM_OK) {
-        word.end = RT_END_FAILED;
-        word.status = status;
-        word.text = err.text;
+        rt_keep_refuse(g->keep, &link->owner, open->stream, status, err.text);
+        return;
     }
-    word.offset = request.n_emitted;
-    gateways_add_word(link, &word);
+    rt_keep_offer offer = {.key = keyed ? &key : NULL,
+                           .term = open->term,
+                           .resume = open->resume.data,
+                           .n_resume = open->has_resume ? open->resume.len : 0};
+    rt_keep_open(g->keep, now, &link->owner, &request, &offer);
 }
 
-static void gateways_on_cancel(rt_gateways *g, const gateway_link *link, const net_event *event)
+static void gateways_on_cancel(rt_gateways *g, gateway_link *link, const void *message)
 {
-    Baleen__Engine__V1__SeqCancel *cancel;
-    if (pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload, event->payload_bytes,
-                  &g->arena, (ProtobufCMessage **)&cancel) == CM_OK) {
-        for (size_t i = 0; i < cancel->n_stream; i++) {
-            rt_sched_cancel(g->sched, (rt_seq_key){link->owner, cancel->stream[i]});
+    const Baleen__Engine__V1__SeqCancel *cancel = message;
+    rt_keep_key key;
+    for (size_t i = 0; i < cancel->n_stream; i++) {
+        rt_keep_cancel(g->keep, &link->owner, cancel->stream[i]);
+    }
+    for (size_t i = 0; i < cancel->n_finished; i++) {
+        rt_keep_finish(g->keep, cm_now_ms(), &link->owner, cancel->finished[i]);
+    }
+    for (size_t i = 0; i < cancel->n_copy; i++) {
+        if (gateways_read_key(cancel->copy[i], &key)) {
+            rt_keep_cancel_copy(g->keep, &key);
         }
     }
+}
+
+static void gateways_on_detach(rt_gateways *g, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqDetach *detach = message;
+    for (size_t i = 0; i < detach->n_stream; i++) {
+        rt_keep_detach(g->keep, cm_now_ms(), &link->owner, detach->stream[i]);
+    }
+}
+
+static void gateways_on_resume(rt_gateways *g, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqResume *resume = message;
+    rt_keep_key key;
+    if (gateways_read_key(resume->key, &key)) {
+        rt_keep_offer offer = {.key = &key, .term = resume->term};
+        rt_keep_resume(g->keep, &link->owner, resume->stream, &offer, resume->from);
+    } else {
+        rt_keep_refuse(g->keep, &link->owner, resume->stream, CM_E_NOT_FOUND, "there is no such key");
+    }
+}
+
+static void gateways_put_found(const rt_kept *kept, Baleen__Engine__V1__SeqKey *key,
+                               Baleen__Engine__V1__SeqFound *found)
+{
+    baleen__engine__v1__seq_key__init(key);
+    key->id = (ProtobufCBinaryData){.len = RT_KEEP_ID_BYTES, .data = (uint8_t *)(uintptr_t)kept->key.id};
+    key->choice = kept->key.choice;
+    key->birth = kept->key.birth;
+    if (kept->resume != NULL) {
+        found->has_resume = true;
+        found->resume = (ProtobufCBinaryData){.len = kept->n_resume, .data = kept->resume};
+    }
+    found->has_term = true;
+    found->term = kept->term > found->term ? kept->term : found->term;
+}
+
+static void gateways_on_find(rt_gateways *g, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqFind *find = message;
+    const rt_kept *kept[GATEWAYS_CHOICES_MAX];
+    Baleen__Engine__V1__SeqKey keys[GATEWAYS_CHOICES_MAX], *list[GATEWAYS_CHOICES_MAX];
+    Baleen__Engine__V1__SeqFound found = BALEEN__ENGINE__V1__SEQ_FOUND__INIT;
+    uint8_t id[RT_KEEP_ID_BYTES];
+    uint32_t n = gateways_read_id(&find->id, id) ? rt_keep_find(g->keep, id, kept, GATEWAYS_CHOICES_MAX) : 0;
+    for (uint32_t i = 0; i < n; i++) {
+        gateways_put_found(kept[i], &keys[i], &found);
+        list[i] = &keys[i];
+    }
+    found.ask = find->ask;
+    found.key = list;
+    found.n_key = n;
+    gateway_frame *frame = frame_make(PR_MSG_SEQ_FOUND, &found.base);
+    TAILQ_INSERT_TAIL(&link->found, frame, link);
+    link->found_bytes += frame->packed.len;
+}
+
+static void gateways_on_message(rt_gateways *g, gateway_link *link, const net_event *event)
+{
+    static const struct {
+        pr_message type;
+        const ProtobufCMessageDescriptor *descriptor;
+        void (*fn)(rt_gateways *, gateway_link *, const void *);
+    } handlers[] = {
+        {PR_MSG_SEQ_OPEN, &baleen__engine__v1__seq_open__descriptor, gateways_on_open},
+        {PR_MSG_SEQ_CANCEL, &baleen__engine__v1__seq_cancel__descriptor, gateways_on_cancel},
+        {PR_MSG_SEQ_DETACH, &baleen__engine__v1__seq_detach__descriptor, gateways_on_detach},
+        {PR_MSG_SEQ_FIND, &baleen__engine__v1__seq_find__descriptor, gateways_on_find},
+        {PR_MSG_SEQ_RESUME, &baleen__engine__v1__seq_resume__descriptor, gateways_on_resume},
+    };
+    for (size_t i = 0; i < sizeof(handlers) / sizeof(handlers[0]); i++) {
+        if (handlers[i].type == (pr_message)event->type) {
+            const void *message = gateways_read(g, link, handlers[i].descriptor, event);
+            if (message != NULL) {
+                handlers[i].fn(g, link, message);
+            }
+            return;
+        }
+    }
+    cm_warn("gateway link %s sent a %s message, not one for a router", net_peer_address(event->peer),
+            pr_message_name(event->type));
 }
 
 static void gateways_on_up(rt_gateways *g, net_peer *peer)
@@ -318,7 +480,8 @@ static void gateways_on_up(rt_gateways *g, net_peer *peer)
     for (uint32_t i = 0; i < g->n_link; i++) {
         if (g->links[i].peer == NULL) {
             g->links[i].peer = peer;
-            g->links[i].owner = ++g->next_owner;
+            rt_keep_owner_init(g->keep, &g->links[i].owner);
+            TAILQ_INIT(&g->links[i].found);
             net_peer_set_user(peer, &g->links[i]);
             cm_info("gateway %u linked from %s", net_peer_identity(peer)->member, net_peer_address(peer));
             return;
@@ -346,17 +509,12 @@ static void gateways_on_event(void *ctx, const net_event *event)
         }
         break;
     case NET_EV_SENT:
-        gateways_free_frame(event->cookie);
+        frames_free(&g->frames, event->cookie);
         break;
     case NET_EV_MESSAGE:
         cm_arena_reset(&g->arena);
-        if (link != NULL && event->type == PR_MSG_SEQ_OPEN) {
-            gateways_on_open(g, link, event);
-        } else if (link != NULL && event->type == PR_MSG_SEQ_CANCEL) {
-            gateways_on_cancel(g, link, event);
-        } else {
-            cm_warn("gateway link %s sent a %s message, not one for a router", net_peer_address(event->peer),
-                    pr_message_name(event->type));
+        if (link != NULL) {
+            gateways_on_message(g, link, event);
         }
         net_release(g->n, event);
         g->changed(g->ctx);
@@ -364,17 +522,19 @@ static void gateways_on_event(void *ctx, const net_event *event)
     }
 }
 
-rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, uint32_t gateway_max, pc_fn changed,
-                                void *ctx)
+rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, const rt_gateways_options *options,
+                                pc_fn changed, void *ctx)
 {
     rt_gateways *g = cm_alloc(sizeof(*g));
-    LIST_INIT(&g->frames);
+    TAILQ_INIT(&g->frames);
     g->n = n;
     g->sched = sched;
+    g->keep = rt_keep_create(&options->keep, sched);
+    g->timer = pc_timer_create(loop, changed, ctx);
     g->changed = changed;
     g->ctx = ctx;
-    g->n_link = gateway_max;
-    g->links = cm_alloc(sizeof(gateway_link) * gateway_max);
+    g->n_link = options->gateway_max;
+    g->links = cm_alloc(sizeof(gateway_link) * g->n_link);
     cm_arena_init(&g->arena, "gateway messages", 1 << 20, GATEWAYS_MESSAGE_BYTES);
     g->pump = pc_netpump_create(loop, n, gateways_on_event, g);
     return g;
@@ -389,14 +549,16 @@ void rt_gateways_destroy(rt_gateways *g)
 {
     pc_netpump_destroy(g->pump);
     net_close(g->n);
-    while (!LIST_EMPTY(&g->frames)) {
-        gateways_free_frame(LIST_FIRST(&g->frames)); /* closing tells no more about them */
+    while (!TAILQ_EMPTY(&g->frames)) {
+        frames_free(&g->frames, TAILQ_FIRST(&g->frames)); /* closing tells no more about them */
     }
     for (uint32_t i = 0; i < g->n_link; i++) {
-        gateways_forget_words(&g->links[i], g->links[i].n_word);
-        cm_free(g->links[i].words);
-        cm_free(g->links[i].logprobs);
+        if (g->links[i].peer != NULL) {
+            gateways_drop(g, &g->links[i]);
+        }
     }
+    rt_keep_destroy(g->keep);
+    pc_timer_destroy(g->timer);
     cm_free(g->links);
     cm_arena_fini(&g->arena);
     cm_free(g);

@@ -9,6 +9,7 @@
 #include "common/base/stats.h"
 #include "common/proc/addresses.h"
 #include "common/proc/member.h"
+#include "proto/messages.h"
 #include "router/engine/engine.h"
 #include "router/gateways.h"
 #include "router/load.h"
@@ -69,8 +70,12 @@ static void router_show_ledger(rt_router *r)
     router_count(CM_STAT_draft_tokens, ledger.n_draft_token);
     router_count(CM_STAT_accepted_tokens, ledger.n_accepted_token);
     router_count(CM_STAT_decode_tokens, ledger.n_decode_token);
+    rt_keep_ledger kept;
+    rt_gateways_ledger(r->gateways, &kept);
+    cm_stat_set(CM_STAT_sequences_kept, kept.n_orphan + kept.n_ended);
     bool alone = r->leaving && !pc_member_connected(r->member);
-    if ((r->draining || alone) && ledger.n_seq == 0 && !r->in_flight) {
+    bool idle = ledger.n_seq == 0 && !r->in_flight && rt_gateways_all_told(r->gateways);
+    if ((r->draining || alone) && idle) {
         r->finished(r->ctx, 0);
     }
 }
@@ -230,16 +235,22 @@ static cm_status router_open_gateways(rt_router *r, cm_error *err)
     net *n;
     router_net_options(r->config, &options);
     options.peers_max = (uint32_t)r->config->gateways_max;
-    options.message_bytes_max =
-        ROUTER_OPEN_BYTES_MIN + 5ull * g->context; /* a varint id takes at most 5 bytes */
+    options.message_bytes_max = ROUTER_OPEN_BYTES_MIN + PR_RESUME_BYTES_MAX +
+                                5ull * g->context; /* a varint id takes at most 5 bytes */
     CM_TRY(net_open(&options, &n, err));
     cm_status status = net_listen(n, r->config->address, r->address, err);
     if (status != CM_OK) {
         net_close(n);
         return status;
     }
-    r->gateways =
-        rt_gateways_create(r->loop, n, r->sched, (uint32_t)r->config->gateways_max, router_changed, r);
+    rt_gateways_options gateways = {
+        .gateway_max = (uint32_t)r->config->gateways_max,
+        .keep = {.live_max = (uint32_t)(r->config->sequences_max + r->config->queue_max),
+                 .ended_max = (uint32_t)r->config->kept_max,
+                 .bytes_max = r->config->kept_bytes,
+                 .grace_ms = r->config->gateway_grace_ms},
+    };
+    r->gateways = rt_gateways_create(r->loop, n, r->sched, &gateways, router_changed, r);
     return CM_OK;
 }
 

@@ -97,6 +97,8 @@ void rig_commit(uint64_t number, bool router, bool placement)
     members[1].role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER;
     members[1].incarnation = 9;
     members[1].data_address = (char[]){"rig-router"};
+    members[1].has_draining = true;
+    members[1].draining = R.drains;
     Baleen__Control__V1__Epoch epoch = BALEEN__CONTROL__V1__EPOCH__INIT;
     epoch.number = number;
     epoch.cluster = RIG_CLUSTER;
@@ -172,6 +174,7 @@ static void coordinator_start(void)
 
 typedef struct router_frame {
     STAILQ_ENTRY(router_frame) link;
+    uint16_t type;
     cm_bytes bytes;
 } router_frame;
 
@@ -188,7 +191,7 @@ static void router_flush(void)
 {
     router_frame *frame;
     while ((frame = STAILQ_FIRST(&waiting)) != NULL) {
-        net_message message = {.type = PR_MSG_STEP_TOKENS,
+        net_message message = {.type = frame->type,
                                .iov = {{frame->bytes.data, frame->bytes.len}},
                                .n_iov = 1,
                                .deadline_ms = WATCHDOG_MS,
@@ -202,6 +205,16 @@ static void router_flush(void)
         }
     }
     pc_netpump_kick(R.pump);
+}
+
+static void router_send(uint16_t type, const ProtobufCMessage *message)
+{
+    router_frame *frame = cm_alloc(sizeof(*frame));
+    frame->type = type;
+    cm_bytes_init(&frame->bytes, 0);
+    pr_pack(message, &frame->bytes);
+    STAILQ_INSERT_TAIL(&waiting, frame, link);
+    router_flush();
 }
 
 static void put_logprobs(Baleen__Engine__V1__SeqTokens *seq)
@@ -247,11 +260,7 @@ static void router_say(uint64_t stream, uint64_t offset, const uint32_t *ids, ui
     Baleen__Engine__V1__StepTokens step = BALEEN__ENGINE__V1__STEP_TOKENS__INIT;
     step.seq = list;
     step.n_seq = 1;
-    router_frame *frame = cm_alloc(sizeof(*frame));
-    cm_bytes_init(&frame->bytes, 0);
-    pr_pack(&step.base, &frame->bytes);
-    STAILQ_INSERT_TAIL(&waiting, frame, link);
-    router_flush();
+    router_send(PR_MSG_STEP_TOKENS, &step.base);
 }
 
 void rig_tokens(uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end)
@@ -280,9 +289,10 @@ static void router_answer(void)
             R.reply[i] = R.prompt.id[R.prompt.n - 1];
         }
     }
-    router_say(R.stream, 0, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+    uint32_t n_emitted = (uint32_t)R.emitted.n;
+    router_say(R.stream, n_emitted, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
     uint32_t n = R.n_reply < R.sampler.tokens_max ? R.n_reply : R.sampler.tokens_max;
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = n_emitted; i < n; i++) {
         bool last = i + 1 == R.sampler.tokens_max;
         router_say(R.stream, i, &R.reply[i], 1,
                    last ? BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH
@@ -310,6 +320,13 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
     for (size_t i = 0; i < open->n_prompt; i++) {
         md_ids_push(&R.prompt, open->prompt[i]);
     }
+    R.birth = open->key->birth;
+    R.term = open->term;
+    R.emitted.n = 0;
+    for (size_t i = 0; i < open->n_emitted; i++) {
+        md_ids_push(&R.emitted, open->emitted[i]);
+    }
+    snprintf(R.resume, sizeof(R.resume), "%.*s", (int)open->resume.len, (const char *)open->resume.data);
     R.sampler = *open->sampler;
     R.n_stop_id = (uint32_t)open->sampler->n_stop_id;
     memcpy(R.stop_id, open->sampler->stop_id, R.n_stop_id * sizeof(uint32_t));
@@ -332,6 +349,46 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
     }
 }
 
+static void router_resume(const Baleen__Engine__V1__SeqResume *resume)
+{
+    R.n_resumes++;
+    R.resume_from = resume->from;
+    R.resumed[resume->key->choice % 4] = resume->stream;
+    R.birth = resume->key->birth;
+    R.term = resume->term;
+    if (R.keeps) {
+        R.stream = resume->stream;
+        router_say(R.stream, resume->from, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+        return;
+    }
+    cm_status status = R.refuse_status;
+    R.refuse_status = CM_E_NOT_FOUND;
+    router_say(resume->stream, resume->from, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED);
+    R.refuse_status = status;
+}
+
+static void router_find(const Baleen__Engine__V1__SeqFind *find)
+{
+    Baleen__Engine__V1__SeqFound found = BALEEN__ENGINE__V1__SEQ_FOUND__INIT;
+    Baleen__Engine__V1__SeqKey keys[4], *list[4];
+    R.n_finds++;
+    for (uint32_t i = 0; i < R.n_found; i++) {
+        baleen__engine__v1__seq_key__init(&keys[i]);
+        keys[i].id = find->id;
+        keys[i].choice = i;
+        keys[i].birth = R.birth;
+        list[i] = &keys[i];
+    }
+    found.ask = find->ask;
+    found.key = list;
+    found.n_key = R.n_found;
+    found.has_resume = R.n_found > 0;
+    found.resume = (ProtobufCBinaryData){.len = strlen(R.resume), .data = (uint8_t *)R.resume};
+    found.has_term = true;
+    found.term = R.term;
+    router_send(PR_MSG_SEQ_FOUND, &found.base);
+}
+
 static void router_message(const net_event *event)
 {
     ProtobufCMessage *message;
@@ -340,14 +397,29 @@ static void router_message(const net_event *event)
                                    event->payload_bytes, &R.arena, &message),
                          CM_OK);
         router_open((const Baleen__Engine__V1__SeqOpen *)message);
+    } else if (event->type == PR_MSG_SEQ_RESUME) {
+        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_resume__descriptor, event->payload,
+                                   event->payload_bytes, &R.arena, &message),
+                         CM_OK);
+        router_resume((const Baleen__Engine__V1__SeqResume *)message);
+    } else if (event->type == PR_MSG_SEQ_FIND) {
+        assert_int_equal(pr_unpack(&baleen__engine__v1__seq_find__descriptor, event->payload,
+                                   event->payload_bytes, &R.arena, &message),
+                         CM_OK);
+        router_find((const Baleen__Engine__V1__SeqFind *)message);
+    } else if (event->type == PR_MSG_SEQ_DETACH) {
+        R.n_detached++;
     } else {
         assert_int_equal(event->type, PR_MSG_SEQ_CANCEL);
         assert_int_equal(pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload,
                                    event->payload_bytes, &R.arena, &message),
                          CM_OK);
         const Baleen__Engine__V1__SeqCancel *cancel = (const Baleen__Engine__V1__SeqCancel *)message;
-        R.n_cancels += (uint32_t)cancel->n_stream;
-        R.cancelled = cancel->stream[cancel->n_stream - 1];
+        R.n_cancels += (uint32_t)(cancel->n_stream + cancel->n_finished);
+        R.n_copies += (uint32_t)cancel->n_copy;
+        R.cancelled = cancel->n_stream > 0     ? cancel->stream[cancel->n_stream - 1]
+                      : cancel->n_finished > 0 ? cancel->finished[cancel->n_finished - 1]
+                                               : R.cancelled;
     }
     cm_arena_reset(&R.arena);
 }
@@ -438,6 +510,7 @@ void rig_begin(void)
     pc_loop_before_sleep(R.loop, hook, NULL);
     cm_arena_init(&R.arena, "rig", 64 * 1024, 16 * 1024 * 1024);
     md_ids_init(&R.prompt);
+    md_ids_init(&R.emitted);
     coordinator_start();
     router_start();
     cm_cfg_defaults(&gw_config_table, &R.config);
@@ -486,9 +559,8 @@ void rig_serve(void)
     rig_until(is_ready, NULL);
 }
 
-void rig_end(void)
+static void router_stop(void)
 {
-    gw_gateway_destroy(R.gateway);
     /* frames that were on their way come back before the net may go */
     while (net_in_flight(R.net) > 0) {
         net_event events[16];
@@ -500,10 +572,26 @@ void rig_end(void)
     }
     pc_netpump_destroy(R.pump);
     net_close(R.net);
+    R.net = NULL;
+}
+
+void rig_deaf(void)
+{
+    rig_cut();
+    router_stop();
+}
+
+void rig_end(void)
+{
+    gw_gateway_destroy(R.gateway);
+    if (R.net != NULL) {
+        router_stop();
+    }
     pc_rpc_server_destroy(R.server);
     pc_loop_destroy(R.loop);
     cm_cfg_free(&gw_config_table, &R.config);
     md_ids_fini(&R.prompt);
+    md_ids_fini(&R.emitted);
     cm_arena_fini(&R.arena);
 }
 

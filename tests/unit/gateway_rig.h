@@ -58,10 +58,20 @@ typedef struct rig {
     bool probe_fails;
     cm_status refuse_status;
     uint32_t reply[RIG_REPLY_MAX], n_reply;
-    uint32_t n_opens, n_cancels, n_probes;     /* opens without probes */
-    uint64_t stream, cancelled;                /* the newest ones */
-    uint32_t sent;                             /* tokens of the newest stream */
-    md_ids prompt;                             /* of the newest SeqOpen */
+    uint32_t n_opens, n_cancels, n_probes; /* opens without probes */
+    uint64_t stream, cancelled;            /* the newest ones */
+    uint32_t sent;                         /* tokens of the newest stream */
+    md_ids prompt, emitted;                /* of the newest SeqOpen */
+    uint32_t n_resumes;                    /* SeqResumes */
+    uint64_t resume_from;                  /* of the newest one */
+    bool drains;                           /* the router, as of the next epoch */
+    bool keeps;       /* a SeqResume finds the sequence, else nothing; tokens are the test's to give */
+    uint32_t n_found; /* choices that a SeqFind finds, of the newest SeqOpen's request */
+    uint32_t n_finds;
+    uint64_t resumed[4];  /* by choice: what it is called since it was resumed */
+    uint64_t birth, term; /* of the newest SeqOpen or SeqResume */
+    uint32_t n_copies, n_detached;
+    char resume[4096];                         /* of the newest SeqOpen */
     Baleen__Engine__V1__SamplerParams sampler; /* likewise; without its list */
     uint32_t n_stop_id, stop_id[8];
     uint32_t n_bias, bias_id[8];
@@ -93,6 +103,8 @@ const md_tokenizer *rig_tokenizer(void);
 void rig_tokens(uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end);
 /* Ends the gateway's link. */
 void rig_cut(void);
+/* The same, and nothing listens there from now on. */
+void rig_deaf(void);
 
 typedef struct rig_client {
     struct bufferevent *bev;

@@ -60,6 +60,89 @@ static gw_stream *find(gw_gateway *gateway, const char *id)
     return NULL;
 }
 
+struct gw_origin {
+    uint32_t refs;
+    char *id;
+};
+
+gw_origin *gw_origin_create(gw_ask_kind kind, const char *id, const char *surface, const json_t *body,
+                            const json_t *options)
+{
+    gw_origin *origin = cm_alloc(sizeof(*origin));
+    (void)kind;
+    (void)surface;
+    (void)body;
+    (void)options;
+    *origin = (gw_origin){.refs = 1, .id = cm_strdup(id != NULL ? id : "made-by-gateway")};
+    return origin;
+}
+
+void gw_origin_release(gw_origin *origin)
+{
+    if (origin != NULL && --origin->refs == 0) {
+        cm_free(origin->id);
+        cm_free(origin);
+    }
+}
+
+gw_origin *gw_origin_hold(gw_origin *origin)
+{
+    origin->refs++;
+    return origin;
+}
+
+const char *gw_origin_id(const gw_origin *origin)
+{
+    return origin->id;
+}
+
+/* The one stream that may be found is gateway->found's. */
+struct gw_seek {
+    gw_gateway *gateway;
+    char id[160];
+    gw_seek_fn fn;
+    void *ctx;
+    pc_task task;
+};
+
+static void seek_tell(void *arg)
+{
+    gw_seek *seek = arg;
+    gw_error error;
+    static const uint64_t routers[] = {9, 10, 11, 12};
+    const fake_found *has = &seek->gateway->found;
+    uint32_t n = (uint32_t)json_integer_value(json_object_get(has->body, "n"));
+    if (has->id == NULL || strcmp(has->id, seek->id) != 0) {
+        gw_error_set(&error, GW_CAUSE_NO_STREAM, NULL, "the stream is unknown");
+        seek->fn(seek->ctx, NULL, &error);
+    } else {
+        gw_found found = {.origin = gw_origin_create(GW_ASK_CHAT, seek->id, NULL, NULL, NULL),
+                          .surface = has->surface,
+                          .body = has->body,
+                          .options = has->options,
+                          .router = routers,
+                          .n_router = n > 1 ? n : 1};
+        seek->fn(seek->ctx, &found, NULL);
+        gw_origin_release(found.origin);
+    }
+    cm_free(seek);
+}
+
+gw_seek *gw_seek_begin(gw_gateway *gateway, const char *id, gw_seek_fn fn, void *ctx)
+{
+    gw_seek *seek = cm_alloc(sizeof(*seek));
+    *seek = (gw_seek){.gateway = gateway, .fn = fn, .ctx = ctx, .task = {.fn = seek_tell, .arg = seek}};
+    snprintf(seek->id, sizeof(seek->id), "%s", id);
+    pc_loop_post(gateway->loop, &seek->task);
+    return seek;
+}
+
+void gw_seek_cancel(gw_seek *seek)
+{
+    pc_loop_unpost(seek->gateway->loop, &seek->task);
+    cm_free(seek);
+}
+
 cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
                          gw_stream **stream_out, gw_error *error_out)
 {
@@ -76,7 +159,8 @@ cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream
         *error_out = gateway->refusal;
         return CM_E_INVALID;
     }
-    if (ask->request_id != NULL && find(gateway, ask->request_id) != NULL) {
+    if (ask->choice == 0 && find(gateway, ask->origin->id) != NULL &&
+        strcmp(ask->origin->id, "made-by-gateway") != 0) {
         gw_error_set(error_out, GW_CAUSE_EXISTS, "request_id", "a request with this id is running");
         return CM_E_EXISTS;
     }
@@ -86,18 +170,14 @@ cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream
                           .kind = ask->kind,
                           .body = json_deep_copy(ask->body),
                           .deadline_ms = ask->deadline_ms,
+                          .router = ask->router,
                           .want_ids = ask->want_ids,
                           .skip_special = ask->skip_special,
                           .choice = ask->choice,
                           .events = *events,
                           .ctx = ctx,
                           .task = {.fn = run_script, .arg = stream}};
-    if (ask->request_id != NULL || ask->choice == 0) {
-        snprintf(stream->id, sizeof(stream->id), "%s",
-                 ask->request_id != NULL ? ask->request_id : "made-by-gateway");
-    } else {
-        snprintf(stream->id, sizeof(stream->id), "made-by-gateway-%u", ask->choice);
-    }
+    snprintf(stream->id, sizeof(stream->id), "%s", ask->origin->id);
     gateway->n_live++;
     pc_loop_post(gateway->loop, &stream->task);
     *stream_out = stream;
@@ -115,6 +195,17 @@ void gw_stream_cancel(gw_stream *stream)
 {
     end(stream);
     stream->cancelled = true;
+}
+
+void gw_stream_detach(gw_stream *stream)
+{
+    end(stream);
+    stream->detached = true;
+}
+
+bool gw_stream_is_ending(const gw_stream *stream)
+{
+    return stream->ending;
 }
 
 const char *gw_stream_id(const gw_stream *stream)
@@ -338,7 +429,7 @@ gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice)
 
 static void writer_emit(gw_openai *writer, const char *text, bool last)
 {
-    writer->emit(writer->ctx, text, strlen(text), last);
+    writer->emit(writer->ctx, 0, text, strlen(text), last);
 }
 
 static void writer_started(void *ctx, const gw_start *start)

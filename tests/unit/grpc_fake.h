@@ -16,11 +16,19 @@ struct gw_stream {
     gw_stream_events events;
     void *ctx;
     pc_task task;
-    bool over, cancelled;
+    uint64_t router; /* that it goes on at */
+    bool over, cancelled, detached, ending;
 };
+
+/* What a seek finds; choice i of the body's n is at router 9 + i. */
+typedef struct fake_found {
+    const char *id, *surface; /* id NULL: nothing */
+    const json_t *body, *options;
+} fake_found;
 
 struct gw_gateway {
     pc_loop *loop;
+    fake_found found;
     gw_info info;
     md_tokenizer *tokenizer;
     void (*script)(gw_stream *stream); /* runs as an event after a stream was opened; may be NULL */

@@ -859,8 +859,8 @@ static void test_generate_bad(void **state)
     expect_refused(GENERATE, &request, PC_CODE_INVALID_ARGUMENT, "prompt");
     request.prompt_case = BALEEN__V1__GENERATE_REQUEST__PROMPT_TEXT;
     request.text = "Once";
-    request.has_resume_offset = true;
-    expect_refused(GENERATE, &request, PC_CODE_UNIMPLEMENTED, "resume_offset");
+    request.has_resume_offset = true; /* of which stream? */
+    expect_refused(GENERATE, &request, PC_CODE_INVALID_ARGUMENT, "routing.request_id");
     assert_int_equal(g.gateway.n_streams, 0);
 }
 

@@ -18,8 +18,9 @@ typedef struct sink {
     bool last; /* of the newest */
 } sink;
 
-static void sink_emit(void *ctx, const char *json, size_t n_bytes, bool last)
+static void sink_emit(void *ctx, uint32_t choice, const char *json, size_t n_bytes, bool last)
 {
+    (void)choice;
     sink *s = ctx;
     assert_true(s->n < OBJECTS_MAX);
     assert_false(s->last); /* nothing comes after the last */

@@ -8,6 +8,7 @@
 
 #include <cmocka.h>
 
+#include "common/base/rng.h"
 #include "common/base/stats.h"
 #include "tests/unit/gateway_rig.h"
 
@@ -87,12 +88,13 @@ static cm_status ask(told *t, const char *id, uint64_t deadline_ms, const char *
     assert_non_null(body);
     gw_ask a = {.kind = GW_ASK_COMPLETE,
                 .body = body,
-                .request_id = id,
+                .origin = id != NULL ? gw_origin_create(GW_ASK_COMPLETE, id, NULL, body, NULL) : NULL,
                 .deadline_ms = deadline_ms,
                 .want_ids = true,
                 .skip_special = true};
     memset(t, 0, sizeof(*t));
     cm_status status = gw_stream_open(R.gateway, &a, &EVENTS, t, &t->stream, error);
+    gw_origin_release(a.origin);
     json_decref(body);
     assert_int_equal(t->n_started + t->n_failed, 0); /* never from inside the call */
     return status;
@@ -248,32 +250,171 @@ static void special_tokens(void **state)
     cm_bytes_fini(&t.text);
 }
 
-/* A router that has left the epoch takes its streams with it; a member lost on the way is reported. */
+static bool in_epoch_2(void *arg)
+{
+    (void)arg;
+    return R.epoch_committed == 2;
+}
+
+static bool in_epoch_3(void *arg)
+{
+    (void)arg;
+    return R.epoch_committed == 3;
+}
+
+static bool has_resumed(void *arg)
+{
+    (void)arg;
+    return R.n_resumes == 1;
+}
+
+static bool link_is_down(void *arg)
+{
+    (void)arg;
+    return R.peer == NULL;
+}
+
+/* A router that leaves the epoch gets no more streams, and finishes those it has before its link is ended. */
 static void router_leaves(void **state)
 {
     (void)state;
-    told t;
+    told t, more;
     gw_error error;
     R.mode = RIG_HOLD;
+    rig_reply("one two");
     assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
     rig_until(has_opened, NULL);
     rig_commit(2, false, true);
-    rig_until(is_over, &t);
-    assert_int_equal(t.error.cause, GW_CAUSE_UNAVAILABLE);
-    assert_true(t.error.retry_ms > 0);
+    rig_until(in_epoch_2, NULL);
     gw_info info;
     gw_gateway_info(R.gateway, &info);
     assert_false(info.ready);
     assert_int_equal(info.epoch, 2);
-    assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_E_UNAVAILABLE);
+    assert_int_equal(ask(&more, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_E_UNAVAILABLE);
+    rig_tokens(0, R.reply, R.n_reply, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
+    rig_until(is_over, &t);
+    assert_int_equal(t.n_finished, 1);
+    assert_string_equal(cm_bytes_text(&t.text), "one two");
+    cm_bytes_fini(&t.text);
+    rig_until(link_is_down, NULL);
+    assert_int_equal(R.n_reports, 0); /* nobody was lost */
+}
+
+/* One that drains gets no more streams, and one whose link breaks meanwhile goes on there: it has it. */
+static void router_drains(void **state)
+{
+    (void)state;
+    told t, more;
+    gw_error error;
+    R.mode = RIG_HOLD;
+    R.keeps = true;
+    rig_reply("one two");
+    assert_int_equal(ask(&t, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    rig_until(has_opened, NULL);
+    R.drains = true;
+    rig_commit(2, true, true);
+    rig_until(in_epoch_2, NULL);
+    assert_int_equal(ask(&more, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_E_UNAVAILABLE);
+    rig_cut();
+    rig_until(has_resumed, NULL);
+    rig_tokens(0, R.reply, R.n_reply, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
+    rig_until(is_over, &t);
+    assert_int_equal(t.n_finished, 1);
+    assert_int_equal(R.n_opens, 1);
+    cm_bytes_fini(&t.text);
+    R.drains = false; /* it was given up */
+    rig_commit(3, true, true);
+    rig_until(in_epoch_3, NULL);
+    R.mode = RIG_ANSWER;
+    assert_int_equal(ask(&more, NULL, UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK);
+    rig_until(is_over, &more);
+    assert_int_equal(more.n_finished, 1);
+    cm_bytes_fini(&more.text);
+}
+
+/* ---- streams that end anywhere: nothing of them is left ---- */
+
+enum { TURNS = 4000, LIVE_MAX = 32 };
+
+static uint32_t below(uint32_t n)
+{
+    static uint64_t counter;
+    return cm_rng_at(11, counter++, 0).word[0] % n;
+}
+
+static void turn(void)
+{
+    int status;
+    json_decref(rig_ask("GET", "/health", NULL, &status)); /* the loop has seen what was on its way */
+}
+
+static void open_or_not(told *t)
+{
+    gw_error error;
+    static const rig_mode modes[] = {RIG_HOLD, RIG_HOLD, RIG_MUTE, RIG_ANSWER, RIG_REFUSE};
+    R.mode = modes[below(5)];
+    R.refuse_status = below(2) == 0 ? CM_E_CAPACITY : CM_E_NO_OWNER;
+    R.keeps = below(2) == 0;
+    (void)ask(t, NULL, below(4) == 0 ? 1 + below(30) : UINT64_MAX, "{\"prompt\":\"a\"}", &error);
+}
+
+static void end_or_not(told *t)
+{
+    if (below(3) == 0) {
+        gw_stream_detach(t->stream);
+    } else {
+        gw_stream_cancel(t->stream);
+    }
+    t->stream = NULL;
+}
+
+static bool none_waits(void *arg)
+{
+    (void)arg;
+    return cm_stat_get(CM_STAT_ledger_streams) == 0;
+}
+
+static void random_ends(void **state)
+{
+    (void)state;
+    static told live[LIVE_MAX];
+    memset(live, 0, sizeof(live));
+    rig_reply("one two");
+    uint32_t n_lost = 0, n_ended = 0;
+    for (uint32_t i = 0; i < TURNS; i++) {
+        told *t = &live[below(LIVE_MAX)];
+        if (t->stream == NULL) {
+            cm_bytes_fini(&t->text);
+            open_or_not(t);
+        } else if (below(2) == 0) {
+            end_or_not(t);
+            n_ended++;
+        }
+        if (below(3) == 0) {
+            turn();
+        }
+        if (below(60) == 0 && R.peer != NULL) {
+            rig_cut();
+            n_lost++;
+        }
+    }
+    assert_true(n_lost > 20 && n_ended > 500);
+    for (uint32_t i = 0; i < LIVE_MAX; i++) {
+        if (live[i].stream != NULL) {
+            end_or_not(&live[i]);
+        }
+        cm_bytes_fini(&live[i].text);
+    }
+    rig_until(none_waits, NULL);
 }
 
 int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(ids_and_text),  TEST(burst),          TEST(deadline),      TEST(same_id_and_abort),
-        TEST(cancel_inside), TEST(special_tokens), TEST(router_leaves),
+        TEST(ids_and_text),      TEST(burst),         TEST(deadline),
+        TEST(same_id_and_abort), TEST(cancel_inside), TEST(special_tokens),
+        TEST(router_leaves),     TEST(router_drains), TEST(random_ends),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,559 @@
+#include "gateway/place_core.h"
+
+#include "common/base/assert.h"
+#include "common/base/mem.h"
+#include "common/base/rng.h"
+
+enum { BACKOFF_MIN_MS = 100, BACKOFF_DOUBLINGS = 4 };
+
+struct gw_place_router {
+    TAILQ_ENTRY(gw_place_router) link;
+    uint64_t number;
+    bool up;
+    gw_place_standing standing;
+    uint64_t n_sequences; /* as it said last */
+    uint64_t n_asked;     /* by us since */
+    uint32_t n_unanswered;
+    uint32_t n_refused;  /* in a row */
+    uint64_t backoff_ms; /* no reopen before */
+    uint64_t hold_ms;    /* down: its streams wait until then */
+    uint64_t left_ms;    /* when it left the epoch */
+    gw_spot_list here;   /* ASKED and RUNNING */
+    gw_spot_list lost;
+};
+
+void gw_place_init(gw_place *place, const gw_place_limits *limits)
+{
+    CM_ASSERT(limits->opens_max > 0);
+    *place = (gw_place){.limits = *limits, .give_up_ms = UINT64_MAX};
+    TAILQ_INIT(&place->routers);
+    TAILQ_INIT(&place->waiting);
+    TAILQ_INIT(&place->failed);
+    TAILQ_INIT(&place->copied);
+}
+
+/* ---- routers ---- */
+
+static gw_place_router *router_find(const gw_place *place, uint64_t number)
+{
+    gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router->number == number) {
+            return router;
+        }
+    }
+    return NULL;
+}
+
+static gw_place_router *router_of(gw_place *place, uint64_t number)
+{
+    gw_place_router *router = router_find(place, number);
+    CM_ASSERT(number != 0);
+    if (router == NULL) {
+        router = cm_alloc(sizeof(*router));
+        router->number = number;
+        TAILQ_INIT(&router->here);
+        TAILQ_INIT(&router->lost);
+        TAILQ_INSERT_TAIL(&place->routers, router, link);
+    }
+    return router;
+}
+
+static void router_free(gw_place *place, gw_place_router *router)
+{
+    CM_ASSERT(TAILQ_EMPTY(&router->here) && TAILQ_EMPTY(&router->lost));
+    TAILQ_REMOVE(&place->routers, router, link);
+    cm_free(router);
+}
+
+void gw_place_fini(gw_place *place)
+{
+    CM_ASSERT(TAILQ_EMPTY(&place->waiting) && TAILQ_EMPTY(&place->failed) && TAILQ_EMPTY(&place->copied));
+    while (!TAILQ_EMPTY(&place->routers)) {
+        router_free(place, TAILQ_FIRST(&place->routers));
+    }
+}
+
+static void router_rest(gw_place *place, uint64_t now_ms, gw_place_router *router)
+{
+    uint64_t wait_ms = (uint64_t)BACKOFF_MIN_MS << router->n_refused;
+    double jitter = cm_rng_uniform(place->limits.seed, place->n_drawn++, 0);
+    router->backoff_ms = now_ms + wait_ms + (uint64_t)(jitter * (double)wait_ms);
+    router->n_refused += router->n_refused < BACKOFF_DOUBLINGS;
+}
+
+static bool router_takes(const gw_place *place, const gw_place_router *router, uint64_t now_ms)
+{
+    return router->up && router->standing == GW_PLACE_MEMBER && now_ms >= router->backoff_ms &&
+           router->n_unanswered < place->limits.opens_max;
+}
+
+/* ---- where a spot is ---- */
+
+static void spot_answered(gw_spot *spot)
+{
+    if (spot->counted) {
+        CM_ASSERT(spot->router->n_unanswered > 0);
+        spot->router->n_unanswered--;
+        spot->counted = false;
+    }
+}
+
+/* Its copy at left may stay: it is waiting itself, and may go back there. */
+static void spot_keep_copy(gw_place *place, gw_spot *spot)
+{
+    if (spot->copied) {
+        TAILQ_REMOVE(&place->copied, spot, left_link);
+        spot->copied = false;
+    }
+}
+
+static void spot_forget_copy(gw_place *place, gw_spot *spot)
+{
+    spot_keep_copy(place, spot);
+    spot->left = 0;
+}
+
+/* Out of the list of its state. */
+static void spot_leave(gw_place *place, gw_spot *spot)
+{
+    switch (spot->state) {
+    case GW_SPOT_NONE:
+        break;
+    case GW_SPOT_WAITING:
+        TAILQ_REMOVE(&place->waiting, spot, link);
+        break;
+    case GW_SPOT_ASKED:
+    case GW_SPOT_RUNNING:
+        spot_answered(spot);
+        TAILQ_REMOVE(&spot->router->here, spot, link);
+        break;
+    case GW_SPOT_LOST:
+        TAILQ_REMOVE(&spot->router->lost, spot, link);
+        break;
+    case GW_SPOT_FAILED:
+        TAILQ_REMOVE(&place->failed, spot, link);
+        break;
+    }
+    spot->state = GW_SPOT_NONE;
+    spot->router = NULL;
+}
+
+static void spot_fail(gw_place *place, gw_spot *spot, cm_status status)
+{
+    spot_leave(place, spot);
+    spot->status = status;
+    spot->state = GW_SPOT_FAILED;
+    TAILQ_INSERT_TAIL(&place->failed, spot, link);
+}
+
+/* From now on the time runs after which it is given up; what it has been waiting already counts. */
+static void spot_stall(gw_place *place, uint64_t now_ms, gw_spot *spot)
+{
+    if (spot->stalled_ms == UINT64_MAX) {
+        spot->stalled_ms = now_ms;
+    }
+    uint64_t give_up_ms = spot->stalled_ms + place->limits.reopen_ms;
+    place->give_up_ms = give_up_ms < place->give_up_ms ? give_up_ms : place->give_up_ms;
+}
+
+/* first: before all others, for what only changes its way of asking. */
+static void spot_wait(gw_place *place, uint64_t now_ms, gw_spot *spot, bool first)
+{
+    spot_leave(place, spot);
+    spot_keep_copy(place, spot);
+    spot_stall(place, now_ms, spot);
+    spot->state = GW_SPOT_WAITING;
+    if (first) {
+        TAILQ_INSERT_HEAD(&place->waiting, spot, link);
+    } else {
+        TAILQ_INSERT_TAIL(&place->waiting, spot, link);
+    }
+}
+
+/* Its router has it no more, or cannot be asked whether it has. */
+static void spot_lose(gw_place *place, uint64_t now_ms, gw_spot *spot)
+{
+    gw_place_router *router = spot->router;
+    if (spot->state == GW_SPOT_RUNNING) {
+        spot->stalled_ms =
+            UINT64_MAX; /* it had a router until now, though perhaps only a place in its queue */
+    }
+    spot_leave(place, spot);
+    spot_forget_copy(place, spot);
+    spot->left = router->number;
+    if (spot->once) {
+        spot_fail(place, spot, CM_E_RESET);
+        return;
+    }
+    spot_stall(place, now_ms, spot);
+    spot->state = GW_SPOT_LOST;
+    spot->router = router;
+    TAILQ_INSERT_TAIL(&router->lost, spot, link);
+}
+
+static void router_give_away(gw_place *place, uint64_t now_ms, gw_place_router *router)
+{
+    while (!TAILQ_EMPTY(&router->lost)) {
+        spot_wait(place, now_ms, TAILQ_FIRST(&router->lost), false);
+    }
+}
+
+/* ---- what happens to routers ---- */
+
+void gw_place_up(gw_place *place, uint64_t number)
+{
+    gw_place_router *router = router_of(place, number);
+    CM_ASSERT(!router->up);
+    router->up = true;
+    router->n_sequences = router->n_asked = router->backoff_ms = 0;
+    router->n_refused = 0;
+}
+
+void gw_place_down(gw_place *place, uint64_t now_ms, uint64_t number)
+{
+    gw_place_router *router = router_of(place, number);
+    router->up = false;
+    router->hold_ms = now_ms + place->limits.rebind_ms;
+    while (!TAILQ_EMPTY(&router->here)) {
+        spot_lose(place, now_ms, TAILQ_FIRST(&router->here));
+    }
+    CM_ASSERT(router->n_unanswered == 0);
+}
+
+void gw_place_unreachable(gw_place *place, uint64_t number)
+{
+    router_of(place, number)->hold_ms = 0;
+}
+
+void gw_place_stands(gw_place *place, uint64_t now_ms, uint64_t number, gw_place_standing standing)
+{
+    gw_place_router *router = router_of(place, number);
+    router->standing = standing;
+    router->left_ms = now_ms;
+}
+
+void gw_place_gone(gw_place *place, uint64_t now_ms, uint64_t number)
+{
+    gw_place_router *router = router_of(place, number);
+    gw_place_down(place, now_ms, number);
+    router_give_away(place, now_ms, router);
+    router_free(place, router);
+}
+
+void gw_place_load(gw_place *place, uint64_t number, uint64_t n_sequences)
+{
+    gw_place_router *router = router_of(place, number);
+    router->n_sequences = n_sequences;
+    router->n_asked = 0;
+}
+
+bool gw_place_hosts(const gw_place *place, uint64_t number)
+{
+    const gw_place_router *router = router_find(place, number);
+    return router != NULL && !TAILQ_EMPTY(&router->here);
+}
+
+/* ---- what happens to streams ---- */
+
+/* Another could take it now. */
+static bool any_takes(const gw_place *place, uint64_t now_ms)
+{
+    const gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router->up && router->standing == GW_PLACE_MEMBER && now_ms >= router->backoff_ms) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool any_up(const gw_place *place)
+{
+    const gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router->up) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Asked for nowhere yet. */
+static bool spot_is_fresh(const gw_spot *spot)
+{
+    return !spot->accepted && spot->status == CM_OK;
+}
+
+void gw_place_begin(gw_place *place, uint64_t now_ms, gw_spot *spot, uint64_t number)
+{
+    CM_ASSERT(spot->state == GW_SPOT_NONE);
+    spot->stalled_ms = UINT64_MAX;
+    spot->left = number;
+    const gw_spot *first = TAILQ_FIRST(&place->waiting);
+    if (first != NULL && !spot_is_fresh(first) && any_up(place) && !any_takes(place, now_ms)) {
+        spot_fail(place, spot, CM_E_CAPACITY); /* older ones wait for room already */
+    } else {
+        spot_wait(place, now_ms, spot, false);
+    }
+}
+
+void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
+{
+    if (spot->state == GW_SPOT_ASKED) {
+        spot_answered(spot);
+        spot->state = GW_SPOT_RUNNING;
+        spot->accepted = true;
+        spot->told_ms = now_ms;
+        spot->router->n_refused = 0;
+        if (spot->left == spot->router->number) {
+            spot->left = 0;
+        } else if (spot->left != 0) {
+            spot->copied = true;
+            TAILQ_INSERT_TAIL(&place->copied, spot, left_link);
+        }
+    }
+    if (tokens) {
+        spot->told_ms = now_ms;
+        spot->stalled_ms = UINT64_MAX;
+    }
+}
+
+static bool may_be_retried(cm_status status)
+{
+    return status == CM_E_CAPACITY || status == CM_E_UNAVAILABLE || cm_status_scope(status) == CM_SCOPE_PEER;
+}
+
+bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status status)
+{
+    if (spot->state == GW_SPOT_WAITING) {
+        return true; /* it has moved on from a router that left */
+    }
+    CM_ASSERT(spot->state == GW_SPOT_ASKED || spot->state == GW_SPOT_RUNNING);
+    gw_place_router *router = spot->router;
+    bool resuming = spot->state == GW_SPOT_ASKED && spot->resuming;
+    spot_leave(place, spot);
+    spot->status = status;
+    if (resuming && status == CM_E_NOT_FOUND) {
+        spot->left = 0;
+        spot_wait(place, now_ms, spot, true);
+        return true;
+    }
+    /* The router has it from before we lost its link: it can be taken over there. */
+    bool exists = status == CM_E_EXISTS && !resuming;
+    if (!spot->once && (exists || may_be_retried(status))) {
+        router_rest(place, now_ms, router);
+        if (exists || spot->accepted || any_takes(place, now_ms)) {
+            spot->left = exists ? router->number : spot->left;
+            spot_wait(place, now_ms, spot, false);
+            return true;
+        }
+    }
+    spot_forget_copy(place, spot);
+    return false;
+}
+
+void gw_place_end(gw_place *place, gw_spot *spot)
+{
+    spot_leave(place, spot);
+    spot_forget_copy(place, spot);
+}
+
+/* ---- what to do ---- */
+
+/* Streams that wait in vain. What is left says when to look again. */
+static void place_expire(gw_place *place, uint64_t now_ms, gw_spot_list *list)
+{
+    for (gw_spot *spot = TAILQ_FIRST(list), *next; spot != NULL; spot = next) {
+        next = TAILQ_NEXT(spot, link);
+        if (now_ms >= spot->stalled_ms + place->limits.reopen_ms) {
+            spot_fail(place, spot, spot->status);
+        } else {
+            spot_stall(place, now_ms, spot);
+        }
+    }
+}
+
+static void place_expire_all(gw_place *place, uint64_t now_ms)
+{
+    if (now_ms < place->give_up_ms) {
+        return;
+    }
+    place->give_up_ms = UINT64_MAX;
+    place_expire(place, now_ms, &place->waiting);
+    gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        place_expire(place, now_ms, &router->lost);
+    }
+}
+
+static uint64_t leaver_due(const gw_place *place, const gw_place_router *router, const gw_spot *spot)
+{
+    uint64_t from_ms = spot->told_ms > router->left_ms ? spot->told_ms : router->left_ms;
+    return from_ms + place->limits.leave_ms;
+}
+
+/* A router that left with its links still up finishes what it has; one that was thrown out cannot. */
+static void router_check_leaver(gw_place *place, uint64_t now_ms, gw_place_router *router)
+{
+    for (gw_spot *spot = TAILQ_FIRST(&router->here), *next; spot != NULL; spot = next) {
+        next = TAILQ_NEXT(spot, link);
+        if (now_ms >= leaver_due(place, router, spot)) {
+            spot_wait(place, now_ms, spot, false);
+        }
+    }
+}
+
+static void routers_check(gw_place *place, uint64_t now_ms)
+{
+    gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (!router->up && now_ms >= router->hold_ms) {
+            router_give_away(place, now_ms, router);
+        }
+        if (router->standing == GW_PLACE_OUT) {
+            router_check_leaver(place, now_ms, router);
+        }
+    }
+}
+
+static void spot_ask(gw_place *place, uint64_t now_ms, gw_spot *spot, gw_place_router *router, bool resume,
+                     gw_place_action *action_out)
+{
+    spot_leave(place, spot);
+    spot->state = GW_SPOT_ASKED;
+    spot->router = router;
+    spot->resuming = resume;
+    spot->counted = true;
+    spot->told_ms = now_ms;
+    router->n_unanswered++;
+    router->n_asked += !resume;
+    TAILQ_INSERT_TAIL(&router->here, spot, link);
+    *action_out = (gw_place_action){
+        .act = resume ? GW_PLACE_RESUME : GW_PLACE_OPEN, .spot = spot, .router = router->number};
+}
+
+static bool next_failed(gw_place *place, gw_place_action *action_out)
+{
+    gw_spot *spot = TAILQ_FIRST(&place->failed);
+    if (spot == NULL) {
+        return false;
+    }
+    *action_out = (gw_place_action){.act = GW_PLACE_GIVE_UP, .spot = spot, .status = spot->status};
+    gw_place_end(place, spot);
+    return true;
+}
+
+static bool next_copy(gw_place *place, gw_place_action *action_out)
+{
+    gw_spot *spot, *next;
+    for (spot = TAILQ_FIRST(&place->copied); spot != NULL; spot = next) {
+        next = TAILQ_NEXT(spot, left_link);
+        const gw_place_router *router = router_find(place, spot->left);
+        if (router != NULL && !router->up) {
+            continue; /* it may come back */
+        }
+        uint64_t number = spot->left;
+        spot_forget_copy(place, spot);
+        if (router != NULL) {
+            *action_out = (gw_place_action){.act = GW_PLACE_FORGET, .spot = spot, .router = number};
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool next_back(gw_place *place, uint64_t now_ms, gw_place_action *action_out)
+{
+    gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        gw_spot *spot = TAILQ_FIRST(&router->lost);
+        if (spot != NULL && router->up && router->n_unanswered < place->limits.opens_max) {
+            spot_ask(place, now_ms, spot, router, true, action_out);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The one with the fewest sequences, the earliest among equals. fresh: a client's new stream is asked for at
+ * once, wherever there is a router; whether it is too much is the router's to say. */
+static gw_place_router *pick(const gw_place *place, uint64_t now_ms, bool fresh)
+{
+    gw_place_router *router, *best = NULL;
+    bool best_takes = false;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        bool takes = router_takes(place, router, now_ms);
+        if (!router->up || router->standing != GW_PLACE_MEMBER || !(takes || fresh) ||
+            (best_takes && !takes)) {
+            continue;
+        }
+        if (best == NULL || (takes && !best_takes) ||
+            router->n_sequences + router->n_asked < best->n_sequences + best->n_asked) {
+            best = router;
+            best_takes = takes;
+        }
+    }
+    return best;
+}
+
+static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *action_out)
+{
+    gw_spot *spot = TAILQ_FIRST(&place->waiting);
+    if (spot == NULL) {
+        return false;
+    }
+    gw_place_router *left = spot->left != 0 ? router_find(place, spot->left) : NULL;
+    if (left != NULL && left->up && now_ms >= left->backoff_ms) {
+        if (left->n_unanswered >= place->limits.opens_max) {
+            return false;
+        }
+        spot_ask(place, now_ms, spot, left, true, action_out);
+        return true;
+    }
+    gw_place_router *router = pick(place, now_ms, spot_is_fresh(spot));
+    if (router == NULL) {
+        return false;
+    }
+    spot_ask(place, now_ms, spot, router, false, action_out);
+    return true;
+}
+
+bool gw_place_next(gw_place *place, uint64_t now_ms, gw_place_action *action_out)
+{
+    routers_check(place, now_ms);
+    place_expire_all(place, now_ms);
+    return next_failed(place, action_out) || next_copy(place, action_out) ||
+           next_back(place, now_ms, action_out) || next_waiting(place, now_ms, action_out);
+}
+
+static uint64_t router_due(const gw_place *place, uint64_t now_ms, const gw_place_router *router)
+{
+    uint64_t due_ms = UINT64_MAX;
+    if (!router->up && !TAILQ_EMPTY(&router->lost)) {
+        due_ms = router->hold_ms;
+    }
+    if (router->up && router->standing == GW_PLACE_MEMBER && !TAILQ_EMPTY(&place->waiting) &&
+        router->backoff_ms > now_ms) {
+        due_ms = router->backoff_ms;
+    }
+    const gw_spot *spot;
+    if (router->standing == GW_PLACE_OUT) {
+        TAILQ_FOREACH (spot, &router->here, link) {
+            uint64_t at_ms = leaver_due(place, router, spot);
+            due_ms = at_ms < due_ms ? at_ms : due_ms;
+        }
+    }
+    return due_ms;
+}
+
+uint64_t gw_place_due(const gw_place *place, uint64_t now_ms)
+{
+    uint64_t due_ms = place->give_up_ms;
+    const gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        uint64_t at_ms = router_due(place, now_ms, router);
+        due_ms = at_ms < due_ms ? at_ms : due_ms;
+    }
+    return due_ms;
+}
