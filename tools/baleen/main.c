@@ -17,6 +17,7 @@ static const main_verb g_verbs[] = {
     {"up", verb_up, "run a whole cluster on this machine, in the foreground"},
     {"chat", verb_chat, "talk to a cluster"},
     {"status", verb_status, "members of a cluster, its epoch, placement and load"},
+    {"certs", verb_certs, "certificates for a cluster whose control channel is secured"},
     {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
     {"logits", verb_logits,
      "logits and greedy tokens of given token ids, to compare with other implementations"},

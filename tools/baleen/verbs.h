@@ -5,6 +5,7 @@
 int verb_up(int argc, char **argv);
 int verb_chat(int argc, char **argv);
 int verb_status(int argc, char **argv);
+int verb_certs(int argc, char **argv);
 int verb_logits(int argc, char **argv);
 int verb_verify(int argc, char **argv);
 int verb_tokenize(int argc, char **argv);
