@@ -16,6 +16,7 @@
 #include "coordinator/co_core.h"
 #include "coordinator/store.h"
 #include "coordinator/writer.h"
+#include "proto/messages.h"
 #include "proto/pack.h"
 
 enum {
@@ -41,6 +42,7 @@ struct co_coordinator {
     pc_loop *loop;
     co_core *core;
     co_writer *writer;
+    pc_tls *tls; /* NULL: plain */
     pc_rpc_server *server;
     pc_timer *tick, *stats_timer, *stop_timer;
     char bound[128], host[256];
@@ -202,6 +204,24 @@ static co_session *session_open(co_coordinator *c, pc_call *call)
     return session;
 }
 
+/* A certificate is for one role: a worker's key that got away must not make a router. */
+static bool session_role_fits(co_session *session, const Baleen__Control__V1__MemberMessage *word)
+{
+    const char *shown = pc_call_role(session->call);
+    if (shown == NULL || word->word_case != BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_HELLO ||
+        strcmp(shown, pr_role_name(word->hello->self->role)) == 0) {
+        return true;
+    }
+    char text[256];
+    snprintf(text, sizeof(text),
+             "it says it is a %s and shows a certificate of role %.60s: give --tls-cert and --tls-key of %s",
+             pr_role_name(word->hello->self->role), shown, pr_role_name(word->hello->self->role));
+    cm_warn("%s refused: %s", pc_call_peer(session->call), text);
+    session->finished = true;
+    pc_call_finish(session->call, PC_CODE_PERMISSION_DENIED, text, NULL, 0, 0);
+    return false;
+}
+
 static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 {
     co_coordinator *c = pc_call_ctx(call);
@@ -224,7 +244,9 @@ static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
         session_finish(session, CM_E_INVALID, "not a MemberMessage");
         return;
     }
-    coordinator_step(c, &(co_in){.kind = CO_IN_WORD, .session = session->id, .word = word});
+    if (session_role_fits(session, word)) {
+        coordinator_step(c, &(co_in){.kind = CO_IN_WORD, .session = session->id, .word = word});
+    }
 }
 
 static void session_half_closed(pc_call *call)
@@ -304,7 +326,10 @@ static const pc_method coordinator_methods[] = {
      .half_closed = session_half_closed,
      .closed = session_closed,
      .client_streams = true},
-    {.path = "/baleen.control.v1.Admin/Status", .message = admin_status, .closed = admin_closed},
+    {.path = "/baleen.control.v1.Admin/Status",
+     .message = admin_status,
+     .closed = admin_closed,
+     .role = "admin"},
 };
 
 /* ---- life ---- */
@@ -331,12 +356,14 @@ static cm_status coordinator_open_log(co_coordinator *c, const co_config *config
 
 static cm_status coordinator_listen(co_coordinator *c, const co_config *config, cm_error *err)
 {
+    CM_TRY(pc_tls_open(&config->process.tls, config->address, "coordinator", &c->tls, err));
     uint32_t calls_max = (uint32_t)config->members_max * 2 + 16; /* old and new session of each, tools */
     pc_rpc_options options = {.address = config->address,
                               .request_bytes_max = CO_REQUEST_BYTES_MAX,
                               .calls_max = calls_max,
                               .queue_bytes_max = CO_QUEUE_BYTES_MAX,
-                              .ctx = c};
+                              .ctx = c,
+                              .tls = c->tls};
     cm_pool_init(&c->sessions, "sessions", sizeof(co_session), calls_max);
     cm_map_init(&c->by_id, calls_max);
     cm_status status = pc_rpc_server_create(c->loop, &options, coordinator_methods,
@@ -394,6 +421,7 @@ cm_status co_coordinator_create(pc_loop *loop, const co_config *config, co_coord
     return CM_OK;
 
 err_close:
+    pc_tls_close(c->tls);
     cm_map_fini(&c->by_id);
     cm_pool_fini(&c->sessions);
     co_writer_destroy(c->writer);
@@ -447,6 +475,7 @@ void co_coordinator_destroy(co_coordinator *c)
     }
     c->stopping = true; /* what the closing of the sessions brings is no news */
     pc_rpc_server_destroy(c->server);
+    pc_tls_close(c->tls);
     pc_timer_destroy(c->tick);
     pc_timer_destroy(c->stats_timer);
     pc_timer_destroy(c->stop_timer);

@@ -164,6 +164,7 @@ static void join_cluster(gw_gateway *gateway)
                                             .drain = on_drain,
                                             .refused = on_refused};
     pc_member_options options = {.coordinator = gateway->config->coordinator,
+                                 .tls = gateway->tls,
                                  .role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY,
                                  .http_address = gateway->http_bound,
                                  .grpc_address = gateway->grpc != NULL ? gateway->grpc_bound : NULL,
@@ -212,7 +213,11 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
         return cm_error_set(err, CM_E_CONFIG, "coordinator", "the address of the coordinator must be given");
     }
     gw_gateway *gateway = gateway_make(loop, config, leave, ctx);
-    cm_status status = open_model(gateway, err);
+    cm_status status = pc_tls_open(&config->process.tls, config->coordinator, "gateway", &gateway->tls, err);
+    if (status != CM_OK) {
+        goto err_gateway;
+    }
+    status = open_model(gateway, err);
     if (status != CM_OK) {
         goto err_gateway;
     }
@@ -254,6 +259,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
     if (gateway->member != NULL) {
         pc_member_destroy(gateway->member);
     }
+    pc_tls_close(gateway->tls);
     if (gateway->encoder.jobs != NULL) {
         cm_jobs_destroy(gateway->encoder.jobs);
     }

@@ -27,6 +27,7 @@ struct rt_router {
     rt_sched *sched;
     rt_runner *runner;
     rt_gateways *gateways;
+    pc_tls *tls; /* NULL: plain */
     pc_member *member;
     pc_timer *deadline_timer, *drain_timer;
     char address[NET_ADDRESS_BYTES];
@@ -219,6 +220,7 @@ static void router_join(rt_router *r)
     const md_geometry *g = md_checkpoint_geometry(r->checkpoint);
     pc_member_options options = {
         .coordinator = r->config->coordinator,
+        .tls = r->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
         .data_address = r->address,
         .fingerprint = r->fingerprint,
@@ -242,9 +244,13 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
     r->config = config;
     r->finished = finished;
     r->ctx = ctx;
-    cm_status status = md_checkpoint_open(config->model, &r->checkpoint, NULL, NULL, err);
+    cm_status status = pc_tls_open(&config->process.tls, config->coordinator, "router", &r->tls, err);
     if (status != CM_OK) {
         goto err_free;
+    }
+    status = md_checkpoint_open(config->model, &r->checkpoint, NULL, NULL, err);
+    if (status != CM_OK) {
+        goto err_tls;
     }
     status = md_checkpoint_fingerprint(r->checkpoint, r->fingerprint, err);
     if (status == CM_OK) {
@@ -273,6 +279,8 @@ err_engine:
     rt_engine_destroy(r->engine);
 err_checkpoint:
     md_checkpoint_close(r->checkpoint);
+err_tls:
+    pc_tls_close(r->tls);
 err_free:
     cm_free(r);
     return status;
@@ -316,5 +324,6 @@ void rt_router_destroy(rt_router *r)
     rt_sched_destroy(r->sched);
     rt_engine_destroy(r->engine);
     md_checkpoint_close(r->checkpoint);
+    pc_tls_close(r->tls);
     cm_free(r);
 }

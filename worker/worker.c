@@ -38,6 +38,7 @@ struct wk_worker {
     wk_engine *engine;
     pthread_t thread;
     cm_jobs *jobs;
+    pc_tls *tls; /* NULL: plain */
     pc_member *member;
     pc_timer *drain_timer;
     char address[NET_ADDRESS_BYTES];
@@ -231,6 +232,7 @@ static void worker_join(wk_worker *w)
     const md_geometry *g = md_checkpoint_geometry(w->checkpoint);
     pc_member_options options = {
         .coordinator = w->config->coordinator,
+        .tls = w->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER,
         .data_address = w->address,
         .fingerprint = w->fingerprint,
@@ -255,9 +257,13 @@ cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finish
     w->config = config;
     w->finished = finished;
     w->ctx = ctx;
-    cm_status status = md_checkpoint_open(config->model, &w->checkpoint, NULL, NULL, err);
+    cm_status status = pc_tls_open(&config->process.tls, config->coordinator, "worker", &w->tls, err);
     if (status != CM_OK) {
         goto err_free;
+    }
+    status = md_checkpoint_open(config->model, &w->checkpoint, NULL, NULL, err);
+    if (status != CM_OK) {
+        goto err_tls;
     }
     status = md_checkpoint_fingerprint(w->checkpoint, w->fingerprint, err);
     if (status == CM_OK) {
@@ -275,6 +281,8 @@ cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finish
 
 err_checkpoint:
     md_checkpoint_close(w->checkpoint);
+err_tls:
+    pc_tls_close(w->tls);
 err_free:
     cm_free(w);
     return status;
@@ -331,5 +339,6 @@ void wk_worker_destroy(wk_worker *w)
         pc_epoch_release(w->known[i]);
     }
     md_checkpoint_close(w->checkpoint);
+    pc_tls_close(w->tls);
     cm_free(w);
 }

@@ -5,6 +5,7 @@
 
 #include "common/base/assert.h"
 #include "common/base/bytes.h"
+#include "common/base/jobs.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
@@ -32,6 +33,8 @@ struct pc_member {
     uint32_t role, n_layer, n_expert;
     uint64_t expert_bytes, expert_bytes_max, incarnation;
 
+    pc_tls *tls;   /* NULL: plain */
+    cm_jobs *jobs; /* finds out why TLS does not come up; NULL: plain */
     pc_channel *channel;
     pc_stream *stream; /* the session; NULL between two */
     pc_timer *retry, *heartbeat;
@@ -48,12 +51,6 @@ struct pc_member {
 };
 
 typedef Baleen__Control__V1__MemberMessage member_word;
-
-static const char *member_role_name(uint32_t role)
-{
-    static const char *const names[] = {"none", "coordinator", "gateway", "router", "worker"};
-    return role < sizeof(names) / sizeof(names[0]) ? names[role] : "none";
-}
 
 static char member_role_letter(uint32_t role)
 {
@@ -217,7 +214,7 @@ static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__We
     member->heartbeat_ms = welcome->heartbeat_ms;
     member->connected = true;
     member->backoff_ms = MEMBER_BACKOFF_MIN_MS;
-    cm_log_identity(member_role_name(member->role), (int)member->id);
+    cm_log_identity(pr_role_name(member->role), (int)member->id);
     cm_info("member %u of cluster %llx, coordinator %s", member->id, (unsigned long long)member->cluster,
             member->coordinator);
     member_beat(member);
@@ -362,6 +359,28 @@ static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
     member_hear(member, (const Baleen__Control__V1__CoordinatorMessage *)message);
 }
 
+/* Job thread: reads what stays the same for the member's life. */
+static void member_explain(void *arg)
+{
+    pc_member *member = arg;
+    char text[400];
+    if (pc_tls_explain(member->tls, member->coordinator, text, sizeof(text))) {
+        cm_error_log("TLS: %s", text);
+    }
+}
+
+/* Once per outage; the further tries are for the log at debug. */
+static void member_say_lost(pc_member *member, pc_code code, const char *text)
+{
+    bool may_be_tls =
+        code == PC_CODE_UNAVAILABLE && member->tls == NULL && strstr(text, "Socket closed") != NULL;
+    cm_warn("no session with the coordinator %s: %s (code %d), trying on%s", member->coordinator, text,
+            (int)code, may_be_tls ? "; if it wants TLS, give --tls-ca, --tls-cert and --tls-key" : "");
+    if (code == PC_CODE_UNAVAILABLE && member->jobs != NULL) {
+        (void)!cm_jobs_submit(member->jobs, member_explain, member); /* full: one is on its way */
+    }
+}
+
 static void member_closed(void *ctx, pc_code code, const char *text)
 {
     pc_member *member = ctx;
@@ -373,8 +392,7 @@ static void member_closed(void *ctx, pc_code code, const char *text)
         return;
     }
     if (was_connected || member->backoff_ms == MEMBER_BACKOFF_MIN_MS) { /* then at debug until it is back */
-        cm_warn("no session with the coordinator %s: %s (code %d), trying on", member->coordinator, text,
-                (int)code);
+        member_say_lost(member, code, text);
     } else {
         cm_debug("coordinator %s: %s (code %d), next try in %llu ms", member->coordinator, text, (int)code,
                  (unsigned long long)member->backoff_ms);
@@ -418,7 +436,9 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->backoff_ms = MEMBER_BACKOFF_MIN_MS;
     cm_arena_init(&member->arena, "member message", MEMBER_ARENA_CHUNK, MEMBER_ARENA_MAX);
     cm_bytes_init(&member->packed, 0);
-    member->channel = pc_channel_create(loop, options->coordinator);
+    member->tls = options->tls;
+    member->jobs = member->tls != NULL ? cm_jobs_create("tls", 1, 1) : NULL;
+    member->channel = pc_channel_create_tls(loop, options->coordinator, member->tls);
     member->retry = pc_timer_create(loop, member_connect, member);
     member->heartbeat = pc_timer_create(loop, member_beat, member);
     member_connect(member);
@@ -429,6 +449,9 @@ void pc_member_destroy(pc_member *member)
 {
     member->over = true;
     pc_channel_destroy(member->channel);
+    if (member->jobs != NULL) {
+        cm_jobs_destroy(member->jobs);
+    }
     pc_timer_destroy(member->retry);
     pc_timer_destroy(member->heartbeat);
     cm_arena_fini(&member->arena);

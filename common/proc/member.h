@@ -7,6 +7,7 @@
 
 #include "common/base/status.h"
 #include "common/proc/loop.h"
+#include "common/proc/tls.h"
 #include "proto/placement.h"
 
 typedef struct pc_member pc_member;
@@ -49,6 +50,7 @@ typedef struct pc_member_events {
 
 typedef struct pc_member_options {
     const char *coordinator;                                /* "host:port" */
+    pc_tls *tls;                                            /* kept; NULL: plain */
     uint32_t role;                                          /* Baleen__Control__V1__Role */
     const char *data_address, *http_address, *grpc_address; /* NULL when none */
     const char *fingerprint;

@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "common/base/assert.h"
@@ -106,4 +107,32 @@ void cli_append_json(cm_bytes *text, const json_t *value, size_t flags)
 {
     int rc = json_dump_callback(value, append_piece, text, flags);
     CM_ASSERT_MSG(rc == 0, "a value that is no JSON");
+}
+
+/* ---- the coordinator's channel ---- */
+
+cm_status cli_use_certs(const cm_cfg_table *table, void *config, const char *dir, cm_error *err)
+{
+    static const char *const options[][2] = {
+        {"tls_ca", "ca.crt"}, {"tls_cert", "admin.crt"}, {"tls_key", "admin.key"}};
+    for (size_t i = 0; i < sizeof(options) / sizeof(options[0]); i++) {
+        char path[600];
+        snprintf(path, sizeof(path), "%.500s/%s", dir, options[i][1]);
+        CM_TRY(cm_cfg_set(table, config, options[i][0], path, err));
+    }
+    return CM_OK;
+}
+
+void cli_explain_channel(const char *address, pc_tls *tls, cm_status status, const cm_error *inner,
+                         cm_error *err)
+{
+    char text[400];
+    if (status == CM_E_UNAVAILABLE && tls != NULL && pc_tls_explain(tls, address, text, sizeof(text))) {
+        cm_error_set(err, status, NULL, "%s", text);
+        return;
+    }
+    bool may_be_tls = tls == NULL && strstr(inner->text, "Socket closed") != NULL;
+    cm_error_set(err, status, NULL, "the coordinator at %s: %.250s%s", address,
+                 inner->text[0] != '\0' ? inner->text : cm_status_text(status),
+                 may_be_tls ? "; if it wants TLS, give --tls-ca, --tls-cert and --tls-key" : "");
 }

@@ -21,12 +21,14 @@ typedef Baleen__Control__V1__MemberStatus status_member;
 typedef struct status_config {
     char *run, *coordinator;
     bool json;
+    pc_tls_config tls;
 } status_config;
 
 static const cm_cfg_field g_fields[] = {
     {"run", "", "run folder of a baleen up", CM_CFG_STRING(status_config, run)},
     {"coordinator", "", "host:port of the coordinator, in place of --run",
      CM_CFG_STRING(status_config, coordinator)},
+    PC_TLS_FIELDS(status_config, tls),
     {"json", "off", "one JSON object in place of the table", CM_CFG_BOOL(status_config, json)},
 };
 
@@ -183,7 +185,8 @@ static void print_json(const status_reply *reply)
 
 /* ---- asking ---- */
 
-static cm_status find_coordinator(const status_config *config, char out[128], cm_error *err)
+/* The coordinator's address, and with --run what its cluster's TLS needs unless that was given. */
+static cm_status find_coordinator(status_config *config, char out[128], cm_error *err)
 {
     if (config->coordinator[0] != '\0') {
         snprintf(out, 128, "%s", config->coordinator);
@@ -197,10 +200,13 @@ static cm_status find_coordinator(const status_config *config, char out[128], cm
     run_addresses addresses;
     CM_TRY(run_folder_addresses(config->run, &addresses, err));
     snprintf(out, 128, "%s", addresses.coordinator);
+    if (addresses.tls[0] != '\0' && config->tls.tls_ca[0] == '\0') {
+        CM_TRY(cli_use_certs(&g_table, config, addresses.tls, err));
+    }
     return CM_OK;
 }
 
-static cm_status ask(const char *address, cm_bytes *reply, cm_error *err)
+static cm_status ask(const char *address, pc_tls *tls, cm_bytes *reply, cm_error *err)
 {
     pc_loop *loop;
     cm_bytes request;
@@ -211,12 +217,11 @@ static cm_status ask(const char *address, cm_bytes *reply, cm_error *err)
     }
     cm_bytes_init(&request, 0);
     pr_pack(&message.base, &request);
-    pc_channel *channel = pc_channel_create(loop, address);
+    pc_channel *channel = pc_channel_create_tls(loop, address, tls);
     cm_status status = pc_unary_wait(channel, "/baleen.control.v1.Admin/Status", request.data, request.len,
                                      STATUS_TIMEOUT_MS, reply, &inner);
     if (status != CM_OK) {
-        cm_error_set(err, status, NULL, "the coordinator at %s: %.300s", address,
-                     inner.text[0] != '\0' ? inner.text : cm_status_text(status));
+        cli_explain_channel(address, tls, status, &inner, err);
     }
     pc_channel_destroy(channel);
     pc_loop_destroy(loop);
@@ -224,16 +229,18 @@ static cm_status ask(const char *address, cm_bytes *reply, cm_error *err)
     return status;
 }
 
-static cm_status status_show(const status_config *config, cm_error *err)
+static cm_status status_show(status_config *config, cm_error *err)
 {
     char address[128];
     cm_bytes packed;
     cm_arena arena;
     status_reply *reply;
+    pc_tls *tls;
     CM_TRY(find_coordinator(config, address, err));
+    CM_TRY(pc_tls_open(&config->tls, address, "admin", &tls, err));
     cm_bytes_init(&packed, 0);
     cm_arena_init(&arena, "status", STATUS_ARENA_CHUNK_BYTES, STATUS_ARENA_BYTES_MAX);
-    cm_status status = ask(address, &packed, err);
+    cm_status status = ask(address, tls, &packed, err);
     if (status == CM_OK) {
         status = pr_unpack(&baleen__control__v1__status_reply__descriptor, packed.data, packed.len, &arena,
                            (ProtobufCMessage **)&reply);
@@ -248,6 +255,7 @@ static cm_status status_show(const status_config *config, cm_error *err)
     }
     cm_arena_fini(&arena);
     cm_bytes_fini(&packed);
+    pc_tls_close(tls);
     return status;
 }
 
