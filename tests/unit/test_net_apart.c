@@ -271,8 +271,10 @@ static void test_settings_reach(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        ONE(local, test_two_threads), ONE(ucx, test_killed),   ONE(ucx, test_stopped),
-        ONE(ucx, test_ipv6),          ONE(ucx, test_wildcard), ONE(ucx, test_settings_reach),
+        ONE(local, test_two_threads),  ONE(local_keyed, test_two_threads),
+        ONE(ucx, test_killed),         ONE(ucx, test_stopped),
+        ONE(ucx, test_ipv6),           ONE(ucx, test_wildcard),
+        ONE(ucx, test_settings_reach),
     };
     sides_init();
     if (argc == 4 && strcmp(argv[1], "--child") == 0) {
