@@ -2,10 +2,12 @@
 #pragma once
 #include "common/base/bytes.h"
 #include "coordinator/co_core.h"
+#include "coordinator/frame_key.h"
 
-/* The word for a member that an entry of the outbox asks for; false for entries that say nothing. */
+/* The word for a member that an entry of the outbox asks for; false for entries that say nothing. key: goes
+ * out with Welcome and Commit; NULL: none. */
 bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, uint32_t lease_ms,
-                    cm_bytes *packed_out);
+                    const co_frame_key *key, cm_bytes *packed_out);
 /* All members' last counters. */
 void co_answer_cluster_stats(const co_core *core, cm_bytes *packed_out);
 /* self: the coordinator's own row. */

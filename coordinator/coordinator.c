@@ -48,6 +48,7 @@ struct co_coordinator {
     char bound[128], host[256];
     co_peer self; /* own row in the status */
     uint64_t heartbeat_ms, lease_ms;
+    uint8_t secret[CO_SECRET_BYTES]; /* of the epochs' keys */
 
     cm_pool sessions;
     cm_map by_id; /* session id -> co_session */
@@ -85,15 +86,31 @@ static void coordinator_expect(co_coordinator *c, const co_in *in)
     snprintf(pending->text, sizeof(pending->text), "%s", in->text != NULL ? in->text : "");
 }
 
+/* The key that goes out with a word: of the epoch it commits, or with a welcome of the epoch in force to
+ * those who are in it. false: none. */
+static bool deliver_key(const co_coordinator *c, const co_out *out, co_frame_key *key_out)
+{
+    const co_epoch *epoch = out->kind == CO_OUT_COMMIT    ? out->epoch
+                            : out->kind == CO_OUT_WELCOME ? co_core_epoch(c->core)
+                                                          : NULL;
+    if (epoch == NULL || (out->kind == CO_OUT_WELCOME && co_epoch_find(epoch, out->member_id) == NULL)) {
+        return false;
+    }
+    co_frame_key_derive(c->secret, co_core_cluster(c->core), epoch->number, key_out);
+    return true;
+}
+
 static void deliver_word(co_coordinator *c, const co_out *out)
 {
+    co_frame_key key;
     co_session *session = cm_map_get(&c->by_id, out->session);
     if (session == NULL || session->finished) {
         return; /* the core will hear that it is closed */
     }
     cm_bytes_clear(&c->packed);
+    bool keyed = deliver_key(c, out, &key);
     if (co_answer_word(out, co_core_cluster(c->core), (uint32_t)c->heartbeat_ms, (uint32_t)c->lease_ms,
-                       &c->packed)) {
+                       keyed ? &key : NULL, &c->packed)) {
         cm_status status = pc_call_send(session->call, c->packed.data, c->packed.len);
         if (status != CM_OK) { /* it does not read: no member to rely on */
             cm_warn("session %llu of %s does not take its messages", (unsigned long long)session->id,
@@ -402,6 +419,7 @@ cm_status co_coordinator_create(pc_loop *loop, const co_config *config, co_coord
     c->loop = loop;
     c->heartbeat_ms = config->heartbeat_ms;
     c->lease_ms = config->lease_ms;
+    cm_random_bytes(c->secret, sizeof(c->secret));
     cm_arena_init(&c->arena, "coordinator word", CO_ARENA_CHUNK_BYTES, CO_ARENA_BYTES_MAX);
     cm_bytes_init(&c->packed, 0);
     cm_status status = coordinator_open_log(c, config, err);
@@ -486,5 +504,6 @@ void co_coordinator_destroy(co_coordinator *c)
     cm_arena_fini(&c->arena);
     cm_bytes_fini(&c->packed);
     cm_free(c->pending);
+    explicit_bzero(c->secret, sizeof(c->secret));
     cm_free(c);
 }

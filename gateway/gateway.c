@@ -28,6 +28,16 @@ static void on_commit(void *ctx, pc_epoch *epoch)
     gw_probe_consider(gateway);
 }
 
+static void on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    gw_routers_frame_key(((gw_gateway *)ctx)->routers, cluster, epoch, key);
+}
+
+static void on_retire(void *ctx, uint64_t oldest)
+{
+    gw_routers_retire_keys(((gw_gateway *)ctx)->routers, oldest);
+}
+
 static void on_cluster_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
 {
     gw_member_stats_take(ctx, stats);
@@ -159,7 +169,9 @@ static cm_status open_surfaces(gw_gateway *gateway, cm_error *err)
 static void join_cluster(gw_gateway *gateway)
 {
     static const pc_member_events events = {.welcome = on_welcome,
+                                            .frame_key = on_frame_key,
                                             .commit = on_commit,
+                                            .retire = on_retire,
                                             .cluster_stats = on_cluster_stats,
                                             .drain = on_drain,
                                             .refused = on_refused};

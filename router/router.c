@@ -120,6 +120,20 @@ static void router_on_commit(void *ctx, pc_epoch *epoch)
     pc_member_committed(r->member, epoch->number);
 }
 
+static void router_on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    rt_router *r = ctx;
+    rt_gateways_frame_key(r->gateways, cluster, epoch, key);
+    rt_exchange_frame_key(rt_engine_exchange(r->engine), cluster, epoch, key);
+}
+
+static void router_on_retire(void *ctx, uint64_t oldest)
+{
+    rt_router *r = ctx;
+    rt_gateways_retire_keys(r->gateways, oldest);
+    rt_exchange_retire_keys(rt_engine_exchange(r->engine), oldest);
+}
+
 static void router_on_drain(void *ctx)
 {
     rt_router_drain(ctx);
@@ -134,7 +148,9 @@ static void router_on_refused(void *ctx, cm_status status, const char *text)
 
 static const pc_member_events g_member_events = {
     .welcome = router_on_welcome,
+    .frame_key = router_on_frame_key,
     .commit = router_on_commit,
+    .retire = router_on_retire,
     .drain = router_on_drain,
     .refused = router_on_refused,
 };
@@ -172,6 +188,7 @@ static void router_net_options(const rt_config *config, net_options *options_out
     net_options_defaults(options_out);
     options_out->backend = config->net;
     options_out->silence_ms = (uint32_t)config->silence_ms;
+    options_out->keyed = true;
 }
 
 static cm_status router_create_engine(rt_router *r, cm_error *err)

@@ -110,6 +110,11 @@ static void worker_on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
     cm_info("joined cluster %016llx as member %u", (unsigned long long)cluster, member_id);
 }
 
+static void worker_on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    wk_engine_frame_key(((wk_worker *)ctx)->engine, cluster, epoch, key);
+}
+
 static void worker_on_prepare(void *ctx, pc_epoch *epoch)
 {
     wk_worker *w = ctx;
@@ -186,6 +191,7 @@ static void worker_on_refused(void *ctx, cm_status status, const char *text)
 
 static const pc_member_events g_member_events = {
     .welcome = worker_on_welcome,
+    .frame_key = worker_on_frame_key,
     .prepare = worker_on_prepare,
     .abort = worker_on_abort,
     .commit = worker_on_commit,
@@ -219,6 +225,7 @@ static cm_status worker_create_engine(wk_worker *w, cm_error *err)
     };
     net_options_defaults(&options.rows);
     options.rows.backend = config->net;
+    options.rows.keyed = true;
     options.rows.message_bytes_max = config->frame_bytes;
     options.rows.peers_max = (uint32_t)config->routers_max;
     options.rows.receives_max = (uint32_t)config->frames_max;

@@ -10,6 +10,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
+#include "common/net/net.h"
 #include "common/proc/rpc_client.h"
 #include "proto/messages.h"
 #include "proto/pack.h"
@@ -196,6 +197,18 @@ void pc_member_leave(pc_member *member)
 /* ----------------------------------------------------------------------------------------------
  * coordinator's words */
 
+static void member_take_key(pc_member *member, const Baleen__Control__V1__FrameKey *key)
+{
+    if (key == NULL || member->events.frame_key == NULL) {
+        return;
+    }
+    if (key->key.len != NET_KEY_BYTES) {
+        cm_warn("coordinator %s: a key of %zu bytes ignored", member->coordinator, key->key.len);
+        return;
+    }
+    member->events.frame_key(member->ctx, member->cluster, key->epoch, key->key.data);
+}
+
 static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__Welcome *welcome)
 {
     if (welcome->member_id == 0 || welcome->heartbeat_ms == 0 ||
@@ -221,6 +234,7 @@ static void member_hear_welcome(pc_member *member, const Baleen__Control__V1__We
     if (member->events.welcome != NULL) {
         member->events.welcome(member->ctx, member->id, member->cluster);
     }
+    member_take_key(member, welcome->frame_key);
 }
 
 static void member_hear_refused(pc_member *member, const Baleen__Control__V1__Refused *refused)
@@ -278,10 +292,16 @@ static void member_hear_commit(pc_member *member, const Baleen__Control__V1__Com
     if (epoch == NULL) {
         return;
     }
+    member_take_key(member, commit->frame_key);
     if (epoch->number > member->epoch_heard) {
+        uint64_t before = member->epoch_in_force;
         member->epoch_heard = epoch->number;
         if (member->events.commit != NULL) {
             member->events.commit(member->ctx, epoch);
+        }
+        if (member->role != BALEEN__CONTROL__V1__ROLE__ROLE_WORKER && before != 0 &&
+            member->events.retire != NULL) {
+            member->events.retire(member->ctx, before);
         }
     } else if (member->epoch_in_force == epoch->number) {
         pc_member_committed(member, epoch->number); /* said again after a new session */
