@@ -90,7 +90,9 @@ static void on_commit(void *ctx, pc_epoch *epoch)
 
 static void on_retire(void *ctx, uint64_t oldest)
 {
-    ((peer *)ctx)->retired = oldest;
+    peer *p = ctx;
+    assert_true(p->role == CO_ROLE_WORKER ? oldest == p->epoch : oldest < p->epoch);
+    p->retired = oldest;
 }
 
 static void on_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
