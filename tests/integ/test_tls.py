@@ -1,5 +1,7 @@
 """A cluster whose control channel is secured: it serves, and lets nobody else in."""
+import json
 import os
+import signal
 import subprocess
 
 import openai
@@ -17,6 +19,13 @@ def run(bin_dir, program, *args):
 
 def files_of(folder, role):
     return ["--tls-ca", f"{folder}/ca.crt", "--tls-cert", f"{folder}/{role}.crt", "--tls-key", f"{folder}/{role}.key"]
+
+
+def workers_of(bin_dir, *which):
+    """Ids of the workers in the operator's table."""
+    status = run(bin_dir, "baleen", "status", *which)
+    assert status.returncode == 0, status.stderr
+    return [int(line.split()[1]) for line in status.stdout.splitlines() if line.startswith("worker ")]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +80,8 @@ def test_secured_cluster(bin_dir, certs, start_cluster):
             assert "control channel: mutual TLS as " + role.split("-")[0] in log.read()
 
     # the operator's certificate opens the admin service, found by itself with the run folder
-    status = run(bin_dir, "baleen", "status", "--run", cluster.run)
-    assert status.returncode == 0, status.stderr
-    status = run(bin_dir, "baleen", "status", "--coordinator", cluster.coordinator, *files_of(ours, "admin"))
-    assert status.returncode == 0 and status.stdout.count("worker") == 2
+    assert len(workers_of(bin_dir, "--run", cluster.run)) == 2
+    assert len(workers_of(bin_dir, "--coordinator", cluster.coordinator, *files_of(ours, "admin"))) == 2
 
     # others do not: no TLS, another authority
     plain = run(bin_dir, "baleen", "status", "--coordinator", cluster.coordinator)
@@ -93,19 +100,48 @@ def test_secured_cluster(bin_dir, certs, start_cluster):
             finally:
                 stranger.kill()
                 stranger.wait()
-    status = run(bin_dir, "baleen", "status", "--run", cluster.run)
-    assert status.stdout.count("worker") == 2
+    assert len(workers_of(bin_dir, "--run", cluster.run)) == 2
 
     # one of ours may come
     with open(os.path.join(cluster.run, "late.log"), "w") as log:
         late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", NANO,
                                  *files_of(ours, "worker")], stderr=log)
         try:
-            wait_for("the third worker", lambda: run(bin_dir, "baleen", "status", "--run", cluster.run).stdout.count("worker") == 3)
+            wait_for("the third worker", lambda: len(workers_of(bin_dir, "--run", cluster.run)) == 3)
             again = client.chat.completions.create(model="nano", messages=ASK, temperature=0, extra_body=CHAT)
             assert again.choices[0].message.content == reply.choices[0].message.content
         finally:
             late.terminate()
             assert late.wait(timeout=WAIT_S) == 0
+    assert not any(cluster.metrics()["baleen_net_refused_total"].values())
+    assert cluster.stop() == 0, cluster.said()
+
+
+def test_a_secured_cluster_changes(bin_dir, certs, start_cluster):
+    """Processes that are started again, ordered or asked for have their certificates; orders are for the admin."""
+    ours = str(certs / "ours")
+    cluster = start_cluster("--workers", "2", "--tls", ours)
+    client = openai.OpenAI(base_url=cluster.http + "/v1", api_key="none", max_retries=0)
+
+    def ask():
+        reply = client.chat.completions.create(model="nano", messages=ASK, temperature=0, extra_body=CHAT)
+        return reply.choices[0].message.content
+
+    first = ask()
+    with open(os.path.join(cluster.run, "cluster.json")) as file:
+        processes = {process["name"]: process["pid"] for process in json.load(file)["processes"]}
+    os.kill(processes["coordinator"], signal.SIGKILL)
+    wait_for("the coordinator to be back", lambda: run(bin_dir, "baleen", "status", "--run", cluster.run).returncode == 0)
+    assert ask() == first
+    scaled = run(bin_dir, "baleen", "scale", "--run", cluster.run, "3")
+    assert scaled.returncode == 0, scaled.stderr
+    workers = workers_of(bin_dir, "--run", cluster.run)
+    assert len(workers) == 3 and ask() == first
+    denied = run(bin_dir, "baleen", "drain", "--coordinator", cluster.coordinator, *files_of(ours, "worker"), str(workers[0]))
+    assert denied.returncode != 0 and "of role" in denied.stderr
+    drained = run(bin_dir, "baleen", "drain", "--coordinator", cluster.coordinator, *files_of(ours, "admin"), str(workers[0]))
+    assert drained.returncode == 0, drained.stderr
+    wait_for("it to be gone", lambda: len(workers_of(bin_dir, "--run", cluster.run)) == 2)
+    assert ask() == first
     assert not any(cluster.metrics()["baleen_net_refused_total"].values())
     assert cluster.stop() == 0, cluster.said()
