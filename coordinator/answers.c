@@ -9,8 +9,9 @@ typedef Baleen__Control__V1__StatValue stat_message;
 enum { ANSWER_ARENA_CHUNK_BYTES = 64 << 10, ANSWER_ARENA_BYTES_MAX = 256 << 20 };
 
 bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, uint32_t lease_ms,
-                    cm_bytes *packed_out)
+                    const co_frame_key *key, cm_bytes *packed_out)
 {
+    Baleen__Control__V1__FrameKey frame_key = BALEEN__CONTROL__V1__FRAME_KEY__INIT;
     Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
     Baleen__Control__V1__Welcome welcome = BALEEN__CONTROL__V1__WELCOME__INIT;
     Baleen__Control__V1__Refused refused = BALEEN__CONTROL__V1__REFUSED__INIT;
@@ -19,8 +20,13 @@ bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, 
     Baleen__Control__V1__Commit commit = BALEEN__CONTROL__V1__COMMIT__INIT;
     Baleen__Control__V1__Retire retire = BALEEN__CONTROL__V1__RETIRE__INIT;
     Baleen__Control__V1__Drain drain = BALEEN__CONTROL__V1__DRAIN__INIT;
+    if (key != NULL) {
+        frame_key.epoch = key->epoch;
+        frame_key.key = (ProtobufCBinaryData){sizeof(key->bytes), (uint8_t *)(uintptr_t)key->bytes};
+    }
     switch (out->kind) {
     case CO_OUT_WELCOME:
+        welcome.frame_key = key != NULL ? &frame_key : NULL;
         welcome.member_id = out->member_id;
         welcome.cluster = cluster;
         welcome.heartbeat_ms = heartbeat_ms;
@@ -48,6 +54,7 @@ bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, 
         break;
     case CO_OUT_COMMIT:
         commit.epoch = out->epoch->message;
+        commit.frame_key = key != NULL ? &frame_key : NULL;
         word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_COMMIT;
         word.commit = &commit;
         break;

@@ -2,10 +2,12 @@
 #pragma once
 #include "common/base/bytes.h"
 #include "coordinator/co_core.h"
+#include "coordinator/frame_key.h"
 
-/* The word for a member that an entry of the outbox asks for; false for entries that say nothing. */
+/* The word for a member that an entry of the outbox asks for; false for entries that say nothing. key: goes
+ * out with Welcome and Commit; NULL: none. */
 bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, uint32_t lease_ms,
-                    cm_bytes *packed_out);
+                    const co_frame_key *key, cm_bytes *packed_out);
 /* For a member that came to a coordinator which is not the active one; active: where to go, "" = not known.
  */
 void co_answer_send_on(const char *active, const char *why, cm_bytes *packed_out);

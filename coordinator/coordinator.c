@@ -17,6 +17,7 @@
 #include "coordinator/answers.h"
 #include "coordinator/co_core.h"
 #include "coordinator/store.h"
+#include "proto/messages.h"
 #include "proto/pack.h"
 
 enum {
@@ -51,11 +52,13 @@ struct co_coordinator {
     co_coordinator_events events;
     void *events_ctx;
     co_admin *admin;
+    pc_tls *tls; /* NULL: plain */
     pc_rpc_server *server;
     pc_timer *tick, *stats_timer, *stop_timer;
     char bound[128], host[256];
     co_peer self; /* own row in the status */
     uint64_t heartbeat_ms, lease_ms;
+    uint8_t secret[CO_SECRET_BYTES]; /* of the epochs' keys, as the log has it; while we are active */
 
     cm_pool sessions;
     cm_map by_id; /* session id -> co_session */
@@ -94,15 +97,31 @@ static void coordinator_expect(co_coordinator *c, const co_in *in)
     snprintf(pending->text, sizeof(pending->text), "%s", in->text != NULL ? in->text : "");
 }
 
+/* The key that goes out with a word: of the epoch it commits, or with a welcome of the epoch in force to
+ * those who are in it. false: none. */
+static bool deliver_key(const co_coordinator *c, const co_out *out, co_frame_key *key_out)
+{
+    const co_epoch *epoch = out->kind == CO_OUT_COMMIT    ? out->epoch
+                            : out->kind == CO_OUT_WELCOME ? co_core_epoch(c->core)
+                                                          : NULL;
+    if (epoch == NULL || (out->kind == CO_OUT_WELCOME && co_epoch_find(epoch, out->member_id) == NULL)) {
+        return false;
+    }
+    co_frame_key_derive(c->secret, co_core_cluster(c->core), epoch->number, key_out);
+    return true;
+}
+
 static void deliver_word(co_coordinator *c, const co_out *out)
 {
+    co_frame_key key;
     co_session *session = cm_map_get(&c->by_id, out->session);
     if (session == NULL || session->finished) {
         return; /* the core will hear that it is closed */
     }
     cm_bytes_clear(&c->packed);
+    bool keyed = deliver_key(c, out, &key);
     if (co_answer_word(out, co_core_cluster(c->core), (uint32_t)c->heartbeat_ms, (uint32_t)c->lease_ms,
-                       &c->packed)) {
+                       keyed ? &key : NULL, &c->packed)) {
         cm_status status = pc_call_send(session->call, c->packed.data, c->packed.len);
         if (status != CM_OK) { /* it does not read: no member to rely on */
             cm_warn("session %llu of %s does not take its messages", (unsigned long long)session->id,
@@ -225,6 +244,24 @@ static void session_send_on(co_coordinator *c, pc_call *call)
     pc_call_finish(call, status == CM_OK ? PC_CODE_UNAVAILABLE : pc_code_of(status), c->why, NULL, 0, 0);
 }
 
+/* A certificate is for one role: a worker's key that got away must not make a router. */
+static bool session_role_fits(co_session *session, const Baleen__Control__V1__MemberMessage *word)
+{
+    const char *shown = pc_call_role(session->call);
+    if (shown == NULL || word->word_case != BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_HELLO ||
+        strcmp(shown, pr_role_name(word->hello->self->role)) == 0) {
+        return true;
+    }
+    char text[256];
+    snprintf(text, sizeof(text),
+             "it says it is a %s and shows a certificate of role %.60s: give --tls-cert and --tls-key of %s",
+             pr_role_name(word->hello->self->role), shown, pr_role_name(word->hello->self->role));
+    cm_warn("%s refused: %s", pc_call_peer(session->call), text);
+    session->finished = true;
+    pc_call_finish(session->call, PC_CODE_PERMISSION_DENIED, text, NULL, 0, 0);
+    return false;
+}
+
 static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 {
     co_coordinator *c = pc_call_ctx(call);
@@ -251,7 +288,9 @@ static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
         session_finish(session, CM_E_INVALID, "not a MemberMessage");
         return;
     }
-    coordinator_step(c, &(co_in){.kind = CO_IN_WORD, .session = session->id, .word = word});
+    if (session_role_fits(session, word)) {
+        coordinator_step(c, &(co_in){.kind = CO_IN_WORD, .session = session->id, .word = word});
+    }
 }
 
 static void session_half_closed(pc_call *call)
@@ -333,15 +372,16 @@ static const pc_method coordinator_methods[] = {
      .half_closed = session_half_closed,
      .closed = session_closed,
      .client_streams = true},
-    {.path = CO_ADMIN_PATH "Status", .message = admin_message, .closed = admin_closed},
-    {.path = CO_ADMIN_PATH "Drain", .message = admin_message, .closed = admin_closed},
-    {.path = CO_ADMIN_PATH "Rebalance", .message = admin_message, .closed = admin_closed},
-    {.path = CO_ADMIN_PATH "Scale", .message = admin_message, .closed = admin_closed},
+    {.path = CO_ADMIN_PATH "Status", .message = admin_message, .closed = admin_closed, .role = "admin"},
+    {.path = CO_ADMIN_PATH "Drain", .message = admin_message, .closed = admin_closed, .role = "admin"},
+    {.path = CO_ADMIN_PATH "Rebalance", .message = admin_message, .closed = admin_closed, .role = "admin"},
+    {.path = CO_ADMIN_PATH "Scale", .message = admin_message, .closed = admin_closed, .role = "admin"},
     {.path = CO_ADMIN_PATH "Launch",
      .message = admin_message,
      .half_closed = admin_half_closed,
      .closed = admin_closed,
-     .client_streams = true},
+     .client_streams = true,
+     .role = "admin"},
 };
 
 /* ---- life ---- */
@@ -364,6 +404,7 @@ static void coordinator_active(void *ctx, const co_store_past *past)
                               .epoch = past->epoch};
     CM_ASSERT(c->core == NULL);
     c->core = co_core_create(&c->core_options, &core_past, cm_now_ms());
+    memcpy(c->secret, past->secret, sizeof(c->secret));
     c->n_lost = 0;
     c->active_address[0] = c->why[0] = 0;
     pc_timer_set(c->stats_timer, c->heartbeat_ms);
@@ -386,6 +427,7 @@ static void coordinator_step_down(co_coordinator *c)
     pc_timer_clear(c->stats_timer);
     co_core_destroy(c->core);
     c->core = NULL;
+    explicit_bzero(c->secret, sizeof(c->secret));
     cm_stat_set(CM_STAT_members, 0);
     cm_stat_set(CM_STAT_epoch, 0);
     cm_log_epoch(0);
@@ -442,12 +484,14 @@ static cm_status coordinator_open_log(co_coordinator *c, const co_config *config
 
 static cm_status coordinator_listen(co_coordinator *c, const co_config *config, cm_error *err)
 {
+    CM_TRY(pc_tls_open(&config->process.tls, config->address, "coordinator", &c->tls, err));
     uint32_t calls_max = (uint32_t)config->members_max * 2 + 16; /* old and new session of each, tools */
     pc_rpc_options options = {.address = config->address,
                               .request_bytes_max = CO_REQUEST_BYTES_MAX,
                               .calls_max = calls_max,
                               .queue_bytes_max = CO_QUEUE_BYTES_MAX,
-                              .ctx = c};
+                              .ctx = c,
+                              .tls = c->tls};
     cm_pool_init(&c->sessions, "sessions", sizeof(co_session), calls_max);
     cm_map_init(&c->by_id, calls_max);
     c->admin = co_admin_create(&(co_admin_options){.core = &c->core,
@@ -515,6 +559,7 @@ err_close:
     cm_free(c->fingerprint);
 err_free:
     co_admin_destroy(c->admin);
+    pc_tls_close(c->tls);
     cm_map_fini(&c->by_id);
     cm_pool_fini(&c->sessions);
     pc_timer_destroy(c->tick);
@@ -592,6 +637,7 @@ void co_coordinator_destroy(co_coordinator *c)
     }
     c->stopping = true; /* what the closing of the sessions brings is no news */
     pc_rpc_server_destroy(c->server);
+    pc_tls_close(c->tls);
     co_admin_destroy(c->admin);
     pc_timer_destroy(c->tick);
     pc_timer_destroy(c->stats_timer);
@@ -604,5 +650,6 @@ void co_coordinator_destroy(co_coordinator *c)
     cm_bytes_fini(&c->packed);
     cm_free(c->fingerprint);
     cm_free(c->pending);
+    explicit_bzero(c->secret, sizeof(c->secret));
     cm_free(c);
 }

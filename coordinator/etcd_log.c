@@ -199,6 +199,8 @@ static void head_pack(int64_t term, const co_etcd_past *past, cm_bytes *out)
     head.next_number = past->next_number;
     head.writer = term;
     head.serial = past->serial;
+    head.has_secret = past->has_secret;
+    head.secret = (ProtobufCBinaryData){sizeof(past->secret), (uint8_t *)(uintptr_t)past->secret};
     cm_bytes_init(out, 0);
     pr_pack(&head.base, out);
 }
@@ -322,12 +324,18 @@ static cm_status head_take(const co_etcd_keys *keys, const Etcdserverpb__KeyValu
     } else if (head->cluster == 0 || head->next_member_id == 0 || head->next_number == 0 ||
                head->next_number > INT64_MAX) {
         status = log_corrupt(keys, "head", "numbers that cannot be", err);
+    } else if (head->has_secret && head->secret.len != CO_SECRET_BYTES) {
+        status = log_corrupt(keys, "head", "a secret of another length", err);
     } else {
         *past_out = (co_etcd_past){.cluster = head->cluster,
                                    .next_member_id = head->next_member_id,
                                    .next_number = head->next_number,
                                    .serial = head->serial,
-                                   .head_revision = found->mod_revision};
+                                   .head_revision = found->mod_revision,
+                                   .has_secret = head->has_secret};
+        if (head->has_secret) {
+            memcpy(past_out->secret, head->secret.data, CO_SECRET_BYTES);
+        }
     }
     cm_arena_fini(&arena);
     return status;

@@ -3,6 +3,7 @@
 #pragma once
 #include "coordinator/epoch.h"
 #include "coordinator/etcd.h"
+#include "coordinator/frame_key.h"
 #include "proto/etcd.pb-c.h"
 
 enum { CO_ETCD_PREFIX_BYTES = 128, CO_ETCD_KEY_BYTES = CO_ETCD_PREFIX_BYTES + 32 };
@@ -14,6 +15,8 @@ typedef struct co_etcd_keys {
 /* The log as it is, or, in a write, as it shall be. */
 typedef struct co_etcd_past {
     uint64_t cluster; /* 0: there is no log */
+    bool has_secret;
+    uint8_t secret[CO_SECRET_BYTES];
     uint32_t next_member_id;
     uint64_t next_number;
     uint64_t serial;       /* of the last write, or of this one */

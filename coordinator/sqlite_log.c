@@ -98,6 +98,28 @@ static cm_status store_check_file(co_sqlite *store, cm_error *err)
     return good ? CM_OK : store_fail(store, SQLITE_CORRUPT, "", err);
 }
 
+static cm_status store_run(co_sqlite *store, sqlite3_stmt *statement, cm_error *err)
+{
+    int code = sqlite3_step(statement);
+    sqlite3_reset(statement);
+    sqlite3_clear_bindings(statement);
+    return code == SQLITE_DONE ? CM_OK : store_fail(store, code, "cannot write", err);
+}
+
+/* Bound: the text of a statement may end up in a sentence. */
+static cm_status store_draw_secret(co_sqlite *store, cm_error *err)
+{
+    uint8_t secret[CO_SECRET_BYTES];
+    sqlite3_stmt *statement = NULL;
+    CM_TRY(store_prepare(store, "INSERT OR IGNORE INTO meta VALUES('secret', ?1)", &statement, err));
+    cm_random_bytes(secret, sizeof(secret));
+    sqlite3_bind_blob(statement, 1, secret, sizeof(secret), SQLITE_STATIC);
+    cm_status status = store_run(store, statement, err);
+    sqlite3_finalize(statement);
+    explicit_bzero(secret, sizeof(secret));
+    return status;
+}
+
 static cm_status store_make_tables(co_sqlite *store, cm_error *err)
 {
     char sql[640];
@@ -112,7 +134,8 @@ static cm_status store_make_tables(co_sqlite *store, cm_error *err)
              "INSERT OR IGNORE INTO meta VALUES('cluster', %lld), ('next_member_id', 1), ('next_number', 1);"
              "PRAGMA application_id = %d; PRAGMA user_version = %d;",
              (long long)cluster, (int)STORE_APPLICATION_ID, (int)STORE_VERSION);
-    return store_exec(store, sql, err);
+    CM_TRY(store_exec(store, sql, err));
+    return store_draw_secret(store, err);
 }
 
 static cm_status store_read_meta(co_sqlite *store, const char *name, uint64_t max, uint64_t *value_out,
@@ -128,6 +151,19 @@ static cm_status store_read_meta(co_sqlite *store, const char *name, uint64_t ma
     }
     *value_out = (uint64_t)value;
     return CM_OK;
+}
+
+static cm_status store_read_secret(co_sqlite *store, uint8_t secret_out[CO_SECRET_BYTES], cm_error *err)
+{
+    sqlite3_stmt *statement = NULL;
+    CM_TRY(store_prepare(store, "SELECT value FROM meta WHERE name = 'secret'", &statement, err));
+    bool good = sqlite3_step(statement) == SQLITE_ROW && sqlite3_column_type(statement, 0) == SQLITE_BLOB &&
+                sqlite3_column_bytes(statement, 0) == CO_SECRET_BYTES;
+    if (good) {
+        memcpy(secret_out, sqlite3_column_blob(statement, 0), CO_SECRET_BYTES);
+    }
+    sqlite3_finalize(statement);
+    return good ? CM_OK : store_fail(store, SQLITE_CORRUPT, "", err);
 }
 
 static cm_status store_read_epoch(co_sqlite *store, co_epoch **epoch_out, cm_error *err)
@@ -156,10 +192,12 @@ static cm_status store_read_epoch(co_sqlite *store, co_epoch **epoch_out, cm_err
 static cm_status store_read(co_sqlite *store, co_store_past *past_out, cm_error *err)
 {
     uint64_t cluster, id, number;
+    uint8_t secret[CO_SECRET_BYTES];
     co_epoch *epoch = NULL;
     CM_TRY(store_read_meta(store, "cluster", UINT64_MAX, &cluster, err));
     CM_TRY(store_read_meta(store, "next_member_id", UINT32_MAX, &id, err));
     CM_TRY(store_read_meta(store, "next_number", INT64_MAX, &number, err));
+    CM_TRY(store_read_secret(store, secret, err));
     CM_TRY(store_read_epoch(store, &epoch, err));
     if (epoch != NULL && epoch->number >= number) {
         co_epoch_release(epoch);
@@ -167,6 +205,23 @@ static cm_status store_read(co_sqlite *store, co_store_past *past_out, cm_error 
     }
     *past_out = (co_store_past){
         .cluster = cluster, .next_member_id = (uint32_t)id, .next_number = number, .epoch = epoch};
+    memcpy(past_out->secret, secret, sizeof(secret));
+    explicit_bzero(secret, sizeof(secret));
+    return CM_OK;
+}
+
+/* It holds a secret. What SQLite adds beside it gets the same mode; an older release left others. */
+static cm_status store_make_private(const co_sqlite *store, cm_error *err)
+{
+    static const char *const suffixes[] = {"", "-wal", "-shm"};
+    for (size_t i = 0; i < sizeof(suffixes) / sizeof(suffixes[0]); i++) {
+        char path[sizeof(store->name) + 8];
+        snprintf(path, sizeof(path), "%s%s", store->name, suffixes[i]);
+        if (chmod(path, 0600) != 0 && errno != ENOENT) {
+            return cm_error_set(err, CM_E_IO, "store", "cannot keep others from reading %s: %s", path,
+                                strerror(errno));
+        }
+    }
     return CM_OK;
 }
 
@@ -207,8 +262,13 @@ cm_status co_sqlite_open(const char *folder, co_sqlite **store_out, co_store_pas
         goto err_close;
     }
     int code = sqlite3_open_v2(store->name, &store->db, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, NULL);
-    status =
-        code == SQLITE_OK ? store_set_up(store, past_out, err) : store_fail(store, code, "cannot open", err);
+    status = code == SQLITE_OK ? CM_OK : store_fail(store, code, "cannot open", err);
+    if (status == CM_OK && !in_memory) {
+        status = store_make_private(store, err);
+    }
+    if (status == CM_OK) {
+        status = store_set_up(store, past_out, err);
+    }
     if (status != CM_OK) {
         goto err_close;
     }
@@ -233,14 +293,6 @@ void co_sqlite_close(co_sqlite *store)
 }
 
 /* ---- writing ---- */
-
-static cm_status store_run(co_sqlite *store, sqlite3_stmt *statement, cm_error *err)
-{
-    int code = sqlite3_step(statement);
-    sqlite3_reset(statement);
-    sqlite3_clear_bindings(statement);
-    return code == SQLITE_DONE ? CM_OK : store_fail(store, code, "cannot write", err);
-}
 
 static cm_status store_set_meta(co_sqlite *store, const char *name, uint64_t value, cm_error *err)
 {

@@ -1,5 +1,6 @@
-/* The log as a file: DIR/coordinator.db (SQLite, WAL, every write synced before it counts). One process at a
- * time: the file is locked while open. Used by store_sqlite.c. Thread: one at a time. */
+/* The log as a file: DIR/coordinator.db (SQLite, WAL, every write synced before it counts), readable by its
+ * owner only. One process at a time: the file is locked while open. Used by store_sqlite.c. Thread: one at a
+ * time. */
 #pragma once
 #include "coordinator/store.h"
 

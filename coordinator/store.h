@@ -1,6 +1,6 @@
-/* The coordinator's log behind one table: the cluster's id, the next free member id and epoch number, and the
- * last epochs. Only one coordinator at a time may decide: the store says who. A file (SQLite) is ours when it
- * is open; with etcd the holder of a lease is active and the others stand by.
+/* The coordinator's log behind one table: the cluster's id and secret, the next free member id and epoch
+ * number, and the last epochs. Only one coordinator at a time may decide: the store says who. A file (SQLite)
+ * is ours when it is open; with etcd the holder of a lease is active and the others stand by.
  *
  *   --store DIR                               a file in that folder; "" = in memory
  *   --store etcd://HOST:PORT[,..]/PREFIX      etcd v3, keys under PREFIX
@@ -9,16 +9,18 @@
 #pragma once
 #include "common/proc/loop.h"
 #include "coordinator/epoch.h"
+#include "coordinator/frame_key.h"
 
 typedef struct co_store co_store;
 typedef struct co_store_ops co_store_ops;
 
 /* What the log knows when a coordinator becomes the active one. */
 typedef struct co_store_past {
-    uint64_t cluster;        /* drawn when the log was made */
-    uint32_t next_member_id; /* 1 in a new log */
-    uint64_t next_number;    /* 1 in a new log */
-    co_epoch *epoch;         /* the last one, NULL if none */
+    uint64_t cluster;                /* drawn when the log was made */
+    uint8_t secret[CO_SECRET_BYTES]; /* drawn with it, or now in a log of a release that had none */
+    uint32_t next_member_id;         /* 1 in a new log */
+    uint64_t next_number;            /* 1 in a new log */
+    co_epoch *epoch;                 /* the last one, NULL if none */
 } co_store_past;
 
 typedef struct co_store_events {

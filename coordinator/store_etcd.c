@@ -1,7 +1,7 @@
 /* The log in etcd, and who may write it.
  *
  *   PREFIX/leader        exists while a coordinator is active; attached to that one's lease
- *   PREFIX/head          cluster, next member id, next number; changed by every write
+ *   PREFIX/head          cluster, its secret, next member id, next number; changed by every write
  *   PREFIX/epochs/N      the last epochs
  *
  *   watching -> claiming (lease, leader key, read the log) -> active -> watching
@@ -137,6 +137,8 @@ static void etcd_rest(etcd_store *store)
     pc_timer_clear(store->expiry);
     pc_timer_clear(store->again);
     etcd_drop_writes(store);
+    co_epoch_release(store->past.epoch);
+    store->past.epoch = NULL;
     store->state = ETCD_WATCHING;
     store->term = 0;
     pc_timer_set(store->turn, within(store->lease_ms / 8, ETCD_WATCH_MS_MIN, ETCD_WATCH_MS_MAX));
@@ -187,10 +189,11 @@ static void etcd_become_active(etcd_store *store)
     store->trouble[0] = 0;
     pc_timer_set(store->expiry, store->until_ms - now_ms);
     etcd_keep_alive(store);
-    const co_store_past log = {.cluster = past->cluster,
-                               .next_member_id = past->next_member_id,
-                               .next_number = past->next_number,
-                               .epoch = past->epoch};
+    co_store_past log = {.cluster = past->cluster,
+                         .next_member_id = past->next_member_id,
+                         .next_number = past->next_number,
+                         .epoch = past->epoch};
+    memcpy(log.secret, past->secret, sizeof(log.secret));
     store->events.active(store->ctx, &log);
     co_epoch_release(store->past.epoch);
     store->past.epoch = NULL;
@@ -211,6 +214,16 @@ static void etcd_made(void *ctx, cm_status status, const void *reply, const char
     etcd_become_active(store);
 }
 
+/* Of a new log, or of one of a release that had none. */
+static void etcd_draw_secret(etcd_store *store)
+{
+    cm_random_bytes(store->past.secret, sizeof(store->past.secret));
+    store->past.has_secret = true;
+    store->past.serial++;
+    co_etcd_log_write(store->client, &store->keys, store->term, &store->past, NULL, etcd_call_ms(store),
+                      etcd_made, store);
+}
+
 static void etcd_make_log(etcd_store *store)
 {
     cm_info("store: a new log under %s", store->keys.prefix);
@@ -219,8 +232,7 @@ static void etcd_make_log(etcd_store *store)
     } while (store->past.cluster == 0);
     store->past.next_member_id = 1;
     store->past.next_number = 1;
-    co_etcd_log_write(store->client, &store->keys, store->term, &store->past, NULL, etcd_call_ms(store),
-                      etcd_made, store);
+    etcd_draw_secret(store);
 }
 
 static void etcd_have_read(void *ctx, cm_status status, const void *reply, const char *text)
@@ -239,6 +251,8 @@ static void etcd_have_read(void *ctx, cm_status status, const void *reply, const
         etcd_fail(store, &err);
     } else if (store->past.cluster == 0) {
         etcd_make_log(store);
+    } else if (!store->past.has_secret) {
+        etcd_draw_secret(store);
     } else {
         etcd_become_active(store);
     }

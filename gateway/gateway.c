@@ -30,6 +30,16 @@ static void on_commit(void *ctx, pc_epoch *epoch)
     gw_probe_consider(gateway);
 }
 
+static void on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    gw_routers_frame_key(((gw_gateway *)ctx)->routers, cluster, epoch, key);
+}
+
+static void on_retire(void *ctx, uint64_t oldest)
+{
+    gw_routers_retire_keys(((gw_gateway *)ctx)->routers, oldest);
+}
+
 static void on_cluster_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
 {
     gw_member_stats_take(ctx, stats);
@@ -194,11 +204,14 @@ static cm_status open_surfaces(gw_gateway *gateway, cm_error *err)
 static void join_cluster(gw_gateway *gateway)
 {
     static const pc_member_events events = {.welcome = on_welcome,
+                                            .frame_key = on_frame_key,
                                             .commit = on_commit,
+                                            .retire = on_retire,
                                             .cluster_stats = on_cluster_stats,
                                             .drain = on_drain,
                                             .refused = on_refused};
     pc_member_options options = {.coordinator = gateway->config->coordinator,
+                                 .tls = gateway->tls,
                                  .role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY,
                                  .http_address = gateway->http_bound,
                                  .grpc_address = gateway->grpc != NULL ? gateway->grpc_bound : NULL,
@@ -254,7 +267,11 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
     pc_addresses coordinators;
     CM_TRY(pc_addresses_parse("coordinator", config->coordinator, &coordinators, err));
     gw_gateway *gateway = gateway_make(loop, config, leave, ctx);
-    cm_status status = open_model(gateway, err);
+    cm_status status = pc_tls_open(&config->process.tls, config->coordinator, "gateway", &gateway->tls, err);
+    if (status != CM_OK) {
+        goto err_gateway;
+    }
+    status = open_model(gateway, err);
     if (status != CM_OK) {
         goto err_gateway;
     }
@@ -296,6 +313,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
     if (gateway->member != NULL) {
         pc_member_destroy(gateway->member);
     }
+    pc_tls_close(gateway->tls);
     if (gateway->encoder.jobs != NULL) {
         cm_jobs_destroy(gateway->encoder.jobs);
     }

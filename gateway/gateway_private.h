@@ -52,6 +52,7 @@ struct gw_gateway {
     gw_encoder encoder;
 
     gw_routers *routers;
+    pc_tls *tls; /* NULL: plain */
     pc_member *member;
     uint32_t member_id;
     pc_epoch *epoch; /* in force; NULL before the first */

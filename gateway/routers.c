@@ -424,6 +424,7 @@ cm_status gw_routers_create(pc_loop *loop, const char *backend, const gw_routers
     net_options options;
     net_options_defaults(&options);
     options.backend = backend;
+    options.keyed = true;
     gw_routers *routers = cm_alloc(sizeof(*routers));
     cm_status status = net_open(&options, &routers->n, err);
     if (status != CM_OK) {
@@ -470,6 +471,18 @@ void gw_routers_identity(gw_routers *routers, uint64_t cluster, uint32_t member_
     net_identity identity = {
         .cluster = cluster, .role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY, .member = member_id};
     net_set_identity(routers->n, &identity);
+}
+
+void gw_routers_frame_key(gw_routers *routers, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    net_key_add(routers->n, cluster, epoch, key);
+    pc_netpump_kick(routers->pump);
+}
+
+void gw_routers_retire_keys(gw_routers *routers, uint64_t oldest)
+{
+    net_key_retire(routers->n, oldest);
+    pc_netpump_kick(routers->pump);
 }
 
 gw_routers_load gw_routers_get_load(const gw_routers *routers)

@@ -34,6 +34,9 @@ CM_MUST_CHECK cm_status gw_routers_create(pc_loop *loop, const char *backend, co
                                           void *ctx, gw_routers **routers_out, cm_error *err);
 void gw_routers_destroy(gw_routers *routers); /* NULL is fine; no event comes from it */
 void gw_routers_identity(gw_routers *routers, uint64_t cluster, uint32_t member_id);
+/* See net_key_add and net_key_retire. */
+void gw_routers_frame_key(gw_routers *routers, uint64_t cluster, uint64_t epoch, const uint8_t *key);
+void gw_routers_retire_keys(gw_routers *routers, uint64_t oldest);
 /* Links are made and ended to match. */
 void gw_routers_epoch(gw_routers *routers, const pc_epoch *epoch);
 gw_routers_load gw_routers_get_load(const gw_routers *routers);

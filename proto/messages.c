@@ -16,3 +16,9 @@ const char *pr_message_name(uint16_t id)
         return "unknown";
     }
 }
+
+const char *pr_role_name(uint32_t role)
+{
+    static const char *const names[] = {"none", "coordinator", "gateway", "router", "worker"};
+    return role < sizeof(names) / sizeof(names[0]) ? names[role] : "none";
+}

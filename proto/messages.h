@@ -12,5 +12,8 @@ typedef enum pr_message {
 
 const char *pr_message_name(uint16_t id); /* "DISPATCH"; "unknown" */
 
+/* "worker"; "none". Also what a certificate of the role says. role: Role of the control messages. */
+const char *pr_role_name(uint32_t role);
+
 enum { PR_CONTROL_VERSION = 1 };
 enum { PR_RESUME_BYTES_MAX = 4 << 20 }; /* of SeqOpen.resume; a longer request is opened without */

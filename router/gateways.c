@@ -545,6 +545,18 @@ void rt_gateways_identify(rt_gateways *g, const net_identity *identity)
     net_set_identity(g->n, identity);
 }
 
+void rt_gateways_frame_key(rt_gateways *g, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    net_key_add(g->n, cluster, epoch, key);
+    pc_netpump_kick(g->pump);
+}
+
+void rt_gateways_retire_keys(rt_gateways *g, uint64_t oldest)
+{
+    net_key_retire(g->n, oldest);
+    pc_netpump_kick(g->pump);
+}
+
 void rt_gateways_destroy(rt_gateways *g)
 {
     pc_netpump_destroy(g->pump);

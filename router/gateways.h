@@ -17,6 +17,9 @@ rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, const rt
                                 pc_fn changed, void *ctx);
 void rt_gateways_destroy(rt_gateways *gateways);
 /* What is told in greetings from now on. */
+/* For a keyed net: see net_key_add and net_key_retire. */
+void rt_gateways_frame_key(rt_gateways *gateways, uint64_t cluster, uint64_t epoch, const uint8_t *key);
+void rt_gateways_retire_keys(rt_gateways *gateways, uint64_t oldest);
 void rt_gateways_identify(rt_gateways *gateways, const net_identity *identity);
 /* A word of the scheduler; sent with rt_gateways_flush. Matches rt_word_fn. */
 void rt_gateways_word(void *gateways, const rt_word *word);

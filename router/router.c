@@ -33,6 +33,7 @@ struct rt_router {
     rt_sched *sched;
     rt_runner *runner;
     rt_gateways *gateways;
+    pc_tls *tls; /* NULL: plain */
     pc_member *member;
     rt_load *load;
     pc_timer *deadline_timer, *drain_timer, *doors_timer;
@@ -142,6 +143,20 @@ static void router_on_commit(void *ctx, pc_epoch *epoch)
     pc_member_committed(r->member, epoch->number);
 }
 
+static void router_on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    rt_router *r = ctx;
+    rt_gateways_frame_key(r->gateways, cluster, epoch, key);
+    rt_exchange_frame_key(rt_engine_exchange(r->engine), cluster, epoch, key);
+}
+
+static void router_on_retire(void *ctx, uint64_t oldest)
+{
+    rt_router *r = ctx;
+    rt_gateways_retire_keys(r->gateways, oldest);
+    rt_exchange_retire_keys(rt_engine_exchange(r->engine), oldest);
+}
+
 static void router_close_doors(void *arg)
 {
     rt_router *r = arg;
@@ -166,7 +181,9 @@ static void router_on_refused(void *ctx, cm_status status, const char *text)
 
 static const pc_member_events g_member_events = {
     .welcome = router_on_welcome,
+    .frame_key = router_on_frame_key,
     .commit = router_on_commit,
+    .retire = router_on_retire,
     .drain = router_on_drain,
     .refused = router_on_refused,
 };
@@ -204,6 +221,7 @@ static void router_net_options(const rt_config *config, net_options *options_out
     net_options_defaults(options_out);
     options_out->backend = config->net;
     options_out->silence_ms = (uint32_t)config->silence_ms;
+    options_out->keyed = true;
 }
 
 static cm_status router_create_engine(rt_router *r, cm_error *err)
@@ -259,6 +277,7 @@ static void router_join(rt_router *r)
     const md_geometry *g = md_checkpoint_geometry(r->checkpoint);
     pc_member_options options = {
         .coordinator = r->config->coordinator,
+        .tls = r->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
         .data_address = r->address,
         .fingerprint = r->fingerprint,
@@ -286,9 +305,13 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
     r->config = config;
     r->finished = finished;
     r->ctx = ctx;
-    cm_status status = md_checkpoint_open(config->model, &r->checkpoint, NULL, NULL, err);
+    cm_status status = pc_tls_open(&config->process.tls, config->coordinator, "router", &r->tls, err);
     if (status != CM_OK) {
         goto err_free;
+    }
+    status = md_checkpoint_open(config->model, &r->checkpoint, NULL, NULL, err);
+    if (status != CM_OK) {
+        goto err_tls;
     }
     status = md_checkpoint_fingerprint(r->checkpoint, r->fingerprint, err);
     if (status == CM_OK) {
@@ -318,6 +341,8 @@ err_engine:
     rt_engine_destroy(r->engine);
 err_checkpoint:
     md_checkpoint_close(r->checkpoint);
+err_tls:
+    pc_tls_close(r->tls);
 err_free:
     cm_free(r);
     return status;
@@ -362,5 +387,6 @@ void rt_router_destroy(rt_router *r)
     rt_sched_destroy(r->sched);
     rt_engine_destroy(r->engine);
     md_checkpoint_close(r->checkpoint);
+    pc_tls_close(r->tls);
     cm_free(r);
 }

@@ -220,6 +220,13 @@ void wk_engine_retire(wk_engine *e, uint64_t oldest)
     pthread_mutex_lock(&e->lock);
     e->retire_before = oldest;
     pthread_mutex_unlock(&e->lock);
+    net_key_retire(e->rows, oldest);
+    engine_wake(e);
+}
+
+void wk_engine_frame_key(wk_engine *e, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    net_key_add(e->rows, cluster, epoch, key);
     engine_wake(e);
 }
 

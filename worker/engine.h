@@ -35,5 +35,7 @@ void wk_engine_stop(wk_engine *engine);
 
 /* Frames of this epoch are served from now on. Its experts are loaded. self: our member id. */
 void wk_engine_commit(wk_engine *engine, pc_epoch *epoch, uint32_t self);
-/* Frames of epochs before `oldest` are refused from now on. */
+/* For a keyed net: see net_key_add. */
+void wk_engine_frame_key(wk_engine *engine, uint64_t cluster, uint64_t epoch, const uint8_t *key);
+/* Frames of epochs before `oldest` are refused from now on, and their keys end. */
 void wk_engine_retire(wk_engine *engine, uint64_t oldest);

@@ -40,6 +40,7 @@ struct wk_worker {
     wk_engine *engine;
     pthread_t thread;
     cm_jobs *jobs;
+    pc_tls *tls;   /* NULL: plain */
     wk_warm *warm; /* NULL: nothing is read ahead */
     pc_member *member;
     pc_timer *drain_timer;
@@ -104,6 +105,11 @@ static void worker_on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
     cm_info("joined cluster %016llx as member %u", (unsigned long long)cluster, member_id);
 }
 
+static void worker_on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    wk_engine_frame_key(((wk_worker *)ctx)->engine, cluster, epoch, key);
+}
+
 static void worker_on_prepare(void *ctx, pc_epoch *epoch)
 {
     wk_worker *w = ctx;
@@ -165,6 +171,7 @@ static void worker_on_refused(void *ctx, cm_status status, const char *text)
 
 static const pc_member_events g_member_events = {
     .welcome = worker_on_welcome,
+    .frame_key = worker_on_frame_key,
     .prepare = worker_on_prepare,
     .abort = worker_on_abort,
     .commit = worker_on_commit,
@@ -198,6 +205,7 @@ static cm_status worker_create_engine(wk_worker *w, cm_error *err)
     };
     net_options_defaults(&options.rows);
     options.rows.backend = config->net;
+    options.rows.keyed = true;
     options.rows.message_bytes_max = config->frame_bytes;
     options.rows.peers_max = (uint32_t)config->routers_max;
     options.rows.receives_max = (uint32_t)config->frames_max;
@@ -224,6 +232,7 @@ static void worker_join(wk_worker *w)
     const md_geometry *g = md_checkpoint_geometry(w->checkpoint);
     pc_member_options options = {
         .coordinator = w->config->coordinator,
+        .tls = w->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER,
         .data_address = w->address,
         .fingerprint = w->fingerprint,
@@ -250,9 +259,13 @@ cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finish
     w->config = config;
     w->finished = finished;
     w->ctx = ctx;
-    cm_status status = md_checkpoint_open(config->model, &w->checkpoint, NULL, NULL, err);
+    cm_status status = pc_tls_open(&config->process.tls, config->coordinator, "worker", &w->tls, err);
     if (status != CM_OK) {
         goto err_free;
+    }
+    status = md_checkpoint_open(config->model, &w->checkpoint, NULL, NULL, err);
+    if (status != CM_OK) {
+        goto err_tls;
     }
     status = md_checkpoint_fingerprint(w->checkpoint, w->fingerprint, err);
     if (status == CM_OK) {
@@ -271,6 +284,8 @@ cm_status wk_worker_create(pc_loop *loop, const wk_config *config, void (*finish
 
 err_checkpoint:
     md_checkpoint_close(w->checkpoint);
+err_tls:
+    pc_tls_close(w->tls);
 err_free:
     cm_free(w);
     return status;
@@ -334,5 +349,6 @@ void wk_worker_destroy(wk_worker *w)
     wk_engine_destroy(w->engine);
     wk_hold_fini(&w->hold);
     md_checkpoint_close(w->checkpoint);
+    pc_tls_close(w->tls);
     cm_free(w);
 }

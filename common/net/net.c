@@ -10,8 +10,8 @@
 
 /* A poll ends after so many turns even if the back-end has more: the caller's other work comes around. */
 enum { NET_POLL_TURNS = 256 };
-/* The layer's own messages of one link: hello, heartbeat, refusal, goodbye. */
-enum { NET_NOTES_PER_PEER = 4 };
+/* The layer's own messages of one link: hello, heartbeat, refusal, goodbye, lists of keys. */
+enum { NET_NOTES_PER_PEER = 4 + NET_KEYS_NOTES_MAX };
 
 void net_options_defaults(net_options *options)
 {
@@ -91,31 +91,34 @@ static void *net_on_accepted(void *ctx, net_backend_link *link, const char *addr
     return peer;
 }
 
-static void net_on_received(void *ctx, void *peer_arg, const net_event *message)
+static void net_drop(net *n, const net_event *message)
 {
-    net *n = ctx;
-    net_peer *peer = peer_arg;
-    bool user = message->type < NET_TYPE_INTERNAL;
-    cm_stat_add(CM_STAT_net_received_bytes, (int64_t)(message->header_bytes + message->payload_bytes));
-    CM_ASSERT(peer->state < NET_PEER_ENDING); /* the back-end was told or told us itself */
-    peer->heard_ms = n->now_ms;
-    if (!user) {
-        net_peer_heard(peer, message);
-        return;
-    }
-    if (peer->state == NET_PEER_REFUSING) {
-        n->ops->release(n->backend, message->receive); /* sent before our refusal got there */
-        return;
-    }
-    net_prefix prefix = {0};
-    if (message->header_bytes >= sizeof(prefix)) {
-        memcpy(&prefix, message->header, sizeof(prefix));
-    }
-    if (peer->state != NET_PEER_UP || prefix.seq != peer->n_taken + 1) {
-        cm_warn("peer %s broke the protocol: message %u of type %u came %s, %u was expected", peer->address,
-                prefix.seq, message->type,
-                peer->state == NET_PEER_UP ? "out of order" : "before the greeting", peer->n_taken + 1);
+    if (message->type < NET_TYPE_INTERNAL) {
         n->ops->release(n->backend, message->receive);
+    }
+}
+
+/* Without keys the link is one that the back-end vouches for: what is wrong came from the peer. */
+static void net_reject(net_peer *peer, uint16_t type, const char *why)
+{
+    if (peer->net->options.keyed) {
+        net_refuse(peer, type, why);
+        return;
+    }
+    cm_warn("peer %s broke the protocol: message of type %u: %s", peer->address, type, why);
+    net_peer_end(peer, CM_E_PROTOCOL, false);
+}
+
+/* A user's message that is the peer's: in order, or the link is broken. */
+static void net_take(net_peer *peer, const net_event *message, const net_prefix *prefix)
+{
+    net *n = peer->net;
+    if (peer->state != NET_PEER_UP || prefix->seq != peer->n_taken + 1) {
+        cm_warn("peer %s broke the protocol: message %llu of type %u came %s, %llu was expected",
+                peer->address, (unsigned long long)prefix->seq, message->type,
+                peer->state == NET_PEER_UP ? "out of order" : "before the greeting",
+                (unsigned long long)peer->n_taken + 1);
+        net_drop(n, message);
         net_peer_end(peer, CM_E_PROTOCOL, false);
         return;
     }
@@ -124,11 +127,44 @@ static void net_on_received(void *ctx, void *peer_arg, const net_event *message)
     event.kind = NET_EV_MESSAGE;
     event.status = CM_OK;
     event.peer = peer;
-    event.header = (const uint8_t *)message->header + sizeof(prefix);
-    event.header_bytes = message->header_bytes - (uint32_t)sizeof(prefix);
+    event.header = (const uint8_t *)message->header + sizeof(*prefix);
+    event.header_bytes = message->header_bytes - (uint32_t)sizeof(*prefix);
     event.cookie = NULL;
     n->n_in_flight++;
     net_event_push(n, &event, NULL);
+}
+
+static void net_on_received(void *ctx, void *peer_arg, const net_event *message)
+{
+    net *n = ctx;
+    net_peer *peer = peer_arg;
+    cm_stat_add(CM_STAT_net_received_bytes, (int64_t)(message->header_bytes + message->payload_bytes));
+    CM_ASSERT(peer->state < NET_PEER_ENDING); /* the back-end was told or told us itself */
+    if (message->type == NET_TYPE_HELLO || message->type == NET_TYPE_REFUSAL) {
+        net_peer_heard_greeting(peer, message);
+        return;
+    }
+    if (peer->state == NET_PEER_REFUSING) {
+        net_drop(n, message); /* sent before our refusal got there */
+        return;
+    }
+    net_prefix prefix = {0};
+    const char *why_not = net_unseal(peer, message, &prefix);
+    if (why_not != NULL && message->type == NET_TYPE_KEYS &&
+        net_peer_heard_unproven(peer, message, &prefix)) {
+        return;
+    }
+    if (why_not != NULL) {
+        net_drop(n, message);
+        net_reject(peer, message->type, why_not);
+        return;
+    }
+    peer->heard_ms = n->now_ms;
+    if (message->type >= NET_TYPE_INTERNAL) {
+        net_peer_heard(peer, message, &prefix);
+    } else {
+        net_take(peer, message, &prefix);
+    }
 }
 
 static void net_on_sent(void *ctx, void *peer_arg, void *send_cookie, cm_status status)
@@ -199,6 +235,7 @@ cm_status net_open_ops(const net_ops *ops, const net_options *options, net **net
     cm_pool_init(&n->notes, "net notes", sizeof(net_sending), n_peers * NET_NOTES_PER_PEER);
     n->events_cap = n_sends + options->receives_max + 2 * n_peers;
     n->events = cm_alloc(sizeof(net_queued) * n->events_cap);
+    net_keys_init(n);
 
     cm_status status = ops->open(&n->options, &g_upcalls, n, &n->backend, err);
     if (status != CM_OK) {
@@ -208,6 +245,7 @@ cm_status net_open_ops(const net_ops *ops, const net_options *options, net **net
     return CM_OK;
 
 err_free:
+    net_keys_fini(n);
     cm_free(n->events);
     cm_pool_fini(&n->notes);
     cm_pool_fini(&n->sends);
@@ -241,6 +279,7 @@ void net_close(net *n)
         net_disconnect(TAILQ_FIRST(&n->live));
     }
     n->ops->close(n->backend);
+    net_keys_fini(n);
     cm_free(n->events);
     net_pool_clear(&n->notes);
     net_pool_clear(&n->sends);
@@ -362,6 +401,7 @@ cm_status net_send(net_peer *peer, const net_message *message)
         uint8_t user[NET_HEADER_MAX];
     } header;
     header.prefix = (net_prefix){.seq = sending->seq};
+    net_seal(peer, message, payload_bytes, &header.prefix);
     if (message->header_bytes > 0) {
         memcpy(header.user, message->header, message->header_bytes);
     }
@@ -423,6 +463,7 @@ static void net_speak(net *n)
 static void net_tick(net *n)
 {
     n->timer_ms = UINT64_MAX;
+    net_timer_at(n, n->keys.expire_ms);
     net_peer *peer;
     TAILQ_FOREACH (peer, &n->live, entry) {
         net_peer_tick(peer);
@@ -433,6 +474,9 @@ uint32_t net_poll(net *n, net_event *events_out, uint32_t events_max)
 {
     n->now_ms = cm_now_ms();
     net_reap(n);
+    if (atomic_load(&n->keys.news) || n->now_ms >= n->keys.expire_ms) {
+        net_keys_step(n);
+    }
     bool more = true;
     for (uint32_t turn = 0; turn < NET_POLL_TURNS && more && n->n_events < events_max; turn++) {
         more = n->ops->progress(n->backend);
@@ -457,7 +501,8 @@ int net_fd(const net *n)
 
 bool net_arm(net *n)
 {
-    return n->n_events == 0 && cm_now_ms() < n->timer_ms && n->ops->arm(n->backend);
+    return n->n_events == 0 && !atomic_load(&n->keys.news) && cm_now_ms() < n->timer_ms &&
+           n->ops->arm(n->backend);
 }
 
 uint32_t net_next_timer_ms(const net *n)

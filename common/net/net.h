@@ -4,7 +4,8 @@
  *
  *   net_open -> net_identity -> net_listen / net_connect -> { net_poll -> events ; net_send }* -> net_close
  *
- * A link is up after both greetings arrived (same protocol version, same cluster). Messages on a link arrive
+ * A link is up after both greetings arrived (same protocol version, same cluster), on objects that are keyed
+ * once both ends have a key in common and have shown it. Messages on a link arrive
  * whole, once and in the order they were sent, or the link goes down; a link that went down never comes back
  * (connect again). A peer is down by transport error (milliseconds), by silence (silence_ms without a message
  * or heartbeat), by a message not taken before its deadline, or by its own goodbye. Thread: a net object and
@@ -21,10 +22,12 @@ typedef struct net_peer net_peer;
 
 enum {
     NET_ADDRESS_BYTES = 128,
-    NET_HEADER_MAX = 256,                     /* bytes of a message's header */
-    NET_WIRE_HEADER_MAX = NET_HEADER_MAX + 8, /* what a back-end carries: the layer's own eight bytes first */
+    NET_HEADER_MAX = 256,                      /* bytes of a message's header */
+    NET_WIRE_HEADER_MAX = NET_HEADER_MAX + 32, /* what a back-end carries: the layer's own 32 bytes first */
     NET_IOV_MAX = 4,
-    NET_PROTOCOL = 1,
+    NET_PROTOCOL = 2,
+    NET_KEY_BYTES = 32,
+    NET_KEYS_MAX = 4,           /* of one object at once */
     NET_TYPE_INTERNAL = 0xFF00, /* message types from here up belong to this layer */
 };
 
@@ -36,6 +39,8 @@ typedef struct net_options {
     uint64_t message_bytes_max; /* payload of one message; more is a protocol error */
     uint32_t heartbeat_ms; /* between heartbeats: also under traffic, which may wait at a slow receiver */
     uint32_t silence_ms;   /* a peer unheard for so long is down; > heartbeat_ms */
+    bool keyed; /* messages are checked by keys (net_key_add); both ends of a link alike. Without it whoever
+                   reaches the address is believed: inside one process */
 } net_options;
 void net_options_defaults(net_options *options);
 
@@ -53,6 +58,19 @@ CM_MUST_CHECK cm_status net_open(const net_options *options, net **net_out, cm_e
 void net_close(net *n);
 void net_set_identity(net *n, const net_identity *identity);
 const char *net_backend(const net *n);
+
+/* ---- keys ----
+ * Whoever has a key may speak for anybody who has it; the owner hands the same ones to all members and a new
+ * one to those that stay. A message with a wrong tag, under a key that is not held, of another link or one
+ * that came before is refused: counted, logged, without effect on anything else. Links greet and wait without
+ * a key for silence_ms, so both ends may hear of one in any order. Messages are not encrypted. Thread: any;
+ * the owner's thread has to be woken. */
+/* generation: of a cluster's keys, ascending (its epochs). Known ones are ignored. Beyond NET_KEYS_MAX the
+ * oldest is forgotten. */
+void net_key_add(net *n, uint64_t cluster, uint64_t generation, const uint8_t key[NET_KEY_BYTES]);
+/* Generations below oldest end, silence_ms from now: what is on its way still arrives. A link whose peer has
+ * no later key goes down then. */
+void net_key_retire(net *n, uint64_t oldest);
 
 /* ucx: "host:port", IPv4, port 0 = any free one; host may be a name (looked up: may block, start-up only).
  * local: a name unique in this process. Once per object.

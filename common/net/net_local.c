@@ -18,7 +18,7 @@
 /* Messages taken from one link before the next has its turn. */
 enum { LOCAL_TURN_MAX = 64 };
 /* The layer's own messages on their way, per link. */
-enum { LOCAL_NOTES_MAX = 4 };
+enum { LOCAL_NOTES_MAX = 8 };
 
 typedef struct local_net local_net;
 typedef struct local_channel local_channel;

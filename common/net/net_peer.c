@@ -3,6 +3,7 @@
 
 #include "common/base/assert.h"
 #include "common/base/log.h"
+#include "common/base/rng.h"
 #include "common/base/stats.h"
 #include "common/net/net_private.h"
 
@@ -26,6 +27,9 @@ net_peer *net_peer_create(net *n, net_backend_link *link, const char *address)
     peer->link = link;
     peer->heard_ms = peer->beat_ms = n->now_ms;
     peer->hello_due = true;
+    if (n->options.keyed) {
+        cm_random_bytes(peer->nonce, sizeof(peer->nonce));
+    }
     snprintf(peer->address, sizeof(peer->address), "%s", address);
     TAILQ_INIT(&peer->sends);
     TAILQ_INIT(&peer->notes);
@@ -49,6 +53,7 @@ void net_peer_destroy(net_peer *peer)
     if (peer->in_due) {
         TAILQ_REMOVE(&n->due, peer, due_entry);
     }
+    net_link_keys_free(peer);
     peer->state = NET_PEER_DEAD;
     TAILQ_REMOVE(&n->live, peer, entry);
     TAILQ_INSERT_TAIL(&n->dead, peer, entry);
@@ -102,16 +107,15 @@ void net_peer_end(net_peer *peer, cm_status status, bool orderly)
 
 /* ---- the layer's own messages ---- */
 
-static bool peer_note(net_peer *peer, uint16_t type, const void *header, uint32_t header_bytes)
+static bool peer_send_note(net_peer *peer, const net_message *message)
 {
     net *n = peer->net;
     net_sending *note;
     if (peer->link == NULL || cm_pool_get(&n->notes, (void **)&note) != CM_OK) {
         return false;
     }
-    *note = (net_sending){.peer = peer, .type = type};
-    net_message message = {.type = type, .header = header, .header_bytes = header_bytes, .deadline_ms = 1};
-    if (n->ops->send(n->backend, peer->link, &message, note) != CM_OK) {
+    *note = (net_sending){.peer = peer, .type = message->type};
+    if (n->ops->send(n->backend, peer->link, message, note) != CM_OK) {
         cm_pool_put(&n->notes, note); /* a broken link reports itself in the next progress */
         return false;
     }
@@ -119,18 +123,64 @@ static bool peer_note(net_peer *peer, uint16_t type, const void *header, uint32_
     return true;
 }
 
+/* Hello and refusal: before there are keys, and to be read by other versions. */
+static bool peer_greet(net_peer *peer, uint16_t type, const void *header, uint32_t header_bytes)
+{
+    net_message message = {.type = type, .header = header, .header_bytes = header_bytes, .deadline_ms = 1};
+    return peer_send_note(peer, &message);
+}
+
+static bool peer_note(net_peer *peer, uint16_t type, const void *header, uint32_t header_bytes)
+{
+    struct {
+        net_prefix prefix;
+        uint8_t body[NET_NOTE_BYTES_MAX];
+    } wire = {.prefix = {.seq = peer->n_notes_sent + 1}};
+    CM_ASSERT(header_bytes <= sizeof(wire.body));
+    net_message message = {.type = type, .header = header, .header_bytes = header_bytes, .deadline_ms = 1};
+    net_seal(peer, &message, 0, &wire.prefix);
+    if (header_bytes > 0) {
+        memcpy(wire.body, header, header_bytes);
+    }
+    message.header = &wire;
+    message.header_bytes = (uint32_t)sizeof(wire.prefix) + header_bytes;
+    if (!peer_send_note(peer, &message)) {
+        return false;
+    }
+    peer->n_notes_sent++;
+    return true;
+}
+
 static bool peer_speak_hello(net_peer *peer)
 {
-    const net_identity *id = &peer->net->identity;
+    const net *n = peer->net;
+    peer->told = n->identity;
     net_hello hello = {
         .magic = NET_HELLO_MAGIC,
         .protocol = NET_PROTOCOL,
-        .cluster = id->cluster,
-        .role = id->role,
-        .member = id->member,
-        .sends_max = peer->net->options.sends_max,
+        .cluster = peer->told.cluster,
+        .role = peer->told.role,
+        .member = peer->told.member,
+        .sends_max = n->options.sends_max,
+        .keyed = n->options.keyed,
     };
-    return peer_note(peer, NET_TYPE_HELLO, &hello, sizeof(hello));
+    memcpy(hello.nonce, peer->nonce, sizeof(hello.nonce));
+    net_key_ids(n, hello.key_ids);
+    return peer_greet(peer, NET_TYPE_HELLO, &hello, sizeof(hello));
+}
+
+/* The list of our keys. Under a key it shows that we have it. */
+static bool peer_speak_keys(net_peer *peer)
+{
+    net_keys_note note;
+    bool sealed = net_peer_sender(peer) != NULL;
+    net_key_ids(peer->net, note.ids);
+    if (peer->n_keys_on_way == NET_KEYS_NOTES_MAX || !peer_note(peer, NET_TYPE_KEYS, &note, sizeof(note))) {
+        return false;
+    }
+    peer->n_keys_on_way++;
+    peer->proof_sent |= sealed;
+    return true;
 }
 
 static bool peer_speak_heartbeat(net_peer *peer)
@@ -153,10 +203,13 @@ bool net_peer_speak(net_peer *peer)
     if (peer->hello_due) {
         peer->hello_due = !peer_speak_hello(peer);
     }
+    if (!peer->hello_due && peer->keys_due) {
+        peer->keys_due = !peer_speak_keys(peer);
+    }
     if (!peer->hello_due && peer->tell_due && peer->state == NET_PEER_UP) {
         peer->tell_due = !peer_speak_heartbeat(peer);
     }
-    return !peer->hello_due && !peer->tell_due;
+    return !peer->hello_due && !peer->keys_due && !peer->tell_due;
 }
 
 void net_peer_goodbye(net_peer *peer)
@@ -179,7 +232,15 @@ static net_refuse_reason peer_judge_hello(const net_peer *peer, const net_hello 
     if (hello_bytes != sizeof(*hello) || hello->sends_max == 0) {
         return NET_REFUSE_GREETING;
     }
-    return hello->cluster != peer->net->identity.cluster ? NET_REFUSE_CLUSTER : 0;
+    if (hello->cluster != peer->net->identity.cluster) {
+        return NET_REFUSE_CLUSTER;
+    }
+    if (hello->keyed != (peer->net->options.keyed ? 1 : 0)) {
+        return NET_REFUSE_KEYED;
+    }
+    /* our own words thrown back at us would be under our own keys */
+    bool mirrored = hello->keyed && memcmp(hello->nonce, peer->nonce, sizeof(peer->nonce)) == 0;
+    return mirrored ? NET_REFUSE_GREETING : 0;
 }
 
 static void peer_log_refused(const net_peer *peer, const char *who, uint32_t reason, uint32_t protocol,
@@ -195,9 +256,54 @@ static void peer_log_refused(const net_peer *peer, const char *who, uint32_t rea
         cm_warn("link %s refused by %s: cluster %016llx there, %016llx here", peer->address, who,
                 (unsigned long long)cluster, (unsigned long long)n->identity.cluster);
         break;
+    case NET_REFUSE_KEYED:
+        cm_warn("link %s refused by %s: one side checks messages by keys and the other does not",
+                peer->address, who);
+        break;
     default:
         cm_warn("link %s refused by %s: greeting cannot be read, reason %u", peer->address, who, reason);
         break;
+    }
+}
+
+static void peer_refuse_hello(net_peer *peer, net_refuse_reason reason, const net_hello *hello)
+{
+    net *n = peer->net;
+    peer_log_refused(peer, "us", reason, hello->protocol, hello->cluster);
+    (void)net_peer_speak(peer); /* a hello still due goes first: the other side then knows our numbers too */
+    net_refusal refusal = {.reason = reason, .protocol = NET_PROTOCOL, .cluster = n->identity.cluster};
+    peer->state = NET_PEER_REFUSING;
+    peer->refused_ms = n->now_ms;
+    net_timer_at(n, n->now_ms + n->options.silence_ms);
+    if (!peer_greet(peer, NET_TYPE_REFUSAL, &refusal, sizeof(refusal))) {
+        net_peer_end(peer, CM_E_REFUSED, true);
+    }
+}
+
+static void peer_up(net_peer *peer)
+{
+    net *n = peer->net;
+    peer->state = NET_PEER_UP;
+    peer->was_up = true;
+    net_timer_at(n, n->now_ms + n->options.heartbeat_ms);
+    cm_stat_add(CM_STAT_net_peers, 1);
+    cm_debug("link %s up, role %u member %u", peer->address, peer->identity.role, peer->identity.member);
+    net_event event = {.kind = NET_EV_UP, .peer = peer};
+    net_event_push(n, &event, NULL);
+}
+
+/* The list goes out under a key as soon as there is one in common, and before the user's first message. */
+static void peer_prove(net_peer *peer)
+{
+    if (net_peer_sender(peer) == NULL) {
+        return; /* one of us has not heard of the other's keys yet */
+    }
+    peer->keys_due |= !peer->proof_sent;
+    (void)net_peer_speak(peer);
+    if (!peer->proof_sent) {
+        net_peer_end(peer, CM_E_RESET, false);
+    } else if (peer->proven) {
+        peer_up(peer);
     }
 }
 
@@ -210,16 +316,7 @@ static void peer_heard_hello(net_peer *peer, const net_event *message)
     memcpy(&hello, message->header, n_bytes);
     net_refuse_reason reason = peer_judge_hello(peer, &hello, message->header_bytes);
     if (reason != 0) {
-        peer_log_refused(peer, "us", reason, hello.protocol, hello.cluster);
-        (void)net_peer_speak(
-            peer); /* a hello still due goes first: the other side then knows our numbers too */
-        net_refusal refusal = {.reason = reason, .protocol = NET_PROTOCOL, .cluster = n->identity.cluster};
-        peer->state = NET_PEER_REFUSING;
-        peer->refused_ms = n->now_ms;
-        net_timer_at(n, n->now_ms + n->options.silence_ms);
-        if (!peer_note(peer, NET_TYPE_REFUSAL, &refusal, sizeof(refusal))) {
-            net_peer_end(peer, CM_E_REFUSED, true);
-        }
+        peer_refuse_hello(peer, reason, &hello);
         return;
     }
     (void)net_peer_speak(peer); /* our hello leaves before the user's first message */
@@ -227,15 +324,18 @@ static void peer_heard_hello(net_peer *peer, const net_event *message)
         net_peer_end(peer, CM_E_RESET, false);
         return;
     }
+    peer->heard_ms = n->now_ms;
     peer->identity = (net_identity){.cluster = hello.cluster, .role = hello.role, .member = hello.member};
     peer->window = hello.sends_max < n->options.sends_max ? hello.sends_max : n->options.sends_max;
-    peer->state = NET_PEER_UP;
-    peer->was_up = true;
-    net_timer_at(n, n->now_ms + n->options.heartbeat_ms);
-    cm_stat_add(CM_STAT_net_peers, 1);
-    cm_debug("link %s up, role %u member %u", peer->address, hello.role, hello.member);
-    net_event event = {.kind = NET_EV_UP, .peer = peer};
-    net_event_push(n, &event, NULL);
+    peer->greeted = true;
+    if (!n->options.keyed) {
+        peer_up(peer);
+        return;
+    }
+    memcpy(peer->their_nonce, hello.nonce, sizeof(peer->their_nonce));
+    memcpy(peer->their_ids, hello.key_ids, sizeof(peer->their_ids));
+    net_link_keys_follow(peer);
+    peer_prove(peer);
 }
 
 static void peer_heard_refusal(net_peer *peer, const net_event *message)
@@ -246,6 +346,69 @@ static void peer_heard_refusal(net_peer *peer, const net_event *message)
     }
     peer_log_refused(peer, "the peer", refusal.reason, refusal.protocol, refusal.cluster);
     net_peer_end(peer, CM_E_REFUSED, true);
+}
+
+/* ---- lists of keys ---- */
+
+/* Up and without a key in common: one of us missed what all others heard. */
+static void peer_end_keyless(net_peer *peer)
+{
+    cm_warn("link %s ended: member %u has none of our keys", peer->address, peer->identity.member);
+    net_peer_end(peer, CM_E_STALE, false);
+}
+
+static bool peer_take_ids(net_peer *peer, const void *note, uint32_t note_bytes)
+{
+    if (note_bytes != sizeof(peer->their_ids)) {
+        return false;
+    }
+    memcpy(peer->their_ids, note, note_bytes);
+    return true;
+}
+
+/* It can make us choose among keys we have, and no more: a forged one costs the link at most. */
+bool net_peer_heard_unproven(net_peer *peer, const net_event *message, const net_prefix *prefix)
+{
+    if (prefix->key != 0 || peer->state != NET_PEER_GREETING || peer->proven || !peer->greeted ||
+        message->header_bytes < sizeof(*prefix) ||
+        !peer_take_ids(peer, (const uint8_t *)message->header + sizeof(*prefix),
+                       message->header_bytes - (uint32_t)sizeof(*prefix))) {
+        return false;
+    }
+    peer_prove(peer);
+    return true;
+}
+
+static void peer_heard_keys(net_peer *peer, const net_event *note)
+{
+    if (!peer_take_ids(peer, note->header, note->header_bytes)) {
+        cm_warn("peer %s broke the protocol: list of keys of %u bytes", peer->address, note->header_bytes);
+        net_peer_end(peer, CM_E_PROTOCOL, false);
+    } else if (peer->state == NET_PEER_GREETING) {
+        peer->proven = true;
+        peer_prove(peer);
+    } else if (net_peer_sender(peer) == NULL) {
+        peer_end_keyless(peer);
+    }
+}
+
+void net_peer_keys_changed(net_peer *peer)
+{
+    if (peer->state > NET_PEER_UP) {
+        return;
+    }
+    peer->keys_due = true;
+    peer_due(peer);
+    net_timer_at(peer->net, peer->net->now_ms);
+    if (!peer->greeted) {
+        return;
+    }
+    net_link_keys_follow(peer);
+    if (peer->state == NET_PEER_GREETING) {
+        peer_prove(peer);
+    } else if (net_peer_sender(peer) == NULL) {
+        peer_end_keyless(peer);
+    }
 }
 
 /* ---- flow of user messages ----
@@ -265,7 +428,7 @@ void net_peer_taken(net_peer *peer)
 
 static bool peer_may_tell(const net_peer *peer, const net_sending *sending)
 {
-    return (int32_t)(sending->seq - peer->n_sent_taken) <= (int32_t)(peer->window / 2);
+    return (int64_t)(sending->seq - peer->n_sent_taken) <= (int64_t)(peer->window / 2);
 }
 
 static void peer_heard_heartbeat(net_peer *peer, const net_event *message)
@@ -277,10 +440,10 @@ static void peer_heard_heartbeat(net_peer *peer, const net_event *message)
         return;
     }
     memcpy(&heartbeat, message->header, sizeof(heartbeat));
-    uint32_t n_new = heartbeat.n_taken - peer->n_sent_taken;
+    uint64_t n_new = heartbeat.n_taken - peer->n_sent_taken;
     if (n_new > peer->n_sent - peer->n_sent_taken) {
-        cm_warn("peer %s broke the protocol: took %u messages of %u", peer->address, heartbeat.n_taken,
-                peer->n_sent);
+        cm_warn("peer %s broke the protocol: took %llu messages of %llu", peer->address,
+                (unsigned long long)heartbeat.n_taken, (unsigned long long)peer->n_sent);
         net_peer_end(peer, CM_E_PROTOCOL, false);
         return;
     }
@@ -308,6 +471,8 @@ static void note_done(net_sending *note)
     net_peer *peer = note->peer;
     if (note->type == NET_TYPE_HEARTBEAT) {
         peer->heartbeat_on_way = false;
+    } else if (note->type == NET_TYPE_KEYS) {
+        peer->n_keys_on_way--;
     }
     TAILQ_REMOVE(&peer->notes, note, entry);
 }
@@ -340,23 +505,40 @@ void net_sending_done(net *n, net_sending *sending, cm_status status)
 
 /* ---- the layer's own messages, received ---- */
 
-void net_peer_heard(net_peer *peer, const net_event *message)
+static void peer_broke_protocol(net_peer *peer, uint16_t type)
 {
-    if (message->type == NET_TYPE_REFUSAL) {
+    cm_warn("peer %s broke the protocol: type %04x in state %d", peer->address, type, (int)peer->state);
+    net_peer_end(peer, CM_E_PROTOCOL, false);
+}
+
+void net_peer_heard_greeting(net_peer *peer, const net_event *message)
+{
+    if (peer->net->options.keyed && (peer->proven || (message->type == NET_TYPE_HELLO && peer->greeted))) {
+        net_refuse(peer, message->type, "there was a greeting before"); /* nothing vouches for this one */
+    } else if (message->type == NET_TYPE_REFUSAL) {
         peer_heard_refusal(peer, message);
-    } else if (peer->state == NET_PEER_REFUSING) {
-        return; /* only the peer's own verdict matters now */
-    } else if (message->type == NET_TYPE_HELLO && peer->state == NET_PEER_GREETING) {
+    } else if (peer->state == NET_PEER_GREETING) {
         peer_heard_hello(peer, message);
+    } else if (peer->state != NET_PEER_REFUSING) { /* then only the peer's own verdict matters */
+        peer_broke_protocol(peer, message->type);
+    }
+}
+
+void net_peer_heard(net_peer *peer, const net_event *message, const net_prefix *prefix)
+{
+    net_event note = *message;
+    note.header = (const uint8_t *)message->header + sizeof(*prefix);
+    note.header_bytes -= (uint32_t)sizeof(*prefix);
+    peer->n_notes_taken = prefix->seq;
+    if (message->type == NET_TYPE_KEYS && peer->net->options.keyed) {
+        peer_heard_keys(peer, &note);
     } else if (message->type == NET_TYPE_HEARTBEAT && peer->state == NET_PEER_UP) {
-        peer_heard_heartbeat(peer, message);
+        peer_heard_heartbeat(peer, &note);
     } else if (message->type == NET_TYPE_GOODBYE && peer->state == NET_PEER_UP) {
         cm_debug("link %s ended by the peer's goodbye", peer->address);
         net_peer_end(peer, CM_E_RESET, true);
     } else {
-        cm_warn("peer %s broke the protocol: type %04x in state %d", peer->address, message->type,
-                (int)peer->state);
-        net_peer_end(peer, CM_E_PROTOCOL, false);
+        peer_broke_protocol(peer, message->type);
     }
 }
 
@@ -369,10 +551,13 @@ static bool peer_deadline_passed(net_peer *peer)
     const net_sending *sending;
     TAILQ_FOREACH (sending, &peer->sends, entry) {
         if (n->now_ms >= sending->deadline_ms) {
-            cm_warn("link %s given up: message %u of type %u %s %llu ms past its deadline, %u of %u taken by "
-                    "the peer",
-                    peer->address, sending->seq, sending->type, sending->completed ? "not taken" : "not away",
-                    (unsigned long long)(n->now_ms - sending->deadline_ms), peer->n_sent_taken, peer->n_sent);
+            cm_warn(
+                "link %s given up: message %llu of type %u %s %llu ms past its deadline, %llu of %llu taken "
+                "by the peer",
+                peer->address, (unsigned long long)sending->seq, sending->type,
+                sending->completed ? "not taken" : "not away",
+                (unsigned long long)(n->now_ms - sending->deadline_ms),
+                (unsigned long long)peer->n_sent_taken, (unsigned long long)peer->n_sent);
             net_peer_end(peer, CM_E_DEADLINE, false);
             return true;
         }
@@ -400,7 +585,9 @@ void net_peer_tick(net_peer *peer)
     if (n->now_ms >= peer->heard_ms + options->silence_ms) {
         cm_warn("link %s given up: nothing heard for %llu ms%s", peer->address,
                 (unsigned long long)(n->now_ms - peer->heard_ms),
-                peer->state == NET_PEER_GREETING ? ", no greeting" : "");
+                peer->state != NET_PEER_GREETING ? ""
+                : peer->greeted                  ? ", no key in common"
+                                                 : ", no greeting");
         net_peer_end(peer, CM_E_SILENT, false);
         return;
     }

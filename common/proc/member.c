@@ -7,12 +7,14 @@
 #include "common/base/assert.h"
 #include "common/base/bytes.h"
 #include "common/base/clock.h"
+#include "common/base/jobs.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
 #include "common/proc/member_core.h"
 #include "common/proc/rpc_client.h"
+#include "proto/messages.h"
 #include "proto/pack.h"
 
 #define MEMBER_SESSION "/baleen.control.v1.Control/Session"
@@ -31,6 +33,8 @@ struct pc_member {
     char host[256];
     uint32_t role;
 
+    pc_tls *tls;         /* NULL: plain */
+    cm_jobs *jobs;       /* finds out why TLS does not come up; NULL: plain */
     pc_channel *channel; /* to coordinator */
     pc_stream *stream;   /* the session; NULL between two */
     pc_timer *tick;
@@ -39,12 +43,6 @@ struct pc_member {
     cm_arena arena;
     cm_bytes packed;
 };
-
-static const char *member_role_name(uint32_t role)
-{
-    static const char *const names[] = {"none", "coordinator", "gateway", "router", "worker"};
-    return role < sizeof(names) / sizeof(names[0]) ? names[role] : "none";
-}
 
 static char member_role_letter(uint32_t role)
 {
@@ -79,7 +77,7 @@ static void member_welcome(pc_member *member)
 {
     uint32_t id = pc_mcore_id(member->core);
     uint64_t cluster = pc_mcore_cluster(member->core);
-    cm_log_identity(member_role_name(member->role), (int)id);
+    cm_log_identity(pr_role_name(member->role), (int)id);
     cm_log_epoch(pc_mcore_epoch(member->core));
     cm_info("member %u of cluster %llx, coordinator %s", id, (unsigned long long)cluster,
             member->coordinator);
@@ -103,6 +101,11 @@ static void member_tell(pc_member *member, const pc_mout *out)
     switch (out->kind) {
     case PC_MOUT_WELCOME:
         member_welcome(member);
+        break;
+    case PC_MOUT_KEY:
+        if (events->frame_key != NULL) {
+            events->frame_key(member->ctx, pc_mcore_cluster(member->core), out->epoch, out->key);
+        }
         break;
     case PC_MOUT_PREPARE:
         member_prepare(member, out);
@@ -149,7 +152,7 @@ static void member_go_to(pc_member *member, const char *address)
         pc_channel_destroy(member->channel);
     }
     snprintf(member->coordinator, sizeof(member->coordinator), "%.*s", PC_ADDRESS_BYTES - 1, address);
-    member->channel = pc_channel_create(member->loop, address);
+    member->channel = pc_channel_create_tls(member->loop, address, member->tls);
 }
 
 static void member_do(pc_member *member, const pc_mout *out)
@@ -279,13 +282,45 @@ static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
     member_act(member);
 }
 
+typedef struct member_doubt {
+    pc_tls *tls;
+    char coordinator[PC_ADDRESS_BYTES];
+} member_doubt;
+
+/* Job thread. */
+static void member_explain(void *arg)
+{
+    member_doubt *doubt = arg;
+    char text[400];
+    if (pc_tls_explain(doubt->tls, doubt->coordinator, text, sizeof(text))) {
+        cm_error_log("TLS: %s", text);
+    }
+    cm_free(doubt);
+}
+
+static void member_find_out(pc_member *member)
+{
+    member_doubt *doubt = cm_alloc(sizeof(*doubt));
+    doubt->tls = member->tls;
+    snprintf(doubt->coordinator, sizeof(doubt->coordinator), "%s", member->coordinator);
+    if (cm_jobs_submit(member->jobs, member_explain, doubt) != CM_OK) {
+        cm_free(doubt); /* others are on their way */
+    }
+}
+
 static void member_closed(void *ctx, pc_code code, const char *text)
 {
     pc_member *member = ctx;
-    char why[256];
+    char why[400];
+    bool may_be_tls =
+        code == PC_CODE_UNAVAILABLE && member->tls == NULL && strstr(text, "Socket closed") != NULL;
     member->stream = NULL;
-    snprintf(why, sizeof(why), "%s (code %d)", text, (int)code);
-    pc_mcore_closed(member->core, cm_now_ms(), code == PC_CODE_OK, why);
+    snprintf(why, sizeof(why), "%.255s (code %d%s)", text, (int)code,
+             may_be_tls ? "; if it wants TLS, give --tls-ca, --tls-cert and --tls-key" : "");
+    if (pc_mcore_closed(member->core, cm_now_ms(), code == PC_CODE_OK, why) && code == PC_CODE_UNAVAILABLE &&
+        member->jobs != NULL) {
+        member_find_out(member);
+    }
     member_act(member);
 }
 
@@ -317,6 +352,8 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->fingerprint = cm_strdup(options->fingerprint);
     member->role = options->role;
     gethostname(member->host, sizeof(member->host) - 1);
+    member->tls = options->tls;
+    member->jobs = member->tls != NULL ? cm_jobs_create("tls", 1, PC_ADDRESSES_MAX) : NULL;
     cm_arena_init(&member->arena, "member message", MEMBER_ARENA_CHUNK, MEMBER_ARENA_MAX);
     cm_bytes_init(&member->packed, 0);
     member->tick = pc_timer_create(loop, member_tick, member);
@@ -343,6 +380,9 @@ void pc_member_destroy(pc_member *member)
     pc_mcore_leave(member->core); /* no session is begun by what the end of this one brings */
     member->acting = true;        /* and nothing is said any more */
     pc_channel_destroy(member->channel);
+    if (member->jobs != NULL) {
+        cm_jobs_destroy(member->jobs);
+    }
     pc_timer_destroy(member->tick);
     pc_mcore_destroy(member->core);
     cm_arena_fini(&member->arena);

@@ -7,6 +7,7 @@
 
 #include "common/base/status.h"
 #include "common/proc/loop.h"
+#include "common/proc/tls.h"
 #include "proto/placement.h"
 
 typedef struct pc_member pc_member;
@@ -35,11 +36,16 @@ const struct pc_epoch_member *pc_epoch_member_find(const pc_epoch *epoch, uint32
 typedef struct pc_member_events {
     /* We are in: id and cluster are known now (set the net identity). Also after every reconnect. */
     void (*welcome)(void *ctx, uint32_t member_id, uint64_t cluster);
+    /* The key of the data plane's messages for an epoch: before the commit of that epoch, and again with
+     * every welcome while that epoch is in force. key: NET_KEY_BYTES, borrowed. */
+    void (*frame_key)(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key);
     /* Workers: load, then pc_member_prepared. epoch is borrowed: hold it to keep it. */
     void (*prepare)(void *ctx, pc_epoch *epoch);
     void (*abort)(void *ctx, uint64_t epoch);
     /* In force: then pc_member_committed. */
     void (*commit)(void *ctx, pc_epoch *epoch);
+    /* The oldest epoch that others may still use. Workers: when the coordinator says so. Others: after a
+     * commit, the one before; nobody is waited for until they have heard of it. */
     void (*retire)(void *ctx, uint64_t oldest);
     /* Gateways: the other members' counters. Borrowed. */
     void (*cluster_stats)(void *ctx, const Baleen__Control__V1__ClusterStats *stats);
@@ -50,9 +56,10 @@ typedef struct pc_member_events {
 } pc_member_events; /* members that a role does not use may be NULL */
 
 typedef struct pc_member_options {
-    const char
-        *coordinator; /* "host:port[,host:port]", checked (addresses.h): one is active, others stand by */
-    uint32_t role;    /* Baleen__Control__V1__Role */
+    /* "host:port[,host:port]", checked (addresses.h): one is active, others stand by */
+    const char *coordinator;
+    pc_tls *tls;                                            /* kept; NULL: plain */
+    uint32_t role;                                          /* Baleen__Control__V1__Role */
     const char *data_address, *http_address, *grpc_address; /* NULL when none */
     const char *fingerprint;
     uint64_t expert_bytes_max; /* workers */

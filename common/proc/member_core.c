@@ -198,6 +198,20 @@ static void mcore_bound_backoff(pc_mcore *core, uint32_t lease_ms)
     core->backoff_max_ms = third_ms < MCORE_BACKOFF_MAX_MS ? third_ms : MCORE_BACKOFF_MAX_MS;
 }
 
+static void mcore_take_key(pc_mcore *core, const Baleen__Control__V1__FrameKey *key)
+{
+    if (key == NULL) {
+        return;
+    }
+    if (key->key.len != NET_KEY_BYTES) {
+        mcore_note(core, CM_LOG_WARN, "a key of %zu bytes ignored", key->key.len);
+        return;
+    }
+    pc_mout *out = mcore_emit(core, PC_MOUT_KEY);
+    out->epoch = key->epoch;
+    memcpy(out->key, key->key.data, sizeof(out->key));
+}
+
 static void mcore_hear_welcome(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__Welcome *welcome)
 {
     if (welcome->member_id == 0 || welcome->heartbeat_ms == 0 ||
@@ -223,6 +237,7 @@ static void mcore_hear_welcome(pc_mcore *core, uint64_t now_ms, const Baleen__Co
         mcore_emit(core, PC_MOUT_LEAVING); /* a coordinator that was started again has not heard it */
     }
     mcore_emit(core, PC_MOUT_WELCOME);
+    mcore_take_key(core, welcome->frame_key);
 }
 
 static void mcore_hear_refused(pc_mcore *core, const Baleen__Control__V1__Refused *refused)
@@ -286,9 +301,14 @@ static void mcore_hear_commit(pc_mcore *core, const Baleen__Control__V1__Commit 
     if (epoch == NULL) {
         return;
     }
+    mcore_take_key(core, commit->frame_key);
     if (epoch->number > core->epoch_heard) {
+        uint64_t before = core->epoch_in_force;
         core->epoch_heard = epoch->number;
         mcore_emit(core, PC_MOUT_COMMIT)->value = epoch;
+        if (core->self.role != BALEEN__CONTROL__V1__ROLE__ROLE_WORKER && before != 0) {
+            mcore_emit(core, PC_MOUT_RETIRE)->epoch = before;
+        }
         return;
     }
     if (core->epoch_in_force == epoch->number) {
@@ -334,13 +354,13 @@ void pc_mcore_hear(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__C
     }
 }
 
-void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *why)
+bool pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *why)
 {
     bool was_connected = core->connected;
     core->open = core->connected = false;
     core->over |= core->leaving && orderly; /* let go */
     if (core->over) {
-        return;
+        return false;
     }
     /* The first of many; a refusal has said why itself. */
     bool first = was_connected || (core->backoff_ms == MCORE_BACKOFF_MIN_MS && !core->refused);
@@ -354,6 +374,7 @@ void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *
         core->backoff_ms =
             core->backoff_ms * 2 < core->backoff_max_ms ? core->backoff_ms * 2 : core->backoff_max_ms;
     }
+    return first;
 }
 
 /* ---- what can be seen ---- */

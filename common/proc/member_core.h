@@ -9,6 +9,7 @@
 #include "common/base/bytes.h"
 #include "common/base/log.h"
 #include "common/base/stats.h"
+#include "common/net/net.h"
 #include "common/proc/addresses.h"
 #include "common/proc/member.h"
 #include "proto/control.pb-c.h"
@@ -37,6 +38,7 @@ typedef enum pc_mout_kind {
     PC_MOUT_LEAVING,
     PC_MOUT_CANCEL,  /* end the session; pc_mcore_closed follows */
     PC_MOUT_WELCOME, /* these are news: pc_member_events says what they mean */
+    PC_MOUT_KEY,     /* epoch, key */
     PC_MOUT_PREPARE, /* value: given, as with commit; the owner releases it */
     PC_MOUT_ABORT,   /* epoch */
     PC_MOUT_COMMIT,  /* value */
@@ -53,6 +55,7 @@ typedef struct pc_mout {
     cm_status status;
     cm_log_level level;
     pc_epoch *value;
+    uint8_t key[NET_KEY_BYTES];
     char text[416];
 } pc_mout;
 
@@ -66,8 +69,9 @@ uint64_t pc_mcore_wake_ms(const pc_mcore *core); /* when time alone changes some
 
 /* A word of the coordinator; borrowed for the call. Counters (ClusterStats) are its owner's to take. */
 void pc_mcore_hear(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__CoordinatorMessage *message);
-/* orderly: the coordinator ended it without complaint; to who wants to leave it is the last one. */
-void pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *why);
+/* orderly: the coordinator ended it without complaint; to who wants to leave it is the last one. True: the
+ * first one without an answer since there was one, worth finding out more. */
+bool pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *why);
 
 /* text: NULL when there is nothing to say. */
 void pc_mcore_prepared(pc_mcore *core, uint64_t epoch, cm_status status, const char *text);

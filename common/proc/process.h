@@ -3,16 +3,19 @@
 #pragma once
 #include "common/base/config.h"
 #include "common/proc/loop.h"
+#include "common/proc/tls.h"
 
 typedef struct pc_process_config {
     char *log_level, *log_format, *failpoints;
     uint64_t ready_fd, seed;
+    pc_tls_config tls;
 } pc_process_config;
 
 /* Rows for a process' own option table; member_ is a pc_process_config inside its config struct. */
 #define PC_PROCESS_FIELDS(type_, member_)                                                                    \
     {"log_level", "info", "error, warn, info, debug: least severe lines written to stderr",                  \
      CM_CFG_CHOICE(type_, member_.log_level, "error|warn|info|debug")},                                      \
+        PC_TLS_FIELDS(type_, member_.tls),                                                                   \
         {"log_format", "text", "form of a log line", CM_CFG_CHOICE(type_, member_.log_format, "text|json")}, \
         {"failpoints", "", "tests only: name:odds,.. of failpoints to arm",                                  \
          CM_CFG_STRING(type_, member_.failpoints)},                                                          \

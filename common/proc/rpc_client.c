@@ -1,6 +1,5 @@
 #include "common/proc/rpc_client.h"
 
-#include <grpc/grpc_security.h>
 #include <grpc/support/alloc.h>
 #include <grpc/support/time.h>
 #include <string.h>
@@ -39,6 +38,7 @@ struct pc_channel {
     pc_loop *loop;
     pc_cq *cq;
     char *address;
+    pc_tls *tls; /* NULL: plain */
     grpc_channel *channel;
     pc_stream *streams;
     bool closing; /* nothing is started any more */
@@ -48,7 +48,7 @@ struct pc_channel {
  * connection */
 
 /* Lazy: the first call connects. */
-static grpc_channel *channel_connect(const char *address)
+static grpc_channel *channel_connect(const char *address, pc_tls *tls)
 {
     grpc_arg args[] = {
         pc_arg_int(GRPC_ARG_KEEPALIVE_TIME_MS, CHANNEL_PING_MS),
@@ -68,7 +68,7 @@ static grpc_channel *channel_connect(const char *address)
                    1), /* a new channel starts without another one's backoff */
     };
     grpc_channel_args channel_args = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
-    grpc_channel_credentials *credentials = grpc_insecure_credentials_create();
+    grpc_channel_credentials *credentials = pc_tls_client_credentials(tls);
     grpc_channel *channel = grpc_channel_create(address, credentials, &channel_args);
     grpc_channel_credentials_release(credentials);
     return channel;
@@ -81,7 +81,7 @@ static void channel_refresh(pc_channel *channel)
 {
     if (grpc_channel_check_connectivity_state(channel->channel, 0) == GRPC_CHANNEL_TRANSIENT_FAILURE) {
         grpc_channel_destroy(channel->channel);
-        channel->channel = channel_connect(channel->address);
+        channel->channel = channel_connect(channel->address, channel->tls);
     }
 }
 
@@ -270,11 +270,17 @@ void pc_stream_cancel(pc_stream *stream)
 
 pc_channel *pc_channel_create(pc_loop *loop, const char *address)
 {
+    return pc_channel_create_tls(loop, address, NULL);
+}
+
+pc_channel *pc_channel_create_tls(pc_loop *loop, const char *address, pc_tls *tls)
+{
     pc_channel *channel = cm_alloc(sizeof(*channel));
     channel->loop = loop;
     channel->address = cm_strdup(address);
     channel->cq = pc_cq_create(loop);
-    channel->channel = channel_connect(address);
+    channel->tls = tls;
+    channel->channel = channel_connect(address, tls);
     return channel;
 }
 

@@ -12,7 +12,10 @@
 typedef struct pc_channel pc_channel;
 typedef struct pc_stream pc_stream;
 
-pc_channel *pc_channel_create(pc_loop *loop, const char *address);
+pc_channel *pc_channel_create(pc_loop *loop, const char *address); /* plain */
+/* tls: kept; NULL: plain. The server's certificate must be a coordinator's of the same authority, and name
+ * the host in address. */
+pc_channel *pc_channel_create_tls(pc_loop *loop, const char *address, pc_tls *tls);
 /* Cancels its streams; their closed callbacks come first. Not from inside a callback of a stream. */
 void pc_channel_destroy(pc_channel *channel);
 

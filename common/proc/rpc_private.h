@@ -1,14 +1,16 @@
-/* What the gRPC server and client share: a completion queue with its thread, and the messages that wait to be
- * sent. Thread: the loop's, but for the queue's own thread. */
+/* What the gRPC server and client share: a completion queue with its thread, credentials, and the messages
+ * that wait to be sent. Thread: the loop's, but for the queue's own thread. */
 #pragma once
 #include <grpc/byte_buffer.h>
 #include <grpc/grpc.h>
+#include <grpc/grpc_security.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "common/base/status.h"
 #include "common/proc/loop.h"
+#include "common/proc/tls.h"
 
 /* The tag of a batch, embedded in its owner, which lives until done ran on the loop thread. */
 typedef struct pc_op pc_op;
@@ -35,6 +37,19 @@ void pc_cq_destroy(pc_cq *cq);
  * text_out as well. */
 void pc_grpc_log_capture_begin(char *text_out, size_t cap);
 void pc_grpc_log_capture_end(void);
+
+/* For one connection, and for one server; tls NULL: plain. */
+grpc_channel_credentials *pc_tls_client_credentials(pc_tls *tls);
+grpc_server_credentials *pc_tls_server_credentials(pc_tls *tls);
+/* The texts of the files in force, to be freed; and whether they are good now: a certificate may have expired
+ * since. */
+typedef struct pc_tls_texts {
+    char *ca, *cert, *key;
+} pc_tls_texts;
+CM_MUST_CHECK cm_status pc_tls_copy(pc_tls *tls, pc_tls_texts *texts_out, cm_error *err);
+void pc_tls_texts_free(pc_tls_texts *texts);
+struct x509_store_st *pc_tls_authorities(const char *text); /* an X509_STORE; NULL: none in the text */
+const char *pc_tls_cert_path(const pc_tls *tls);
 
 grpc_arg pc_arg_int(const char *key, int value);
 /* The whole message in one piece; the slice is the caller's to unref. */

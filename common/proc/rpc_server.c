@@ -1,7 +1,6 @@
 #include "common/proc/rpc_server.h"
 
 #include <errno.h>
-#include <grpc/grpc_security.h>
 #include <grpc/support/alloc.h>
 #include <grpc/support/time.h>
 #include <stdio.h>
@@ -9,6 +8,7 @@
 #include <string.h>
 
 #include "common/base/assert.h"
+#include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/proc/rpc_private.h"
 
@@ -31,8 +31,8 @@ struct pc_call {
     grpc_call *call; /* NULL until accepted */
     grpc_call_details details;
     grpc_metadata_array metadata;
-    char **texts; /* [metadata.count] values handed out by pc_call_metadata */
-    char *peer;
+    char **texts;       /* [metadata.count] values handed out by pc_call_metadata */
+    char *peer, *role;  /* role: NULL when plain */
     uint32_t n_batches; /* on their way; the last to complete frees the call */
     pc_op accepted, received, sent, ended;
     grpc_byte_buffer *message; /* being received */
@@ -59,6 +59,7 @@ struct pc_rpc_server {
     uint32_t calls_max;
     uint64_t queue_bytes_max;
     void *ctx;
+    pc_tls *tls;
     pc_op stopped;
     bool draining, closing; /* closing: nothing is started any more */
     pc_task drained;
@@ -112,6 +113,7 @@ static void call_free(pc_call *call)
     }
     cm_free(call->texts);
     gpr_free(call->peer);
+    cm_free(call->role);
     for (uint32_t i = 0; i < call->n_headers; i++) {
         grpc_slice_unref(call->headers[i].key);
         grpc_slice_unref(call->headers[i].value);
@@ -275,10 +277,36 @@ static const pc_method *server_find_method(const pc_rpc_server *server, grpc_sli
     return NULL;
 }
 
+/* The CN of the certificate that gRPC has verified. */
+static char *call_find_role(grpc_call *call)
+{
+    grpc_auth_context *auth = grpc_call_auth_context(call);
+    grpc_auth_property_iterator it =
+        grpc_auth_context_find_properties_by_name(auth, GRPC_X509_CN_PROPERTY_NAME);
+    const grpc_auth_property *name = grpc_auth_property_iterator_next(&it);
+    char *role = cm_strdup(name != NULL ? name->value : "nobody");
+    grpc_auth_context_release(auth);
+    return role;
+}
+
+static void call_refuse_role(pc_call *call, const pc_method *method)
+{
+    char text[256], *peer = grpc_call_get_peer(call->call);
+    cm_warn("%s called %s with a certificate of role %s, it needs %s", peer, method->path, call->role,
+            method->role);
+    gpr_free(peer);
+    snprintf(
+        text, sizeof(text),
+        "%.80s needs a certificate of role %s, yours is of role %.60s: give --tls-cert and --tls-key of %s",
+        method->path, method->role, call->role, method->role);
+    pc_call_finish(call, PC_CODE_PERMISSION_DENIED, text, NULL, 0, 0);
+}
+
 static void call_dispatch(pc_call *call)
 {
     pc_rpc_server *server = call->server;
     const pc_method *method = server_find_method(server, call->details.method);
+    call->role = server->tls != NULL ? call_find_role(call->call) : NULL;
     if (server->draining) {
         pc_call_finish(call, PC_CODE_UNAVAILABLE, "the server is shutting down", NULL, 0, 0);
     } else if (method == NULL) {
@@ -287,6 +315,8 @@ static void call_dispatch(pc_call *call)
         snprintf(text, sizeof(text), "unknown method %.*s", n < 200 ? n : 200,
                  (const char *)GRPC_SLICE_START_PTR(call->details.method));
         pc_call_finish(call, PC_CODE_UNIMPLEMENTED, text, NULL, 0, 0);
+    } else if (call->role != NULL && method->role != NULL && strcmp(call->role, method->role) != 0) {
+        call_refuse_role(call, method);
     } else if (server->n_open >= server->calls_max) {
         char text[96];
         snprintf(text, sizeof(text), "%u calls are open, the server takes no more", server->n_open);
@@ -340,7 +370,7 @@ static cm_status server_listen(pc_rpc_server *server, const char *address, char 
         return cm_error_set(err, CM_E_INVALID, address, "cannot listen on %s: not of the form host:port",
                             address);
     }
-    grpc_server_credentials *credentials = grpc_insecure_server_credentials_create();
+    grpc_server_credentials *credentials = pc_tls_server_credentials(server->tls);
     pc_grpc_log_capture_begin(why, sizeof(why));
     int bound = grpc_server_add_http2_port(server->server, address, credentials);
     pc_grpc_log_capture_end();
@@ -388,6 +418,7 @@ cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options, con
     server->calls_max = options->calls_max;
     server->queue_bytes_max = options->queue_bytes_max;
     server->ctx = options->ctx;
+    server->tls = options->tls;
     server->cq = pc_cq_create(loop);
     grpc_arg args[] = {
         pc_arg_int(GRPC_ARG_ALLOW_REUSEPORT, 0),
@@ -448,6 +479,11 @@ void *pc_call_user(const pc_call *call)
 const char *pc_call_peer(const pc_call *call)
 {
     return call->peer;
+}
+
+const char *pc_call_role(const pc_call *call)
+{
+    return call->role;
 }
 
 const pc_method *pc_call_method(const pc_call *call)

@@ -8,6 +8,7 @@
 
 #include "common/base/status.h"
 #include "common/proc/loop.h"
+#include "common/proc/tls.h"
 
 typedef struct pc_rpc_server pc_rpc_server;
 typedef struct pc_call pc_call;
@@ -44,6 +45,8 @@ typedef struct pc_method {
      * invalid after it. */
     void (*closed)(pc_call *call, bool cancelled);
     bool client_streams; /* more than one request message */
+    const char *role;    /* whose certificate a caller needs, on a server with TLS; others are answered
+                            PERMISSION_DENIED. NULL: any of the cluster */
 } pc_method;
 
 typedef struct pc_rpc_options {
@@ -53,6 +56,7 @@ typedef struct pc_rpc_options {
     uint64_t queue_bytes_max; /* unsent bytes of one call; then pc_call_send says CM_AGAIN (an empty queue
                                  takes any one) */
     void *ctx;                /* pc_call_ctx */
+    pc_tls *tls;              /* kept; NULL: plain. Then clients need a certificate of the same authority */
 } pc_rpc_options;
 
 /* methods are kept. bound_out: "host:port" really in use. CM_E_EXISTS: the address is taken; CM_E_INVALID: no
@@ -69,6 +73,8 @@ void *pc_call_ctx(const pc_call *call); /* options.ctx */
 void pc_call_set_user(pc_call *call, void *user);
 void *pc_call_user(const pc_call *call);
 const char *pc_call_peer(const pc_call *call);
+/* The role in the caller's certificate; NULL: plain. */
+const char *pc_call_role(const pc_call *call);
 const pc_method *pc_call_method(const pc_call *call);
 /* First value of a request metadata key (lower case), NULL when absent. */
 const char *pc_call_metadata(const pc_call *call, const char *key);

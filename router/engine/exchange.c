@@ -102,6 +102,18 @@ void rt_exchange_offer_epoch(rt_exchange *x, pc_epoch *epoch, uint32_t self)
     rt_exchange_wake(x);
 }
 
+void rt_exchange_frame_key(rt_exchange *x, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    net_key_add(x->rows, cluster, epoch, key);
+    rt_exchange_wake(x);
+}
+
+void rt_exchange_retire_keys(rt_exchange *x, uint64_t oldest)
+{
+    net_key_retire(x->rows, oldest);
+    rt_exchange_wake(x);
+}
+
 /* ---- links ---- */
 
 static void exchange_connect(rt_exchange *x, uint32_t rank)

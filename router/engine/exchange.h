@@ -28,6 +28,9 @@ void rt_exchange_destroy(rt_exchange *exchange);
 
 /* Any thread: the epoch to switch to at the next chance. Held by the exchange. self: our member id. */
 void rt_exchange_offer_epoch(rt_exchange *exchange, pc_epoch *epoch, uint32_t self);
+/* Any thread, for keyed rows: see net_key_add and net_key_retire. */
+void rt_exchange_frame_key(rt_exchange *exchange, uint64_t cluster, uint64_t epoch, const uint8_t *key);
+void rt_exchange_retire_keys(rt_exchange *exchange, uint64_t oldest);
 /* Any thread: ends a sleep of rt_exchange_idle. */
 void rt_exchange_wake(rt_exchange *exchange);
 

@@ -177,7 +177,7 @@ static void deliver_word(sim *s, sim_proc *proc, const co_out *out)
               at->end->link != NULL ? "a member" : "", out->text);
     cm_bytes_clear(&c->packed);
     if (co_answer_word(out, co_core_cluster(c->core), (uint32_t)s->shape.heartbeat_ms,
-                       (uint32_t)s->shape.lease_ms, &c->packed)) {
+                       (uint32_t)s->shape.lease_ms, NULL, &c->packed)) {
         cm_status status = sim_send(s, at->end, 0, NULL, 0, c->packed.data, c->packed.len, NULL);
         (void)status; /* a link that is down is told to be so */
     }

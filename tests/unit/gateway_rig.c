@@ -65,14 +65,20 @@ static void coordinator_say(Baleen__Control__V1__CoordinatorMessage *word)
     cm_bytes_fini(&packed);
 }
 
+static uint8_t g_key[NET_KEY_BYTES] = {1, 2, 3}; /* of the links */
+
 static void say_welcome(void)
 {
+    Baleen__Control__V1__FrameKey key = BALEEN__CONTROL__V1__FRAME_KEY__INIT;
+    key.epoch = 1;
+    key.key = (ProtobufCBinaryData){sizeof(g_key), g_key};
     Baleen__Control__V1__Welcome welcome = BALEEN__CONTROL__V1__WELCOME__INIT;
     Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
     welcome.member_id = RIG_GATEWAY;
     welcome.cluster = RIG_CLUSTER;
     welcome.heartbeat_ms = 1000;
     welcome.lease_ms = 5000;
+    welcome.frame_key = &key;
     word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_WELCOME;
     word.welcome = &welcome;
     coordinator_say(&word);
@@ -465,7 +471,9 @@ static void router_start(void)
     const net_identity identity = {RIG_CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, RIG_ROUTER};
     net_options_defaults(&options);
     options.backend = "local";
+    options.keyed = true;
     assert_int_equal(net_open(&options, &R.net, NULL), CM_OK);
+    net_key_add(R.net, RIG_CLUSTER, 1, g_key);
     net_set_identity(R.net, &identity);
     assert_int_equal(net_listen(R.net, "rig-router", bound, NULL), CM_OK);
     R.pump = pc_netpump_create(R.loop, R.net, router_event, NULL);

@@ -9,9 +9,20 @@
 #include "common/base/rng.h"
 #include "common/base/stats.h"
 
-const backend_case g_ucx = {
-    "ucx", "127.0.0.1:0", NULL, {"127.0.0.1", "127.0.0.1:70000", "no such host:1", ":5"}};
-const backend_case g_local = {"local", "t_net %u", "t_net nobody", {"", NULL, NULL, NULL}};
+#define UCX_CASE                                                                                             \
+    "ucx", "127.0.0.1:0", NULL,                                                                              \
+    {                                                                                                        \
+        "127.0.0.1", "127.0.0.1:70000", "no such host:1", ":5"                                               \
+    }
+#define LOCAL_CASE                                                                                           \
+    "local", "t_net %u", "t_net nobody",                                                                     \
+    {                                                                                                        \
+        "", NULL, NULL, NULL                                                                                 \
+    }
+const backend_case g_ucx = {UCX_CASE, false};
+const backend_case g_local = {LOCAL_CASE, false};
+const backend_case g_ucx_keyed = {UCX_CASE, true};
+const backend_case g_local_keyed = {LOCAL_CASE, true};
 
 uint8_t *g_source;
 /* links that a failed test left open are not the next one's fault */
@@ -162,7 +173,15 @@ net_options small_options(const backend_case *backend)
     options.message_bytes_max = 1 << 20;
     options.heartbeat_ms = 200;
     options.silence_ms = 10000;
+    options.keyed = backend->keyed;
     return options;
+}
+
+void side_give_key(side *s, uint8_t number)
+{
+    uint8_t key[NET_KEY_BYTES];
+    memset(key, number, sizeof(key));
+    net_key_add(s->n, 7, number, key);
 }
 
 side *side_open_ops(net_test *t, const net_ops *ops, const net_options *options, uint64_t cluster,
@@ -176,6 +195,9 @@ side *side_open_ops(net_test *t, const net_ops *ops, const net_options *options,
         fail_msg("open: %s", err.text);
     }
     net_set_identity(s->n, &(net_identity){.cluster = cluster, .role = role, .member = role + 100});
+    if (options->keyed) {
+        side_give_key(s, 1);
+    }
     t->n_sides++;
     return s;
 }

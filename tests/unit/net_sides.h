@@ -21,9 +21,10 @@ typedef struct backend_case {
     const char *listen;
     const char *nobody; /* an address where nobody listens; NULL: made by closing a listener */
     const char *unreadable[4];
+    bool keyed; /* sides begin with key 1 */
 } backend_case;
 
-extern const backend_case g_ucx, g_local;
+extern const backend_case g_ucx, g_local, g_ucx_keyed, g_local_keyed;
 extern uint8_t *g_source; /* payloads are pieces of it, so that a receiver can check any of them */
 
 typedef struct side {
@@ -55,7 +56,8 @@ net_options small_options(const backend_case *backend);
 side *side_open(net_test *t, const net_options *options, uint64_t cluster, uint32_t role);
 side *side_open_ops(net_test *t, const net_ops *ops, const net_options *options, uint64_t cluster,
                     uint32_t role);
-void side_listen(net_test *t, side *s); /* leaves the address in t */
+void side_give_key(side *s, uint8_t number); /* generation number, 32 times that byte; cluster 7 */
+void side_listen(net_test *t, side *s);      /* leaves the address in t */
 net_peer *side_connect(net_test *t, side *s);
 void side_close(side *s);
 void side_event(side *s, const net_event *event); /* what side_poll does with each event */

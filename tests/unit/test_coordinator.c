@@ -16,6 +16,7 @@
 #include "coordinator/coordinator.h"
 #include "coordinator/epoch.h"
 #include "proto/pack.h"
+#include "tools/baleen/cert_maker.h"
 
 enum { LAYERS = 2, EXPERTS = 6, EXPERT_BYTES = 100, PEERS = 6, GUARD_MS = 30000 };
 
@@ -25,6 +26,9 @@ typedef struct peer {
     uint64_t epoch, retired; /* in force; last Retire */
     uint32_t n_members, n_ranks, n_stats, n_prepares, n_drains;
     bool mute; /* never answers a prepare */
+    uint64_t key_epoch;
+    uint8_t key[NET_KEY_BYTES]; /* of the data plane, the last given */
+    uint32_t n_keys;
     cm_status refused;
     char text[420];
 } peer;
@@ -53,6 +57,15 @@ static void on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
     ((peer *)ctx)->id = member_id;
 }
 
+static void on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    peer *p = ctx;
+    assert_int_not_equal(cluster, 0);
+    p->key_epoch = epoch;
+    memcpy(p->key, key, sizeof(p->key));
+    p->n_keys++;
+}
+
 static void on_prepare(void *ctx, pc_epoch *epoch)
 {
     peer *p = ctx;
@@ -72,6 +85,7 @@ static void on_abort(void *ctx, uint64_t epoch)
 static void on_commit(void *ctx, pc_epoch *epoch)
 {
     peer *p = ctx;
+    assert_int_equal(p->key_epoch, epoch->number); /* links of the commit find it */
     p->epoch = epoch->number;
     p->n_members = epoch->n_member;
     p->n_ranks = epoch->placement->n_rank;
@@ -80,7 +94,9 @@ static void on_commit(void *ctx, pc_epoch *epoch)
 
 static void on_retire(void *ctx, uint64_t oldest)
 {
-    ((peer *)ctx)->retired = oldest;
+    peer *p = ctx;
+    assert_true(p->role == CO_ROLE_WORKER ? oldest == p->epoch : oldest < p->epoch);
+    p->retired = oldest;
 }
 
 static void on_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
@@ -103,6 +119,7 @@ static void on_refused(void *ctx, cm_status status, const char *text)
 }
 
 static const pc_member_events events = {.welcome = on_welcome,
+                                        .frame_key = on_frame_key,
                                         .prepare = on_prepare,
                                         .abort = on_abort,
                                         .commit = on_commit,
@@ -591,6 +608,95 @@ static void members_outlive_a_restart(void **state)
     assert_int_equal(p->id, 5);
 }
 
+/* ---- keys of the data plane ---- */
+
+static void assert_one_key(const world *w)
+{
+    for (uint32_t i = 1; i < w->n_peers; i++) {
+        assert_memory_equal(w->peers[i].key, w->peers[0].key, NET_KEY_BYTES);
+        assert_int_equal(w->peers[i].key_epoch, w->peers[0].epoch);
+    }
+}
+
+static bool file_has(const char *path, const uint8_t *bytes, size_t n)
+{
+    FILE *file = fopen(path, "r");
+    if (file == NULL) {
+        return false;
+    }
+    uint8_t *text = cm_alloc(1 << 20);
+    size_t n_text = fread(text, 1, 1 << 20, file);
+    fclose(file);
+    bool has = memmem(text, n_text, bytes, n) != NULL;
+    cm_free(text);
+    return has;
+}
+
+static void keys_follow_epochs(void **state)
+{
+    world *w = *state;
+    uint8_t first[NET_KEY_BYTES];
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    assert_one_key(w);
+    memcpy(first, w->peers[0].key, sizeof(first));
+    uint64_t epoch = w->peers[0].epoch;
+    w->wanted_epoch = epoch + 1;
+    join(w, CO_ROLE_WORKER, "f00d");
+    run_until(w, same_epoch);
+    assert_one_key(w);
+    assert_memory_not_equal(w->peers[0].key, first, sizeof(first));
+    /* who is not waited for keeps the key before; a worker was told when all had switched */
+    assert_true(w->peers[0].retired >= epoch && w->peers[0].retired < w->peers[0].epoch);
+    assert_true(w->peers[1].retired >= epoch && w->peers[1].retired < w->peers[1].epoch);
+    assert_int_equal(w->peers[2].retired, w->peers[2].epoch);
+}
+
+static bool all_have_a_key_again(const world *w)
+{
+    for (uint32_t i = 0; i < w->n_peers; i++) {
+        if (w->peers[i].n_keys == 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void a_restart_keeps_the_keys(void **state)
+{
+    world *w = *state;
+    uint8_t before[NET_KEY_BYTES];
+    char path[128];
+    set(w, "store", w->folder);
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    memcpy(before, w->peers[0].key, sizeof(before));
+    uint64_t epoch = w->peers[0].epoch;
+    set(w, "address", co_coordinator_address(w->coordinator));
+    co_coordinator_stop(w->coordinator, on_stopped, w);
+    run_until(w, is_stopped);
+    co_coordinator_destroy(w->coordinator);
+    for (uint32_t i = 0; i < w->n_peers; i++) {
+        w->peers[i].n_keys = 0;
+    }
+    world_start(w);
+    run_until(w, all_have_a_key_again); /* for the epoch in force, although nobody commits anything */
+    assert_one_key(w);
+    assert_int_equal(w->peers[0].epoch, epoch);
+    assert_memory_equal(w->peers[0].key, before, sizeof(before)); /* links go on */
+    w->wanted_epoch = epoch + 1;
+    join(w, CO_ROLE_WORKER, "f00d");
+    run_until(w, same_epoch);
+    assert_one_key(w);
+    assert_memory_not_equal(w->peers[0].key, before, sizeof(before));
+    static const char *const suffixes[] = {"", "-wal"};
+    for (uint32_t i = 0; i < 2; i++) {
+        snprintf(path, sizeof(path), "%s/coordinator.db%s", w->folder, suffixes[i]);
+        assert_false(file_has(path, before, sizeof(before)));
+        assert_false(file_has(path, w->peers[0].key, sizeof(before)));
+    }
+}
+
 /* ---- a client that is none of ours ---- */
 
 typedef struct stranger {
@@ -645,6 +751,91 @@ static void strangers_are_shown_out(void **state)
     pc_channel_destroy(channel);
 }
 
+/* ---- TLS ---- */
+
+static pc_tls *certificates_of(const world *w, const char *dir, const char *role)
+{
+    char ca[128], cert[128], key[128];
+    cm_error err = {0};
+    pc_tls *tls;
+    snprintf(ca, sizeof(ca), "%s/ca.crt", dir);
+    snprintf(cert, sizeof(cert), "%s/%s.crt", dir, role);
+    snprintf(key, sizeof(key), "%s/%s.key", dir, role);
+    pc_tls_config config = {(char[]){"auto"}, ca, cert, key};
+    if (pc_tls_open(&config, co_coordinator_address(w->coordinator), role, &tls, &err) != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+    return tls;
+}
+
+static void set_certificates(world *w, const char *dir)
+{
+    static const char *const files[][2] = {
+        {"tls_ca", "ca.crt"}, {"tls_cert", "coordinator.crt"}, {"tls_key", "coordinator.key"}};
+    for (uint32_t i = 0; i < 3; i++) {
+        char path[128];
+        snprintf(path, sizeof(path), "%s/%s", dir, files[i][1]);
+        set(w, files[i][0], path);
+    }
+}
+
+static void make_certificates(const char *dir)
+{
+    cm_error err = {0};
+    cert_authority *authority;
+    assert_int_equal(cert_authority_create(100000, &authority, &err), CM_OK);
+    assert_int_equal(cert_authority_save(authority, dir, &err), CM_OK);
+    for (uint32_t i = 0; i < CERT_ROLES; i++) {
+        cert_request request = {cert_roles[i], "127.0.0.1", -CERT_CLOCK_SKEW_S, 100000};
+        assert_int_equal(cert_make(authority, dir, &request, &err), CM_OK);
+    }
+    cert_authority_destroy(authority);
+}
+
+static pc_code hello_with(world *w, const char *dir, const char *certificate, uint32_t role)
+{
+    static const pc_stream_events stream_events = {stranger_message, stranger_closed};
+    Baleen__Control__V1__Member self = BALEEN__CONTROL__V1__MEMBER__INIT;
+    Baleen__Control__V1__Hello hello = BALEEN__CONTROL__V1__HELLO__INIT;
+    Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
+    cm_bytes packed;
+    pc_tls *tls = certificates_of(w, dir, certificate);
+    pc_channel *channel = pc_channel_create_tls(w->loop, co_coordinator_address(w->coordinator), tls);
+    self.role = (Baleen__Control__V1__Role)role;
+    hello.self = &self;
+    hello.fingerprint = (char[]){"f00d"};
+    hello.protocol = 0; /* a version nobody speaks: whoever is let in is refused for that, and hears so */
+    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_HELLO;
+    word.hello = &hello;
+    cm_bytes_init(&packed, 0);
+    pr_pack(&word.base, &packed);
+    g_stranger = (stranger){false, PC_CODE_UNKNOWN};
+    pc_stream *stream =
+        pc_stream_open(channel, "/baleen.control.v1.Control/Session", &stream_events, &g_stranger, 0);
+    assert_int_equal(pc_stream_send(stream, packed.data, packed.len), CM_OK);
+    run_until(w, stranger_is_closed);
+    cm_bytes_fini(&packed);
+    pc_channel_destroy(channel);
+    pc_tls_close(tls);
+    return g_stranger.code;
+}
+
+static void a_certificate_is_for_one_role(void **state)
+{
+    world *w = *state;
+    char dir[] = "/tmp/t_coordinator_tls.XXXXXX", command[128];
+    assert_non_null(mkdtemp(dir));
+    make_certificates(dir);
+    set_certificates(w, dir);
+    world_start(w);
+    assert_int_equal(hello_with(w, dir, "router", CO_ROLE_ROUTER), PC_CODE_OK);
+    assert_int_equal(hello_with(w, dir, "router", CO_ROLE_WORKER), PC_CODE_PERMISSION_DENIED);
+    assert_int_equal(hello_with(w, dir, "worker", CO_ROLE_GATEWAY), PC_CODE_PERMISSION_DENIED);
+    assert_int_equal(hello_with(w, dir, "admin", CO_ROLE_ROUTER), PC_CODE_PERMISSION_DENIED);
+    snprintf(command, sizeof(command), "rm -rf %s", dir);
+    assert_int_equal(system(command), 0);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -658,7 +849,10 @@ int main(void)
         cmocka_unit_test_setup_teardown(another_checkpoint_is_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(a_second_coordinator, setup, teardown),
         cmocka_unit_test_setup_teardown(members_outlive_a_restart, setup, teardown),
+        cmocka_unit_test_setup_teardown(keys_follow_epochs, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_restart_keeps_the_keys, setup, teardown),
         cmocka_unit_test_setup_teardown(strangers_are_shown_out, setup, teardown),
+        cmocka_unit_test_setup_teardown(a_certificate_is_for_one_role, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

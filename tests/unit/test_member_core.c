@@ -16,11 +16,11 @@ typedef Baleen__Control__V1__CoordinatorMessage coordinator_word;
 
 enum { CLUSTER = 77, BEAT_MS = 500 };
 
-static pc_mcore *make(uint64_t now)
+static pc_mcore *make_role(uint32_t role, uint64_t now)
 {
     static const pc_addresses coordinators = {.n = 1, .text = {"h:1"}};
     pc_mself self = {.coordinators = &coordinators,
-                     .role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER,
+                     .role = role,
                      .incarnation = 5,
                      .host = "h",
                      .data_address = "d",
@@ -29,6 +29,11 @@ static pc_mcore *make(uint64_t now)
                      .n_expert = 1,
                      .expert_bytes = 1};
     return pc_mcore_create(&self, now);
+}
+
+static pc_mcore *make(uint64_t now)
+{
+    return make_role(BALEEN__CONTROL__V1__ROLE__ROLE_WORKER, now);
 }
 
 /* Takes what comes out; all kinds seen, as bits; the last epoch value named. */
@@ -215,12 +220,65 @@ static void test_hello_says_what_it_was(void **state)
     pc_mcore_destroy(core);
 }
 
+static void hear_commit_with_key(pc_mcore *core, uint64_t number, uint8_t first, size_t n_bytes)
+{
+    uint8_t bytes[NET_KEY_BYTES + 1] = {first};
+    Baleen__Control__V1__FrameKey key = BALEEN__CONTROL__V1__FRAME_KEY__INIT;
+    Baleen__Control__V1__Epoch epoch = BALEEN__CONTROL__V1__EPOCH__INIT;
+    Baleen__Control__V1__Commit commit = BALEEN__CONTROL__V1__COMMIT__INIT;
+    coordinator_word word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
+    epoch.number = key.epoch = number;
+    epoch.cluster = CLUSTER;
+    key.key = (ProtobufCBinaryData){n_bytes, bytes};
+    commit.epoch = &epoch;
+    commit.frame_key = &key;
+    word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_COMMIT;
+    word.commit = &commit;
+    pc_mcore_hear(core, 0, &word);
+}
+
+static void expect_out(pc_mcore *core, pc_mout_kind kind, uint64_t epoch, pc_mout *out)
+{
+    assert_true(pc_mcore_next(core, out));
+    assert_int_equal(out->kind, kind);
+    assert_int_equal(out->value != NULL ? out->value->number : out->epoch, epoch);
+    pc_epoch_release(out->value);
+}
+
+/* The key is there before links of the epoch need it; who is not told when others are through retires by
+ * itself what was before. */
+static void test_keys_come_before_their_epoch(void **state)
+{
+    pc_mout out;
+    pc_mcore *core = make_role(BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, 0);
+    (void)state;
+    take(core, NULL);
+    welcome(core, 0, 3, CLUSTER);
+    take(core, NULL);
+    hear_commit_with_key(core, 4, 44, NET_KEY_BYTES);
+    expect_out(core, PC_MOUT_KEY, 4, &out);
+    assert_int_equal(out.key[0], 44);
+    expect_out(core, PC_MOUT_COMMIT, 4, &out);
+    assert_int_equal(take(core, NULL), 0);
+    pc_mcore_committed(core, 4);
+    take(core, NULL);
+    hear_commit_with_key(core, 5, 55, NET_KEY_BYTES);
+    expect_out(core, PC_MOUT_KEY, 5, &out);
+    expect_out(core, PC_MOUT_COMMIT, 5, &out);
+    expect_out(core, PC_MOUT_RETIRE, 4, &out);
+    pc_mcore_committed(core, 5);
+    take(core, NULL);
+    hear_commit_with_key(core, 6, 66, NET_KEY_BYTES + 1);
+    assert_false(has(take(core, NULL), PC_MOUT_KEY));
+    pc_mcore_destroy(core);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_tries_again_ever_later), cmocka_unit_test(test_beats),
         cmocka_unit_test(test_epochs_only_go_up),      cmocka_unit_test(test_an_end_is_an_end),
-        cmocka_unit_test(test_hello_says_what_it_was),
+        cmocka_unit_test(test_hello_says_what_it_was), cmocka_unit_test(test_keys_come_before_their_epoch),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -90,6 +90,12 @@ static void test_two_threads(void **state)
     for (int i = 0; i < 2; i++) {
         assert_int_equal(pthread_create(&threads[i], NULL, pinger_main, &pingers[i]), 0);
     }
+    /* keys come from a third thread, while messages fly */
+    for (uint8_t number = 2; backend->keyed && number <= 3; number++) {
+        side_give_key(a, number);
+        side_give_key(b, number);
+        net_key_retire(number == 2 ? a->n : b->n, number);
+    }
     for (int i = 0; i < 2; i++) {
         pthread_join(threads[i], NULL);
         assert_false(pingers[i].failed);
@@ -271,8 +277,10 @@ static void test_settings_reach(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        ONE(local, test_two_threads), ONE(ucx, test_killed),   ONE(ucx, test_stopped),
-        ONE(ucx, test_ipv6),          ONE(ucx, test_wildcard), ONE(ucx, test_settings_reach),
+        ONE(local, test_two_threads),  ONE(local_keyed, test_two_threads),
+        ONE(ucx, test_killed),         ONE(ucx, test_stopped),
+        ONE(ucx, test_ipv6),           ONE(ucx, test_wildcard),
+        ONE(ucx, test_settings_reach),
     };
     sides_init();
     if (argc == 4 && strcmp(argv[1], "--child") == 0) {

@@ -1,11 +1,13 @@
 /* The coordinator's log: what was written is there after a restart, one coordinator at a time, damage is
  * named. */
 #include <setjmp.h>
+#include <sqlite3.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cmocka.h>
@@ -89,6 +91,8 @@ static void restart_continues(void **state)
     co_store_past past;
     co_sqlite *store = open_good(g_folder, &past);
     uint64_t cluster = past.cluster;
+    uint8_t secret[CO_SECRET_BYTES];
+    memcpy(secret, past.secret, sizeof(secret));
     assert_true(cluster != 0);
     assert_int_equal(past.next_member_id, 1);
     assert_int_equal(past.next_number, 1);
@@ -102,6 +106,7 @@ static void restart_continues(void **state)
 
     store = open_good(g_folder, &past);
     assert_int_equal(past.cluster, cluster);
+    assert_memory_equal(past.secret, secret, sizeof(secret));
     assert_int_equal(past.next_member_id, 5);
     assert_int_equal(past.next_number, 8);
     assert_non_null(past.epoch);
@@ -113,6 +118,44 @@ static void restart_continues(void **state)
     co_epoch_release(past.epoch);
     co_epoch_release(epoch);
     co_sqlite_close(store);
+}
+
+static void change(const char *sql)
+{
+    sqlite3 *db;
+    assert_int_equal(sqlite3_open(file(""), &db), SQLITE_OK);
+    assert_int_equal(sqlite3_exec(db, sql, NULL, NULL, NULL), SQLITE_OK);
+    sqlite3_close(db);
+}
+
+static void assert_private(const char *suffix)
+{
+    struct stat status;
+    assert_int_equal(stat(file(suffix), &status), 0);
+    assert_int_equal(status.st_mode & 0777, 0600);
+}
+
+/* As releases before had it: no secret, and a file that everybody may read. */
+static void an_old_log_gets_a_secret(void **state)
+{
+    (void)state;
+    static const uint8_t zeros[CO_SECRET_BYTES];
+    co_store_past old, past;
+    co_sqlite_close(open_good(g_folder, &old));
+    change("DELETE FROM meta WHERE name = 'secret'");
+    assert_int_equal(chmod(file(""), 0644), 0);
+    co_sqlite *store = open_good(g_folder, &past);
+    assert_private("");
+    assert_private("-wal");
+    co_sqlite_close(store);
+    assert_int_equal(past.cluster, old.cluster);
+    assert_memory_not_equal(past.secret, zeros, sizeof(zeros));
+    assert_memory_not_equal(past.secret, old.secret, sizeof(zeros));
+    old = past;
+    co_sqlite_close(open_good(g_folder, &past));
+    assert_memory_equal(past.secret, old.secret, sizeof(zeros));
+    change("UPDATE meta SET value = x'0102' WHERE name = 'secret'");
+    expect_refusal(g_folder, CM_E_CORRUPT, "move it away");
 }
 
 static void a_failed_write_leaves_nothing(void **state)
@@ -157,6 +200,7 @@ static void in_memory_is_forgotten(void **state)
     co_store_past first, second;
     co_sqlite *a = open_good("", &first), *b = open_good("", &second);
     assert_true(first.cluster != second.cluster);
+    assert_memory_not_equal(first.secret, second.secret, sizeof(first.secret));
     co_sqlite_close(a);
     co_sqlite_close(b);
 }
@@ -260,6 +304,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(restart_continues, make_folder, remove_folder),
+        cmocka_unit_test_setup_teardown(an_old_log_gets_a_secret, make_folder, remove_folder),
         cmocka_unit_test_setup_teardown(a_failed_write_leaves_nothing, make_folder, remove_folder),
         cmocka_unit_test(old_epochs_are_trimmed),
         cmocka_unit_test(in_memory_is_forgotten),

@@ -395,6 +395,8 @@ static void the_next_one_continues(void **state)
     node *a = open_node(0, LONG_MS);
     run_until(first_active);
     uint64_t cluster = a->past.cluster;
+    uint8_t secret[CO_SECRET_BYTES];
+    memcpy(secret, a->past.secret, sizeof(secret));
     assert_true(cluster != 0);
     assert_int_equal(a->past.next_member_id, 1);
     assert_int_equal(a->past.next_number, 1);
@@ -421,6 +423,7 @@ static void the_next_one_continues(void **state)
     run_until(is_stopped);
     run_until(second_active);
     assert_int_equal(b->past.cluster, cluster);
+    assert_memory_equal(b->past.secret, secret, sizeof(secret));
     assert_int_equal(b->past.next_member_id, 5);
     assert_int_equal(b->past.next_number, 121);
     assert_int_equal(b->past.epoch->number, 119);
@@ -681,6 +684,41 @@ static void refusals_are_final(void **state)
     assert_true(co_store_is_active(a->store));
 }
 
+/* As releases before had it. What was drawn is there for the next one, beside what the log had. */
+static void an_old_log_gets_a_secret(void **state)
+{
+    (void)state;
+    static const uint8_t zeros[CO_SECRET_BYTES];
+    uint8_t secret[CO_SECRET_BYTES];
+    Baleen__Log__V1__Head head = BALEEN__LOG__V1__HEAD__INIT;
+    cm_bytes packed;
+    co_epoch *epoch = epoch_of(3, 2);
+    head.version = 1;
+    head.cluster = 5;
+    head.next_member_id = 3;
+    head.next_number = 7;
+    cm_bytes_init(&packed, 0);
+    pr_pack(&head.base, &packed);
+    put("head", packed.data, packed.len, NULL);
+    put("epochs/00000000000000000003", epoch->packed.data, epoch->packed.len, NULL);
+    cm_bytes_fini(&packed);
+    co_epoch_release(epoch);
+    node *a = open_node(0, LONG_MS);
+    run_until(first_active);
+    memcpy(secret, a->past.secret, sizeof(secret));
+    assert_memory_not_equal(secret, zeros, sizeof(secret));
+    write_log(a, 1, 4, 8, NULL);
+    run_until(first_wrote);
+    kill_node(a);
+    delete ("leader", NULL);
+    node *b = open_node(1, LONG_MS);
+    run_until(second_active);
+    assert_memory_equal(b->past.secret, secret, sizeof(secret));
+    assert_int_equal(b->past.cluster, 5);
+    assert_int_equal(b->past.next_member_id, 4);
+    assert_int_equal(b->past.epoch->number, 3);
+}
+
 static void damage_is_named(void **state)
 {
     (void)state;
@@ -734,6 +772,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(one_cut_off_stops_first, setup, teardown),
         cmocka_unit_test_setup_teardown(etcd_goes_away_and_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(refusals_are_final, setup, teardown),
+        cmocka_unit_test_setup_teardown(an_old_log_gets_a_secret, setup, teardown),
         cmocka_unit_test_setup_teardown(damage_is_named, setup, teardown),
     };
     return cmocka_run_group_tests(tests, group_setup, group_teardown);

@@ -26,6 +26,9 @@ typedef struct peer {
     uint64_t epoch, prepare; /* in force; last asked to prepare */
     uint32_t n_members, n_commits;
     bool holds; /* does not answer Prepare */
+    uint64_t key_epoch;
+    uint8_t key[NET_KEY_BYTES]; /* the last given */
+    uint32_t n_same_keys;       /* given again */
 } peer;
 
 typedef struct side {
@@ -89,8 +92,20 @@ static void on_commit(void *ctx, pc_epoch *epoch)
     pc_member_committed(p->member, epoch->number);
 }
 
+static void on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, const uint8_t *key)
+{
+    peer *p = ctx;
+    (void)cluster;
+    if (epoch == p->key_epoch) {
+        assert_memory_equal(key, p->key, sizeof(p->key)); /* whoever is active: an epoch has one */
+        p->n_same_keys++;
+    }
+    p->key_epoch = epoch;
+    memcpy(p->key, key, sizeof(p->key));
+}
+
 static const pc_member_events g_member_events = {
-    .welcome = on_welcome, .prepare = on_prepare, .commit = on_commit};
+    .welcome = on_welcome, .frame_key = on_frame_key, .prepare = on_prepare, .commit = on_commit};
 
 static peer *join_at(uint32_t role, const char *coordinators, bool holds)
 {
@@ -402,10 +417,16 @@ static void killed_at_rest(void **state)
     run_until(second_active);
     run_until(all_connected);
     assert_undisturbed(before);
+    for (uint32_t i = 0; i < 4; i++) {
+        assert_int_equal(g.peers[i].n_same_keys, before[i].n_same_keys + 1);
+    }
     g.wanted_epoch = before[0].epoch + 1;
     peer *p = join(CO_ROLE_WORKER);
     run_until(same_epoch);
     assert_int_equal(p->id, 5); /* ids go on */
+    for (uint32_t i = 0; i < g.n_peers; i++) {
+        assert_memory_equal(g.peers[i].key, p->key, sizeof(p->key));
+    }
 }
 
 static void killed_while_a_prepare_is_outstanding(void **state)

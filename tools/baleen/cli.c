@@ -5,6 +5,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include "common/base/assert.h"
@@ -106,4 +107,31 @@ void cli_append_json(cm_bytes *text, const json_t *value, size_t flags)
 {
     int rc = json_dump_callback(value, append_piece, text, flags);
     CM_ASSERT_MSG(rc == 0, "a value that is no JSON");
+}
+
+/* ---- the coordinator's channel ---- */
+
+cm_status cli_open_certs(const char *dir, pc_tls **tls_out, cm_error *err)
+{
+    char ca[600], cert[600], key[600];
+    pc_tls_config config = {
+        .control_security = (char[]){"tls"}, .tls_ca = ca, .tls_cert = cert, .tls_key = key};
+    snprintf(ca, sizeof(ca), "%.500s/ca.crt", dir);
+    snprintf(cert, sizeof(cert), "%.500s/admin.crt", dir);
+    snprintf(key, sizeof(key), "%.500s/admin.key", dir);
+    return pc_tls_open(&config, "", "admin", tls_out, err); /* which address matters to plain only */
+}
+
+void cli_explain_channel(const char *address, pc_tls *tls, cm_status status, const cm_error *inner,
+                         cm_error *err)
+{
+    char text[400];
+    if (status == CM_E_UNAVAILABLE && tls != NULL && pc_tls_explain(tls, address, text, sizeof(text))) {
+        cm_error_set(err, status, NULL, "%s", text);
+        return;
+    }
+    bool may_be_tls = tls == NULL && strstr(inner->text, "Socket closed") != NULL;
+    cm_error_set(err, status, NULL, "the coordinator at %s: %.250s%s", address,
+                 inner->text[0] != '\0' ? inner->text : cm_status_text(status),
+                 may_be_tls ? "; if it wants TLS, give --tls-ca, --tls-cert and --tls-key" : "");
 }

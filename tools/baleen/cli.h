@@ -6,6 +6,7 @@
 
 #include "common/base/bytes.h"
 #include "common/base/config.h"
+#include "common/proc/tls.h"
 
 enum { CLI_OK = 0, CLI_FAILED = 1, CLI_USAGE = 2 };
 
@@ -17,6 +18,12 @@ int cli_begin(const cm_cfg_table *table, void *config, int argc, char **argv, co
 int cli_complain(const cm_cfg_table *table, int code, const char *fmt, ...) CM_PRINTF(3, 4);
 /* The same from an error. CM_E_CONFIG makes it a usage error. */
 int cli_fail(const cm_cfg_table *table, const cm_error *err);
+
+/* For verbs that speak to a coordinator. The first is pc_tls_open with the admin's files of a `baleen certs`
+ * folder; the second fills err after a call to address that failed with status and inner. */
+CM_MUST_CHECK cm_status cli_open_certs(const char *dir, pc_tls **tls_out, cm_error *err);
+void cli_explain_channel(const char *address, pc_tls *tls, cm_status status, const cm_error *inner,
+                         cm_error *err);
 
 /* A number from an option's text, for the options that are no whole numbers. */
 CM_MUST_CHECK cm_status cli_parse_double(const char *option, const char *text, double min, double max,

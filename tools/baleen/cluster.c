@@ -151,6 +151,11 @@ static void args_for_role(const cluster *self, const cluster_child *child, spawn
     spawn_args_add(args, "--log-level=%s", config->log_level);
     spawn_args_add(args, "--failpoints=%s", config->failpoints);
     spawn_args_add(args, "--seed=%llu", (unsigned long long)config->seed);
+    if (options->tls_dir[0] != '\0') {
+        spawn_args_add(args, "--tls-ca=%s/ca.crt", options->tls_dir);
+        spawn_args_add(args, "--tls-cert=%s/%s.crt", options->tls_dir, g_role_names[child->role]);
+        spawn_args_add(args, "--tls-key=%s/%s.key", options->tls_dir, g_role_names[child->role]);
+    }
     if (child->role == CLUSTER_COORDINATOR) {
         spawn_args_add(args, "--workers-min=%llu", (unsigned long long)config->workers);
         if (options->store_dir[0] != '\0') {
@@ -663,6 +668,9 @@ void cluster_describe(const cluster *self, cm_bytes *json)
     json_t *all = json_pack("{s:s, s:s, s:s, s:s, s:i, s:o}", "http", self->http, "grpc", self->grpc,
                             "coordinator", self->children[0]->address, "model", self->options->model_name,
                             "pid", (int)getpid(), "processes", processes);
+    if (self->options->tls_dir[0] != '\0') {
+        json_object_set_new(all, "tls", json_string(self->options->tls_dir));
+    }
     cli_append_json(json, all, JSON_INDENT(2));
     json_decref(all);
 }

@@ -14,7 +14,7 @@
 typedef struct cluster cluster;
 
 typedef struct up_config {
-    char *model, *http, *grpc, *run, *name, *device, *log_level, *failpoints;
+    char *model, *http, *grpc, *run, *name, *device, *log_level, *failpoints, *tls;
     uint64_t workers, routers, threads, seed, ready_ms, drain_ms;
     bool no_restart;
 } up_config;
@@ -26,6 +26,7 @@ typedef struct cluster_options {
     const char *bin_dir;    /* of the servers' programs */
     const char *model_dir;  /* absolute */
     const char *model_name; /* what clients ask for */
+    const char *tls_dir;    /* absolute, of the certificates; "" = plain */
     char *const *env;       /* of the children */
     void (*ready)(void *ctx);
     void (*changed)(void *ctx); /* while ready: a process is gone, or has come, and the cluster goes on */

@@ -65,11 +65,11 @@ static void launcher_connect(void *arg)
     launcher_say(self);
 }
 
-launcher *launcher_create(pc_loop *loop, const char *address, const launcher_events *events)
+launcher *launcher_create(pc_loop *loop, const char *address, pc_tls *tls, const launcher_events *events)
 {
     launcher *self = cm_alloc(sizeof(*self));
     self->events = *events;
-    self->channel = pc_channel_create(loop, address);
+    self->channel = pc_channel_create_tls(loop, address, tls);
     self->retry = pc_timer_create(loop, launcher_connect, self);
     launcher_connect(self);
     return self;

@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "common/proc/loop.h"
+#include "common/proc/tls.h"
 
 typedef struct launcher launcher;
 
@@ -14,7 +15,7 @@ typedef struct launcher_events {
     void *ctx;
 } launcher_events;
 
-/* address: borrowed for the call. */
-launcher *launcher_create(pc_loop *loop, const char *address, const launcher_events *events);
+/* address: borrowed for the call. tls: the admin's, kept; NULL: plain. */
+launcher *launcher_create(pc_loop *loop, const char *address, pc_tls *tls, const launcher_events *events);
 void launcher_changed(launcher *self); /* other workers run now; NULL is fine */
 void launcher_destroy(launcher *self); /* NULL is fine; not from inside order */

@@ -35,14 +35,14 @@ static cm_status parse_number(const char *what, const char *text, uint32_t *numb
 static cm_status wish(const operate_config *config, const char *method, const ProtobufCMessage *request,
                       cm_error *err)
 {
-    char address[128];
+    admin_service service;
     cm_bytes packed;
     cm_arena arena;
     Baleen__Control__V1__Done *done;
-    CM_TRY(admin_find(&config->target, address, err));
+    CM_TRY(admin_find(&config->target, &service, err));
     cm_bytes_init(&packed, 0);
     cm_arena_init(&arena, "answer", OPERATE_ARENA_BYTES, OPERATE_ARENA_BYTES);
-    cm_status status = admin_ask(address, method, request, config->wait_ms, &packed, err);
+    cm_status status = admin_ask(&service, method, request, config->wait_ms, &packed, err);
     if (status == CM_OK) {
         bool told = pr_unpack(&baleen__control__v1__done__descriptor, packed.data, packed.len, &arena,
                               (ProtobufCMessage **)&done) == CM_OK;
@@ -50,6 +50,7 @@ static cm_status wish(const operate_config *config, const char *method, const Pr
     }
     cm_arena_fini(&arena);
     cm_bytes_fini(&packed);
+    admin_close(&service);
     return status;
 }
 
@@ -130,7 +131,7 @@ static uint32_t count_serving(const Baleen__Control__V1__StatusReply *reply, boo
 typedef struct scale_watch {
     pc_loop *loop;
     pc_timer *timer;
-    char address[128];
+    admin_service service;
     uint32_t n_workers;
     uint64_t until_ms, epoch; /* epoch: last one told */
     cm_status status;
@@ -144,7 +145,7 @@ static bool scale_look(scale_watch *watch)
     Baleen__Control__V1__StatusReply *reply;
     bool done = false;
     cm_arena_init(&arena, "status", OPERATE_ARENA_BYTES, OPERATE_STATUS_BYTES);
-    watch->status = admin_status(watch->address, false, &arena, &reply, &watch->err);
+    watch->status = admin_status(&watch->service, false, &arena, &reply, &watch->err);
     if (watch->status == CM_OK) { /* else it may be back soon */
         bool at_rest;
         uint32_t n = count_serving(reply, &at_rest);
@@ -197,13 +198,16 @@ static cm_status scale(const operate_config *config, const char *n, cm_error *er
     scale_watch watch = {.until_ms = cm_now_ms() + config->wait_ms};
     cm_bytes packed;
     CM_TRY(parse_number("number of workers", n, &request.n_workers, err));
-    CM_TRY(admin_find(&config->target, watch.address, err));
+    CM_TRY(admin_find(&config->target, &watch.service, err));
     cm_bytes_init(&packed, 0);
-    cm_status status = admin_ask(watch.address, "Scale", &request.base, config->wait_ms, &packed, err);
+    cm_status status = admin_ask(&watch.service, "Scale", &request.base, config->wait_ms, &packed, err);
     cm_bytes_fini(&packed);
-    CM_TRY(status);
-    watch.n_workers = request.n_workers;
-    return scale_wait(&watch, err);
+    if (status == CM_OK) {
+        watch.n_workers = request.n_workers;
+        status = scale_wait(&watch, err);
+    }
+    admin_close(&watch.service);
+    return status;
 }
 
 int verb_scale(int argc, char **argv)

@@ -175,6 +175,8 @@ cm_status run_folder_addresses(const char *dir, run_addresses *addresses_out, cm
     if (status == CM_OK) {
         status = address_take(cluster, dir, "coordinator", addresses.coordinator, err);
     }
+    const char *tls = json_string_value(json_object_get(cluster, "tls"));
+    snprintf(addresses.tls, sizeof(addresses.tls), "%s", tls != NULL ? tls : "");
     json_decref(cluster);
     if (status == CM_OK) {
         *addresses_out = addresses;

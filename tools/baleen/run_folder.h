@@ -26,6 +26,7 @@ CM_MUST_CHECK cm_status run_folder_empty(const run_folder *folder, const char *n
 /* What clients want from cluster.json. */
 typedef struct run_addresses {
     char http[128], grpc[128], coordinator[128];
+    char tls[512]; /* folder of the cluster's certificates; "" = plain */
 } run_addresses;
 /* CM_E_NOT_FOUND: no cluster lives there. */
 CM_MUST_CHECK cm_status run_folder_addresses(const char *dir, run_addresses *addresses_out, cm_error *err);

@@ -221,12 +221,12 @@ static void print_json(const status_reply *reply)
 
 static cm_status status_show(const status_config *config, cm_error *err)
 {
-    char address[128];
+    admin_service service;
     cm_arena arena;
     status_reply *reply;
-    CM_TRY(admin_find(&config->target, address, err));
+    CM_TRY(admin_find(&config->target, &service, err));
     cm_arena_init(&arena, "status", STATUS_ARENA_CHUNK_BYTES, STATUS_ARENA_BYTES_MAX);
-    cm_status status = admin_status(address, config->experts, &arena, &reply, err);
+    cm_status status = admin_status(&service, config->experts, &arena, &reply, err);
     if (status == CM_OK && config->json) {
         print_json(reply);
     } else if (status == CM_OK) {
@@ -236,6 +236,7 @@ static cm_status status_show(const status_config *config, cm_error *err)
         }
     }
     cm_arena_fini(&arena);
+    admin_close(&service);
     return status;
 }
 

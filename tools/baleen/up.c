@@ -34,6 +34,10 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_STRING(up_config, name)},
     {"device", "cpu", "what computes", CM_CFG_CHOICE(up_config, device, "cpu|ref")},
     {"threads", "1", "compute threads of each router and worker", CM_CFG_UINT(up_config, threads, 1, 1024)},
+    {"tls", "",
+     "folder of certificates, made by baleen certs: the coordinator's channel gets mutual TLS; plain when "
+     "none is given",
+     CM_CFG_STRING(up_config, tls)},
     {"log_level", "info", "least severe lines in the logs",
      CM_CFG_CHOICE(up_config, log_level, "error|warn|info|debug")},
     {"ready_ms", "60s", "how long the cluster may take to serve",
@@ -63,8 +67,9 @@ typedef struct up {
     run_folder folder;
     cluster *cluster;
     launcher *launcher; /* while the cluster serves */
+    pc_tls *tls;        /* the launcher's; NULL: plain */
     cluster_options options;
-    char *bin_dir, *model_dir, *store_dir;
+    char *bin_dir, *model_dir, *store_dir, *tls_dir;
     char **env;
     bool interrupted;
     int code;
@@ -130,6 +135,18 @@ static cm_status find_model(up *self, cm_error *err)
     return md_geometry_load(self->model_dir, &geometry, err); /* rather now than from every process' log */
 }
 
+static cm_status find_certs(up *self, cm_error *err)
+{
+    char real[PATH_MAX] = "";
+    if (self->config.tls[0] != '\0' && realpath(self->config.tls, real) == NULL) {
+        return cm_error_set(err, CM_E_NOT_FOUND, "tls",
+                            "no certificates in %s: %s; make them with 'baleen certs %s'", self->config.tls,
+                            strerror(errno), self->config.tls);
+    }
+    self->tls_dir = cm_strdup(real);
+    return real[0] != '\0' ? cli_open_certs(real, &self->tls, err) : CM_OK;
+}
+
 /* ---- the cluster's words ---- */
 
 static void up_publish(up *self)
@@ -158,7 +175,7 @@ static void up_ready(void *ctx)
 {
     up *self = ctx;
     cm_bytes list;
-    self->launcher = launcher_create(self->loop, cluster_coordinator(self->cluster),
+    self->launcher = launcher_create(self->loop, cluster_coordinator(self->cluster), self->tls,
                                      &(launcher_events){.pids = up_pids, .order = up_order, .ctx = self});
     up_publish(self); /* before the line: who reads it may look */
     cm_bytes_init(&list, 0);
@@ -221,6 +238,7 @@ static cm_status up_run(up *self, cm_error *err)
         .bin_dir = self->bin_dir,
         .model_dir = self->model_dir,
         .model_name = self->config.name[0] != '\0' ? self->config.name : strrchr(self->model_dir, '/') + 1,
+        .tls_dir = self->tls_dir,
         .env = self->env,
         .ready = up_ready,
         .changed = up_changed,
@@ -252,6 +270,7 @@ static cm_status up_prepare(up *self, cm_error *err)
 {
     CM_TRY(find_programs(&self->bin_dir, err));
     CM_TRY(find_model(self, err));
+    CM_TRY(find_certs(self, err));
     self->env = env_for_children();
     if (pc_loop_create(&self->loop) != CM_OK) {
         return cm_error_set(err, CM_E_IO, NULL, "no event loop");
@@ -283,6 +302,8 @@ int verb_up(int argc, char **argv)
     }
     cm_free(self.env);
     cm_free(self.model_dir);
+    cm_free(self.tls_dir);
+    pc_tls_close(self.tls);
     cm_free(self.bin_dir);
     cm_free(self.store_dir);
     cm_cfg_free(&g_table, &self.config);
