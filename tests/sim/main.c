@@ -55,6 +55,7 @@ static void counts_print(const sim_counts *c)
            "their clients, %llu reopened by gateways; healing took at most %llu ms\n",
            (ull)c->done, (ull)c->cancelled, (ull)c->expired, (ull)c->tokens, (ull)c->told_busy,
            (ull)c->told_unavailable, (ull)c->resumed, (ull)c->reopened, (ull)c->healing_ms);
+    printf("operators: %llu wishes, %llu done\n", (ull)c->wishes, (ull)c->wishes_done);
     printf(
         "cluster: %llu epochs, %llu aborts, %llu steps, %llu layers, %llu of them stuck once or more, %llu "
         "frames refused, %llu preemptions; %llu messages, %llu events, %llu s of virtual time\n",
