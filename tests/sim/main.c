@@ -10,7 +10,7 @@
 #include "common/base/log.h"
 #include "tests/sim/sim.h"
 
-enum { SEEDS_DEFAULT = 600 };
+enum { SEEDS_DEFAULT = 400 };
 
 static volatile uint64_t g_seed; /* under way, for who reads an assertion */
 
