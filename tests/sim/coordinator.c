@@ -27,7 +27,8 @@ typedef struct coordinator {
     uint32_t n_write;
     cm_arena arena;
     cm_bytes packed;
-    uint64_t n_step;
+    uint64_t n_step, next_ticket;
+    uint32_t n_wish; /* without an answer */
 } coordinator;
 
 static void coordinator_step(sim *s, sim_proc *proc, const co_in *in);
@@ -164,7 +165,7 @@ static void session_finish(sim *s, sim_proc *proc, session *at)
 static void deliver_word(sim *s, sim_proc *proc, const co_out *out)
 {
     static const char *const names[] = {"welcome", "refused", "prepare", "abort",
-                                        "commit",  "retire",  "close"};
+                                        "commit",  "retire",  "drain",   "close"};
     coordinator *c = proc->state;
     session *at = session_find(c, out->session);
     if (at == NULL || at->finished) {
@@ -186,6 +187,18 @@ static void deliver_word(sim *s, sim_proc *proc, const co_out *out)
     }
 }
 
+static void wish_answered(sim *s, sim_proc *proc, const co_out *out)
+{
+    coordinator *c = proc->state;
+    sim_trace(s, proc, "answers wish %llu: %s: %s", (unsigned long long)out->ticket,
+              cm_status_text(out->status), out->text);
+    if (c->n_wish == 0) {
+        sim_fail(s, "a wish is answered twice: %s", out->text);
+    }
+    c->n_wish--;
+    s->counts.wishes_done += out->status == CM_OK;
+}
+
 static void coordinator_deliver(sim *s, sim_proc *proc)
 {
     coordinator *c = proc->state;
@@ -198,7 +211,9 @@ static void coordinator_deliver(sim *s, sim_proc *proc)
                              out->epoch->packed.len, out->epoch->placement);
         }
         s->counts.aborts += out->kind == CO_OUT_ABORT;
-        if (out->kind == CO_OUT_NOTE) {
+        if (out->kind == CO_OUT_ANSWER) {
+            wish_answered(s, proc, out);
+        } else if (out->kind == CO_OUT_NOTE) {
             sim_trace(s, proc, "notes: %s", out->text);
         } else if (out->kind == CO_OUT_STORE) {
             disk_write_later(s, proc, out);
@@ -336,6 +351,9 @@ void sim_coordinator_start(sim *s, sim_proc *proc)
                                .members_max = SIM_HOSTS_MAX * 4,
                                .lease_ms = s->shape.lease_ms,
                                .grace_ms = s->shape.grace_ms,
+                               .recall_ms = s->shape.lease_ms / 2,
+                               .rebalance_ms = s->shape.rebalance_ms,
+                               .moves_max = s->shape.moves_max,
                                .fingerprint = ""};
     co_core_past past = {.cluster = s->disk.cluster,
                          .next_member_id = s->disk.next_member_id,
@@ -343,6 +361,40 @@ void sim_coordinator_start(sim *s, sim_proc *proc)
                          .epoch = epoch};
     c->core = co_core_create(&options, &past, sim_ms(s));
     co_epoch_release(epoch);
+}
+
+void sim_coordinator_wish(sim *s, sim_proc *proc, bool drain)
+{
+    coordinator *c = proc->state;
+    co_in in = {.kind = drain ? CO_IN_DRAIN : CO_IN_REBALANCE, .ticket = ++c->next_ticket};
+    uint32_t n = co_core_n_members(c->core);
+    if (drain && n > 0) {
+        co_member_view view;
+        co_core_member(c->core, sim_below(s, SIM_FAULTS, n), &view);
+        if (view.self->role == CO_ROLE_GATEWAY) {
+            return;
+        }
+        in.member_id = view.self->id;
+    }
+    sim_trace(s, proc, "wish %llu: %s %u", (unsigned long long)in.ticket, drain ? "drain" : "rebalance",
+              in.member_id);
+    c->n_wish++;
+    s->counts.wishes++;
+    coordinator_step(s, proc, &in);
+    sim_go(s, proc);
+}
+
+bool sim_coordinator_lets_go(const sim_proc *coordinator_proc, const sim_proc *proc)
+{
+    const coordinator *c = coordinator_proc->state;
+    for (uint32_t i = 0; i < co_core_n_members(c->core); i++) {
+        co_member_view view;
+        co_core_member(c->core, i, &view);
+        if (view.self->pid == proc->id && view.state == CO_MEMBER_LEAVING) {
+            return true;
+        }
+    }
+    return false;
 }
 
 bool sim_coordinator_rests(const sim *s, const sim_proc *proc, char *why, size_t cap)
@@ -369,5 +421,9 @@ bool sim_coordinator_rests(const sim *s, const sim_proc *proc, char *why, size_t
             return false;
         }
     }
-    return c->n_write == 0;
+    if (c->n_write + c->n_wish > 0) {
+        snprintf(why, cap, "%u writes and %u wishes are open", c->n_write, c->n_wish);
+        return false;
+    }
+    return true;
 }

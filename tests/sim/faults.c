@@ -33,6 +33,8 @@ static void shape_draw_sizes(sim *s)
     shape->n_request = sim_between(s, SIM_SHAPE, 4, SIM_REQUESTS_MAX);
     shape->storm_us = sim_between(s, SIM_SHAPE, 3000, 20000) * SIM_MS;
     shape->disk_ms = 8;
+    shape->rebalance_ms = sim_below(s, SIM_SHAPE, 2) == 0 ? sim_between(s, SIM_SHAPE, 300, 4000) : 0;
+    shape->moves_max = sim_between(s, SIM_SHAPE, 1, 6);
 }
 
 static void shape_draw_bounds(sim *s)
@@ -84,6 +86,8 @@ static const struct {
     [SIM_FAULT_worker_joins] = {10, 60},
     [SIM_FAULT_worker_leaves] = {10, 60},
     [SIM_FAULT_router_leaves] = {5, 30},
+    [SIM_FAULT_operator_drains] = {10, 60},
+    [SIM_FAULT_operator_rebalances] = {10, 200},
     [SIM_FAULT_client_cancels] = {500, 5000},
     [SIM_FAULT_client_deadline] = {200, 2000},
 };
@@ -221,6 +225,15 @@ static void fault_leave(sim *s, sim_role role)
     }
 }
 
+/* The coordinator says no to what cannot be. */
+static void fault_wish(sim *s, bool drain)
+{
+    sim_proc *proc = s->hosts[0].proc;
+    if (host_runs(s, 0) && s->now_us >= proc->paused_until_us) {
+        sim_coordinator_wish(s, proc, drain);
+    }
+}
+
 static void fault_tick(sim *s, void *arg, uint64_t tag)
 {
     if (s->healed) {
@@ -256,6 +269,12 @@ static void fault_tick(sim *s, void *arg, uint64_t tag)
     if (sim_strikes(s, SIM_FAULT_router_leaves)) {
         fault_leave(s, SIM_ROUTER);
     }
+    if (sim_strikes(s, SIM_FAULT_operator_drains)) {
+        fault_wish(s, true);
+    }
+    if (sim_strikes(s, SIM_FAULT_operator_rebalances)) {
+        fault_wish(s, false);
+    }
     sim_at(s, s->now_us + FAULT_TICK_MS * SIM_MS, fault_tick, arg, tag);
 }
 
@@ -281,13 +300,14 @@ static void heal_choose(sim *s, bool core[SIM_HOSTS_MAX])
         n_core[h->role] += core[host];
     }
     for (uint32_t host = 0; host < s->n_host; host++) { /* too many were drained: more machines */
-        if (s->hosts[host].role == SIM_WORKER && !core[host] && n_core[SIM_WORKER] < need[SIM_WORKER]) {
+        sim_role role = s->hosts[host].role;
+        if (!core[host] && n_core[role] < need[role]) {
             if (host_runs(s, host)) {
                 sim_kill(s, s->hosts[host].proc, false);
             }
             s->hosts[host].leaving = false;
             core[host] = true;
-            n_core[SIM_WORKER]++;
+            n_core[role]++;
         }
     }
 }
@@ -295,6 +315,9 @@ static void heal_choose(sim *s, bool core[SIM_HOSTS_MAX])
 static void heal_host(sim *s, uint32_t host)
 {
     sim_proc *proc = s->hosts[host].proc;
+    if (host_runs(s, 0) && host_runs(s, host) && sim_coordinator_lets_go(s->hosts[0].proc, proc)) {
+        sim_kill(s, proc, false); /* counted on, but on its way out: another in its place */
+    }
     if (host_runs(s, host)) {
         proc->paused_until_us = proc->paused_until_us > s->now_us ? s->now_us : proc->paused_until_us;
         proc->slow_until_us = 0;

@@ -10,7 +10,7 @@
 #include "common/base/log.h"
 #include "tests/sim/sim.h"
 
-enum { SEEDS_DEFAULT = 600 };
+enum { SEEDS_DEFAULT = 400 };
 
 static volatile uint64_t g_seed; /* under way, for who reads an assertion */
 
@@ -55,6 +55,7 @@ static void counts_print(const sim_counts *c)
            "their clients, %llu reopened by gateways; healing took at most %llu ms\n",
            (ull)c->done, (ull)c->cancelled, (ull)c->expired, (ull)c->tokens, (ull)c->told_busy,
            (ull)c->told_unavailable, (ull)c->resumed, (ull)c->reopened, (ull)c->healing_ms);
+    printf("operators: %llu wishes, %llu done\n", (ull)c->wishes, (ull)c->wishes_done);
     printf(
         "cluster: %llu epochs, %llu aborts, %llu steps, %llu layers, %llu of them stuck once or more, %llu "
         "frames refused, %llu preemptions; %llu messages, %llu events, %llu s of virtual time\n",

@@ -47,7 +47,9 @@ typedef struct router {
     uint64_t next_owner;
     cm_arena arena;
     cm_bytes packed;
-    bool draining;
+    bool draining, drained;
+    uint32_t load[SIM_LAYERS_MAX * SIM_EXPERTS_MAX]; /* rows per expert, not told yet */
+    uint64_t load_at_us;
     sim_followed followed;
     sim_asked asked[SIM_ASKED_MAX]; /* by exchange */
 } router;
@@ -206,6 +208,9 @@ static void pass_begin_layer(sim *s, router *r)
                 sim_model_attend(p->hidden[row], before, p->layer, router_kv(s, r, seg, position, p->layer));
             sim_model_row(p->hidden[row], p->codes + (size_t)row * SIM_D, p->scales + row);
             sim_model_gate(&s->shape, p->hidden[row], p->layer, &choice);
+            for (uint32_t e = 0; e < topk; e++) {
+                r->load[p->layer * s->shape.n_expert + (uint32_t)choice.expert[e]]++;
+            }
             memcpy(p->experts + (size_t)row * topk, choice.expert, sizeof(int32_t) * topk);
             memcpy(p->weights + (size_t)row * topk, choice.weight, sizeof(float) * topk);
         }
@@ -394,6 +399,27 @@ static uint64_t router_step(sim *s, sim_proc *proc)
     return router_exchange(s, proc);
 }
 
+static void router_tell_load(sim *s, router *r)
+{
+    Baleen__Control__V1__ExpertLoad load = BALEEN__CONTROL__V1__EXPERT_LOAD__INIT;
+    Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
+    if (s->now_us < r->load_at_us || !pc_mcore_connected(r->member.core) || r->member.end == NULL) {
+        return;
+    }
+    r->load_at_us = s->now_us + s->shape.heartbeat_ms * SIM_MS;
+    load.n_layer = s->shape.n_layer;
+    load.n_expert = s->shape.n_expert;
+    load.n_count = (size_t)s->shape.n_layer * s->shape.n_expert;
+    load.count = r->load;
+    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_EXPERT_LOAD;
+    word.expert_load = &load;
+    cm_bytes_clear(&r->packed);
+    pr_pack(&word.base, &r->packed);
+    if (sim_send(s, r->member.end, 0, NULL, 0, r->packed.data, r->packed.len, NULL) == CM_OK) {
+        memset(r->load, 0, sizeof(r->load));
+    }
+}
+
 /* ---- the process ---- */
 
 static void router_finish(sim *s, void *arg, uint64_t tag)
@@ -402,6 +428,18 @@ static void router_finish(sim *s, void *arg, uint64_t tag)
     (void)tag;
     if (proc->alive) {
         sim_kill(s, proc, false);
+    }
+}
+
+/* No new sequences: it ends with the last one. */
+static void router_drain(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    if (!r->draining && !r->drained) {
+        sim_trace(s, proc, "is drained");
+        r->draining = true;
+        pc_mcore_leave(r->member.core);
+        rt_sched_drain(r->sched);
     }
 }
 
@@ -414,6 +452,9 @@ static void router_news(sim *s, sim_proc *proc, const pc_mout *out)
         pc_mcore_committed(r->member.core, out->value->number);
     } else if (out->kind == PC_MOUT_PREPARE) {
         pc_mcore_prepared(r->member.core, out->value->number, CM_OK, NULL);
+    } else if (out->kind == PC_MOUT_DRAIN) {
+        s->hosts[proc->host].leaving = true;
+        router_drain(s, proc);
     } else if (out->kind == PC_MOUT_REFUSED) {
         sim_at(s, s->now_us, router_finish, proc, 0);
     }
@@ -518,11 +559,13 @@ static uint64_t router_pump(sim *s, sim_proc *proc)
     uint64_t step_us = router_step(s, proc), chore_ms = rt_xcore_chore_ms(r->exchange);
     rt_sched_words(r->sched, router_word, r);
     router_flush(s, r);
+    router_tell_load(s, r);
     router_check(s, proc);
     rt_sched_ledger ledger;
     rt_sched_ledger_get(r->sched, &ledger);
     if (r->draining && ledger.n_seq == 0 && !r->pass.busy) {
         r->draining = false;
+        r->drained = true;
         sim_at(s, s->now_us, router_finish, proc, 0);
     }
     wake_us = step_us < wake_us ? step_us : wake_us;
@@ -631,15 +674,9 @@ void sim_router_start(sim *s, sim_proc *proc)
 
 void sim_router_leave(sim *s, sim_proc *proc)
 {
-    router *r = proc->state;
-    if (!r->draining) {
-        sim_trace(s, proc, "is drained");
-        r->draining = true;
-        pc_mcore_leave(r->member.core);
-        rt_sched_drain(r->sched);
-        sim_member_act(s, proc, &r->member);
-        sim_go(s, proc);
-    }
+    router_drain(s, proc);
+    sim_member_act(s, proc, &((router *)proc->state)->member);
+    sim_go(s, proc);
 }
 
 void sim_router_ledger(const sim_proc *proc, char *text, size_t cap)

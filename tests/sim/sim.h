@@ -69,8 +69,10 @@ typedef struct sim_shape {
     uint32_t experts_max; /* one worker can hold */
     uint32_t workers_min;
     uint32_t n_request;
-    uint64_t storm_us; /* how long faults come */
-    uint32_t disk_ms;  /* a write of the log takes at most, when nothing is wrong */
+    uint64_t storm_us;     /* how long faults come */
+    uint32_t disk_ms;      /* a write of the log takes at most, when nothing is wrong */
+    uint64_t rebalance_ms; /* 0: only when asked */
+    uint32_t moves_max;
     uint64_t heartbeat_ms, lease_ms, grace_ms, silence_ms, answer_ms, wait_ms;
     uint32_t row_max, chunk_max, slot_max, draft_max, queue_max, page_max, page_tokens;
     uint32_t frame_max, window_us, sends_max;
@@ -81,6 +83,7 @@ typedef struct sim_shape {
 typedef struct sim_counts {
     uint64_t faults[SIM_FAULT_COUNT];
     uint64_t events, messages, tokens, steps, exchanges, retries, epochs, aborts, reopened, resumed;
+    uint64_t wishes, wishes_done;         /* of operators */
     uint64_t told_busy, told_unavailable; /* clients, by name */
     uint64_t healing_ms;                  /* from the healing to the last request's end */
     uint64_t frames_refused, preempted, done, cancelled, expired, virtual_ms;
@@ -246,6 +249,10 @@ uint64_t sim_member_pump(sim *s, sim_proc *proc, sim_member *member);
 
 /* ---- the processes ---- */
 void sim_coordinator_start(sim *s, sim_proc *proc);
+/* An operator's: drain some worker or router, or move experts. */
+void sim_coordinator_wish(sim *s, sim_proc *proc, bool drain);
+/* It waits for that process to go. */
+bool sim_coordinator_lets_go(const sim_proc *coordinator, const sim_proc *proc);
 bool sim_coordinator_rests(const sim *s, const sim_proc *proc, char *why, size_t cap);
 void sim_worker_start(sim *s, sim_proc *proc);
 void sim_worker_leave(sim *s, sim_proc *proc);

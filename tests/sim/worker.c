@@ -256,6 +256,11 @@ static void worker_news(sim *s, sim_proc *proc, const pc_mout *out)
     case PC_MOUT_RETIRE:
         worker_retire(s, proc, out->epoch);
         break;
+    case PC_MOUT_DRAIN:
+        s->hosts[proc->host].leaving = true;
+        pc_mcore_leave(w->member.core); /* the end of the session is for good */
+        sim_at(s, s->now_us, worker_finish, proc, 0);
+        break;
     case PC_MOUT_REFUSED:
         sim_at(s, s->now_us, worker_finish, proc, 0);
         break;
