@@ -251,7 +251,7 @@ def test_scale_outlives_the_coordinator(start_cluster):
 
 
 def test_scales_that_cannot_be(start_cluster, bin_dir, tmp_path):
-    cluster = start_cluster("--workers", "2", env={"BALEEN_EXPERT_BYTES_MAX": "3m"})  # each holds some 60 of the 80 experts
+    cluster = start_cluster("--workers", "2", env={"BALEEN_EXPERT_BYTES_MAX": "3m"})  # each holds some 60 of the 96 experts
     epoch = cluster.status()["epoch"]
     for words, code, said in ((["0"], 1, "give 1 to"), (["many"], 2, "no number of workers"), ([], 2, "how many"),
                               (["1"], 1, "keep more workers")):
@@ -289,7 +289,7 @@ def test_rebalance_under_load(start_cluster):
         assert cluster.status()["imbalance"] < before
         table = operate(cluster, "status", "--experts", "--json")
         owners = json.loads(table.stdout)["placement"]["owners"]
-        assert len(owners) == 80 and all(owners)
+        assert len(owners) == 96 and all(owners)
         for victim in ("worker-0", "worker-2"):  # what has copies lives on in them, what has none is taken over
             os.kill(pids(cluster)[victim], signal.SIGKILL)
             wait_for("up to notice", lambda: open(os.path.join(cluster.run, "up.err")).read().count(f"{victim} is started again as"))
@@ -328,11 +328,11 @@ def test_heirs_are_warm(start_cluster):
     """Every expert has one heir, who has read it before its worker dies; then heirs are found anew."""
     cluster = start_cluster("--workers", "3", "--no-restart")
     whole = answer(cluster)
-    wait_for("all 80 to be warm", lambda: warm(cluster) == 80)
+    wait_for("all 96 to be warm", lambda: warm(cluster) == 96)
     os.kill(pids(cluster)["worker-1"], signal.SIGKILL)
     wait_for("the epoch without it", lambda: len(serving(cluster, "worker")) == 2)
     assert answer(cluster) == whole
-    wait_for("all to be warm again", lambda: warm(cluster) == 80)
+    wait_for("all to be warm again", lambda: warm(cluster) == 96)
     os.kill(pids(cluster)["worker-0"], signal.SIGKILL)
     wait_for("the epoch without it", lambda: len(serving(cluster, "worker")) == 1)
     assert answer(cluster) == whole
@@ -340,5 +340,5 @@ def test_heirs_are_warm(start_cluster):
 
 
 def test_no_more_is_warm_than_memory_allows(start_cluster):
-    cluster = start_cluster("--workers", "3", env={"BALEEN_EXPERT_BYTES_MAX": "2350080"})  # 45 experts: 27 or 26, and 18 or 19
-    wait_for("what fits to be warm", lambda: warm(cluster) == 3 * 45 - 80)
+    cluster = start_cluster("--workers", "3", env={"BALEEN_EXPERT_BYTES_MAX": "2872320"})  # 55 experts: 32, and 23 more
+    wait_for("what fits to be warm", lambda: warm(cluster) == 3 * 55 - 96)
