@@ -23,7 +23,9 @@ void gw_core_fini(gw_core *core)
 static cm_status check_ids(const gw_core *core, const Baleen__Engine__V1__SeqTokens *frame, cm_error *err)
 {
     uint64_t offset = frame->has_offset ? frame->offset : 0;
-    if (frame->n_id > 0 && offset != core->emitted.n) {
+    /* a stop without a token of its own has its place too: it must not come before the tokens it stops */
+    bool stops = frame->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP && frame->has_offset;
+    if ((frame->n_id > 0 || stops) && offset != core->emitted.n) {
         return cm_error_set(err, CM_E_PROTOCOL, "offset", "tokens at offset %llu, %zu are known",
                             (unsigned long long)offset, core->emitted.n);
     }
