@@ -290,6 +290,12 @@ void co_core_change_stored(co_core *core, const co_in *in)
     core->ticket = 0;
     if (in->status != CM_OK) {
         core->retry_ms = core->now_ms + core->lease_ms;
+        if (core->phase == CO_PHASE_STORING) {
+            /* Whether the log has it is not known: a restart could find it and go on with it. So it is not
+             * given up any more, but written again. */
+            snprintf(core->blocked, sizeof(core->blocked), "%.255s", in->text);
+            return;
+        }
         change_abort(core, in->text);
         snprintf(core->blocked, sizeof(core->blocked), "%.255s", in->text);
         return;
@@ -299,6 +305,7 @@ void co_core_change_stored(co_core *core, const co_in *in)
         return;
     }
     CM_ASSERT(core->phase == CO_PHASE_STORING);
+    core->blocked[0] = 0;
     co_core_drop_epoch(core, core->epoch);
     core->epoch = core->proposal;
     core->proposal = NULL;
@@ -352,8 +359,12 @@ void co_core_advance(co_core *core)
                 change_finish(core);
             }
             break;
-        case CO_PHASE_NUMBERING: /* wait for the log */
         case CO_PHASE_STORING:
+            if (core->ticket == 0 && core->now_ms >= core->retry_ms) {
+                core->ticket = co_core_store(core, core->proposal);
+            }
+            break;
+        case CO_PHASE_NUMBERING: /* wait for the log */
             break;
         }
     } while (core->phase != before);
@@ -389,7 +400,11 @@ bool co_core_change(const co_core *core, char text_out[256])
         break;
     case CO_PHASE_NUMBERING:
     case CO_PHASE_STORING:
-        cm_bytes_printf(&text, "epoch %llu: writing the log", number);
+        if (core->ticket != 0) {
+            cm_bytes_printf(&text, "epoch %llu: writing the log", number);
+        } else {
+            cm_bytes_append_text(&text, core->blocked);
+        }
         break;
     case CO_PHASE_PREPARING:
         cm_bytes_printf(&text, "epoch %llu: workers load", number);

@@ -174,7 +174,8 @@ static void core_expire(co_core *core)
         }
         if (member->session == 0 && core->now_ms >= member->dead_ms) {
             core_die(core, member, "its session was lost and it did not come back");
-        } else if (member->session != 0 && core->now_ms - member->heard_ms > core->lease_ms) {
+        } else if (member->session != 0 && member->ticket == 0 &&
+                   core->now_ms - member->heard_ms > core->lease_ms) { /* before its Welcome nobody beats */
             core_die(core, member, "its lease ran out without a heartbeat");
         }
     }
@@ -378,14 +379,16 @@ uint64_t co_core_wake_ms(const co_core *core)
     for (uint32_t i = 0; i < core->n_members; i++) {
         const co_member *member = &core->members[i];
         uint64_t at_ms = member->session == 0 ? member->dead_ms : member->heard_ms + core->lease_ms + 1;
+        at_ms = member->session != 0 && member->ticket != 0 ? UINT64_MAX : at_ms;
         wake_ms = at_ms < wake_ms ? at_ms : wake_ms;
     }
     if ((core->phase == CO_PHASE_COMMITTING || core->phase == CO_PHASE_PUBLISHING) &&
         core->deadline_ms < wake_ms) {
         wake_ms = core->deadline_ms;
     }
-    if (core->phase == CO_PHASE_REST && core->dirty && core->retry_ms > core->now_ms &&
-        core->retry_ms < wake_ms) {
+    bool retries =
+        core->phase == CO_PHASE_STORING ? core->ticket == 0 : core->phase == CO_PHASE_REST && core->dirty;
+    if (retries && core->retry_ms > core->now_ms && core->retry_ms < wake_ms) {
         wake_ms = core->retry_ms;
     }
     if (core->balance_every_ms != 0 && core->balance_next_ms < wake_ms) {

@@ -285,6 +285,7 @@ void co_core_join_stored(co_core *core, const co_in *in)
             continue;
         }
         member->ticket = 0;
+        member->heard_ms = core->now_ms; /* the log may have taken longer than a lease */
         if (in->status != CM_OK) {
             co_core_refuse(core, member->session, in->status, false, in->text);
             member->session = 0;

@@ -27,7 +27,9 @@ static cm_status check_known(const gw_core *core, const Baleen__Engine__V1__SeqT
     uint64_t offset = frame->has_offset ? frame->offset : 0;
     size_t n_log = core->emitted.n;
     *n_known_out = 0;
-    if (frame->n_id == 0) {
+    /* a stop without a token of its own has its place too: it must not come before the tokens it stops */
+    bool stops = frame->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP && frame->has_offset;
+    if (frame->n_id == 0 && !stops) {
         return CM_OK;
     }
     if (offset > n_log) {

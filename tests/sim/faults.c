@@ -32,7 +32,8 @@ static void shape_draw_sizes(sim *s)
     }
     shape->n_request = sim_between(s, SIM_SHAPE, 4, SIM_REQUESTS_MAX);
     shape->storm_us = sim_between(s, SIM_SHAPE, 3000, 20000) * SIM_MS;
-    shape->disk_ms = 8;
+    /* some disks are always slow, up to more than a lease */
+    shape->disk_ms = sim_below(s, SIM_SHAPE, 8) == 0 ? sim_between(s, SIM_SHAPE, 10, 1200) : 8;
     shape->rebalance_ms = sim_below(s, SIM_SHAPE, 2) == 0 ? sim_between(s, SIM_SHAPE, 300, 4000) : 0;
     shape->moves_max = sim_between(s, SIM_SHAPE, 1, 6);
 }
@@ -79,7 +80,7 @@ static const struct {
     [SIM_FAULT_slow_peer] = {10, 100},
     [SIM_FAULT_disk_slow] = {100, 2000},
     [SIM_FAULT_disk_fails] = {100, 1500},
-    [SIM_FAULT_disk_unsure] = {0, 0},
+    [SIM_FAULT_disk_unsure] = {100, 1000},
     [SIM_FAULT_log_lost] = {300, 3000},
     [SIM_FAULT_load_fails] = {50, 500},
     [SIM_FAULT_load_slow] = {100, 1000},

@@ -576,6 +576,46 @@ static void log_that_cannot_be_written(void **state)
     }
 }
 
+/* The log may have an epoch although its writing failed: whoever prepared it keeps it. */
+static void epoch_that_may_be_in_the_log(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    begin_change(&f);
+    until_storing(&f);
+    uint64_t number = f.peers[4].open_prepare;
+    uint32_t n_aborts = f.n_aborts;
+    for (uint32_t i = 0; i < 3; i++) {
+        f.store_fails = true;
+        assert_true(fake_write(&f));
+        f.store_fails = false;
+        assert_int_equal(f.n_aborts, n_aborts);
+        fake_pass(&f, 3500);
+        assert_int_equal(f.n_stores, 1); /* the same again */
+    }
+    fake_settle(&f);
+    fake_check_whole(&f);
+    assert_int_equal(f.epoch->number, number);
+    fake_fini(&f);
+}
+
+/* Who joins cannot beat before its Welcome, and that waits for the log. */
+static void slow_log_loses_nobody(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_init(&f, 1);
+    fake_peer *p = fake_spawn(&f, CO_ROLE_WORKER);
+    fake_hello(&f, p);
+    fake_pass(&f, 20000);
+    assert_true(fake_write(&f));
+    assert_true(p->given);
+    fake_settle(&f);
+    fake_check_whole(&f);
+    assert_int_equal(co_core_n_lost(f.core), 0);
+    fake_fini(&f);
+}
+
 static void who_never_switches_is_given_up(void **state)
 {
     (void)state;
@@ -818,6 +858,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(abort_changes_nothing),
         cmocka_unit_test(failed_prepare),
         cmocka_unit_test(log_that_cannot_be_written),
+        cmocka_unit_test(epoch_that_may_be_in_the_log),
+        cmocka_unit_test(slow_log_loses_nobody),
         cmocka_unit_test(who_never_switches_is_given_up),
         cmocka_unit_test(leave_waits_for_the_next_epoch),
         cmocka_unit_test(all_may_leave),

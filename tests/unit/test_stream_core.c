@@ -107,6 +107,22 @@ static void whole_life(void **state)
     gw_core_fini(&core);
 }
 
+/* A stop that came before the tokens it stops would cut the text. */
+static void stop_has_its_place(void **state)
+{
+    (void)state;
+    gw_core core;
+    gw_core_news news;
+    begin(&core);
+    assert_int_equal(take(&core, 0, 1, 10, GOING_ON, &news), CM_OK);
+    assert_int_equal(take(&core, 3, 0, 0, STOP, &news), CM_E_PROTOCOL);
+    assert_int_equal(core.state, GW_CORE_RUNNING);
+    assert_int_equal(take(&core, 1, 2, 11, GOING_ON, &news), CM_OK);
+    assert_int_equal(take(&core, 3, 0, 0, STOP, &news), CM_OK);
+    assert_int_equal(core.state, GW_CORE_ENDED);
+    gw_core_fini(&core);
+}
+
 static void accepted_with_tokens(void **state)
 {
     (void)state;
@@ -169,11 +185,9 @@ static void refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(log_probabilities),
-        cmocka_unit_test(whole_life),
-        cmocka_unit_test(accepted_with_tokens),
-        cmocka_unit_test(failed_is_not_accepted),
-        cmocka_unit_test(refused),
+        cmocka_unit_test(log_probabilities),      cmocka_unit_test(whole_life),
+        cmocka_unit_test(stop_has_its_place),     cmocka_unit_test(accepted_with_tokens),
+        cmocka_unit_test(failed_is_not_accepted), cmocka_unit_test(refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
