@@ -312,8 +312,8 @@ static void member_closed(void *ctx, pc_code code, const char *text)
 {
     pc_member *member = ctx;
     char why[400];
-    bool may_be_tls =
-        code == PC_CODE_UNAVAILABLE && member->tls == NULL && strstr(text, "Socket closed") != NULL;
+    bool may_be_tls = member->tls == NULL && !pc_mcore_connected(member->core) &&
+                      code == PC_CODE_UNAVAILABLE && strstr(text, "Socket closed") != NULL;
     member->stream = NULL;
     snprintf(why, sizeof(why), "%.255s (code %d%s)", text, (int)code,
              may_be_tls ? "; if it wants TLS, give --tls-ca, --tls-cert and --tls-key" : "");
