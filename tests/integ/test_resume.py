@@ -63,7 +63,7 @@ class Streams:
 
 
 def undisturbed(address, n):
-    return [client_of(address).chat.completions.create(**fields_of(i)).choices[0].message.content for i in range(n)]
+    return Streams(address, n).join()
 
 
 def reopened(cluster):
@@ -261,7 +261,7 @@ def test_gateway_dies(start_cluster, request_no, how):
     assert b"".join(first.events + rest.events) == b"".join(again.events), cluster.said()
     assert again.events[-1].endswith(b"data: [DONE]\n\n")
     text = "".join(c["choices"][0]["delta"].get("content") or "" for c in map(chunk_of, again.events[:-1]) if c["choices"])
-    assert text == undisturbed(cluster.info["http"], request_no + 1)[request_no]
+    assert text == client_of(cluster.info["http"]).chat.completions.create(**fields_of(request_no)).choices[0].message.content
     if how == "restarted":
         gateway.kill()
 
