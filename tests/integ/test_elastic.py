@@ -241,6 +241,8 @@ def test_scale_outlives_the_coordinator(start_cluster):
         scale = subprocess.Popen([os.path.join(cluster.bin_dir, "baleen"), "scale", "4", "--run", cluster.run], stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE, text=True)
         wait_for("the order", lambda: "worker-3 is started" in open(os.path.join(cluster.run, "up.err")).read())
+        first = scale.stderr.readline()  # it says how far they are: its own call has been answered
+        assert "workers serve" in first, first
         os.kill(pids(cluster)["coordinator"], signal.SIGKILL)
         said = scale.communicate(timeout=WAIT_S)[1]
         assert scale.returncode == 0, said + cluster.said()
