@@ -120,11 +120,11 @@ static uint64_t lay_out(cpu_stream *s, uint8_t *block, uint32_t n_threads)
     uint64_t at = 0, dim = cpu_round_up(l->head_dim, KN_LANES), n_key = cpu_round_up(l->n_key, KN_LANES);
     uint64_t index_max = l->n_index_row > 0 ? CPU_INDEX_MAX : 0;
     s->attn = take(block, &at, n_threads * sizeof(*s->attn));
-    s->x_tile = take(block, &at, 8ull * CPU_TILE * cpu_round_up(l->n_in, CPU_CHUNK));
-    s->h_tile = take(block, &at, 8ull * CPU_TILE * cpu_round_up(l->n_inner, CPU_CHUNK));
-    s->inner = take(block, &at, 3ull * CPU_TILE * l->n_inner * sizeof(uint16_t));
-    s->codes = take(block, &at, (uint64_t)CPU_TILE * l->n_inner);
-    s->scales = take(block, &at, (uint64_t)CPU_TILE * kn_blocks(l->n_inner, KN_ACT_BLOCK));
+    s->x_tile = take(block, &at, (uint64_t)CPU_X_BYTES * cpu_round_up(l->n_in, CPU_CHUNK));
+    s->h_tile = take(block, &at, (uint64_t)CPU_X_BYTES * cpu_round_up(l->n_inner, CPU_CHUNK));
+    s->inner = take(block, &at, 3ull * CPU_ROWS * l->n_inner * sizeof(uint16_t));
+    s->codes = take(block, &at, (uint64_t)CPU_ROWS * l->n_inner);
+    s->scales = take(block, &at, (uint64_t)CPU_ROWS * kn_blocks(l->n_inner, KN_ACT_BLOCK));
     s->gate = take(block, &at, (uint64_t)l->n_row * l->n_expert * sizeof(float));
     s->biased = take(block, &at, (uint64_t)n_threads * l->n_expert * sizeof(float));
     s->index_score = take(block, &at, (uint64_t)l->n_index_row * sizeof(float));
