@@ -96,7 +96,8 @@ CM_MUST_CHECK cm_status kn_device_open(const kn_device_options *options, kn_devi
                                        cm_error *err);
 void kn_device_close(kn_device *device);
 const char *kn_device_name(const kn_device *device); /* "cpu", "ref" */
-const char *kn_device_isa(const kn_device *device);  /* path in use: "portable", "avx2", "avx512" */
+const char *kn_device_isa(
+    const kn_device *device); /* path in use: one of kn_cpu_isa_at, or of ref "portable" */
 /* Path names this build has and this machine can run, best last; NULL past the end. For tests of every path.
  */
 const char *kn_cpu_isa_at(uint32_t i);

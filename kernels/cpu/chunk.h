@@ -7,7 +7,8 @@
 #define APART static __attribute__((noinline))
 /* With many rows the inputs come from a farther cache than the decoded weights, so they are read once for
  * CPU_OUTS outputs; with few the weights are the traffic, and one row of them after another is read fastest.
- * The order of every sum is the same. The number of outputs is a constant in each copy of what is INLINED. */
+ * The order of every sum is the same. The number of outputs, or of rows, is a constant
+ * in each copy of what is INLINED. */
 #define INLINED static inline __attribute__((always_inline))
 
 static inline uint32_t outs_at_once(uint32_t n_row, uint32_t n_left)

@@ -17,6 +17,7 @@ DECLARE_PATH(portable)
 #if defined(__x86_64__)
 DECLARE_PATH(avx2)
 DECLARE_PATH(avx512)
+DECLARE_PATH(avx512vnni)
 #endif
 
 /* Best last; each one's machines can run all before it. */
@@ -25,23 +26,28 @@ static const cpu_tables PATHS[] = {
 #if defined(__x86_64__)
     PATH(avx2),
     PATH(avx512),
+    PATH(avx512vnni),
 #endif
 };
 enum { N_PATH = sizeof(PATHS) / sizeof(PATHS[0]) };
 
-/* What the compiler may use for x86-64-v3 and x86-64-v4. */
+/* What the compiler may use for x86-64-v3 and x86-64-v4, and beyond. */
 static bool machine_has(const char *isa)
 {
 #if defined(__x86_64__)
     bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl");
     if (strcmp(isa, "avx2") == 0) {
         return v3;
     }
     if (strcmp(isa, "avx512") == 0) {
-        return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vl");
+        return v4;
+    }
+    if (strcmp(isa, "avx512vnni") == 0) {
+        return v4 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
     }
 #endif
     return strcmp(isa, "portable") == 0;

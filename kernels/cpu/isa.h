@@ -99,10 +99,14 @@ static inline void kn_lanes_add(double *lane, const double *x, const double *w, 
     }
 }
 
-/* ---- quantized products (products_q8.c) ----
+/* ---- quantized products (products_q8.c, or vnni.c) ----
  * A tile: up to CPU_Q8_ROWS rows of E4M3 codes, loaded once into the form the products read, then multiplied
  * with any number of matrices of one n_in and dtype. */
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+enum { CPU_Q8_ROWS = CPU_ROWS };
+#else
 enum { CPU_Q8_ROWS = CPU_TILE };
+#endif
 
 typedef struct cpu_q8_tile {
     void *x; /* scratch: CPU_X_BYTES for each input, rounded up to CPU_CHUNK */
