@@ -265,6 +265,9 @@ static void engine_follow_epochs(wk_engine *e)
     if (epoch != NULL) {
         engine_add_epoch(e, epoch, self);
     }
+    if (wk_gather_waiting(e->gather) == 0) {
+        wk_shard_release(e->shard);
+    }
     /* frames gathered under an epoch hold on to its value: retire when none waits */
     for (uint32_t i = 0; i < ENGINE_EPOCHS && wk_gather_waiting(e->gather) == 0; i++) {
         if (e->epochs[i].epoch != NULL && e->epochs[i].epoch->number < before) {

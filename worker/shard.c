@@ -1,7 +1,10 @@
 #include "worker/shard.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "common/base/clock.h"
 #include "common/base/failpoint.h"
@@ -12,8 +15,9 @@
 enum { SHARD_PROGRESS_MS = 2000 };
 
 typedef struct shard_entry {
-    kn_expert weights; /* written once, by the load that placed them */
-    bool placed;       /* job thread's */
+    kn_expert weights;
+    kn_ptr copy; /* the weights in the device's own order, if it has one */
+    bool placed; /* weights can be used */
     _Atomic bool held;
 } shard_entry;
 
@@ -24,6 +28,8 @@ struct wk_shard {
     shard_entry *entries; /* [md_block_count * n_expert] */
     _Atomic uint32_t n_held;
     _Atomic bool stopping;
+    _Atomic bool let_go;  /* since the last release an expert was */
+    pthread_mutex_t lock; /* for weights, copy and placed of entries that are not held */
 };
 
 cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk_shard **shard_out)
@@ -34,12 +40,22 @@ cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk
     shard->geometry = g;
     shard->device = device;
     shard->entries = cm_alloc(sizeof(shard_entry) * (size_t)md_block_count(g) * g->n_expert);
+    pthread_mutex_init(&shard->lock, NULL);
     *shard_out = shard;
     return CM_OK;
 }
 
+static size_t shard_size(const wk_shard *shard)
+{
+    return (size_t)md_block_count(shard->geometry) * shard->geometry->n_expert;
+}
+
 void wk_shard_destroy(wk_shard *shard)
 {
+    for (size_t i = 0; i < shard_size(shard); i++) {
+        kn_mem_free(shard->device, shard->entries[i].copy);
+    }
+    pthread_mutex_destroy(&shard->lock);
     cm_free(shard->entries);
     cm_free(shard);
 }
@@ -70,6 +86,61 @@ static cm_status shard_load_matrix(wk_shard *shard, uint32_t layer, uint32_t exp
     return CM_OK;
 }
 
+/* Where the device has an order of its own the expert becomes a copy, and its pages of the mapping can go. */
+static cm_status shard_prepare(wk_shard *shard, shard_entry *entry, cm_error *err)
+{
+    kn_matrix *matrices[] = {&entry->weights.w1, &entry->weights.w3, &entry->weights.w2};
+    uint64_t n_bytes = 0, at = 0;
+    for (uint32_t i = 0; i < 3; i++) {
+        n_bytes += kn_prepared_bytes(shard->device, matrices[i]);
+    }
+    if (n_bytes == 0) {
+        return CM_OK;
+    }
+    if (kn_mem_alloc(shard->device, n_bytes, &entry->copy) != CM_OK) {
+        return cm_error_set(err, CM_E_MEMORY, "expert_bytes_max",
+                            "no memory for the %llu bytes of another expert", (unsigned long long)n_bytes);
+    }
+    for (uint32_t i = 0; i < 3; i++) {
+        uint64_t size = kn_prepared_bytes(shard->device, matrices[i]);
+        kn_prepare(shard->device, matrices[i], kn_at(entry->copy, at));
+        at += size;
+    }
+    return CM_OK;
+}
+
+/* The checkpoint's own pages of what has been copied: read again from the file should anyone ask. */
+static void shard_forget(const wk_shard *shard, uint32_t layer, uint32_t expert)
+{
+    static const char *const names[] = {"w1", "w3", "w2"};
+    char block[MD_BLOCK_NAME_MAX];
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    md_block_name(shard->geometry, layer, block);
+    for (uint32_t i = 0; i < 3; i++) {
+        const md_tensor *t =
+            md_checkpoint_tensor(shard->checkpoint, "%sffn.experts.%u.%s.weight", block, expert, names[i]);
+        uintptr_t from = ((uintptr_t)t->data + page - 1) / page * page;
+        uintptr_t to = ((uintptr_t)t->data + t->n_bytes) / page * page;
+        if (from < to) {
+            (void)madvise((void *)from, to - from, MADV_DONTNEED); /* advice */
+        }
+    }
+}
+
+static cm_status shard_place(wk_shard *shard, shard_entry *entry, uint32_t layer, uint32_t expert,
+                             cm_error *err)
+{
+    CM_TRY(shard_load_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
+    CM_TRY(shard_load_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
+    CM_TRY(shard_load_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
+    CM_TRY(shard_prepare(shard, entry, err));
+    if (entry->copy.addr != 0) {
+        shard_forget(shard, layer, expert);
+    }
+    entry->placed = true;
+    return CM_OK;
+}
+
 static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t expert, cm_error *err)
 {
     shard_entry *entry = &shard->entries[(size_t)layer * shard->geometry->n_expert + expert];
@@ -77,15 +148,14 @@ static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t exp
         return cm_error_set(err, CM_E_IO, "", "layer %u expert %u: load failed by a failpoint", layer,
                             expert);
     }
-    if (!entry->placed) {
-        CM_TRY(shard_load_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
-        CM_TRY(shard_load_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
-        CM_TRY(shard_load_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
-        entry->placed = true;
+    pthread_mutex_lock(&shard->lock);
+    cm_status status = entry->placed ? CM_OK : shard_place(shard, entry, layer, expert, err);
+    if (status == CM_OK) {
+        atomic_store(&entry->held, true);
+        atomic_fetch_add(&shard->n_held, 1);
     }
-    atomic_store(&entry->held, true);
-    atomic_fetch_add(&shard->n_held, 1);
-    return CM_OK;
+    pthread_mutex_unlock(&shard->lock);
+    return status;
 }
 
 cm_status wk_shard_load(wk_shard *shard, const pr_placement *placement, uint32_t rank, cm_error *err)
@@ -134,10 +204,28 @@ void wk_shard_keep(wk_shard *shard, const pr_placement *const *placements, const
             if (!wanted && atomic_load(&entry->held)) {
                 atomic_store(&entry->held, false);
                 atomic_fetch_sub(&shard->n_held, 1);
+                atomic_store(&shard->let_go, true);
             }
         }
     }
     cm_stat_set(CM_STAT_worker_experts, wk_shard_count(shard));
+}
+
+void wk_shard_release(wk_shard *shard)
+{
+    if (!atomic_load(&shard->let_go) || pthread_mutex_trylock(&shard->lock) != 0) {
+        return; /* nothing to do, or a load is at it: next time */
+    }
+    atomic_store(&shard->let_go, false);
+    for (size_t i = 0; i < shard_size(shard); i++) {
+        shard_entry *entry = &shard->entries[i];
+        if (entry->copy.addr != 0 && !atomic_load(&entry->held)) {
+            kn_mem_free(shard->device, entry->copy);
+            entry->copy = (kn_ptr){0};
+            entry->placed = false;
+        }
+    }
+    pthread_mutex_unlock(&shard->lock);
 }
 
 const kn_expert *wk_shard_expert(const wk_shard *shard, uint32_t layer, uint32_t expert)

@@ -7,10 +7,11 @@
 #define DECLARE_PATH(isa)                                                                                    \
     extern const kn_dense_ops kn_cpu_dense_##isa;                                                            \
     extern const kn_attn_ops kn_cpu_attn_##isa;                                                              \
-    extern const kn_moe_ops kn_cpu_moe_##isa;
+    extern const kn_moe_ops kn_cpu_moe_##isa;                                                                \
+    extern const cpu_prepare_ops kn_cpu_prepare_##isa;
 #define PATH(isa)                                                                                            \
     {                                                                                                        \
-#isa, &kn_cpu_dense_##isa, &kn_cpu_attn_##isa, &kn_cpu_moe_##isa                                     \
+#isa, &kn_cpu_dense_##isa, &kn_cpu_attn_##isa, &kn_cpu_moe_##isa, &kn_cpu_prepare_##isa              \
     }
 
 DECLARE_PATH(portable)
@@ -97,6 +98,7 @@ static cm_status cpu_open(const kn_device_options *options, kn_device **device_o
                                .dense = path->dense,
                                .attn = path->attn,
                                .moe = path->moe};
+    device->prepare = path->prepare;
     device->team = kn_team_create(options->n_threads);
     *device_out = &device->base;
     return CM_OK;
@@ -107,6 +109,16 @@ static void cpu_close(kn_device *base)
     cpu_device *device = (cpu_device *)base;
     kn_team_destroy(device->team);
     cm_free(device);
+}
+
+static uint64_t cpu_prepared_bytes(const kn_device *device, const kn_matrix *w)
+{
+    return ((const cpu_device *)device)->prepare->bytes(w);
+}
+
+static void cpu_prepare(const kn_device *device, const kn_matrix *w, kn_ptr at)
+{
+    ((const cpu_device *)device)->prepare->prepare(w, kn_host(at));
 }
 
 /* ---- streams ---- */
@@ -187,6 +199,8 @@ const kn_backend kn_backend_cpu = {
     .mem_free = kn_host_free,
     .mem_place = kn_host_place,
     .mem_host = kn_host_view,
+    .prepared_bytes = cpu_prepared_bytes,
+    .prepare = cpu_prepare,
     .copy_to_device = kn_host_copy_to_device,
     .copy_to_host = kn_host_copy_to_host,
 };

@@ -17,8 +17,23 @@ enum {
     CPU_INDEX_PAD = 32,
 };
 
+/* How a path wants quantized weights: products_q8.c, or vnni.c. */
+typedef struct cpu_prepare_ops {
+    uint64_t (*bytes)(const kn_matrix *w);
+    void (*prepare)(const kn_matrix *w, void *out); /* out: 64-byte aligned */
+} cpu_prepare_ops;
+
+typedef struct cpu_tables {
+    const char *isa;
+    const kn_dense_ops *dense;
+    const kn_attn_ops *attn;
+    const kn_moe_ops *moe;
+    const cpu_prepare_ops *prepare;
+} cpu_tables;
+
 typedef struct cpu_device {
     kn_device base;
+    const cpu_prepare_ops *prepare;
     kn_team *team;
 } cpu_device;
 
@@ -47,13 +62,6 @@ typedef struct cpu_stream {
     double *index_scale; /* [CPU_INDEX_MAX / KN_FP4_BLOCK] scales, [block][heads] */
     cpu_attn_scratch *attn; /* one for each thread */
 } cpu_stream;
-
-typedef struct cpu_tables {
-    const char *isa;
-    const kn_dense_ops *dense;
-    const kn_attn_ops *attn;
-    const kn_moe_ops *moe;
-} cpu_tables;
 
 static inline uint32_t cpu_round_up(uint32_t n, uint32_t to)
 {

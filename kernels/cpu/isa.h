@@ -159,3 +159,4 @@ void KN_FN(kn_cpu_index_topk)(kn_stream *s, const kn_batch *b, const kn_kv_layou
 extern const kn_dense_ops KN_FN(kn_cpu_dense);
 extern const kn_attn_ops KN_FN(kn_cpu_attn);
 extern const kn_moe_ops KN_FN(kn_cpu_moe);
+extern const cpu_prepare_ops KN_FN(kn_cpu_prepare);

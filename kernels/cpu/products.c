@@ -111,6 +111,6 @@ void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_m
                                  uint32_t n_out)
 {
     product_job job = {.tile = tile, .w = w, .out0 = out0};
-    CM_ASSERT(w->dtype == KN_BF16 || w->dtype == KN_F32 || w->dtype == KN_E4M3);
+    CM_ASSERT(w->dtype == KN_BF16 || w->dtype == KN_F32 || (w->dtype == KN_E4M3 && !w->prepared));
     kn_team_run(team, n_out, (uint64_t)w->n_in * tile->n, product_lanes_part, &job);
 }

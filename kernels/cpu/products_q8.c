@@ -179,13 +179,13 @@ INLINED void dot_e2m1(const cpu_q8_tile *t, const kn_matrix *w, uint32_t o, uint
         }
         for (uint32_t r = 0; r < t->n; r++) {
             const double *x = (const double *)t->x + r * stride + at;
-            uint8_t x_scale = t->scales[r][at / KN_ACT_BLOCK];
+            double x_scale = kn_e8m0_decode(t->scales[r][at / KN_ACT_BLOCK]);
             for (uint32_t j = 0; j < n_out; j++) {
                 const uint8_t *scale = scales + j * n_scale + at / KN_FP4_BLOCK;
                 for (uint32_t b = 0; b < CPU_CHUNK / KN_FP4_BLOCK && b < n_block; b++) {
                     /* The decoded weights are doubled: half of the sum, exact again. */
                     acc[j][r] +=
-                        0.5 * exact_dot_fp4_block(x, weight[j], b) * kn_e8m0_product(x_scale, scale[b]);
+                        0.5 * exact_dot_fp4_block(x, weight[j], b) * (x_scale * kn_e8m0_decode(scale[b]));
                 }
             }
         }
@@ -229,3 +229,13 @@ void KN_FN(kn_cpu_q8_product)(kn_team *team, const cpu_q8_tile *tile, const kn_m
     CM_ASSERT(w->dtype == KN_E4M3 || (w->dtype == KN_E2M1 && w->n_in % 2 == 0));
     kn_team_run(team, w->n_out, (uint64_t)w->n_in * tile->n, product_q8_part, &job);
 }
+
+/* ---- preparing ---- */
+
+static uint64_t prepared_bytes(const kn_matrix *w)
+{
+    (void)w;
+    return 0; /* read as they stand */
+}
+
+const cpu_prepare_ops KN_FN(kn_cpu_prepare) = {.bytes = prepared_bytes};

@@ -77,10 +77,10 @@ static uint16_t poison_of(const uint8_t *codes, const uint8_t *scales, uint32_t 
         __m512i v = vnni_load_row(codes, at, k);
         uint64_t nan = _mm512_cmpeq_epi8_mask(_mm512_and_si512(v, magnitude), magnitude);
         if (nan != 0) {
-            return (uint16_t)(0x7fc0 | (codes[at + (uint32_t)__builtin_ctzll(nan)] & 0x80) << 8);
+            return (uint16_t)(VNNI_NAN_CODE | (codes[at + (uint32_t)__builtin_ctzll(nan)] & 0x80) << 8);
         }
         if (scales[at / KN_ACT_BLOCK] == 255 && (at % KN_ACT_BLOCK == 64 || k - at <= 64)) {
-            return 0x7fc0;
+            return VNNI_NAN_SCALE;
         }
     }
     return 0;
@@ -150,3 +150,23 @@ void KN_FN(kn_cpu_q8_product)(kn_team *team, const cpu_q8_tile *tile, const kn_m
     CM_ASSERT(w->dtype == KN_E4M3 || (w->dtype == KN_E2M1 && w->n_in % 2 == 0));
     kn_team_run(team, kn_blocks(w->n_out, VNNI_OUTS), (uint64_t)w->n_in * tile->n, product_part, &job);
 }
+
+/* ---- preparing ---- */
+
+static uint64_t prepared_bytes(const kn_matrix *w)
+{
+    return w->dtype == KN_E2M1   ? KN_FN(kn_vnni_fp4_bytes)(w)
+           : w->dtype == KN_E4M3 ? KN_FN(kn_vnni_fp8_bytes)(w)
+                                 : 0;
+}
+
+static void prepare(const kn_matrix *w, void *out)
+{
+    if (w->dtype == KN_E2M1) {
+        KN_FN(kn_vnni_fp4_prepare)(w, out);
+    } else {
+        KN_FN(kn_vnni_fp8_prepare)(w, out);
+    }
+}
+
+const cpu_prepare_ops KN_FN(kn_cpu_prepare) = {.bytes = prepared_bytes, .prepare = prepare};

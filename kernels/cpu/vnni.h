@@ -19,6 +19,9 @@ enum {
     VNNI_TILES = 4, /* tiles that share one reading of many rows of input */
 };
 
+/* What is left of a NaN in bf16, by where it came from; a code's sign is added. */
+enum { VNNI_NAN_CODE = 0x7ff0, VNNI_NAN_SCALE = 0x7fc0 };
+
 /* Digits of all codes. NaN has zeros: its rows are overwritten (vnni_put). */
 typedef struct vnni_digits {
     int8_t d1[256], d0[256], r[256];
@@ -84,3 +87,8 @@ void KN_FN(kn_vnni_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
 void KN_FN(kn_vnni_fp4_part)(const cpu_q8_tile *tile, const kn_matrix *w, uint32_t begin, uint32_t end);
 void KN_FN(kn_vnni_fp8_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k);
 void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *tile, const kn_matrix *w, uint32_t begin, uint32_t end);
+/* The stored matrix in the order of the products, into that many bytes. */
+uint64_t KN_FN(kn_vnni_fp4_bytes)(const kn_matrix *w);
+void KN_FN(kn_vnni_fp4_prepare)(const kn_matrix *w, void *out);
+uint64_t KN_FN(kn_vnni_fp8_bytes)(const kn_matrix *w);
+void KN_FN(kn_vnni_fp8_prepare)(const kn_matrix *w, void *out);

@@ -16,7 +16,8 @@ enum {
     FP4_UNIT_BITS = 10,   /* sums count units of 2^-10: 2^-9 by the input, 2^-1 by the doubled weight */
 };
 
-/* CPU_CHUNK inputs of 16 outputs. */
+/* CPU_CHUNK inputs of 16 outputs. Prepared weights are these, [tile of outputs][chunk], zero past the matrix.
+ */
 typedef struct fp4_chunk {
     __m512i columns[FP4_CHUNK_BYTES / 4];
     __m512i scales; /* [output][block of the chunk] */
@@ -268,6 +269,17 @@ static void read_chunks(const kn_matrix *w, uint32_t o, uint32_t c0, uint32_t n_
     }
 }
 
+/* The chunks themselves, or a copy in buffer. */
+static const fp4_chunk *piece_at(const kn_matrix *w, uint32_t i_tile, uint32_t c0, uint32_t n_chunk,
+                                 fp4_chunk *buffer)
+{
+    if (w->prepared) {
+        return (const fp4_chunk *)kn_host(w->data) + (uint64_t)i_tile * kn_blocks(w->n_in, CPU_CHUNK) + c0;
+    }
+    read_chunks(w, i_tile * VNNI_OUTS, c0, n_chunk, buffer);
+    return buffer;
+}
+
 /* Notes outputs whose scales hold the byte of NaN. */
 static void find_nans(const fp4_chunk *chunks, uint32_t n_chunk, uint16_t nan[VNNI_OUTS])
 {
@@ -276,7 +288,7 @@ static void find_nans(const fp4_chunk *chunks, uint32_t n_chunk, uint16_t nan[VN
         found |= _mm512_cmpeq_epi8_mask(chunks[c].scales, _mm512_set1_epi8(-1));
     }
     for (; found != 0; found &= found - 1) {
-        nan[__builtin_ctzll(found) / FP4_CHUNK_BLOCKS] = 0x7fc0;
+        nan[__builtin_ctzll(found) / FP4_CHUNK_BLOCKS] = VNNI_NAN_SCALE;
     }
 }
 
@@ -289,7 +301,8 @@ static void tiles_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile
     uint32_t n_group = kn_blocks(t->n, VNNI_GROUP), n_chunk = kn_blocks(w->n_in, CPU_CHUNK);
     uint32_t n_block = kn_blocks(w->n_in, KN_FP4_BLOCK);
     uint16_t nan[VNNI_TILES][VNNI_OUTS] = {0};
-    fp4_chunk piece[VNNI_TILES][FP4_PIECE];
+    fp4_chunk buffer[VNNI_TILES][FP4_PIECE];
+    const fp4_chunk *piece[VNNI_TILES];
     vnni_sums acc[VNNI_TILES][VNNI_GROUPS_MAX];
     for (uint32_t i = 0; i < n_tile; i++) {
         memset(acc[i], 0, n_group * sizeof(acc[i][0]));
@@ -297,7 +310,7 @@ static void tiles_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile
     for (uint32_t c = 0; c < n_chunk; c += FP4_PIECE) {
         uint32_t n = n_chunk - c < FP4_PIECE ? n_chunk - c : FP4_PIECE;
         for (uint32_t i = 0; i < n_tile; i++) {
-            read_chunks(w, (i_tile + i) * VNNI_OUTS, c, n, piece[i]);
+            piece[i] = piece_at(w, i_tile + i, c, n, buffer[i]);
             find_nans(piece[i], n, nan[i]);
         }
         for (uint32_t g = 0; g < n_group; g++) {
@@ -317,5 +330,21 @@ void KN_FN(kn_vnni_fp4_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t 
     uint32_t at_once = t->n > VNNI_GROUP ? VNNI_TILES : 1;
     for (uint32_t i = begin; i < end; i += at_once) {
         tiles_part(t, w, i, end - i < at_once ? end - i : at_once);
+    }
+}
+
+/* ---- preparing ---- */
+
+uint64_t KN_FN(kn_vnni_fp4_bytes)(const kn_matrix *w)
+{
+    return (uint64_t)kn_blocks(w->n_out, VNNI_OUTS) * kn_blocks(w->n_in, CPU_CHUNK) * sizeof(fp4_chunk);
+}
+
+void KN_FN(kn_vnni_fp4_prepare)(const kn_matrix *w, void *out)
+{
+    uint32_t n_chunk = kn_blocks(w->n_in, CPU_CHUNK);
+    fp4_chunk *chunks = out;
+    for (uint32_t o = 0; o < w->n_out; o += VNNI_OUTS, chunks += n_chunk) {
+        read_chunks(w, o, 0, n_chunk, chunks);
     }
 }

@@ -29,7 +29,8 @@ typedef struct fp8_group {
 
 /* The weights of one block and 16 outputs. */
 typedef struct fp8_weights {
-    __m512i codes[FP8_COLUMNS];
+    const __m512i *codes; /* [FP8_COLUMNS]: in a prepared matrix, or buffer */
+    __m512i buffer[FP8_COLUMNS];
     __m512i e1[FP8_COLUMNS], e0[FP8_COLUMNS]; /* biased */
     uint32_t with_rest;                       /* bit j: column j may have an s, or a NaN */
 } fp8_weights;
@@ -120,15 +121,29 @@ static void decode_column(fp8_weights *w, uint32_t j)
     w->with_rest |= (uint32_t)(rest != 0) << j;
 }
 
-/* Block b of outputs o .. o + 15. */
-static void read_weights(const vnni_rows *rows, uint32_t n_in, uint32_t b, fp8_weights *w)
+/* Columns of block b of 16 rows in the stored form. */
+static void read_columns(const vnni_rows *rows, uint32_t n_in, uint32_t b, __m512i columns_out[FP8_COLUMNS])
 {
     uint32_t at = b * CPU_CHUNK;
-    KN_FN(kn_vnni_columns)(rows, at, n_in, w->codes);
+    KN_FN(kn_vnni_columns)(rows, at, n_in, columns_out);
     if (n_in - at > 64) {
-        KN_FN(kn_vnni_columns)(rows, at + 64, n_in, w->codes + 16);
+        KN_FN(kn_vnni_columns)(rows, at + 64, n_in, columns_out + 16);
     } else {
-        memset(w->codes + 16, 0, 16 * sizeof(w->codes[0]));
+        memset(columns_out + 16, 0, 16 * sizeof(columns_out[0]));
+    }
+}
+
+/* Block b of the outputs at o. Prepared weights are columns, [tile of outputs][block][FP8_COLUMNS]. */
+static void read_weights(const kn_matrix *m, uint32_t o, uint32_t b, fp8_weights *w)
+{
+    if (m->prepared) {
+        uint64_t tile = o / VNNI_OUTS;
+        w->codes =
+            (const __m512i *)kn_host(m->data) + (tile * kn_blocks(m->n_in, CPU_CHUNK) + b) * FP8_COLUMNS;
+    } else {
+        vnni_rows rows = vnni_rows_at(kn_host(m->data), m->n_in, o, m->n_out);
+        read_columns(&rows, m->n_in, b, w->buffer);
+        w->codes = w->buffer;
     }
     w->with_rest = 0;
     for (uint32_t j = 0; j < FP8_COLUMNS; j++) {
@@ -147,7 +162,7 @@ static void find_nans(const fp8_weights *w, uint16_t nan[VNNI_OUTS])
         for (; found != 0; found &= found - 1) {
             uint32_t at = (uint32_t)__builtin_ctzll(found);
             if (nan[at / 4] == 0) {
-                nan[at / 4] = (uint16_t)(0x7fc0 | (code[at / 4][at % 4] & 0x80) << 8);
+                nan[at / 4] = (uint16_t)(VNNI_NAN_CODE | (code[at / 4][at % 4] & 0x80) << 8);
             }
         }
     }
@@ -289,13 +304,12 @@ void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t 
 {
     uint32_t n_group = kn_blocks(t->n, VNNI_GROUP);
     for (uint32_t o = begin * VNNI_OUTS; o < end * VNNI_OUTS; o += VNNI_OUTS) {
-        vnni_rows rows = vnni_rows_at(kn_host(w->data), w->n_in, o, w->n_out);
         uint16_t nan[VNNI_OUTS] = {0};
         fp8_weights weights;
         vnni_sums acc[VNNI_GROUPS_MAX];
         memset(acc, 0, n_group * sizeof(acc[0]));
         for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++) {
-            read_weights(&rows, w->n_in, b, &weights);
+            read_weights(w, o, b, &weights);
             find_nans(&weights, nan);
             for (uint32_t g = 0; g < n_group; g++) {
                 fp8_group group = group_at(t, w->n_in, g);
@@ -303,5 +317,24 @@ void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t 
             }
         }
         KN_FN(kn_vnni_put)(t, w, o, acc, nan);
+    }
+}
+
+/* ---- preparing ---- */
+
+uint64_t KN_FN(kn_vnni_fp8_bytes)(const kn_matrix *w)
+{
+    return (uint64_t)kn_blocks(w->n_out, VNNI_OUTS) * kn_blocks(w->n_in, CPU_CHUNK) * FP8_COLUMNS *
+           sizeof(__m512i);
+}
+
+void KN_FN(kn_vnni_fp8_prepare)(const kn_matrix *w, void *out)
+{
+    __m512i *columns = out;
+    for (uint32_t o = 0; o < w->n_out; o += VNNI_OUTS) {
+        vnni_rows rows = vnni_rows_at(kn_host(w->data), w->n_in, o, w->n_out);
+        for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++, columns += FP8_COLUMNS) {
+            read_columns(&rows, w->n_in, b, columns);
+        }
     }
 }
