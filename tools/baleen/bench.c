@@ -11,7 +11,7 @@
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
-static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_moe_prefill};
+static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
@@ -131,7 +131,8 @@ uint32_t bench_open_paths(const bench_config *config, const kn_limits *limits,
 {
     uint32_t n = 0;
     char *names = cm_strdup(config->isa), *rest = names;
-    for (char *name = strsep(&rest, ","); name != NULL && n < BENCH_PATHS_MAX; name = strsep(&rest, ",")) {
+    for (char *name = strsep(&rest, ","); name != NULL && n < BENCH_PATHS_MAX / 2;
+         name = strsep(&rest, ",")) {
         kn_device_options options = {.isa = name, .n_threads = (uint32_t)config->threads};
         if (!open_path(&options, limits, &paths_out[n])) {
             bench_close_paths(paths_out, n);
@@ -147,8 +148,10 @@ uint32_t bench_open_paths(const bench_config *config, const kn_limits *limits,
 void bench_close_paths(bench_path *paths, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
-        kn_stream_close(paths[i].stream);
-        kn_device_close(paths[i].device);
+        if (paths[i].prepared.addr == 0) {
+            kn_stream_close(paths[i].stream);
+            kn_device_close(paths[i].device);
+        }
     }
 }
 

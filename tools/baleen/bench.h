@@ -22,7 +22,7 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_moe_prefill;
+extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill;
 
 /* ---- samples ---- */
 
@@ -52,6 +52,9 @@ void bench_end(json_t *report); /* given */
 typedef struct bench_path {
     kn_device *device;
     kn_stream *stream;
+    kn_expert *experts; /* the benchmark's */
+    kn_ptr
+        prepared; /* those, where they are a copy in the device's order; the device is another path's then */
 } bench_path;
 
 /* Opens the paths that config names; returns how many, 0 after having complained. */

@@ -1,5 +1,5 @@
-/* Routed experts: cpu.fp4_gemv, few rows against the read bandwidth; cpu.moe_prefill, many against the
- * arithmetic. One fills a set of experts far larger than the caches, the other stays with a few. */
+/* Experts: cpu.fp4_gemv and cpu.fp8_gemv, few rows against the read bandwidth; cpu.moe_prefill, many against
+ * the arithmetic. One fills a set of experts far larger than the caches, the other stays with a few. */
 #include <stdio.h>
 #include <string.h>
 
@@ -19,6 +19,7 @@ static const float EXPERTS_LIMIT = 10;
 
 typedef struct expert_set {
     const bench_config *config;
+    kn_dtype dtype;
     uint32_t n, n_row; /* experts; rows of x */
     uint64_t expert_bytes, all_bytes;
     uint8_t *weights; /* [n][expert_bytes] */
@@ -36,43 +37,55 @@ typedef struct expert_case {
 
 /* ---- data ---- */
 
-static uint64_t matrix_bytes(uint32_t n_out, uint32_t n_in)
+static uint64_t code_bytes(kn_dtype dtype, uint32_t n_out, uint32_t n_in)
 {
-    return (uint64_t)n_out * (n_in / 2 + kn_blocks(n_in, KN_FP4_BLOCK));
+    return (uint64_t)n_out * n_in / (dtype == KN_E2M1 ? 2 : 1);
 }
 
-static kn_matrix place_matrix(uint8_t *at, uint32_t n_out, uint32_t n_in)
+static uint64_t scale_bytes(kn_dtype dtype, uint32_t n_out, uint32_t n_in)
 {
-    kn_ptr data = {(uintptr_t)at};
+    return dtype == KN_E2M1 ? (uint64_t)n_out * kn_blocks(n_in, KN_FP4_BLOCK)
+                            : (uint64_t)kn_blocks(n_out, KN_ACT_BLOCK) * kn_blocks(n_in, KN_ACT_BLOCK);
+}
+
+/* The matrix at *at, which moves past it. */
+static kn_matrix place_matrix(uint8_t **at, kn_dtype dtype, uint32_t n_out, uint32_t n_in)
+{
+    kn_ptr data = {(uintptr_t)*at};
+    *at += code_bytes(dtype, n_out, n_in) + scale_bytes(dtype, n_out, n_in);
     return (kn_matrix){.data = data,
-                       .scale = kn_at(data, (uint64_t)n_out * (n_in / 2)),
+                       .scale = kn_at(data, code_bytes(dtype, n_out, n_in)),
                        .n_out = n_out,
                        .n_in = n_in,
-                       .dtype = KN_E2M1,
+                       .dtype = dtype,
                        .scale_dtype = KN_E8M0};
 }
 
-static void fill_random(uint8_t *to, uint64_t n, uint64_t key, uint8_t and_mask, uint8_t plus)
+/* The i-th of the key's numbers, about normal. */
+static double random_normal(uint64_t key, uint64_t i)
 {
-    for (uint64_t at = 0; at < n; at += sizeof(cm_rng_block)) {
-        cm_rng_block b = cm_rng_at(EXPERTS_SEED, at, key);
-        uint8_t bytes[sizeof(b)];
-        memcpy(bytes, &b, sizeof(b));
-        for (uint64_t i = 0; i < sizeof(b) && at + i < n; i++) {
-            to[at + i] = (uint8_t)((bytes[i] & and_mask) + plus);
-        }
+    cm_rng_block b = cm_rng_at(EXPERTS_SEED, i, key);
+    double sum = 0;
+    for (int k = 0; k < 4; k++) {
+        sum += (double)b.word[k] / 2147483648.0 - 1;
     }
+    return sum;
 }
 
-/* Codes of every kind; scales that make g and u of about size one, four binades apart. */
-static void fill_expert(uint8_t *to, uint32_t d, uint32_t inner)
+/* Codes of every kind (E2M1) or about normal with the largest at the end of the range (E4M3); scales of four
+ * binades that make g and u of about size one. */
+static void fill_matrix(const kn_matrix *m, uint64_t key)
 {
-    uint64_t up = matrix_bytes(inner, d), up_codes = (uint64_t)inner * d / 2;
-    for (uint32_t i = 0; i < 3; i++) {
-        uint64_t size = i < 2 ? up : matrix_bytes(d, inner);
-        fill_random(to, up_codes, i, 0xff, 0);
-        fill_random(to + up_codes, size - up_codes, 10 + i, 3, 117);
-        to += size;
+    uint64_t n_code = code_bytes(m->dtype, m->n_out, m->n_in),
+             n_scale = scale_bytes(m->dtype, m->n_out, m->n_in);
+    uint8_t *codes = (uint8_t *)(uintptr_t)m->data.addr, *scales = (uint8_t *)(uintptr_t)m->scale.addr;
+    for (uint64_t i = 0; i < n_code; i++) {
+        codes[i] = m->dtype == KN_E2M1 ? (uint8_t)cm_rng_at(EXPERTS_SEED, i, key).word[0]
+                                       : kn_e4m3_encode((float)(130 * random_normal(key, i)));
+    }
+    for (uint64_t i = 0; i < n_scale; i++) {
+        scales[i] =
+            (uint8_t)((m->dtype == KN_E2M1 ? 117 : 113) + cm_rng_at(EXPERTS_SEED, i, key + 10).word[0] % 4);
     }
 }
 
@@ -82,23 +95,41 @@ static void fill_rows(expert_set *set, bench_path *path)
     uint32_t d = (uint32_t)set->config->d, n = set->n_row;
     uint16_t *x = cm_alloc((uint64_t)n * d * sizeof(*x));
     for (uint64_t i = 0; i < (uint64_t)n * d; i++) {
-        cm_rng_block b = cm_rng_at(EXPERTS_SEED, i, 99);
-        double sum = 0;
-        for (int k = 0; k < 4; k++) {
-            sum += (double)b.word[k] / 2147483648.0 - 1;
-        }
+        double sum = random_normal(99, i);
         x[i] = kn_bf16_encode((float)(i % 97 == 0 ? 10 * sum : sum));
     }
     kn_dense(path->device)->quant_act(path->stream, (kn_ptr){(uintptr_t)x}, n, d, set->x);
     cm_free(x);
 }
 
-static void set_open(expert_set *set, const bench_config *config, uint64_t weight_bytes, uint32_t n_row,
-                     bench_path *path)
+/* The experts, each a copy of the first. */
+static void set_fill(expert_set *set)
+{
+    uint32_t d = (uint32_t)set->config->d, inner = (uint32_t)set->config->inner;
+    for (uint32_t e = 0; e < set->n; e++) {
+        uint8_t *at = set->weights + e * set->expert_bytes;
+        kn_expert *x = &set->experts[e];
+        if (e > 0) {
+            memcpy(at, set->weights, set->expert_bytes);
+        }
+        x->w1 = place_matrix(&at, set->dtype, inner, d);
+        x->w3 = place_matrix(&at, set->dtype, inner, d);
+        x->w2 = place_matrix(&at, set->dtype, d, inner);
+        if (e == 0) {
+            fill_matrix(&x->w1, 1);
+            fill_matrix(&x->w3, 2);
+            fill_matrix(&x->w2, 3);
+        }
+    }
+}
+
+static void set_open(expert_set *set, const bench_config *config, kn_dtype dtype, uint64_t weight_bytes,
+                     uint32_t n_row, bench_path *path)
 {
     uint32_t d = (uint32_t)config->d, inner = (uint32_t)config->inner;
-    uint64_t up = matrix_bytes(inner, d), one = 2 * up + matrix_bytes(d, inner);
-    *set = (expert_set){.config = config, .n_row = n_row, .expert_bytes = one};
+    uint64_t up = code_bytes(dtype, inner, d) + scale_bytes(dtype, inner, d);
+    uint64_t one = 2 * up + code_bytes(dtype, d, inner) + scale_bytes(dtype, d, inner);
+    *set = (expert_set){.config = config, .dtype = dtype, .n_row = n_row, .expert_bytes = one};
     set->n = (uint32_t)(weight_bytes / one) + 1;
     set->all_bytes = (set->n * one + 4095) / 4096 * 4096;
     set->weights = cm_alloc_aligned(set->all_bytes);
@@ -108,16 +139,47 @@ static void set_open(expert_set *set, const bench_config *config, uint64_t weigh
     set->y.addr = (uintptr_t)cm_alloc_aligned(2ull * set->n * n_row * d);
     set->x.codes.addr = (uintptr_t)cm_alloc_aligned((uint64_t)n_row * d);
     set->x.scales.addr = (uintptr_t)cm_alloc_aligned((uint64_t)n_row * kn_blocks(d, KN_ACT_BLOCK));
-    fill_expert(set->weights, d, inner);
-    for (uint32_t e = 0; e < set->n; e++) {
-        uint8_t *at = set->weights + e * one;
-        if (e > 0) {
-            memcpy(at, set->weights, one);
-        }
-        set->experts[e] = (kn_expert){place_matrix(at, inner, d), place_matrix(at + up, inner, d),
-                                      place_matrix(at + 2 * up, d, inner)};
-    }
+    cli_progress("making weights");
+    set_fill(set);
     fill_rows(set, path);
+}
+
+/* Adds, for each path whose device has an order of its own, the same path with a copy in that order. */
+static uint32_t prepare_paths(expert_set *set, bench_path *paths, uint32_t n_path)
+{
+    uint32_t n = n_path;
+    for (uint32_t p = 0; p < n_path; p++) {
+        kn_device *device = paths[p].device;
+        const kn_expert *one = &set->experts[0];
+        uint64_t up = kn_prepared_bytes(device, &one->w1), down = kn_prepared_bytes(device, &one->w2);
+        paths[p].experts = set->experts;
+        if (up == 0 || kn_mem_alloc(device, set->n * (2 * up + down), &paths[n].prepared) != CM_OK) {
+            continue;
+        }
+        paths[n].device = device;
+        paths[n].stream = paths[p].stream;
+        paths[n].experts = cm_alloc(set->n * sizeof(kn_expert));
+        for (uint32_t e = 0; e < set->n; e++) {
+            kn_expert *x = &paths[n].experts[e];
+            kn_ptr at = kn_at(paths[n].prepared, e * (2 * up + down));
+            *x = set->experts[e];
+            kn_prepare(device, &x->w1, at);
+            kn_prepare(device, &x->w3, kn_at(at, up));
+            kn_prepare(device, &x->w2, kn_at(at, 2 * up));
+        }
+        n++;
+    }
+    return n;
+}
+
+static void forget_prepared(bench_path *paths, uint32_t n_path)
+{
+    for (uint32_t p = 0; p < n_path; p++) {
+        if (paths[p].prepared.addr != 0) {
+            kn_mem_free(paths[p].device, paths[p].prepared);
+            cm_free(paths[p].experts);
+        }
+    }
 }
 
 static void set_close(expert_set *set)
@@ -135,7 +197,7 @@ static void set_close(expert_set *set)
 static void compute(expert_set *set, bench_path *path, uint32_t n, uint32_t n_row)
 {
     for (uint32_t e = 0; e < n; e++) {
-        set->groups[e] = (kn_expert_group){&set->experts[e], e * n_row, n_row};
+        set->groups[e] = (kn_expert_group){&path->experts[e], e * n_row, n_row};
         for (uint32_t r = 0; r < n_row; r++) {
             set->items[e * n_row + r] = (kn_expert_item){r, e * n_row + r, 0.25f + 0.125f * (float)(r % 8)};
         }
@@ -151,6 +213,7 @@ static bool check_paths(expert_set *set, bench_path *paths, uint32_t n_path, con
     bench_path ref = bench_open_ref(limits);
     uint32_t n = set->n < EXPERTS_CHECKED ? set->n : EXPERTS_CHECKED;
     bool same = true;
+    ref.experts = set->experts;
     n_bytes = n_bytes / EXPERTS_CHECKED * n;
     cli_progress("checking against the oracle");
     compute(set, &ref, n, EXPERTS_CHECKED_ROWS);
@@ -200,19 +263,21 @@ static void gemv_report(const expert_set *set, const expert_case *cases, uint32_
     bench_summary bw = bench_summarize(bandwidth);
     printf("%u experts %u x %u, %.2f GB; read bandwidth of the run %.1f GB/s (%.1f .. %.1f)\n", set->n,
            (unsigned)set->config->inner, (unsigned)set->config->d, bytes / 1e9, bw.median, bw.min, bw.max);
-    printf("%-11s %4s  %7s  %7s  %s\n", "path", "rows", "GB/s", "GMAC/s", "time / (bytes / bandwidth)");
+    printf("%-11s %-8s %4s  %7s  %7s  %s\n", "path", "weights", "rows", "GB/s", "GMAC/s",
+           "time / (bytes / bandwidth)");
     json_object_set_new(report, "read_gb_s", bench_summary_json(bw));
     for (uint32_t p = 0; p < n_path; p++) {
         for (uint32_t c = 0; c < n_case; c++) {
             const char *isa = kn_device_isa(paths[p].device);
+            const char *weights = paths[p].prepared.addr != 0 ? "prepared" : "stored";
             bench_summary t = bench_summarize(&cases[c].seconds[p]), r = bench_summarize(&cases[c].ratio[p]);
             double macs = 3.0 * (double)set->config->d * (double)set->config->inner * set->n * cases[c].n_row;
-            printf("%-11s %4u  %7.2f  %7.1f  %.2f (%.2f .. %.2f)\n", isa, cases[c].n_row,
+            printf("%-11s %-8s %4u  %7.2f  %7.1f  %.2f (%.2f .. %.2f)\n", isa, weights, cases[c].n_row,
                    bytes / t.median / 1e9, macs / t.median / 1e9, r.median, r.min, r.max);
             json_array_append_new(json_object_get(report, "results"),
-                                  json_pack("{s:s, s:i, s:o, s:o}", "path", isa, "rows", (int)cases[c].n_row,
-                                            "seconds", bench_summary_json(t), "time_over_floor",
-                                            bench_summary_json(r)));
+                                  json_pack("{s:s, s:s, s:i, s:o, s:o}", "path", isa, "weights", weights,
+                                            "rows", (int)cases[c].n_row, "seconds", bench_summary_json(t),
+                                            "time_over_floor", bench_summary_json(r)));
         }
     }
 }
@@ -243,19 +308,20 @@ static void gemv_rounds(expert_set *set, expert_case *cases, uint32_t n_case, be
     bench_team_destroy(team);
 }
 
-static int gemv_run(const bench *b, const bench_config *config)
+static int gemv_run(const bench *b, const bench_config *config, kn_dtype dtype)
 {
     static const uint32_t rows[] = {1, 2, 4, 8};
     enum { N_CASE = 4 };
     expert_case *cases = cm_alloc(N_CASE * sizeof(*cases));
     kn_limits limits = limits_for(config, 8);
-    bench_path paths[BENCH_PATHS_MAX];
+    bench_path paths[BENCH_PATHS_MAX] = {0};
     bench_samples bandwidth = {0};
     expert_set set;
     uint32_t n_path = bench_open_paths(config, &limits, paths);
     int code = CLI_FAILED;
     if (n_path > 0) {
-        set_open(&set, config, config->weight_bytes, 8, &paths[0]);
+        set_open(&set, config, dtype, config->weight_bytes, 8, &paths[0]);
+        n_path = prepare_paths(&set, paths, n_path);
         if (check_paths(&set, paths, n_path, &limits)) {
             json_t *report = bench_begin(b, config);
             for (uint32_t c = 0; c < N_CASE; c++) {
@@ -266,6 +332,7 @@ static int gemv_run(const bench *b, const bench_config *config)
             bench_end(report);
             code = CLI_OK;
         }
+        forget_prepared(paths, n_path);
         set_close(&set);
         bench_close_paths(paths, n_path);
     }
@@ -273,8 +340,20 @@ static int gemv_run(const bench *b, const bench_config *config)
     return code;
 }
 
+static int fp4_run(const bench *b, const bench_config *config)
+{
+    return gemv_run(b, config, KN_E2M1);
+}
+
+static int fp8_run(const bench *b, const bench_config *config)
+{
+    return gemv_run(b, config, KN_E4M3);
+}
+
 const bench bench_fp4_gemv = {"cpu.fp4_gemv",
-                              "routed FP4 experts for 1 to 8 rows, against the read bandwidth", gemv_run};
+                              "routed FP4 experts for 1 to 8 rows, against the read bandwidth", fp4_run};
+const bench bench_fp8_gemv = {
+    "cpu.fp8_gemv", "the same matrices in FP8, as of the dense part, against the read bandwidth", fp8_run};
 
 /* ---- cpu.moe_prefill ---- */
 
@@ -332,20 +411,23 @@ static void prefill_report(const expert_set *set, const expert_case *cases, uint
     double vnni = peak->vnni.n > 0 ? bench_summarize(&peak->vnni).median : 0;
     printf("peaks of the run, GMAC/s: float32 multiply-add %.0f, vpdpbusd %.0f\n", fma.median / 1e9,
            vnni / 1e9);
-    printf("%-11s %4s  %7s  %-22s  %s\n", "path", "rows", "GMAC/s", "of the float32 peak", "of vpdpbusd");
+    printf("%-11s %-8s %4s  %7s  %-22s  %s\n", "path", "weights", "rows", "GMAC/s", "of the float32 peak",
+           "of vpdpbusd");
     json_object_set_new(report, "fma_mac_s", json_real(fma.median));
     json_object_set_new(report, "vnni_mac_s", json_real(vnni));
     for (uint32_t p = 0; p < n_path; p++) {
         for (uint32_t c = 0; c < n_case; c++) {
             const char *isa = kn_device_isa(paths[p].device);
+            const char *weights = paths[p].prepared.addr != 0 ? "prepared" : "stored";
             bench_summary t = bench_summarize(&cases[c].seconds[p]), r = bench_summarize(&cases[c].ratio[p]);
             double rate = macs * cases[c].n_row / t.median;
-            printf("%-11s %4u  %7.1f  %.3f (%.3f .. %.3f)   %.3f\n", isa, cases[c].n_row, rate / 1e9,
-                   r.median, r.min, r.max, vnni > 0 ? rate / vnni : 0);
+            printf("%-11s %-8s %4u  %7.1f  %.3f (%.3f .. %.3f)   %.3f\n", isa, weights, cases[c].n_row,
+                   rate / 1e9, r.median, r.min, r.max, vnni > 0 ? rate / vnni : 0);
             json_array_append_new(json_object_get(report, "results"),
-                                  json_pack("{s:s, s:i, s:o, s:o, s:f}", "path", isa, "rows",
-                                            (int)cases[c].n_row, "seconds", bench_summary_json(t), "of_fma",
-                                            bench_summary_json(r), "of_vnni", vnni > 0 ? rate / vnni : 0.0));
+                                  json_pack("{s:s, s:s, s:i, s:o, s:o, s:f}", "path", isa, "weights", weights,
+                                            "rows", (int)cases[c].n_row, "seconds", bench_summary_json(t),
+                                            "of_fma", bench_summary_json(r), "of_vnni",
+                                            vnni > 0 ? rate / vnni : 0.0));
         }
     }
 }
@@ -356,13 +438,14 @@ static int prefill_run(const bench *b, const bench_config *config)
     enum { N_CASE = 3, MOST = 512 };
     expert_case *cases = cm_alloc(N_CASE * sizeof(*cases));
     kn_limits limits = limits_for(config, MOST);
-    bench_path paths[BENCH_PATHS_MAX];
+    bench_path paths[BENCH_PATHS_MAX] = {0};
     peaks peak = {0};
     expert_set set;
     uint32_t n_path = bench_fma_macs() > 0 ? bench_open_paths(config, &limits, paths) : 0;
     int code = CLI_FAILED;
     if (n_path > 0) {
-        set_open(&set, config, 0, MOST, &paths[0]); /* one expert */
+        set_open(&set, config, KN_E2M1, 0, MOST, &paths[0]); /* one expert */
+        n_path = prepare_paths(&set, paths, n_path);
         if (check_paths(&set, paths, n_path, &limits)) {
             json_t *report = bench_begin(b, config);
             for (uint32_t c = 0; c < N_CASE; c++) {
@@ -373,6 +456,7 @@ static int prefill_run(const bench *b, const bench_config *config)
             bench_end(report);
             code = CLI_OK;
         }
+        forget_prepared(paths, n_path);
         set_close(&set);
         bench_close_paths(paths, n_path);
     }
