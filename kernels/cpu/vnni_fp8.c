@@ -10,13 +10,14 @@
 enum {
     FP8_COLUMNS = CPU_CHUNK / 4, /* of a block */
     FP8_BIAS = 128,
+    FP8_ROWS = 4, /* whose sums fit the registers */
 };
 
 /* One row of inputs and block. */
 typedef struct fp8_block {
     double scale;
     int32_t sum1, sum0, sum_r; /* of its digits */
-    uint32_t with_rest;        /* whether it has an r */
+    uint32_t with_rest;        /* bit j: the inputs of column j have an r */
 } fp8_block;
 
 /* Where the rows of one group stand in the scratch of a tile; K is k rounded up to CPU_CHUNK. */
@@ -71,7 +72,7 @@ static void load_64(const fp8_group *g, uint32_t r, uint32_t at, __m512i codes)
     block->sum1 += byte_sum(d1);
     block->sum0 += byte_sum(d0);
     block->sum_r += byte_sum(rest);
-    block->with_rest |= _mm512_test_epi8_mask(rest, rest) != 0;
+    block->with_rest |= (uint32_t)_mm512_test_epi32_mask(rest, rest) << at % CPU_CHUNK / 4;
 }
 
 typedef struct load_job {
@@ -178,24 +179,27 @@ INLINED __m512i dot(__m512i acc, __m512i column, const uint8_t *x)
     return _mm512_dpbusd_epi32(acc, column, _mm512_set1_epi32(dword));
 }
 
-/* high_out[r] = 256 e1 d1 + (e1 d0 + e0 d1), low_out[r] = e0 d0, summed over a block. */
-INLINED void main_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, __m512i *high_out,
+/* For rows row0 .. row0 + n - 1: high_out[r] = 256 e1 d1 + (e1 d0 + e0 d1), low_out[r] = e0 d0, summed over a
+ * block. */
+INLINED void main_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t row0, __m512i *high_out,
                        __m512i *low_out, const uint32_t n)
 {
-    const fp8_block *block = g->blocks + (uint64_t)b * n;
-    const uint8_t *x = g->digits + (uint64_t)b * FP8_COLUMNS * n * 8;
-    __m512i a2[VNNI_GROUP], a1[VNNI_GROUP], a0[VNNI_GROUP];
+    const fp8_block *block = g->blocks + (uint64_t)b * g->n + row0;
+    const uint8_t *x = g->digits + ((uint64_t)b * FP8_COLUMNS * g->n + row0) * 8;
+    __m512i a2[FP8_ROWS], a1[FP8_ROWS], a0[FP8_ROWS];
     for (uint32_t r = 0; r < n; r++) {
         a2[r] = _mm512_set1_epi32(-FP8_BIAS * block[r].sum1);
         a1[r] = _mm512_set1_epi32(-FP8_BIAS * (block[r].sum1 + block[r].sum0));
         a0[r] = _mm512_set1_epi32(-FP8_BIAS * block[r].sum0);
     }
-    for (uint32_t j = 0; j < FP8_COLUMNS; j++) {
-        for (uint32_t r = 0; r < n; r++, x += 8) {
-            a2[r] = dot(a2[r], w->e1[j], x);
-            a1[r] = dot(a1[r], w->e0[j], x);
-            a1[r] = dot(a1[r], w->e1[j], x + 4);
-            a0[r] = dot(a0[r], w->e0[j], x + 4);
+#pragma GCC unroll 4
+    for (uint32_t j = 0; j < FP8_COLUMNS; j++, x += 8ull * g->n) {
+        __m512i e1 = w->e1[j], e0 = w->e0[j];
+        for (uint32_t r = 0; r < n; r++) {
+            a2[r] = dot(a2[r], e1, x + 8 * r);
+            a1[r] = dot(a1[r], e0, x + 8 * r);
+            a1[r] = dot(a1[r], e1, x + 8 * r + 4);
+            a0[r] = dot(a0[r], e0, x + 8 * r + 4);
         }
     }
     for (uint32_t r = 0; r < n; r++) {
@@ -215,7 +219,8 @@ static void rest_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, uint
     const __m512i bias = _mm512_set1_epi8((char)FP8_BIAS);
     __m512i less1 = _mm512_setzero_si512(), less0 = less1, less_r = less1;
     *b1 = *b0 = *c = _mm512_setzero_si512();
-    for (uint32_t j = 0; block->with_rest && j < FP8_COLUMNS; j++) {
+    for (uint32_t bits = block->with_rest; bits != 0; bits &= bits - 1) {
+        uint32_t j = (uint32_t)__builtin_ctz(bits);
         *b1 = dot(*b1, w->e1[j], x_rest + 4 * j * g->n);
         *b0 = dot(*b0, w->e0[j], x_rest + 4 * j * g->n);
     }
@@ -257,46 +262,44 @@ INLINED void add_scaled(double *acc, __m512d sum, double scale)
     _mm512_storeu_pd(acc, _mm512_add_pd(_mm512_loadu_pd(acc), term));
 }
 
-INLINED void group_block(const fp8_weights *w, const fp8_group *g, uint32_t b, double w_scale, vnni_sums acc,
-                         const uint32_t n)
+static void scale_row(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r, __m512i high,
+                      __m512i low, double w_scale, double *acc)
 {
-    __m512i high[VNNI_GROUP], low[VNNI_GROUP];
-    main_sums(w, g, b, high, low, n);
-    for (uint32_t r = 0; r < n; r++) {
-        const fp8_block *block = &g->blocks[(uint64_t)b * n + r];
-        __m512d sum[2] = {joined(high[r], low[r], 0), joined(high[r], low[r], 1)};
-        __m512i b1, b0, c;
-        bool with_rest = (block->with_rest | w->with_rest) != 0;
+    const fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
+    bool with_rest = (block->with_rest | w->with_rest) != 0;
+    __m512i b1, b0, c;
+    if (with_rest) {
+        rest_sums(w, g, b, r, &b1, &b0, &c);
+    }
+    for (int half = 0; half < 2; half++) {
+        __m512d sum = _mm512_mul_pd(joined(high, low, half), _mm512_set1_pd(0x1p-12));
         if (with_rest) {
-            rest_sums(w, g, b, r, &b1, &b0, &c);
+            __m512d cross = _mm512_fmadd_pd(joined(b1, b0, half), _mm512_set1_pd(8), to_double(c, half));
+            sum = _mm512_fmadd_pd(cross, _mm512_set1_pd(0x1p-18), sum);
         }
-        for (int half = 0; half < 2; half++) {
-            sum[half] = _mm512_mul_pd(sum[half], _mm512_set1_pd(0x1p-12));
-            if (with_rest) {
-                __m512d cross = _mm512_fmadd_pd(joined(b1, b0, half), _mm512_set1_pd(8), to_double(c, half));
-                sum[half] = _mm512_fmadd_pd(cross, _mm512_set1_pd(0x1p-18), sum[half]);
-            }
-            add_scaled(acc[r] + 8 * half, sum[half], block->scale * w_scale);
-        }
+        add_scaled(acc + 8 * half, sum, block->scale * w_scale);
     }
 }
 
 #define ROWS(n_)                                                                                             \
     case n_:                                                                                                 \
-        group_block(w, g, b, w_scale, acc, n_);                                                              \
+        main_sums(w, g, b, row0, high, low, n_);                                                             \
         break;
 
 static void group_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, double w_scale, vnni_sums acc)
 {
-    switch (g->n) {
-        ROWS(1)
-        ROWS(2)
-        ROWS(3)
-        ROWS(4)
-        ROWS(5)
-        ROWS(6)
-        ROWS(7)
-        ROWS(8)
+    for (uint32_t row0 = 0; row0 < g->n; row0 += FP8_ROWS) {
+        uint32_t n = g->n - row0 < FP8_ROWS ? g->n - row0 : FP8_ROWS;
+        __m512i high[FP8_ROWS], low[FP8_ROWS];
+        switch (n) {
+            ROWS(1)
+            ROWS(2)
+            ROWS(3)
+            ROWS(4)
+        }
+        for (uint32_t r = 0; r < n; r++) {
+            scale_row(w, g, b, row0 + r, high[r], low[r], w_scale, acc[row0 + r]);
+        }
     }
 }
 

@@ -139,6 +139,7 @@ typedef enum edge {
     EDGE_LARGEST,
     EDGE_TINY,
     EDGE_FEW_TINY,
+    EDGE_TINY_INPUT, /* and no small weight beside it */
     EDGE_NAN_ROW,
     EDGE_NAN_WEIGHT,
     EDGE_N
@@ -153,6 +154,7 @@ static uint8_t edge_code(edge kind, uint64_t key, uint64_t i)
     case EDGE_TINY:
         return (uint8_t)(sign | any % 8);
     case EDGE_FEW_TINY:
+    case EDGE_TINY_INPUT:
         return (uint8_t)(sign | (u % 200 == 0 ? any % 32 : 64 + any % 60));
     default:
         return (uint8_t)(sign | any % 0x7f);
@@ -179,7 +181,8 @@ static void do_q8_edges(rig *r, uint32_t cut, cm_bytes *out)
             scales[i] = random_u32(720 + f, i) % 3 == 0 ? 254 : random_u32(720 + f, i) % 3 == 1 ? 0 : 127;
         }
         for (uint64_t i = 0; dtype == KN_E4M3 && i < (uint64_t)o * k; i++) {
-            ((uint8_t *)kn_mem_host(r->device, w.data))[i] = edge_code(kind, 740 + f, i);
+            ((uint8_t *)kn_mem_host(r->device, w.data))[i] =
+                edge_code(kind == EDGE_TINY_INPUT ? EDGE_LARGEST : kind, 740 + f, i);
         }
         if (kind == EDGE_NAN_ROW) {
             codes[(n / 2) * (uint64_t)k + k - 1] = f % 2 ? 0x7f : 0xff;
