@@ -3,8 +3,8 @@
  * are any: r by rows and blocks, s by columns. Weight digits are biased by 128 into unsigned bytes; sums
  * start below zero to make up for it. All is exact up to the block's sum.
  *
- * Bound: four dot products for every four weights and row, a sixteenth of what multiplying them singly would
- * take and half of what float32 would; decoding the weights where rows are few. */
+ * Bound: decoding the weights for one or two rows; from four on the dot products, four for every four weights
+ * and row. docs/performance.md has what it reaches. */
 #include "kernels/cpu/vnni.h"
 
 enum {
