@@ -262,6 +262,27 @@ static void test_answers(void **state)
     }
 }
 
+/* Experts that were let go and are wanted again are there again, whether their copies have been freed in
+ * between by the compute thread or not. */
+static void test_comes_back(void **state)
+{
+    fixture *f = *state;
+    wk_shard *shard = wk_engine_shard(f->engine);
+    uint32_t n = wk_shard_count(shard);
+    cm_error err;
+    for (int i = 0; i < 20; i++) {
+        wk_shard_keep(shard, NULL, NULL, 0);
+        assert_int_equal(wk_shard_count(shard), 0);
+        wk_engine_retire(f->engine, 0); /* wakes the compute thread, which may release */
+        if (i % 2 == 1) {
+            wk_shard_release(shard); /* surely */
+        }
+        assert_int_equal(wk_shard_load(shard, f->epoch->placement, 0, &err), CM_OK);
+        assert_int_equal(wk_shard_count(shard), n);
+    }
+    test_answers(state);
+}
+
 static void expect_refusal(fixture *f, cm_status status)
 {
     net_event event = await(f, NET_EV_MESSAGE);
@@ -343,6 +364,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),
         cmocka_unit_test_setup_teardown(test_epochs, setup, teardown),
     };
