@@ -1,9 +1,13 @@
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "common/base/assert.h"
 #include "common/base/mem.h"
 #include "kernels/kn_math.h"
 #include "kernels/kn_private.h"
+
+enum { LARGE = 4 << 20 }; /* bytes from which on a block asks for huge pages */
 
 /* cm_try_alloc aligns for any scalar only, so a block keeps its own start just below the address it hands
  * out. */
@@ -22,6 +26,11 @@ cm_status kn_host_alloc(kn_device *device, uint64_t n_bytes, kn_ptr *ptr_out)
         return CM_E_MEMORY;
     }
     at = ((uintptr_t)block + 2 * ALIGN - 1) / ALIGN * ALIGN;
+    if (n_bytes >= LARGE) { /* of such a block no page has been touched yet */
+        uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (at + page - 1) / page * page;
+        (void)madvise((void *)first, (at + n_bytes - first) / page * page,
+                      MADV_HUGEPAGE); /* a wish, no more */
+    }
     memcpy((uint8_t *)at - sizeof(block), &block, sizeof(block));
     *ptr_out = (kn_ptr){at};
     return CM_OK;
@@ -44,6 +53,13 @@ cm_status kn_host_place(kn_device *device, const void *host, uint64_t n_bytes, k
     (void)n_bytes;
     *ptr_out = (kn_ptr){(uintptr_t)host};
     return CM_OK;
+}
+
+uint64_t kn_host_prepared_bytes(const kn_device *device, const kn_matrix *w)
+{
+    (void)device;
+    (void)w;
+    return 0;
 }
 
 void *kn_host_view(kn_device *device, kn_ptr ptr)

@@ -59,6 +59,7 @@ typedef struct kn_matrix {
     kn_ptr data, scale;
     uint32_t n_out, n_in;
     kn_dtype dtype, scale_dtype;
+    bool prepared; /* data is a copy in the device's own order (kn_prepare) */
 } kn_matrix;
 
 /* Rows quantized as NUMERICS "activation quantization": codes E4M3 [n][k], scales E8M0 bytes
@@ -96,7 +97,8 @@ CM_MUST_CHECK cm_status kn_device_open(const kn_device_options *options, kn_devi
                                        cm_error *err);
 void kn_device_close(kn_device *device);
 const char *kn_device_name(const kn_device *device); /* "cpu", "ref" */
-const char *kn_device_isa(const kn_device *device);  /* path in use: "portable", "avx2", "avx512" */
+const char *kn_device_isa(
+    const kn_device *device); /* path in use: one of kn_cpu_isa_at, or of ref "portable" */
 /* Path names this build has and this machine can run, best last; NULL past the end. For tests of every path.
  */
 const char *kn_cpu_isa_at(uint32_t i);
@@ -114,6 +116,13 @@ void kn_mem_free(kn_device *device, kn_ptr ptr);
 /* Makes host bytes (a mapping of the checkpoint, kept by the caller until close) readable by the device. The
  * cpu and ref back-ends use them where they are. */
 CM_MUST_CHECK cm_status kn_mem_place(kn_device *device, const void *host, uint64_t n_bytes, kn_ptr *ptr_out);
+/* Some devices read quantized weights faster in an order of their own. Bytes that such a copy of *w takes: 0
+ * when w is best as it stands, else about the size of the stored form. */
+uint64_t kn_prepared_bytes(const kn_device *device, const kn_matrix *w);
+/* Writes the copy to `at`, memory of kn_mem_alloc that the caller keeps as long as it uses *w, and makes *w
+ * stand for it: the values are the same, and every bit of linear_q8 and experts, the operations that take it.
+ * Stored data and E2M1 scales are not read any more; E4M3 scales are. Done on return; any thread. */
+void kn_prepare(kn_device *device, kn_matrix *w, kn_ptr at);
 /* Host view of device memory: NULL when the device's memory cannot be reached from the host. */
 void *kn_mem_host(kn_device *device, kn_ptr ptr);
 void kn_copy_to_device(kn_stream *stream, kn_ptr to, const void *from, uint64_t n_bytes);

@@ -110,12 +110,6 @@ static inline float kn_e8m0_decode(uint8_t byte)
     return kn_f32_from_bits(byte == 255 ? 0x7fc00000u : bits);
 }
 
-/* The product of two E8M0 scales, exact in double. */
-static inline double kn_e8m0_product(uint8_t a, uint8_t b)
-{
-    return kn_f64_from_bits((uint64_t)((uint32_t)a + b + 1023u - 254u) << 52);
-}
-
 /* ceil(log2 t) of a positive normal t, by its bits. */
 static inline int32_t kn_exponent_up(float t)
 {

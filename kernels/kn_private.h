@@ -22,6 +22,8 @@ typedef struct kn_backend {
     void (*mem_free)(kn_device *device, kn_ptr ptr);
     cm_status (*mem_place)(kn_device *device, const void *host, uint64_t n_bytes, kn_ptr *ptr_out);
     void *(*mem_host)(kn_device *device, kn_ptr ptr);
+    uint64_t (*prepared_bytes)(const kn_device *device, const kn_matrix *w);
+    void (*prepare)(const kn_device *device, const kn_matrix *w, kn_ptr at); /* only where there are bytes */
     void (*copy_to_device)(kn_stream *stream, kn_ptr to, const void *from, uint64_t n_bytes);
     void (*copy_to_host)(kn_stream *stream, void *to, kn_ptr from, uint64_t n_bytes);
 } kn_backend;
@@ -48,6 +50,7 @@ cm_status kn_host_alloc(kn_device *device, uint64_t n_bytes, kn_ptr *ptr_out);
 void kn_host_free(kn_device *device, kn_ptr ptr);
 cm_status kn_host_place(kn_device *device, const void *host, uint64_t n_bytes, kn_ptr *ptr_out);
 void *kn_host_view(kn_device *device, kn_ptr ptr);
+uint64_t kn_host_prepared_bytes(const kn_device *device, const kn_matrix *w); /* 0 */
 void kn_host_copy_to_device(kn_stream *stream, kn_ptr to, const void *from, uint64_t n_bytes);
 void kn_host_copy_to_host(kn_stream *stream, void *to, kn_ptr from, uint64_t n_bytes);
 /* Operations are done when their call returns. */

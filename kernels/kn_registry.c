@@ -1,6 +1,7 @@
 /* Which back-ends exist. The only file that knows their names. */
 #include <string.h>
 
+#include "common/base/assert.h"
 #include "kernels/kn_private.h"
 
 static const kn_backend *const BACKENDS[] = {&kn_backend_cpu, &kn_backend_ref};
@@ -71,6 +72,19 @@ cm_status kn_mem_place(kn_device *device, const void *host, uint64_t n_bytes, kn
 void *kn_mem_host(kn_device *device, kn_ptr ptr)
 {
     return device->backend->mem_host(device, ptr);
+}
+
+uint64_t kn_prepared_bytes(const kn_device *device, const kn_matrix *w)
+{
+    return device->backend->prepared_bytes(device, w);
+}
+
+void kn_prepare(kn_device *device, kn_matrix *w, kn_ptr at)
+{
+    CM_ASSERT(!w->prepared && kn_prepared_bytes(device, w) > 0);
+    device->backend->prepare(device, w, at);
+    w->data = at;
+    w->prepared = true;
 }
 
 void kn_copy_to_device(kn_stream *stream, kn_ptr to, const void *from, uint64_t n_bytes)

@@ -248,6 +248,9 @@ static void engine_follow_epochs(wk_engine *e)
                          &(net_identity){epoch->cluster, BALEEN__CONTROL__V1__ROLE__ROLE_WORKER, self});
         pc_epoch_release(epoch);
     }
+    if (wk_gather_waiting(e->gather) == 0) {
+        wk_shard_release(e->shard);
+    }
 }
 
 /* ---- frames in ---- */

@@ -1,5 +1,6 @@
 #include "worker/shard.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <signal.h>
 #include <string.h>
@@ -15,9 +16,10 @@
 enum { SHARD_PROGRESS_MS = 2000, SHARD_TOUCH_BYTES = 4096 /* no page is smaller */ };
 
 typedef struct shard_entry {
-    kn_expert weights; /* written once, by the load that placed them */
-    bool checked;      /* its values are good; job thread's */
-    bool placed;       /* job thread's */
+    kn_expert weights;
+    kn_ptr copy;  /* the weights in the device's own order, if it has one */
+    bool checked; /* its values are good; job thread's */
+    bool placed;  /* weights can be used */
     _Atomic bool held;
 } shard_entry;
 
@@ -28,7 +30,9 @@ struct wk_shard {
     shard_entry *entries; /* [md_block_count * n_expert] */
     _Atomic uint32_t n_held;
     _Atomic bool stopping;
-    bool served; /* a load was complete once; job thread's */
+    bool served;          /* a load was complete once; job thread's */
+    _Atomic bool let_go;  /* since the last release an expert was */
+    pthread_mutex_t lock; /* for weights, copy and placed of entries that are not held */
 };
 
 cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk_shard **shard_out)
@@ -39,17 +43,27 @@ cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device, wk
     shard->geometry = g;
     shard->device = device;
     shard->entries = cm_alloc(sizeof(shard_entry) * (size_t)md_block_count(g) * g->n_expert);
+    pthread_mutex_init(&shard->lock, NULL);
     *shard_out = shard;
     return CM_OK;
 }
 
+static size_t shard_size(const wk_shard *shard)
+{
+    return (size_t)md_block_count(shard->geometry) * shard->geometry->n_expert;
+}
+
 void wk_shard_destroy(wk_shard *shard)
 {
+    for (size_t i = 0; i < shard_size(shard); i++) {
+        kn_mem_free(shard->device, shard->entries[i].copy);
+    }
+    pthread_mutex_destroy(&shard->lock);
     cm_free(shard->entries);
     cm_free(shard);
 }
 
-/* The six tensors of an expert. */
+/* Each has a weight and a scale: the six tensors of an expert. */
 static const char *const g_matrices[] = {"w1", "w3", "w2"};
 
 static const md_tensor *shard_tensor(const wk_shard *shard, uint32_t layer, uint32_t expert,
@@ -115,6 +129,75 @@ static cm_status shard_place_matrix(wk_shard *shard, uint32_t layer, uint32_t ex
     return CM_OK;
 }
 
+/* Where the device has an order of its own the expert becomes a copy, and its pages of the mapping can go. */
+static cm_status shard_prepare(wk_shard *shard, shard_entry *entry, cm_error *err)
+{
+    kn_matrix *matrices[] = {&entry->weights.w1, &entry->weights.w3, &entry->weights.w2};
+    uint64_t n_bytes = 0, at = 0;
+    for (uint32_t i = 0; i < 3; i++) {
+        n_bytes += kn_prepared_bytes(shard->device, matrices[i]);
+    }
+    if (n_bytes == 0) {
+        return CM_OK;
+    }
+    if (kn_mem_alloc(shard->device, n_bytes, &entry->copy) != CM_OK) {
+        return cm_error_set(err, CM_E_MEMORY, "expert_bytes_max",
+                            "no memory for the %llu bytes of another expert", (unsigned long long)n_bytes);
+    }
+    for (uint32_t i = 0; i < 3; i++) {
+        uint64_t size = kn_prepared_bytes(shard->device, matrices[i]);
+        kn_prepare(shard->device, matrices[i], kn_at(entry->copy, at));
+        at += size;
+    }
+    return CM_OK;
+}
+
+/* The checkpoint's own pages of what has been copied: read again from the file should anyone ask. */
+static void shard_forget(const wk_shard *shard, uint32_t layer, uint32_t expert)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    for (uint32_t i = 0; i < 3; i++) {
+        const md_tensor *t = shard_tensor(shard, layer, expert, g_matrices[i], "weight");
+        uintptr_t from = ((uintptr_t)t->data + page - 1) / page * page;
+        uintptr_t to = ((uintptr_t)t->data + t->n_bytes) / page * page;
+        if (from < to) {
+            (void)madvise((void *)from, to - from, MADV_DONTNEED); /* advice */
+        }
+    }
+}
+
+static cm_status shard_place(wk_shard *shard, shard_entry *entry, uint32_t layer, uint32_t expert,
+                             cm_error *err)
+{
+    CM_TRY(shard_place_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
+    CM_TRY(shard_place_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
+    CM_TRY(shard_place_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
+    CM_TRY(shard_prepare(shard, entry, err));
+    if (entry->copy.addr != 0) {
+        shard_forget(shard, layer, expert);
+    }
+    entry->placed = true;
+    return CM_OK;
+}
+
+static void shard_hold(wk_shard *shard, shard_entry *entry)
+{
+    atomic_store(&entry->held, true);
+    atomic_fetch_add(&shard->n_held, 1);
+}
+
+/* A copy that was let go and is still there needs nothing of the checkpoint; false: there is none. */
+static bool shard_hold_copy(wk_shard *shard, shard_entry *entry)
+{
+    pthread_mutex_lock(&shard->lock);
+    bool there = entry->copy.addr != 0;
+    if (there) {
+        shard_hold(shard, entry);
+    }
+    pthread_mutex_unlock(&shard->lock);
+    return there;
+}
+
 static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t expert, cm_error *err)
 {
     shard_entry *entry = &shard->entries[(size_t)layer * shard->geometry->n_expert + expert];
@@ -126,16 +209,17 @@ static cm_status shard_load_expert(wk_shard *shard, uint32_t layer, uint32_t exp
         return cm_error_set(err, CM_E_IO, "", "layer %u expert %u: load failed by a failpoint", layer,
                             expert);
     }
-    CM_TRY(shard_read_expert(shard, layer, expert, err));
-    if (!entry->placed) {
-        CM_TRY(shard_place_matrix(shard, layer, expert, "w1", &entry->weights.w1, err));
-        CM_TRY(shard_place_matrix(shard, layer, expert, "w3", &entry->weights.w3, err));
-        CM_TRY(shard_place_matrix(shard, layer, expert, "w2", &entry->weights.w2, err));
-        entry->placed = true;
+    if (shard_hold_copy(shard, entry)) {
+        return CM_OK;
     }
-    atomic_store(&entry->held, true);
-    atomic_fetch_add(&shard->n_held, 1);
-    return CM_OK;
+    CM_TRY(shard_read_expert(shard, layer, expert, err));
+    pthread_mutex_lock(&shard->lock);
+    cm_status status = entry->placed ? CM_OK : shard_place(shard, entry, layer, expert, err);
+    if (status == CM_OK) {
+        shard_hold(shard, entry);
+    }
+    pthread_mutex_unlock(&shard->lock);
+    return status;
 }
 
 cm_status wk_shard_warm(wk_shard *shard, uint32_t layer, uint32_t expert, cm_error *err)
@@ -193,10 +277,28 @@ void wk_shard_keep(wk_shard *shard, const pr_placement *const *placements, const
             if (!wanted && atomic_load(&entry->held)) {
                 atomic_store(&entry->held, false);
                 atomic_fetch_sub(&shard->n_held, 1);
+                atomic_store(&shard->let_go, true);
             }
         }
     }
     cm_stat_set(CM_STAT_worker_experts, wk_shard_count(shard));
+}
+
+void wk_shard_release(wk_shard *shard)
+{
+    if (!atomic_load(&shard->let_go) || pthread_mutex_trylock(&shard->lock) != 0) {
+        return; /* nothing to do, or a load is at it: next time */
+    }
+    atomic_store(&shard->let_go, false);
+    for (size_t i = 0; i < shard_size(shard); i++) {
+        shard_entry *entry = &shard->entries[i];
+        if (entry->copy.addr != 0 && !atomic_load(&entry->held)) {
+            kn_mem_free(shard->device, entry->copy);
+            entry->copy = (kn_ptr){0};
+            entry->placed = false;
+        }
+    }
+    pthread_mutex_unlock(&shard->lock);
 }
 
 const kn_expert *wk_shard_expert(const wk_shard *shard, uint32_t layer, uint32_t expert)

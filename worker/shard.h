@@ -1,8 +1,8 @@
-/* A worker's experts: (layer, expert) -> weights, read from the checkpoint's mapping in their stored formats.
- * Which ones are held follows the epochs this worker knows: an expert is loaded (read through and checked)
- * when an epoch that gives it to us is prepared, and let go when the last such epoch is retired. Thread: load
- * on a job thread, one at a time; the rest on the loop; the compute thread reads experts only of epochs that
- * were handed to it after their load. */
+/* A worker's experts: (layer, expert) -> weights, read from the checkpoint's mapping in their stored formats,
+ * or copies in the order the device reads best, of the same size. Which ones are held follows the epochs this
+ * worker knows: an expert is loaded (read through and checked) when an epoch that gives it to us is prepared,
+ * and let go when the last such epoch is retired. Thread: load on a job thread, one at a time; the rest on
+ * the loop; the compute thread reads experts only of epochs that were handed to it after their load. */
 #pragma once
 #include "common/model/checkpoint.h"
 #include "kernels/kn.h"
@@ -26,6 +26,8 @@ void wk_shard_keep(wk_shard *shard, const pr_placement *const *placements, const
 /* Weights of an expert that was held when its frame came in. They stay where they are even if it has been let
  * go since: a frame that was accepted is computed. Thread: the compute thread's. */
 const kn_expert *wk_shard_weights(const wk_shard *shard, uint32_t layer, uint32_t expert);
+/* Frees copies of experts that were let go. Thread: the compute thread's, when no accepted frame waits. */
+void wk_shard_release(wk_shard *shard);
 /* Ends a load under way with CM_E_CANCELLED, and every later one; for shutdown. Any thread. */
 void wk_shard_stop(wk_shard *shard);
 /* NULL when not held. */

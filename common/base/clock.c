@@ -15,6 +15,13 @@ uint64_t cm_now_ms(void)
     return cm_now_ns() / 1000000u;
 }
 
+uint64_t cm_thread_cpu_ns(void)
+{
+    struct timespec ts;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
+    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+}
+
 uint64_t cm_wall_us(void)
 {
     struct timespec ts;

@@ -7,16 +7,18 @@
 #define DECLARE_PATH(isa)                                                                                    \
     extern const kn_dense_ops kn_cpu_dense_##isa;                                                            \
     extern const kn_attn_ops kn_cpu_attn_##isa;                                                              \
-    extern const kn_moe_ops kn_cpu_moe_##isa;
+    extern const kn_moe_ops kn_cpu_moe_##isa;                                                                \
+    extern const cpu_prepare_ops kn_cpu_prepare_##isa;
 #define PATH(isa)                                                                                            \
     {                                                                                                        \
-#isa, &kn_cpu_dense_##isa, &kn_cpu_attn_##isa, &kn_cpu_moe_##isa                                     \
+#isa, &kn_cpu_dense_##isa, &kn_cpu_attn_##isa, &kn_cpu_moe_##isa, &kn_cpu_prepare_##isa              \
     }
 
 DECLARE_PATH(portable)
 #if defined(__x86_64__)
 DECLARE_PATH(avx2)
 DECLARE_PATH(avx512)
+DECLARE_PATH(avx512vnni)
 #endif
 
 /* Best last; each one's machines can run all before it. */
@@ -25,23 +27,28 @@ static const cpu_tables PATHS[] = {
 #if defined(__x86_64__)
     PATH(avx2),
     PATH(avx512),
+    PATH(avx512vnni),
 #endif
 };
 enum { N_PATH = sizeof(PATHS) / sizeof(PATHS[0]) };
 
-/* What the compiler may use for x86-64-v3 and x86-64-v4. */
+/* What the compiler may use for x86-64-v3 and x86-64-v4, and beyond. */
 static bool machine_has(const char *isa)
 {
 #if defined(__x86_64__)
     bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+    bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl");
     if (strcmp(isa, "avx2") == 0) {
         return v3;
     }
     if (strcmp(isa, "avx512") == 0) {
-        return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-               __builtin_cpu_supports("avx512vl");
+        return v4;
+    }
+    if (strcmp(isa, "avx512vnni") == 0) {
+        return v4 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
     }
 #endif
     return strcmp(isa, "portable") == 0;
@@ -91,6 +98,7 @@ static cm_status cpu_open(const kn_device_options *options, kn_device **device_o
                                .dense = path->dense,
                                .attn = path->attn,
                                .moe = path->moe};
+    device->prepare = path->prepare;
     device->team = kn_team_create(options->n_threads);
     *device_out = &device->base;
     return CM_OK;
@@ -101,6 +109,16 @@ static void cpu_close(kn_device *base)
     cpu_device *device = (cpu_device *)base;
     kn_team_destroy(device->team);
     cm_free(device);
+}
+
+static uint64_t cpu_prepared_bytes(const kn_device *device, const kn_matrix *w)
+{
+    return ((const cpu_device *)device)->prepare->bytes(w);
+}
+
+static void cpu_prepare(const kn_device *device, const kn_matrix *w, kn_ptr at)
+{
+    ((const cpu_device *)device)->prepare->prepare(w, kn_host(at));
 }
 
 /* ---- streams ---- */
@@ -120,11 +138,11 @@ static uint64_t lay_out(cpu_stream *s, uint8_t *block, uint32_t n_threads)
     uint64_t at = 0, dim = cpu_round_up(l->head_dim, KN_LANES), n_key = cpu_round_up(l->n_key, KN_LANES);
     uint64_t index_max = l->n_index_row > 0 ? CPU_INDEX_MAX : 0;
     s->attn = take(block, &at, n_threads * sizeof(*s->attn));
-    s->x_tile = take(block, &at, 8ull * CPU_TILE * cpu_round_up(l->n_in, CPU_CHUNK));
-    s->h_tile = take(block, &at, 8ull * CPU_TILE * cpu_round_up(l->n_inner, CPU_CHUNK));
-    s->inner = take(block, &at, 3ull * CPU_TILE * l->n_inner * sizeof(uint16_t));
-    s->codes = take(block, &at, (uint64_t)CPU_TILE * l->n_inner);
-    s->scales = take(block, &at, (uint64_t)CPU_TILE * kn_blocks(l->n_inner, KN_ACT_BLOCK));
+    s->x_tile = take(block, &at, (uint64_t)CPU_X_BYTES * cpu_round_up(l->n_in, CPU_CHUNK));
+    s->h_tile = take(block, &at, (uint64_t)CPU_X_BYTES * cpu_round_up(l->n_inner, CPU_CHUNK));
+    s->inner = take(block, &at, 3ull * CPU_ROWS * l->n_inner * sizeof(uint16_t));
+    s->codes = take(block, &at, (uint64_t)CPU_ROWS * l->n_inner);
+    s->scales = take(block, &at, (uint64_t)CPU_ROWS * kn_blocks(l->n_inner, KN_ACT_BLOCK));
     s->gate = take(block, &at, (uint64_t)l->n_row * l->n_expert * sizeof(float));
     s->biased = take(block, &at, (uint64_t)n_threads * l->n_expert * sizeof(float));
     s->index_score = take(block, &at, (uint64_t)l->n_index_row * sizeof(float));
@@ -181,6 +199,8 @@ const kn_backend kn_backend_cpu = {
     .mem_free = kn_host_free,
     .mem_place = kn_host_place,
     .mem_host = kn_host_view,
+    .prepared_bytes = cpu_prepared_bytes,
+    .prepare = cpu_prepare,
     .copy_to_device = kn_host_copy_to_device,
     .copy_to_host = kn_host_copy_to_host,
 };

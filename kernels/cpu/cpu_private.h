@@ -7,7 +7,9 @@
 #include "kernels/kn_private.h"
 
 enum {
-    CPU_TILE = 8,             /* rows that share one reading of the weights */
+    CPU_TILE = 8,             /* rows that share one decoding of the weights */
+    CPU_ROWS = 64,            /* most rows of a quantized tile on any path */
+    CPU_X_BYTES = 256,        /* scratch a tile has for each input: CPU_TILE doubles, or what a path needs */
     CPU_OUTS = 4,             /* outputs that share one reading of the inputs */
     CPU_CHUNK = KN_ACT_BLOCK, /* inputs decoded at a time */
     CPU_HEADS = 8,            /* heads that share one reading of the keys */
@@ -15,8 +17,23 @@ enum {
     CPU_INDEX_PAD = 32,
 };
 
+/* How a path wants quantized weights: products_q8.c, or vnni.c. */
+typedef struct cpu_prepare_ops {
+    uint64_t (*bytes)(const kn_matrix *w);
+    void (*prepare)(const kn_matrix *w, void *out); /* out: 64-byte aligned */
+} cpu_prepare_ops;
+
+typedef struct cpu_tables {
+    const char *isa;
+    const kn_dense_ops *dense;
+    const kn_attn_ops *attn;
+    const kn_moe_ops *moe;
+    const cpu_prepare_ops *prepare;
+} cpu_tables;
+
 typedef struct cpu_device {
     kn_device base;
+    const cpu_prepare_ops *prepare;
     kn_team *team;
 } cpu_device;
 
@@ -32,26 +49,19 @@ typedef struct cpu_stream {
     kn_stream base;
     kn_team *team;
     kn_limits limits;
-    kn_ptr block;           /* all that follows lies in it */
-    double *x_tile;         /* [CPU_TILE][n_in rounded up to CPU_CHUNK], widened inputs */
-    double *h_tile;         /* [CPU_TILE][n_inner rounded up], widened expert inner values */
-    uint16_t *inner;        /* [3][CPU_TILE][n_inner]: g, u, h */
-    uint8_t *codes;         /* [CPU_TILE][n_inner], h quantized */
-    uint8_t *scales;        /* [CPU_TILE][blocks of n_inner] */
-    float *gate;            /* [n_row][n_expert] logits */
-    float *biased;          /* [n_expert] for each thread */
-    float *index_score;     /* [n_index_row] */
-    int16_t *index_q;       /* [CPU_INDEX_MAX] doubled codes, [dim][heads] */
-    double *index_scale;    /* [CPU_INDEX_MAX / KN_FP4_BLOCK] scales, [block][heads] */
+    kn_ptr block;        /* all that follows lies in it */
+    void *x_tile;        /* [n_in rounded up to CPU_CHUNK][CPU_X_BYTES], inputs as the products read them */
+    void *h_tile;        /* [n_inner rounded up][CPU_X_BYTES], expert inner values likewise */
+    uint16_t *inner;     /* [3][CPU_ROWS][n_inner]: g, u, h */
+    uint8_t *codes;      /* [CPU_ROWS][n_inner], h quantized */
+    uint8_t *scales;     /* [CPU_ROWS][blocks of n_inner] */
+    float *gate;         /* [n_row][n_expert] logits */
+    float *biased;       /* [n_expert] for each thread */
+    float *index_score;  /* [n_index_row] */
+    int16_t *index_q;    /* [CPU_INDEX_MAX] doubled codes, [dim][heads] */
+    double *index_scale; /* [CPU_INDEX_MAX / KN_FP4_BLOCK] scales, [block][heads] */
     cpu_attn_scratch *attn; /* one for each thread */
 } cpu_stream;
-
-typedef struct cpu_tables {
-    const char *isa;
-    const kn_dense_ops *dense;
-    const kn_attn_ops *attn;
-    const kn_moe_ops *moe;
-} cpu_tables;
 
 static inline uint32_t cpu_round_up(uint32_t n, uint32_t to)
 {

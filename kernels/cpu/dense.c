@@ -13,18 +13,18 @@ static kn_team *team_of(kn_stream *s)
 static void op_linear_q8(kn_stream *s, kn_q8 x, const kn_matrix *w, uint32_t n, kn_ptr y_out)
 {
     cpu_stream *c = (cpu_stream *)s;
-    uint32_t k = w->n_in, n_scale = kn_blocks(k, KN_ACT_BLOCK), stride = cpu_round_up(k, CPU_CHUNK);
+    uint32_t k = w->n_in, n_scale = kn_blocks(k, KN_ACT_BLOCK);
     CM_ASSERT_MSG(k <= c->limits.n_in, "n_in %u limit %u", k, c->limits.n_in);
-    for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
-        cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
+    for (uint32_t r0 = 0; r0 < n; r0 += CPU_Q8_ROWS) {
+        cpu_q8_tile tile = {.x = c->x_tile, .n = n - r0 < CPU_Q8_ROWS ? n - r0 : CPU_Q8_ROWS};
         for (uint32_t r = 0; r < tile.n; r++) {
             uint64_t row = r0 + r;
-            KN_FN(kn_cpu_widen_codes)
-            ((const uint8_t *)kn_host(x.codes) + row * k, k, w->dtype, c->x_tile + (uint64_t)r * stride);
+            tile.codes[r] = (const uint8_t *)kn_host(x.codes) + row * k;
             tile.scales[r] = (const uint8_t *)kn_host(x.scales) + row * n_scale;
             tile.y[r] = (uint16_t *)kn_host(y_out) + row * w->n_out;
         }
-        KN_FN(kn_cpu_product_q8)(c->team, &tile, w);
+        KN_FN(kn_cpu_q8_load)(c->team, &tile, k, w->dtype);
+        KN_FN(kn_cpu_q8_product)(c->team, &tile, w);
     }
 }
 
@@ -39,7 +39,7 @@ static void op_linear_bf16(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t 
         for (uint32_t r = 0; r < tile.n; r++) {
             uint64_t row = r0 + r;
             KN_FN(kn_cpu_widen_bf16)
-            ((const uint16_t *)kn_host(x) + row * k, k, c->x_tile + (uint64_t)r * stride);
+            ((const uint16_t *)kn_host(x) + row * k, k, (double *)c->x_tile + (uint64_t)r * stride);
             if (y_dtype == KN_F32) {
                 tile.y32[r] = (float *)kn_host(y_out) + row * w->n_out;
             } else {
@@ -62,7 +62,8 @@ static void op_linear_grouped(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32
             for (uint32_t r = 0; r < tile.n; r++) {
                 uint64_t row = r0 + r;
                 KN_FN(kn_cpu_widen_bf16)
-                ((const uint16_t *)kn_host(x) + (row * groups + g) * k, k, c->x_tile + (uint64_t)r * stride);
+                ((const uint16_t *)kn_host(x) + (row * groups + g) * k, k,
+                 (double *)c->x_tile + (uint64_t)r * stride);
                 tile.y[r] = (uint16_t *)kn_host(y_out) + row * w->n_out + g * per_group;
             }
             KN_FN(kn_cpu_product_lanes)(c->team, &tile, w, g * per_group, per_group);
@@ -265,7 +266,8 @@ static void hc_run(cpu_stream *c, const kn_hc *p, const uint16_t *x, uint32_t n,
         cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
         hc_job job = {.p = p, .wide = c->x_tile, .stride = stride, .n_mix = n_mix};
         for (uint32_t r = 0; r < tile.n; r++) {
-            KN_FN(kn_cpu_widen_bf16)(x + (uint64_t)(r0 + r) * width, width, c->x_tile + (uint64_t)r * stride);
+            KN_FN(kn_cpu_widen_bf16)
+            (x + (uint64_t)(r0 + r) * width, width, (double *)c->x_tile + (uint64_t)r * stride);
             tile.y64[r] = job.mix[r];
         }
         KN_FN(kn_cpu_product_lanes)(c->team, &tile, &fn, 0, n_mix);

@@ -99,24 +99,40 @@ static inline void kn_lanes_add(double *lane, const double *x, const double *w, 
     }
 }
 
-/* ---- products (products.c) ----
+/* ---- quantized products (products_q8.c, or vnni.c) ----
+ * A tile: up to CPU_Q8_ROWS rows of E4M3 codes, loaded once into the form the products read, then multiplied
+ * with any number of matrices of one n_in and dtype. */
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+enum { CPU_Q8_ROWS = CPU_ROWS };
+#else
+enum { CPU_Q8_ROWS = CPU_TILE };
+#endif
+
+typedef struct cpu_q8_tile {
+    void *x; /* scratch: CPU_X_BYTES for each input, rounded up to CPU_CHUNK */
+    uint32_t n;
+    const uint8_t *codes[CPU_Q8_ROWS], *scales[CPU_Q8_ROWS];
+    uint16_t *y[CPU_Q8_ROWS]; /* bf16 output rows; the product's, so they may change in between */
+} cpu_q8_tile;
+
+/* Reads the codes of k inputs for weights of dtype w. */
+void KN_FN(kn_cpu_q8_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k, kn_dtype w);
+/* Outputs w->n_out of the tile, split over the team. */
+void KN_FN(kn_cpu_q8_product)(kn_team *team, const cpu_q8_tile *tile, const kn_matrix *w);
+
+/* ---- lane products (products.c) ----
  * A tile: up to CPU_TILE rows of inputs widened to double, rows `stride` apart, zero past n_in up to a
  * multiple of CPU_CHUNK. */
 typedef struct cpu_tile {
     const double *x;
     uint64_t stride;
     uint32_t n;
-    const uint8_t *scales[CPU_TILE]; /* activation scales of each row; quantized products only */
-    uint16_t *y[CPU_TILE];           /* bf16 output rows, or */
-    float *y32[CPU_TILE];            /* float32 output rows (y NULL), or */
-    double *y64[CPU_TILE];           /* the sums themselves (both NULL) */
+    uint16_t *y[CPU_TILE]; /* bf16 output rows, or */
+    float *y32[CPU_TILE];  /* float32 output rows (y NULL), or */
+    double *y64[CPU_TILE]; /* the sums themselves (both NULL) */
 } cpu_tile;
 
-/* Widens one row. E4M3 codes stand in the order the weights of dtype w are decoded in. */
-void KN_FN(kn_cpu_widen_codes)(const uint8_t *codes, uint32_t k, kn_dtype w, double *x_out);
 void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out);
-/* Outputs w->n_out of the tile against a quantized matrix, split over the team. */
-void KN_FN(kn_cpu_product_q8)(kn_team *team, const cpu_tile *tile, const kn_matrix *w);
 /* Outputs out0 .. out0 + n_out - 1 by lane sums; w BF16, F32, or E4M3 taken as bf16(code * scale). Output o
  * is written at y[..][o - out0]. */
 void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
@@ -143,3 +159,4 @@ void KN_FN(kn_cpu_index_topk)(kn_stream *s, const kn_batch *b, const kn_kv_layou
 extern const kn_dense_ops KN_FN(kn_cpu_dense);
 extern const kn_attn_ops KN_FN(kn_cpu_attn);
 extern const kn_moe_ops KN_FN(kn_cpu_moe);
+extern const cpu_prepare_ops KN_FN(kn_cpu_prepare);

@@ -120,7 +120,7 @@ static void op_swiglu(kn_stream *base, kn_ptr g, kn_ptr u, kn_ptr weight, uint32
     kn_team_run(((cpu_stream *)base)->team, n, 30ull * inner, swiglu_part, &job);
 }
 
-/* From g and u of the tile to widened, quantized h. */
+/* From g and u of the tile to quantized h. */
 typedef struct expert_job {
     cpu_stream *s;
     const kn_expert *e;
@@ -132,16 +132,15 @@ static void expert_inner_part(void *arg, uint32_t begin, uint32_t end, uint32_t 
 {
     const expert_job *j = arg;
     cpu_stream *s = j->s;
-    uint64_t inner = j->e->w1.n_out, stride = cpu_round_up((uint32_t)inner, CPU_CHUNK);
-    uint16_t *g = s->inner, *u = g + CPU_TILE * inner, *h = u + CPU_TILE * inner;
+    uint64_t inner = j->e->w1.n_out;
+    uint16_t *g = s->inner, *u = g + CPU_Q8_ROWS * inner, *h = u + CPU_Q8_ROWS * inner;
     (void)i_thread;
     for (uint32_t r = begin; r < end; r++) {
-        uint8_t *codes = s->codes + r * inner,
-                *scales = s->scales + r * kn_blocks((uint32_t)inner, KN_ACT_BLOCK);
         swiglu_row(g + r * inner, u + r * inner, &j->items[r].weight, (uint32_t)inner, j->limit,
                    h + r * inner);
-        KN_FN(kn_cpu_quant_fp8)(h + r * inner, (uint32_t)inner, KN_ACT_BLOCK, codes, scales);
-        KN_FN(kn_cpu_widen_codes)(codes, (uint32_t)inner, j->e->w2.dtype, s->h_tile + r * stride);
+        KN_FN(kn_cpu_quant_fp8)
+        (h + r * inner, (uint32_t)inner, KN_ACT_BLOCK, s->codes + r * inner,
+         s->scales + r * kn_blocks((uint32_t)inner, KN_ACT_BLOCK));
     }
 }
 
@@ -149,26 +148,26 @@ static void expert_tile(cpu_stream *s, const kn_expert *e, const kn_expert_item 
                         float limit, uint16_t *y_out)
 {
     uint32_t k = e->w1.n_in, n_scale = kn_blocks(k, KN_ACT_BLOCK), inner = e->w1.n_out;
-    uint64_t stride = cpu_round_up(k, CPU_CHUNK);
-    cpu_tile tile = {.x = s->x_tile, .stride = stride, .n = n};
-    cpu_tile down = {.x = s->h_tile, .stride = cpu_round_up(inner, CPU_CHUNK), .n = n};
+    cpu_q8_tile up = {.x = s->x_tile, .n = n}, down = {.x = s->h_tile, .n = n};
     expert_job job = {.s = s, .e = e, .items = items, .limit = limit};
     for (uint32_t r = 0; r < n; r++) {
         uint64_t row = items[r].row;
-        KN_FN(kn_cpu_widen_codes)
-        ((const uint8_t *)kn_host(x.codes) + row * k, k, e->w1.dtype, s->x_tile + r * stride);
-        tile.scales[r] = (const uint8_t *)kn_host(x.scales) + row * n_scale;
-        tile.y[r] = s->inner + (uint64_t)r * inner;
+        up.codes[r] = (const uint8_t *)kn_host(x.codes) + row * k;
+        up.scales[r] = (const uint8_t *)kn_host(x.scales) + row * n_scale;
+        up.y[r] = s->inner + (uint64_t)r * inner;
+        down.codes[r] = s->codes + (uint64_t)r * inner;
         down.scales[r] = s->scales + (uint64_t)r * kn_blocks(inner, KN_ACT_BLOCK);
         down.y[r] = y_out + (uint64_t)items[r].out * e->w2.n_out;
     }
-    KN_FN(kn_cpu_product_q8)(s->team, &tile, &e->w1);
+    KN_FN(kn_cpu_q8_load)(s->team, &up, k, e->w1.dtype);
+    KN_FN(kn_cpu_q8_product)(s->team, &up, &e->w1);
     for (uint32_t r = 0; r < n; r++) {
-        tile.y[r] += (uint64_t)CPU_TILE * inner;
+        up.y[r] += (uint64_t)CPU_Q8_ROWS * inner;
     }
-    KN_FN(kn_cpu_product_q8)(s->team, &tile, &e->w3);
+    KN_FN(kn_cpu_q8_product)(s->team, &up, &e->w3);
     kn_team_run(s->team, n, 40ull * inner, expert_inner_part, &job);
-    KN_FN(kn_cpu_product_q8)(s->team, &down, &e->w2);
+    KN_FN(kn_cpu_q8_load)(s->team, &down, inner, e->w2.dtype);
+    KN_FN(kn_cpu_q8_product)(s->team, &down, &e->w2);
 }
 
 static void op_experts(kn_stream *base, const kn_expert_group *groups, uint32_t n_group,
@@ -181,8 +180,9 @@ static void op_experts(kn_stream *base, const kn_expert_group *groups, uint32_t 
         CM_ASSERT_MSG(e->w1.n_in <= s->limits.n_in && e->w1.n_out <= s->limits.n_inner &&
                           e->w1.dtype == e->w3.dtype,
                       "n_in %u inner %u", e->w1.n_in, e->w1.n_out);
-        for (uint32_t i = groups[g].item0; i < end; i += CPU_TILE) {
-            expert_tile(s, e, items + i, end - i < CPU_TILE ? end - i : CPU_TILE, x, limit, kn_host(y_out));
+        for (uint32_t i = groups[g].item0; i < end; i += CPU_Q8_ROWS) {
+            expert_tile(s, e, items + i, end - i < CPU_Q8_ROWS ? end - i : CPU_Q8_ROWS, x, limit,
+                        kn_host(y_out));
         }
     }
 }

@@ -37,6 +37,7 @@ uint16_t ref_dot_q8(const uint8_t *codes, const uint8_t *scales, const kn_matrix
 {
     uint32_t width = scale_width(w);
     double acc = 0;
+    CM_ASSERT(!w->prepared);
     for (uint32_t b = 0; b < kn_blocks(w->n_in, width); b++) {
         double sum = 0;
         for (uint32_t i = b * width; i < w->n_in && i < (b + 1) * width; i++) {

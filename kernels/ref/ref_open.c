@@ -64,6 +64,7 @@ const kn_backend kn_backend_ref = {
     .mem_free = kn_host_free,
     .mem_place = kn_host_place,
     .mem_host = kn_host_view,
+    .prepared_bytes = kn_host_prepared_bytes,
     .copy_to_device = kn_host_copy_to_device,
     .copy_to_host = kn_host_copy_to_host,
 };

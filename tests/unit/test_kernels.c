@@ -16,111 +16,7 @@
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
 #include "tests/golden/kernel_rig.h"
-
-static uint64_t seed = 20240607;
-
-/* ---- random data: a pure function of (seed, key, index) ---- */
-
-static uint32_t random_u32(uint64_t key, uint64_t i)
-{
-    return cm_rng_at(seed, i, key).word[0];
-}
-
-static uint32_t random_between(uint64_t key, uint32_t low, uint32_t high)
-{
-    return low + random_u32(key, 0) % (high - low + 1);
-}
-
-/* About normal size, now and then zero, tiny or large. */
-static float random_value(uint64_t key, uint64_t i)
-{
-    cm_rng_block b = cm_rng_at(seed, i, key);
-    float v = ((float)b.word[0] / 2147483648.0f - 1.0f) * 3.0f;
-    switch (b.word[1] % 64) {
-    case 0:
-        return 0;
-    case 1:
-        return v * 1e-6f;
-    case 2:
-        return v * 300.0f;
-    default:
-        return v;
-    }
-}
-
-static kn_ptr random_bf16(rig *r, uint64_t key, uint64_t n)
-{
-    uint16_t *x = cm_alloc(n * 2);
-    kn_ptr p;
-    for (uint64_t i = 0; i < n; i++) {
-        x[i] = kn_bf16_encode(random_value(key, i));
-    }
-    p = rig_up(r, x, n * 2);
-    cm_free(x);
-    return p;
-}
-
-static kn_ptr random_f32(rig *r, uint64_t key, uint64_t n)
-{
-    float *x = cm_alloc(n * 4);
-    kn_ptr p;
-    for (uint64_t i = 0; i < n; i++) {
-        x[i] = random_value(key, i);
-    }
-    p = rig_up(r, x, n * 4);
-    cm_free(x);
-    return p;
-}
-
-/* Bytes low .. low + n_kind - 1. */
-static kn_ptr random_bytes(rig *r, uint64_t key, uint64_t n, uint32_t low, uint32_t n_kind)
-{
-    uint8_t *x = cm_alloc(n);
-    kn_ptr p;
-    for (uint64_t i = 0; i < n; i++) {
-        x[i] = (uint8_t)(low + random_u32(key, i) % n_kind);
-    }
-    p = rig_up(r, x, n);
-    cm_free(x);
-    return p;
-}
-
-/* E4M3 codes without NaN. */
-static kn_ptr random_codes(rig *r, uint64_t key, uint64_t n)
-{
-    uint8_t *x = cm_alloc(n);
-    kn_ptr p;
-    for (uint64_t i = 0; i < n; i++) {
-        uint32_t u = random_u32(key, i);
-        x[i] = (uint8_t)((u % 0x7f) | (u >> 24 & 0x80));
-    }
-    p = rig_up(r, x, n);
-    cm_free(x);
-    return p;
-}
-
-static kn_matrix random_matrix(rig *r, uint64_t key, uint32_t n_out, uint32_t n_in, kn_dtype dtype,
-                               kn_dtype scale)
-{
-    kn_matrix m = {.n_out = n_out, .n_in = n_in, .dtype = dtype, .scale_dtype = scale};
-    uint64_t n = (uint64_t)n_out * n_in, n_scale;
-    if (dtype == KN_BF16) {
-        m.data = random_bf16(r, key, n);
-        return m;
-    }
-    n_scale = dtype == KN_E2M1 ? (uint64_t)n_out * kn_blocks(n_in, KN_FP4_BLOCK)
-                               : (uint64_t)kn_blocks(n_out, KN_ACT_BLOCK) * kn_blocks(n_in, KN_ACT_BLOCK);
-    m.data = dtype == KN_E2M1 ? random_bytes(r, key, n / 2, 0, 256) : random_codes(r, key, n);
-    m.scale =
-        scale == KN_F32 ? random_f32(r, key + 1000, n_scale) : random_bytes(r, key + 1000, n_scale, 110, 20);
-    return m;
-}
-
-static kn_q8 random_q8(rig *r, uint64_t key, uint32_t n, uint32_t k)
-{
-    return (kn_q8){random_codes(r, key, (uint64_t)n * k),
-                   random_bytes(r, key + 1000, (uint64_t)n * kn_blocks(k, KN_ACT_BLOCK), 105, 40)};
-}
+#include "tests/unit/kernel_random.h"
 
 static void keep(rig *r, cm_bytes *out, kn_ptr at, uint64_t n)
 {
@@ -220,6 +116,9 @@ static void do_linear(rig *r, uint32_t cut, cm_bytes *out)
         kn_matrix w = random_matrix(r, 70 + f, o, k, forms[f][0], forms[f][1]);
         kn_ptr x = random_bf16(r, 80 + f, n * k), y = rig_new(r, n * o * 4);
         kn_q8 q = random_q8(r, 90 + f, n, k);
+        if (quantized && cut % 2 == 1) {
+            w = prepared(r, w);
+        }
         for (uint32_t at = 0; at < n; at += b) {
             kn_q8 q_at = {kn_at(q.codes, at * k), kn_at(q.scales, at * kn_blocks(k, KN_ACT_BLOCK))};
             b = next_cut(cut, at, n);
@@ -231,6 +130,100 @@ static void do_linear(rig *r, uint32_t cut, cm_bytes *out)
             }
         }
         keep(r, out, y, n * o * (quantized ? 2 : item));
+    }
+}
+
+/* What codes a case of do_q8_edges has. */
+typedef enum edge {
+    EDGE_ANY,
+    EDGE_LARGEST,
+    EDGE_TINY,
+    EDGE_FEW_TINY,
+    EDGE_TINY_INPUT, /* and no small weight beside it */
+    EDGE_NAN_ROW,
+    EDGE_NAN_WEIGHT,
+    EDGE_N
+} edge;
+
+static uint8_t edge_code(edge kind, uint64_t key, uint64_t i)
+{
+    uint32_t u = random_u32(key, i), sign = u >> 24 & 0x80, any = u >> 8;
+    switch (kind) {
+    case EDGE_LARGEST:
+        return (uint8_t)(sign | 0x7e);
+    case EDGE_TINY:
+        return (uint8_t)(sign | any % 8);
+    case EDGE_FEW_TINY:
+    case EDGE_TINY_INPUT:
+        return (uint8_t)(sign | (u % 200 == 0 ? any % 32 : 64 + any % 60));
+    default:
+        return (uint8_t)(sign | any % 0x7f);
+    }
+}
+
+/* Scales at both ends of their range, codes at the ends of theirs, few values that are small, NaN in one row;
+ * every number of rows from 1 to 40 and sizes that end anywhere in a block. */
+static void do_q8_edges(rig *r, uint32_t cut, cm_bytes *out)
+{
+    for (uint32_t f = 0; f < 3 * EDGE_N; f++) {
+        edge kind = f / 3;
+        kn_dtype dtype = f % 3 == 0 ? KN_E2M1 : KN_E4M3, scale = f % 3 == 2 ? KN_F32 : KN_E8M0;
+        uint32_t n = random_between(600 + f, 1, 40), k = 2 * random_between(620 + f, 1, 210), b;
+        uint32_t o = random_between(640 + f, 1, 70), n_block = kn_blocks(k, KN_ACT_BLOCK);
+        kn_matrix w = random_matrix(r, 660 + f, o, k, dtype, scale);
+        kn_q8 q = random_q8(r, 680 + f, n, k);
+        kn_ptr y = rig_new(r, (uint64_t)n * o * 2);
+        uint8_t *codes = kn_mem_host(r->device, q.codes), *scales = kn_mem_host(r->device, q.scales);
+        for (uint64_t i = 0; i < (uint64_t)n * k; i++) {
+            codes[i] = edge_code(kind, 700 + f, i);
+        }
+        for (uint64_t i = 0; i < (uint64_t)n * n_block; i++) {
+            scales[i] = random_u32(720 + f, i) % 3 == 0 ? 254 : random_u32(720 + f, i) % 3 == 1 ? 0 : 127;
+        }
+        for (uint64_t i = 0; dtype == KN_E4M3 && i < (uint64_t)o * k; i++) {
+            ((uint8_t *)kn_mem_host(r->device, w.data))[i] =
+                edge_code(kind == EDGE_TINY_INPUT ? EDGE_LARGEST : kind, 740 + f, i);
+        }
+        if (kind == EDGE_NAN_ROW) {
+            codes[(n / 2) * (uint64_t)k + k - 1] = f % 2 ? 0x7f : 0xff;
+            scales[(uint64_t)n * n_block - 1] = n > 2 ? 255 : 1;
+        } else if (kind == EDGE_NAN_WEIGHT && scale == KN_E8M0) {
+            *(uint8_t *)kn_mem_host(r->device, w.scale) = 255;
+        } else if (kind == EDGE_NAN_WEIGHT) {
+            ((uint8_t *)kn_mem_host(r->device, w.data))[(uint64_t)o * k - 1] = 0xff;
+        }
+        if (cut % 2 == 1) {
+            w = prepared(r, w);
+        }
+        for (uint32_t at = 0; at < n; at += b) {
+            b = next_cut(cut, at, n);
+            kn_dense(r->device)->linear_q8(
+                r->stream, (kn_q8){kn_at(q.codes, (uint64_t)at * k), kn_at(q.scales, (uint64_t)at * n_block)},
+                &w, b, kn_at(y, (uint64_t)at * o * 2));
+        }
+        keep(r, out, y, (uint64_t)n * o * 2);
+    }
+}
+
+/* More rows than any tile of a path takes, against each other number of them. */
+static void do_q8_many(rig *r, uint32_t cut, cm_bytes *out)
+{
+    enum { N = 150, K = 288, O = 83 };
+    for (uint32_t f = 0; f < 2; f++) {
+        kn_matrix w = random_matrix(r, 760 + f, O, K, f == 0 ? KN_E2M1 : KN_E4M3, KN_E8M0);
+        kn_q8 q = random_q8(r, 762 + f, N, K);
+        kn_ptr y = rig_new(r, N * O * 2);
+        uint32_t step = cut == 0 ? N : 9 * cut, b;
+        if (cut % 2 == 1) {
+            w = prepared(r, w);
+        }
+        for (uint32_t at = 0; at < N; at += b) {
+            b = next_cut(step, at, N);
+            kn_dense(r->device)->linear_q8(
+                r->stream, (kn_q8){kn_at(q.codes, at * K), kn_at(q.scales, at * kn_blocks(K, KN_ACT_BLOCK))},
+                &w, b, kn_at(y, at * O * 2));
+        }
+        keep(r, out, y, N * O * 2);
     }
 }
 
@@ -343,6 +336,10 @@ static void do_experts(rig *r, uint32_t cut, cm_bytes *out)
         kn_q8 x = random_q8(r, 180 + f, N, d);
         kn_expert_item items[N_ITEM];
         kn_ptr y = rig_new(r, N_ITEM * d * 2);
+        if (cut % 2 == 1) {
+            experts[0] = (kn_expert){prepared(r, experts[0].w1), prepared(r, experts[0].w3),
+                                     prepared(r, experts[0].w2)};
+        }
         for (uint32_t i = 0; i < N_ITEM; i++) {
             items[i] = (kn_expert_item){
                 .row = (i * 7) % N, .out = N_ITEM - 1 - i, .weight = fabsf(random_value(190 + f, i))};
@@ -709,7 +706,7 @@ static void compare_paths(scenario_fn scenario)
                 if (got.data[k] != want.data[k]) {
                     fail_msg("%s, %u threads, cut %u, seed %llu: byte %zu of %zu differs from ref",
                              kn_device_isa(r.device), ways[i].n_threads, ways[i].cut,
-                             (unsigned long long)seed, k, want.len);
+                             (unsigned long long)random_seed, k, want.len);
                 }
             }
             cm_bytes_fini(&got);
@@ -746,6 +743,8 @@ static void compare_ref_cuts(scenario_fn scenario)
 PATH_TEST(rows)
 PATH_TEST(hc)
 PATH_TEST(linear)
+PATH_TEST(q8_edges)
+PATH_TEST(q8_many)
 PATH_TEST(cancelling)
 PATH_TEST(grouped)
 PATH_TEST(gate)
@@ -805,6 +804,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_open_refuses), cmocka_unit_test(test_open_chooses),
         cmocka_unit_test(test_rows),         cmocka_unit_test(test_hc),
         cmocka_unit_test(test_linear),       cmocka_unit_test(test_cancelling),
+        cmocka_unit_test(test_q8_edges),     cmocka_unit_test(test_q8_many),
         cmocka_unit_test(test_grouped),      cmocka_unit_test(test_gate),
         cmocka_unit_test(test_experts),      cmocka_unit_test(test_swiglu_combine),
         cmocka_unit_test(test_layer_window), cmocka_unit_test(test_layer_4),
@@ -812,8 +812,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_ref_cuts),
     };
     if (argc > 1) {
-        seed = strtoull(argv[1], NULL, 0);
+        random_seed = strtoull(argv[1], NULL, 0);
     }
-    print_message("seed %llu\n", (unsigned long long)seed);
+    print_message("seed %llu\n", (unsigned long long)random_seed);
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -186,6 +186,24 @@ static void send_frame(fixture *f, uint16_t type, uint32_t header_bytes, uint64_
     assert_int_equal(net_send(f->peer, &message), CM_OK);
 }
 
+/* A matrix as it stands in the checkpoint: the worker's own may be in its device's order. */
+static kn_matrix stored_matrix(const fixture *f, uint32_t layer, uint32_t expert, const char *name)
+{
+    char block[MD_BLOCK_NAME_MAX];
+    md_block_name(f->g, layer, block);
+    const md_tensor *weight =
+        md_checkpoint_tensor(f->checkpoint, "%sffn.experts.%u.%s.weight", block, expert, name);
+    const md_tensor *scale =
+        md_checkpoint_tensor(f->checkpoint, "%sffn.experts.%u.%s.scale", block, expert, name);
+    bool fp4 = weight->dtype == MD_I8;
+    return (kn_matrix){.data = {(uintptr_t)weight->data},
+                       .scale = {(uintptr_t)scale->data},
+                       .n_out = (uint32_t)weight->dim[0],
+                       .n_in = (uint32_t)weight->dim[1] * (fp4 ? 2 : 1),
+                       .dtype = fp4 ? KN_E2M1 : KN_E4M3,
+                       .scale_dtype = scale->dtype == MD_F32 ? KN_F32 : KN_E8M0};
+}
+
 static void test_answers(void **state)
 {
     fixture *f = *state;
@@ -226,7 +244,10 @@ static void test_answers(void **state)
         for (uint32_t i = 0; i < 2 * ROWS; i++) {
             const pr_slot *slot = (const pr_slot *)f->payload + i;
             kn_expert_item item = {slot->row, 0, slot->weight};
-            kn_expert_group group = {wk_shard_expert(wk_engine_shard(f->engine), layer, slot->expert), 0, 1};
+            kn_expert expert = {stored_matrix(f, layer, slot->expert, "w1"),
+                                stored_matrix(f, layer, slot->expert, "w3"),
+                                stored_matrix(f, layer, slot->expert, "w2")};
+            kn_expert_group group = {&expert, 0, 1};
             kn_moe(device)->experts(stream, &group, 1, &item, (kn_q8){codes, scales}, f->g->swiglu_limit, y);
             assert_int_equal(kn_stream_sync(stream), CM_OK);
             assert_memory_equal((const uint16_t *)event.payload + (size_t)i * d, kn_mem_host(device, y),
@@ -239,6 +260,27 @@ static void test_answers(void **state)
         kn_device_close(device);
         net_release(f->n, &event);
     }
+}
+
+/* Experts that were let go and are wanted again are there again, whether their copies have been freed in
+ * between by the compute thread or not. */
+static void test_comes_back(void **state)
+{
+    fixture *f = *state;
+    wk_shard *shard = wk_engine_shard(f->engine);
+    uint32_t n = wk_shard_count(shard);
+    cm_error err;
+    for (int i = 0; i < 20; i++) {
+        wk_shard_keep(shard, NULL, NULL, 0);
+        assert_int_equal(wk_shard_count(shard), 0);
+        wk_engine_retire(f->engine, 0); /* wakes the compute thread, which may release */
+        if (i % 2 == 1) {
+            wk_shard_release(shard); /* surely */
+        }
+        assert_int_equal(wk_shard_load(shard, f->epoch->placement, 0, &err), CM_OK);
+        assert_int_equal(wk_shard_count(shard), n);
+    }
+    test_answers(state);
 }
 
 static void expect_refusal(fixture *f, cm_status status)
@@ -322,6 +364,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),
         cmocka_unit_test_setup_teardown(test_epochs, setup, teardown),
     };

@@ -13,4 +13,5 @@ int verb_logits(int argc, char **argv);
 int verb_verify(int argc, char **argv);
 int verb_tokenize(int argc, char **argv);
 int verb_encode(int argc, char **argv);
+int verb_bench(int argc, char **argv);
 int verb_parse(int argc, char **argv);

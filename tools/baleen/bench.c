@@ -1,0 +1,202 @@
+/* baleen bench: the verb, and the frame of its benchmarks. */
+#include "tools/baleen/bench.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "common/base/bytes.h"
+#include "common/base/clock.h"
+#include "common/base/mem.h"
+#include "tools/baleen/cli.h"
+#include "tools/baleen/verbs.h"
+
+static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill};
+enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
+
+static const cm_cfg_field g_fields[] = {
+    {"threads", "1", "threads of the kernels; more than one is timed by the wall clock",
+     CM_CFG_UINT(bench_config, threads, 1, 1024)},
+    {"rounds", "7", "rounds; what is reported is their median",
+     CM_CFG_UINT(bench_config, rounds, 1, BENCH_ROUNDS_MAX)},
+    {"isa", "auto",
+     "paths to measure in turn, comma separated: auto, or names that the refusal of a wrong one lists",
+     CM_CFG_STRING(bench_config, isa)},
+    {"weight_bytes", "1100m", "weights to cycle through, far more than the caches hold",
+     CM_CFG_BYTES(bench_config, weight_bytes, 1 << 20, 1ull << 40)},
+    {"d", "7168", "model width", CM_CFG_UINT(bench_config, d, 128, 1 << 16)},
+    {"inner", "3072", "inner width of an expert", CM_CFG_UINT(bench_config, inner, 128, 1 << 16)},
+};
+
+static const cm_cfg_table g_table = {
+    .program = "baleen bench",
+    .summary = "measures kernels on synthetic weights against ceilings taken in the same run; all: one after "
+               "another; without a name: lists them",
+    .operands = "[NAME|all]",
+    .fields = g_fields,
+    .n_fields = sizeof(g_fields) / sizeof(g_fields[0]),
+};
+
+/* ---- samples ---- */
+
+void bench_add(bench_samples *samples, double value)
+{
+    samples->value[samples->n++] = value;
+}
+
+static int by_value(const void *a, const void *b)
+{
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+bench_summary bench_summarize(const bench_samples *samples)
+{
+    bench_samples sorted = *samples;
+    qsort(sorted.value, sorted.n, sizeof(sorted.value[0]), by_value);
+    return (bench_summary){sorted.value[sorted.n / 2], sorted.value[0], sorted.value[sorted.n - 1]};
+}
+
+json_t *bench_summary_json(bench_summary s)
+{
+    return json_pack("{s:f, s:f, s:f}", "median", s.median, "min", s.min, "max", s.max);
+}
+
+/* ---- one run ---- */
+
+double bench_now(const bench_config *config)
+{
+    return 1e-9 * (double)(config->threads == 1 ? cm_thread_cpu_ns() : cm_now_ns());
+}
+
+static void cpu_model(char *out, size_t cap)
+{
+    char line[256];
+    FILE *file = fopen("/proc/cpuinfo", "re");
+    snprintf(out, cap, "unknown CPU");
+    while (file != NULL && fgets(line, sizeof(line), file) != NULL) {
+        const char *colon = strchr(line, ':');
+        if (strncmp(line, "model name", 10) == 0 && colon != NULL) {
+            snprintf(out, cap, "%.*s", (int)strcspn(colon + 2, "\n"), colon + 2);
+            break;
+        }
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+}
+
+json_t *bench_begin(const bench *b, const bench_config *config)
+{
+    char cpu[128];
+    const char *clock = config->threads == 1 ? "thread CPU time" : "wall time";
+    cpu_model(cpu, sizeof(cpu));
+    printf("%s: %s\n%s, %u thread%s, %s, %u rounds, median (least .. most)\n\n", b->name, b->doc, cpu,
+           (unsigned)config->threads, config->threads == 1 ? "" : "s", clock, (unsigned)config->rounds);
+    return json_pack("{s:s, s:s, s:s, s:I, s:s, s:I, s:I, s:I, s:[]}", "bench", b->name, "version",
+                     BALEEN_VERSION, "cpu", cpu, "threads", (json_int_t)config->threads, "clock", clock,
+                     "rounds", (json_int_t)config->rounds, "d", (json_int_t)config->d, "inner",
+                     (json_int_t)config->inner, "results");
+}
+
+void bench_end(json_t *report)
+{
+    cm_bytes text;
+    cm_bytes_init(&text, 0);
+    cli_append_json(&text, report, JSON_COMPACT | JSON_REAL_PRECISION(5));
+    printf("\n%.*s\n\n", (int)text.len, (const char *)text.data);
+    cm_bytes_fini(&text);
+    json_decref(report);
+}
+
+/* ---- paths ---- */
+
+static bool open_path(const kn_device_options *options, const kn_limits *limits, bench_path *path_out)
+{
+    cm_error err = {0};
+    if (kn_device_open(options, &path_out->device, &err) != CM_OK) {
+        cli_fail(&g_table, &err);
+        return false;
+    }
+    if (kn_stream_open(path_out->device, limits, &path_out->stream) != CM_OK) {
+        kn_device_close(path_out->device);
+        cli_complain(&g_table, CLI_FAILED, "no memory for the scratch of path %s", options->isa);
+        return false;
+    }
+    return true;
+}
+
+uint32_t bench_open_paths(const bench_config *config, const kn_limits *limits,
+                          bench_path paths_out[BENCH_PATHS_MAX])
+{
+    uint32_t n = 0;
+    char *names = cm_strdup(config->isa), *rest = names;
+    for (char *name = strsep(&rest, ","); name != NULL && n < BENCH_PATHS_MAX / 2;
+         name = strsep(&rest, ",")) {
+        kn_device_options options = {.isa = name, .n_threads = (uint32_t)config->threads};
+        if (!open_path(&options, limits, &paths_out[n])) {
+            bench_close_paths(paths_out, n);
+            n = 0;
+            break;
+        }
+        n++;
+    }
+    cm_free(names);
+    return n;
+}
+
+void bench_close_paths(bench_path *paths, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        if (paths[i].prepared.addr == 0) {
+            kn_stream_close(paths[i].stream);
+            kn_device_close(paths[i].device);
+        }
+    }
+}
+
+bench_path bench_open_ref(const kn_limits *limits)
+{
+    bench_path ref = {0};
+    bool ok = open_path(&(kn_device_options){.backend = "ref", .n_threads = 1}, limits, &ref);
+    return ok ? ref : (bench_path){0};
+}
+
+/* ---- the verb ---- */
+
+static int list(void)
+{
+    for (uint32_t i = 0; i < N_BENCH; i++) {
+        printf("  %-18s %s\n", BENCHES[i]->name, BENCHES[i]->doc);
+    }
+    return CLI_OK;
+}
+
+static int run_named(const bench_config *config, const char *name)
+{
+    int code = CLI_OK;
+    bool all = strcmp(name, "all") == 0, found = all;
+    for (uint32_t i = 0; i < N_BENCH && code == CLI_OK; i++) {
+        if (all || strcmp(BENCHES[i]->name, name) == 0) {
+            found = true;
+            code = BENCHES[i]->run(BENCHES[i], config);
+        }
+    }
+    return found ? code
+                 : cli_complain(&g_table, CLI_USAGE, "there is no benchmark '%s'; baleen bench lists them",
+                                name);
+}
+
+int verb_bench(int argc, char **argv)
+{
+    bench_config config = {0};
+    const char *name;
+    size_t n_operands;
+    int code = cli_begin(&g_table, &config, argc, argv, &name, 1, &n_operands);
+    if (code >= 0) {
+        return code;
+    }
+    code = n_operands == 0 ? list() : run_named(&config, name);
+    cm_cfg_free(&g_table, &config);
+    return code;
+}

@@ -1,0 +1,188 @@
+/* Ceilings: how fast this machine reads and multiplies when nothing else is to be done. */
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common/base/mem.h"
+#include "kernels/cpu/team.h"
+#include "tools/baleen/bench.h"
+
+enum {
+    PROBE_PIECE = 4096,    /* bytes a thread reads at a time */
+    PROBE_LOOPS = 1 << 20, /* rounds of the arithmetic probes */
+    PROBE_CHAINS = 12,     /* independent sums: more than latency times issue rate */
+    PROBE_COST = 1u << 30, /* an item is always worth a thread */
+};
+
+struct bench_team {
+    kn_team *team;
+    uint64_t sum; /* what was read, so that reading is no dead code */
+};
+
+bench_team *bench_team_create(uint32_t n_threads)
+{
+    bench_team *t = cm_alloc(sizeof(*t));
+    t->team = kn_team_create(n_threads);
+    return t;
+}
+
+void bench_team_destroy(bench_team *t)
+{
+    kn_team_destroy(t->team);
+    cm_free(t);
+}
+
+/* ---- memory ---- */
+
+typedef uint64_t probe_vector __attribute__((vector_size(64)));
+
+typedef struct read_job {
+    const uint8_t *data;
+    uint64_t *sum;
+} read_job;
+
+static void read_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    enum { N = 4 };
+    const read_job *job = arg;
+    const uint8_t *from = job->data + (uint64_t)begin * PROBE_PIECE,
+                  *to = job->data + (uint64_t)end * PROBE_PIECE;
+    probe_vector sum[N] = {0};
+    uint64_t total = i_thread;
+    for (; from < to; from += sizeof(sum)) {
+        for (int i = 0; i < N; i++) {
+            probe_vector v;
+            memcpy(&v, from + i * (int)sizeof(v), sizeof(v));
+            sum[i] ^= v;
+        }
+    }
+    for (int i = 0; i < N; i++) {
+        for (int k = 0; k < 8; k++) {
+            total ^= sum[i][k];
+        }
+    }
+    __atomic_fetch_xor(job->sum, total, __ATOMIC_RELAXED);
+}
+
+void bench_read(bench_team *t, const void *data, uint64_t n_bytes)
+{
+    read_job job = {.data = data, .sum = &t->sum};
+    kn_team_run(t->team, (uint32_t)(n_bytes / PROBE_PIECE), PROBE_COST, read_part, &job);
+}
+
+/* ---- arithmetic ---- */
+
+#define TWELVE(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
+
+#if defined(__x86_64__)
+#define KEEP(i) __asm__ volatile("" : "+v"(acc[i]));
+
+__attribute__((target("avx512f"))) static void fma_512(void)
+{
+    __m512 acc[PROBE_CHAINS] = {0}, x = _mm512_set1_ps(0.5f), w = _mm512_set1_ps(0.25f);
+#define FMA(i) acc[i] = _mm512_fmadd_ps(x, w, acc[i]);
+    for (uint32_t n = 0; n < PROBE_LOOPS; n++) {
+        TWELVE(FMA)
+        TWELVE(KEEP)
+    }
+#undef FMA
+}
+
+__attribute__((target("avx2,fma"))) static void fma_256(void)
+{
+    __m256 acc[PROBE_CHAINS] = {0}, x = _mm256_set1_ps(0.5f), w = _mm256_set1_ps(0.25f);
+#define FMA(i) acc[i] = _mm256_fmadd_ps(x, w, acc[i]);
+    for (uint32_t n = 0; n < PROBE_LOOPS; n++) {
+        TWELVE(FMA)
+        TWELVE(KEEP)
+    }
+#undef FMA
+}
+
+__attribute__((target("avx512f,avx512vnni"))) static void vnni_512(void)
+{
+    __m512i acc[PROBE_CHAINS] = {0}, x = _mm512_set1_epi8(1), w = _mm512_set1_epi8(2);
+#define DOT(i) acc[i] = _mm512_dpbusd_epi32(acc[i], x, w);
+    for (uint32_t n = 0; n < PROBE_LOOPS; n++) {
+        TWELVE(DOT)
+        TWELVE(KEEP)
+    }
+#undef DOT
+}
+
+static uint32_t fma_width(void)
+{
+    return __builtin_cpu_supports("avx512f") ? 16 : __builtin_cpu_supports("fma") ? 8 : 0;
+}
+
+static void fma_loop(void)
+{
+    if (fma_width() == 16) {
+        fma_512();
+    } else if (fma_width() == 8) {
+        fma_256();
+    }
+}
+
+bool bench_has_vnni(void)
+{
+    return __builtin_cpu_supports("avx512vnni");
+}
+#else
+static uint32_t fma_width(void)
+{
+    return 0;
+}
+
+static void fma_loop(void)
+{
+}
+
+static void vnni_512(void)
+{
+}
+
+bool bench_has_vnni(void)
+{
+    return false;
+}
+#endif
+
+static void fma_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    (void)arg;
+    (void)i_thread;
+    for (uint32_t i = begin; i < end; i++) {
+        fma_loop();
+    }
+}
+
+static void vnni_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    (void)arg;
+    (void)i_thread;
+    for (uint32_t i = begin; i < end; i++) {
+        vnni_512();
+    }
+}
+
+uint64_t bench_fma_macs(void)
+{
+    return (uint64_t)PROBE_LOOPS * PROBE_CHAINS * fma_width();
+}
+
+uint64_t bench_vnni_macs(void)
+{
+    return (uint64_t)PROBE_LOOPS * PROBE_CHAINS * 64;
+}
+
+void bench_fma(bench_team *t)
+{
+    kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, fma_part, NULL);
+}
+
+void bench_vnni(bench_team *t)
+{
+    kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, vnni_part, NULL);
+}
