@@ -201,10 +201,10 @@ static rt_step_seg run_seg(solo *s, const run_seq *seq, uint32_t slot, uint32_t 
     uint32_t n = seq->n_log - seq->n_done, n_page, left = seq->n_prompt + TOKENS - seq->n_log;
     rt_step_seg seg = {.slot = slot,
                        .pos0 = seq->n_done,
-                       .n_row = n < CHUNK ? n + seq->n_draft : CHUNK,
+                       .n_row = n <= CHUNK ? n + seq->n_draft : CHUNK,
                        .tokens = seq->log + seq->n_done,
                        .pages = solo_pages(s, slot, &n_page),
-                       .sample = n < CHUNK};
+                       .sample = n <= CHUNK};
     seg.n_page = kn_blocks(seg.pos0 + seg.n_row, KN_PAGE_TOKENS);
     if (seg.sample) {
         seg.n_draft = seq->n_draft;
