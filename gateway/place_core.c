@@ -315,7 +315,8 @@ void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
     }
     if (tokens) {
         spot->told_ms = now_ms;
-        spot->stalled_ms = UINT64_MAX;
+        /* words of a router that it is to leave: no place yet, but no standstill either */
+        spot->stalled_ms = spot->state == GW_SPOT_RUNNING ? UINT64_MAX : now_ms;
     }
 }
 

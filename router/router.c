@@ -1,6 +1,8 @@
 #include "router/router.h"
 
+#include <pthread.h>
 #include <string.h>
+#include <sys/queue.h>
 
 #include "common/base/assert.h"
 #include "common/base/clock.h"
@@ -23,6 +25,8 @@ enum {
 }; /* a sequence opened just before its gateway heard of our drain may still be on its way */
 enum { ROUTER_OPEN_BYTES_MIN = 1 << 20 }; /* room for a SeqOpen beside its ids */
 
+struct router_report;
+
 struct rt_router {
     pc_loop *loop;
     const rt_config *config;
@@ -40,6 +44,8 @@ struct rt_router {
     char address[NET_ADDRESS_BYTES];
     char fingerprint[33];
     uint32_t self;
+    pthread_mutex_t reports_lock;
+    LIST_HEAD(, router_report) reports; /* of the compute thread, on their way to the loop */
     rt_step step;
     bool in_flight; /* step is being computed */
     bool resting;   /* workers were told that nothing comes */
@@ -189,7 +195,8 @@ static const pc_member_events g_member_events = {
 };
 
 typedef struct router_report {
-    rt_router *router;
+    LIST_ENTRY(router_report) link;
+    rt_router *router; /* NULL: it is gone */
     uint32_t member_id;
     cm_status status;
 } router_report;
@@ -197,8 +204,12 @@ typedef struct router_report {
 static void router_report_peer(void *arg)
 {
     router_report *report = arg;
-    if (report->router->member != NULL) {
-        pc_member_report_peer(report->router->member, report->member_id, report->status);
+    rt_router *r = report->router;
+    if (r != NULL) {
+        pthread_mutex_lock(&r->reports_lock);
+        LIST_REMOVE(report, link);
+        pthread_mutex_unlock(&r->reports_lock);
+        pc_member_report_peer(r->member, report->member_id, report->status);
     }
     cm_free(report);
 }
@@ -209,7 +220,10 @@ static void router_peer_lost(void *ctx, uint32_t member_id, cm_status status)
     rt_router *r = ctx;
     int guard = cm_mem_guard_pause();
     router_report *report = cm_alloc(sizeof(*report));
-    *report = (router_report){r, member_id, status};
+    *report = (router_report){.router = r, .member_id = member_id, .status = status};
+    pthread_mutex_lock(&r->reports_lock);
+    LIST_INSERT_HEAD(&r->reports, report, link);
+    pthread_mutex_unlock(&r->reports_lock);
     pc_loop_post_new(r->loop, router_report_peer, report);
     cm_mem_guard_resume(guard);
 }
@@ -301,6 +315,7 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
     CM_TRY(pc_addresses_parse("coordinator", config->coordinator, &coordinators, err));
     rt_sched_limits limits;
     rt_router *r = cm_alloc(sizeof(*r));
+    pthread_mutex_init(&r->reports_lock, NULL);
     r->loop = loop;
     r->config = config;
     r->finished = finished;
@@ -344,6 +359,7 @@ err_checkpoint:
 err_tls:
     pc_tls_close(r->tls);
 err_free:
+    pthread_mutex_destroy(&r->reports_lock);
     cm_free(r);
     return status;
 }
@@ -374,19 +390,30 @@ void rt_router_drain(rt_router *r)
     pc_timer_set(r->drain_timer, r->config->drain_ms);
 }
 
+/* The compute thread has ended; what it posted is still to run. */
+static void router_disown_reports(rt_router *r)
+{
+    router_report *report;
+    while ((report = LIST_FIRST(&r->reports)) != NULL) {
+        LIST_REMOVE(report, link);
+        report->router = NULL;
+    }
+}
+
 void rt_router_destroy(rt_router *r)
 {
     pc_timer_destroy(r->drain_timer);
     pc_timer_destroy(r->doors_timer);
     pc_timer_destroy(r->deadline_timer);
     rt_runner_destroy(r->runner);
+    router_disown_reports(r);
     rt_load_destroy(r->load);
     pc_member_destroy(r->member);
-    r->member = NULL;
     rt_gateways_destroy(r->gateways);
     rt_sched_destroy(r->sched);
     rt_engine_destroy(r->engine);
     md_checkpoint_close(r->checkpoint);
     pc_tls_close(r->tls);
+    pthread_mutex_destroy(&r->reports_lock);
     cm_free(r);
 }

@@ -191,7 +191,7 @@ wk_shard *wk_engine_shard(wk_engine *e)
 
 /* ---- from other threads ---- */
 
-static void engine_wake(wk_engine *e)
+void wk_engine_wake(wk_engine *e)
 {
     uint64_t one = 1;
     ssize_t written = write(e->wake_fd, &one, sizeof(one));
@@ -201,7 +201,7 @@ static void engine_wake(wk_engine *e)
 void wk_engine_stop(wk_engine *e)
 {
     atomic_store(&e->stopping, true);
-    engine_wake(e);
+    wk_engine_wake(e);
 }
 
 void wk_engine_commit(wk_engine *e, pc_epoch *epoch, uint32_t self)
@@ -212,7 +212,7 @@ void wk_engine_commit(wk_engine *e, pc_epoch *epoch, uint32_t self)
     e->offered_self = self;
     pthread_mutex_unlock(&e->lock);
     pc_epoch_release(before);
-    engine_wake(e);
+    wk_engine_wake(e);
 }
 
 void wk_engine_retire(wk_engine *e, uint64_t oldest)
@@ -221,13 +221,13 @@ void wk_engine_retire(wk_engine *e, uint64_t oldest)
     e->retire_before = oldest;
     pthread_mutex_unlock(&e->lock);
     net_key_retire(e->rows, oldest);
-    engine_wake(e);
+    wk_engine_wake(e);
 }
 
 void wk_engine_frame_key(wk_engine *e, uint64_t cluster, uint64_t epoch, const uint8_t *key)
 {
     net_key_add(e->rows, cluster, epoch, key);
-    engine_wake(e);
+    wk_engine_wake(e);
 }
 
 /* ---- epochs, on the compute thread ---- */
@@ -289,6 +289,10 @@ static uint32_t engine_link(const net_peer *peer)
 
 static void engine_on_dispatch(wk_engine *e, const net_event *event)
 {
+    if (atomic_load(&e->stopping)) {
+        net_release(e->rows, event); /* nobody would compute it; its router sees the link end */
+        return;
+    }
     const pr_dispatch *frame = event->header;
     cm_error err = {0};
     uint32_t expert = 0;

@@ -37,5 +37,7 @@ void wk_engine_stop(wk_engine *engine);
 void wk_engine_commit(wk_engine *engine, pc_epoch *epoch, uint32_t self);
 /* For a keyed net: see net_key_add. */
 void wk_engine_frame_key(wk_engine *engine, uint64_t cluster, uint64_t epoch, const uint8_t *key);
+/* The compute thread looks again at what it was told, and at what may be freed. */
+void wk_engine_wake(wk_engine *engine);
 /* Frames of epochs before `oldest` are refused from now on, and their keys end. */
 void wk_engine_retire(wk_engine *engine, uint64_t oldest);

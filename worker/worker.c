@@ -67,6 +67,7 @@ static void worker_keep_experts(wk_worker *w)
     uint32_t ranks[WK_EPOCHS + 1];
     uint32_t n = wk_hold_list(&w->hold, w->self, placements, ranks);
     wk_shard_keep(wk_engine_shard(w->engine), placements, ranks, n);
+    wk_engine_wake(w->engine); /* it frees what was let go */
 }
 
 static void worker_loaded(void *arg)
@@ -77,6 +78,8 @@ static void worker_loaded(void *arg)
         LIST_REMOVE(load, link);
         if (w->hold.prepared == load->epoch) {
             pc_member_prepared(w->member, load->epoch->number, load->status, load->err.text);
+        } else {
+            worker_keep_experts(w); /* aborted meanwhile: what was loaded since is nobody's */
         }
     }
     if (load->status != CM_OK) {
