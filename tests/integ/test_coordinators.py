@@ -49,12 +49,12 @@ class Processes:
         return json.loads(line)
 
     def start_cluster(self, coordinators, workers=3):
-        """Router steps are slow, so that answers last longer than what is done to the coordinators."""
+        """Router steps are slow and give one token each, so that answers last longer than what is done to the coordinators."""
         self.coordinators = coordinators
         member = ["--coordinator", coordinators, "--model", NANO]
         for i in range(workers):
             self.start(f"worker-{i}", "worker", *member)
-        self.start("router", "router", *member, "--failpoints", "router_step_slow:10000")
+        self.start("router", "router", *member, "--failpoints", "router_step_slow:10000", "--drafts-max", "0")
         ready = self.start("gateway", "gateway", *member)
         self.client = openai.OpenAI(base_url=f"http://{ready['http']}/v1", api_key="none", max_retries=0)
         wait_for("all to be ready", lambda: self.workers_ready() == workers and self.state_of("gateway") and self.state_of("router"))

@@ -133,8 +133,7 @@ def test_a_secured_cluster_changes(bin_dir, certs, start_cluster):
     os.kill(processes["coordinator"], signal.SIGKILL)
     wait_for("the coordinator to be back", lambda: run(bin_dir, "baleen", "status", "--run", cluster.run).returncode == 0)
     assert ask() == first
-    scaled = run(bin_dir, "baleen", "scale", "--run", cluster.run, "3")
-    assert scaled.returncode == 0, scaled.stderr
+    wait_for("up to have found it, and three workers", lambda: run(bin_dir, "baleen", "scale", "--run", cluster.run, "3").returncode == 0)
     workers = workers_of(bin_dir, "--run", cluster.run)
     assert len(workers) == 3 and ask() == first
     denied = run(bin_dir, "baleen", "drain", "--coordinator", cluster.coordinator, *files_of(ours, "worker"), str(workers[0]))
