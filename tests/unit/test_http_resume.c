@@ -31,6 +31,7 @@ static void read_events(const rig_client *client, events *out)
     memset(out, 0, sizeof(*out));
     cm_bytes_init(&body, 0);
     rig_body(client, &body);
+    cm_bytes_append(&body, "", 1);
     for (char *line = strtok((char *)body.data, "\n"); line != NULL; line = strtok(NULL, "\n")) {
         assert_in_range(out->n, 0, EVENTS_MAX - 1);
         if (strncmp(line, "id: ", 4) == 0) {
