@@ -152,19 +152,6 @@ static cm_status parse_stream_options(const parse_at *at)
     return CM_OK;
 }
 
-static cm_status parse_response_format(const parse_at *at)
-{
-    const char *type = json_string_value(json_object_get(at->value, "type"));
-    if (type != NULL && strcmp(type, "text") == 0) {
-        return CM_OK;
-    }
-    if (type != NULL && (strcmp(type, "json_object") == 0 || strcmp(type, "json_schema") == 0)) {
-        return unsupported(at->error, at->name,
-                           "json_object and json_schema are not supported: only text is");
-    }
-    return refuse(at->error, at->name, "must have a type of text, json_object or json_schema");
-}
-
 static cm_status parse_tool_choice(const parse_at *at)
 {
     const char *word = json_string_value(at->value);
@@ -345,7 +332,11 @@ static const field FIELDS[] = {
     {"logprobs", TEXT, FIELD_ANY, .parse = parse_text_logprobs},
     {"top_logprobs", CHAT, FIELD_UINT, RANGE(0, GW_TOP_LOGPROBS_MAX), TO(n_top)},
     {"prompt_logprobs", BOTH, FIELD_ANY, .parse = parse_prompt_logprobs},
-    {"response_format", BOTH, FIELD_OBJECT, .parse = parse_response_format},
+    {"response_format", BOTH, FIELD_OBJECT, TYPE_ONLY}, /* it and the four below: gw_constraint_read */
+    {"structured_outputs", BOTH, FIELD_OBJECT, TYPE_ONLY},
+    {"guided_json", BOTH, FIELD_ANY, TYPE_ONLY},
+    {"guided_regex", BOTH, FIELD_STRING, TYPE_ONLY},
+    {"guided_choice", BOTH, FIELD_LIST, TYPE_ONLY},
     {"tools", CHAT, FIELD_LIST, ONLY(0)},
     {"functions", CHAT, FIELD_LIST, ONLY(0)},
     {"tool_choice", CHAT, FIELD_ANY, .parse = parse_tool_choice},
@@ -461,6 +452,13 @@ static cm_status check_together(const json_t *body, const gw_request *r, gw_erro
     return CM_OK;
 }
 
+static bool tools_may_be_called(const json_t *body)
+{
+    const char *choice = json_string_value(json_object_get(body, "tool_choice"));
+    return json_array_size(json_object_get(body, "tools")) > 0 &&
+           (choice == NULL || strcmp(choice, "none") != 0);
+}
+
 cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab, gw_request *request_out,
                            gw_error *error_out)
 {
@@ -481,6 +479,9 @@ cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab,
     if (status == CM_OK) {
         status = check_together(body, &r, error_out);
     }
+    if (status == CM_OK) {
+        status = gw_constraint_read(body, tools_may_be_called(body), &r.constraint, error_out);
+    }
     if (status != CM_OK) {
         gw_request_free(&r);
         return status;
@@ -499,6 +500,7 @@ void gw_request_free(gw_request *request)
     cm_free(request->bias_id);
     cm_free(request->bias);
     md_ids_fini(&request->prompt_ids);
+    gw_constraint_free(&request->constraint);
     *request = (gw_request){.kind = request->kind};
 }
 

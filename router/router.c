@@ -37,6 +37,7 @@ struct rt_router {
     rt_sched *sched;
     rt_runner *runner;
     rt_gateways *gateways;
+    rt_constraints *constraints;
     pc_tls *tls; /* NULL: plain */
     pc_member *member;
     rt_load *load;
@@ -275,12 +276,14 @@ static cm_status router_open_gateways(rt_router *r, cm_error *err)
         net_close(n);
         return status;
     }
+    r->constraints = rt_constraints_create(r->loop, r->config->model, g->vocab);
     rt_gateways_options gateways = {
         .gateway_max = (uint32_t)r->config->gateways_max,
         .keep = {.live_max = (uint32_t)(r->config->sequences_max + r->config->queue_max),
                  .ended_max = (uint32_t)r->config->kept_max,
                  .bytes_max = r->config->kept_bytes,
                  .grace_ms = r->config->gateway_grace_ms},
+        .constraints = r->constraints,
     };
     r->gateways = rt_gateways_create(r->loop, n, r->sched, &gateways, router_changed, r);
     return CM_OK;
@@ -411,6 +414,7 @@ void rt_router_destroy(rt_router *r)
     pc_member_destroy(r->member);
     rt_gateways_destroy(r->gateways);
     rt_sched_destroy(r->sched);
+    rt_constraints_destroy(r->constraints);
     rt_engine_destroy(r->engine);
     md_checkpoint_close(r->checkpoint);
     pc_tls_close(r->tls);

@@ -11,11 +11,13 @@
  *                ignored in silence but annotations)
  *   regex        the whole text must match (regex.c says which syntax)
  *   choice       a JSON list of strings: the text is one of them
- *   tools        a JSON object {"tools": [{"name", "parameters"}], "text": may the answer be free text or
- * begin with it, "calls_max": n}: a block of tool calls as in encoding section 8.1 JSON comes with at most
- * one space after a comma or colon, or a line break and at most 32 spaces where pretty printing has them;
- * members in the order of the schema; numbers of at most 15 digits, which every reader reads exactly, unless
- * the schema's own bounds have more.
+ *   tools        a JSON object: "tools", a list of {"name", "parameters": a schema, or absent: none}; the
+ * text is a block of calls of them as in encoding section 8.1, of at most "calls_max" calls. With "text":
+ * true the answer may also be free text, or begin with it; with "schema" it may also be JSON of that schema
+ *
+ * JSON comes with at most one space after a comma or colon, or a line break and at most 32 spaces where
+ * pretty printing has them; members in the order of the schema; numbers of at most 15 digits, which every
+ * reader reads exactly, unless the schema's own bounds have more.
  *
  * A compiled grammar does not change. Thread: any. */
 #pragma once

@@ -189,6 +189,10 @@ static void put_source(gm_build *b, uint32_t from, uint32_t to, const json_t *so
         begin = gm_state_new(b);
         gm_call(b, from, begin, gm_any_char_rule(b, GM_RAW), 0, GM_INF);
         gm_empty(b, begin, to);
+    } else if (json_object_get(source, "schema") != NULL) {
+        sc_want all = {SC_ALL, GM_JSON};
+        const json_t *schema = json_object_get(source, "schema");
+        gm_call(b, from, to, sc_rule(&c, schema, schema, all, "/schema"), 1, 1);
     }
     put_block(&c, begin, to, tools, (uint32_t)calls_max);
     sc_fill(&c);
