@@ -31,9 +31,11 @@ def client(cluster):
 
 
 def ask(client, seed, extra=None, **fields):
-    return client.chat.completions.create(model="nano", messages=fields.pop("messages", QUESTION), temperature=fields.pop("temperature", 1),
-                                          seed=seed, max_tokens=fields.pop("max_tokens", 2000),
-                                          extra_body={**(CHAT if extra is None else extra)}, **fields)
+    reply = client.chat.completions.create(model="nano", messages=fields.pop("messages", QUESTION), temperature=fields.pop("temperature", 1),
+                                           seed=seed, max_tokens=fields.pop("max_tokens", 2000),
+                                           extra_body={**(CHAT if extra is None else extra)}, **fields)
+    assert fields.get("stream") or reply.choices, f"seed {seed}: {reply}"  # an error after the status line was on its way
+    return reply
 
 
 def format_of(of):
