@@ -110,8 +110,7 @@ static void end(etcd_server *server)
 void etcd_server_start(etcd_server *server)
 {
     *server = (etcd_server){0};
-    snprintf(server->folder, sizeof(server->folder), "/tmp/t_etcd.XXXXXX");
-    assert_non_null(mkdtemp(server->folder));
+    t_folder_make(server->folder, "etcd");
     for (int i = 0; i < ETCD_STARTS_MAX; i++) {
         int ends[2];
         choose_ports(server);
@@ -134,12 +133,10 @@ void etcd_server_start(etcd_server *server)
 
 void etcd_server_stop(etcd_server *server)
 {
-    char command[128];
     if (server->pid != 0) {
         end(server);
     }
-    snprintf(command, sizeof(command), "rm -rf %s", server->folder);
-    assert_int_equal(system(command), 0);
+    t_folder_remove(server->folder);
 }
 
 void etcd_server_pause(etcd_server *server)
