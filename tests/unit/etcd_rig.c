@@ -57,7 +57,7 @@ static void choose_ports(etcd_server *server)
 
 static void run_etcd(const etcd_server *server, int log)
 {
-    char data[80], client[80], peer[80], cluster[80];
+    char data[T_FOLDER_MAX + 16], client[80], peer[80], cluster[80];
     snprintf(data, sizeof(data), "%s/data", server->folder);
     snprintf(client, sizeof(client), "http://%s", server->client);
     snprintf(peer, sizeof(peer), "http://%s", server->peer);
