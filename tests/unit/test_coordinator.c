@@ -351,7 +351,7 @@ static void on_stopped(void *arg)
 static cm_status ask(world *w, const char *method, const ProtobufCMessage *request, cm_error *err)
 {
     cm_bytes packed, reply;
-    char path[64];
+    char path[T_FOLDER_MAX + 24];
     *err = (cm_error){0};
     cm_bytes_init(&packed, 0);
     cm_bytes_init(&reply, 0);
@@ -658,7 +658,7 @@ static void a_restart_keeps_the_keys(void **state)
 {
     world *w = *state;
     uint8_t before[NET_KEY_BYTES];
-    char path[128];
+    char path[T_FOLDER_MAX + 24];
     set(w, "store", w->folder);
     world_start(w);
     two_workers_a_router_a_gateway(w);
@@ -747,7 +747,7 @@ static void strangers_are_shown_out(void **state)
 
 static pc_tls *certificates_of(const world *w, const char *dir, const char *role)
 {
-    char ca[128], cert[128], key[128];
+    char ca[T_FOLDER_MAX + 24], cert[T_FOLDER_MAX + 24], key[T_FOLDER_MAX + 24];
     cm_error err = {0};
     pc_tls *tls;
     snprintf(ca, sizeof(ca), "%s/ca.crt", dir);
@@ -765,7 +765,7 @@ static void set_certificates(world *w, const char *dir)
     static const char *const files[][2] = {
         {"tls_ca", "ca.crt"}, {"tls_cert", "coordinator.crt"}, {"tls_key", "coordinator.key"}};
     for (uint32_t i = 0; i < 3; i++) {
-        char path[128];
+        char path[T_FOLDER_MAX + 24];
         snprintf(path, sizeof(path), "%s/%s", dir, files[i][1]);
         set(w, files[i][0], path);
     }
