@@ -351,7 +351,7 @@ static void on_stopped(void *arg)
 static cm_status ask(world *w, const char *method, const ProtobufCMessage *request, cm_error *err)
 {
     cm_bytes packed, reply;
-    char path[T_FOLDER_MAX + 24];
+    char path[64];
     *err = (cm_error){0};
     cm_bytes_init(&packed, 0);
     cm_bytes_init(&reply, 0);
