@@ -327,7 +327,7 @@ static void router_destroy_model(rt_router *r)
     }
 }
 
-static cm_status router_open_gateways(rt_router *r, uint32_t context, cm_error *err)
+static cm_status router_open_gateways(rt_router *r, uint32_t context, uint32_t vocab, cm_error *err)
 {
     net_options options;
     net *n;
@@ -341,7 +341,7 @@ static cm_status router_open_gateways(rt_router *r, uint32_t context, cm_error *
         net_close(n);
         return status;
     }
-    r->constraints = rt_constraints_create(r->loop, r->config->model, g->vocab);
+    r->constraints = rt_constraints_create(r->loop, r->config->model, vocab);
     rt_gateways_options gateways = {
         .gateway_max = (uint32_t)r->config->gateways_max,
         .keep = {.live_max = (uint32_t)(r->config->sequences_max + r->config->queue_max),
@@ -401,7 +401,7 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
     limits.chunk_max = (uint32_t)config->chunk_max;
     limits.queue_max = (uint32_t)config->queue_max;
     r->sched = rt_sched_create(&limits);
-    status = router_open_gateways(r, limits.context, err);
+    status = router_open_gateways(r, limits.context, limits.vocab, err);
     if (status != CM_OK) {
         goto err_sched;
     }
