@@ -156,7 +156,7 @@ typedef struct rt_word {
     rt_seq_end end;
     uint32_t stop_id; /* with RT_END_STOP */
     cm_status status; /* with RT_END_FAILED */
-    const char *text; /* with RT_END_FAILED: a literal or NULL */
+    const char *text; /* with RT_END_FAILED: NULL, or valid for the call */
 } rt_word;
 typedef void (*rt_word_fn)(void *ctx, const rt_word *word);
 
