@@ -26,6 +26,7 @@ typedef struct co_core_options {
     uint32_t members_max;    /* of all roles; at most PR_RANK_MAX */
     uint64_t lease_ms;       /* a member silent for longer is dead */
     uint64_t grace_ms;       /* time to reconnect after a lost session */
+    uint64_t cut_ms;         /* a router and a worker may be unable to reach one another; 0 = for ever */
     uint64_t recall_ms;      /* after a start, on top of the lease: for the members of the log to find us */
     uint64_t rebalance_ms;   /* between rounds of rebalancing by load; 0 = only when asked */
     uint32_t moves_max;      /* experts that one of them makes workers load; at least 1 */
@@ -102,6 +103,7 @@ typedef enum co_member_state {
     CO_MEMBER_PREPARING, /* loads for the epoch being prepared */
     CO_MEMBER_READY,     /* in the epoch in force */
     CO_MEMBER_SUSPECT,   /* session lost or reported by a peer */
+    CO_MEMBER_CUT_OFF,   /* a worker left out because routers cannot reach it */
     CO_MEMBER_LEAVING,   /* wants or is asked to go: others take over, or it finishes what runs */
 } co_member_state;
 const char *co_member_state_name(co_member_state state);

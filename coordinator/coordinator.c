@@ -470,6 +470,7 @@ static cm_status coordinator_open_log(co_coordinator *c, const co_config *config
                                         .members_max = (uint32_t)config->members_max,
                                         .lease_ms = config->lease_ms,
                                         .grace_ms = config->grace_ms,
+                                        .cut_ms = config->cut_ms,
                                         .recall_ms = CO_RECALL_MS,
                                         .rebalance_ms = config->rebalance_ms,
                                         .moves_max = (uint32_t)config->rebalance_moves,

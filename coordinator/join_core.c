@@ -225,6 +225,9 @@ static void core_return(co_core *core, co_member *member, uint64_t session,
     if (member->told_prepare > in_force && member->told_prepare != proposed) {
         co_core_emit(core, CO_OUT_ABORT, session)->number = member->told_prepare;
     }
+    if (member->self.role == CO_ROLE_ROUTER) {
+        co_core_cuts_forget(core, member->self.id); /* it says anew what it cannot reach */
+    }
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->told_drain = false;
     member->prepared = member->told_commit = member->told_retire = 0;

@@ -5,7 +5,7 @@
 
 /* ---- wishes ---- */
 
-static void leave_begin(co_core *core, co_member *member)
+void co_core_begin_leaving(co_core *core, co_member *member)
 {
     member->leaving = true;
     if (member->self.role == CO_ROLE_ROUTER) {
@@ -17,13 +17,12 @@ static void leave_begin(co_core *core, co_member *member)
 void co_core_leaving(co_core *core, co_member *member)
 {
     if (!member->leaving) {
-        leave_begin(core, member);
+        co_core_begin_leaving(core, member);
         co_core_note(core, CM_LOG_INFO, "member %u wants to leave", member->self.id);
     }
 }
 
-/* Whether the other workers can hold all experts. */
-static cm_status leave_check_room(const co_core *core, const co_member *leaver, cm_error *err)
+cm_status co_core_check_room(const co_core *core, const co_member *leaver, cm_error *err)
 {
     uint64_t need = (uint64_t)core->n_layer * core->n_expert, room = 0;
     uint32_t n = 0;
@@ -71,7 +70,7 @@ static cm_status leave_check(const co_core *core, const co_member *member, uint3
                             "member %u is the only one of its role: start another first, or stop its process",
                             id);
     }
-    return member->self.role == CO_ROLE_WORKER ? leave_check_room(core, member, err) : CM_OK;
+    return member->self.role == CO_ROLE_WORKER ? co_core_check_room(core, member, err) : CM_OK;
 }
 
 void co_core_drain(co_core *core, const co_in *in)
@@ -84,7 +83,7 @@ void co_core_drain(co_core *core, const co_in *in)
         co_core_answer(core, in->ticket, status, "%s", err.text);
         return;
     }
-    leave_begin(core, member);
+    co_core_begin_leaving(core, member);
     member->drain_ticket = in->ticket;
     co_core_note(core, CM_LOG_INFO, "member %u is drained", member->self.id);
 }

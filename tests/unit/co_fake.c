@@ -239,6 +239,7 @@ void fake_init(fake_cluster *f, uint32_t workers_min)
                                    .members_max = 32,
                                    .lease_ms = 3000,
                                    .grace_ms = 300,
+                                   .cut_ms = 10000,
                                    .moves_max = 4,
                                    .fingerprint = ""};
     f->cluster = 77;
@@ -400,12 +401,12 @@ bool fake_move(fake_cluster *f)
     return false;
 }
 
-void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id)
+void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id, cm_status status)
 {
     Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
     Baleen__Control__V1__PeerReport report = BALEEN__CONTROL__V1__PEER_REPORT__INIT;
     report.member_id = about_id;
-    report.status = CM_E_RESET;
+    report.status = status;
     word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PEER_REPORT;
     word.peer_report = &report;
     fake_say(f, from, &word);

@@ -110,7 +110,7 @@ void fake_load(fake_cluster *f, fake_peer *router, const uint32_t load[FAKE_LAYE
 /* One thing happens: the oldest write is done, or else the first that has mail reads one. false: nothing is
  * left. */
 bool fake_move(fake_cluster *f);
-void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id);
+void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id, cm_status status);
 
 /* One message of the coordinator is read and answered; false: no mail. */
 bool fake_read(fake_cluster *f, fake_peer *p);
