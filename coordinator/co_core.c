@@ -64,6 +64,7 @@ uint64_t co_core_store(co_core *core, co_epoch *epoch)
     out->ticket = ++core->next_ticket;
     out->member_id = core->next_member_id;
     out->number = core->next_number;
+    out->drains = &core->drains;
     out->epoch = epoch;
     return out->ticket;
 }
@@ -120,6 +121,7 @@ void co_core_remove(co_core *core, co_member *member, cm_status status, const ch
     member->removed = true;
     core->dirty = true;
     co_core_cuts_forget(core, member->self.id);
+    co_drains_remove(&core->drains, member->self.id); /* in the log by the next write: no id comes twice */
     if (member->drain_ticket != 0) {
         co_core_answer(core, member->drain_ticket, status, "member %u %s%s", member->self.id,
                        status == CM_OK ? "has left" : "was lost: ", status == CM_OK ? "" : text);
@@ -328,6 +330,7 @@ co_core *co_core_create(const co_core_options *options, const co_core_past *past
     core->cluster = past->cluster;
     core->next_member_id = past->next_member_id;
     core->next_number = past->next_number;
+    core->drains = past->drains;
     core->members = cm_alloc(sizeof(co_member) * core->members_max);
     if (past->epoch != NULL) {
         CM_ASSERT(past->epoch->number < past->next_number);

@@ -17,6 +17,7 @@
 
 #include "common/base/log.h"
 #include "common/base/stats.h"
+#include "coordinator/drains.h"
 #include "coordinator/epoch.h"
 
 typedef struct co_core co_core;
@@ -38,6 +39,7 @@ typedef struct co_core_past {
     uint64_t cluster;        /* not 0 */
     uint32_t next_member_id; /* at least 1 */
     uint64_t next_number;    /* at least 1 */
+    co_drains drains;        /* members whose drain has not come to its end */
     co_epoch *epoch;         /* last one written; NULL: none. Held */
 } co_core_past;
 
@@ -68,17 +70,18 @@ typedef enum co_out_kind {
     CO_OUT_RETIRE,  /* session, number */
     CO_OUT_DRAIN,   /* session */
     CO_OUT_CLOSE,   /* session, status (CM_OK: a good end), text */
-    CO_OUT_STORE,  /* ticket, member_id and number (the next free ones), epoch (may be NULL): make it durable,
-                      in order, and answer with CO_IN_STORED */
-    CO_OUT_ANSWER, /* ticket, status, text: what became of an operator's wish */
-    CO_OUT_NOTE,   /* level, text: for the log */
+    CO_OUT_STORE,   /* ticket, member_id and number (the next free ones), drains, epoch (may be NULL): make it
+                       durable,   in order, and answer with CO_IN_STORED */
+    CO_OUT_ANSWER,  /* ticket, status, text: what became of an operator's wish */
+    CO_OUT_NOTE,    /* level, text: for the log */
 } co_out_kind;
 
 typedef struct co_out {
     co_out_kind kind;
     uint64_t session, number, ticket;
     uint32_t member_id;
-    co_epoch *epoch; /* borrowed until the next step; hold it to keep it */
+    co_epoch *epoch;         /* borrowed until the next step; hold it to keep it */
+    const co_drains *drains; /* likewise */
     cm_status status;
     bool final;
     cm_log_level level;

@@ -139,7 +139,8 @@ static void deliver_word(co_coordinator *c, const co_out *out)
 
 static void deliver_store(co_coordinator *c, const co_out *out)
 {
-    cm_status status = co_store_write(c->store, out->ticket, out->member_id, out->number, out->epoch);
+    cm_status status =
+        co_store_write(c->store, out->ticket, out->member_id, out->number, out->drains, out->epoch);
     if (status != CM_OK) {
         coordinator_expect(c, &(co_in){.kind = CO_IN_STORED,
                                        .ticket = out->ticket,
@@ -401,6 +402,7 @@ static void coordinator_active(void *ctx, const co_store_past *past)
     co_core_past core_past = {.cluster = past->cluster,
                               .next_member_id = past->next_member_id,
                               .next_number = past->next_number,
+                              .drains = past->drains,
                               .epoch = past->epoch};
     CM_ASSERT(c->core == NULL);
     c->core = co_core_create(&c->core_options, &core_past, cm_now_ms());

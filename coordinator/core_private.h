@@ -34,6 +34,7 @@ typedef struct co_member {
     uint64_t told_prepare, told_commit, told_retire; /* numbers sent in this session */
     bool recalled;                                   /* from the log, not back yet */
     bool leaving;                                    /* by its own wish or an operator's */
+    bool drained;                                    /* leaving by an operator's wish: its id is in drains */
     bool told_drain;                                 /* in this session */
     bool cut_off;                                    /* a worker left out because routers cannot reach it */
     bool cut_noted;                                  /* that it should be and cannot */
@@ -58,6 +59,7 @@ struct co_core {
     uint64_t cluster;
     uint32_t next_member_id;
     uint64_t next_number, next_ticket;
+    co_drains drains; /* goes into the log with every write */
 
     char *fingerprint;          /* "" while unknown */
     uint32_t n_layer, n_expert; /* 0 until the first worker or router */
@@ -131,6 +133,7 @@ void co_member_fini(co_member *member);
 /* ---- leave_core.c ---- */
 void co_core_leaving(co_core *core, co_member *member);
 void co_core_drain(co_core *core, const co_in *in);
+void co_core_drain_member(co_core *core, co_member *member);
 void co_core_begin_leaving(co_core *core, co_member *member);
 /* Whether the other workers can hold all experts. */
 CM_MUST_CHECK cm_status co_core_check_room(const co_core *core, const co_member *leaver, cm_error *err);

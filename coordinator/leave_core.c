@@ -70,7 +70,28 @@ static cm_status leave_check(const co_core *core, const co_member *member, uint3
                             "member %u is the only one of its role: start another first, or stop its process",
                             id);
     }
+    if (core->drains.n == CO_DRAINS_MAX) {
+        return cm_error_set(err, CM_E_CAPACITY, "id", "%d members are being drained: let some leave first",
+                            (int)CO_DRAINS_MAX);
+    }
     return member->self.role == CO_ROLE_WORKER ? co_core_check_room(core, member, err) : CM_OK;
+}
+
+/* Ids of members that a coordinator before us has let go and that never came back. */
+static void leave_forget_gone(co_core *core)
+{
+    for (uint32_t i = core->drains.n; i-- > 0;) {
+        if (co_core_find(core, core->drains.id[i]) == NULL) {
+            co_drains_remove(&core->drains, core->drains.id[i]);
+        }
+    }
+}
+
+void co_core_drain_member(co_core *core, co_member *member)
+{
+    co_core_begin_leaving(core, member);
+    member->drained = true;
+    core->drains.id[core->drains.n++] = member->self.id;
 }
 
 void co_core_drain(co_core *core, const co_in *in)
@@ -78,13 +99,17 @@ void co_core_drain(co_core *core, const co_in *in)
     CM_ASSERT(in->ticket != 0);
     cm_error err = {0};
     co_member *member = co_core_find(core, in->member_id);
+    if (core->drains.n == CO_DRAINS_MAX) {
+        leave_forget_gone(core);
+    }
     cm_status status = leave_check(core, member, in->member_id, &err);
     if (status != CM_OK) {
         co_core_answer(core, in->ticket, status, "%s", err.text);
         return;
     }
-    co_core_begin_leaving(core, member);
+    co_core_drain_member(core, member);
     member->drain_ticket = in->ticket;
+    co_core_store(core, NULL); /* the drain goes on whether that succeeds: what is written next has it too */
     co_core_note(core, CM_LOG_INFO, "member %u is drained", member->self.id);
 }
 

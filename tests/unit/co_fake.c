@@ -215,7 +215,8 @@ static void fake_step(fake_cluster *f, const co_in *in)
         } else if (outs[i].kind == CO_OUT_STORE) {
             assert_true(f->n_stores < FAKE_STORES);
             co_epoch *epoch = outs[i].epoch != NULL ? co_epoch_hold(outs[i].epoch) : NULL;
-            f->stores[f->n_stores++] = (fake_store){outs[i].ticket, outs[i].number, outs[i].member_id, epoch};
+            f->stores[f->n_stores++] =
+                (fake_store){outs[i].ticket, outs[i].number, outs[i].member_id, *outs[i].drains, epoch};
         } else {
             take_word(f, &outs[i]);
         }
@@ -272,6 +273,7 @@ void fake_restart(fake_cluster *f)
     co_core_past past = {.cluster = f->cluster,
                          .next_member_id = f->next_id,
                          .next_number = f->next_number,
+                         .drains = f->drains,
                          .epoch = f->epoch};
     f->core = co_core_create(&f->options, &past, f->now_ms);
     FOR_PEERS(f, p)
@@ -485,6 +487,7 @@ bool fake_write(fake_cluster *f)
         assert_true(store.next_id >= f->next_id && store.number >= f->next_number);
         f->next_id = store.next_id;
         f->next_number = store.number;
+        f->drains = store.drains;
         if (store.epoch != NULL) {
             co_epoch_release(f->epoch);
             f->epoch = co_epoch_hold(store.epoch);

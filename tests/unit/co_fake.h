@@ -47,6 +47,7 @@ typedef struct fake_peer {
 typedef struct fake_store {
     uint64_t ticket, number;
     uint32_t next_id;
+    co_drains drains;
     co_epoch *epoch;
 } fake_store;
 
@@ -61,6 +62,7 @@ typedef struct fake_cluster {
     /* the log */
     uint64_t cluster, next_number;
     uint32_t next_id;
+    co_drains drains;
     co_epoch *epoch;
     /* what was seen */
     uint32_t id_max;

@@ -111,6 +111,66 @@ static void drains_that_cannot_be(void **state)
     fake_fini(&f);
 }
 
+/* The coordinator goes at any moment of a drain: the next one goes on with it. */
+static void a_drain_outlives_the_coordinator(void **state)
+{
+    (void)state;
+    static const Baleen__Control__V1__Role roles[] = {CO_ROLE_WORKER, CO_ROLE_ROUTER};
+    uint32_t n_done = 0, n_moves = 0;
+    for (uint32_t role = 0; role < 2; role++) {
+        for (uint32_t at = 0, done = 0; !done; at++) {
+            fake_cluster f;
+            fake_start(&f, 3);
+            fake_spawn(&f, CO_ROLE_ROUTER);
+            fake_settle(&f);
+            fake_peer *p = fake_nth(&f, roles[role], 1);
+            uint32_t id = p->id, incarnation = (uint32_t)p->incarnation;
+            fake_drain(&f, id);
+            assert_true(fake_write(&f)); /* else nobody knows of it */
+            for (uint32_t i = 0; i < at && !done; i++) {
+                done = !fake_move(&f);
+            }
+            fake_restart(&f);
+            fake_settle(&f);
+            fake_pass(&f, 5000);
+            fake_settle(&f);
+            assert_true(p->told_drain && p->finished && p->incarnation == incarnation);
+            assert_null(co_epoch_find(co_core_epoch(f.core), id));
+            fake_check_whole(&f);
+            n_done++;
+            n_moves += at;
+            fake_fini(&f);
+        }
+    }
+    printf("  %u restarts, %u moves\n", n_done, n_moves);
+    assert_true(n_done > 10);
+}
+
+/* Ids whose members went while no coordinator could write it down are in nobody's way. */
+static void drains_of_the_gone_are_forgotten(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_start(&f, 3);
+    for (uint32_t i = 0; i < CO_DRAINS_MAX; i++) {
+        f.drains.id[f.drains.n++] = 1000 + i;
+    }
+    fake_restart(&f);
+    fake_settle(&f);
+    fake_check_whole(&f);
+    uint32_t id = f.peers[1].id, ticket = fake_drain(&f, id);
+    assert_true(fake_write(&f));
+    assert_int_equal(f.drains.n, 1);
+    assert_int_equal(f.drains.id[0], id);
+    fake_settle(&f);
+    assert_int_equal(f.answers[ticket].status, CM_OK);
+    fake_spawn(&f, CO_ROLE_WORKER); /* what is written next is without it */
+    fake_settle(&f);
+    assert_int_equal(f.drains.n, 0);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
 /* ---- experts by load ---- */
 
 static void a_round_of_rebalancing(void **state)
@@ -353,6 +413,8 @@ int main(void)
         cmocka_unit_test(a_router_leaves_in_two_epochs),
         cmocka_unit_test(an_operator_drains_a_worker),
         cmocka_unit_test(drains_that_cannot_be),
+        cmocka_unit_test(a_drain_outlives_the_coordinator),
+        cmocka_unit_test(drains_of_the_gone_are_forgotten),
         cmocka_unit_test(a_round_of_rebalancing),
         cmocka_unit_test(load_fades_and_rounds_come_by_themselves),
         cmocka_unit_test(no_round_while_workers_are_missing),
