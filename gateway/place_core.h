@@ -88,8 +88,10 @@ bool gw_place_hosts(const gw_place *place, uint64_t number); /* some stream is t
 void gw_place_begin(gw_place *place, uint64_t now_ms, gw_spot *spot, uint64_t number);
 /* A word of its router that is no failure; with tokens or without. Fine also while it waits for another. */
 void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens);
-/* Its router failed or refused it, or said what cannot be. true: it will be asked for elsewhere; false: this
- * failure is the stream's own, or nobody else can help, and its place has ended. */
+/* Its router failed or refused it, or said what cannot be. CM_E_REFUSED: the router is being drained and
+ * takes none; it gets no more, and the stream goes to another however busy that was. true: it will be asked
+ * for elsewhere; false: this failure is the stream's own, or nobody else can help, and its place has ended.
+ */
 CM_MUST_CHECK bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status status);
 void gw_place_end(gw_place *place, gw_spot *spot); /* whatever its state */
 

@@ -118,11 +118,11 @@ void sim_client_failed(sim *s, sim_request *r, cm_status status, const char *tex
         client_give_up(s, r, &s->counts.expired, "its deadline passed");
         return;
     }
-    if (status != CM_E_UNAVAILABLE && status != CM_E_CAPACITY) {
+    if (status != CM_E_UNAVAILABLE && status != CM_E_CAPACITY && status != CM_E_REFUSED) {
         sim_fail(s, "request %u failed: %s: %s", r->id, cm_status_name(status), text);
     }
     s->counts.told_busy += status == CM_E_CAPACITY;
-    s->counts.told_unavailable += status == CM_E_UNAVAILABLE;
+    s->counts.told_unavailable += status != CM_E_CAPACITY;
     client_ask_later(s, r);
 }
 
