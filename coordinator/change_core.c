@@ -124,7 +124,10 @@ static void change_balance(co_core *core)
 
 static void change_begin(co_core *core)
 {
-    co_core_release_leavers(core);
+    if (!core_has_absent(core)) { /* one of those may be dead, and a leaver needed */
+        (void)co_core_take_back(core);
+        co_core_release_leavers(core);
+    }
     if (!core->dirty && !core_has_absent(core)) {
         change_balance(core);
         return;
@@ -140,7 +143,11 @@ static void change_begin(co_core *core)
     }
     cm_error err = {0};
     pr_placement *placement = NULL;
-    if (core_place(core, &placement, &err) != CM_OK) {
+    cm_status status = core_place(core, &placement, &err);
+    if (status == CM_E_CAPACITY && co_core_count(core, CO_ROLE_WORKER) > 0) {
+        status = co_core_check_room(core, NULL, &err); /* the same, and who lacks what */
+    }
+    if (status != CM_OK) {
         if (strncmp(core->blocked, err.text, sizeof(core->blocked) - 1) != 0) {
             snprintf(core->blocked, sizeof(core->blocked), "%.255s", err.text);
             co_core_note(core, err.status == CM_E_CAPACITY ? CM_LOG_WARN : CM_LOG_INFO, "no new epoch: %s",

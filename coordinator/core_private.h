@@ -135,8 +135,11 @@ void co_core_leaving(co_core *core, co_member *member);
 void co_core_drain(co_core *core, const co_in *in);
 void co_core_drain_member(co_core *core, co_member *member);
 void co_core_begin_leaving(co_core *core, co_member *member);
-/* Whether the other workers can hold all experts. */
+/* Whether the other workers can hold all experts. leaver NULL: those that stay. */
 CM_MUST_CHECK cm_status co_core_check_room(const co_core *core, const co_member *leaver, cm_error *err);
+/* Those that stay cannot hold all experts: workers that were to go serve on as far as that helps. false: it
+ * would not. */
+bool co_core_take_back(co_core *core);
 /* Nothing in force or on the way needs them any more: workers are let go. */
 void co_core_release_leavers(co_core *core);
 /* No epoch without them can be made. A worker stays while a router may still ask it. */

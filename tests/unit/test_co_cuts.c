@@ -170,12 +170,34 @@ static void no_room_without_it(void **state)
     fake_fini(&f);
 }
 
+/* A worker that is left out is better than none. */
+static void taken_back_when_it_is_needed(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_init(&f, 3);
+    for (uint32_t i = 0; i < 3; i++) {
+        fake_spawn(&f, CO_ROLE_WORKER)->capacity = 12;
+    }
+    fake_spawn(&f, CO_ROLE_ROUTER);
+    fake_spawn(&f, CO_ROLE_GATEWAY);
+    fake_settle(&f);
+    fake_report(&f, &f.peers[3], f.peers[0].id, CM_E_SILENT);
+    pass_and_settle(&f, CUT_MS);
+    assert_false(in_epoch(&f, f.peers[0].id));
+    fake_kill(&f, &f.peers[1]);
+    pass_and_settle(&f, 1000);
+    fake_check_whole(&f);
+    assert_true(in_epoch(&f, f.peers[0].id));
+    fake_fini(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(one_router),         cmocka_unit_test(over_in_time),
         cmocka_unit_test(the_odd_router),     cmocka_unit_test(two_of_three_routers),
-        cmocka_unit_test(no_room_without_it),
+        cmocka_unit_test(no_room_without_it), cmocka_unit_test(taken_back_when_it_is_needed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
