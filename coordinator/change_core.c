@@ -244,6 +244,18 @@ void co_core_prepared(co_core *core, co_member *member, const Baleen__Control__V
 /* Tells every member of the epoch in force what it may know by now: workers first, the others once all
  * workers have switched, and at the end workers may retire the epoch before. Serves those who come back as
  * well. */
+/* A worker that is back with an epoch of before, or was left out: the experts it still holds are in use no
+ * more, and the next ones would come on top. */
+static void core_tell_outsider(co_core *core, co_member *member)
+{
+    uint64_t number = core->epoch->number;
+    if (member->self.role == CO_ROLE_WORKER && member->epoch != 0 && member->epoch < number &&
+        member->told_retire != number) {
+        co_core_emit(core, CO_OUT_RETIRE, member->session)->number = number;
+        member->told_retire = number;
+    }
+}
+
 static void core_tell(co_core *core)
 {
     uint64_t number = core->epoch->number;
@@ -251,8 +263,13 @@ static void core_tell(co_core *core)
     for (uint32_t i = 0; i < core->n_members; i++) {
         co_member *member = &core->members[i];
         bool worker = member->self.role == CO_ROLE_WORKER;
-        if (!co_member_is_in(member) || member->session == 0 ||
-            co_epoch_find(core->epoch, member->self.id) == NULL) {
+        if (!co_member_is_in(member) || member->session == 0) {
+            continue;
+        }
+        if (co_epoch_find(core->epoch, member->self.id) == NULL) {
+            if (settled) {
+                core_tell_outsider(core, member);
+            }
             continue;
         }
         if (member->epoch != number && member->told_commit != number &&

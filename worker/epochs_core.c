@@ -145,7 +145,7 @@ void wk_hold_commit(wk_hold *hold, pc_epoch *epoch)
 
 void wk_hold_retire(wk_hold *hold, uint64_t oldest)
 {
-    while (hold->n_known > 1 && hold->known[0]->number < oldest) {
+    while (hold->n_known > 0 && hold->known[0]->number < oldest) {
         hold_forget_oldest(hold);
     }
 }

@@ -48,8 +48,10 @@ static void one_router(void **state)
     assert_true(in_epoch(&f, worker->id));
     assert_int_equal(fake_state(&f, worker), CO_MEMBER_SUSPECT);
     assert_true(co_core_wake_ms(f.core) <= f.now_ms + 100);
+    uint32_t n_retires = f.n_retires;
     pass_and_settle(&f, 100);
     assert_false(in_epoch(&f, worker->id));
+    assert_int_equal(f.n_retires, n_retires + 3); /* it too: what it holds would come on top of the next */
     assert_int_equal(fake_state(&f, worker), CO_MEMBER_CUT_OFF);
     assert_true(worker->alive && worker->session != 0 && !worker->told_drain);
     assert_int_equal(co_core_n_lost(f.core), 0);
