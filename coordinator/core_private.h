@@ -62,7 +62,8 @@ struct co_core {
     co_drains drains; /* goes into the log with every write */
 
     char *fingerprint;          /* "" while unknown */
-    uint32_t n_layer, n_expert; /* 0 until the first worker or router */
+    bool knows_model;           /* the first worker or router has come; the next two lines are its */
+    uint32_t n_layer, n_expert; /* 0: a model without experts */
     uint64_t expert_bytes;
 
     co_member *members; /* [members_max], ascending ids */
