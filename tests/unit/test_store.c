@@ -17,12 +17,8 @@
 
 enum { EPOCHS_KEPT = 1000 };
 
-<<<<<<< HEAD
-static char g_folder[64];
-static co_drains g_drains; /* of the next writes */
-=======
 static char g_folder[T_FOLDER_MAX];
->>>>>>> main
+static co_drains g_drains; /* of the next writes */
 
 static int make_folder(void **state)
 {
