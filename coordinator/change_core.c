@@ -253,8 +253,8 @@ void co_core_prepared(co_core *core, co_member *member, const Baleen__Control__V
 static void core_tell_outsider(co_core *core, co_member *member)
 {
     uint64_t number = core->epoch->number;
-    if (member->self.role == CO_ROLE_WORKER && member->epoch != 0 && member->epoch < number &&
-        member->told_retire != number) {
+    if (member->self.role == CO_ROLE_WORKER && !member->leaving && member->epoch != 0 &&
+        member->epoch < number && member->told_retire != number) {
         co_core_emit(core, CO_OUT_RETIRE, member->session)->number = number;
         member->told_retire = number;
     }
