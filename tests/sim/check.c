@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "common/base/mem.h"
+#include "router/keep_core.h"
 #include "tests/sim/sim.h"
 
 /* One number of an epoch and the only value it may ever have. */
@@ -145,6 +146,73 @@ void sim_check_answer(sim *s, const sim_proc *router, sim_asked asked[SIM_ASKED_
                  (unsigned long long)head->epoch, (unsigned long long)step, layer, (unsigned long long)epoch);
     }
     question->answered = true;
+}
+
+/* ---- what routers keep ---- */
+
+void sim_check_kept_excuse(sim_watched watched[SIM_REQUESTS_MAX], uint64_t number)
+{
+    for (uint32_t i = 0; i < SIM_REQUESTS_MAX; i++) {
+        watched[i].excused |= watched[i].number == number;
+    }
+}
+
+void sim_check_kept_ended(const sim *s, sim_watched watched[SIM_REQUESTS_MAX], uint64_t number)
+{
+    for (uint32_t i = 0; i < SIM_REQUESTS_MAX; i++) {
+        if (watched[i].number == number) {
+            watched[i].live = false;
+            watched[i].since_ms = sim_ms(s);
+        }
+    }
+}
+
+/* Ended ones make room for newer ones. */
+static bool kept_is_full(const sim *s, const rt_keep *keep)
+{
+    rt_keep_ledger ledger;
+    rt_keep_ledger_get(keep, &ledger);
+    return ledger.n_ended >= s->shape.kept_max || s->shape.kept_bytes < 1 << 20;
+}
+
+static void check_kept_one(sim *s, const sim_proc *router, const rt_keep *keep, const sim_request *request,
+                           sim_watched *w)
+{
+    const rt_kept *kept;
+    if (memcmp(w->key, request->key, SIM_ID_BYTES) != 0) {
+        *w = (sim_watched){0};
+        memcpy(w->key, request->key, SIM_ID_BYTES);
+    }
+    if (rt_keep_find(keep, w->key, &kept, 1) == 1) {
+        bool owned = kept->owner != NULL, anew = kept->number != w->number;
+        bool left = !owned && (anew || w->owned || w->live != kept->live);
+        /* an older one shows when the newest is gone: nobody looked at it before */
+        w->excused = anew ? kept->number < w->newest : w->excused;
+        w->newest = kept->number > w->newest ? kept->number : w->newest;
+        w->number = kept->number;
+        w->owned = owned;
+        w->live = kept->live;
+        w->since_ms = left ? sim_ms(s) : w->since_ms;
+        return;
+    }
+    bool in_time = !w->owned && sim_ms(s) >= w->since_ms + s->shape.keep_ms;
+    bool pushed = !w->live && kept_is_full(s, keep);
+    if (w->number != 0 && !w->excused && !in_time && !pushed && s->shape.keep_ms > 0) {
+        sim_fail(s, "%s has dropped request %u, %s, after %llu of %llu ms", router->name, request->id,
+                 w->owned  ? "its gateway's"
+                 : w->live ? "running and nobody's"
+                           : "ended",
+                 (unsigned long long)(sim_ms(s) - w->since_ms), (unsigned long long)s->shape.keep_ms);
+    }
+    w->number = 0;
+}
+
+void sim_check_kept(sim *s, const sim_proc *router, const rt_keep *keep,
+                    sim_watched watched[SIM_REQUESTS_MAX])
+{
+    for (uint32_t i = 0; i < s->shape.n_request; i++) {
+        check_kept_one(s, router, keep, &s->requests[i], &watched[i]);
+    }
 }
 
 /* ---- rest ---- */

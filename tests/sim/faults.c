@@ -4,7 +4,7 @@
 
 #include "tests/sim/sim.h"
 
-enum { FAULT_TICK_MS = 50, FAULT_RESTART_MS = 4000 };
+enum { FAULT_TICK_MS = 50, FAULT_RESTART_MS = 4000, CLOCKS_APART_US = 3000000 };
 
 /* ---- shape ---- */
 
@@ -61,6 +61,20 @@ static void shape_draw_bounds(sim *s)
     shape->frame_bytes = sim_between(s, SIM_SHAPE, 512, 4096);
 }
 
+static void shape_draw_streams(sim *s)
+{
+    sim_shape *shape = &s->shape;
+    shape->reopen_ms = sim_between(s, SIM_SHAPE, 1000, 15000);
+    shape->rebind_ms = sim_between(s, SIM_SHAPE, 50, 500);
+    shape->leave_ms = sim_between(s, SIM_SHAPE, 300, 3000);
+    shape->opens_max = sim_between(s, SIM_SHAPE, 1, 8);
+    shape->keep_ms = sim_below(s, SIM_SHAPE, 8) == 0 ? 0 : sim_between(s, SIM_SHAPE, 100, 6000);
+    shape->kept_max = sim_below(s, SIM_SHAPE, 24);
+    /* a log has 256 bytes at most: sometimes room for a few only */
+    shape->kept_bytes = sim_below(s, SIM_SHAPE, 4) == 0 ? sim_between(s, SIM_SHAPE, 0, 4000) : 1 << 20;
+    shape->tell_max = sim_between(s, SIM_SHAPE, 1, 64);
+}
+
 /* Odds of 10000: per message for what happens to messages, per tick for what comes by time, per write, load
  * or request for the others. */
 static const struct {
@@ -91,6 +105,8 @@ static const struct {
     [SIM_FAULT_operator_rebalances] = {10, 200},
     [SIM_FAULT_client_cancels] = {500, 5000},
     [SIM_FAULT_client_deadline] = {200, 2000},
+    [SIM_FAULT_client_drops] = {500, 5000},
+    [SIM_FAULT_client_vanishes] = {500, 5000},
 };
 
 /* Even seeds: all faults at once. Odd ones: a subset, often small, so that what hides behind the loud ones is
@@ -108,7 +124,8 @@ static void shape_draw_odds(sim *s)
 static void shape_add_hosts(sim *s, sim_role role, uint32_t n, uint64_t start_us)
 {
     for (uint32_t i = 0; i < n && s->n_host < SIM_HOSTS_MAX; i++) {
-        s->hosts[s->n_host++] = (sim_host){.role = role, .start_us = start_us};
+        s->hosts[s->n_host++] = (sim_host){
+            .role = role, .start_us = start_us, .ahead_us = sim_below(s, SIM_SHAPE, CLOCKS_APART_US)};
     }
 }
 
@@ -116,6 +133,7 @@ void sim_shape_draw(sim *s)
 {
     shape_draw_sizes(s);
     shape_draw_bounds(s);
+    shape_draw_streams(s);
     shape_draw_odds(s);
     shape_add_hosts(s, SIM_COORDINATOR, 1, 0);
     shape_add_hosts(s, SIM_GATEWAY, s->shape.n_gateway, 0);

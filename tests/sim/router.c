@@ -1,5 +1,6 @@
-/* A router's process: session, scheduler, layers through the exchange's machine, KV pages, links to gateways.
- * The step is the engine's: attention through the pages, gate, experts, the next layer, at the end a token.
+/* A router's process: session, scheduler, layers through the exchange's machine, KV pages, links to gateways
+ * and what is kept for them, as router/gateways.c calls keep_core. The step is the engine's: attention
+ * through the pages, gate, experts, the next layer, at the end a token.
  */
 #include <string.h>
 
@@ -8,9 +9,10 @@
 #include "proto/messages.h"
 #include "proto/pack.h"
 #include "router/engine/exchange_core.h"
+#include "router/keep_core.h"
 #include "tests/sim/sim.h"
 
-enum { ROUTER_GATEWAYS = 8, ROUTER_WORDS_MAX = 1024, ROUTER_TEXT_BYTES = 96 };
+enum { ROUTER_GATEWAYS = 8, ROUTER_TELL_MAX = 64, ROUTER_DOORS_MS = 100, ROUTER_DRAIN_MS = 6000 };
 
 /* One step under way: rows of all segments, layer by layer. */
 typedef struct pass {
@@ -27,27 +29,36 @@ typedef struct pass {
     rt_step_result *tokens; /* [slot_max] */
 } pass;
 
+/* An answer to SeqFind. */
+typedef struct router_found {
+    TAILQ_ENTRY(router_found) link;
+    cm_bytes packed;
+} router_found;
+
 typedef struct gateway_link {
     sim_end *end; /* NULL: free */
-    uint64_t owner;
-    rt_word *words; /* [ROUTER_WORDS_MAX] not sent yet */
-    char (*texts)[ROUTER_TEXT_BYTES];
-    uint32_t n_word;
+    rt_keep_owner owner;
+    TAILQ_HEAD(, router_found) found; /* not sent yet */
 } gateway_link;
 
 typedef struct router {
     sim_member member;
+    sim *world; /* for words that come from inside of the scheduler */
+    const sim_proc *proc;
     rt_sched *sched;
+    rt_keep *keep;
     rt_xcore *exchange;
     uint8_t *staging;
     uint64_t *kv; /* [page_max][page_tokens][n_layer] */
     pass pass;
     bool resting; /* workers were told that nothing comes */
     gateway_link gateways[ROUTER_GATEWAYS];
-    uint64_t next_owner;
+    sim_watched watched[SIM_REQUESTS_MAX];
     cm_arena arena;
     cm_bytes packed;
-    bool draining, drained;
+    bool leaving;                                    /* asked to go */
+    uint64_t leave_until_us;                         /* then it goes with what it has */
+    bool draining;                                   /* no new sequences: ends with the last one */
     uint32_t load[SIM_LAYERS_MAX * SIM_EXPERTS_MAX]; /* rows per expert, not told yet */
     uint64_t load_at_us;
     sim_followed followed;
@@ -61,57 +72,99 @@ typedef struct router {
 static void router_word(void *ctx, const rt_word *word)
 {
     router *r = ctx;
-    for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
-        gateway_link *link = &r->gateways[i];
-        if (link->end != NULL && link->owner == word->key.owner) {
-            CM_ASSERT(link->n_word < ROUTER_WORDS_MAX);
-            snprintf(link->texts[link->n_word], ROUTER_TEXT_BYTES, "%s",
-                     word->text != NULL ? word->text : "");
-            link->words[link->n_word++] = *word;
-        }
+    if (word->end == RT_END_FAILED) {
+        sim_check_kept_excuse(r->watched, word->key.stream);
+    } else if (word->end != RT_GOING_ON) {
+        sim_check_kept_ended(r->world, r->watched, word->key.stream);
     }
+    rt_keep_word(r->keep, sim_ms(r->world), word);
 }
 
-static void router_fill(gateway_link *link, uint32_t i, Baleen__Engine__V1__SeqTokens *seq)
+static void router_fill(rt_kept *kept, uint32_t n, Baleen__Engine__V1__SeqTokens *seq)
 {
-    rt_word *word = &link->words[i];
+    bool ends = !kept->live && kept->n_told + n >= kept->n_id;
     baleen__engine__v1__seq_tokens__init(seq);
-    seq->stream = word->key.stream;
+    seq->stream = kept->stream;
     seq->has_offset = seq->has_end = true;
-    seq->offset = word->offset;
-    seq->n_id = word->has_token ? 1 : 0;
-    seq->id = &word->token;
-    seq->end = (Baleen__Engine__V1__SeqEnd)word->end;
-    seq->has_stop_id = word->end == RT_END_STOP;
-    seq->stop_id = word->stop_id;
-    seq->has_status = word->end == RT_END_FAILED;
-    seq->status = word->status;
-    seq->text = link->texts[i];
+    seq->offset = kept->n_told;
+    seq->n_id = n;
+    seq->id = n > 0 ? kept->ids + kept->n_told : NULL;
+    seq->end = ends ? (Baleen__Engine__V1__SeqEnd)kept->end : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON;
+    seq->has_stop_id = ends && kept->end == RT_END_STOP;
+    seq->stop_id = kept->stop_id;
+    seq->has_status = ends && kept->end == RT_END_FAILED;
+    seq->status = kept->status;
+    seq->text = ends ? kept->text : NULL;
+}
+
+/* One frame of what waits: whole sequences in their order, the last one as far as there is room. */
+static cm_status router_tell_step(sim *s, router *r, gateway_link *link)
+{
+    Baleen__Engine__V1__StepTokens message = BALEEN__ENGINE__V1__STEP_TOKENS__INIT;
+    Baleen__Engine__V1__SeqTokens seqs[ROUTER_TELL_MAX], *pointers[ROUTER_TELL_MAX];
+    rt_kept *parts[ROUTER_TELL_MAX], *kept;
+    rt_sched_ledger ledger;
+    uint32_t room = s->shape.tell_max, n = 0;
+    TAILQ_FOREACH (kept, &link->owner.untold, untold_link) {
+        uint32_t n_untold = kept->n_id > kept->n_told ? kept->n_id - kept->n_told : 0;
+        router_fill(kept, n_untold < room ? n_untold : room, &seqs[n]);
+        parts[n] = kept;
+        pointers[n] = &seqs[n];
+        room -= seqs[n].n_id > 0 ? (uint32_t)seqs[n].n_id : 1;
+        n++;
+        if (room == 0) {
+            break;
+        }
+    }
+    rt_sched_ledger_get(r->sched, &ledger);
+    message.step = r->pass.step.number;
+    message.has_running = message.has_waiting = true;
+    message.running = ledger.n_running;
+    message.waiting = ledger.n_waiting;
+    message.n_seq = n;
+    message.seq = pointers;
+    cm_bytes_clear(&r->packed);
+    pr_pack(&message.base, &r->packed);
+    CM_TRY(sim_send(s, link->end, PR_MSG_STEP_TOKENS, NULL, 0, r->packed.data, r->packed.len, NULL));
+    for (uint32_t i = 0; i < n; i++) {
+        rt_keep_told(r->keep, sim_ms(s), parts[i], (uint32_t)seqs[i].n_id);
+    }
+    return CM_OK;
+}
+
+static cm_status router_tell_found(sim *s, gateway_link *link)
+{
+    router_found *found = TAILQ_FIRST(&link->found);
+    CM_TRY(sim_send(s, link->end, PR_MSG_SEQ_FOUND, NULL, 0, found->packed.data, found->packed.len, NULL));
+    TAILQ_REMOVE(&link->found, found, link);
+    cm_bytes_fini(&found->packed);
+    cm_free(found);
+    return CM_OK;
 }
 
 static void router_flush(sim *s, router *r)
 {
     for (uint32_t g = 0; g < ROUTER_GATEWAYS; g++) {
         gateway_link *link = &r->gateways[g];
-        if (link->end == NULL || link->n_word == 0) {
-            continue;
+        cm_status status = link->end != NULL ? CM_OK : CM_E_RESET;
+        while (status == CM_OK && !TAILQ_EMPTY(&link->found)) {
+            status = router_tell_found(s, link);
         }
-        Baleen__Engine__V1__StepTokens message = BALEEN__ENGINE__V1__STEP_TOKENS__INIT;
-        Baleen__Engine__V1__SeqTokens seqs[ROUTER_WORDS_MAX], *pointers[ROUTER_WORDS_MAX];
-        for (uint32_t i = 0; i < link->n_word; i++) {
-            router_fill(link, i, &seqs[i]);
-            pointers[i] = &seqs[i];
-        }
-        message.step = r->pass.step.number;
-        message.n_seq = link->n_word;
-        message.seq = pointers;
-        cm_bytes_clear(&r->packed);
-        pr_pack(&message.base, &r->packed);
-        if (sim_send(s, link->end, PR_MSG_STEP_TOKENS, NULL, 0, r->packed.data, r->packed.len, NULL) ==
-            CM_OK) {
-            link->n_word = 0; /* else they go with the next flush */
+        while (status == CM_OK && !TAILQ_EMPTY(&link->owner.untold)) {
+            status = router_tell_step(s, r, link);
         }
     }
+}
+
+static bool router_all_told(const router *r)
+{
+    for (uint32_t g = 0; g < ROUTER_GATEWAYS; g++) {
+        const gateway_link *link = &r->gateways[g];
+        if (link->end != NULL && (!TAILQ_EMPTY(&link->owner.untold) || link->end->n_out > 0)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 static gateway_link *router_gateway(router *r, const sim_end *end)
@@ -124,12 +177,35 @@ static gateway_link *router_gateway(router *r, const sim_end *end)
     return NULL;
 }
 
-static rt_seq_request router_request(const gateway_link *link, const Baleen__Engine__V1__SeqOpen *open,
-                                     uint64_t now_ms)
+static void router_lose(router *r, uint64_t now_ms, gateway_link *link)
 {
+    router_found *found;
+    rt_keep_owner_lost(r->keep, now_ms, &link->owner);
+    while ((found = TAILQ_FIRST(&link->found)) != NULL) {
+        TAILQ_REMOVE(&link->found, found, link);
+        cm_bytes_fini(&found->packed);
+        cm_free(found);
+    }
+    link->end = NULL;
+}
+
+/* ---- what gateways say ---- */
+
+static rt_keep_key router_key(const Baleen__Engine__V1__SeqKey *from)
+{
+    rt_keep_key key = {.choice = from->choice, .birth = from->birth};
+    CM_ASSERT(from->id.len == RT_KEEP_ID_BYTES);
+    memcpy(key.id, from->id.data, RT_KEEP_ID_BYTES);
+    return key;
+}
+
+static void router_on_open(sim *s, router *r, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqOpen *open = message;
     const Baleen__Engine__V1__SamplerParams *from = open->sampler;
+    rt_keep_key key = router_key(open->key);
     rt_seq_request request = {
-        .key = {link->owner, open->stream},
+        .key = {0, open->stream},
         .prompt = open->prompt,
         .n_prompt = (uint32_t)open->n_prompt,
         .emitted = open->emitted,
@@ -139,45 +215,117 @@ static rt_seq_request router_request(const gateway_link *link, const Baleen__Eng
                     .tokens_max = from->tokens_max,
                     .tokens_min = from->tokens_min,
                     .n_stop = (uint32_t)from->n_stop_id},
-        .deadline_ms = open->has_deadline_ms ? now_ms + open->deadline_ms : UINT64_MAX,
+        .deadline_ms = open->has_deadline_ms ? sim_ms(s) + open->deadline_ms : UINT64_MAX,
     };
     for (size_t i = 0; i < from->n_stop_id; i++) {
         request.sampler.stop[i] = from->stop_id[i];
     }
-    return request;
+    rt_keep_offer offer = {.key = &key,
+                           .term = open->term,
+                           .resume = open->resume.data,
+                           .n_resume = open->has_resume ? open->resume.len : 0};
+    rt_keep_open(r->keep, sim_ms(s), &link->owner, &request, &offer);
 }
 
-static void router_open(sim *s, router *r, gateway_link *link, const sim_message *m)
+/* The sequence that a gateway calls so; 0: none. */
+static uint64_t router_number(const gateway_link *link, uint64_t stream)
 {
-    ProtobufCMessage *message;
-    cm_error err = {0};
-    cm_arena_reset(&r->arena);
-    if (pr_unpack(&baleen__engine__v1__seq_open__descriptor, m->data, m->n_bytes, &r->arena, &message) !=
-        CM_OK) {
-        sim_fail(s, "a SeqOpen cannot be read");
+    const rt_kept *kept;
+    TAILQ_FOREACH (kept, &link->owner.kept, owner_link) {
+        if (kept->stream == stream) {
+            return kept->number;
+        }
     }
-    rt_seq_request request = router_request(link, (Baleen__Engine__V1__SeqOpen *)message, sim_ms(s));
-    rt_word word = {.key = request.key, .offset = request.n_emitted, .end = RT_GOING_ON};
-    cm_status status = rt_sched_open(r->sched, sim_ms(s), &request, &err);
-    if (status != CM_OK) {
-        word.end = RT_END_FAILED;
-        word.status = status;
-        word.text = err.text;
-    }
-    router_word(r, &word);
+    return 0;
 }
 
-static void router_cancel(sim *s, router *r, const gateway_link *link, const sim_message *m)
+static void router_on_cancel(sim *s, router *r, gateway_link *link, const void *message)
 {
-    ProtobufCMessage *message;
-    cm_arena_reset(&r->arena);
-    if (pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, m->data, m->n_bytes, &r->arena, &message) !=
-        CM_OK) {
-        sim_fail(s, "a SeqCancel cannot be read");
-    }
-    const Baleen__Engine__V1__SeqCancel *cancel = (const Baleen__Engine__V1__SeqCancel *)message;
+    const Baleen__Engine__V1__SeqCancel *cancel = message;
     for (size_t i = 0; i < cancel->n_stream; i++) {
-        rt_sched_cancel(r->sched, (rt_seq_key){link->owner, cancel->stream[i]});
+        sim_check_kept_excuse(r->watched, router_number(link, cancel->stream[i]));
+        rt_keep_cancel(r->keep, &link->owner, cancel->stream[i]);
+    }
+    for (size_t i = 0; i < cancel->n_finished; i++) {
+        sim_check_kept_ended(s, r->watched, router_number(link, cancel->finished[i]));
+        rt_keep_finish(r->keep, sim_ms(s), &link->owner, cancel->finished[i]);
+    }
+    for (size_t i = 0; i < cancel->n_copy; i++) {
+        rt_keep_key key = router_key(cancel->copy[i]);
+        const rt_kept *kept;
+        if (rt_keep_find(r->keep, key.id, &kept, 1) == 1 && kept->key.birth == key.birth &&
+            kept->owner == NULL) {
+            sim_check_kept_excuse(r->watched, kept->number);
+        }
+        rt_keep_cancel_copy(r->keep, &key);
+    }
+}
+
+static void router_on_detach(sim *s, router *r, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqDetach *detach = message;
+    for (size_t i = 0; i < detach->n_stream; i++) {
+        rt_keep_detach(r->keep, sim_ms(s), &link->owner, detach->stream[i]);
+    }
+}
+
+static void router_on_resume(sim *s, router *r, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqResume *resume = message;
+    rt_keep_key key = router_key(resume->key);
+    rt_keep_offer offer = {.key = &key, .term = resume->term};
+    (void)s;
+    rt_keep_resume(r->keep, &link->owner, resume->stream, &offer, resume->from);
+}
+
+static void router_on_find(sim *s, router *r, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqFind *find = message;
+    Baleen__Engine__V1__SeqKey key = BALEEN__ENGINE__V1__SEQ_KEY__INIT, *keys = &key;
+    Baleen__Engine__V1__SeqFound found = BALEEN__ENGINE__V1__SEQ_FOUND__INIT;
+    const rt_kept *kept;
+    (void)s;
+    found.ask = find->ask;
+    if (rt_keep_find(r->keep, find->id.data, &kept, 1) == 1) {
+        key.id = (ProtobufCBinaryData){.len = RT_KEEP_ID_BYTES, .data = (uint8_t *)(uintptr_t)kept->key.id};
+        key.birth = kept->key.birth;
+        found.key = &keys;
+        found.n_key = 1;
+        found.has_resume = kept->resume != NULL;
+        found.resume = (ProtobufCBinaryData){.len = kept->n_resume, .data = kept->resume};
+        found.has_term = true;
+        found.term = kept->term;
+    }
+    router_found *answer = cm_alloc(sizeof(*answer));
+    cm_bytes_init(&answer->packed, 0);
+    pr_pack(&found.base, &answer->packed);
+    TAILQ_INSERT_TAIL(&link->found, answer, link);
+}
+
+static void router_heard(sim *s, router *r, gateway_link *link, const sim_message *m)
+{
+    static const struct {
+        pr_message type;
+        const ProtobufCMessageDescriptor *descriptor;
+        void (*fn)(sim *, router *, gateway_link *, const void *);
+    } handlers[] = {
+        {PR_MSG_SEQ_OPEN, &baleen__engine__v1__seq_open__descriptor, router_on_open},
+        {PR_MSG_SEQ_CANCEL, &baleen__engine__v1__seq_cancel__descriptor, router_on_cancel},
+        {PR_MSG_SEQ_DETACH, &baleen__engine__v1__seq_detach__descriptor, router_on_detach},
+        {PR_MSG_SEQ_FIND, &baleen__engine__v1__seq_find__descriptor, router_on_find},
+        {PR_MSG_SEQ_RESUME, &baleen__engine__v1__seq_resume__descriptor, router_on_resume},
+    };
+    for (size_t i = 0; i < sizeof(handlers) / sizeof(handlers[0]); i++) {
+        ProtobufCMessage *message;
+        if (handlers[i].type != (pr_message)m->type) {
+            continue;
+        }
+        cm_arena_reset(&r->arena);
+        if (pr_unpack(handlers[i].descriptor, m->data, m->n_bytes, &r->arena, &message) != CM_OK) {
+            sim_fail(s, "a %s cannot be read", handlers[i].descriptor->short_name);
+        }
+        handlers[i].fn(s, r, link, message);
+        sim_check_kept(s, r->proc, r->keep, r->watched);
     }
 }
 
@@ -431,15 +579,39 @@ static void router_finish(sim *s, void *arg, uint64_t tag)
     }
 }
 
-/* No new sequences: it ends with the last one. */
-static void router_drain(sim *s, sim_proc *proc)
+/* It asks to go; the coordinator lets gateways know first. */
+static void router_leave(sim *s, sim_proc *proc)
 {
     router *r = proc->state;
-    if (!r->draining && !r->drained) {
-        sim_trace(s, proc, "is drained");
-        r->draining = true;
+    if (!r->leaving) {
+        sim_trace(s, proc, "wants to leave");
+        r->leaving = true;
+        r->leave_until_us = s->now_us + ROUTER_DRAIN_MS * SIM_MS;
         pc_mcore_leave(r->member.core);
+    }
+}
+
+/* No gateway chooses us any more; what one opened before is on its way. */
+static void router_close_doors(sim *s, void *arg, uint64_t tag)
+{
+    sim_proc *proc = arg;
+    if (proc->alive && !sim_put_off(s, proc, router_close_doors, arg, tag)) {
+        router *r = proc->state;
+        r->draining = true;
         rt_sched_drain(r->sched);
+        sim_go(s, proc);
+    }
+}
+
+static void router_end_when_idle(sim *s, sim_proc *proc)
+{
+    router *r = proc->state;
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(r->sched, &ledger);
+    bool alone = r->leaving && !pc_mcore_connected(r->member.core);
+    bool idle = ledger.n_seq == 0 && !r->pass.busy && router_all_told(r);
+    if (((r->draining || alone) && idle) || (r->leaving && s->now_us >= r->leave_until_us)) {
+        sim_at(s, s->now_us, router_finish, proc, 0);
     }
 }
 
@@ -454,7 +626,8 @@ static void router_news(sim *s, sim_proc *proc, const pc_mout *out)
         pc_mcore_prepared(r->member.core, out->value->number, CM_OK, NULL);
     } else if (out->kind == PC_MOUT_DRAIN) {
         s->hosts[proc->host].leaving = true;
-        router_drain(s, proc);
+        router_leave(s, proc);
+        sim_at(s, s->now_us + ROUTER_DOORS_MS * SIM_MS, router_close_doors, proc, 0);
     } else if (out->kind == PC_MOUT_REFUSED) {
         sim_at(s, s->now_us, router_finish, proc, 0);
     }
@@ -472,13 +645,9 @@ static void router_up(sim *s, sim_proc *proc, sim_end *end)
         sim_disconnect(s, end);
         return;
     }
-    if (link->words == NULL) {
-        link->words = cm_alloc(sizeof(rt_word) * ROUTER_WORDS_MAX);
-        link->texts = cm_alloc(ROUTER_TEXT_BYTES * ROUTER_WORDS_MAX);
-    }
     link->end = end;
-    link->owner = ++r->next_owner;
-    link->n_word = 0;
+    rt_keep_owner_init(r->keep, &link->owner);
+    TAILQ_INIT(&link->found);
 }
 
 static void router_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
@@ -493,8 +662,7 @@ static void router_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
     }
     gateway_link *link = router_gateway(r, end);
     if (link != NULL) {
-        rt_sched_cancel_owner(r->sched, link->owner);
-        link->end = NULL;
+        router_lose(r, sim_ms(s), link);
     }
 }
 
@@ -524,10 +692,8 @@ static void router_message(sim *s, sim_proc *proc, sim_end *end, const sim_messa
     }
     if (m->type == PR_MSG_COMBINE || m->type == PR_MSG_REFUSE) {
         router_answer(s, proc, end, m);
-    } else if (link != NULL && m->type == PR_MSG_SEQ_OPEN) {
-        router_open(s, r, link, m);
-    } else if (link != NULL && m->type == PR_MSG_SEQ_CANCEL) {
-        router_cancel(s, r, link, m);
+    } else if (link != NULL) {
+        router_heard(s, r, link, m);
     }
 }
 
@@ -543,11 +709,23 @@ static void router_check(sim *s, const sim_proc *proc)
 {
     const router *r = proc->state;
     rt_sched_ledger ledger;
+    rt_keep_ledger kept;
     rt_sched_ledger_get(r->sched, &ledger);
+    rt_keep_ledger_get(r->keep, &kept);
     if (ledger.n_slot > s->shape.slot_max || ledger.n_page > s->shape.page_max ||
         ledger.n_waiting > s->shape.queue_max + s->shape.slot_max) {
         sim_fail(s, "%s holds %u slots, %u pages, %u waiting", proc->name, ledger.n_slot, ledger.n_page,
                  ledger.n_waiting);
+    }
+    uint64_t n_log = kept.n_live; /* that may be over the bound: running or not told yet */
+    for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
+        n_log += r->gateways[i].end != NULL ? r->gateways[i].owner.n_untold : 0;
+    }
+    uint64_t logs_max = n_log * SIM_CONTEXT * sizeof(uint32_t);
+    if (kept.n_ended > s->shape.kept_max || kept.n_bytes > s->shape.kept_bytes + logs_max ||
+        kept.n_live > ledger.n_seq || (kept.n_live < ledger.n_seq && !r->pass.busy)) {
+        sim_fail(s, "%s keeps %u running ones of %u, %u ended ones, %llu bytes", proc->name, kept.n_live,
+                 ledger.n_seq, kept.n_ended, (unsigned long long)kept.n_bytes);
     }
 }
 
@@ -558,17 +736,17 @@ static uint64_t router_pump(sim *s, sim_proc *proc)
     router_chores(s, proc);
     uint64_t step_us = router_step(s, proc), chore_ms = rt_xcore_chore_ms(r->exchange);
     rt_sched_words(r->sched, router_word, r);
+    sim_check_kept(s, proc, r->keep, r->watched);
+    rt_keep_expire(r->keep, sim_ms(s));
     router_flush(s, r);
     router_tell_load(s, r);
     router_check(s, proc);
-    rt_sched_ledger ledger;
-    rt_sched_ledger_get(r->sched, &ledger);
-    if (r->draining && ledger.n_seq == 0 && !r->pass.busy) {
-        r->draining = false;
-        r->drained = true;
-        sim_at(s, s->now_us, router_finish, proc, 0);
-    }
+    sim_check_kept(s, proc, r->keep, r->watched);
+    router_end_when_idle(s, proc);
+    uint64_t due_ms = rt_keep_due(r->keep);
     wake_us = step_us < wake_us ? step_us : wake_us;
+    wake_us = due_ms != UINT64_MAX && due_ms * SIM_MS < wake_us ? due_ms * SIM_MS : wake_us;
+    wake_us = r->leaving && r->leave_until_us < wake_us ? r->leave_until_us : wake_us;
     return chore_ms != UINT64_MAX && chore_ms * SIM_MS < wake_us ? chore_ms * SIM_MS : wake_us;
 }
 
@@ -596,13 +774,12 @@ static void router_end(sim *s, sim_proc *proc)
     if (p->busy) {
         rt_sched_fail_step(r->sched, sim_ms(s), CM_E_CANCELLED, NULL, router_no_word, NULL);
     }
-    for (uint64_t owner = 1; owner <= r->next_owner; owner++) {
-        rt_sched_cancel_owner(r->sched, owner);
-    }
     for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
-        cm_free(r->gateways[i].words);
-        cm_free(r->gateways[i].texts);
+        if (r->gateways[i].end != NULL) {
+            router_lose(r, sim_ms(s), &r->gateways[i]);
+        }
     }
+    rt_keep_destroy(r->keep);
     rt_sched_destroy(r->sched);
     rt_xcore_destroy(r->exchange);
     sim_member_fini(&r->member);
@@ -656,6 +833,13 @@ void sim_router_start(sim *s, sim_proc *proc)
                                                   .vocab = SIM_VOCAB,
                                                   .draft_max = shape->draft_max,
                                                   .draft_always = true});
+    r->world = s;
+    r->proc = proc;
+    r->keep = rt_keep_create(&(rt_keep_limits){.live_max = shape->slot_max + shape->queue_max,
+                                               .ended_max = shape->kept_max,
+                                               .bytes_max = shape->kept_bytes,
+                                               .grace_ms = shape->keep_ms},
+                             r->sched);
     r->exchange = rt_xcore_create(&(rt_xcore_options){.limits = {.row_max = shape->row_max,
                                                                  .topk = shape->topk,
                                                                  .d = SIM_D,
@@ -674,7 +858,7 @@ void sim_router_start(sim *s, sim_proc *proc)
 
 void sim_router_leave(sim *s, sim_proc *proc)
 {
-    router_drain(s, proc);
+    router_leave(s, proc);
     sim_member_act(s, proc, &((router *)proc->state)->member);
     sim_go(s, proc);
 }
@@ -685,8 +869,13 @@ void sim_router_ledger(const sim_proc *proc, char *text, size_t cap)
     rt_sched_ledger ledger;
     rt_sched_ledger_get(r->sched, &ledger);
     text[0] = 0;
+    rt_keep_ledger kept;
+    rt_keep_ledger_get(r->keep, &kept);
     if (ledger.n_seq + ledger.n_slot + ledger.n_page + rt_xcore_n_open(r->exchange) > 0) {
         snprintf(text, cap, "%u sequences, %u slots, %u pages, %u frames", ledger.n_seq, ledger.n_slot,
                  ledger.n_page, rt_xcore_n_open(r->exchange));
+    } else if (kept.n_live + kept.n_orphan + kept.n_ended + kept.n_bytes > 0) {
+        snprintf(text, cap, "%u running, %u nobody's, %u ended sequences, %llu bytes are kept", kept.n_live,
+                 kept.n_orphan, kept.n_ended, (unsigned long long)kept.n_bytes);
     }
 }

@@ -3,8 +3,8 @@
  *
  *   world   clock, queue of events by (time, number), random streams, trace, verdict
  *   wire    links between processes: loss, delay, order, cuts
- *   member, coordinator, worker, router, gateway: one process each, a shell around its machines
- *   reopen  how a gateway goes on after a router was lost
+ *   member, coordinator, worker, router, gateway (with streams, seek): one process each, a shell around its
+ *           machines
  *   model   what a token is: a hash of all that came before, through experts that hash their rows
  *   client  requests and what they got
  *   faults  what goes wrong and when; the end of it
@@ -43,6 +43,8 @@ enum {
     SIM_VOCAB = 61,
     SIM_CONTEXT = 64,
     SIM_REQUESTS_MAX = 40,
+    SIM_ID_BYTES = 16,
+    SIM_BLOB_BYTES = 64, /* what another gateway needs to go on with a stream */
     SIM_STOPS_MAX = 3,
     SIM_EPOCHS_MAX = 1024,
     SIM_CLUSTERS_MAX = 64,
@@ -77,12 +79,18 @@ typedef struct sim_shape {
     uint32_t row_max, chunk_max, slot_max, draft_max, queue_max, page_max, page_tokens;
     uint32_t frame_max, window_us, sends_max;
     uint64_t frame_bytes;
+    uint64_t reopen_ms, rebind_ms, leave_ms; /* gateways, of streams without a router */
+    uint32_t opens_max;
+    uint64_t keep_ms, kept_bytes;   /* routers, of what gateways left */
+    uint32_t kept_max, tell_max;    /* tokens of one StepTokens */
     uint32_t odds[SIM_FAULT_COUNT]; /* 0: off; of 10000 per message or, for what comes by time, weight */
 } sim_shape;
 
 typedef struct sim_counts {
     uint64_t faults[SIM_FAULT_COUNT];
-    uint64_t events, messages, tokens, steps, exchanges, retries, epochs, aborts, reopened, resumed;
+    uint64_t events, messages, tokens, steps, exchanges, retries, epochs, aborts;
+    uint64_t reopened, rebound, copies;   /* streams: at another router, at the same one, left behind */
+    uint64_t resumed, not_found;          /* by clients that came back */
     uint64_t wishes, wishes_done;         /* of operators */
     uint64_t told_busy, told_unavailable; /* clients, by name */
     uint64_t healing_ms;                  /* from the healing to the last request's end */
@@ -125,6 +133,7 @@ typedef struct sim_host {
     sim_proc *proc;                       /* newest; NULL: never started */
     bool leaving;                         /* drained: not to be started again */
     uint64_t start_us;                    /* a start is due */
+    uint64_t ahead_us;                    /* its wall clock */
     uint64_t cut_until_us[SIM_HOSTS_MAX]; /* messages to that host wait */
 } sim_host;
 
@@ -266,9 +275,11 @@ void sim_worker_ledger(const sim_proc *proc, char *text, size_t cap);
 void sim_router_ledger(const sim_proc *proc, char *text, size_t cap);
 void sim_gateway_ledger(const sim_proc *proc, char *text, size_t cap);
 
-/* A client's calls on its gateway: false when it refuses. Its answers: sim_client_*. */
-bool sim_gateway_open(sim *s, sim_proc *proc, sim_request *request);
-void sim_gateway_cancel(sim *s, sim_proc *proc, sim_request *request);
+/* A client's calls on its gateway. Its answers: sim_client_*, for the visit that the request is on. */
+CM_MUST_CHECK cm_status sim_gateway_open(sim *s, sim_proc *proc, sim_request *request);
+void sim_gateway_resume(sim *s, sim_proc *proc, sim_request *request); /* goes on behind what it has */
+/* comes_back: it is to be kept for the client. */
+void sim_gateway_leave(sim *s, sim_proc *proc, const sim_request *request, bool comes_back);
 
 /* ---- model.c ---- */
 
@@ -295,7 +306,7 @@ void sim_model_answer(const sim_shape *shape, const uint32_t *prompt, uint32_t n
 
 typedef enum sim_request_state {
     SIM_ASKING, /* not begun, or between two tries */
-    SIM_OPEN,
+    SIM_OPEN,   /* at a gateway */
     SIM_DONE,
     SIM_GONE, /* by the client's wish: cancelled, or its deadline passed */
 } sim_request_state;
@@ -309,9 +320,13 @@ struct sim_request {
     rt_seq_end want_end;
     uint32_t got[SIM_CONTEXT], n_got;
     uint64_t start_us, cancel_us, deadline_us; /* SIM_NEVER: none */
+    bool streamed;                             /* can be resumed at any gateway */
+    bool resumable;                            /* its gateway keeps it when its connection ends */
+    uint32_t finish_at; /* the client has all it wants with so many tokens; 0: when the router says so */
+    uint8_t key[SIM_ID_BYTES];
     uint32_t n_try;
-    sim_proc *gateway;
-    void *stream; /* the gateway's */
+    uint64_t visit;    /* counts the gateways it went to */
+    sim_proc *gateway; /* while SIM_OPEN */
 };
 
 void sim_clients_start(sim *s);
@@ -353,5 +368,23 @@ typedef struct sim_asked {
 } sim_asked;
 void sim_check_answer(sim *s, const sim_proc *router, sim_asked asked[SIM_ASKED_MAX], const sim_end *end,
                       const pr_frame_head *head, uint64_t step, uint32_t layer, uint64_t epoch);
+
+/* What a router keeps of the requests: nothing goes before its time but for a reason. */
+typedef struct rt_keep rt_keep;
+typedef struct sim_watched {
+    uint8_t key[SIM_ID_BYTES];
+    uint64_t number;   /* of the newest generation; 0: none */
+    uint64_t newest;   /* that there ever was */
+    bool owned, live;  /* when it was seen last */
+    uint64_t since_ms; /* nobody's and like that */
+    bool excused;
+} sim_watched;
+void sim_check_kept(sim *s, const sim_proc *router, const rt_keep *keep,
+                    sim_watched watched[SIM_REQUESTS_MAX]);
+/* That one runs no more. */
+void sim_check_kept_ended(const sim *s, sim_watched watched[SIM_REQUESTS_MAX], uint64_t number);
+/* That one was cancelled or has failed. */
+void sim_check_kept_excuse(sim_watched watched[SIM_REQUESTS_MAX], uint64_t number);
+
 void sim_check_rest(sim *s); /* after everything has come to rest */
 void sim_check_fini(sim *s);

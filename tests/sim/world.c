@@ -266,12 +266,12 @@ void sim_run(sim *s, uint64_t seed, bool trace)
     if (setjmp(s->stop) != 0) {
         return; /* a failed run is left as it is */
     }
+    sim_clients_start(s);
     for (uint32_t host = 0; host < s->n_host; host++) {
         if (s->hosts[host].start_us == 0) {
             sim_start(s, host);
         }
     }
-    sim_clients_start(s);
     sim_faults_start(s);
     world_until(s, WORLD_BEGIN_US + s->shape.storm_us, NULL);
     sim_heal(s);
