@@ -89,7 +89,9 @@ static void router_fill(rt_kept *kept, uint32_t n, Baleen__Engine__V1__SeqTokens
     seq->offset = kept->n_told;
     seq->n_id = n;
     seq->id = n > 0 ? kept->ids + kept->n_told : NULL;
-    seq->end = ends ? (Baleen__Engine__V1__SeqEnd)kept->end : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON;
+    seq->end = !ends            ? BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON
+               : kept->finished ? BALEEN__ENGINE__V1__SEQ_END__SEQ_FINISHED
+                                : (Baleen__Engine__V1__SeqEnd)kept->end;
     seq->has_stop_id = ends && kept->end == RT_END_STOP;
     seq->stop_id = kept->stop_id;
     seq->has_status = ends && kept->end == RT_END_FAILED;

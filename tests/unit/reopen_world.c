@@ -134,7 +134,9 @@ static void router_tells(w_world *world, w_router *router, w_link *link)
                              .stream = kept->stream,
                              .from = kept->n_told,
                              .n_id = n,
-                             .end = ends ? kept->end : RT_GOING_ON,
+                             .end = !ends            ? RT_GOING_ON
+                                    : kept->finished ? (rt_seq_end)BALEEN__ENGINE__V1__SEQ_END__SEQ_FINISHED
+                                                     : kept->end,
                              .stop_id = kept->stop_id,
                              .status = kept->status};
         if (n > 0) {
@@ -231,6 +233,7 @@ static w_stream *stream_begin(w_world *world, uint32_t g, w_client *client, cons
         }
         *stream = (w_stream){.used = true, .gateway = g, .client = client, .key = *key};
         stream->sampler = client->sampler;
+        stream->enough = client->enough;
         stream->term = ++world->n_terms;
         gw_core_init(&stream->core, &prompt, client->sampler.tokens_max, T_VOCAB, false);
         client->stream = stream;
@@ -293,6 +296,15 @@ static void stream_ends(w_world *world, w_stream *stream, const w_message *m)
     stream_end(world, stream);
 }
 
+/* Its client has all it wants, which routers do not know. */
+static void stream_finish(w_world *world, w_stream *stream)
+{
+    world->n_finished += stream->client != NULL;
+    client_done(stream);
+    stream_leave(world, stream, W_FINISH);
+    stream_free(stream);
+}
+
 static void gateway_hears(w_world *world, uint32_t g, const w_link *link, w_message *m)
 {
     gw_core_news news;
@@ -316,6 +328,10 @@ static void gateway_hears(w_world *world, uint32_t g, const w_link *link, w_mess
     }
     if (stream->client != NULL) {
         client_hears(stream->client, &news);
+    }
+    if (stream->enough > 0 && stream->core.emitted.n >= stream->enough) {
+        stream_finish(world, stream);
+        return;
     }
     if (m->end != RT_GOING_ON) {
         stream_ends(world, stream, m);
@@ -594,6 +610,9 @@ void w_client_comes(w_world *world)
                                    .n_stop = t_below(rng, 2),
                                    .stop = {t_below(rng, T_VOCAB)}};
     t_alone(client->prompt, client->n_prompt, &client->sampler, &client->answer);
+    if (t_below(rng, 4) == 0 && client->answer.n > 0) {
+        client->enough = t_between(rng, 1, client->answer.n);
+    }
     client_asks(world, client);
 }
 
