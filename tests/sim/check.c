@@ -52,6 +52,16 @@ void sim_check_stored(sim *s, uint64_t cluster, uint64_t number, const void *pac
     }
 }
 
+void sim_check_active(sim *s, const sim_proc *coordinator)
+{
+    for (uint32_t host = 0; host < s->shape.n_coordinator; host++) {
+        const sim_proc *other = s->hosts[host].proc;
+        if (other != NULL && other != coordinator && other->alive && sim_coordinator_is_active(other)) {
+            sim_fail(s, "%s and %s are both the active coordinator", coordinator->name, other->name);
+        }
+    }
+}
+
 static sim_proc *check_find_worker(sim *s, uint64_t cluster, uint32_t id)
 {
     for (uint32_t i = 0; i < s->n_proc; i++) {
@@ -222,7 +232,9 @@ static void check_ledger(sim *s, const sim_proc *proc)
     char text[256] = "";
     switch (proc->role) {
     case SIM_COORDINATOR:
-        sim_coordinator_rests(s, proc, text, sizeof(text));
+        if (sim_coordinator_is_active(proc)) {
+            sim_coordinator_rests(proc, text, sizeof(text));
+        }
         break;
     case SIM_GATEWAY:
         sim_gateway_ledger(proc, text, sizeof(text));
@@ -239,15 +251,36 @@ static void check_ledger(sim *s, const sim_proc *proc)
     }
 }
 
-/* Whoever lives and is reached has let go of everything; who is stopped or cut off is not asked. */
-void sim_check_rest(sim *s)
+/* Who is stopped or cut off is not asked. */
+static bool check_is_reached(const sim *s, const sim_proc *proc)
 {
+    return proc->alive && proc->paused_until_us <= s->now_us &&
+           s->hosts[proc->host].cut_until_us[s->healed_coordinator] <= s->now_us;
+}
+
+/* One coordinator is active, and whoever is reached and not on its way out is a member. */
+static void check_members(sim *s)
+{
+    const sim_proc *active = sim_active_coordinator(s);
+    if (active == NULL) {
+        sim_fail(s, "no coordinator is active");
+    }
     for (uint32_t i = 0; i < s->n_proc; i++) {
         const sim_proc *proc = s->procs[i];
-        bool reached = proc->alive && proc->paused_until_us <= s->now_us &&
-                       s->hosts[proc->host].cut_until_us[0] <= s->now_us;
-        if (reached) {
-            check_ledger(s, proc);
+        if (proc->role != SIM_COORDINATOR && check_is_reached(s, proc) && !s->hosts[proc->host].leaving &&
+            !sim_coordinator_has(active, proc)) {
+            sim_fail(s, "%s is no member", proc->name);
+        }
+    }
+}
+
+/* Whoever lives and is reached has let go of everything. */
+void sim_check_rest(sim *s)
+{
+    check_members(s);
+    for (uint32_t i = 0; i < s->n_proc; i++) {
+        if (check_is_reached(s, s->procs[i])) {
+            check_ledger(s, s->procs[i]);
         }
     }
 }

@@ -17,6 +17,9 @@ static uint32_t shape_need(const sim_shape *shape)
 static void shape_draw_sizes(sim *s)
 {
     sim_shape *shape = &s->shape;
+    shape->n_coordinator = sim_between(s, SIM_SHAPE, 1, 2);
+    shape->etcd = shape->n_coordinator > 1 || sim_below(s, SIM_SHAPE, 4) == 0;
+    shape->claim_ms = sim_between(s, SIM_SHAPE, 300, 3000);
     shape->n_gateway = sim_between(s, SIM_SHAPE, 1, 2);
     shape->n_router = sim_between(s, SIM_SHAPE, 1, 3);
     shape->n_worker = sim_between(s, SIM_SHAPE, 2, 7);
@@ -95,6 +98,7 @@ static const struct {
     [SIM_FAULT_disk_slow] = {100, 2000},
     [SIM_FAULT_disk_fails] = {100, 1500},
     [SIM_FAULT_disk_unsure] = {100, 1000},
+    [SIM_FAULT_store_cut] = {10, 150},
     [SIM_FAULT_log_lost] = {300, 3000},
     [SIM_FAULT_load_fails] = {50, 500},
     [SIM_FAULT_load_slow] = {100, 1000},
@@ -135,7 +139,7 @@ void sim_shape_draw(sim *s)
     shape_draw_bounds(s);
     shape_draw_streams(s);
     shape_draw_odds(s);
-    shape_add_hosts(s, SIM_COORDINATOR, 1, 0);
+    shape_add_hosts(s, SIM_COORDINATOR, s->shape.n_coordinator, 0);
     shape_add_hosts(s, SIM_GATEWAY, s->shape.n_gateway, 0);
     shape_add_hosts(s, SIM_ROUTER, s->shape.n_router, 0);
     shape_add_hosts(s, SIM_WORKER, s->shape.n_worker, 0);
@@ -168,6 +172,9 @@ static void fault_crash(sim *s, bool dark)
     sim_proc *proc = fault_victim(s);
     if (proc != NULL) {
         uint32_t host = proc->host;
+        if (proc->role == SIM_COORDINATOR && !dark && sim_below(s, SIM_FAULTS, 2) == 0) {
+            sim_coordinator_stop(proc); /* it ends as it should */
+        }
         sim_kill(s, proc, dark);
         uint64_t down_us = sim_between(s, SIM_FAULTS, 1, FAULT_RESTART_MS) * SIM_MS;
         sim_at(s, s->now_us + down_us, fault_restart, NULL, host);
@@ -244,13 +251,31 @@ static void fault_leave(sim *s, sim_role role)
     }
 }
 
+sim_proc *sim_active_coordinator(const sim *s)
+{
+    for (uint32_t host = 0; host < s->shape.n_coordinator; host++) {
+        sim_proc *proc = s->hosts[host].proc;
+        if (host_runs(s, host) && s->now_us >= proc->paused_until_us && sim_coordinator_is_active(proc)) {
+            return proc;
+        }
+    }
+    return NULL;
+}
+
 /* The coordinator says no to what cannot be. */
 static void fault_wish(sim *s, bool drain)
 {
-    sim_proc *proc = s->hosts[0].proc;
-    if (host_runs(s, 0) && s->now_us >= proc->paused_until_us) {
+    sim_proc *proc = sim_active_coordinator(s);
+    if (proc != NULL) {
         sim_coordinator_wish(s, proc, drain);
     }
+}
+
+static void fault_store_cut(sim *s)
+{
+    uint32_t host = sim_below(s, SIM_FAULTS, s->shape.n_coordinator);
+    s->hosts[host].store_cut_until_us = s->now_us + sim_between(s, SIM_FAULTS, 10, 5000) * SIM_MS;
+    sim_trace(s, s->hosts[host].proc, "is cut off from etcd");
 }
 
 static void fault_tick(sim *s, void *arg, uint64_t tag)
@@ -278,6 +303,9 @@ static void fault_tick(sim *s, void *arg, uint64_t tag)
     }
     if (sim_strikes(s, SIM_FAULT_slow_peer)) {
         fault_slow(s);
+    }
+    if (s->shape.etcd && sim_strikes(s, SIM_FAULT_store_cut)) {
+        fault_store_cut(s);
     }
     if (sim_strikes(s, SIM_FAULT_worker_joins)) {
         fault_join(s);
@@ -309,13 +337,15 @@ static void heal_choose(sim *s, bool core[SIM_HOSTS_MAX])
 {
     uint32_t n_core[4] = {0}, need[4] = {1, 1, 1, shape_need(&s->shape)};
     bool all = sim_below(s, SIM_FAULTS, 2) == 0;
+    s->healed_coordinator = sim_below(s, SIM_FAULTS, s->shape.n_coordinator);
     if (need[SIM_WORKER] < s->shape.workers_min) {
         need[SIM_WORKER] = s->shape.workers_min; /* if no epoch was ever made */
     }
     for (uint32_t host = 0; host < s->n_host; host++) {
         const sim_host *h = &s->hosts[host];
-        core[host] = h->proc != NULL && !h->leaving &&
-                     (all || n_core[h->role] < need[h->role] || sim_below(s, SIM_FAULTS, 2) == 0);
+        bool needed =
+            h->role == SIM_COORDINATOR ? host == s->healed_coordinator : n_core[h->role] < need[h->role];
+        core[host] = h->proc != NULL && !h->leaving && (all || needed || sim_below(s, SIM_FAULTS, 2) == 0);
         n_core[h->role] += core[host];
     }
     for (uint32_t host = 0; host < s->n_host; host++) { /* too many were drained: more machines */
@@ -334,7 +364,8 @@ static void heal_choose(sim *s, bool core[SIM_HOSTS_MAX])
 static void heal_host(sim *s, uint32_t host)
 {
     sim_proc *proc = s->hosts[host].proc;
-    if (host_runs(s, 0) && host_runs(s, host) && sim_coordinator_lets_go(s->hosts[0].proc, proc)) {
+    const sim_proc *active = sim_active_coordinator(s);
+    if (active != NULL && host_runs(s, host) && sim_coordinator_lets_go(active, proc)) {
         sim_kill(s, proc, false); /* counted on, but on its way out: another in its place */
     }
     if (host_runs(s, host)) {
@@ -363,6 +394,7 @@ static void heal_forsake(sim *s, uint32_t host, const bool core[SIM_HOSTS_MAX])
         proc->paused_until_us = SIM_NEVER;
     } else {
         sim_trace(s, proc, "is cut off for good");
+        s->hosts[host].store_cut_until_us = SIM_NEVER;
         for (uint32_t other = 0; other < s->n_host; other++) {
             if (core[other]) {
                 s->hosts[host].cut_until_us[other] = SIM_NEVER;
@@ -383,6 +415,7 @@ void sim_heal(sim *s)
         for (uint32_t b = 0; b < s->n_host; b++) {
             s->hosts[a].cut_until_us[b] = 0;
         }
+        s->hosts[a].store_cut_until_us = 0;
     }
     for (uint32_t host = 0; host < s->n_host; host++) {
         if (core[host]) {

@@ -57,7 +57,8 @@ static void counts_print(const sim_counts *c)
     printf("streams: %llu reopened, %llu resumed at a router, %llu copies forgotten; clients that came back: "
            "%llu found, %llu not\n",
            (ull)c->reopened, (ull)c->rebound, (ull)c->copies, (ull)c->resumed, (ull)c->not_found);
-    printf("operators: %llu wishes, %llu done\n", (ull)c->wishes, (ull)c->wishes_done);
+    printf("operators: %llu wishes, %llu done; coordinators: %llu times one became active\n", (ull)c->wishes,
+           (ull)c->wishes_done, (ull)c->takeovers);
     printf(
         "cluster: %llu epochs, %llu aborts, %llu steps, %llu layers, %llu of them stuck once or more, %llu "
         "frames refused, %llu preemptions; %llu messages, %llu events, %llu s of virtual time\n",

@@ -5,6 +5,7 @@
  *   wire    links between processes: loss, delay, order, cuts
  *   member, coordinator, worker, router, gateway (with streams, seek): one process each, a shell around its
  *           machines
+ *   etcd    what the coordinators' real store stands on
  *   model   what a token is: a hash of all that came before, through experts that hash their rows
  *   client  requests and what they got
  *   faults  what goes wrong and when; the end of it
@@ -66,7 +67,9 @@ typedef enum sim_role { SIM_COORDINATOR, SIM_GATEWAY, SIM_ROUTER, SIM_WORKER } s
 
 /* ---- shape of a run, drawn ---- */
 typedef struct sim_shape {
-    uint32_t n_gateway, n_router, n_worker; /* at the start */
+    uint32_t n_coordinator, n_gateway, n_router, n_worker; /* at the start */
+    bool etcd;         /* the log is there; else on a disk, and there is one coordinator */
+    uint64_t claim_ms; /* of the active coordinator */
     uint32_t n_layer, n_expert, topk;
     uint32_t experts_max; /* one worker can hold */
     uint32_t workers_min;
@@ -91,6 +94,7 @@ typedef struct sim_counts {
     uint64_t events, messages, tokens, steps, exchanges, retries, epochs, aborts;
     uint64_t reopened, rebound, copies;   /* streams: at another router, at the same one, left behind */
     uint64_t resumed, not_found;          /* by clients that came back */
+    uint64_t takeovers;                   /* and first times that a coordinator was active */
     uint64_t wishes, wishes_done;         /* of operators */
     uint64_t told_busy, told_unavailable; /* clients, by name */
     uint64_t healing_ms;                  /* from the healing to the last request's end */
@@ -125,6 +129,7 @@ struct sim_proc {
     uint64_t paused_until_us, slow_until_us, wake_us;
     const sim_ops *ops;
     void *state;
+    sim *world;
     char name[16]; /* also its address */
 };
 
@@ -135,6 +140,7 @@ typedef struct sim_host {
     uint64_t start_us;                    /* a start is due */
     uint64_t ahead_us;                    /* its wall clock */
     uint64_t cut_until_us[SIM_HOSTS_MAX]; /* messages to that host wait */
+    uint64_t store_cut_until_us;          /* it does not reach etcd, nor etcd it */
 } sim_host;
 
 /* ---- the world ---- */
@@ -160,6 +166,7 @@ struct sim {
     sim_counts counts;
     bool healed;
     uint64_t healed_us;
+    uint32_t healed_coordinator; /* the host of one that others reach */
 
     sim_host hosts[SIM_HOSTS_MAX];
     uint32_t n_host;
@@ -258,11 +265,15 @@ uint64_t sim_member_pump(sim *s, sim_proc *proc, sim_member *member);
 
 /* ---- the processes ---- */
 void sim_coordinator_start(sim *s, sim_proc *proc);
+void sim_coordinator_stop(sim_proc *proc); /* it is asked to end */
+bool sim_coordinator_is_active(const sim_proc *proc);
 /* An operator's: drain some worker or router, or move experts. */
 void sim_coordinator_wish(sim *s, sim_proc *proc, bool drain);
 /* It waits for that process to go. */
 bool sim_coordinator_lets_go(const sim_proc *coordinator, const sim_proc *proc);
-bool sim_coordinator_rests(const sim *s, const sim_proc *proc, char *why, size_t cap);
+bool sim_coordinator_has(const sim_proc *coordinator, const sim_proc *proc); /* as a member */
+/* Of an active one. */
+bool sim_coordinator_rests(const sim_proc *proc, char *why, size_t cap);
 void sim_worker_start(sim *s, sim_proc *proc);
 void sim_worker_leave(sim *s, sim_proc *proc);
 bool sim_worker_holds(const sim_proc *proc, uint32_t layer, uint32_t expert);
@@ -340,10 +351,13 @@ bool sim_clients_finished(const sim *s);
 void sim_shape_draw(sim *s);
 void sim_faults_start(sim *s);
 void sim_heal(sim *s);
+sim_proc *sim_active_coordinator(const sim *s); /* that runs; NULL: none */
 
 /* ---- check.c ---- */
 void sim_check_stored(sim *s, uint64_t cluster, uint64_t number, const void *packed, size_t n_bytes,
                       const pr_placement *p);
+/* It decides: nobody else does. */
+void sim_check_active(sim *s, const sim_proc *coordinator);
 /* The coordinator tells somebody that an epoch is in force. */
 void sim_check_commit(sim *s, uint64_t cluster, uint64_t number, const void *packed, size_t n_bytes,
                       const pr_placement *p);

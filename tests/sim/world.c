@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "common/base/assert.h"
-#include "tests/sim/sim.h"
+#include "tests/sim/etcd.h"
 
 /* Processes start far from zero, so that nothing hides behind an early clock. */
 #define WORLD_BEGIN_US (1000 * 1000 * SIM_MS)
@@ -180,6 +180,7 @@ sim_proc *sim_start(sim *s, uint32_t host)
     proc->id = s->n_proc;
     proc->host = host;
     proc->role = s->hosts[host].role;
+    proc->world = s;
     proc->alive = true;
     proc->wake_us = SIM_NEVER;
     s->hosts[host].proc = proc;
@@ -225,6 +226,7 @@ static void world_begin(sim *s, uint64_t seed, bool trace)
     }
     TAILQ_INIT(&s->links);
     sim_shape_draw(s);
+    sim_etcd_start(s);
     s->disk.cluster = sim_draw(s, SIM_SHAPE) | 1;
     s->disk.next_number = s->disk.next_member_id = 1;
 }
@@ -294,6 +296,7 @@ void sim_fini(sim *s)
         cm_free(s->procs[i]);
     }
     sim_wire_fini(s);
+    sim_etcd_fini(s);
     sim_check_fini(s);
     cm_free(s->disk.epoch);
     cm_free(s->requests);
