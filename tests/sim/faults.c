@@ -37,6 +37,9 @@ static void shape_draw_sizes(sim *s)
     shape->storm_us = sim_between(s, SIM_SHAPE, 3000, 20000) * SIM_MS;
     /* some disks are always slow, up to more than a lease */
     shape->disk_ms = sim_below(s, SIM_SHAPE, 8) == 0 ? sim_between(s, SIM_SHAPE, 10, 1200) : 8;
+    if (shape->etcd) { /* that is always slower than a call may take is of no use to anybody */
+        shape->disk_ms = sim_between(s, SIM_SHAPE, 1, 40);
+    }
     shape->rebalance_ms = sim_below(s, SIM_SHAPE, 2) == 0 ? sim_between(s, SIM_SHAPE, 300, 4000) : 0;
     shape->moves_max = sim_between(s, SIM_SHAPE, 1, 6);
 }
@@ -361,19 +364,26 @@ static void heal_choose(sim *s, bool core[SIM_HOSTS_MAX])
     }
 }
 
+/* One that is counted on goes after all, because an operator's wish reached it late: another in its place. */
+void sim_host_ended(sim *s, uint32_t host)
+{
+    if (s->hosts[host].core) {
+        s->hosts[host].leaving = false;
+        sim_at(s, s->now_us + sim_between(s, SIM_FAULTS, 1, 500) * SIM_MS, fault_restart, NULL, host);
+    }
+}
+
 static void heal_host(sim *s, uint32_t host)
 {
     sim_proc *proc = s->hosts[host].proc;
     const sim_proc *active = sim_active_coordinator(s);
     if (active != NULL && host_runs(s, host) && sim_coordinator_lets_go(active, proc)) {
-        sim_kill(s, proc, false); /* counted on, but on its way out: another in its place */
-    }
-    if (host_runs(s, host)) {
+        sim_kill(s, proc, false); /* on its way out */
+    } else if (host_runs(s, host)) {
         proc->paused_until_us = proc->paused_until_us > s->now_us ? s->now_us : proc->paused_until_us;
         proc->slow_until_us = 0;
     } else {
-        uint64_t after_us = sim_between(s, SIM_FAULTS, 1, 500) * SIM_MS;
-        sim_at(s, s->now_us + after_us, fault_restart, NULL, host);
+        sim_host_ended(s, host);
     }
 }
 
@@ -418,6 +428,7 @@ void sim_heal(sim *s)
         s->hosts[a].store_cut_until_us = 0;
     }
     for (uint32_t host = 0; host < s->n_host; host++) {
+        s->hosts[host].core = core[host];
         if (core[host]) {
             heal_host(s, host);
         } else {

@@ -137,6 +137,7 @@ typedef struct sim_host {
     sim_role role;
     sim_proc *proc;                       /* newest; NULL: never started */
     bool leaving;                         /* drained: not to be started again */
+    bool core;                            /* healed: to be counted on */
     uint64_t start_us;                    /* a start is due */
     uint64_t ahead_us;                    /* its wall clock */
     uint64_t cut_until_us[SIM_HOSTS_MAX]; /* messages to that host wait */
@@ -272,6 +273,7 @@ void sim_coordinator_wish(sim *s, sim_proc *proc, bool drain);
 /* It waits for that process to go. */
 bool sim_coordinator_lets_go(const sim_proc *coordinator, const sim_proc *proc);
 bool sim_coordinator_has(const sim_proc *coordinator, const sim_proc *proc); /* as a member */
+bool sim_change_is_over(const sim *s); /* the active one changes nothing */
 /* Of an active one. */
 bool sim_coordinator_rests(const sim_proc *proc, char *why, size_t cap);
 void sim_worker_start(sim *s, sim_proc *proc);
@@ -351,6 +353,7 @@ bool sim_clients_finished(const sim *s);
 void sim_shape_draw(sim *s);
 void sim_faults_start(sim *s);
 void sim_heal(sim *s);
+void sim_host_ended(sim *s, uint32_t host);
 sim_proc *sim_active_coordinator(const sim *s); /* that runs; NULL: none */
 
 /* ---- check.c ---- */

@@ -200,6 +200,7 @@ void sim_kill(sim *s, sim_proc *proc, bool dark)
     sim_break_links(s, proc, dark);
     proc->ops->end(s, proc);
     proc->state = NULL;
+    sim_host_ended(s, proc->host);
 }
 
 sim_proc *sim_proc_named(sim *s, const char *name)
@@ -282,6 +283,8 @@ void sim_run(sim *s, uint64_t seed, bool trace)
     }
     s->counts.healing_ms = (s->now_us - s->healed_us) / 1000;
     world_until(s, s->now_us + WORLD_REST_MS * SIM_MS, NULL);
+    /* a round of rebalancing may have begun just now: it comes to its end */
+    world_until(s, s->now_us + WORLD_REST_MS * SIM_MS, sim_change_is_over);
     sim_check_rest(s);
     s->counts.virtual_ms = (s->now_us - WORLD_BEGIN_US) / 1000;
 }
