@@ -126,11 +126,16 @@ static void detach_there(sim *s, sim_gateway *g, sim_gw_stream *stream)
 
 /* ---- ends ---- */
 
-/* What its router is to hear of it was said before. */
-static void stream_free(sim_gateway *g, sim_gw_stream *stream)
+/* What its router is to hear of it was said before. keep: its copies are for a client that comes back. */
+static void stream_free(sim *s, sim_gateway *g, sim_gw_stream *stream, bool keep)
 {
+    uint64_t copies[GW_PLACE_COPIES];
     CM_ASSERT(stream->router == NULL);
-    gw_place_end(&g->place, &stream->spot);
+    uint32_t n = gw_place_end(&g->place, &stream->spot, copies);
+    for (uint32_t i = 0; i < n && !keep; i++) {
+        s->counts.copies++;
+        say_forget(s, g, stream, copies[i]);
+    }
     TAILQ_REMOVE(&g->streams, stream, link);
     gw_core_fini(&stream->core);
     cm_free(stream);
@@ -141,7 +146,7 @@ static void stream_fail(sim *s, sim_gateway *g, sim_gw_stream *stream, cm_status
     sim_request *request = stream->request;
     bool heard = stream_is_heard(stream);
     cancel_there(s, g, stream);
-    stream_free(g, stream);
+    stream_free(s, g, stream, false);
     if (heard) {
         sim_client_failed(s, request, status, text);
     }
@@ -152,7 +157,7 @@ static void stream_finish(sim *s, sim_gateway *g, sim_gw_stream *stream, rt_seq_
     sim_request *request = stream->request;
     bool heard = stream_is_heard(stream);
     finish_there(s, g, stream);
-    stream_free(g, stream);
+    stream_free(s, g, stream, false);
     if (heard) {
         sim_client_end(s, request, end);
     }
@@ -387,7 +392,7 @@ void sim_gateway_leave(sim *s, sim_proc *proc, const sim_request *request, bool 
     } else {
         cancel_there(s, g, stream);
     }
-    stream_free(g, stream);
+    stream_free(s, g, stream, comes_back);
 }
 
 void sim_streams_fini(sim *s, sim_gateway *g)
@@ -397,7 +402,7 @@ void sim_streams_fini(sim *s, sim_gateway *g)
         sim_request *request = stream->request;
         bool heard = stream_is_heard(stream);
         stream->router = NULL;
-        stream_free(g, stream);
+        stream_free(s, g, stream, true);
         if (heard) {
             sim_client_lost(s, request);
         }

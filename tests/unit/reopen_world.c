@@ -192,6 +192,19 @@ static void stream_free(w_stream *stream)
     *stream = (w_stream){0};
 }
 
+static uint32_t router_of(const w_world *world, uint64_t number);
+
+static void forget_copy(w_world *world, const w_stream *stream, uint64_t number)
+{
+    uint32_t r = router_of(world, number);
+    w_link *link = r < W_ROUTERS ? link_up(world, stream->gateway, r) : NULL;
+    w_message copy = {.kind = W_COPY, .key = stream->key};
+    world->n_copies++;
+    if (link != NULL) {
+        say(link, &link->to_router, &copy);
+    }
+}
+
 static void stream_leave(w_world *world, w_stream *stream, int kind)
 {
     if (stream->link != NULL && stream->core.state != GW_CORE_ENDED) {
@@ -200,7 +213,11 @@ static void stream_leave(w_world *world, w_stream *stream, int kind)
         say(stream->link, &stream->link->to_router, &message);
     }
     stream->link = NULL;
-    gw_place_end(&world->gateways[stream->gateway].place, &stream->spot);
+    uint64_t copies[GW_PLACE_COPIES];
+    uint32_t n = gw_place_end(&world->gateways[stream->gateway].place, &stream->spot, copies);
+    for (uint32_t i = 0; i < n && kind != W_DETACH; i++) {
+        forget_copy(world, stream, copies[i]);
+    }
 }
 
 static void client_done(w_stream *stream)
@@ -450,19 +467,13 @@ static void gateway_place(w_world *world, uint32_t g)
     gw_place_action action;
     while (gw_place_next(&gateway->place, world->now_ms, &action)) {
         w_stream *stream = (w_stream *)((char *)action.spot - offsetof(w_stream, spot));
-        uint32_t r = router_of(world, action.router);
-        w_link *link = r < W_ROUTERS ? link_up(world, g, r) : NULL;
-        w_message copy = {.kind = W_COPY, .key = stream->key};
         switch (action.act) {
         case GW_PLACE_OPEN:
         case GW_PLACE_RESUME:
             stream_ask(world, stream, action.router, action.act == GW_PLACE_RESUME);
             break;
         case GW_PLACE_FORGET:
-            world->n_copies++;
-            if (link != NULL) {
-                say(link, &link->to_router, &copy);
-            }
+            forget_copy(world, stream, action.router);
             break;
         case GW_PLACE_GIVE_UP: /* only a new one, when all are full */
             assert_int_equal(action.status, CM_E_CAPACITY);
