@@ -558,13 +558,6 @@ bool sim_coordinator_has(const sim_proc *coordinator_proc, const sim_proc *proc)
     return false;
 }
 
-bool sim_change_is_over(const sim *s)
-{
-    const sim_proc *active = sim_active_coordinator(s);
-    char text[256];
-    return active != NULL && !co_core_change(((const coordinator *)active->state)->core, text);
-}
-
 bool sim_coordinator_rests(const sim_proc *proc, char *why, size_t cap)
 {
     const coordinator *c = proc->state;
@@ -593,4 +586,11 @@ bool sim_coordinator_rests(const sim_proc *proc, char *why, size_t cap)
         return false;
     }
     return true;
+}
+
+bool sim_change_is_over(const sim *s)
+{
+    const sim_proc *active = sim_active_coordinator(s);
+    char why[256];
+    return active != NULL && sim_coordinator_rests(active, why, sizeof(why));
 }

@@ -273,7 +273,7 @@ void sim_coordinator_wish(sim *s, sim_proc *proc, bool drain);
 /* It waits for that process to go. */
 bool sim_coordinator_lets_go(const sim_proc *coordinator, const sim_proc *proc);
 bool sim_coordinator_has(const sim_proc *coordinator, const sim_proc *proc); /* as a member */
-bool sim_change_is_over(const sim *s); /* the active one changes nothing */
+bool sim_change_is_over(const sim *s); /* there is an active one, and it rests */
 /* Of an active one. */
 bool sim_coordinator_rests(const sim_proc *proc, char *why, size_t cap);
 void sim_worker_start(sim *s, sim_proc *proc);
