@@ -41,6 +41,15 @@ typedef struct engine_group {
     uint32_t n_open;
 } engine_group;
 
+/* A reply for which its link has no room yet; a lost one would cost the router its answer time. It keeps its
+ * frame's receive: what is owed can never be more than what net takes in, and a router that sends faster than
+ * it reads is held back. */
+typedef struct engine_debt {
+    net_event event;
+    engine_frame *answer; /* computed, its rows stand in its group; NULL: a refusal */
+    pr_refuse refuse;
+} engine_debt;
+
 struct wk_engine {
     wk_engine_options options;
     const md_geometry *geometry;
@@ -63,6 +72,9 @@ struct wk_engine {
     uint64_t retire_before;
     int wake_fd;
     _Atomic bool stopping;
+
+    engine_debt *debts; /* [receives_max], oldest first */
+    uint32_t n_debt;
 
     wk_serve serve;
     uint32_t n_links; /* ever; numbers them */
@@ -99,6 +111,7 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     e->items = cm_alloc(sizeof(kn_expert_item) * n);
     e->expert_groups = cm_alloc(sizeof(kn_expert_group) * g->n_expert);
     e->counts = cm_alloc(sizeof(uint32_t) * (g->n_expert + 1));
+    e->debts = cm_alloc(sizeof(engine_debt) * e->options.rows.receives_max);
     cm_pool_init(&e->frames, "dispatch frames", sizeof(engine_frame), e->options.frame_max);
     cm_pool_init(&e->groups, "result groups", sizeof(engine_group), ENGINE_RESULTS);
     return CM_OK;
@@ -177,6 +190,7 @@ void wk_engine_destroy(wk_engine *e)
     cm_free(e->items);
     cm_free(e->expert_groups);
     cm_free(e->counts);
+    cm_free(e->debts);
     wk_shard_destroy(e->shard);
     kn_stream_close(e->stream);
     kn_device_close(e->device);
@@ -253,28 +267,113 @@ static void engine_follow_epochs(wk_engine *e)
     }
 }
 
+/* ---- replies ---- */
+
+static void engine_on_sent(wk_engine *e, engine_frame *entry)
+{
+    if (entry == NULL) {
+        return; /* a refusal */
+    }
+    if (--entry->group->n_open == 0) {
+        cm_pool_put(&e->groups, entry->group);
+    }
+    cm_pool_put(&e->frames, entry);
+}
+
+static cm_status engine_send_answer(const wk_engine *e, engine_frame *entry)
+{
+    const pr_dispatch *frame = entry->event.header;
+    uint32_t d = e->geometry->d;
+    pr_combine header = {.head = frame->head, .d = d, .n_slot = frame->n_slot};
+    header.head.dtype = PR_DTYPE_BF16;
+    net_message message = {
+        .type = PR_MSG_COMBINE,
+        .header = &header,
+        .header_bytes = sizeof(header),
+        .iov = {{(const uint8_t *)kn_mem_host(e->device, entry->group->results) + 2ull * entry->slot0 * d,
+                 2ull * frame->n_slot * d}},
+        .n_iov = 1,
+        .deadline_ms = e->options.answer_ms,
+        .cookie = entry,
+    };
+    return net_send(entry->event.peer, &message);
+}
+
+static cm_status engine_send_refusal(const wk_engine *e, const engine_debt *debt)
+{
+    net_message message = {.type = PR_MSG_REFUSE,
+                           .header = &debt->refuse,
+                           .header_bytes = sizeof(debt->refuse),
+                           .deadline_ms = e->options.answer_ms};
+    return net_send(debt->event.peer, &message);
+}
+
+/* The reply need not or can not be sent any more. */
+static void engine_drop_debt(wk_engine *e, const engine_debt *debt)
+{
+    if (debt->answer != NULL) {
+        engine_on_sent(e, debt->answer);
+    }
+    net_release(e->rows, &debt->event);
+}
+
+/* false: the link has no room. */
+static bool engine_pay(wk_engine *e, const engine_debt *debt)
+{
+    cm_status status =
+        debt->answer != NULL ? engine_send_answer(e, debt->answer) : engine_send_refusal(e, debt);
+    if (status == CM_AGAIN) {
+        return false;
+    }
+    if (status == CM_OK) {
+        net_release(e->rows, &debt->event);
+    } else { /* the link is going */
+        cm_debug("a reply to %s was not sent: %s", net_peer_address(debt->event.peer),
+                 cm_status_text(status));
+        engine_drop_debt(e, debt);
+    }
+    return true;
+}
+
+/* Now, or when the link has room: a NET_EV_SENT comes before. */
+static void engine_reply(wk_engine *e, const engine_debt *debt)
+{
+    if (!engine_pay(e, debt)) {
+        CM_ASSERT(e->n_debt < e->options.rows.receives_max); /* each holds a receive */
+        e->debts[e->n_debt++] = *debt;
+    }
+}
+
+/* Sends what there is room for; gone: a link that has ended, NULL: none. */
+static void engine_settle(wk_engine *e, const net_peer *gone)
+{
+    uint32_t n_kept = 0;
+    for (uint32_t i = 0; i < e->n_debt; i++) {
+        engine_debt debt = e->debts[i];
+        if (debt.event.peer == gone) {
+            engine_drop_debt(e, &debt);
+        } else if (!engine_pay(e, &debt)) {
+            e->debts[n_kept++] = debt;
+        }
+    }
+    e->n_debt = n_kept;
+}
+
 /* ---- frames in ---- */
 
 static void engine_refuse(wk_engine *e, const net_event *event, cm_status status, uint32_t expert,
                           const char *why)
 {
     const pr_frame_head *head = event->header;
-    pr_refuse header = {.status = status, .expert = expert, .epoch = e->serve.newest};
     cm_stat_add(CM_STAT_frames_refused, 1);
     cm_debug("refused a %s frame from %s: %s: %s", pr_message_name(event->type),
              net_peer_address(event->peer), cm_status_text(status), why);
-    if (event->header_bytes >= sizeof(*head)) {
-        header.head = *head;
-        net_message message = {.type = PR_MSG_REFUSE,
-                               .header = &header,
-                               .header_bytes = sizeof(header),
-                               .deadline_ms = e->options.answer_ms};
-        cm_status sent = net_send(event->peer, &message);
-        if (sent != CM_OK) {
-            cm_debug("the refusal could not be sent: %s", cm_status_text(sent));
-        }
+    if (event->header_bytes < sizeof(*head)) {
+        net_release(e->rows, event); /* nobody to tell */
+        return;
     }
-    net_release(e->rows, event);
+    pr_refuse refuse = {.head = *head, .status = status, .expert = expert, .epoch = e->serve.newest};
+    engine_reply(e, &(engine_debt){.event = *event, .refuse = refuse});
 }
 
 static bool engine_holds(const void *ctx, uint32_t layer, uint32_t expert)
@@ -327,17 +426,6 @@ static void engine_forget_link(wk_engine *e, uint32_t link)
     }
 }
 
-static void engine_on_sent(wk_engine *e, engine_frame *entry)
-{
-    if (entry == NULL) {
-        return; /* a refusal */
-    }
-    if (--entry->group->n_open == 0) {
-        cm_pool_put(&e->groups, entry->group);
-    }
-    cm_pool_put(&e->frames, entry);
-}
-
 static void engine_on_event(wk_engine *e, const net_event *event)
 {
     switch (event->kind) {
@@ -349,6 +437,7 @@ static void engine_on_event(wk_engine *e, const net_event *event)
     case NET_EV_DOWN:
         cm_info("router link %s down: %s", net_peer_address(event->peer), cm_status_text(event->status));
         engine_forget_link(e, engine_link(event->peer));
+        engine_settle(e, event->peer);
         break;
     case NET_EV_SENT:
         engine_on_sent(e, event->cookie);
@@ -411,32 +500,6 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
     return n_group;
 }
 
-static void engine_answer(wk_engine *e, engine_frame *entry, engine_group *group)
-{
-    const pr_dispatch *frame = entry->event.header;
-    uint32_t d = e->geometry->d;
-    pr_combine header = {.head = frame->head, .d = d, .n_slot = frame->n_slot};
-    header.head.dtype = PR_DTYPE_BF16;
-    net_message message = {
-        .type = PR_MSG_COMBINE,
-        .header = &header,
-        .header_bytes = sizeof(header),
-        .iov = {{(const uint8_t *)kn_mem_host(e->device, group->results) + 2ull * entry->slot0 * d,
-                 2ull * frame->n_slot * d}},
-        .n_iov = 1,
-        .deadline_ms = e->options.answer_ms,
-        .cookie = entry,
-    };
-    entry->group = group;
-    group->n_open++;
-    cm_status status = net_send(entry->event.peer, &message);
-    net_release(e->rows, &entry->event);
-    if (status != CM_OK) {
-        cm_debug("answer for layer %u not sent: %s", header.head.layer, cm_status_text(status));
-        engine_on_sent(e, entry); /* the router will ask again */
-    }
-}
-
 static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, engine_group *group)
 {
     const engine_frame *first = frames[0];
@@ -449,8 +512,11 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
                   layer);
     group->n_open = 1; /* ours, until all answers are on their way */
     for (uint32_t f = 0; f < n_frame; f++) {
-        n_slot += ((const pr_dispatch *)((engine_frame *)frames[f])->event.header)->n_slot;
-        engine_answer(e, frames[f], group);
+        engine_frame *entry = frames[f];
+        entry->group = group;
+        group->n_open++;
+        n_slot += ((const pr_dispatch *)entry->event.header)->n_slot;
+        engine_reply(e, &(engine_debt){.event = entry->event, .answer = entry});
     }
     if (--group->n_open == 0) {
         cm_pool_put(&e->groups, group);
@@ -531,7 +597,12 @@ static void engine_wind_up(wk_engine *e)
         if (engine_poll(e) == 0) {
             engine_sleep(e, 1000 * ENGINE_LINGER_MS);
         }
+        engine_settle(e, NULL);
     }
+    for (uint32_t i = 0; i < e->n_debt; i++) {
+        engine_drop_debt(e, &e->debts[i]);
+    }
+    e->n_debt = 0;
     net_close(e->rows);
     cm_stat_set(CM_STAT_ledger_frames, 0);
 }
@@ -541,6 +612,7 @@ void wk_engine_run(wk_engine *e)
     while (!atomic_load(&e->stopping)) {
         engine_follow_epochs(e);
         uint32_t n = engine_poll(e);
+        engine_settle(e, NULL);
         uint64_t wait_us = engine_work(e);
         cm_stat_set(CM_STAT_ledger_frames, (int64_t)net_in_flight(e->rows));
         if (n == 0 && wait_us > 0) {

@@ -18,7 +18,7 @@
 #include "proto/messages.h"
 #include "worker/engine.h"
 
-enum { ROUTER_ID = 7, WORKER_ID = 3, ROWS = 4, WAIT_MS = 30000 };
+enum { ROUTER_ID = 7, WORKER_ID = 3, ROWS = 4, WAIT_MS = 30000, HELD = 8, BURST = 80 };
 
 typedef struct fixture {
     md_checkpoint *checkpoint;
@@ -107,6 +107,7 @@ static int setup(void **state)
     wk_engine_commit(f->engine, f->epoch, WORKER_ID);
     pthread_create(&f->thread, NULL, run, f->engine);
 
+    options.receives_max = HELD;
     assert_int_equal(net_open(&options, &f->n, &err), CM_OK);
     net_set_identity(f->n, &(net_identity){77, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, ROUTER_ID});
     for (f->peer = NULL; f->peer == NULL;) {
@@ -173,7 +174,7 @@ static void make_frame(fixture *f, uint32_t layer)
     memset(f->payload + pr_dispatch_scales_at(2 * ROWS, ROWS, d), 120, ROWS * n_block);
 }
 
-static void send_frame(fixture *f, uint16_t type, uint32_t header_bytes, uint64_t cut)
+static cm_status try_send(fixture *f, uint16_t type, uint32_t header_bytes, uint64_t cut)
 {
     net_message message = {
         .type = type,
@@ -183,7 +184,12 @@ static void send_frame(fixture *f, uint16_t type, uint32_t header_bytes, uint64_
                  pr_dispatch_bytes(f->header.n_slot, f->header.n_row, f->g->d, f->header.row_blocks) - cut}},
         .n_iov = 1,
         .deadline_ms = 10000};
-    assert_int_equal(net_send(f->peer, &message), CM_OK);
+    return net_send(f->peer, &message);
+}
+
+static void send_frame(fixture *f, uint16_t type, uint32_t header_bytes, uint64_t cut)
+{
+    assert_int_equal(try_send(f, type, header_bytes, cut), CM_OK);
 }
 
 /* A matrix as it stands in the checkpoint: the worker's own may be in its device's order. */
@@ -332,6 +338,39 @@ static void test_refusals(void **state)
     test_answers(state); /* nothing else was disturbed */
 }
 
+/* A router that takes in nothing for a while gets a reply to every frame when it does: refusals and answers
+ * for which its link had no room are kept. */
+static void test_no_room(void **state)
+{
+    fixture *f = *state;
+    uint32_t n_held = 0, n_combine = 0;
+    net_event held[HELD], event;
+    bool replied[BURST] = {0};
+    make_frame(f, 0);
+    for (uint32_t i = 0; i < BURST;) {
+        bool good = i >= BURST / 2 && i < BURST / 2 + 4; /* when no more refusals can leave */
+        f->header.head.exchange = i;
+        f->header.head.epoch = good ? 5 : 4;
+        cm_status sent = try_send(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        assert_true(sent == CM_OK || sent == CM_AGAIN);
+        if (sent == CM_OK) {
+            i++;
+        } else if (net_poll(f->n, &event, 1) == 1 && event.kind == NET_EV_MESSAGE) {
+            assert_true(n_held < HELD); /* more are not handed out */
+            held[n_held++] = event;
+        }
+    }
+    for (uint32_t i = 0; i < BURST; i++) {
+        event = i < n_held ? held[i] : await(f, NET_EV_MESSAGE);
+        const pr_frame_head *head = event.header; /* of either kind of reply */
+        assert_true(head->exchange < BURST && !replied[head->exchange]);
+        replied[head->exchange] = true;
+        n_combine += event.type == PR_MSG_COMBINE;
+        net_release(f->n, &event);
+    }
+    assert_int_equal(n_combine, 4);
+}
+
 static void test_epochs(void **state)
 {
     fixture *f = *state;
@@ -366,6 +405,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
         cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_no_room, setup, teardown),
         cmocka_unit_test_setup_teardown(test_epochs, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
