@@ -1,15 +1,16 @@
 /* The cluster in one process: the real machines of all four processes on a virtual clock, over simulated
  * links, disks and loads, with one seed for everything that is drawn. Equal seeds give equal runs.
  *
- *   world   clock, queue of events by (time, number), random streams, trace, verdict
- *   wire    links between processes: loss, delay, order, cuts
- *   member, coordinator, worker, router, gateway (with streams, seek): one process each, a shell around its
- *           machines
- *   etcd    what the coordinators' real store stands on
- *   model   what a token is: a hash of all that came before, through experts that hash their rows
- *   client  requests and what they got
- *   faults  what goes wrong and when; the end of it
- *   check   what must hold, seen from outside
+ *   world     clock, queue of events by (time, number), random streams, trace, verdict
+ *   wire      links between processes: loss, delay, order, cuts
+ *   member    a member's session with its coordinator
+ *   coordinator, worker, router + gateways, gateway + streams + seek
+ *             one process each, a shell around its machines
+ *   etcd      what the coordinators' real store stands on
+ *   model     what a token is: a hash of all that came before, through experts that hash their rows
+ *   client    requests and what they got
+ *   faults    what goes wrong and when; the end of it
+ *   check     what must hold, seen from outside
  *
  * Time is in microseconds. Thread: one. Nothing is freed before a run ends but messages. */
 #pragma once
