@@ -1,140 +1,213 @@
-/* Where streams go when a router refuses them because it is being drained and the gateway has not heard. */
+/* Which router computes which stream: what is left behind, and who waits for whom. The rest is t_reopen's. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <string.h>
 
 #include <cmocka.h>
 
 #include "gateway/place_core.h"
 
-enum { FIRST = 1, SECOND = 2, REOPEN_MS = 5000 };
+enum { A = 1, B = 2 };
 
-static gw_place g_place;
 static uint64_t g_now_ms;
 
-static int setup(void **state)
+static void begin(gw_place *place, uint32_t opens_max)
 {
-    (void)state;
-    static const gw_place_limits limits = {
-        .reopen_ms = REOPEN_MS, .rebind_ms = 300, .leave_ms = 1000, .opens_max = 4, .seed = 1};
-    gw_place_init(&g_place, &limits);
+    gw_place_limits limits = {
+        .reopen_ms = 60000, .rebind_ms = 300, .leave_ms = 5000, .opens_max = opens_max, .seed = 1};
     g_now_ms = 1000;
-    gw_place_up(&g_place, FIRST);
-    gw_place_up(&g_place, SECOND);
-    return 0;
+    gw_place_init(place, &limits);
 }
 
-static int teardown(void **state)
-{
-    (void)state;
-    gw_place_fini(&g_place);
-    return 0;
-}
-
-static void expect_open(const gw_spot *spot, uint64_t router)
+static void expect_act(gw_place *place, gw_place_act act, const gw_spot *spot, uint64_t router)
 {
     gw_place_action action;
-    assert_true(gw_place_next(&g_place, g_now_ms, &action));
-    assert_int_equal(action.act, GW_PLACE_OPEN);
+    assert_true(gw_place_next(place, g_now_ms, &action));
+    assert_int_equal(action.act, act);
     assert_ptr_equal(action.spot, spot);
     assert_int_equal(action.router, router);
-    assert_false(gw_place_next(&g_place, g_now_ms, &action));
 }
 
-/* The router said that it is full: it gets no reopened streams for a while. */
-static void fill(uint64_t router)
+static void expect_rest(gw_place *place)
 {
-    gw_spot spot = {0};
-    uint64_t other = router == FIRST ? SECOND : FIRST;
-    gw_place_load(&g_place, other, 10);
-    gw_place_begin(&g_place, g_now_ms, &spot, 0);
-    expect_open(&spot, router);
-    bool again = gw_place_refused(&g_place, g_now_ms, &spot, CM_E_CAPACITY);
-    assert_true(again); /* the other one is asked */
-    gw_place_end(&g_place, &spot);
-    gw_place_load(&g_place, other, 0);
-}
-
-/* A client's new stream is asked for at the other one at once, also if that was full a moment ago. */
-static void a_new_stream(void **state)
-{
-    (void)state;
-    gw_spot spot = {0}, more = {0};
-    fill(SECOND);
-    gw_place_begin(&g_place, g_now_ms, &spot, 0);
-    expect_open(&spot, FIRST);
-    assert_true(gw_place_refused(&g_place, g_now_ms, &spot, CM_E_REFUSED));
-    expect_open(&spot, SECOND);
-    gw_place_word(&g_place, g_now_ms, &spot, true);
-    gw_place_load(&g_place, SECOND, 100);
-    gw_place_begin(&g_place, g_now_ms, &more, 0); /* the draining one is not asked again */
-    expect_open(&more, SECOND);
-    assert_false(gw_place_refused(&g_place, g_now_ms, &more, CM_E_CAPACITY)); /* that is the answer */
-    gw_place_end(&g_place, &spot);
-}
-
-/* It waits for one that is a member and not linked at the moment. */
-static void the_other_is_not_linked(void **state)
-{
-    (void)state;
-    gw_spot spot = {0};
     gw_place_action action;
-    gw_place_down(&g_place, g_now_ms, SECOND);
-    gw_place_begin(&g_place, g_now_ms, &spot, 0);
-    expect_open(&spot, FIRST);
-    assert_true(gw_place_refused(&g_place, g_now_ms, &spot, CM_E_REFUSED));
-    assert_false(gw_place_next(&g_place, g_now_ms, &action));
-    g_now_ms += 500;
-    gw_place_up(&g_place, SECOND);
-    expect_open(&spot, SECOND);
-    gw_place_end(&g_place, &spot);
+    assert_false(gw_place_next(place, g_now_ms, &action));
 }
 
-/* All are being drained: each is asked once. */
-static void no_other(void **state)
+static void expect_end(gw_place *place, gw_spot *spot, uint64_t router)
 {
-    (void)state;
-    gw_spot spot = {0};
-    gw_place_begin(&g_place, g_now_ms, &spot, 0);
-    expect_open(&spot, FIRST);
-    assert_true(gw_place_refused(&g_place, g_now_ms, &spot, CM_E_REFUSED));
-    expect_open(&spot, SECOND);
-    assert_false(gw_place_refused(&g_place, g_now_ms, &spot, CM_E_REFUSED));
-    gw_place_end(&g_place, &spot);
-    gw_place_gone(&g_place, g_now_ms, SECOND); /* one that was started again is another */
-    gw_place_up(&g_place, SECOND + 1);
-    gw_place_begin(&g_place, g_now_ms, &spot, 0);
-    expect_open(&spot, SECOND + 1);
-    gw_place_end(&g_place, &spot);
+    uint64_t routers[GW_PLACE_COPIES];
+    uint32_t n = gw_place_end(place, spot, routers);
+    assert_int_equal(n, router != 0);
+    if (n > 0) {
+        assert_int_equal(routers[0], router);
+    }
 }
 
-/* One with tokens waits for room elsewhere, as long as it may. */
-static void an_old_stream(void **state)
+/* Runs at A, its link is lost and A is not reached: asked for at B. */
+static void move_to_b(gw_place *place, gw_spot *spot)
 {
-    (void)state;
-    gw_spot spot = {0};
-    gw_place_action action;
-    gw_place_stands(&g_place, g_now_ms, FIRST, GW_PLACE_MEMBER);
-    gw_place_begin(&g_place, g_now_ms, &spot, 0);
-    expect_open(&spot, FIRST);
-    gw_place_word(&g_place, g_now_ms, &spot, true);
-    gw_place_gone(&g_place, g_now_ms, FIRST);
-    expect_open(&spot, SECOND);
-    assert_true(gw_place_refused(&g_place, g_now_ms, &spot, CM_E_REFUSED));
-    assert_false(gw_place_next(&g_place, g_now_ms, &action));
-    g_now_ms += REOPEN_MS - 1;
-    assert_false(gw_place_next(&g_place, g_now_ms, &action));
-    gw_place_up(&g_place, SECOND + 1);
-    expect_open(&spot, SECOND + 1);
-    gw_place_end(&g_place, &spot);
+    gw_place_up(place, A);
+    gw_place_begin(place, g_now_ms, spot, 0);
+    expect_act(place, GW_PLACE_OPEN, spot, A);
+    gw_place_word(place, g_now_ms, spot, true);
+    gw_place_up(place, B);
+    gw_place_down(place, g_now_ms, A);
+    gw_place_unreachable(place, A);
+    expect_act(place, GW_PLACE_OPEN, spot, B);
 }
 
-#define TEST(name_) cmocka_unit_test_setup_teardown(name_, setup, teardown)
+static void a_copy_is_forgotten(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_word(&place, g_now_ms, &spot, false);
+    expect_rest(&place); /* A may come back */
+    gw_place_up(&place, A);
+    expect_act(&place, GW_PLACE_FORGET, &spot, A);
+    expect_rest(&place);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
+/* Its client goes away before B has answered: A computes it for nobody. */
+static void who_ends_leaves_a_copy(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_up(&place, A);
+    expect_end(&place, &spot, A);
+    expect_rest(&place);
+    gw_place_fini(&place);
+}
+
+/* B accepts and ends it in one frame, before anybody asked what to do. */
+static void who_ends_at_once_leaves_a_copy(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_up(&place, A);
+    gw_place_word(&place, g_now_ms, &spot, true);
+    expect_end(&place, &spot, A);
+    gw_place_fini(&place);
+}
+
+static void who_is_not_linked_is_not_told(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
+/* B is lost as well: the copy at A still has to go once the stream runs elsewhere. */
+static void a_copy_outlives_the_next_loss(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_word(&place, g_now_ms, &spot, true);
+    gw_place_down(&place, g_now_ms, B);
+    expect_rest(&place); /* B may be back in a moment */
+    gw_place_up(&place, B);
+    expect_act(&place, GW_PLACE_RESUME, &spot, B);
+    gw_place_word(&place, g_now_ms, &spot, true);
+    gw_place_up(&place, A);
+    expect_act(&place, GW_PLACE_FORGET, &spot, A);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
+/* B fails it: A has it still, and it goes on there. */
+static void a_copy_is_gone_back_to(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_word(&place, g_now_ms, &spot, true);
+    expect_rest(&place);
+    assert_true(gw_place_refused(&place, g_now_ms, &spot, CM_E_UNAVAILABLE));
+    gw_place_up(&place, A);
+    expect_act(&place, GW_PLACE_RESUME, &spot, A);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
+/* Many clients come back for streams at A, whose answers take their time: others go to B meanwhile. */
+static void a_turn_at_one_router_holds_up_nobody(void **state)
+{
+    gw_place place;
+    gw_spot first = {0}, second = {0}, third = {0};
+    (void)state;
+    begin(&place, 1);
+    gw_place_up(&place, A);
+    gw_place_up(&place, B);
+    gw_place_begin(&place, g_now_ms, &first, A);
+    gw_place_begin(&place, g_now_ms, &second, A);
+    gw_place_begin(&place, g_now_ms, &third, 0);
+    expect_act(&place, GW_PLACE_RESUME, &first, A);
+    expect_act(&place, GW_PLACE_OPEN, &third, B);
+    expect_rest(&place);
+    gw_place_word(&place, g_now_ms, &first, true);
+    expect_act(&place, GW_PLACE_RESUME, &second, A);
+    expect_end(&place, &first, 0);
+    expect_end(&place, &second, 0);
+    expect_end(&place, &third, 0);
+    gw_place_fini(&place);
+}
+
+/* No router takes the first; the second has one that has it. */
+static void a_queue_holds_up_no_resume(void **state)
+{
+    gw_place place;
+    gw_spot first = {0}, second = {0}, third = {0};
+    (void)state;
+    begin(&place, 1);
+    gw_place_begin(&place, g_now_ms, &first, 0);
+    gw_place_begin(&place, g_now_ms, &second, A);
+    gw_place_begin(&place, g_now_ms, &third, 0);
+    gw_place_stands(&place, g_now_ms, A, GW_PLACE_DRAINING);
+    gw_place_up(&place, A);
+    expect_act(&place, GW_PLACE_RESUME, &second, A);
+    expect_rest(&place);
+    gw_place_up(&place, B);
+    expect_act(&place, GW_PLACE_OPEN, &first, B); /* first come, first served */
+    expect_act(&place, GW_PLACE_OPEN, &third, B);
+    expect_end(&place, &first, 0);
+    expect_end(&place, &second, 0);
+    expect_end(&place, &third, 0);
+    gw_place_fini(&place);
+}
 
 int main(void)
 {
-    const struct CMUnitTest tests[] = {TEST(a_new_stream), TEST(the_other_is_not_linked), TEST(no_other),
-                                       TEST(an_old_stream)};
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_copy_is_forgotten),
+        cmocka_unit_test(who_ends_leaves_a_copy),
+        cmocka_unit_test(who_ends_at_once_leaves_a_copy),
+        cmocka_unit_test(who_is_not_linked_is_not_told),
+        cmocka_unit_test(a_copy_outlives_the_next_loss),
+        cmocka_unit_test(a_copy_is_gone_back_to),
+        cmocka_unit_test(a_turn_at_one_router_holds_up_nobody),
+        cmocka_unit_test(a_queue_holds_up_no_resume),
+    };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
