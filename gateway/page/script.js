@@ -388,7 +388,7 @@ function submitPrompt() {
 }
 
 function startChat() {
-  for (const text of ['What is the capital of France?', 'Count from 1 to 10.', 'What is 17 + 25?']) {
+  for (const text of ['What is the capital of France?', 'Count from 1 to 10.', 'What is 7 times 8?']) {
     const button = make('button', text);
     button.type = 'button';
     button.addEventListener('click', () => say(text));
@@ -495,7 +495,7 @@ function drawTiles(cluster) {
 
 const STATES = {ready: 'good', joining: 'busy', preparing: 'busy', suspect: 'bad', leaving: 'busy'};
 const DOES = {
-  gateway: {counter: 'generated_tokens_total', unit: 'tok/s', text: c => `${c.streams ?? 0} streams, ${c.requests_total ?? 0} requests`},
+  gateway: {counter: 'generated_tokens_total', unit: 'tok/s', text: c => `${c.streams ?? 0} open streams, ${c.requests_total ?? 0} requests so far`},
   router: {counter: 'step_rows_total', unit: 'rows/s',
            text: c => `${c.sequences_running ?? 0} running, ${c.sequences_waiting ?? 0} waiting, KV ${c.kv_pages ? Math.round(100 * c.kv_pages_used / c.kv_pages) : 0} %`},
   worker: {counter: 'expert_rows_total', unit: 'rows/s', text: (c, id) => `${c.experts_held ?? 0} experts${shareText(id)}`},
@@ -548,7 +548,7 @@ function drawNews(cluster) {
 
 /* ---- cluster: the heat map ---- */
 
-const heat = {epoch: 0, layers: 0, experts: 0, rows: null, owners: null, cell: null, shares: null};
+const heat = {epoch: 0, layers: 0, experts: 0, rows: null, owners: null, cell: null, shares: null, picture: null};
 const RATIOS = [0.25, 0.5, 1, 2, 4, 8]; // of the layer's mean: where the six colours of the ramp stand
 
 function bytes(base64) {
@@ -600,18 +600,22 @@ function rampColour(colours, ratio) {
 
 const ownerColour = rank => `hsl(${(rank * 137.5 + 190) % 360} 48% 52%)`;
 
-function cellColour(i, colours, none) {
-  if ($('colour').value === 'owner') return heat.owners[i].length ? ownerColour(heat.owners[i][0]) : none;
-  const mean = heat.rows ? heat.sums[Math.floor(i / heat.experts)] / heat.experts : 0;
-  return mean && heat.rows[i] ? rampColour(colours, heat.rows[i] / mean) : none;
+/** The colour of each cell, by what is chosen to be shown. */
+function cellColours() {
+  const colours = ramp(), none = css('--none');
+  if ($('colour').value === 'owner') return heat.owners.map(owners => owners.length ? ownerColour(owners[0]) : none);
+  return heat.owners.map((_, i) => {
+    const mean = heat.rows ? heat.sums[Math.floor(i / heat.experts)] / heat.experts : 0;
+    return mean && heat.rows[i] ? rampColour(colours, heat.rows[i] / mean) : none;
+  });
 }
 
 /** Where the cells are, in CSS pixels. A cell has two pixels at least: what does not fit can be scrolled to. */
 function heatLayout() {
   const left = 46, top = 4, bottom = 36;
-  const width = Math.max(2, Math.min(90, Math.floor(($('heat-scroll').clientWidth - left - 14) / heat.experts)));
+  const width = Math.max(2, Math.min(90, ($('heat-scroll').clientWidth - left - 14) / heat.experts));
   const height = Math.max(5, Math.min(26, Math.floor(380 / heat.layers)));
-  return {left, top, width, height, all: left + width * heat.experts + 14, tall: top + height * heat.layers + bottom};
+  return {left, top, width, height, all: Math.floor(left + width * heat.experts + 14), tall: top + height * heat.layers + bottom};
 }
 
 /** Every how many a number stands at an axis so that they keep a distance of some pixels. */
@@ -642,29 +646,46 @@ function drawAxes(paint, at) {
   paint.restore();
 }
 
+/** Its place and size on the canvas: whole pixels, also where cells have a fraction of one. */
+function cellBox(i, at) {
+  const column = i % heat.experts, row = Math.floor(i / heat.experts), gap = at.width >= 7 && at.height >= 7 ? 1 : 0;
+  const x = Math.round(column * at.width), next = Math.round((column + 1) * at.width);
+  return [at.left + x, at.top + row * at.height, next - x - gap, at.height - gap];
+}
+
+/** Paints the map beside the screen, so that the cursor can move over it without all cells being painted again. */
 function drawHeat() {
   if (!heat.owners || !heat.layers) return;
-  const canvas = $('heat'), at = heatLayout(), scale = window.devicePixelRatio || 1;
-  canvas.width = Math.round(at.all * scale);
-  canvas.height = Math.round(at.tall * scale);
+  const at = heatLayout(), scale = window.devicePixelRatio || 1;
+  const picture = heat.picture = document.createElement('canvas');
+  picture.width = Math.round(at.all * scale);
+  picture.height = Math.round(at.tall * scale);
+  const paint = picture.getContext('2d');
+  paint.scale(scale, scale);
+  cellColours().forEach((colour, i) => {
+    paint.fillStyle = colour;
+    paint.fillRect(...cellBox(i, at));
+  });
+  drawAxes(paint, at);
+  drawLegend();
+  showHeat(at, scale);
+}
+
+function showHeat(at, scale) {
+  const canvas = $('heat');
+  canvas.width = heat.picture.width;
+  canvas.height = heat.picture.height;
   canvas.style.width = `${at.all}px`;
   canvas.style.height = `${at.tall}px`;
   const paint = canvas.getContext('2d');
-  const colours = ramp(), none = css('--none'), gap = at.width >= 7 && at.height >= 7 ? 1 : 0;
-  paint.scale(scale, scale);
-  for (let i = 0; i < heat.layers * heat.experts; i++) {
-    const x = at.left + i % heat.experts * at.width, y = at.top + Math.floor(i / heat.experts) * at.height;
-    paint.fillStyle = cellColour(i, colours, none);
-    paint.fillRect(x, y, at.width - gap, at.height - gap);
-  }
-  drawAxes(paint, at);
+  paint.drawImage(heat.picture, 0, 0);
   if (heat.cell !== null) {
-    const x = at.left + heat.cell % heat.experts * at.width, y = at.top + Math.floor(heat.cell / heat.experts) * at.height;
+    const [x, y, width, height] = cellBox(heat.cell, at);
+    paint.scale(scale, scale);
     paint.strokeStyle = css('--text');
     paint.lineWidth = 2;
-    paint.strokeRect(x - 1, y - 1, at.width + 2 - gap, at.height + 2 - gap);
+    paint.strokeRect(x - 1, y - 1, width + 2, height + 2);
   }
-  drawLegend(colours, none);
   describeCell();
 }
 
@@ -672,13 +693,16 @@ function swatch(colour, text) {
   return make('span', svg('svg', {viewBox: '0 0 15 11', 'aria-hidden': 'true'}, svg('rect', {width: 15, height: 11, fill: colour})), text);
 }
 
-function drawLegend(colours, none) {
-  const WORKERS = 12;
-  const list = $('colour').value === 'owner'
+function drawLegend() {
+  const WORKERS = 12, byOwner = $('colour').value === 'owner';
+  const colours = ramp(), none = css('--none');
+  const list = byOwner
     ? heat.ranks.slice(0, WORKERS).map((id, rank) => swatch(ownerColour(rank), `worker-${id}`))
     : [swatch(none, 'none'), ...RATIOS.map(ratio => swatch(rampColour(colours, ratio), `${ratio < 1 ? `1/${1 / ratio}` : ratio} ×`)), make('span', 'the mean')];
-  if ($('colour').value === 'owner' && heat.ranks.length > WORKERS) list.push(make('span', `and ${heat.ranks.length - WORKERS} more`));
+  if (byOwner && heat.ranks.length > WORKERS) list.push(make('span', `and ${heat.ranks.length - WORKERS} more`));
   $('legend').replaceChildren(...list);
+  $('heat-note').textContent = byOwner ? 'The worker that owns each expert; of several, the first.'
+    : "Rows of the last minute or two, per layer and expert, as a multiple of the layer's mean.";
 }
 
 function describeCell() {
@@ -701,9 +725,9 @@ function pickCell(event) {
 }
 
 function moveCell(cell) {
-  if (cell === heat.cell || !heat.owners) return;
+  if (cell === heat.cell || !heat.picture) return;
   heat.cell = cell;
-  drawHeat();
+  showHeat(heatLayout(), window.devicePixelRatio || 1);
 }
 
 function keyCell(event) {
