@@ -358,7 +358,8 @@ void pc_mcore_hear(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__C
         mcore_emit(core, PC_MOUT_DRAIN);
         break;
     case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS:
-        break;
+    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_LOAD:
+        break; /* for people who look */
     default:
         mcore_note(core, CM_LOG_WARN, "a message we do not know");
         break;
