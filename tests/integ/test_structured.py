@@ -176,4 +176,4 @@ def test_random_schemas(client, schema_seed):
     counts = {end: ends.count(end) for end in set(ends)}
     print(f"seeds {first} to {first + n - 1}: {counts}")
     assert set(counts) <= {"stop", "length"}
-    assert counts["stop"] >= 0.9 * n  # at temperature 1 a free string or a map may outlast its budget
+    assert counts["stop"] >= 0.75 * n  # at temperature 1 a map or a repeated pattern may outlast its budget
