@@ -358,6 +358,9 @@ static void on_finished(void *ctx, const gw_finish *finish)
     choice->x->n_held++;
     choice->finish = *finish;
     choice->finish.stop_string = NULL; /* nobody is told; not ours to keep */
+    if (choice->x->sse) {
+        choice->finish.parser = NULL; /* likewise, and a stream's finish may be held back */
+    }
     tell_finishes(choice->x);
 }
 

@@ -97,14 +97,11 @@ static double seconds_since(uint64_t from_ns, uint64_t until_ns)
 
 static gw_usage stream_usage(const gw_stream *stream, uint64_t now_ns)
 {
-    return (gw_usage){
-        .prompt_tokens = (uint32_t)stream->core.prompt.n,
-        .completion_tokens = stream->completion_tokens,
-        .reasoning_tokens = stream->reasoning_tokens,
-        .queue_ms = 1e3 * seconds_since(stream->received_ns, stream->accepted_ns),
-        .first_token_ms = 1e3 * seconds_since(stream->received_ns, stream->first_ns),
-        .total_ms = 1e3 * seconds_since(stream->received_ns, now_ns),
-    };
+    gw_usage usage = stream->usage;
+    usage.queue_ms = 1e3 * seconds_since(stream->received_ns, stream->accepted_ns);
+    usage.first_token_ms = 1e3 * seconds_since(stream->received_ns, stream->first_ns);
+    usage.total_ms = 1e3 * seconds_since(stream->received_ns, now_ns);
+    return usage;
 }
 
 void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
@@ -113,6 +110,7 @@ void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
     gw_finish finish = {.reason = reason,
                         .stop_string = md_parser_stop_match(stream->parser),
                         .stop_id = stop_id,
+                        .parser = stream->parser,
                         .usage = stream_usage(stream, now_ns)};
     if (!stream->probe) {
         cm_stat_add(CM_STAT_requests_finished, 1);
@@ -326,6 +324,7 @@ static md_parser *make_parser(const gw_stream *stream, bool continues)
         .start_in_reasoning = stream->thinking,
         .continues_prefix = continues,
         .plain = request->kind == GW_ASK_COMPLETE,
+        .tools = request->tools,
         .stop = (const char *const *)request->stop,
         .n_stop = request->n_stop,
         .include_stop = request->include_stop,
@@ -349,6 +348,7 @@ static void stream_encoded(void *ctx, gw_encoded *encoded)
         gw_core_init(&stream->core, &encoded->ids, tokens_max, geometry->vocab, stream->request.logprobs);
         stream->has_core = true;
         stream->thinking = encoded->thinking;
+        stream->usage.prompt_tokens = (uint32_t)stream->core.prompt.n;
         stream->parser = make_parser(stream, encoded->continues);
         gw_place_begin(&stream->gateway->place, cm_now_ms(), &stream->spot, stream->at);
         gw_streams_place(stream->gateway);
