@@ -21,7 +21,7 @@ enum {
     CLUSTER_KILL_MS = 5000,     /* beyond what a process was told it may take */
     CLUSTER_AGAIN_MIN_MS = 200, /* before a process that failed is started again; doubled each time */
     CLUSTER_AGAIN_MAX_MS = 10000,
-    CLUSTER_STEADY_MS = 30000, /* one that ran for so long has its failures forgotten */
+    CLUSTER_STEADY_MS = 5000, /* one that ran for so long has its failures forgotten */
     CLUSTER_READY_LINE_MAX = 4096,
     CLUSTER_ADDRESS_BYTES = 128,
 };
