@@ -371,7 +371,8 @@ static void put_whole(gw_openai_choice *choice)
         cm_bytes_printf(&writer->out,
                         "{\"index\":%u,\"message\":{\"role\":\"assistant\",\"content\":", choice->index);
         put_bytes(writer, &choice->content);
-        if (choice->thinking) {
+        if (choice->thinking ||
+            choice->reasoning.len > 0) { /* it may begin to think though it was not asked to */
             put(writer, ",\"reasoning_content\":");
             put_bytes(writer, &choice->reasoning);
         }
