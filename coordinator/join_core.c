@@ -41,7 +41,10 @@ void co_core_recall(co_core *core, const co_peer *peer)
     member->fingerprint = cm_strdup("");
     member->heard_ms = core->now_ms;
     member->recalled = true;
-    member->leaving = member->self.draining;
+    member->drained = co_drains_has(&core->drains, member->self.id);
+    if (member->drained || member->self.draining) {
+        co_core_begin_leaving(core, member);
+    }
     /* Longer than the grace of one lost session: all of them have to notice and come back. */
     member->dead_ms = core->now_ms + core->lease_ms + core->recall_ms;
 }
@@ -190,6 +193,22 @@ static void core_welcome(co_core *core, const co_member *member)
     co_core_emit(core, CO_OUT_WELCOME, member->session)->member_id = member->self.id;
 }
 
+/* An Abort may have been due while it was away, or from a coordinator that is no more. One that joins anew
+ * needs none: it is in the next proposal. */
+static void core_abort_leftover(co_core *core, uint64_t session, uint64_t prepared)
+{
+    uint64_t proposed = core->proposal != NULL ? core->proposal->number : 0;
+    uint64_t in_force = core->epoch != NULL ? core->epoch->number : 0;
+    if (prepared > in_force && prepared != proposed) {
+        co_core_emit(core, CO_OUT_ABORT, session)->number = prepared;
+    }
+}
+
+static uint64_t hello_prepared(const co_core *core, const Baleen__Control__V1__Hello *hello)
+{
+    return hello->cluster == core->cluster ? hello->prepared : 0;
+}
+
 /* The same process, known by its incarnation. With id 0 it never heard our Welcome. */
 static co_member *core_find_returning(co_core *core, const Baleen__Control__V1__Hello *hello)
 {
@@ -223,11 +242,13 @@ static void core_return(co_core *core, co_member *member, uint64_t session,
     }
     co_core_note(core, CM_LOG_INFO, "member %u is back", member->self.id);
     core_welcome(core, member);
-    /* An Abort may have been due while it was away. */
     uint64_t proposed = core->proposal != NULL ? core->proposal->number : 0;
-    uint64_t in_force = core->epoch != NULL ? core->epoch->number : 0;
-    if (member->told_prepare > in_force && member->told_prepare != proposed) {
-        co_core_emit(core, CO_OUT_ABORT, session)->number = member->told_prepare;
+    core_abort_leftover(core, session, member->told_prepare);
+    if (hello_prepared(core, hello) != member->told_prepare) {
+        core_abort_leftover(core, session, hello_prepared(core, hello));
+    }
+    if (member->self.role == CO_ROLE_ROUTER) {
+        co_core_cuts_forget(core, member->self.id); /* it says anew what it cannot reach */
     }
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->told_drain = false;
@@ -247,6 +268,12 @@ static void core_join(co_core *core, uint64_t session, const Baleen__Control__V1
     member->fingerprint = cm_strdup(hello->fingerprint);
     member->session = session;
     member->heard_ms = core->now_ms;
+    if (hello->self->id != 0 && hello->cluster == core->cluster &&
+        co_drains_has(&core->drains, hello->self->id)) {
+        /* out of the last epoch and not yet told so when the coordinator before us went */
+        co_drains_remove(&core->drains, hello->self->id);
+        co_core_drain_member(core, member);
+    }
     /* One that was given up and comes back goes on with what it had. */
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->ticket = co_core_store(core, NULL);
