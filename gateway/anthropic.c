@@ -88,12 +88,14 @@ static void put_id(gw_anthropic *writer, const char *prefix, uint32_t block)
 }
 
 /* What is in the cache was not paid for as input: the two add up to the prompt. */
-static void put_usage(gw_anthropic *writer, uint32_t prompt, uint32_t cached, uint32_t output)
+static void put_usage(gw_anthropic *writer, const gw_usage *usage)
 {
     cm_bytes_printf(&writer->out,
                     "\"usage\":{\"input_tokens\":%u,\"cache_creation_input_tokens\":0,"
-                    "\"cache_read_input_tokens\":%u,\"output_tokens\":%u}",
-                    prompt - cached, cached, output);
+                    "\"cache_read_input_tokens\":%u,\"output_tokens\":%u,"
+                    "\"output_tokens_details\":{\"thinking_tokens\":%u}}",
+                    usage->prompt_tokens - usage->cached_tokens, usage->cached_tokens,
+                    usage->completion_tokens, usage->reasoning_tokens);
 }
 
 static const char *stop_reason(const gw_anthropic *writer, const gw_finish *finish)
@@ -137,7 +139,8 @@ static void emit_message_start(gw_anthropic *writer, const gw_start *start)
     put(writer, ",\"message\":{\"type\":\"message\",");
     put_message_head(writer);
     put(writer, ",\"content\":[],\"stop_reason\":null,\"stop_sequence\":null,");
-    put_usage(writer, start->prompt_tokens, start->cached_tokens, 0);
+    put_usage(writer,
+              &(gw_usage){.prompt_tokens = start->prompt_tokens, .cached_tokens = start->cached_tokens});
     put(writer, "}");
     emit(writer, false);
     begin(writer, "ping");
@@ -204,8 +207,7 @@ static void emit_message_end(gw_anthropic *writer, const gw_finish *finish)
     put(writer, ",\"delta\":{");
     put_stop(writer, finish);
     put(writer, "},");
-    put_usage(writer, finish->usage.prompt_tokens, finish->usage.cached_tokens,
-              finish->usage.completion_tokens);
+    put_usage(writer, &finish->usage);
     emit(writer, false);
     begin(writer, "message_stop");
     emit(writer, true);
@@ -264,8 +266,7 @@ static void emit_whole(gw_anthropic *writer, const gw_finish *finish)
     put(writer, "],");
     put_stop(writer, finish);
     put(writer, ",");
-    put_usage(writer, finish->usage.prompt_tokens, finish->usage.cached_tokens,
-              finish->usage.completion_tokens);
+    put_usage(writer, &finish->usage);
     emit(writer, true);
 }
 

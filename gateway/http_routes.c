@@ -1,8 +1,8 @@
 /* Which path does what. */
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
+#include "common/base/clock.h"
 #include "common/base/mem.h"
 #include "gateway/anthropic_body.h"
 #include "gateway/http_private.h"
@@ -16,10 +16,8 @@ typedef void (*route_fn)(gw_http *http, struct evhttp_request *req, const char *
  * display_name and created_at. */
 static json_t *model_object(const gw_info *info, const char *id)
 {
-    time_t created = (time_t)info->created_s;
-    struct tm utc;
     char created_at[32];
-    strftime(created_at, sizeof(created_at), "%Y-%m-%dT%H:%M:%SZ", gmtime_r(&created, &utc));
+    cm_wall_format((uint64_t)info->created_s * 1000000u, created_at, sizeof(created_at));
     return json_pack("{s:s, s:s, s:I, s:s, s:I, s:s, s:s, s:s, s:s}", "id", id, "object", "model", "created",
                      (json_int_t)info->created_s, "owned_by", "deepseek", "max_model_len",
                      (json_int_t)info->context, "root", info->model, "type", "model", "display_name", id,
