@@ -17,6 +17,10 @@ def pytest_addoption(parser):
     parser.addoption("--bin", default=os.path.join(ROOT, "build", "release", "bin"), help="folder of the binaries under test")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "conformance(*items): covers these items of the conformance list (docs/conformance.md)")
+
+
 @pytest.fixture(scope="session")
 def bin_dir(request):
     return request.config.getoption("--bin")
@@ -116,6 +120,14 @@ class Cluster:
 def cluster(bin_dir, tmp_path_factory):
     """One cluster for all tests that leave it as they found it."""
     running = Cluster(bin_dir, tmp_path_factory.mktemp("cluster"), "--workers", "3", "--model", NANO)
+    yield running
+    assert running.stop() == 0, running.said()
+
+
+@pytest.fixture(scope="session")
+def scripted(bin_dir, tmp_path_factory):
+    """One cluster without a model: every answer is the text of the last user or tool message, control spellings recognised."""
+    running = Cluster(bin_dir, tmp_path_factory.mktemp("scripted"), "--model", NANO, "--scripted-model", "scripted")
     yield running
     assert running.stop() == 0, running.said()
 
