@@ -9,6 +9,7 @@ import anthropic
 import pytest
 
 from conftest import wait_for
+from script import END, OPEN, calls, invoke
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 SUM = [{"role": "user", "content": "What is 72 - 38?"}]
@@ -31,6 +32,7 @@ def post(cluster, path, body, headers=None):
     return reply, json.loads(text)
 
 
+@pytest.mark.conformance(34)
 def test_answer(client):
     reply = client.messages.create(model="nano", max_tokens=50, messages=QUESTION, thinking=CHAT, extra_body=GREEDY)
     assert [block.type for block in reply.content] == ["text"]
@@ -40,6 +42,7 @@ def test_answer(client):
     assert reply.usage.input_tokens > 0 and reply.usage.output_tokens > 0
 
 
+@pytest.mark.conformance(34)
 @pytest.mark.parametrize("base", ["", "/anthropic"])
 def test_stream_equals_answer(cluster, base):
     client = anthropic.Anthropic(base_url=cluster.http + base, auth_token="none", max_retries=0)
@@ -51,6 +54,7 @@ def test_stream_equals_answer(cluster, base):
     assert [block.text for block in final.content] == [block.text for block in whole.content]
 
 
+@pytest.mark.conformance(34)
 def test_order_of_events(client):
     events = list(client.messages.create(model="nano", max_tokens=80, messages=SUM, stream=True, extra_body=LOW))
     kinds = [event.type for event in events]
@@ -68,6 +72,7 @@ def test_order_of_events(client):
     assert open_block is None and n_blocks == 2
 
 
+@pytest.mark.conformance(35)
 def test_thinking_and_its_replay(client):
     with client.messages.stream(model="nano", max_tokens=200, messages=SUM, extra_body=LOW) as stream:
         kinds = [event.delta.type for event in stream if event.type == "content_block_delta"]
@@ -112,6 +117,7 @@ def count(client, **fields):
     return client.messages.count_tokens(model="claude-haiku-4-5", **fields).input_tokens
 
 
+@pytest.mark.conformance(36)
 def test_tool_results(client):
     """As a string, as blocks, as an error; in any order, the prompt is the same."""
     as_strings = [*CALLS, {"role": "user", "content": [result("a", "sunny"), result("b", "rain"), {"type": "text", "text": "So?"}]}]
@@ -120,11 +126,11 @@ def test_tool_results(client):
     assert count(client, messages=as_strings, tools=TOOLS) == count(client, messages=swapped, tools=TOOLS)
     replies = [client.messages.create(model="nano", max_tokens=20, messages=messages, tools=TOOLS, extra_body=GREEDY)
                for messages in (as_strings, swapped)]
-    assert replies[0].content == replies[1].content or \
-        [block.model_dump(exclude={"signature", "id"}) for block in replies[0].content] == \
-        [block.model_dump(exclude={"signature", "id"}) for block in replies[1].content]
+    plain = [[block.model_dump(exclude={"signature", "id"}) for block in reply.content] for reply in replies]
+    assert plain[0] == plain[1]
 
 
+@pytest.mark.conformance(37)
 def test_count_is_what_is_generated_from(client):
     for fields in ({"messages": QUESTION}, {"messages": SUM, "system": "Be brief."}, {"messages": QUESTION, "tools": TOOLS},
                    {"messages": CALLS + [{"role": "user", "content": [result("a", "1"), result("b", "2")]}], "tools": TOOLS},
@@ -133,6 +139,7 @@ def test_count_is_what_is_generated_from(client):
         assert count(client, **fields) == usage.input_tokens + usage.cache_read_input_tokens, fields
 
 
+@pytest.mark.conformance(37, 38)
 def test_what_coding_agents_send(client):
     """Many tools, system in blocks with cache_control, a beta header, ?beta=true, other models' names, all at once."""
     tools = [{"name": f"tool_{i}", "description": "Does something with a file. " * 10,
@@ -189,8 +196,94 @@ def test_models(client):
         client.models.retrieve("other")
 
 
+# ---- scripted answers: the model says the text of the last user or tool message ----
+
+@pytest.fixture(scope="module")
+def script(scripted):
+    return anthropic.Anthropic(base_url=scripted.http, api_key="none", max_retries=0)
+
+
+def says(client, text, stream=False, **fields):
+    """The message in which the model says text, after it has been told to think or not."""
+    fields = {"model": "scripted", "max_tokens": 4000, "messages": [{"role": "user", "content": text}], "tools": TOOLS, "thinking": CHAT, **fields}
+    if not stream:
+        return client.messages.create(**fields)
+    with client.messages.stream(**fields) as events:
+        return events.get_final_message()
+
+
+BOTH = calls(invoke("get_weather", city='Paris "x"\n<y>', n=[1, {"a": None}]), invoke("get_weather"))
+
+
+@pytest.mark.conformance(36)
+@pytest.mark.parametrize("stream", [False, True])
+def test_tool_use(script, stream):
+    reply = says(script, "Two calls.</think>See:" + BOTH, stream, thinking={"type": "adaptive"})
+    assert [block.type for block in reply.content] == ["thinking", "text", "tool_use", "tool_use"]
+    assert (reply.content[0].thinking, reply.content[1].text) == ("Two calls.", "See:")
+    assert [block.input for block in reply.content[2:]] == [{"city": 'Paris "x"\n<y>', "n": [1, {"a": None}]}, {}]
+    assert reply.content[2].id != reply.content[3].id and all(block.id.startswith("toolu_") for block in reply.content[2:])
+    assert reply.stop_reason == "tool_use"
+
+
+@pytest.mark.conformance(36)
+def test_tool_round_trip(script):
+    """What came out goes in again; the answer to it is what the last tool gave."""
+    first = says(script, "hm</think>" + BOTH, thinking={"type": "enabled", "budget_tokens": 1024})
+    history = [{"role": "user", "content": "go"}, {"role": "assistant", "content": [block.model_dump() for block in first.content]}]
+    identities = [block.id for block in first.content if block.type == "tool_use"]
+    for results in ([result(identities[0], "one"), result(identities[1], "two")],
+                    [result(identities[1], [{"type": "text", "text": "two"}]), result(identities[0], "one", is_error=True)]):
+        second = says(script, None, messages=[*history, {"role": "user", "content": results}])
+        assert second.content[0].text == "two"  # in the order of the calls, whatever the order of the results
+
+
+def test_one_tool_at_most(script):
+    for stream in (False, True):
+        reply = says(script, BOTH, stream, tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+        assert [block.type for block in reply.content] == ["tool_use"] and reply.stop_reason == "tool_use"
+
+
+def test_no_tools(script):
+    """Without tools, or with choice none, their markup is text."""
+    for fields in ({"tools": []}, {"tool_choice": {"type": "none"}}):
+        reply = says(script, "x" + BOTH, **fields)
+        assert [block.type for block in reply.content] == ["text"] and "invoke" in reply.content[0].text
+
+
+@pytest.mark.conformance(56)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text, kinds, stop", [
+    ("never ends", ["thinking"], "end_turn"),
+    ("a</think>b<think>c</think>d", ["thinking", "text", "thinking", "text"], "end_turn"),
+    ("a</think></think>b", ["thinking", "text"], "end_turn"),
+    ("a</think>" + OPEN + "nothing", ["thinking"], "end_turn"),
+    ("a" + calls(invoke("get_weather", city="x")), ["thinking", "tool_use"], "tool_use"),
+    ("a</think>" + OPEN + '<｜DSML｜invoke name="get_w', ["thinking"], "end_turn"),
+    ("a</think>" + OPEN + '<｜DSML｜invoke name="get_weather">\n', ["thinking", "tool_use"], "tool_use"),
+    ("a</think>b" + calls(invoke("get_weather")) + "after", ["thinking", "text", "tool_use"], "tool_use"),
+    ("a</think>" + calls(invoke("no_such_tool", a=1)).replace(END, ""), ["thinking", "tool_use"], "tool_use"),
+])
+def test_malformed_output(script, text, kinds, stop, stream):
+    reply = says(script, text, stream, thinking={"type": "adaptive"})
+    assert [block.type for block in reply.content] == kinds and reply.stop_reason == stop
+    assert all(isinstance(block.input, dict) for block in reply.content if block.type == "tool_use")
+
+
+@pytest.mark.conformance(56)
+def test_a_value_that_is_no_json(script):
+    text = calls(invoke("get_weather", city=5)).replace(">5<", ">five<")
+    assert says(script, text).content[0].input == {"city": "five"}
+
+
+def test_a_call_that_is_cut_off(script):
+    reply = says(script, calls(invoke("get_weather", city="x" * 400)), max_tokens=60)
+    assert reply.stop_reason == "max_tokens" and list(reply.content[0].input) == ["arguments"]
+
+
 # ---- errors, in this interface's own shape ----
 
+@pytest.mark.conformance(39)
 def test_errors_are_the_packages_own(client):
     with pytest.raises(anthropic.NotFoundError) as error:
         client.messages.create(model="gpt-5", max_tokens=5, messages=QUESTION)
@@ -229,6 +322,7 @@ def test_malformed_json_and_routes(cluster):
     assert connection.getresponse().status == 405
 
 
+@pytest.mark.conformance(39)
 def test_overload_is_529(start_cluster):
     """More at once than are let in: told to wait, and how long; the package tries again by itself."""
     cluster = start_cluster("--workers", "1", env={"BALEEN_STREAMS_MAX": "1"})
@@ -249,6 +343,7 @@ def test_overload_is_529(start_cluster):
     assert got and got[0].usage.output_tokens == 5
 
 
+@pytest.mark.conformance(39)
 def test_failure_on_the_way(start_cluster):
     """The router of a stream is killed and none comes: an error event, which the package raises."""
     cluster = start_cluster("--workers", "1", "--no-restart", env={"BALEEN_REOPEN_MS": "500"})
