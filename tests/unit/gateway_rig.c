@@ -536,7 +536,8 @@ void rig_begin(void)
     cm_cfg_defaults(&gw_config_table, &R.config);
     rig_set("coordinator", R.coordinator);
     rig_set("model", BALEEN_NANO);
-    rig_set("net", "local");
+    cm_free(R.config.net);
+    R.config.net = cm_strdup("local"); /* no option of a process: it reaches nobody outside it */
     rig_set("grpc", "");
     rig_set("model_aliases", "other,third");
 }
