@@ -49,6 +49,19 @@ void gw_kserve_server_metadata(gw_grpc_call *call, const ProtobufCMessage *messa
     gw_grpc_answer(call, &response.base);
 }
 
+/* false: the call has failed. */
+static bool knows_model(gw_grpc_call *call, const char *name, const char *version)
+{
+    static const char *const names[][2] = {{"model", "name"}, {"model_version", "version"}};
+    gw_error error;
+    if (gw_kserve_check_model(call->grpc->gateway, name, version, &error) == CM_OK) {
+        return true;
+    }
+    gw_grpc_rename_field(&error, names, sizeof(names) / sizeof(names[0]));
+    gw_grpc_fail(call, &error);
+    return false;
+}
+
 void gw_kserve_model_metadata(gw_grpc_call *call, const ProtobufCMessage *message)
 {
     typedef Inference__ModelMetadataResponse__TensorMetadata tensor;
@@ -59,9 +72,7 @@ void gw_kserve_model_metadata(gw_grpc_call *call, const ProtobufCMessage *messag
     tensor inputs[GW_KSERVE_INPUTS], output, *input_list[GW_KSERVE_INPUTS], *output_list[] = {&output};
     int64_t shapes[GW_KSERVE_INPUTS];
     gw_info info;
-    gw_error error;
-    if (gw_kserve_check_model(call->grpc->gateway, request->name, request->version, &error) != CM_OK) {
-        gw_grpc_fail(call, &error);
+    if (!knows_model(call, request->name, request->version)) {
         return;
     }
     for (int i = 0; i < GW_KSERVE_INPUTS; i++) {
@@ -128,9 +139,7 @@ void gw_kserve_model_config(gw_grpc_call *call, const ProtobufCMessage *message)
     Inference__ModelTransactionPolicy policy = INFERENCE__MODEL_TRANSACTION_POLICY__INIT;
     int64_t dims[GW_KSERVE_INPUTS];
     gw_info info;
-    gw_error error;
-    if (gw_kserve_check_model(call->grpc->gateway, request->name, request->version, &error) != CM_OK) {
-        gw_grpc_fail(call, &error);
+    if (!knows_model(call, request->name, request->version)) {
         return;
     }
     for (int i = 0; i < GW_KSERVE_INPUTS; i++) {
