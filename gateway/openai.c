@@ -4,16 +4,14 @@
 
 #include "common/base/assert.h"
 #include "common/base/mem.h"
-#include "common/base/rng.h"
 #include "gateway/json_text.h"
 #include "gateway/openai_logprobs.h"
+#include "gateway/parts.h"
 #include "gateway/request.h"
-
-enum { CALL_ID_CHARS = 24 };
 
 /* A tool call of an object that is not streamed. */
 typedef struct openai_call {
-    char id[40];
+    char id[GW_PART_ID_BYTES];
     cm_bytes name, arguments;
 } openai_call;
 
@@ -33,7 +31,7 @@ struct gw_openai {
     gw_ask_kind kind;
     bool stream, include_usage, wants_logprobs;
     char *fingerprint;
-    gw_openai_emit_fn emit;
+    gw_emit_fn emit;
     void *ctx;
     cm_bytes out; /* the object being written */
 
@@ -66,8 +64,8 @@ static void choice_fini(gw_openai_choice *choice)
     cm_bytes_fini(&choice->reasoning);
 }
 
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
-                            gw_openai_emit_fn emit, void *ctx)
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_emit_fn emit,
+                            void *ctx)
 {
     gw_openai *writer = cm_alloc(sizeof(*writer));
     *writer = (gw_openai){.kind = kind,
@@ -231,22 +229,19 @@ static void end_delta(gw_openai_choice *choice, const gw_reason *reason, const g
     end_object(writer, choice->index, usage, last);
 }
 
-static void make_call_id(uint32_t call, char id_out[40])
+/* The same wherever the request is told again. */
+static void make_call_id(const gw_openai_choice *choice, uint32_t call, char id_out[GW_PART_ID_BYTES])
 {
-    static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
-    uint8_t bytes[CALL_ID_CHARS];
-    cm_random_bytes(bytes, sizeof(bytes));
-    int n = snprintf(id_out, 40, "call_%02u_", call % 100);
-    for (int i = 0; i < CALL_ID_CHARS; i++) {
-        id_out[n + i] = letters[bytes[i] % (sizeof(letters) - 1)];
-    }
-    id_out[n + CALL_ID_CHARS] = 0;
+    char prefix[16];
+    snprintf(prefix, sizeof(prefix), "call_%02u_", call % 100);
+    gw_part_id(prefix, choice->writer->id, (uint64_t)choice->index << 32 | call, id_out);
 }
 
-static void delta_call(gw_openai *writer, const md_piece *piece)
+static void delta_call(gw_openai_choice *choice, const md_piece *piece)
 {
-    char id[40];
-    make_call_id(piece->call, id);
+    gw_openai *writer = choice->writer;
+    char id[GW_PART_ID_BYTES];
+    make_call_id(choice, piece->call, id);
     cm_bytes_printf(
         &writer->out,
         "\"tool_calls\":[{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":",
@@ -269,7 +264,7 @@ static void emit_piece(gw_openai_choice *choice, const md_piece *piece)
     if (writer->kind == GW_ASK_COMPLETE) {
         put_string(writer, piece->text, piece->n_bytes);
     } else if (piece->kind == MD_PIECE_CALL) {
-        delta_call(writer, piece);
+        delta_call(choice, piece);
     } else if (piece->kind == MD_PIECE_ARGS) {
         delta_arguments(writer, piece);
     } else {
@@ -310,7 +305,7 @@ static openai_call *collect_call(gw_openai_choice *choice, uint32_t call)
     while (choice->n_calls <= call) {
         choice->calls = cm_realloc(choice->calls, (choice->n_calls + 1) * sizeof(*choice->calls));
         openai_call *fresh = &choice->calls[choice->n_calls];
-        make_call_id(choice->n_calls, fresh->id);
+        make_call_id(choice, choice->n_calls, fresh->id);
         cm_bytes_init(&fresh->name, 0);
         cm_bytes_init(&fresh->arguments, 0);
         choice->n_calls++;
@@ -434,6 +429,12 @@ static void openai_finished(void *ctx, const gw_finish *finish)
     gw_openai_choice *choice = ctx;
     gw_openai *writer = choice->writer;
     choice->reason = finish->reason;
+    for (uint32_t i = 0; i < choice->n_calls && finish->parser != NULL; i++) {
+        size_t n;
+        const char *arguments = md_parser_call_args(finish->parser, i, &n);
+        cm_bytes_clear(&choice->calls[i].arguments);
+        cm_bytes_append(&choice->calls[i].arguments, arguments, n);
+    }
     add_usage(writer, &finish->usage);
     writer->n_finished++;
     if (writer->stream) {

@@ -165,14 +165,25 @@ static cm_status parse_response_format(const parse_at *at)
     return refuse(at->error, at->name, "must have a type of text, json_object or json_schema");
 }
 
+/* What a tool looks like is the chat encoder's to check. */
+static cm_status parse_tools(const parse_at *at)
+{
+    at->request->tools = json_array_size(at->value) > 0;
+    return CM_OK;
+}
+
 static cm_status parse_tool_choice(const parse_at *at)
 {
     const char *word = json_string_value(at->value);
-    if (word != NULL && (strcmp(word, "none") == 0 || strcmp(word, "auto") == 0)) {
-        return CM_OK; /* without tools both mean the same */
+    if (word != NULL && strcmp(word, "none") == 0) {
+        at->request->tools = false;
+        return CM_OK;
+    }
+    if (word != NULL && strcmp(word, "auto") == 0) {
+        return CM_OK;
     }
     if (json_is_object(at->value) || (word != NULL && strcmp(word, "required") == 0)) {
-        return unsupported(at->error, at->name, "is not supported: this server does not call tools");
+        return unsupported(at->error, at->name, "is not supported with this value: only none and auto are");
     }
     return refuse(at->error, at->name, "must be none, auto, required or an object that names a function");
 }
@@ -267,6 +278,12 @@ static cm_status parse_keep_special(const parse_at *at)
     return CM_OK;
 }
 
+static cm_status parse_parallel_calls(const parse_at *at)
+{
+    at->request->one_call = json_is_false(at->value);
+    return CM_OK;
+}
+
 static cm_status parse_seed(const parse_at *at)
 {
     at->request->has_seed = true;
@@ -310,7 +327,7 @@ typedef struct field {
 #define TYPE_ONLY         .stored = false
 #define RANGE(min_, max_) .min = (min_), .max = (max_)
 
-/* max_completion_tokens stands behind max_tokens because it wins. */
+/* max_completion_tokens stands behind max_tokens, and tool_choice behind tools, because they win. */
 static const field FIELDS[] = {
     {"model", BOTH, FIELD_STRING, TYPE_ONLY},
     {"messages", CHAT, FIELD_LIST, .parse = parse_messages},
@@ -347,10 +364,10 @@ static const field FIELDS[] = {
     {"prompt_logprobs", BOTH, FIELD_ANY, .parse = parse_prompt_logprobs},
     {"response_format", BOTH, FIELD_OBJECT, .parse = parse_response_format},
     {"structured_outputs", BOTH, FIELD_OBJECT, ONLY(0)},
-    {"tools", CHAT, FIELD_LIST, ONLY(0)},
+    {"tools", CHAT, FIELD_LIST, .parse = parse_tools},
     {"functions", CHAT, FIELD_LIST, ONLY(0)},
     {"tool_choice", CHAT, FIELD_ANY, .parse = parse_tool_choice},
-    {"parallel_tool_calls", CHAT, FIELD_BOOL, TYPE_ONLY},
+    {"parallel_tool_calls", CHAT, FIELD_BOOL, .parse = parse_parallel_calls},
 };
 enum { N_FIELDS = sizeof(FIELDS) / sizeof(FIELDS[0]) };
 
@@ -540,6 +557,8 @@ cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n
             "This model's maximum context length is %u tokens. However, your prompt has %u tokens. Please "
             "shorten it.",
             context, n_prompt);
+        error_out->tokens = n_prompt;
+        error_out->tokens_max = context - 1;
         return CM_E_TOO_LONG;
     }
     uint32_t wanted = request->tokens_max;

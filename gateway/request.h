@@ -36,6 +36,8 @@ typedef struct gw_request {
     bool ignore_eos;
     bool include_stop; /* keep the matched stop string in the text */
     bool keep_special; /* skip_special_tokens: false */
+    bool tools;        /* calls may come */
+    bool one_call;     /* one at most */
     uint32_t n_stop, n_stop_id;
     char *stop[GW_STOP_MAX]; /* owned */
     uint32_t stop_id[GW_STOP_IDS_MAX];

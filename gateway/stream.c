@@ -113,6 +113,7 @@ void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
     gw_finish finish = {.reason = reason,
                         .stop_string = md_parser_stop_match(stream->parser),
                         .stop_id = stop_id,
+                        .parser = stream->parser,
                         .usage = stream_usage(stream, now_ns)};
     if (!stream->probe) {
         cm_stat_add(CM_STAT_requests_finished, 1);
@@ -326,6 +327,7 @@ static md_parser *make_parser(const gw_stream *stream, bool continues)
         .start_in_reasoning = stream->thinking,
         .continues_prefix = continues,
         .plain = request->kind == GW_ASK_COMPLETE,
+        .tools = request->tools,
         .stop = (const char *const *)request->stop,
         .n_stop = request->n_stop,
         .include_stop = request->include_stop,

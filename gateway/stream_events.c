@@ -9,7 +9,11 @@ static const float LOGPROB_LEAST = -9999.0f;
 static void tell_piece(void *ctx, const md_piece *piece)
 {
     gw_stream *stream = ctx;
-    if (!stream->over) {
+    bool is_call = piece->kind == MD_PIECE_CALL || piece->kind == MD_PIECE_ARGS;
+    if (is_call && piece->call > 0 && stream->request.one_call) {
+        stream->has_enough = true;
+    }
+    if (!stream->over && !stream->has_enough) {
         stream->events.piece(stream->ctx, piece);
     }
 }
@@ -152,15 +156,15 @@ static void tell_news(gw_stream *stream, const gw_core_news *news, const Baleen_
     if (news->accepted) {
         tell_started(stream);
     }
-    for (uint32_t i = 0; i < news->n_id && !stream->over && !matched; i++) {
+    for (uint32_t i = 0; i < news->n_id && !stream->over && !matched && !stream->has_enough; i++) {
         matched = tell_id(stream, news->offset + i, news->id[i],
                           frame->n_logprobs > 0 ? frame->logprobs[news->n_known + i] : NULL);
     }
     if (stream->over) {
         return;
     }
-    if (matched) {
-        gw_stream_finish(stream, GW_REASON_STOP, -1);
+    if (matched || stream->has_enough) {
+        gw_stream_finish(stream, matched ? GW_REASON_STOP : GW_REASON_TOOL_CALLS, -1);
     } else if (news->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED) {
         fail_by_router(stream, frame);
     } else if (news->end != BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON) {

@@ -23,6 +23,7 @@ struct gw_stream {
                           words of an earlier one find nobody */
     uint64_t number;
     bool has_core, thinking, ending;
+    bool has_enough; /* a second call began, and one was asked for: the answer ends before it */
     gw_core core;
     md_parser *parser;
     pc_timer *deadline; /* NULL when none */
