@@ -222,6 +222,11 @@ static cm_status read_sampling(const gw_kserve_request *request, json_t **body_o
             status = CM_E_INVALID;
         }
     }
+    const json_t *n = json_object_get(body, "n");
+    if (status == CM_OK && n != NULL && json_integer_value(n) != 1) {
+        gw_error_set(error, GW_CAUSE_UNSUPPORTED, "n", "n must be 1: ask again for more answers");
+        status = CM_E_UNSUPPORTED;
+    }
     if (status != CM_OK) {
         json_decref(body);
         return status;
