@@ -39,7 +39,7 @@ void gw_kserve_model_ready(gw_grpc_call *call, const ProtobufCMessage *message)
 
 void gw_kserve_server_metadata(gw_grpc_call *call, const ProtobufCMessage *message)
 {
-    static char *const extensions[] = {"model_configuration", "model_repository", "generate"};
+    static char *const extensions[] = {"model_configuration", "model_repository"};
     Inference__ServerMetadataResponse response = INFERENCE__SERVER_METADATA_RESPONSE__INIT;
     (void)message;
     response.name = "baleen";

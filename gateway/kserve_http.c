@@ -19,8 +19,8 @@ void gw_kserve_http_server(gw_http *http, struct evhttp_request *req, const char
 {
     (void)http;
     (void)rest;
-    json_t *reply = json_pack("{s:s, s:s, s:[s,s]}", "name", "baleen", "version", BALEEN_VERSION,
-                              "extensions", "generate", "binary_tensor_data");
+    json_t *reply =
+        json_pack("{s:s, s:s, s:[s]}", "name", "baleen", "version", BALEEN_VERSION, "extensions", "generate");
     gw_reply_json(req, 200, reply);
     json_decref(reply);
 }
