@@ -397,8 +397,8 @@ struct gw_openai {
     cm_bytes text;
 };
 
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
-                            gw_emit_fn emit, void *ctx)
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_emit_fn emit,
+                            void *ctx)
 {
     gw_openai *writer = cm_alloc(sizeof(*writer));
     assert_int_equal(kind, GW_ASK_CHAT);

@@ -181,6 +181,24 @@ static void test_raw(void **state)
     expect_wrong(&r, "input_ids"); /* does not fit the shape */
 }
 
+/* Each cut of a list of texts but those between two of them. */
+static void test_raw_cuts(void **state)
+{
+    (void)state;
+    static const uint8_t raw[] = "\1\0\0\0a\0\0\0\0\2\0\0\0bc";
+    for (size_t n = 0; n < sizeof(raw); n++) {
+        uint8_t *exact = cm_alloc(n);
+        json_t *list = NULL;
+        gw_error error;
+        memcpy(exact, raw, n);
+        bool whole = n == 0 || n == 5 || n == 9 || n == 15;
+        cm_status status = gw_kserve_from_raw(GW_KSERVE_TEXT, exact, n, &list, &error);
+        assert_int_equal(status, whole ? CM_OK : CM_E_INVALID);
+        json_decref(list);
+        cm_free(exact);
+    }
+}
+
 static void test_chat(void **state)
 {
     (void)state;
@@ -224,7 +242,8 @@ static void test_wrong_inputs(void **state)
     expect_wrong(&r, "text_input");
     r.shapes[0][0] = -1;
     expect_wrong(&r, "text_input");
-    r.shapes[0][0] = r.shapes[0][1] = INT64_C(1) << 62;
+    r.shapes[0][0] = 7; /* its inverse: the product of 64 bits is 1 */
+    r.shapes[0][1] = INT64_C(0x6db6db6db6db6db7);
     r.inputs[0].n_shape = 2;
     expect_wrong(&r, "text_input");
     simple(&r);
@@ -515,6 +534,11 @@ static bool is_drained(void)
     return g_drained && g.c.closed && g.other.closed;
 }
 
+static bool other_has_one(void)
+{
+    return g.other.n_messages == 1 || g.other.closed;
+}
+
 /* An idle stream ends at once, one at work when its last request has ended. */
 static void test_drain(void **state)
 {
@@ -535,10 +559,17 @@ static void test_drain(void **state)
     until(c_is_closed);
     assert_int_equal(g.c.code, PC_CODE_UNAVAILABLE);
     assert_false(g_drained || g.other.closed);
+    g.gateway.refuses = true; /* as a gateway that drains does */
+    gw_error_set(&g.gateway.refusal, GW_CAUSE_UNAVAILABLE, NULL, "shutting down");
+    client_send(&g.other, &r.request);
+    until(other_has_one);
     script_pieces(&g.gateway.streams[1]);
     until(is_drained);
     assert_int_equal(g.other.code, PC_CODE_UNAVAILABLE);
-    assert_int_equal(g.other.n_messages, 1);
+    assert_int_equal(g.other.n_messages, 2);
+    const Inference__ModelStreamInferResponse *refused =
+        message(&g.other, 0, &inference__model_stream_infer_response__descriptor);
+    assert_string_equal(refused->error_message, "shutting down");
 }
 
 /* ---- what there is ---- */
@@ -617,6 +648,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_text),
         cmocka_unit_test(test_raw),
+        cmocka_unit_test(test_raw_cuts),
         cmocka_unit_test(test_chat),
         cmocka_unit_test(test_wrong_inputs),
         cmocka_unit_test(test_wrong_parameters),

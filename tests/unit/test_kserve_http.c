@@ -53,7 +53,7 @@ static void what_there_is(void **state)
 static void unknown_paths(void **state)
 {
     (void)state;
-    static const char *const gets[] = {"/v2/models/none",  "/v2/models/none/ready",
+    static const char *const gets[] = {"/v2/models/none",   "/v2/models/none/ready",
                                        MODEL "/versions/2", MODEL "/versions/2/ready",
                                        MODEL "/stats",      "/v2/health"};
     int status;
