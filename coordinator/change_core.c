@@ -45,6 +45,10 @@ static bool core_has_absent(const co_core *core)
 
 static cm_status core_place(const co_core *core, pr_placement **placement_out, cm_error *err)
 {
+    if (core->knows_model && core->n_expert == 0) {
+        *placement_out = pr_placement_none();
+        return CM_OK;
+    }
     uint32_t n_rank = co_core_count(core, CO_ROLE_WORKER);
     if (n_rank == 0 || (core->epoch == NULL && n_rank < core->workers_min)) {
         /* At the start that is how it has to be. */

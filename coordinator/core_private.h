@@ -51,7 +51,8 @@ struct co_core {
     uint64_t next_number, next_ticket;
 
     char *fingerprint;          /* "" while unknown */
-    uint32_t n_layer, n_expert; /* 0 until the first worker or router */
+    bool knows_model;           /* the first worker or router has come; the next two lines are its */
+    uint32_t n_layer, n_expert; /* 0: a model without experts */
     uint64_t expert_bytes;
 
     co_member *members; /* [members_max], ascending ids */

@@ -80,8 +80,11 @@ static cm_status hello_check_form(const Baleen__Control__V1__Hello *hello, cm_er
             CO_TEXT_MAX);
     }
     uint64_t n_pair = (uint64_t)hello->n_layer * hello->n_expert;
-    if (holds_model &&
-        (hello->fingerprint[0] == 0 || n_pair == 0 || n_pair > CO_PAIRS_MAX || hello->expert_bytes == 0)) {
+    /* a router that answers from a script: there is nothing to place */
+    bool no_experts = self->role == CO_ROLE_ROUTER && hello->n_layer == 0 && hello->n_expert == 0 &&
+                      hello->expert_bytes == 0;
+    bool experts = n_pair > 0 && n_pair <= CO_PAIRS_MAX && hello->expert_bytes != 0;
+    if (holds_model && (hello->fingerprint[0] == 0 || (!experts && !no_experts))) {
         return cm_error_set(
             err, CM_E_INVALID, "model", "fingerprint '%s', %u layers of %u experts of %llu bytes is no model",
             hello->fingerprint, hello->n_layer, hello->n_expert, (unsigned long long)hello->expert_bytes);
@@ -102,7 +105,7 @@ static cm_status hello_check_fingerprint(const co_core *core, const char *finger
 
 static cm_status hello_check_number(const char *name, uint64_t there, uint64_t here, cm_error *err)
 {
-    if (here == 0 || there == here) {
+    if (there == here) {
         return CM_OK;
     }
     return cm_error_set(err, CM_E_REFUSED, name,
@@ -114,8 +117,8 @@ static cm_status hello_check_model(const co_core *core, const Baleen__Control__V
                                    cm_error *err)
 {
     CM_TRY(hello_check_fingerprint(core, hello->fingerprint, err));
-    if (hello->self->role == CO_ROLE_GATEWAY) {
-        return CM_OK; /* knows nothing of experts */
+    if (hello->self->role == CO_ROLE_GATEWAY || !core->knows_model) {
+        return CM_OK; /* a gateway knows nothing of experts */
     }
     CM_TRY(hello_check_number("n_layer", hello->n_layer, core->n_layer, err));
     CM_TRY(hello_check_number("n_expert", hello->n_expert, core->n_expert, err));
@@ -155,9 +158,10 @@ static cm_status hello_check_room(const co_core *core, const Baleen__Control__V1
 /* The first worker or router says what the cluster serves. */
 static void core_fix_model(co_core *core, const Baleen__Control__V1__Hello *hello)
 {
-    if (hello->self->role == CO_ROLE_GATEWAY || core->n_layer != 0) {
+    if (hello->self->role == CO_ROLE_GATEWAY || core->knows_model) {
         return;
     }
+    core->knows_model = true;
     core->n_layer = hello->n_layer;
     core->n_expert = hello->n_expert;
     core->expert_bytes = hello->expert_bytes;

@@ -128,9 +128,10 @@ static cm_status take_names(gw_gateway *gateway, cm_error *err)
 {
     const gw_config *config = gateway->config;
     size_t n;
-    const char *name = folder_name(config->model, &n);
-    gateway->model = cm_strdup(config->model_name[0] != 0 ? config->model_name : name);
-    if (config->model_name[0] == 0) {
+    const char *folder = folder_name(config->model, &n);
+    const char *name = config->scripted_model[0] != 0 ? config->scripted_model : config->model_name;
+    gateway->model = cm_strdup(name[0] != 0 ? name : folder);
+    if (name[0] == 0) {
         gateway->model[n] = 0;
     }
     for (const char *at = config->model_aliases; *at != 0;) {
@@ -154,6 +155,11 @@ static void take_fingerprint(gw_gateway *gateway)
 {
     md_checkpoint *checkpoint;
     cm_error err = {0};
+    if (gateway->config->scripted_model[0] != 0) {
+        md_scripted_fingerprint(gateway->config->scripted_model, gateway->fingerprint);
+        snprintf(gateway->served_fingerprint, sizeof(gateway->served_fingerprint), "fp_scripted");
+        return;
+    }
     cm_status status = md_checkpoint_open(gateway->config->model, &checkpoint, NULL, NULL, &err);
     if (status == CM_OK) {
         gateway->geometry = *md_checkpoint_geometry(checkpoint);

@@ -13,6 +13,8 @@ static const cm_cfg_field FIELDS[] = {
      CM_CFG_STRING(gw_config, model_name)},
     {"model_aliases", "", "other names clients may ask for, separated by commas",
      CM_CFG_STRING(gw_config, model_aliases)},
+    {"scripted_model", "", "tests only: the same option of the routers; also the name clients ask for",
+     CM_CFG_STRING(gw_config, scripted_model)},
     {"net", "ucx", "transport to the routers", CM_CFG_CHOICE(gw_config, net, "ucx|local")},
     {"streams_max", "1024", "requests generating or waiting at once; more are refused",
      CM_CFG_UINT(gw_config, streams_max, 1, 65536)},

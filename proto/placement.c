@@ -32,6 +32,11 @@ static uint32_t placement_pairs(const pr_placement *p)
     return p->n_layer * p->n_expert;
 }
 
+pr_placement *pr_placement_none(void)
+{
+    return placement_create(0, 0, 0, 0);
+}
+
 pr_placement *pr_placement_clone(const pr_placement *p)
 {
     uint32_t n_pair = placement_pairs(p), n_owner = p->first[n_pair];
@@ -417,8 +422,9 @@ cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message, pr_
                               cm_error *err)
 {
     uint64_t n_pair = (uint64_t)message->n_layer * message->n_expert;
-    if (n_pair == 0 || n_pair > 1u << 24 || message->n_first != n_pair + 1 || message->n_rank_member == 0 ||
-        message->n_rank_member > PR_RANK_MAX) {
+    bool none = message->n_layer == 0 && message->n_expert == 0 && message->n_rank_member == 0;
+    if ((n_pair == 0 && !none) || n_pair > 1u << 24 || message->n_first != n_pair + 1 ||
+        (message->n_rank_member == 0 && !none) || message->n_rank_member > PR_RANK_MAX) {
         return cm_error_set(err, CM_E_PROTOCOL, "placement",
                             "placement of %u layers, %u experts, %zu ranks with %zu entries",
                             message->n_layer, message->n_expert, message->n_rank_member, message->n_first);
@@ -440,7 +446,9 @@ cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message, pr_
     }
     pr_placement *p = placement_create(message->n_layer, message->n_expert, (uint32_t)message->n_rank_member,
                                        (uint32_t)message->n_owner);
-    memcpy(p->rank_member, message->rank_member, sizeof(uint32_t) * p->n_rank);
+    if (!none) {
+        memcpy(p->rank_member, message->rank_member, sizeof(uint32_t) * p->n_rank);
+    }
     memcpy(p->first, message->first, sizeof(uint32_t) * (n_pair + 1));
     for (size_t i = 0; i < message->n_owner; i++) {
         p->owner[i] = (uint16_t)message->owner[i];

@@ -54,6 +54,8 @@ void pr_placement_heirs(const pr_placement *p, const uint64_t *capacity, uint32_
 pr_placement *pr_placement_build(uint32_t n_layer, uint32_t n_expert, const uint32_t *rank_member,
                                  uint32_t n_rank, const uint16_t *owners, const uint8_t *n_owner,
                                  uint32_t stride);
+/* Of a model without experts: no layers, no ranks. */
+pr_placement *pr_placement_none(void);
 pr_placement *pr_placement_clone(const pr_placement *p);
 void pr_placement_free(pr_placement *p); /* NULL is fine */
 

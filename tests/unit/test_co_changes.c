@@ -347,9 +347,56 @@ static void a_failed_round_costs_nobody_his_place(void **state)
     }
 }
 
+/* Routers that answer from a script: nothing is placed, no worker is waited for, none can join, and what has
+ * experts does not mix with what has none. */
+static void a_model_without_experts_needs_no_workers(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_init(&f, 3);
+    fake_peer *router = fake_spawn(&f, CO_ROLE_ROUTER);
+    router->n_layer = 0;
+    fake_spawn(&f, CO_ROLE_GATEWAY);
+    fake_settle(&f);
+    fake_check_whole(&f);
+    assert_int_equal(co_core_epoch(f.core)->placement->n_rank, 0);
+    assert_int_equal(co_core_epoch(f.core)->message->n_members, 2);
+
+    const Baleen__Control__V1__Role roles[] = {CO_ROLE_WORKER, CO_ROLE_ROUTER};
+    for (uint32_t i = 0; i < 2; i++) {
+        fake_peer *other = fake_spawn(&f, roles[i]);
+        fake_settle(&f);
+        assert_true(other->refused_final);
+        assert_non_null(strstr(other->refused, "n_layer 3 there, the cluster's is 0"));
+    }
+    fake_peer *worker = fake_spawn(&f, CO_ROLE_WORKER); /* a worker must have experts */
+    worker->n_layer = 0;
+    fake_settle(&f);
+    assert_true(worker->refused_final);
+
+    fake_restart(&f); /* the log has an epoch without a placement of anything */
+    fake_settle(&f);
+    fake_check_whole(&f);
+    router = fake_spawn(&f, CO_ROLE_ROUTER);
+    router->n_layer = 0;
+    fake_settle(&f);
+    fake_check_whole(&f);
+    assert_int_equal(co_core_epoch(f.core)->message->n_members, 3);
+    fake_fini(&f);
+
+    fake_start(&f, 2);
+    router = fake_spawn(&f, CO_ROLE_ROUTER);
+    router->n_layer = 0;
+    fake_settle(&f);
+    assert_true(router->refused_final);
+    assert_non_null(strstr(router->refused, "n_layer 0 there, the cluster's is 3"));
+    fake_fini(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_model_without_experts_needs_no_workers),
         cmocka_unit_test(a_router_leaves_in_two_epochs),
         cmocka_unit_test(an_operator_drains_a_worker),
         cmocka_unit_test(drains_that_cannot_be),

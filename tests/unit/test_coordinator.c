@@ -16,6 +16,7 @@
 #include "coordinator/coordinator.h"
 #include "coordinator/epoch.h"
 #include "proto/pack.h"
+#include "tests/support/temp_folder.h"
 #include "tools/baleen/cert_maker.h"
 
 enum { LAYERS = 2, EXPERTS = 6, EXPERT_BYTES = 100, PEERS = 6, GUARD_MS = 30000 };
@@ -46,7 +47,7 @@ struct world {
     peer peers[PEERS];
     uint32_t n_peers;
     uint64_t wanted_epoch; /* argument of conditions */
-    char folder[64];
+    char folder[T_FOLDER_MAX];
 };
 
 /* ---- members ---- */
@@ -250,10 +251,7 @@ static int setup(void **state)
     if (pc_loop_create(&w->loop) != CM_OK) {
         return -1;
     }
-    snprintf(w->folder, sizeof(w->folder), "/tmp/t_coordinator.XXXXXX");
-    if (mkdtemp(w->folder) == NULL) {
-        return -1;
-    }
+    t_folder_make(w->folder, "coordinator");
     w->guard = pc_timer_create(w->loop, world_guard, w);
     pc_loop_before_sleep(w->loop, world_check, w);
     cm_cfg_defaults(&co_config_table, &w->config);
@@ -267,7 +265,6 @@ static int setup(void **state)
 static int teardown(void **state)
 {
     world *w = *state;
-    char name[128];
     for (uint32_t i = 0; i < w->n_peers; i++) {
         if (w->peers[i].member != NULL) {
             pc_member_destroy(w->peers[i].member);
@@ -277,12 +274,7 @@ static int teardown(void **state)
     pc_timer_destroy(w->guard);
     pc_loop_destroy(w->loop);
     cm_cfg_free(&co_config_table, &w->config);
-    static const char *const suffixes[] = {"", "-wal", "-shm"};
-    for (uint32_t i = 0; i < 3; i++) {
-        snprintf(name, sizeof(name), "%s/coordinator.db%s", w->folder, suffixes[i]);
-        unlink(name);
-    }
-    rmdir(w->folder);
+    t_folder_remove(w->folder);
     cm_free(w);
     return 0;
 }
@@ -666,7 +658,7 @@ static void a_restart_keeps_the_keys(void **state)
 {
     world *w = *state;
     uint8_t before[NET_KEY_BYTES];
-    char path[128];
+    char path[T_FOLDER_MAX + 24];
     set(w, "store", w->folder);
     world_start(w);
     two_workers_a_router_a_gateway(w);
@@ -755,7 +747,7 @@ static void strangers_are_shown_out(void **state)
 
 static pc_tls *certificates_of(const world *w, const char *dir, const char *role)
 {
-    char ca[128], cert[128], key[128];
+    char ca[T_FOLDER_MAX + 24], cert[T_FOLDER_MAX + 24], key[T_FOLDER_MAX + 24];
     cm_error err = {0};
     pc_tls *tls;
     snprintf(ca, sizeof(ca), "%s/ca.crt", dir);
@@ -773,7 +765,7 @@ static void set_certificates(world *w, const char *dir)
     static const char *const files[][2] = {
         {"tls_ca", "ca.crt"}, {"tls_cert", "coordinator.crt"}, {"tls_key", "coordinator.key"}};
     for (uint32_t i = 0; i < 3; i++) {
-        char path[128];
+        char path[T_FOLDER_MAX + 24];
         snprintf(path, sizeof(path), "%s/%s", dir, files[i][1]);
         set(w, files[i][0], path);
     }
@@ -823,8 +815,8 @@ static pc_code hello_with(world *w, const char *dir, const char *certificate, ui
 static void a_certificate_is_for_one_role(void **state)
 {
     world *w = *state;
-    char dir[] = "/tmp/t_coordinator_tls.XXXXXX", command[128];
-    assert_non_null(mkdtemp(dir));
+    char dir[T_FOLDER_MAX];
+    t_folder_make(dir, "coordinator_tls");
     make_certificates(dir);
     set_certificates(w, dir);
     world_start(w);
@@ -832,8 +824,7 @@ static void a_certificate_is_for_one_role(void **state)
     assert_int_equal(hello_with(w, dir, "router", CO_ROLE_WORKER), PC_CODE_PERMISSION_DENIED);
     assert_int_equal(hello_with(w, dir, "worker", CO_ROLE_GATEWAY), PC_CODE_PERMISSION_DENIED);
     assert_int_equal(hello_with(w, dir, "admin", CO_ROLE_ROUTER), PC_CODE_PERMISSION_DENIED);
-    snprintf(command, sizeof(command), "rm -rf %s", dir);
-    assert_int_equal(system(command), 0);
+    t_folder_remove(dir);
 }
 
 int main(void)

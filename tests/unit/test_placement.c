@@ -387,6 +387,24 @@ static void message_round_trip(void **state)
     cm_arena_fini(&arena);
 }
 
+/* Of a model without experts: the one placement without pairs and ranks. */
+static void nothing_round_trips(void **state)
+{
+    (void)state;
+    pr_placement *p = pr_placement_none(), *clone = pr_placement_clone(p), *back = NULL;
+    Baleen__Control__V1__Placement message;
+    pr_placement_pack(clone, &message);
+    message.rank_member = NULL; /* as it comes from the wire */
+    assert_int_equal(pr_placement_unpack(&message, &back, NULL), CM_OK);
+    assert_int_equal(back->n_layer + back->n_expert + back->n_rank + back->first[0], 0);
+    pr_placement_free(back);
+    message.n_expert = 1;
+    assert_int_equal(pr_placement_unpack(&message, &back, NULL), CM_E_PROTOCOL);
+    pr_placement_message_free(&message);
+    pr_placement_free(clone);
+    pr_placement_free(p);
+}
+
 /* One good message of 1 layer, 2 experts, 2 ranks; the second expert with two owners. Each case breaks one
  * thing. */
 static void malformed_messages_are_refused(void **state)
@@ -472,6 +490,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(heirs_are_who_takes_over),
         cmocka_unit_test(random_changes),
         cmocka_unit_test(message_round_trip),
+        cmocka_unit_test(nothing_round_trips),
         cmocka_unit_test(malformed_messages_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

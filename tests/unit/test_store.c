@@ -13,21 +13,22 @@
 #include <cmocka.h>
 
 #include "coordinator/sqlite_log.h"
+#include "tests/support/temp_folder.h"
 
 enum { EPOCHS_KEPT = 1000 };
 
-static char g_folder[64];
+static char g_folder[T_FOLDER_MAX];
 
 static int make_folder(void **state)
 {
     (void)state;
-    snprintf(g_folder, sizeof(g_folder), "/tmp/t_store.XXXXXX");
-    return mkdtemp(g_folder) != NULL ? 0 : -1;
+    t_folder_make(g_folder, "store");
+    return 0;
 }
 
 static const char *file(const char *suffix)
 {
-    static char name[128];
+    static char name[T_FOLDER_MAX + 24];
     snprintf(name, sizeof(name), "%s/coordinator.db%s", g_folder, suffix);
     return name;
 }
@@ -35,10 +36,8 @@ static const char *file(const char *suffix)
 static int remove_folder(void **state)
 {
     (void)state;
-    unlink(file(""));
-    unlink(file("-wal"));
-    unlink(file("-shm"));
-    return rmdir(g_folder);
+    t_folder_remove(g_folder);
+    return 0;
 }
 
 static co_epoch *epoch_of(uint64_t number)
