@@ -290,7 +290,9 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
         .loop = loop,
         .jobs = cm_jobs_create("encode", (uint32_t)config->encode_threads, (uint32_t)config->streams_max + 1),
         .tokenizer = gateway->tokenizer,
-        .profile = md_profile_detect(config->model)};
+        .profile = md_profile_detect(config->model),
+        .strict_replay = strcmp(config->reasoning_replay, "strict") == 0,
+        .json_word = config->json_word};
     status = open_surfaces(gateway, err);
     if (status != CM_OK) {
         goto err_gateway;

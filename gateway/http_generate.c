@@ -386,7 +386,7 @@ static void on_finished(void *ctx, const gw_finish *finish)
     choice->finished = choice->held = true;
     x->n_held++;
     choice->finish = *finish;
-    if (x->n_choice > 1) { /* it may wait for the others: what is only lent does not */
+    if (x->sse && x->n_choice > 1) { /* it may wait for the others: what is only lent does not */
         choice->finish.stop_string = NULL;
         choice->finish.parser = NULL;
     }

@@ -140,15 +140,16 @@ static cm_status parse_messages(const parse_at *at)
 
 static cm_status parse_stream_options(const parse_at *at)
 {
-    const json_t *usage = json_object_get(at->value, "include_usage");
-    if (usage != NULL && !json_is_boolean(usage) && !json_is_null(usage)) {
-        return refuse(at->error, "stream_options.include_usage", "must be true or false");
+    static const char *const names[] = {"include_usage", "continuous_usage_stats", "resumable"};
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        const json_t *value = json_object_get(at->value, names[i]);
+        if (value != NULL && !json_is_boolean(value) && !json_is_null(value)) {
+            char name[64];
+            snprintf(name, sizeof(name), "stream_options.%s", names[i]);
+            return refuse(at->error, name, "must be true or false");
+        }
     }
-    const json_t *resumable = json_object_get(at->value, "resumable");
-    if (resumable != NULL && !json_is_boolean(resumable) && !json_is_null(resumable)) {
-        return refuse(at->error, "stream_options.resumable", "must be true or false");
-    }
-    at->request->include_usage = json_is_true(usage);
+    at->request->include_usage = json_is_true(json_object_get(at->value, "include_usage"));
     return CM_OK;
 }
 
@@ -533,6 +534,12 @@ bool gw_request_is_resumable(const json_t *body)
 bool gw_request_wants_usage(const json_t *body)
 {
     return json_is_true(json_object_get(json_object_get(body, "stream_options"), "include_usage"));
+}
+
+bool gw_request_wants_usage_always(const json_t *body)
+{
+    return gw_request_wants_usage(body) &&
+           json_is_true(json_object_get(json_object_get(body, "stream_options"), "continuous_usage_stats"));
 }
 
 bool gw_request_wants_logprobs(gw_ask_kind kind, const json_t *body)

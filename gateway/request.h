@@ -58,6 +58,7 @@ void gw_request_free(gw_request *request);
 bool gw_request_streams(const json_t *body);
 bool gw_request_is_resumable(const json_t *body); /* the client may go away and come back */
 bool gw_request_wants_usage(const json_t *body);
+bool gw_request_wants_usage_always(const json_t *body); /* in every object of a stream */
 bool gw_request_wants_logprobs(gw_ask_kind kind, const json_t *body);
 uint32_t gw_request_choices(const json_t *body); /* 1 to GW_CHOICES_MAX */
 

@@ -97,14 +97,11 @@ static double seconds_since(uint64_t from_ns, uint64_t until_ns)
 
 static gw_usage stream_usage(const gw_stream *stream, uint64_t now_ns)
 {
-    return (gw_usage){
-        .prompt_tokens = (uint32_t)stream->core.prompt.n,
-        .completion_tokens = stream->completion_tokens,
-        .reasoning_tokens = stream->reasoning_tokens,
-        .queue_ms = 1e3 * seconds_since(stream->received_ns, stream->accepted_ns),
-        .first_token_ms = 1e3 * seconds_since(stream->received_ns, stream->first_ns),
-        .total_ms = 1e3 * seconds_since(stream->received_ns, now_ns),
-    };
+    gw_usage usage = stream->usage;
+    usage.queue_ms = 1e3 * seconds_since(stream->received_ns, stream->accepted_ns);
+    usage.first_token_ms = 1e3 * seconds_since(stream->received_ns, stream->first_ns);
+    usage.total_ms = 1e3 * seconds_since(stream->received_ns, now_ns);
+    return usage;
 }
 
 void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
@@ -351,6 +348,7 @@ static void stream_encoded(void *ctx, gw_encoded *encoded)
         gw_core_init(&stream->core, &encoded->ids, tokens_max, geometry->vocab, stream->request.logprobs);
         stream->has_core = true;
         stream->thinking = encoded->thinking;
+        stream->usage.prompt_tokens = (uint32_t)stream->core.prompt.n;
         stream->parser = make_parser(stream, encoded->continues);
         gw_place_begin(&stream->gateway->place, cm_now_ms(), &stream->spot, stream->at);
         gw_streams_place(stream->gateway);

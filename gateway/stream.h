@@ -83,7 +83,9 @@ typedef void (*gw_seek_fn)(void *ctx, const gw_found *found, const gw_error *err
 gw_seek *gw_seek_begin(gw_gateway *gateway, const char *id, gw_seek_fn fn, void *ctx);
 void gw_seek_cancel(gw_seek *seek); /* fn will not be called */
 
+typedef struct gw_usage gw_usage;
 typedef struct gw_start {
+    const gw_usage *usage; /* at every event what it came to, without times; NULL: nobody counts */
     const char *request_id;
     const char *model;
     int64_t created_s; /* since 1970 */
@@ -92,10 +94,10 @@ typedef struct gw_start {
 } gw_start;
 
 typedef enum gw_reason { GW_REASON_STOP, GW_REASON_LENGTH, GW_REASON_TOOL_CALLS } gw_reason;
-typedef struct gw_usage {
+struct gw_usage {
     uint32_t prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens;
     double queue_ms, first_token_ms, total_ms;
-} gw_usage;
+};
 typedef struct gw_finish {
     gw_reason reason;
     const char *stop_string; /* NULL unless it matched */

@@ -20,7 +20,8 @@ static void tell_piece(void *ctx, const md_piece *piece)
 
 static void tell_started(gw_stream *stream)
 {
-    gw_start start = {.request_id = gw_stream_id(stream),
+    gw_start start = {.usage = &stream->usage,
+                      .request_id = gw_stream_id(stream),
                       .model = stream->gateway->model,
                       .created_s = gw_origin_created_s(stream->origin),
                       .prompt_tokens = (uint32_t)stream->core.prompt.n,
@@ -34,9 +35,9 @@ static void tell_started(gw_stream *stream)
 
 static void count_id(gw_stream *stream, uint32_t id, bool was_reasoning)
 {
-    stream->completion_tokens++;
+    stream->usage.completion_tokens++;
     if (was_reasoning && id != md_tokenizer_control(stream->gateway->tokenizer, MD_CTL_THINK_END)) {
-        stream->reasoning_tokens++;
+        stream->usage.reasoning_tokens++;
     }
     if (stream->probe) {
         return;

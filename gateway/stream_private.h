@@ -29,7 +29,7 @@ struct gw_stream {
     pc_timer *deadline; /* NULL when none */
     uint64_t deadline_at_ms;
     uint64_t received_ns, accepted_ns, first_ns; /* 0: not yet */
-    uint32_t completion_tokens, reasoning_tokens;
+    gw_usage usage;                              /* so far; without times until the end */
 
     /* An event's handler may cancel the stream: it is then over at once, and freed when nobody holds it any
      * more. */
