@@ -1,5 +1,6 @@
 """VllmEngine and server reflection against a running cluster: grpcio with stubs made from our protos, grpcio-reflection."""
 import hashlib
+import importlib.metadata
 import io
 import os
 import sys
@@ -12,6 +13,8 @@ import pytest
 from conftest import NANO, ROOT, wait_for
 
 TIMEOUT_S = 60
+CLIENT = "grpcio " + grpc.__version__
+REFLECTION = "grpcio-reflection " + importlib.metadata.version("grpcio-reflection")
 PARIS = "The capital of France is Paris."
 SERVICES = {"baleen.v1.Inference", "grpc.health.v1.Health", "vllm.grpc.engine.VllmEngine", "inference.GRPCInferenceService",
             "grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection"}
@@ -90,6 +93,7 @@ def details(error):
     return dict(error.trailing_metadata()).get("grpc-status-details-bin", b"")
 
 
+@pytest.mark.conformance(44, client=CLIENT)
 def test_stream(engine, own, pb, paris):
     responses = list(engine.Generate(request(pb, paris, request_id="vllm-1"), timeout=TIMEOUT_S))
     assert [r.WhichOneof("response") for r in responses] == ["chunk"] * (len(responses) - 1) + ["complete"]
@@ -130,6 +134,7 @@ def test_answers_ends_and_logprobs(engine, own, pb, paris):
     assert stopped.complete.matched_token_id == last
 
 
+@pytest.mark.conformance(45, client=CLIENT)
 def test_abort(engine, own, pb, cluster):
     prompt = list(own.Tokenize(pb.v1.TokenizeRequest(text="One two three"), timeout=TIMEOUT_S).ids)
     call = engine.Generate(request(pb, prompt, request_id="to-abort", max_tokens=4000, ignore_eos=True), timeout=TIMEOUT_S)
@@ -143,6 +148,7 @@ def test_abort(engine, own, pb, cluster):
     wait_for("the ledger to be zero", cluster.ledger_is_zero)
 
 
+@pytest.mark.conformance(45, 46, client=CLIENT)
 def test_cancel_and_deadline(engine, own, pb, cluster):
     prompt = list(own.Tokenize(pb.v1.TokenizeRequest(text="One two three"), timeout=TIMEOUT_S).ids)
     endless = request(pb, prompt, max_tokens=4000, ignore_eos=True)
@@ -156,6 +162,7 @@ def test_cancel_and_deadline(engine, own, pb, cluster):
     cluster.wait_until_freed(cancelled)
 
 
+@pytest.mark.conformance(48, client=CLIENT)
 def test_bad_input(engine, channel, pb, paris):
     invalid, unimplemented = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED
     error = refused(engine.Generate(request(pb, paris, temperature=9), timeout=TIMEOUT_S))
@@ -203,6 +210,7 @@ def test_tokenizer(engine, pb):
                 assert archive.read(name) == file.read()
 
 
+@pytest.mark.conformance(43, client=CLIENT, part="Check, unknown service")
 def test_health_of_services(channel, pb):
     health = pb.health_grpc.HealthStub(channel)
     for service in SERVICES:
@@ -215,6 +223,7 @@ def test_health_of_services(channel, pb):
 # ---- reflection
 
 
+@pytest.mark.conformance(42, client=REFLECTION, part="plaintext")
 def test_reflection_client(channel):
     """A client that knows no proto: finds the services, makes messages from what it is told, calls them."""
     from google.protobuf import message_factory
@@ -243,6 +252,7 @@ def test_reflection_client(channel):
         pool.FindMessageTypeByName("vllm.grpc.engine.NoSuch")
 
 
+@pytest.mark.conformance(42, client=CLIENT, part="v1")
 def test_reflection_v1(channel, pb):
     stub = pb.reflection_grpc.ServerReflectionStub(channel)
     asks = [pb.reflection.ServerReflectionRequest(list_services="*"),
@@ -258,6 +268,7 @@ def test_reflection_v1(channel, pb):
 # ---- transport
 
 
+@pytest.mark.conformance(50, client=CLIENT)
 def test_large_and_compressed(engine, pb, paris, cluster):
     """A request of more than 8 MiB, and one that is compressed."""
     big = request(pb, paris, stream=False)
@@ -272,6 +283,7 @@ def test_large_and_compressed(engine, pb, paris, cluster):
     assert again.output_ids == complete.output_ids
 
 
+@pytest.mark.conformance(50, client=CLIENT)
 def test_slow_reader_among_many(engine, own, pb, paris):
     """64 streams on one connection; one that is not read, and has more to tell than a stream's window, does not hold up the others
     and is complete when it is read."""

@@ -1,4 +1,5 @@
 """KServe's protocol over gRPC and REST against a running cluster, with Triton's own clients."""
+import importlib.metadata
 import json
 import queue
 import urllib.error
@@ -13,6 +14,7 @@ from tritonclient.utils import InferenceServerException
 from conftest import wait_for
 
 TIMEOUT_S = 60
+CLIENT = "tritonclient " + importlib.metadata.version("tritonclient")
 PARIS = "The capital of France is Paris."
 MESSAGES = json.dumps([{"role": "user", "content": "What is the capital of France?"}])
 GREEDY = json.dumps({"temperature": 0, "max_tokens": 12})
@@ -60,6 +62,7 @@ def chat(api, sampling=None):
             text_tensor(api, "sampling_parameters", sampling or json.dumps({"temperature": 0, "thinking": {"type": "disabled"}}))]
 
 
+@pytest.mark.conformance(49, client=CLIENT)
 @pytest.mark.parametrize("protocol", ["client", "http"])
 def test_what_there_is(protocol, request):
     client = request.getfixturevalue(protocol)
@@ -85,6 +88,7 @@ def test_config(client):
     assert [(model.name, model.state) for model in index] == [("nano", "READY")]
 
 
+@pytest.mark.conformance(49, client=CLIENT)
 @pytest.mark.parametrize("protocol", ["client", "http"])
 def test_infer(protocol, request):
     client = request.getfixturevalue(protocol)
@@ -121,6 +125,7 @@ def status_of(call):
     return error.value
 
 
+@pytest.mark.conformance(48, client=CLIENT)
 def test_refused(client, http):
     wrong = [text_tensor(triton_grpc, "text_input", "x"), text_tensor(triton_grpc, "sampling_parameters", '{"temperature": 9}')]
     error = status_of(lambda: client.infer("nano", wrong))
@@ -151,6 +156,7 @@ def is_final(response):
     return response.parameters["triton_final_response"].bool_param
 
 
+@pytest.mark.conformance(49, client=CLIENT)
 def test_stream(client):
     stream = Stream(client)
     stream.ask([*chat(triton_grpc), bool_tensor(triton_grpc, "stream", True)], "a")
@@ -170,6 +176,7 @@ def test_stream(client):
     client.stop_stream()
 
 
+@pytest.mark.conformance(49, client=CLIENT)
 def test_stream_errors(client):
     """What is wrong with one request leaves the stream open."""
     stream = Stream(client)
