@@ -1,5 +1,6 @@
 """VllmEngine and server reflection against a running cluster: grpcio with stubs made from our protos, grpcio-reflection."""
 import hashlib
+import importlib
 import importlib.metadata
 import io
 import os
@@ -24,26 +25,22 @@ SERVICES = {"baleen.v1.Inference", "grpc.health.v1.Health", "vllm.grpc.engine.Vl
 def pb(tmp_path_factory):
     from grpc_tools import protoc
     out = tmp_path_factory.mktemp("stubs")
-    names = ["vllm_common", "vllm_engine", "baleen_v1", "health", "reflection_v1"]
-    assert protoc.main(["protoc", f"-I{ROOT}", f"--python_out={out}", f"--grpc_python_out={out}",
-                        *(os.path.join(ROOT, "proto", name + ".proto") for name in names)]) == 0
+
+    def make(root, *names):
+        """Named as seen from root: a file has one name in a process, whoever loads it."""
+        assert protoc.main(["protoc", f"-I{root}", f"--python_out={out}", f"--grpc_python_out={out}",
+                            *(os.path.join(ROOT, "proto", name + ".proto") for name in names)]) == 0
+
+    make(os.path.join(ROOT, "proto"), "baleen_v1", "health", "reflection_v1")
+    make(ROOT, "vllm_common", "vllm_engine")
     sys.path.insert(0, str(out))
-    import proto.baleen_v1_pb2
-    import proto.baleen_v1_pb2_grpc
-    import proto.health_pb2
-    import proto.health_pb2_grpc
-    import proto.reflection_v1_pb2
-    import proto.reflection_v1_pb2_grpc
-    import proto.vllm_common_pb2
-    import proto.vllm_engine_pb2
-    import proto.vllm_engine_pb2_grpc
 
     class Modules:
-        v1, v1_grpc = proto.baleen_v1_pb2, proto.baleen_v1_pb2_grpc
-        health, health_grpc = proto.health_pb2, proto.health_pb2_grpc
-        reflection, reflection_grpc = proto.reflection_v1_pb2, proto.reflection_v1_pb2_grpc
-        common = proto.vllm_common_pb2
-        vllm, vllm_grpc = proto.vllm_engine_pb2, proto.vllm_engine_pb2_grpc
+        v1, v1_grpc = (importlib.import_module(name) for name in ("baleen_v1_pb2", "baleen_v1_pb2_grpc"))
+        health, health_grpc = (importlib.import_module(name) for name in ("health_pb2", "health_pb2_grpc"))
+        reflection, reflection_grpc = (importlib.import_module(name) for name in ("reflection_v1_pb2", "reflection_v1_pb2_grpc"))
+        common = importlib.import_module("proto.vllm_common_pb2")
+        vllm, vllm_grpc = (importlib.import_module(name) for name in ("proto.vllm_engine_pb2", "proto.vllm_engine_pb2_grpc"))
 
     return Modules
 
