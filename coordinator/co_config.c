@@ -31,6 +31,9 @@ static const cm_cfg_field co_config_fields[] = {
      CM_CFG_UINT(co_config, rebalance_moves, 1, 1u << 20)},
     {"fingerprint", "", "of the checkpoint all members must have; empty = the first worker's or router's",
      CM_CFG_STRING(co_config, fingerprint)},
+    {"mpi", "off",
+     "started by mpirun: tell the other processes of its line, whose --coordinator is mpi, where we are",
+     CM_CFG_BOOL(co_config, mpi)},
     PC_PROCESS_FIELDS(co_config, process),
 };
 

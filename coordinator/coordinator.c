@@ -262,6 +262,16 @@ static bool session_role_fits(co_session *session, const Baleen__Control__V1__Me
     return false;
 }
 
+/* After the machine has heard the wish: it has ended the session of one that is no member. */
+static void session_send_load(co_coordinator *c, co_session *session)
+{
+    cm_bytes_clear(&c->packed);
+    if (!session->finished && c->core != NULL && co_answer_cluster_load(c->core, &c->packed) &&
+        pc_call_send(session->call, c->packed.data, c->packed.len) != CM_OK) {
+        session_finish(session, CM_E_CAPACITY, "too many unread messages");
+    }
+}
+
 static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 {
     co_coordinator *c = pc_call_ctx(call);
@@ -288,8 +298,12 @@ static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
         session_finish(session, CM_E_INVALID, "not a MemberMessage");
         return;
     }
-    if (session_role_fits(session, word)) {
-        coordinator_step(c, &(co_in){.kind = CO_IN_WORD, .session = session->id, .word = word});
+    if (!session_role_fits(session, word)) {
+        return;
+    }
+    coordinator_step(c, &(co_in){.kind = CO_IN_WORD, .session = session->id, .word = word});
+    if (word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LOAD_WISH) {
+        session_send_load(c, session);
     }
 }
 

@@ -190,6 +190,22 @@ static void core_welcome(co_core *core, const co_member *member)
     co_core_emit(core, CO_OUT_WELCOME, member->session)->member_id = member->self.id;
 }
 
+/* An Abort may have been due while it was away, or from a coordinator that is no more. One that joins anew
+ * needs none: it is in the next proposal. */
+static void core_abort_leftover(co_core *core, uint64_t session, uint64_t prepared)
+{
+    uint64_t proposed = core->proposal != NULL ? core->proposal->number : 0;
+    uint64_t in_force = core->epoch != NULL ? core->epoch->number : 0;
+    if (prepared > in_force && prepared != proposed) {
+        co_core_emit(core, CO_OUT_ABORT, session)->number = prepared;
+    }
+}
+
+static uint64_t hello_prepared(const co_core *core, const Baleen__Control__V1__Hello *hello)
+{
+    return hello->cluster == core->cluster ? hello->prepared : 0;
+}
+
 /* The same process, known by its incarnation. With id 0 it never heard our Welcome. */
 static co_member *core_find_returning(co_core *core, const Baleen__Control__V1__Hello *hello)
 {
@@ -223,11 +239,10 @@ static void core_return(co_core *core, co_member *member, uint64_t session,
     }
     co_core_note(core, CM_LOG_INFO, "member %u is back", member->self.id);
     core_welcome(core, member);
-    /* An Abort may have been due while it was away. */
     uint64_t proposed = core->proposal != NULL ? core->proposal->number : 0;
-    uint64_t in_force = core->epoch != NULL ? core->epoch->number : 0;
-    if (member->told_prepare > in_force && member->told_prepare != proposed) {
-        co_core_emit(core, CO_OUT_ABORT, session)->number = member->told_prepare;
+    core_abort_leftover(core, session, member->told_prepare);
+    if (hello_prepared(core, hello) != member->told_prepare) {
+        core_abort_leftover(core, session, hello_prepared(core, hello));
     }
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->told_drain = false;

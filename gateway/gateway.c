@@ -45,6 +45,11 @@ static void on_cluster_stats(void *ctx, const Baleen__Control__V1__ClusterStats 
     gw_member_stats_take(ctx, stats);
 }
 
+static void on_cluster_load(void *ctx, const Baleen__Control__V1__ClusterLoad *load)
+{
+    gw_cluster_load_take(ctx, load);
+}
+
 static void on_drain(void *ctx)
 {
     gw_gateway *gateway = ctx;
@@ -215,6 +220,7 @@ static void join_cluster(gw_gateway *gateway)
                                             .commit = on_commit,
                                             .retire = on_retire,
                                             .cluster_stats = on_cluster_stats,
+                                            .cluster_load = on_cluster_load,
                                             .drain = on_drain,
                                             .refused = on_refused};
     pc_member_options options = {.coordinator = gateway->config->coordinator,
@@ -333,6 +339,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
     cm_bytes_fini(&gateway->tokenizer_zip);
     pc_epoch_release(gateway->epoch);
     gw_member_stats_free(gateway);
+    gw_cluster_load_free(gateway);
     pc_timer_destroy(gateway->drain_timer);
     gw_streams_fini(gateway);
     for (uint32_t i = 0; i < gateway->n_alias; i++) {

@@ -6,7 +6,8 @@ static const cm_cfg_field FIELDS[] = {
     {"grpc", "127.0.0.1:0", "address of the gRPC server; port 0 takes a free one",
      CM_CFG_STRING(gw_config, grpc)},
     {"coordinator", "",
-     "host:port of the coordinator; of all, with commas, where several stand by for one another",
+     "host:port of the coordinator; of all, with commas, where several stand by for one another; mpi: of the "
+     "coordinator in the same mpirun line",
      CM_CFG_STRING(gw_config, coordinator)},
     {"model", "", "folder with the model's config.json and tokenizer.json", CM_CFG_STRING(gw_config, model)},
     {"model_name", "", "name clients ask for; empty = the name of the model's folder",
@@ -15,7 +16,7 @@ static const cm_cfg_field FIELDS[] = {
      CM_CFG_STRING(gw_config, model_aliases)},
     {"scripted_model", "", "tests only: the same option of the routers; also the name clients ask for",
      CM_CFG_STRING(gw_config, scripted_model)},
-    {"net", "ucx", "transport to the routers", CM_CFG_CHOICE(gw_config, net, "ucx|local")},
+    {"net", "ucx", "transport to the routers", CM_CFG_CHOICE(gw_config, net, "ucx|mpi|local")},
     {"reasoning_replay", "lenient",
      "tool calls in the history of a chat in thinking mode that come without their reasoning_content: "
      "lenient takes it as empty, strict refuses them, as DeepSeek does",

@@ -131,8 +131,27 @@ def kserve():
            + part(4, part(1, b"triton_enable_empty_final_response") + part(2, bytes([8, 1]))) + part(6, part(1, b"text_output")))
 
 
+def surface():
+    for row in rows("encoding/prompts.jsonl"):
+        if row["level"] == "request" and row["endpoint"] in ("messages", "responses"):
+            yield bytes([int(row["endpoint"] == "responses")]) + compact({"stream": True, **row["body"]})
+    text = next(row["text"] for row in rows("encoding/parse.jsonl") if "invoke" in row["text"])
+    user = [{"role": "user", "content": "x"}]
+    for stream in (False, True):
+        yield b"\2" + compact({"system": text, "max_tokens": 9, "stream": stream, "messages": user, "stop_sequences": ["a"],
+                               "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "metadata": {"user_id": "u"}})
+        yield b"\1" + compact({"input": text, "stream": stream, "include": ["reasoning.encrypted_content"], "temperature": 0.5, "tools": [
+            {"type": "custom", "name": "f", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+            {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g"}]}, {"type": "web_search"}]})
+    yield b"\1" + compact({"input": [*user, {"type": "reasoning", "summary": [], "encrypted_content": "bl1.cjI="},
+                                     {"type": "custom_tool_call", "call_id": "1", "name": "p", "input": "a"},
+                                     {"type": "function_call", "call_id": "2", "name": "g", "namespace": "n", "arguments": "{}"},
+                                     {"type": "custom_tool_call_output", "call_id": "1", "output": "o"}],
+                           "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}})
+
+
 def main():
-    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, kserve):
+    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, kserve, surface):
         folder = os.path.join(sys.argv[1], make.__name__)
         os.makedirs(folder)
         for i, seed in enumerate(make()):

@@ -139,32 +139,6 @@ def test_count_is_what_is_generated_from(client):
         assert count(client, **fields) == usage.input_tokens + usage.cache_read_input_tokens, fields
 
 
-@pytest.mark.conformance(37, 38)
-def test_what_coding_agents_send(client):
-    """Many tools, system in blocks with cache_control, a beta header, ?beta=true, other models' names, all at once."""
-    tools = [{"name": f"tool_{i}", "description": "Does something with a file. " * 10,
-              "input_schema": {"type": "object", "properties": {"path": {"type": "string"}, "all": {"type": "boolean"}}}} for i in range(60)]
-    assert len(json.dumps(tools)) > 20000
-    fields = {"max_tokens": 8, "tools": tools, "metadata": {"user_id": "u"},
-              "betas": ["claude-code-20250219", "no-such-beta-2030-01-01"],
-              "system": [{"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}},
-                         {"type": "text", "text": "Be careful."}],
-              "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello", "cache_control": {"type": "ephemeral"}}]}]}
-    with client.beta.messages.stream(model="claude-opus-4-6", thinking={"type": "enabled", "budget_tokens": 1024},
-                                     extra_body={"context_management": {"edits": []}}, **fields) as stream:
-        answers = {"opus": stream.get_final_message()}
-
-    def title():  # a small model asked in parallel
-        answers["haiku"] = client.beta.messages.create(model="claude-haiku-4-5", max_tokens=10, messages=QUESTION, thinking=CHAT)
-
-    thread = threading.Thread(target=title)
-    thread.start()
-    tokens = client.beta.messages.count_tokens(model="claude-opus-4-6", **{key: fields[key] for key in ("tools", "system", "messages", "betas")})
-    thread.join()
-    assert tokens.input_tokens == answers["opus"].usage.input_tokens
-    assert answers["haiku"].content[0].type == "text"
-
-
 def test_system_in_the_middle(client):
     messages = [*QUESTION, {"role": "assistant", "content": "Paris."}, {"role": "system", "content": "Now be brief."}, *QUESTION]
     assert client.messages.create(model="nano", max_tokens=10, messages=messages, thinking=CHAT).content
@@ -213,6 +187,32 @@ def says(client, text, stream=False, **fields):
 
 
 BOTH = calls(invoke("get_weather", city='Paris "x"\n<y>', n=[1, {"a": None}]), invoke("get_weather"))
+
+
+@pytest.mark.conformance(37, 38)
+def test_what_coding_agents_send(script):
+    """Many tools, system in blocks with cache_control, a beta header, ?beta=true, other models' names, all at once."""
+    tools = [{"name": f"tool_{i}", "description": "Does something with a file. " * 10,
+              "input_schema": {"type": "object", "properties": {"path": {"type": "string"}, "all": {"type": "boolean"}}}} for i in range(60)]
+    assert len(json.dumps(tools)) > 20000
+    fields = {"max_tokens": 8, "tools": tools, "metadata": {"user_id": "u"},
+              "betas": ["claude-code-20250219", "no-such-beta-2030-01-01"],
+              "system": [{"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}},
+                         {"type": "text", "text": "Be careful."}],
+              "messages": [{"role": "user", "content": [{"type": "text", "text": "Hello</think>Hi", "cache_control": {"type": "ephemeral"}}]}]}
+    with script.beta.messages.stream(model="claude-opus-4-6", thinking={"type": "enabled", "budget_tokens": 1024},
+                                     extra_body={"context_management": {"edits": []}}, **fields) as stream:
+        answers = {"opus": stream.get_final_message()}
+
+    def title():  # a small model asked in parallel
+        answers["haiku"] = script.beta.messages.create(model="claude-haiku-4-5", max_tokens=10, messages=QUESTION, thinking=CHAT)
+
+    thread = threading.Thread(target=title)
+    thread.start()
+    tokens = script.beta.messages.count_tokens(model="claude-opus-4-6", **{key: fields[key] for key in ("tools", "system", "messages", "betas")})
+    thread.join()
+    assert tokens.input_tokens == answers["opus"].usage.input_tokens
+    assert answers["haiku"].content[0].type == "text"
 
 
 @pytest.mark.conformance(36)
@@ -359,7 +359,7 @@ def test_failure_on_the_way(start_cluster):
 def test_pings_during_a_long_prompt(start_cluster):
     cluster = start_cluster("--workers", "1", env={"BALEEN_KEEP_ALIVE_MS": "20"})
     connection = http.client.HTTPConnection(cluster.info["http"], timeout=120)
-    body = {"model": "nano", "max_tokens": 3, "stream": True, "messages": [{"role": "user", "content": "word " * 12000}]}
+    body = {"model": "nano", "max_tokens": 3, "stream": True, "messages": [{"role": "user", "content": "word " * 1500}]}
     connection.request("POST", "/v1/messages", json.dumps(body))
     events = connection.getresponse().read().decode().split("\n\n")
     before = events[:[n for n, event in enumerate(events) if "content_block_start" in event][0]]

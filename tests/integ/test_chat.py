@@ -240,7 +240,7 @@ def test_round_trip_without_reasoning(client, start_cluster):
     assert ask(strict_client, history(CALL), tools=TOOLS).choices[0].finish_reason == "stop"  # not thinking: nothing is asked
 
 
-@pytest.mark.conformance(10)
+@pytest.mark.conformance(10, part="none and auto")
 def test_tool_choice_none(client, scripted):
     text = "See:" + calls(invoke("f", a="x"))
     message, finish, _ = both(client, text, tools=TOOLS, tool_choice="none")
@@ -347,7 +347,7 @@ def test_cut_off_in_a_call(client):
 
 # ---- stops, length, text ----
 
-@pytest.mark.conformance(12)
+@pytest.mark.conformance(12, part="the word json")
 def test_the_word_json(scripted, start_cluster):
     """What is checked of json_object; keeping answers to JSON is another matter."""
     body = {"model": "scripted", "messages": user("an object please"), "response_format": {"type": "json_object"}}
@@ -508,7 +508,7 @@ def test_a_client_goes_away(scripted):
 
 # ---- request patterns of other clients ----
 
-@pytest.mark.conformance(41)
+@pytest.mark.conformance(41, client="Open WebUI's requests over plain HTTP")
 def test_how_open_webui_asks(scripted):
     """Models on load without /v1, a stream with usage, titles in parallel; reasoning as its own field; it aborts by closing."""
     connection = http.client.HTTPConnection(scripted.info["http"], timeout=60)
@@ -527,7 +527,7 @@ def test_how_open_webui_asks(scripted):
     connection.close()
 
 
-@pytest.mark.conformance(41)
+@pytest.mark.conformance(41, client="LiteLLM's requests through openai")
 def test_how_litellm_asks(client):
     """A one-token health check; fields of other providers; reasoning_content replayed where it is not needed."""
     assert ask(client, "hi", max_tokens=1).choices[0].finish_reason in ("length", "stop")
@@ -538,7 +538,7 @@ def test_how_litellm_asks(client):
 
 # ---- HTTP ----
 
-@pytest.mark.conformance(51)
+@pytest.mark.conformance(51, part="HTTP/1.1", client="sockets")
 def test_pipelined_and_chunked(scripted):
     """Several requests on one connection, the second sent before the first is answered; a body in chunks."""
     host, port = scripted.info["http"].split(":")

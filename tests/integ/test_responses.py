@@ -215,7 +215,7 @@ def test_heartbeats_during_a_long_prompt(start_cluster):
     """Events, not comments: a client that counts only those hears something, and its place in the answer stays the same."""
     cluster = start_cluster("--workers", "1", env={"BALEEN_KEEP_ALIVE_MS": "20"})
     client = openai.OpenAI(base_url=cluster.http + "/v1", api_key="none", max_retries=0)
-    events = list(client.responses.create(model="nano", input="word " * 12000, max_output_tokens=3, stream=True))
+    events = list(client.responses.create(model="nano", input="word " * 1500, max_output_tokens=3, stream=True))
     first = [event.type for event in events].index("response.output_item.added")
     beats = events[2:first]
     assert beats and {event.type for event in beats} == {"response.in_progress"} and {event.sequence_number for event in beats} == {1}

@@ -144,8 +144,9 @@ static void check_word(fake_cluster *f, fake_peer *p, const co_out *out)
         break;
     case CO_OUT_ABORT:
         f->n_aborts++;
-        assert_true(p->open_prepare == out->number || p->open_prepare == 0);
-        p->open_prepare = 0;
+        assert_true(p->open_prepare == out->number || p->open_prepare == 0 ||
+                    p->holds_prepared == out->number);
+        p->open_prepare = p->open_prepare != out->number ? p->open_prepare : 0;
         break;
     case CO_OUT_COMMIT:
         f->n_commits++;
@@ -281,7 +282,7 @@ void fake_restart(fake_cluster *f)
     {
         p->session = 0;
         p->n_mail = 0;
-        p->open_prepare = 0; /* a member forgets what it prepared for a coordinator that is gone */
+        p->open_prepare = 0; /* this one knows nothing of it: the member says so (holds_prepared) */
         p->finished |= p->leaving;
     }
 }
@@ -320,9 +321,10 @@ void fake_hello(fake_cluster *f, fake_peer *p)
     hello.protocol = p->protocol;
     hello.self = &self;
     hello.fingerprint = (char *)(uintptr_t)p->fingerprint;
-    hello.has_cluster = hello.has_epoch = true;
+    hello.has_cluster = hello.has_epoch = hello.has_prepared = true;
     hello.cluster = p->cluster;
     hello.epoch = p->epoch;
+    hello.prepared = p->holds_prepared;
     if (p->role != CO_ROLE_GATEWAY && p->n_layer != 0) {
         hello.n_layer = p->n_layer;
         hello.n_expert = FAKE_EXPERTS;
@@ -458,13 +460,18 @@ bool fake_read(fake_cluster *f, fake_peer *p)
         p->id = (uint32_t)mail.number;
         if (p->cluster != f->cluster) {
             p->cluster = f->cluster;
-            p->epoch = 0;
+            p->epoch = p->holds_prepared = 0;
         }
         break;
     case CO_OUT_PREPARE:
+        p->holds_prepared = mail.number;
         fake_answer_prepare(f, p, mail.number);
         break;
+    case CO_OUT_ABORT:
+        p->holds_prepared = p->holds_prepared != mail.number ? p->holds_prepared : 0;
+        break;
     case CO_OUT_COMMIT:
+        p->holds_prepared = p->holds_prepared > mail.number ? p->holds_prepared : 0;
         fake_answer_commit(f, p, mail.number);
         break;
     case CO_OUT_DRAIN:
@@ -577,6 +584,7 @@ void fake_check_whole(fake_cluster *f)
             assert_non_null(co_epoch_find(epoch, p->id));
             assert_int_equal(p->epoch, epoch->number);
             assert_int_equal(p->open_prepare, 0);
+            assert_int_equal(p->holds_prepared, 0);
             assert_int_equal(fake_state(f, p), CO_MEMBER_READY);
         }
     }

@@ -37,7 +37,8 @@ typedef struct fake_peer {
     uint32_t n_layer; /* as it says in its hello */
     uint32_t protocol;
     uint64_t epoch, prepared; /* in force; last one prepared */
-    uint64_t open_prepare;    /* neither aborted nor committed; 0 = none */
+    uint64_t open_prepare;    /* sent to it, neither aborted nor committed; 0 = none */
+    uint64_t holds_prepared;  /* likewise, as it has read */
     fake_mail mail[FAKE_MAIL];
     uint32_t n_mail;
     char refused[420]; /* last refusal */

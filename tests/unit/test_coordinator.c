@@ -26,7 +26,10 @@ typedef struct peer {
     uint32_t role, id;
     uint64_t epoch, retired; /* in force; last Retire */
     uint32_t n_members, n_ranks, n_stats, n_prepares, n_drains;
-    bool mute; /* never answers a prepare */
+    uint32_t n_loads;
+    uint8_t level[LAYERS * EXPERTS]; /* of the last ClusterLoad */
+    bool all_ready;                  /* by the last ClusterStats */
+    bool mute;                       /* never answers a prepare */
     uint64_t key_epoch;
     uint8_t key[NET_KEY_BYTES]; /* of the data plane, the last given */
     uint32_t n_keys;
@@ -102,7 +105,23 @@ static void on_retire(void *ctx, uint64_t oldest)
 
 static void on_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
 {
-    ((peer *)ctx)->n_stats = (uint32_t)stats->n_members;
+    peer *p = ctx;
+    p->n_stats = (uint32_t)stats->n_members;
+    p->all_ready = !stats->changing;
+    for (size_t i = 0; i < stats->n_members; i++) {
+        p->all_ready &=
+            strcmp(stats->members[i]->state, "ready") == 0 && stats->members[i]->epoch == p->epoch;
+    }
+}
+
+static void on_load(void *ctx, const Baleen__Control__V1__ClusterLoad *load)
+{
+    peer *p = ctx;
+    assert_int_equal(load->n_layer, LAYERS);
+    assert_int_equal(load->n_expert, EXPERTS);
+    assert_int_equal(load->level.len, sizeof(p->level));
+    memcpy(p->level, load->level.data, sizeof(p->level));
+    p->n_loads++;
 }
 
 static void on_drain(void *ctx)
@@ -126,6 +145,7 @@ static const pc_member_events events = {.welcome = on_welcome,
                                         .commit = on_commit,
                                         .retire = on_retire,
                                         .cluster_stats = on_stats,
+                                        .cluster_load = on_load,
                                         .drain = on_drain,
                                         .refused = on_refused};
 
@@ -194,7 +214,8 @@ static bool same_epoch(const world *w)
 static bool has_stats(const world *w)
 {
     for (uint32_t i = 0; i < w->n_peers; i++) {
-        if (w->peers[i].role == CO_ROLE_GATEWAY && w->peers[i].n_stats == w->n_peers) {
+        if (w->peers[i].role == CO_ROLE_GATEWAY && w->peers[i].n_stats == w->n_peers &&
+            w->peers[i].all_ready) {
             return true;
         }
     }
@@ -339,6 +360,30 @@ static void status_tells_all(void **state)
     cm_arena_fini(&arena);
     cm_bytes_fini(&reply);
     pc_channel_destroy(channel);
+}
+
+static bool load_came(const world *w)
+{
+    const peer *gateway = &w->peers[0];
+    if (gateway->n_loads == 0 || gateway->level[0] == 0) {
+        pc_member_wish_load(gateway->member); /* the router's count may be on its way */
+        return false;
+    }
+    return true;
+}
+
+/* One byte a pair: none is 0, one row is 1, each doubling eight more. */
+static void gateways_see_the_load(void **state)
+{
+    world *w = *state;
+    uint32_t count[LAYERS * EXPERTS] = {1, 2, 4, 1000, 0, 4000000000u};
+    static const uint8_t want[LAYERS * EXPERTS] = {1, 9, 17, 81, 0, 255};
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    assert_true(pc_member_load(w->peers[1].member, count, LAYERS, EXPERTS));
+    run_until(w, load_came);
+    assert_memory_equal(w->peers[0].level, want, sizeof(want));
+    assert_int_equal(w->peers[1].n_loads, 0);
 }
 
 /* ---- operators ---- */
@@ -840,6 +885,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(another_checkpoint_is_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(a_second_coordinator, setup, teardown),
         cmocka_unit_test_setup_teardown(members_outlive_a_restart, setup, teardown),
+        cmocka_unit_test_setup_teardown(gateways_see_the_load, setup, teardown),
         cmocka_unit_test_setup_teardown(keys_follow_epochs, setup, teardown),
         cmocka_unit_test_setup_teardown(a_restart_keeps_the_keys, setup, teardown),
         cmocka_unit_test_setup_teardown(strangers_are_shown_out, setup, teardown),

@@ -661,7 +661,8 @@ static void models(void **state)
     assert_string_equal(rig_text_at(reply, "data.0.object"), "model");
     assert_true(json_is_false(rig_at(reply, "has_more")));
     json_decref(reply);
-    rig_client *client = rig_open("GET", "/v1/models/absent", CLOSE "anthropic-version: 2023-06-01\r\n", NULL);
+    rig_client *client =
+        rig_open("GET", "/v1/models/absent", CLOSE "anthropic-version: 2023-06-01\r\n", NULL);
     rig_wait_closed(client);
     assert_int_equal(rig_status(client), 404);
     assert_non_null(strstr(cm_bytes_text(&client->in), "\"type\":\"not_found_error\""));
