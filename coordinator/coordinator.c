@@ -139,7 +139,8 @@ static void deliver_word(co_coordinator *c, const co_out *out)
 
 static void deliver_store(co_coordinator *c, const co_out *out)
 {
-    cm_status status = co_store_write(c->store, out->ticket, out->member_id, out->number, out->epoch);
+    cm_status status =
+        co_store_write(c->store, out->ticket, out->member_id, out->number, out->drains, out->epoch);
     if (status != CM_OK) {
         coordinator_expect(c, &(co_in){.kind = CO_IN_STORED,
                                        .ticket = out->ticket,
@@ -415,6 +416,7 @@ static void coordinator_active(void *ctx, const co_store_past *past)
     co_core_past core_past = {.cluster = past->cluster,
                               .next_member_id = past->next_member_id,
                               .next_number = past->next_number,
+                              .drains = past->drains,
                               .epoch = past->epoch};
     CM_ASSERT(c->core == NULL);
     c->core = co_core_create(&c->core_options, &core_past, cm_now_ms());
@@ -484,6 +486,7 @@ static cm_status coordinator_open_log(co_coordinator *c, const co_config *config
                                         .members_max = (uint32_t)config->members_max,
                                         .lease_ms = config->lease_ms,
                                         .grace_ms = config->grace_ms,
+                                        .cut_ms = config->cut_ms,
                                         .recall_ms = CO_RECALL_MS,
                                         .rebalance_ms = config->rebalance_ms,
                                         .moves_max = (uint32_t)config->rebalance_moves,

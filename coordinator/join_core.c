@@ -41,7 +41,10 @@ void co_core_recall(co_core *core, const co_peer *peer)
     member->fingerprint = cm_strdup("");
     member->heard_ms = core->now_ms;
     member->recalled = true;
-    member->leaving = member->self.draining;
+    member->drained = co_drains_has(&core->drains, member->self.id);
+    if (member->drained || member->self.draining) {
+        co_core_begin_leaving(core, member);
+    }
     /* Longer than the grace of one lost session: all of them have to notice and come back. */
     member->dead_ms = core->now_ms + core->lease_ms + core->recall_ms;
 }
@@ -244,6 +247,9 @@ static void core_return(co_core *core, co_member *member, uint64_t session,
     if (hello_prepared(core, hello) != member->told_prepare) {
         core_abort_leftover(core, session, hello_prepared(core, hello));
     }
+    if (member->self.role == CO_ROLE_ROUTER) {
+        co_core_cuts_forget(core, member->self.id); /* it says anew what it cannot reach */
+    }
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->told_drain = false;
     member->prepared = member->told_commit = member->told_retire = 0;
@@ -262,6 +268,12 @@ static void core_join(co_core *core, uint64_t session, const Baleen__Control__V1
     member->fingerprint = cm_strdup(hello->fingerprint);
     member->session = session;
     member->heard_ms = core->now_ms;
+    if (hello->self->id != 0 && hello->cluster == core->cluster &&
+        co_drains_has(&core->drains, hello->self->id)) {
+        /* out of the last epoch and not yet told so when the coordinator before us went */
+        co_drains_remove(&core->drains, hello->self->id);
+        co_core_drain_member(core, member);
+    }
     /* One that was given up and comes back goes on with what it had. */
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->ticket = co_core_store(core, NULL);

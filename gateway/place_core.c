@@ -285,7 +285,19 @@ static bool any_up(const gw_place *place)
     return false;
 }
 
-/* Asked for nowhere yet. */
+/* There is one that may take it, now or once it is linked. */
+static bool any_member(const gw_place *place)
+{
+    const gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router->standing == GW_PLACE_MEMBER) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Judged by no router yet. */
 static bool spot_is_fresh(const gw_spot *spot)
 {
     return !spot->accepted && spot->status == CM_OK;
@@ -338,6 +350,15 @@ bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status
     gw_place_router *router = spot->router;
     bool resuming = spot->state == GW_SPOT_ASKED && spot->resuming;
     spot_leave(place, spot);
+    if (status == CM_E_REFUSED && !spot->once) {
+        /* Its doors are closed for good and the epoch that says so is still on its way: that is nothing about
+         * the stream, which is as new as before to the others. */
+        router->standing = router->standing == GW_PLACE_MEMBER ? GW_PLACE_DRAINING : router->standing;
+        if (spot->accepted || any_member(place)) {
+            spot_wait(place, now_ms, spot, true);
+            return true;
+        }
+    }
     spot->status = status;
     if (resuming && status == CM_E_NOT_FOUND) {
         spot->left = 0;

@@ -90,8 +90,10 @@ bool gw_place_hosts(const gw_place *place, uint64_t number); /* some stream is t
 void gw_place_begin(gw_place *place, uint64_t now_ms, gw_spot *spot, uint64_t number);
 /* A word of its router that is no failure; with tokens or without. Fine also while it waits for another. */
 void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens);
-/* Its router failed or refused it, or said what cannot be. true: it will be asked for elsewhere; false: this
- * failure is the stream's own, or nobody else can help: it has no place any more, gw_place_end is next. */
+/* Its router failed or refused it, or said what cannot be. CM_E_REFUSED: the router is being drained and
+ * takes none; it gets no more, and the stream goes to another however busy that was. true: it will be asked
+ * for elsewhere; false: this failure is the stream's own, or nobody else can help: it has no place any more,
+ * gw_place_end is next. */
 CM_MUST_CHECK bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status status);
 /* Whatever its state. Out come routers that are linked and may have a copy of it, besides the one where it
  * was asked for last; how many. Those that are not linked let go of theirs in their own time. */

@@ -128,11 +128,13 @@ static void router_step_done(void *ctx, cm_status status, uint64_t took_ns, cons
     if (status == CM_OK) {
         rt_sched_complete(r->sched, now, took_ns, results, rt_gateways_word, r->gateways);
     } else {
+        bool no_owner = status == CM_E_NO_OWNER;
         cm_error_log("step %llu of %u rows failed: %s", (unsigned long long)r->step.number, r->step.n_row,
                      cm_status_text(status));
         rt_sched_fail_step(r->sched, now, CM_E_UNAVAILABLE,
-                           "the experts for this request are not available at the moment", rt_gateways_word,
-                           r->gateways);
+                           no_owner ? rt_exchange_why(rt_engine_exchange(r->engine))
+                                    : "the experts for this request are not available at the moment",
+                           rt_gateways_word, r->gateways);
     }
 }
 

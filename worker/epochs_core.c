@@ -154,7 +154,7 @@ void wk_hold_commit(wk_hold *hold, pc_epoch *epoch)
 
 void wk_hold_retire(wk_hold *hold, uint64_t oldest)
 {
-    while (hold->n_known > 1 &&
+    while (hold->n_known > 0 &&
            epoch_is_before(hold->known[0], hold->known[hold->n_known - 1]->cluster, oldest)) {
         hold_forget_oldest(hold);
     }

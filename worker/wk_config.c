@@ -26,8 +26,8 @@ static const cm_cfg_field g_fields[] = {
     {"frame_bytes", "4m", "largest frame; the same on routers",
      CM_CFG_BYTES(wk_config, frame_bytes, 65536, 1u << 30)},
     {"expert_bytes_max", "0",
-     "memory for experts in force; while an epoch changes those of both are held; 0 = three quarters of the "
-     "machine's",
+     "memory for experts; while an epoch changes those of both are held, within it unless no other placement "
+     "is possible; 0 = three quarters of the machine's",
      CM_CFG_BYTES(wk_config, expert_bytes_max, 0, UINT64_MAX)},
     {"warm_bytes_s", "256m",
      "bytes a second to read ahead of what the loss of another worker would give us, as far as "

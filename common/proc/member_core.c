@@ -34,7 +34,7 @@ struct pc_mcore {
     uint64_t epoch_heard;    /* newest commit handed out */
     uint64_t epoch_in_force; /* pc_mcore_committed said so */
     uint64_t epoch_prepared; /* newest prepare handed out, neither committed nor aborted; 0: none */
-    pc_mout reports[MCORE_REPORTS_MAX]; /* of lost peers, for the next coordinator */
+    pc_mout reports[MCORE_REPORTS_MAX]; /* of peers lost now, for the next coordinator */
     uint32_t n_reports;
     pc_mout outs[MCORE_OUTS]; /* a ring */
     uint32_t first_out, n_outs;
@@ -156,10 +156,13 @@ static void mcore_keep_report(pc_mcore *core, uint32_t member_id, cm_status stat
 {
     for (uint32_t i = 0; i < core->n_reports; i++) {
         if (core->reports[i].member_id == member_id) {
+            if (status == CM_OK) { /* over before it was told */
+                core->reports[i] = core->reports[--core->n_reports];
+            }
             return;
         }
     }
-    if (core->n_reports < MCORE_REPORTS_MAX) {
+    if (status != CM_OK && core->n_reports < MCORE_REPORTS_MAX) {
         core->reports[core->n_reports++] = (pc_mout){.member_id = member_id, .status = status};
     }
 }

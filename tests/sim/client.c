@@ -157,11 +157,12 @@ void sim_client_failed(sim *s, sim_request *r, cm_status status, const char *tex
     }
     if (status == CM_E_NOT_FOUND) {
         r->n_got = 0; /* the old answer is worth nothing any more */
-    } else if (status != CM_E_UNAVAILABLE && status != CM_E_CAPACITY && status != CM_E_CANCELLED) {
+    } else if (status != CM_E_UNAVAILABLE && status != CM_E_CAPACITY && status != CM_E_CANCELLED &&
+               status != CM_E_REFUSED) {
         sim_fail(s, "request %u failed: %s: %s", r->id, cm_status_name(status), text);
     }
     s->counts.told_busy += status == CM_E_CAPACITY;
-    s->counts.told_unavailable += status == CM_E_UNAVAILABLE;
+    s->counts.told_unavailable += status != CM_E_CAPACITY;
     client_ask_later(s, r);
 }
 

@@ -101,8 +101,8 @@ static void write_later(sim *s, sim_proc *proc, const co_out *out)
     coordinator *c = proc->state;
     bool fits = c->n_write < COORDINATOR_WRITES_MAX;
     if (c->store != NULL) {
-        fits =
-            co_store_etcd_ops.write(c->store, out->ticket, out->member_id, out->number, out->epoch) == CM_OK;
+        fits = co_store_etcd_ops.write(c->store, out->ticket, out->member_id, out->number, out->drains,
+                                       out->epoch) == CM_OK;
     }
     if (!fits) {
         CM_ASSERT(c->n_refused < COORDINATOR_WRITES_MAX);
@@ -281,6 +281,7 @@ static void coordinator_begin(sim *s, sim_proc *proc, const co_store_past *past)
     co_core_past core_past = {.cluster = past->cluster,
                               .next_member_id = past->next_member_id,
                               .next_number = past->next_number,
+                              .drains = past->drains,
                               .epoch = past->epoch};
     CM_ASSERT(c->core == NULL);
     c->core = co_core_create(&options, &core_past, sim_ms(s));

@@ -220,7 +220,8 @@ static void fake_step(fake_cluster *f, const co_in *in)
         } else if (outs[i].kind == CO_OUT_STORE) {
             assert_true(f->n_stores < FAKE_STORES);
             co_epoch *epoch = outs[i].epoch != NULL ? co_epoch_hold(outs[i].epoch) : NULL;
-            f->stores[f->n_stores++] = (fake_store){outs[i].ticket, outs[i].number, outs[i].member_id, epoch};
+            f->stores[f->n_stores++] =
+                (fake_store){outs[i].ticket, outs[i].number, outs[i].member_id, *outs[i].drains, epoch};
         } else {
             take_word(f, &outs[i]);
         }
@@ -244,6 +245,7 @@ void fake_init(fake_cluster *f, uint32_t workers_min)
                                    .members_max = 32,
                                    .lease_ms = 3000,
                                    .grace_ms = 300,
+                                   .cut_ms = 10000,
                                    .moves_max = 4,
                                    .fingerprint = ""};
     f->cluster = 77;
@@ -276,6 +278,7 @@ void fake_restart(fake_cluster *f)
     co_core_past past = {.cluster = f->cluster,
                          .next_member_id = f->next_id,
                          .next_number = f->next_number,
+                         .drains = f->drains,
                          .epoch = f->epoch};
     f->core = co_core_create(&f->options, &past, f->now_ms);
     FOR_PEERS(f, p)
@@ -406,12 +409,12 @@ bool fake_move(fake_cluster *f)
     return false;
 }
 
-void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id)
+void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id, cm_status status)
 {
     Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
     Baleen__Control__V1__PeerReport report = BALEEN__CONTROL__V1__PEER_REPORT__INIT;
     report.member_id = about_id;
-    report.status = CM_E_RESET;
+    report.status = status;
     word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PEER_REPORT;
     word.peer_report = &report;
     fake_say(f, from, &word);
@@ -495,6 +498,7 @@ bool fake_write(fake_cluster *f)
         assert_true(store.next_id >= f->next_id && store.number >= f->next_number);
         f->next_id = store.next_id;
         f->next_number = store.number;
+        f->drains = store.drains;
         if (store.epoch != NULL) {
             co_epoch_release(f->epoch);
             f->epoch = co_epoch_hold(store.epoch);

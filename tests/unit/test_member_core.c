@@ -191,6 +191,35 @@ static void test_an_end_is_an_end(void **state)
     pc_mcore_destroy(core);
 }
 
+/* What was lost while nobody could be told is told to the next coordinator, unless it is over by then. */
+static void test_losses_are_kept(void **state)
+{
+    pc_mcore *core = make(0);
+    pc_mout out;
+    uint32_t n = 0;
+    (void)state;
+    take(core, NULL);
+    welcome(core, 0, 3, CLUSTER);
+    pc_mcore_closed(core, 5, false, "gone");
+    take(core, NULL);
+    pc_mcore_report(core, 7, CM_E_RESET);
+    pc_mcore_report(core, 8, CM_E_RESET);
+    pc_mcore_report(core, 8, CM_E_SILENT);
+    pc_mcore_report(core, 7, CM_OK);
+    pc_mcore_report(core, 9, CM_OK);
+    pc_mcore_tick(core, 1000);
+    welcome(core, 1000, 3, CLUSTER);
+    while (pc_mcore_next(core, &out)) {
+        if (out.kind == PC_MOUT_REPORT) {
+            assert_int_equal(out.member_id, 8);
+            assert_int_equal(out.status, CM_E_RESET);
+            n++;
+        }
+    }
+    assert_int_equal(n, 1);
+    pc_mcore_destroy(core);
+}
+
 static void test_hello_says_what_it_was(void **state)
 {
     pc_mcore *core = make(0);
@@ -336,6 +365,7 @@ int main(void)
         cmocka_unit_test(test_beats),
         cmocka_unit_test(test_epochs_only_go_up),
         cmocka_unit_test(test_an_end_is_an_end),
+        cmocka_unit_test(test_losses_are_kept),
         cmocka_unit_test(test_hello_says_what_it_was),
         cmocka_unit_test(test_hello_says_what_is_prepared),
         cmocka_unit_test(test_keys_come_before_their_epoch),

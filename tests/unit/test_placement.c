@@ -357,6 +357,39 @@ static void random_changes(void **state)
 
 /* ---- the message ---- */
 
+/* While an epoch changes a worker has what it had and what it gets: together not more than it can hold. */
+static void both_epochs_fit(void **state)
+{
+    (void)state;
+    uint32_t n_loads = 0;
+    for (uint32_t round = 0; round < 2000; round++) {
+        uint32_t members[] = {1, 2, 3, 4, 5};
+        uint64_t capacity[5], sum = 0;
+        for (uint32_t r = 0; r < 5; r++) { /* unequal, and nearly full without the fifth */
+            capacity[r] = PAIRS / 6 + cm_rng_at(g_seed, round, r).word[0] % (PAIRS / 4);
+            sum += r < 4 ? capacity[r] : 0;
+        }
+        if (sum < PAIRS) {
+            continue;
+        }
+        pr_placement *before = plan(members, 4, capacity, NULL);
+        pr_placement *after = plan(members, 5, capacity, before);
+        for (uint32_t r = 0; r < 4; r++) {
+            uint32_t n = pr_placement_count(before, r);
+            for (uint32_t i = 0; i < PAIRS; i++) {
+                bool loads = pr_placement_owns(after, i / EXPERTS, i % EXPERTS, r) &&
+                             !pr_placement_owns(before, i / EXPERTS, i % EXPERTS, r);
+                n += loads;
+                n_loads += loads;
+            }
+            assert_true(n <= capacity[r]);
+        }
+        pr_placement_free(before);
+        pr_placement_free(after);
+    }
+    printf("  %u experts went to workers that had others\n", n_loads);
+}
+
 static void message_round_trip(void **state)
 {
     (void)state;
@@ -489,6 +522,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(copies_outlive_a_join),
         cmocka_unit_test(heirs_are_who_takes_over),
         cmocka_unit_test(random_changes),
+        cmocka_unit_test(both_epochs_fit),
         cmocka_unit_test(message_round_trip),
         cmocka_unit_test(nothing_round_trips),
         cmocka_unit_test(malformed_messages_are_refused),
