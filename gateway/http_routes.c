@@ -350,7 +350,7 @@ static void route_stream(gw_http *http, struct evhttp_request *req, const char *
 static void route_stream_end(gw_http *http, struct evhttp_request *req, const char *rest)
 {
     char *id = cm_strdup(rest);
-    percent_decode(id);
+    gw_http_percent_decode(id);
     gw_http_end(http, req, id);
     cm_free(id);
 }
