@@ -362,7 +362,7 @@ static void tell_finishes(gw_exchange *x)
         write_now(x);
         return;
     }
-    if (x->sse && !x->surface->named_events) {
+    if (x->sse && !x->surface->named_events && !x->surface->no_done) {
         emit_event(x, 0, "[DONE]", 6);
     }
     end_answer(x);
@@ -520,33 +520,39 @@ static gw_origin *make_origin(const gw_surface *surface, const json_t *given)
                             gw_request_streams(given) ? surface->name : NULL, given, NULL);
 }
 
-static void count_refused(void)
+void gw_http_count_refused(void)
 {
     cm_stat_add(CM_STAT_requests, 1);
     cm_stat_add(CM_STAT_requests_refused, 1);
 }
 
-void gw_http_generate(gw_http *http, struct evhttp_request *req, const gw_surface *surface)
+void gw_http_generate_given(gw_http *http, struct evhttp_request *req, const gw_surface *surface,
+                            const json_t *given)
 {
     json_t *body;
     gw_error error;
+    if (chat_body(surface, given, &body, &error) == CM_OK) {
+        exchange_begin(exchange_make(http, req), surface, given, body, make_origin(surface, given), NULL);
+        json_decref(body);
+    } else {
+        gw_http_count_refused();
+        gw_surface_own_words(surface, &error);
+        gw_reply_error(req, &error);
+    }
+}
+
+void gw_http_generate(gw_http *http, struct evhttp_request *req, const gw_surface *surface)
+{
     if (evhttp_find_header(evhttp_request_get_input_headers(req), "Last-Event-ID") != NULL) {
         gw_http_resume(http, req, NULL);
         return;
     }
     json_t *given = gw_request_json(http, req);
     if (given == NULL) {
-        count_refused();
+        gw_http_count_refused();
         return;
     }
-    if (chat_body(surface, given, &body, &error) == CM_OK) {
-        exchange_begin(exchange_make(http, req), surface, given, body, make_origin(surface, given), NULL);
-        json_decref(body);
-    } else {
-        count_refused();
-        gw_surface_own_words(surface, &error);
-        gw_reply_error(req, &error);
-    }
+    gw_http_generate_given(http, req, surface, given);
     json_decref(given);
 }
 

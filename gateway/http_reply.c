@@ -110,12 +110,17 @@ void gw_reply_retry(struct evhttp_request *req, const gw_error *error)
     }
 }
 
-/* Clients of the Anthropic interface say so wherever they ask. */
-static bool is_anthropic(struct evhttp_request *req)
+static const char *path_of(struct evhttp_request *req)
 {
     const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(req);
     const char *path = uri != NULL ? evhttp_uri_get_path(uri) : NULL;
-    const char *below = path != NULL ? gw_http_below_base(path) : "";
+    return path != NULL ? path : "";
+}
+
+/* Clients of the Anthropic interface say so wherever they ask. */
+static bool is_anthropic(struct evhttp_request *req)
+{
+    const char *below = gw_http_below_base(path_of(req));
     return evhttp_find_header(evhttp_request_get_input_headers(req), "anthropic-version") != NULL ||
            strncmp(below, "/messages", 9) == 0;
 }
@@ -127,6 +132,8 @@ void gw_reply_error(struct evhttp_request *req, const gw_error *error)
     cm_bytes_init(&body, 0);
     if (anthropic) {
         gw_anthropic_error(error, gw_reply_request_id(req), &body);
+    } else if (strncmp(path_of(req), "/v2/", 4) == 0) {
+        gw_kserve_http_error(error, NULL, &body);
     } else {
         gw_openai_error(error, &body);
     }

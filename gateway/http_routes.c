@@ -50,8 +50,7 @@ static int hex_digit(char c)
                                   : -1;
 }
 
-/* In place; a % that begins no %XX stays. */
-static void percent_decode(char *text)
+void gw_http_percent_decode(char *text)
 {
     char *to = text;
     for (const char *at = text; *at != 0; at++) {
@@ -71,7 +70,7 @@ static void route_model(gw_http *http, struct evhttp_request *req, const char *r
 {
     char *id = cm_strdup(rest);
     gw_error error;
-    percent_decode(id);
+    gw_http_percent_decode(id);
     if (gw_model_check(http->gateway, id, &error) != CM_OK) {
         gw_reply_error(req, &error);
     } else {
@@ -343,7 +342,7 @@ static void route_stream(gw_http *http, struct evhttp_request *req, const char *
         return;
     }
     char *id = cm_strdup(rest);
-    percent_decode(id);
+    gw_http_percent_decode(id);
     gw_http_resume(http, req, id);
     cm_free(id);
 }
@@ -351,7 +350,7 @@ static void route_stream(gw_http *http, struct evhttp_request *req, const char *
 static void route_stream_end(gw_http *http, struct evhttp_request *req, const char *rest)
 {
     char *id = cm_strdup(rest);
-    percent_decode(id);
+    gw_http_percent_decode(id);
     gw_http_end(http, req, id);
     cm_free(id);
 }
@@ -385,6 +384,11 @@ static const route ROUTES[] = {
     {"/ready", false, false, EVHTTP_REQ_GET, route_ready},
     {"/metrics", false, false, EVHTTP_REQ_GET, route_metrics},
     {"/version", false, false, EVHTTP_REQ_GET, route_version},
+    {"/v2", false, false, EVHTTP_REQ_GET, gw_kserve_http_server},
+    {"/v2/health/live", false, false, EVHTTP_REQ_GET, gw_kserve_http_live},
+    {"/v2/health/ready", false, false, EVHTTP_REQ_GET, gw_kserve_http_ready},
+    {"/v2/models/", false, true, EVHTTP_REQ_GET, gw_kserve_http_model},
+    {"/v2/models/", false, true, EVHTTP_REQ_POST, gw_kserve_http_ask},
     {"", false, false, EVHTTP_REQ_GET, route_root},
 };
 enum { N_ROUTES = sizeof(ROUTES) / sizeof(ROUTES[0]) };

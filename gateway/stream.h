@@ -171,6 +171,13 @@ typedef struct gw_info {
 } gw_info;
 void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out);
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway);
+/* The tokenizer's files, for clients that make their own tokens. */
+typedef struct gw_archive {
+    const uint8_t *data; /* [n_bytes] zip; the gateway's */
+    size_t n_bytes;
+    const char *sha256; /* of data, in hex */
+} gw_archive;
+void gw_gateway_tokenizer_files(const gw_gateway *gateway, gw_archive *archive_out);
 /* Ids of a chat body or of text, exactly as generation would use them. */
 CM_MUST_CHECK cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out,
                                     cm_bytes *text_out, gw_error *error_out);

@@ -55,8 +55,14 @@ const gw_surface gw_surface_complete = {
 
 const gw_surface *gw_surface_find(const char *name)
 {
-    static const gw_surface *const all[] = {&gw_surface_chat, &gw_surface_complete, &gw_surface_messages,
-                                            &gw_surface_responses};
+    static const gw_surface *const all[] = {&gw_surface_chat,
+                                            &gw_surface_complete,
+                                            &gw_surface_messages,
+                                            &gw_surface_responses,
+                                            &gw_surface_kserve_infer,
+                                            &gw_surface_kserve_infer_chat,
+                                            &gw_surface_kserve_generate,
+                                            &gw_surface_kserve_generate_chat};
     for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); i++) {
         if (strcmp(all[i]->name, name) == 0) {
             return all[i];

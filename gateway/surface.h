@@ -31,6 +31,7 @@ typedef struct gw_surface {
     gw_ask_kind kind;               /* what its bodies become */
     const char *id_prefix;          /* of its requests; NULL: that of the kind */
     bool named_events;              /* an event has its object's type as name; no [DONE] at the end */
+    bool no_done;                   /* no [DONE] at the end */
     const gw_surface_field *fields; /* up to one without a name; NULL: none */
     /* A new reference; what it cannot tell, gw_stream_open checks. NULL: the client's own body. */
     cm_status (*body)(const json_t *given, json_t **body_out, gw_error *error_out);
@@ -39,6 +40,8 @@ typedef struct gw_surface {
 } gw_surface;
 
 extern const gw_surface gw_surface_chat, gw_surface_complete, gw_surface_messages, gw_surface_responses;
+extern const gw_surface gw_surface_kserve_infer, gw_surface_kserve_infer_chat, gw_surface_kserve_generate,
+    gw_surface_kserve_generate_chat;
 const gw_surface *gw_surface_find(const char *name); /* NULL: there is none */
 
 /* To a chat body, fields that are copied; null is no value. */

@@ -109,6 +109,28 @@ def request():
                            "min_tokens": 1, "ignore_eos": False, "include_stop_str_in_output": True})
 
 
+def part(number, data):
+    """A field of a message whose length is given."""
+    assert len(data) < 128
+    return bytes([number << 3 | 2, len(data)]) + data
+
+
+def kserve():
+    """ModelInferRequests, raw and not: name 1, datatype 2, shape 3, contents 5 of an input; see proto/kserve.proto."""
+    def tensor(name, datatype, shape, contents=b""):
+        return part(5, part(1, name) + part(2, datatype) + part(3, bytes(shape)) + (part(5, contents) if contents else b""))
+
+    head = part(1, b"nano") + part(3, b"7")
+    text = tensor(b"text_input", b"BYTES", [1], part(8, b"Hi"))
+    sampling = tensor(b"sampling_parameters", b"BYTES", [1], part(8, b'{"max_tokens": 4}'))
+    yield head + text + sampling + tensor(b"exclude_input_in_output", b"BOOL", [1], part(1, b"\1"))
+    yield head + tensor(b"messages", b"BYTES", [1, 1], part(8, b'[{"role":"user","content":"x"}]')) + tensor(b"stream", b"BOOL", [1], part(1, b"\1"))
+    yield head + tensor(b"input_ids", b"INT32", [1, 3], part(2, bytes([5, 6, 7])))
+    yield (head + tensor(b"input_ids", b"INT32", [2]) + tensor(b"stream", b"BOOL", [1]) + tensor(b"sampling_parameters", b"BYTES", [1])
+           + part(7, struct.pack("<ii", 5, 6)) + part(7, b"\1") + part(7, struct.pack("<I", 11) + b'{"seed": 1}')
+           + part(4, part(1, b"triton_enable_empty_final_response") + part(2, bytes([8, 1]))) + part(6, part(1, b"text_output")))
+
+
 def surface():
     for row in rows("encoding/prompts.jsonl"):
         if row["level"] == "request" and row["endpoint"] in ("messages", "responses"):
@@ -129,7 +151,7 @@ def surface():
 
 
 def main():
-    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, surface):
+    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, kserve, surface):
         folder = os.path.join(sys.argv[1], make.__name__)
         os.makedirs(folder)
         for i, seed in enumerate(make()):

@@ -331,6 +331,11 @@ const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)
     return gateway->tokenizer;
 }
 
+void gw_gateway_tokenizer_files(const gw_gateway *gateway, gw_archive *archive_out)
+{
+    *archive_out = gateway->archive;
+}
+
 /* The ids of the first message's content as it is; a message of a tool is refused. */
 cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out, cm_bytes *text_out,
                       gw_error *error_out)
