@@ -196,7 +196,8 @@ static cm_status open_model(gw_gateway *gateway, cm_error *err)
     cm_status status =
         md_tokenizer_open(cm_bytes_text(&path), gateway->geometry.vocab, &gateway->tokenizer, err);
     cm_bytes_fini(&path);
-    return status;
+    CM_TRY(status);
+    return gw_tokenizer_zip(dir, &gateway->tokenizer_zip, gateway->tokenizer_sha256, err);
 }
 
 static cm_status open_surfaces(gw_gateway *gateway, cm_error *err)
@@ -335,6 +336,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
     if (gateway->tokenizer != NULL) {
         md_tokenizer_close(gateway->tokenizer);
     }
+    cm_bytes_fini(&gateway->tokenizer_zip);
     pc_epoch_release(gateway->epoch);
     gw_member_stats_free(gateway);
     gw_cluster_load_free(gateway);
@@ -442,6 +444,13 @@ void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out)
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)
 {
     return gateway->tokenizer;
+}
+
+void gw_gateway_tokenizer_files(const gw_gateway *gateway, gw_archive *archive_out)
+{
+    *archive_out = (gw_archive){.data = gateway->tokenizer_zip.data,
+                                .n_bytes = gateway->tokenizer_zip.len,
+                                .sha256 = gateway->tokenizer_sha256};
 }
 
 cm_status gw_model_check(const gw_gateway *gateway, const char *name, gw_error *error_out)

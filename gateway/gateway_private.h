@@ -13,6 +13,7 @@
 #include "gateway/place_core.h"
 #include "gateway/routers.h"
 #include "gateway/stream.h"
+#include "gateway/tokenizer_files.h"
 
 enum { GW_RETRY_MS = 1000, GW_ALIASES_MAX = 16 };
 
@@ -60,6 +61,8 @@ struct gw_gateway {
     char *alias[GW_ALIASES_MAX];
     uint32_t n_alias;
     md_tokenizer *tokenizer;
+    cm_bytes tokenizer_zip; /* its files, for clients; its hash in hex */
+    char tokenizer_sha256[GW_SHA256_HEX];
     gw_encoder encoder;
 
     gw_routers *routers;

@@ -34,7 +34,7 @@ struct gw_openai {
     gw_ask_kind kind;
     bool stream, include_usage, usage_always, wants_logprobs;
     char *fingerprint;
-    gw_openai_emit_fn emit;
+    gw_emit_fn emit;
     void *ctx;
     cm_bytes out; /* the object being written */
 
@@ -67,8 +67,8 @@ static void choice_fini(gw_openai_choice *choice)
     cm_bytes_fini(&choice->reasoning);
 }
 
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
-                            gw_openai_emit_fn emit, void *ctx)
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_emit_fn emit,
+                            void *ctx)
 {
     gw_openai *writer = cm_alloc(sizeof(*writer));
     *writer = (gw_openai){.kind = kind,

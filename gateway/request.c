@@ -364,6 +364,7 @@ static const field FIELDS[] = {
     {"top_logprobs", CHAT, FIELD_UINT, RANGE(0, GW_TOP_LOGPROBS_MAX), TO(n_top)},
     {"prompt_logprobs", BOTH, FIELD_ANY, .parse = parse_prompt_logprobs},
     {"response_format", BOTH, FIELD_OBJECT, .parse = parse_response_format},
+    {"structured_outputs", BOTH, FIELD_OBJECT, ONLY(0)},
     {"tools", CHAT, FIELD_LIST, .parse = parse_tools},
     {"functions", CHAT, FIELD_LIST, ONLY(0)},
     {"tool_choice", CHAT, FIELD_ANY, .parse = parse_tool_choice},
@@ -563,6 +564,8 @@ cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n
             "This model's maximum context length is %u tokens. However, your prompt has %u tokens. Please "
             "shorten it.",
             context, n_prompt);
+        error_out->tokens = n_prompt;
+        error_out->tokens_max = context - 1;
         return CM_E_TOO_LONG;
     }
     uint32_t wanted = request->tokens_max;
