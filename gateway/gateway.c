@@ -43,6 +43,7 @@ static void on_retire(void *ctx, uint64_t oldest)
 static void on_cluster_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
 {
     gw_member_stats_take(ctx, stats);
+    gw_streams_room(ctx);
 }
 
 static void on_drain(void *ctx)
@@ -60,6 +61,7 @@ static void on_refused(void *ctx, cm_status status, const char *text)
 
 static void on_linked(void *ctx, gw_router *router)
 {
+    gw_streams_room(ctx);
     gw_streams_linked(ctx, router);
     gw_seeks_linked(ctx, router);
     gw_probe_consider(ctx);
@@ -71,6 +73,7 @@ static void on_lost(void *ctx, gw_router *router, cm_status status)
     if (status != CM_OK) {
         pc_member_report_peer(gateway->member, gw_router_member(router), status);
     }
+    gw_streams_room(gateway);
     gw_streams_lost(gateway, router);
     gw_seeks_lost(gateway, router);
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
@@ -89,6 +92,7 @@ static void on_stands(void *ctx, gw_router *router, gw_place_standing standing)
 {
     gw_gateway *gateway = ctx;
     gw_place_stands(&gateway->place, cm_now_ms(), gw_router_number(router), standing);
+    gw_streams_room(gateway);
     gw_streams_place(gateway);
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         gw_probe_reset(gateway);
@@ -106,6 +110,7 @@ static void on_load(void *ctx, gw_router *router, uint32_t n_sequences)
 {
     gw_gateway *gateway = ctx;
     gw_place_load(&gateway->place, gw_router_number(router), n_sequences);
+    gw_streams_room(gateway);
 }
 
 /* ---- create ---- */
@@ -243,6 +248,7 @@ static gw_gateway *gateway_make(pc_loop *loop, const gw_config *config, gw_leave
     gateway->born_ms = cm_now_ms();
     gateway->created_s = (int64_t)(cm_wall_us() / 1000000u);
     gw_streams_init(gateway);
+    gateway->telemetry = gw_telemetry_create();
     TAILQ_INIT(&gateway->seeks);
     gateway->drain_timer = pc_timer_create(loop, drain_timeout, gateway);
     gateway->drain_task = (pc_task){.fn = drain_tell, .arg = gateway};
@@ -267,7 +273,11 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
     pc_addresses coordinators;
     CM_TRY(pc_addresses_parse("coordinator", config->coordinator, &coordinators, err));
     gw_gateway *gateway = gateway_make(loop, config, leave, ctx);
-    cm_status status = pc_tls_open(&config->process.tls, config->coordinator, "gateway", &gateway->tls, err);
+    cm_status status = gw_tenants_create(loop, config->key_file, &gateway->turns, &gateway->tenants, err);
+    if (status != CM_OK) {
+        goto err_gateway;
+    }
+    status = pc_tls_open(&config->process.tls, config->coordinator, "gateway", &gateway->tls, err);
     if (status != CM_OK) {
         goto err_gateway;
     }
@@ -325,6 +335,8 @@ void gw_gateway_destroy(gw_gateway *gateway)
     gw_member_stats_free(gateway);
     pc_timer_destroy(gateway->drain_timer);
     gw_streams_fini(gateway);
+    gw_tenants_destroy(gateway->tenants);
+    gw_telemetry_destroy(gateway->telemetry);
     for (uint32_t i = 0; i < gateway->n_alias; i++) {
         cm_free(gateway->alias[i]);
     }
@@ -422,6 +434,12 @@ void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out)
         .created_s = gateway->created_s,
         .choices_max = (uint32_t)gateway->config->choices_max,
     };
+}
+
+cm_status gw_gateway_identify(const gw_gateway *gateway, const char *authorization, const char *api_key,
+                              gw_tenant **tenant_out, gw_error *error_out)
+{
+    return gw_tenants_identify(gateway->tenants, authorization, api_key, tenant_out, error_out);
 }
 
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)

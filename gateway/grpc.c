@@ -1,6 +1,7 @@
 /* Methods, calls from their request to their end, drain. */
 #include "gateway/grpc.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "common/base/assert.h"
@@ -13,7 +14,8 @@ enum {
     ARENA_BYTES_MAX = 256 << 20, /* small parts grow when they are unpacked: this bounds their number */
     CALLS_MAX = 70000, /* above any number of streams that a gateway lets in: it refuses, with details */
     SCRATCH_BYTES_MAX = 1 << 20, /* kept between messages */
-    QUEUE_BYTES_MAX = 1 << 20,   /* unsent bytes of one call; more, and its client reads too slowly */
+    DRAIN_RETRY_MS = 1000,
+    QUEUE_BYTES_MAX = 1 << 20, /* unsent bytes of one call; more, and its client reads too slowly */
 };
 
 const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
@@ -117,6 +119,7 @@ void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
 
 void gw_grpc_finish(gw_grpc_call *call)
 {
+    call->code = PC_CODE_OK;
     pc_call_finish(call->call, PC_CODE_OK, NULL, NULL, 0, 0);
 }
 
@@ -159,8 +162,10 @@ cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_e
                      "the deadline of the request passed before it was begun");
         return CM_E_DEADLINE;
     }
+    ask->visit = call->visit;
     CM_TRY(gw_stream_open(call->grpc->gateway, ask, events, ctx, stream_out, error_out));
     if (ask->choice == 0) {
+        snprintf(call->visit->id, sizeof(call->visit->id), "%s", gw_stream_id(*stream_out));
         pc_call_add_header(call->call, "x-request-id", gw_stream_id(*stream_out));
     }
     return CM_OK;
@@ -207,7 +212,7 @@ void gw_grpc_seek(gw_grpc_call *call, const Baleen__V1__Routing *routing, uint64
     }
     call->skip = skip;
     call->resumable = routing->resumable;
-    call->seek = gw_seek_begin(call->grpc->gateway, request_id, on_found, call);
+    call->seek = gw_seek_begin(call->grpc->gateway, call->visit->tenant, request_id, on_found, call);
 }
 
 void gw_grpc_reopen(gw_grpc_call *call, gw_ask *ask, const gw_found *found, const gw_stream_events *events)
@@ -283,7 +288,13 @@ static cm_status call_begin(gw_grpc_call *call, const uint8_t *data, size_t n_by
     if (call->grpc->draining && !call->method->health) {
         gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL,
                      "this gateway is shutting down; please try again");
+        error_out->retry_ms = DRAIN_RETRY_MS;
         return CM_E_UNAVAILABLE;
+    }
+    if (!call->method->health) {
+        CM_TRY(gw_gateway_identify(call->grpc->gateway, pc_call_metadata(call->call, "authorization"),
+                                   pc_call_metadata(call->call, "x-api-key"), &call->visit->tenant,
+                                   error_out));
     }
     return unpack(call, data, n_bytes, request_out, error_out);
 }
@@ -297,6 +308,10 @@ static void call_message(pc_call *rpc, const uint8_t *data, size_t n_bytes)
     call->grpc = grpc;
     call->call = rpc;
     call->method = &gw_grpc_methods[pc_call_method(rpc) - grpc->methods];
+    call->code = -1;
+    call->visit = gw_visit_begin(call->method->path, NULL, pc_call_metadata(rpc, "traceparent"));
+    call->visit->quiet = call->method->health;
+    pc_call_add_header(rpc, "traceparent", call->visit->traceparent);
     pc_call_set_user(rpc, call);
     TAILQ_INSERT_TAIL(&grpc->calls, call, link);
     if (call_begin(call, data, n_bytes, &request, &error) == CM_OK) {
@@ -319,7 +334,6 @@ static void call_closed(pc_call *rpc, bool cancelled)
 {
     gw_grpc_call *call = pc_call_user(rpc);
     gw_grpc *grpc = call->grpc;
-    (void)cancelled;
     if (call->seek != NULL) {
         gw_seek_cancel(call->seek);
     }
@@ -327,6 +341,7 @@ static void call_closed(pc_call *rpc, bool cancelled)
     if (call->method->fini != NULL) {
         call->method->fini(call);
     }
+    gw_visit_end(call->visit, cancelled || call->code < 0 ? PC_CODE_CANCELLED : call->code);
     TAILQ_REMOVE(&grpc->calls, call, link);
     cm_free(call);
     drain_check(grpc);

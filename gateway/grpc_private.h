@@ -7,6 +7,7 @@
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
 #include "gateway/grpc.h"
+#include "gateway/visit.h"
 #include "proto/baleen_v1.pb-c.h"
 #include "proto/health.pb-c.h"
 #include "proto/pack.h"
@@ -74,6 +75,8 @@ struct gw_grpc_call {
     gw_grpc *grpc;
     pc_call *call;
     const gw_grpc_method *method;
+    gw_visit *visit;
+    int code;          /* it was ended with; -1: not by us */
     gw_stream *stream; /* NULL: none, or it has ended */
     gw_seek *seek;     /* what the client comes back for is looked for */
     uint64_t skip;     /* messages, for Generate tokens, that the client has from before */

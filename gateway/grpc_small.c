@@ -171,10 +171,10 @@ void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *message)
         return;
     }
     for (size_t i = 0; i < request->n_request_ids; i++) {
-        response.aborted += gw_stream_abort(gateway, request->request_ids[i]);
+        response.aborted += gw_stream_abort(gateway, call->visit->tenant, request->request_ids[i]);
     }
     if (request->has_all && request->all) {
-        response.aborted += gw_stream_abort_all(gateway);
+        response.aborted += gw_stream_abort_all(gateway, call->visit->tenant);
     }
     response.has_aborted = true;
     answer(call, &response.base);

@@ -9,6 +9,9 @@ typedef struct gw_config {
     char *model_name;    /* "": the folder's name */
     char *model_aliases; /* "a,b" */
     char *net;           /* back-end towards the routers */
+    char *key_file;      /* "": none */
+    bool metrics_open;
+    uint64_t running_max, queue_ms;
     uint64_t streams_max, choices_max, encode_threads;
     uint64_t request_bytes_max, slow_reader_bytes;
     uint64_t connections_max, http_timeout_ms, keep_alive_ms;

@@ -27,9 +27,10 @@ typedef struct exchange_choice {
 struct gw_exchange {
     TAILQ_ENTRY(gw_exchange) link;
     gw_http *http;
+    gw_visit *visit;
     struct evhttp_request *req;
     exchange_choice *choices;
-    uint32_t n_choice, n_started, n_finished, n_held;
+    uint32_t n_choice, n_admitted, n_started, n_finished, n_held;
     gw_openai *writer;
     gw_origin *origin;
     gw_seek *seek;            /* what the client comes back for is looked for; there are no choices yet */
@@ -97,6 +98,13 @@ static void detach_streams(gw_exchange *x)
     }
 }
 
+/* 499: the client went away before it was told anything. */
+static int answered_with(const gw_exchange *x)
+{
+    int code = evhttp_request_get_response_code(x->req);
+    return code != 0 ? code : 499;
+}
+
 static void exchange_free(gw_exchange *x)
 {
     gw_http *http = x->http;
@@ -107,6 +115,7 @@ static void exchange_free(gw_exchange *x)
         detach_streams(x);
     }
     cancel_streams(x);
+    gw_visit_end(x->visit, answered_with(x));
     gw_origin_release(x->origin);
     cm_free(x->choices);
     TAILQ_REMOVE(&http->exchanges, x, link);
@@ -133,11 +142,12 @@ static void exchange_written(struct evhttp_request *req, void *arg)
 static void exchange_closed(struct evhttp_connection *connection, void *arg)
 {
     gw_exchange *x = arg;
+    struct evhttp_request *req = x->req;
     (void)connection;
-    if (evhttp_request_get_connection(x->req) == NULL) {
-        evhttp_request_free(x->req);
-    }
     exchange_free(x);
+    if (evhttp_request_get_connection(req) == NULL) {
+        evhttp_request_free(req);
+    }
 }
 
 /* Ends the connection from our side, unsent bytes and all; the request goes with it. */
@@ -163,6 +173,9 @@ void gw_exchanges_drop_all(gw_http *http)
 static void send_head(gw_exchange *x)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(x->req);
+    if (x->head_sent) {
+        return; /* with a keep-alive */
+    }
     evhttp_add_header(out, "Content-Type", x->sse ? "text/event-stream; charset=utf-8" : "application/json");
     if (x->sse) {
         evhttp_add_header(out, "Cache-Control", "no-cache");
@@ -232,9 +245,7 @@ static void emit_object(void *ctx, uint32_t choice, const char *json, size_t n_b
 static void keep_alive(void *arg)
 {
     gw_exchange *x = arg;
-    if (!x->head_sent) {
-        send_head(x); /* a whole object may begin with empty lines */
-    }
+    send_head(x); /* a whole object may begin with empty lines */
     evbuffer_add_printf(x->pending, "%s", x->sse ? ": keep-alive\n\n" : "\n");
     (void)write_pending(x);
 }
@@ -257,6 +268,15 @@ static void end_answer(gw_exchange *x)
 /* ---- the streams' events ----
  * Choices start, speak and finish in any order. What is said before all of them were accepted waits in
  * pending: until then the whole request may still be refused. */
+
+/* Nothing of what they asked is wrong: from now on the client may have to wait. */
+static void on_admitted(void *ctx)
+{
+    gw_exchange *x = ((exchange_choice *)ctx)->x;
+    if (++x->n_admitted == x->n_choice) {
+        pc_timer_set(x->keep_alive, x->http->gateway->config->keep_alive_ms);
+    }
+}
 
 static void on_started(void *ctx, const gw_start *start)
 {
@@ -392,6 +412,8 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req)
     gw_exchange *x = cm_alloc(sizeof(*x));
     struct evhttp_connection *connection = evhttp_request_get_connection(req);
     x->http = http;
+    x->visit = http->visit;
+    http->visit = NULL;
     x->req = req;
     x->pending = evbuffer_new();
     x->keep_alive = pc_timer_create(http->gateway->loop, keep_alive, x);
@@ -405,7 +427,8 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req)
 
 static cm_status open_choices(gw_exchange *x, gw_ask *ask, const uint64_t *router, gw_error *error_out)
 {
-    static const gw_stream_events events = {.started = on_started,
+    static const gw_stream_events events = {.admitted = on_admitted,
+                                            .started = on_started,
                                             .piece = on_piece,
                                             .logprobs = on_logprobs,
                                             .flush = on_flush,
@@ -438,6 +461,7 @@ static void exchange_begin(gw_exchange *x, gw_ask_kind kind, const json_t *body,
     x->choices = cm_alloc(sizeof(*x->choices) * x->n_choice);
     gw_ask ask = {.kind = kind,
                   .body = body,
+                  .visit = x->visit,
                   .origin = origin,
                   .deadline_ms = UINT64_MAX,
                   .skip_special = true,
@@ -512,5 +536,5 @@ void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id)
     }
     gw_exchange *x = exchange_make(http, req);
     x->from = from;
-    x->seek = gw_seek_begin(http->gateway, id != NULL ? id : from.id, on_found, x);
+    x->seek = gw_seek_begin(http->gateway, x->visit->tenant, id != NULL ? id : from.id, on_found, x);
 }

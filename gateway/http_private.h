@@ -9,6 +9,7 @@
 
 #include "gateway/gateway_private.h"
 #include "gateway/request.h"
+#include "gateway/visit.h"
 
 typedef struct gw_exchange gw_exchange;
 typedef struct gw_connections gw_connections;
@@ -19,6 +20,7 @@ struct gw_http {
     gw_connections *connections;
     TAILQ_HEAD(, gw_exchange) exchanges;
     uint32_t n_exchanges;
+    gw_visit *visit; /* of the request being dispatched; NULL: an exchange has taken it and ends it */
 };
 
 /* ---- http_connections.c: how many there may be ---- */
@@ -31,8 +33,8 @@ void gw_reply(struct evhttp_request *req, int code, const char *content_type, co
               size_t n_bytes);
 void gw_reply_json(struct evhttp_request *req, int code, const json_t *value);
 void gw_reply_error(struct evhttp_request *req, const gw_error *error);
-/* Before any answer: x-request-id, CORS. */
-void gw_reply_headers(struct evhttp_request *req);
+/* Before any answer: x-request-id, traceparent, CORS. */
+void gw_reply_headers(struct evhttp_request *req, const gw_visit *visit);
 /* retry-after and retry-after-ms when the error says so. */
 void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
 /* The body as a JSON object; NULL: an error was answered. */
