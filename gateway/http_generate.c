@@ -9,8 +9,9 @@
 #include "gateway/http_private.h"
 
 enum {
-    INPUT_WHILE_ANSWERING = 64 * 1024
-}; /* bytes of further requests on the connection; then it is not read */
+    INPUT_WHILE_ANSWERING = 64 * 1024, /* bytes of further requests on the connection; then it is not read */
+    GONE_STATUS = 499,                 /* in the log: the client went away before it was told anything */
+};
 
 /* One of the answers of an exchange. */
 typedef struct exchange_choice {
@@ -37,6 +38,7 @@ struct gw_exchange {
     gw_event_id from;         /* the last event that it has, when it comes back */
     bool resumable;           /* its streams go on for a while if it goes away */
     bool sse;                 /* answered in events */
+    int status;               /* that was told; 0: none yet */
     bool head_sent;           /* status and headers are out: errors go into the body */
     struct evbuffer *pending; /* of this step, not yet given to the connection */
     pc_timer *keep_alive;
@@ -98,13 +100,6 @@ static void detach_streams(gw_exchange *x)
     }
 }
 
-/* 499: the client went away before it was told anything. */
-static int answered_with(const gw_exchange *x)
-{
-    int code = evhttp_request_get_response_code(x->req);
-    return code != 0 ? code : 499;
-}
-
 static void exchange_free(gw_exchange *x)
 {
     gw_http *http = x->http;
@@ -115,7 +110,7 @@ static void exchange_free(gw_exchange *x)
         detach_streams(x);
     }
     cancel_streams(x);
-    gw_visit_end(x->visit, answered_with(x));
+    gw_visit_end(x->visit, x->status != 0 ? x->status : GONE_STATUS);
     gw_origin_release(x->origin);
     cm_free(x->choices);
     TAILQ_REMOVE(&http->exchanges, x, link);
@@ -170,6 +165,13 @@ void gw_exchanges_drop_all(gw_http *http)
 
 /* ---- writing ---- */
 
+/* Instead of an answer. */
+static void refuse(gw_exchange *x, const gw_error *error)
+{
+    x->status = gw_error_http(error);
+    gw_reply_error(x->req, error);
+}
+
 static void send_head(gw_exchange *x)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(x->req);
@@ -182,6 +184,7 @@ static void send_head(gw_exchange *x)
         evhttp_add_header(out, "X-Accel-Buffering", "no");
     }
     evhttp_send_reply_start(x->req, 200, "OK");
+    x->status = 200;
     x->head_sent = true;
 }
 
@@ -257,6 +260,7 @@ static void end_answer(gw_exchange *x)
     if (!x->head_sent) {
         evhttp_add_header(evhttp_request_get_output_headers(x->req), "Content-Type", "application/json");
         evhttp_send_reply(x->req, 200, "OK", x->pending);
+        x->status = 200;
         return;
     }
     if (write_pending(x)) {
@@ -390,7 +394,7 @@ static void on_failed(void *ctx, const gw_error *error)
     cancel_streams(x);
     if (!x->head_sent) {
         pc_timer_clear(x->keep_alive);
-        gw_reply_error(x->req, error);
+        refuse(x, error);
         return;
     }
     cm_bytes body;
@@ -468,7 +472,7 @@ static void exchange_begin(gw_exchange *x, gw_ask_kind kind, const json_t *body,
                   .choices_max = (uint32_t)gateway->config->choices_max};
     if (open_choices(x, &ask, router, &error) != CM_OK) {
         cancel_streams(x);
-        gw_reply_error(x->req, &error);
+        refuse(x, &error);
     }
 }
 
@@ -503,19 +507,19 @@ static void on_found(void *ctx, const gw_found *found, const gw_error *error)
     gw_error wrong;
     x->seek = NULL;
     if (error != NULL) {
-        gw_reply_error(x->req, error);
+        refuse(x, error);
         return;
     }
     bool chat = strcmp(found->surface, surface_of(GW_ASK_CHAT)) == 0;
     if (!chat && strcmp(found->surface, surface_of(GW_ASK_COMPLETE)) != 0) {
         gw_error_set(&wrong, GW_CAUSE_NO_STREAM, NULL, "the stream '%.140s' was not begun over HTTP",
                      gw_origin_id(found->origin));
-        gw_reply_error(x->req, &wrong);
+        refuse(x, &wrong);
     } else if (x->from.n != 0 && x->from.n != found->n_router) {
         gw_error_set(&wrong, GW_CAUSE_INVALID, "Last-Event-ID",
                      "the stream '%.140s' has %u answers, Last-Event-ID counts the events of %u",
                      gw_origin_id(found->origin), found->n_router, x->from.n);
-        gw_reply_error(x->req, &wrong);
+        refuse(x, &wrong);
     } else {
         exchange_begin(x, chat ? GW_ASK_CHAT : GW_ASK_COMPLETE, found->body, gw_origin_hold(found->origin),
                        found->router);

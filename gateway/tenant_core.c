@@ -61,8 +61,9 @@ static uint32_t bucket_wait_ms(const bucket *b, double least)
     if (b->per_minute == 0 || b->level >= least) {
         return 0;
     }
-    double ms = (least - b->level) * 60000.0 / (double)b->per_minute + 1;
-    return ms < 3600000.0 ? (uint32_t)ms : 3600000u;
+    double ms = (least - b->level) * 60000.0 / (double)b->per_minute;
+    uint32_t whole = ms < 3600000.0 ? (uint32_t)ms : 3600000u;
+    return whole < ms ? whole + 1 : whole;
 }
 
 static void bucket_take(bucket *b, int64_t n)
