@@ -193,14 +193,26 @@ static cm_status open_model(gw_gateway *gateway, cm_error *err)
     return status;
 }
 
+static cm_status open_serve_tls(gw_gateway *gateway, cm_error *err)
+{
+    const gw_config *config = gateway->config;
+    bool cert = config->serve_cert[0] != 0, key = config->serve_key[0] != 0;
+    if (cert != key) {
+        return cm_error_set(err, CM_E_CONFIG, cert ? "serve_key" : "serve_cert",
+                            "TLS needs a certificate and its key: give both --serve-cert and --serve-key");
+    }
+    return cert ? pc_serve_tls_open(config->serve_cert, config->serve_key, &gateway->serve_tls, err) : CM_OK;
+}
+
 static cm_status open_surfaces(gw_gateway *gateway, cm_error *err)
 {
     const gw_config *config = gateway->config;
+    CM_TRY(open_serve_tls(gateway, err));
     CM_TRY(gw_http_create(gateway, config->http, &gateway->http, gateway->http_bound, err));
     gateway->grpc_drained = true;
     if (config->grpc[0] != 0) {
-        CM_TRY(
-            gw_grpc_create(gateway, gateway->loop, config->grpc, &gateway->grpc, gateway->grpc_bound, err));
+        CM_TRY(gw_grpc_create(gateway, gateway->loop, config->grpc, gateway->serve_tls, &gateway->grpc,
+                              gateway->grpc_bound, err));
         gateway->grpc_drained = false;
     }
     return CM_OK;
@@ -324,6 +336,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
         pc_member_destroy(gateway->member);
     }
     pc_tls_close(gateway->tls);
+    pc_serve_tls_close(gateway->serve_tls);
     if (gateway->encoder.jobs != NULL) {
         cm_jobs_destroy(gateway->encoder.jobs);
     }

@@ -55,7 +55,8 @@ struct gw_gateway {
     gw_encoder encoder;
 
     gw_routers *routers;
-    pc_tls *tls; /* NULL: plain */
+    pc_tls *tls;             /* of the control channel; NULL: plain */
+    pc_serve_tls *serve_tls; /* of both clients' ports; NULL: plain */
     pc_member *member;
     uint32_t member_id;
     pc_epoch *epoch; /* in force; NULL before the first */

@@ -358,8 +358,8 @@ static void grpc_free(gw_grpc *grpc)
     cm_free(grpc);
 }
 
-cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, gw_grpc **grpc_out,
-                         char bound_out[128], cm_error *err)
+cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, pc_serve_tls *tls,
+                         gw_grpc **grpc_out, char bound_out[128], cm_error *err)
 {
     gw_grpc *grpc = cm_alloc(sizeof(*grpc));
     grpc->gateway = gateway;
@@ -373,6 +373,7 @@ cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address
             (pc_method){.path = gw_grpc_methods[i].path, .message = call_message, .closed = call_closed};
     }
     pc_rpc_options options = {.address = address,
+                              .serve_tls = tls,
                               .request_bytes_max = REQUEST_BYTES_MAX,
                               .calls_max = CALLS_MAX,
                               .queue_bytes_max = QUEUE_BYTES_MAX,

@@ -23,9 +23,11 @@ struct gw_http {
     gw_visit *visit; /* of the request being dispatched; NULL: an exchange has taken it and ends it */
 };
 
-/* ---- http_connections.c: how many there may be ---- */
+/* ---- http_connections.c: how many there may be, and how slow ---- */
 gw_connections *gw_connections_create(gw_gateway *gateway, struct evhttp *server,
                                       struct evconnlistener *listener);
+/* A request of it is complete. */
+void gw_connections_dispatched(gw_connections *connections, struct bufferevent *bev);
 void gw_connections_destroy(gw_connections *connections); /* after evhttp_free */
 
 /* ---- http_reply.c: answers in one piece ---- */

@@ -422,6 +422,8 @@ void gw_http_dispatch(struct evhttp_request *req, void *arg)
     for (size_t n = strlen(path); n > 0 && path[n - 1] == '/'; n--) {
         path[n - 1] = 0;
     }
+    gw_connections_dispatched(http->connections,
+                              evhttp_connection_get_bufferevent(evhttp_request_get_connection(req)));
     http->visit =
         gw_visit_begin("-", evhttp_find_header(in, "x-request-id"), evhttp_find_header(in, "traceparent"));
     gw_reply_headers(req, http->visit);

@@ -308,7 +308,7 @@ static void test_taken_address(void **state)
     gw_grpc *second;
     char bound[128];
     cm_error err;
-    assert_int_equal(gw_grpc_create(&g.gateway, g.loop, g.address, &second, bound, &err), CM_E_EXISTS);
+    assert_int_equal(gw_grpc_create(&g.gateway, g.loop, g.address, NULL, &second, bound, &err), CM_E_EXISTS);
     assert_non_null(strstr(err.text, g.address));
 }
 
