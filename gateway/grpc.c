@@ -101,9 +101,21 @@ void gw_grpc_send_new(gw_grpc_call *call, const ProtobufCMessage *message)
     }
 }
 
+/* With the first message: a call that fails before it has none, so that gRPC's own retry policies may try it
+ * again. */
+static void add_headers(gw_grpc_call *call)
+{
+    if (!call->has_headers) {
+        call->has_headers = true;
+        pc_call_add_header(call->call, "x-request-id", call->visit->id);
+        pc_call_add_header(call->call, "traceparent", call->visit->traceparent);
+    }
+}
+
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
 {
     cm_bytes *packed = &call->grpc->packed;
+    add_headers(call);
     cm_bytes_clear(packed);
     pr_pack(message, packed);
     cm_status status = pc_call_send(call->call, cm_bytes_text(packed), packed->len);
@@ -166,7 +178,6 @@ cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_e
     CM_TRY(gw_stream_open(call->grpc->gateway, ask, events, ctx, stream_out, error_out));
     if (ask->choice == 0) {
         snprintf(call->visit->id, sizeof(call->visit->id), "%s", gw_stream_id(*stream_out));
-        pc_call_add_header(call->call, "x-request-id", gw_stream_id(*stream_out));
     }
     return CM_OK;
 }
@@ -311,7 +322,6 @@ static void call_message(pc_call *rpc, const uint8_t *data, size_t n_bytes)
     call->code = -1;
     call->visit = gw_visit_begin(call->method->path, NULL, pc_call_metadata(rpc, "traceparent"));
     call->visit->quiet = call->method->health;
-    pc_call_add_header(rpc, "traceparent", call->visit->traceparent);
     pc_call_set_user(rpc, call);
     TAILQ_INSERT_TAIL(&grpc->calls, call, link);
     if (call_begin(call, data, n_bytes, &request, &error) == CM_OK) {

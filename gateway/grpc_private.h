@@ -76,6 +76,7 @@ struct gw_grpc_call {
     pc_call *call;
     const gw_grpc_method *method;
     gw_visit *visit;
+    bool has_headers;
     int code;          /* it was ended with; -1: not by us */
     gw_stream *stream; /* NULL: none, or it has ended */
     gw_seek *seek;     /* what the client comes back for is looked for */

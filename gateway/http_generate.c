@@ -38,6 +38,7 @@ struct gw_exchange {
     gw_event_id from;         /* the last event that it has, when it comes back */
     bool resumable;           /* its streams go on for a while if it goes away */
     bool sse;                 /* answered in events */
+    bool told_id;             /* some event was told with one */
     int status;               /* that was told; 0: none yet */
     bool head_sent;           /* status and headers are out: errors go into the body */
     struct evbuffer *pending; /* of this step, not yet given to the connection */
@@ -230,6 +231,7 @@ static void emit_event(gw_exchange *x, uint32_t i_choice, const char *data, size
     exchange_choice *choice = &x->choices[i_choice];
     if (++choice->n_events > choice->n_skip) {
         put_event_id(x);
+        x->told_id = true;
         put_event(x, data, n_bytes);
     }
 }
@@ -245,11 +247,16 @@ static void emit_object(void *ctx, uint32_t choice, const char *json, size_t n_b
     }
 }
 
+/* An empty line ends an event: openai-python keeps the id of the last one and would make an event without
+ * data of the comment. Before any id it makes none, and proxies may wait for the line. */
 static void keep_alive(void *arg)
 {
     gw_exchange *x = arg;
     send_head(x); /* a whole object may begin with empty lines */
-    evbuffer_add_printf(x->pending, "%s", x->sse ? ": keep-alive\n\n" : "\n");
+    evbuffer_add_printf(x->pending, "%s",
+                        !x->sse      ? "\n"
+                        : x->told_id ? ": keep-alive\n"
+                                     : ": keep-alive\n\n");
     (void)write_pending(x);
 }
 

@@ -163,7 +163,8 @@ static grpc_ssl_certificate_config_reload_status serve(void *user_data,
     files_refresh(tls);
     if (!tls->served) {
         grpc_ssl_pem_key_cert_pair pair = {.private_key = tls->files.key, .cert_chain = tls->files.cert};
-        *config = grpc_ssl_server_certificate_config_create(NULL, &pair, 1);
+        /* it insists on an authority of clients, though none of them is asked for a certificate */
+        *config = grpc_ssl_server_certificate_config_create(tls->files.cert, &pair, 1);
         tls->served = true;
         answer = GRPC_SSL_CERTIFICATE_CONFIG_RELOAD_NEW;
     }
