@@ -32,7 +32,7 @@ struct gw_tenant {
     gw_turn_list queue;
     uint32_t n_held, n_waiting, n_running;
     int64_t deficit;
-    uint64_t output_mean; /* tokens of its answers */
+    uint64_t output_mean; /* tokens of its answers; 0: none has ended yet */
     bucket requests, tokens;
 };
 
@@ -82,7 +82,7 @@ void gw_tenant_limits_defaults(gw_tenant_limits *limits)
 
 void gw_turns_init(gw_turns *turns, uint32_t held_max)
 {
-    *turns = (gw_turns){.held_max = held_max, .due_ms = UINT64_MAX};
+    *turns = (gw_turns){.held_max = held_max, .due_ms = UINT64_MAX, .output_mean = OUTPUT_FIRST};
     TAILQ_INIT(&turns->tenants);
 }
 
@@ -124,7 +124,6 @@ gw_tenant *gw_turns_add_tenant(gw_turns *turns, const char *name, const gw_tenan
     CM_ASSERT(strlen(name) <= GW_TENANT_NAME_MAX && gw_turns_find_tenant(turns, name) == NULL);
     snprintf(tenant->name, sizeof(tenant->name), "%s", name);
     tenant->index = turns->n_tenant++;
-    tenant->output_mean = OUTPUT_FIRST;
     TAILQ_INIT(&tenant->queue);
     TAILQ_INSERT_TAIL(&turns->tenants, tenant, link);
     gw_tenant_change(turns, tenant, true, limits);
@@ -229,6 +228,12 @@ cm_status gw_turns_admit(gw_turns *turns, uint64_t now_ms, gw_tenant *tenant, bo
 
 /* ---- a turn's life ---- */
 
+static uint64_t expected_cost(const gw_turns *turns, const gw_turn *turn)
+{
+    uint64_t own = turn->tenant->output_mean, mean = own > 0 ? own : turns->output_mean;
+    return turn->n_prompt + (mean < turn->tokens_max ? mean : turn->tokens_max);
+}
+
 void gw_turns_wait(gw_turns *turns, uint64_t now_ms, gw_turn *turn, uint32_t n_prompt, uint32_t tokens_max,
                    uint64_t deadline_ms)
 {
@@ -236,10 +241,12 @@ void gw_turns_wait(gw_turns *turns, uint64_t now_ms, gw_turn *turn, uint32_t n_p
     CM_ASSERT(turn->state == GW_TURN_HELD);
     turn->state = GW_TURN_WAITING;
     turn->n_prompt = n_prompt;
-    turn->cost = n_prompt + (tenant->output_mean < tokens_max ? tenant->output_mean : tokens_max);
+    turn->tokens_max = tokens_max;
+    turn->reserved = expected_cost(turns, turn);
     turn->deadline_ms = deadline_ms;
     bucket_fill(&tenant->tokens, now_ms);
-    bucket_take(&tenant->tokens, (int64_t)turn->cost);
+    bucket_take(&tenant->tokens, (int64_t)turn->reserved);
+    turns->n_crowded += tenant->n_waiting == 0;
     TAILQ_INSERT_TAIL(&tenant->queue, turn, link);
     tenant->n_held--;
     tenant->n_waiting++;
@@ -276,16 +283,25 @@ static void forget_credit(gw_tenant *tenant)
     }
 }
 
-/* What it was charged with becomes what it has cost. */
-static void correct(gw_turn *turn, uint32_t n_output)
+static uint64_t mean_with(uint64_t mean, uint32_t n_output)
+{
+    int64_t moved = (int64_t)mean + ((int64_t)n_output - (int64_t)mean) / OUTPUT_PART;
+    return moved > 1 ? (uint64_t)moved : 1;
+}
+
+/* What it was charged with becomes what it has cost. Tokens come back only if nobody has begun to wait since:
+ * they were bought when those did not compete, and would be turns ahead of them. */
+static void correct(gw_turns *turns, gw_turn *turn, uint32_t n_output)
 {
     gw_tenant *tenant = turn->tenant;
-    int64_t back = (int64_t)turn->cost - (int64_t)turn->n_prompt - n_output;
-    tenant->deficit += back;
-    bucket_take(&tenant->tokens, -back);
-    int64_t mean = (int64_t)tenant->output_mean;
-    mean += ((int64_t)n_output - mean) / OUTPUT_PART;
-    tenant->output_mean = mean > 1 ? (uint64_t)mean : 1;
+    int64_t spent = (int64_t)turn->n_prompt + n_output, back = (int64_t)turn->cost - spent;
+    if (back < 0 || turn->n_crowded == turns->n_crowded) {
+        tenant->deficit += back;
+    }
+    bucket_take(&tenant->tokens, spent - (int64_t)turn->reserved);
+    turns->output_mean = mean_with(turns->output_mean, n_output);
+    tenant->output_mean =
+        tenant->output_mean > 0 ? mean_with(tenant->output_mean, n_output) : turns->output_mean;
 }
 
 void gw_turns_end(gw_turns *turns, uint64_t now_ms, gw_turn *turn, uint32_t n_output)
@@ -299,12 +315,12 @@ void gw_turns_end(gw_turns *turns, uint64_t now_ms, gw_turn *turn, uint32_t n_ou
         tenant->n_held--;
     } else if (turn->state == GW_TURN_WAITING) {
         turn_unqueue(turn);
-        bucket_take(&tenant->tokens, -(int64_t)turn->cost);
+        bucket_take(&tenant->tokens, -(int64_t)turn->reserved);
     } else {
         tenant->n_running--;
         turns->n_running--;
         if (!turn->free) {
-            correct(turn, n_output);
+            correct(turns, turn, n_output);
         }
     }
     turns->n_held--;
@@ -329,24 +345,30 @@ static int64_t quantum(const gw_tenant *tenant)
 }
 
 /* Rounds until its first one can be paid. */
-static int64_t rounds_of(const gw_tenant *tenant)
+static int64_t rounds_of(const gw_turns *turns, const gw_tenant *tenant)
 {
-    int64_t missing = (int64_t)TAILQ_FIRST(&tenant->queue)->cost - tenant->deficit;
+    int64_t missing = (int64_t)expected_cost(turns, TAILQ_FIRST(&tenant->queue)) - tenant->deficit;
     return missing > 0 ? (missing + quantum(tenant) - 1) / quantum(tenant) : 0;
 }
 
-/* From the one whose turn came last on, around: who can be paid after the fewest rounds. */
+static gw_tenant *after(const gw_turns *turns, const gw_tenant *tenant)
+{
+    gw_tenant *next = tenant != NULL ? TAILQ_NEXT(tenant, link) : NULL;
+    return next != NULL ? next : TAILQ_FIRST(&turns->tenants);
+}
+
+/* Who can be paid after the fewest rounds; of equals the one that comes first after the last turn's. */
 static gw_tenant *choose(const gw_turns *turns, int64_t *rounds_out)
 {
-    gw_tenant *best = NULL, *first = turns->at != NULL ? turns->at : TAILQ_FIRST(&turns->tenants);
+    gw_tenant *best = NULL, *first = after(turns, turns->at);
     gw_tenant *tenant = first;
     while (tenant != NULL) {
-        int64_t rounds = may_run(turns, tenant) ? rounds_of(tenant) : INT64_MAX;
+        int64_t rounds = may_run(turns, tenant) ? rounds_of(turns, tenant) : INT64_MAX;
         if (rounds < (best != NULL ? *rounds_out : INT64_MAX)) {
             best = tenant;
             *rounds_out = rounds;
         }
-        tenant = TAILQ_NEXT(tenant, link) != NULL ? TAILQ_NEXT(tenant, link) : TAILQ_FIRST(&turns->tenants);
+        tenant = after(turns, tenant);
         if (tenant == first) {
             break;
         }
@@ -369,6 +391,8 @@ static gw_turn *start_next(gw_turns *turns)
     }
     gw_turn *turn = TAILQ_FIRST(&best->queue);
     turns->at = best;
+    turn->cost = expected_cost(turns, turn);
+    turn->n_crowded = turns->n_crowded;
     best->deficit -= (int64_t)turn->cost;
     turn_unqueue(turn);
     turn_run(turns, turn);

@@ -44,8 +44,10 @@ typedef struct gw_turn {
     TAILQ_ENTRY(gw_turn) link; /* WAITING */
     gw_turn_state state;
     gw_tenant *tenant;
-    uint32_t n_prompt;
-    uint64_t cost;        /* tokens it was charged with; 0: none */
+    uint32_t n_prompt, tokens_max;
+    uint64_t reserved;    /* tokens of the minute's; 0: none */
+    uint64_t cost;        /* RUNNING: tokens it was charged with */
+    uint64_t n_crowded;   /* of the machine, when it was */
     uint64_t deadline_ms; /* WAITING no longer than that */
     bool free;            /* charged by whoever began it: it only takes room */
 } gw_turn;
@@ -60,6 +62,8 @@ typedef struct gw_turns {
     uint32_t n_held, n_running; /* not NONE; RUNNING */
     uint64_t due_ms;            /* no turn waits too long before */
     gw_tenant *at;              /* whose turn came last */
+    uint64_t output_mean;       /* tokens of all tenants' answers */
+    uint64_t n_crowded;         /* times that a tenant began to wait */
 } gw_turns;
 
 void gw_turns_init(gw_turns *turns, uint32_t held_max);

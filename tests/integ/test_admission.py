@@ -297,25 +297,30 @@ def test_waiting_and_fairness(start_cluster, keys, pb):
     wait_for("it to wait", lambda: waiting() == 3)
 
     # a flood of one tenant, then two requests of the other: they do not wait for the flood
-    order, lock = [], threading.Lock()
+    def post(name, key):
+        sent = http.client.HTTPConnection(cluster.info["http"], timeout=WAIT_S)
+        sent.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": False}),
+                     {"Content-Type": "application/json", "Authorization": f"Bearer {key}", "X-Request-Id": name})
+        return sent
 
-    def one(name, key):
-        text = ask(openai_of(cluster, key))
-        with lock:
-            order.append(name)
-        return text
-
-    flood = [in_background(lambda: one("noisy", noisy)) for _ in range(12)]
+    flood = [post(f"noisy-{i}", noisy) for i in range(12)]
     wait_for("the flood to wait", lambda: waiting() == 15)
-    two = [in_background(lambda: one("quiet", quiet)) for _ in range(2)]
+    two = [post(f"quiet-{i}", quiet) for i in range(2)]
     wait_for("both to wait", lambda: of_tenant(cluster, root, "baleen_tenant_waiting", "quiet") == 2)
+    assert waiting() == 15  # nothing has begun yet
     held.close()
-    for thread, result in flood + two + [(whole_thread, whole), (stream_thread, stream)]:
+    for sent in flood + two:
+        answer = sent.getresponse()
+        assert answer.status == 200
+        assert json.loads(answer.read())["choices"][0]["message"]["content"] == "The capital of France is Paris."
+        sent.close()
+    for thread, result in (whole_thread, whole), (stream_thread, stream):
         thread.join(WAIT_S)
         assert result == ["The capital of France is Paris."]
     assert b"data: [DONE]" in reply.read()
-    last = max(i for i, name in enumerate(order) if name == "quiet")
-    assert last <= 6, order  # the flood's own come between, not before them
+    wait_for("all lines", lambda: len(re.findall(r"access id (?:noisy|quiet)-\d+ ", gateway_log(cluster))) == 14)
+    order = re.findall(r"access id ((?:noisy|quiet)-\d+) ", gateway_log(cluster))
+    assert max(order.index("quiet-0"), order.index("quiet-1")) <= 6, " ".join(order)
     wait_for("nothing to run or wait", lambda: not any(values(scrape(cluster, root), "vllm:num_requests_running").values()) and
              not any(values(scrape(cluster, root), "vllm:num_requests_waiting").values()))
     assert cluster.stop() == 0, cluster.said()

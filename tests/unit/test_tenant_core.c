@@ -270,6 +270,32 @@ static void credit_is_not_saved(void **state)
     assert_int_equal(state_of(a).deficit, 0);
 }
 
+/* Answers are shorter than anybody expects, and one tenant was here first: the other's turns come between its
+ * own, not behind what it was given back for those. */
+static void a_newcomer(void **state)
+{
+    (void)state;
+    gw_tenant *noisy = add("noisy", 1), *quiet = add("quiet", 1);
+    uint32_t n_before = 0;
+    gw_turns_set_room(&g_turns, 1);
+    for (uint32_t i = 0; i < 40; i++) {
+        put(noisy, i, 11, 8192)->n_output = 7;
+    }
+    starts(&g_asked[0]);
+    put(quiet, 100, 11, 8192)->n_output = 7;
+    put(quiet, 101, 11, 8192)->n_output = 7;
+    for (uint32_t n = 0; n < 2; n_before++) {
+        for (uint32_t i = 0; i < 102; i++) {
+            if (g_asked[i].turn.state == GW_TURN_RUNNING) {
+                end(&g_asked[i]);
+            }
+        }
+        asked *a = next();
+        n += a->turn.tenant == quiet;
+    }
+    assert_in_range(n_before, 2, 6);
+}
+
 /* All have always something waiting: tokens come in the ratio of the weights, whatever the requests' sizes.
  */
 static void shares(void **state)
@@ -433,10 +459,18 @@ int main(void)
 {
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, begin, finish)
     const struct CMUnitTest tests[] = {
-        TEST(room_for_all),        TEST(one_at_a_time), TEST(rates),
-        TEST(token_rates),         TEST(deadlines),     TEST(flood),
-        TEST(alone_in_the_room),   TEST(shares),        TEST(nobody_starves),
-        TEST(credit_is_not_saved), TEST(anything),
+        TEST(room_for_all),
+        TEST(one_at_a_time),
+        TEST(rates),
+        TEST(token_rates),
+        TEST(deadlines),
+        TEST(flood),
+        TEST(alone_in_the_room),
+        TEST(shares),
+        TEST(nobody_starves),
+        TEST(a_newcomer),
+        TEST(credit_is_not_saved),
+        TEST(anything),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
