@@ -534,22 +534,21 @@ static void turns_run(gw_gateway *gateway, uint64_t now_ms)
 /* Some more than they can run wait at the routers, so that none of them is idle until it hears of the next
  * one. While no router is linked, what comes is given to them all the same: they may come back, and how long
  * that may take is not decided here. */
-static uint32_t room_now(const gw_gateway *gateway)
-{
-    enum { AHEAD_PART = 16 };
-    if (gateway->config->running_max > 0) {
-        return (uint32_t)gateway->config->running_max;
-    }
-    gw_routers_load load = gw_routers_get_load(gateway->routers);
-    uint32_t share = load.runnable / gw_member_stats_gateways(gateway);
-    return load.n_linked > 0 ? share + share / AHEAD_PART + 1 : gateway->turns.room;
-}
-
 void gw_streams_room(gw_gateway *gateway)
 {
-    uint32_t room = room_now(gateway);
+    enum { AHEAD_PART = 16 };
+    gw_routers_load load = gw_routers_get_load(gateway->routers);
+    uint32_t room = (uint32_t)gateway->config->running_max, ahead = 0;
+    if (room == 0 && load.n_linked == 0) {
+        return;
+    }
+    if (room == 0) {
+        uint32_t share = load.runnable / gw_member_stats_gateways(gateway);
+        ahead = share / AHEAD_PART + 1;
+        room = share + ahead;
+    }
     if (room != gateway->turns.room) {
-        gw_turns_set_room(&gateway->turns, room);
+        gw_turns_set_room(&gateway->turns, room, ahead);
         gw_streams_place(gateway);
     }
 }

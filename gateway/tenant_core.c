@@ -96,9 +96,11 @@ void gw_turns_fini(gw_turns *turns)
     }
 }
 
-void gw_turns_set_room(gw_turns *turns, uint32_t room)
+void gw_turns_set_room(gw_turns *turns, uint32_t room, uint32_t ahead)
 {
+    CM_ASSERT(ahead <= room);
     turns->room = room;
+    turns->ahead = ahead;
 }
 
 void gw_tenant_change(gw_turns *turns, gw_tenant *tenant, bool in_force, const gw_tenant_limits *limits)
@@ -332,7 +334,8 @@ void gw_turns_end(gw_turns *turns, uint64_t now_ms, gw_turn *turn, uint32_t n_ou
 
 static bool may_run(const gw_turns *turns, const gw_tenant *tenant)
 {
-    uint32_t reserve = turns->n_in_force > 1 ? turns->room / RESERVE_PART : 0;
+    uint32_t part = (turns->room - turns->ahead) / RESERVE_PART;
+    uint32_t reserve = turns->n_in_force > 1 && part > 0 ? part + turns->ahead : 0;
     bool limited = tenant->limits.running_max > 0 && tenant->n_running >= tenant->limits.running_max;
     return tenant->n_waiting > 0 && !limited &&
            (turns->n_running < turns->room - reserve ||

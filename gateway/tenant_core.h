@@ -59,6 +59,7 @@ typedef struct gw_turns {
     uint64_t weights;           /* of those in force */
     uint32_t held_max;          /* turns that are not NONE */
     uint32_t room;              /* RUNNING ones */
+    uint32_t ahead;             /* of these, that wait at routers */
     uint32_t n_held, n_running; /* not NONE; RUNNING */
     uint64_t due_ms;            /* no turn waits too long before */
     gw_tenant *at;              /* whose turn came last */
@@ -68,8 +69,9 @@ typedef struct gw_turns {
 
 void gw_turns_init(gw_turns *turns, uint32_t held_max);
 void gw_turns_fini(gw_turns *turns); /* all turns have ended */
-/* RUNNING turns at once. Fewer than now: nothing starts until enough have ended. */
-void gw_turns_set_room(gw_turns *turns, uint32_t room);
+/* RUNNING turns at once: routers can run so many less ahead. Fewer than now: nothing starts until enough have
+ * ended. */
+void gw_turns_set_room(gw_turns *turns, uint32_t room, uint32_t ahead);
 
 /* ---- tenants ---- */
 /* name is new. In force. */

@@ -43,7 +43,7 @@ static int begin(void **state)
     (void)state;
     memset(g_asked, 0, sizeof(g_asked));
     gw_turns_init(&g_turns, TURNS);
-    gw_turns_set_room(&g_turns, 4);
+    gw_turns_set_room(&g_turns, 4, 0);
     return 0;
 }
 
@@ -191,7 +191,7 @@ static void deadlines(void **state)
     gw_tenant *a = add("a", 1);
     gw_turn_no no;
     cm_status status;
-    gw_turns_set_room(&g_turns, 0);
+    gw_turns_set_room(&g_turns, 0, 0);
     const uint64_t at[] = {500, UINT64_MAX - g_now, 300};
     for (uint32_t i = 0; i < 3; i++) {
         assert_int_equal(admit(a, &g_asked[i], &no), CM_OK);
@@ -218,7 +218,7 @@ static void flood(void **state)
     gw_tenant *a = add("a", 1), *b = add("b", 1);
     gw_turn_no no;
     uint32_t n = 0, n_run = 0;
-    gw_turns_set_room(&g_turns, 64);
+    gw_turns_set_room(&g_turns, 64, 0);
     while (n < TURNS && admit(a, &g_asked[n], &no) == CM_OK) {
         gw_turns_wait(&g_turns, g_now, &g_asked[n].turn, 10, 10, UINT64_MAX);
         n++;
@@ -245,7 +245,7 @@ static void alone_in_the_room(void **state)
     gw_tenant *a = add("a", 1), *b = add("b", 1);
     gw_tenant_limits limits = limits_of(1);
     uint32_t n_run = 0;
-    gw_turns_set_room(&g_turns, 64);
+    gw_turns_set_room(&g_turns, 64, 0);
     gw_tenant_change(&g_turns, b, false, &limits); /* taken out of the file: nothing is kept for it */
     for (uint32_t i = 0; i < 100; i++) {
         put(a, i, 10, 10);
@@ -277,7 +277,7 @@ static void a_newcomer(void **state)
     (void)state;
     gw_tenant *noisy = add("noisy", 1), *quiet = add("quiet", 1);
     uint32_t n_before = 0;
-    gw_turns_set_room(&g_turns, 1);
+    gw_turns_set_room(&g_turns, 1, 0);
     for (uint32_t i = 0; i < 40; i++) {
         put(noisy, i, 11, 8192)->n_output = 7;
     }
@@ -310,7 +310,7 @@ static void shares(void **state)
     for (uint32_t t = 0; t < 3; t++, name[0]++) {
         tenant[t] = add(name, weights[t]);
     }
-    gw_turns_set_room(&g_turns, 7); /* too small for a part of it to be kept */
+    gw_turns_set_room(&g_turns, 7, 0); /* too small for a part of it to be kept */
     for (uint32_t step = 0; step < STEPS; step++) {
         for (uint32_t t = 0; t < 3; t++) {
             waiting[t] = state_of(tenant[t]).n_waiting;
@@ -407,7 +407,7 @@ static void anything(void **state)
         limits.queue_max = 40;
         gw_tenant_change(&g_turns, tenant[t], true, &limits);
     }
-    gw_turns_set_room(&g_turns, room);
+    gw_turns_set_room(&g_turns, room, 0);
     for (uint32_t step = 0; step < STEPS; step++) {
         asked *a = &g_asked[draw(256)];
         gw_turn_no no;
@@ -434,7 +434,7 @@ static void nobody_starves(void **state)
     (void)state;
     gw_tenant *small = add("small", 1), *big = add("big", 9);
     uint32_t n_before = 0;
-    gw_turns_set_room(&g_turns, 1);
+    gw_turns_set_room(&g_turns, 1, 0);
     for (uint32_t i = 0; i < 2000; i++) {
         put(big, i, 100, 1)->n_output = 1;
     }
