@@ -1,5 +1,7 @@
 #include "coordinator/answers.h"
 
+#include <math.h>
+
 #include "common/base/mem.h"
 #include "coordinator/balance_core.h"
 #include "proto/pack.h"
@@ -119,12 +121,48 @@ void co_answer_cluster_stats(const co_core *core, cm_bytes *packed_out)
         stats.members[i]->role = view.self->role;
         stats.members[i]->stats = stats_messages(&arena, view.stats, view.n_stats);
         stats.members[i]->n_stats = view.n_stats;
+        stats.members[i]->state = (char *)(uintptr_t)co_member_state_name(view.state);
+        stats.members[i]->has_epoch = true;
+        stats.members[i]->epoch = view.epoch;
     }
+    char change[256];
+    stats.has_changing = true;
+    stats.changing = co_core_change(core, change); /* the words may name addresses: not for clients */
     Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
     word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS;
     word.cluster_stats = &stats;
     pr_pack(&word.base, packed_out);
     cm_arena_fini(&arena);
+}
+
+/* Eight levels for each doubling; the last one is for 3.6e9 rows and all above. */
+static uint8_t load_level(uint64_t rows)
+{
+    double level = rows > 0 ? 1 + round(8 * log2((double)rows)) : 0;
+    return level < 255 ? (uint8_t)level : 255;
+}
+
+bool co_answer_cluster_load(const co_core *core, cm_bytes *packed_out)
+{
+    const uint64_t *rows = co_core_load(core);
+    const co_epoch *epoch = co_core_epoch(core);
+    if (rows == NULL || epoch == NULL) {
+        return false;
+    }
+    Baleen__Control__V1__ClusterLoad load = BALEEN__CONTROL__V1__CLUSTER_LOAD__INIT;
+    Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
+    load.n_layer = epoch->placement->n_layer;
+    load.n_expert = epoch->placement->n_expert;
+    load.level.len = (size_t)load.n_layer * load.n_expert;
+    load.level.data = cm_alloc(load.level.len);
+    for (size_t i = 0; i < load.level.len; i++) {
+        load.level.data[i] = load_level(rows[i]);
+    }
+    word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_LOAD;
+    word.cluster_load = &load;
+    pr_pack(&word.base, packed_out);
+    cm_free(load.level.data);
+    return true;
 }
 
 static void status_fill_self(cm_arena *arena, const co_core *core, const co_peer *self,

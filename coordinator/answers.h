@@ -13,6 +13,8 @@ bool co_answer_word(const co_out *out, uint64_t cluster, uint32_t heartbeat_ms, 
 void co_answer_send_on(const char *active, const char *why, cm_bytes *packed_out);
 /* All members' last counters. */
 void co_answer_cluster_stats(const co_core *core, cm_bytes *packed_out);
+/* The experts' recent load in one byte each (23 KB for 61 x 384). false: none was heard of yet. */
+bool co_answer_cluster_load(const co_core *core, cm_bytes *packed_out);
 /* self: the coordinator's own row. experts: with placement and load. */
 void co_answer_status(const co_core *core, const co_peer *self, uint64_t now_ms, bool experts,
                       cm_bytes *packed_out);

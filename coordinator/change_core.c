@@ -45,6 +45,10 @@ static bool core_has_absent(const co_core *core)
 
 static cm_status core_place(const co_core *core, pr_placement **placement_out, cm_error *err)
 {
+    if (core->knows_model && core->n_expert == 0) {
+        *placement_out = pr_placement_none();
+        return CM_OK;
+    }
     uint32_t n_rank = co_core_count(core, CO_ROLE_WORKER);
     if (n_rank == 0 || (core->epoch == NULL && n_rank < core->workers_min)) {
         /* At the start that is how it has to be. */
@@ -124,7 +128,10 @@ static void change_balance(co_core *core)
 
 static void change_begin(co_core *core)
 {
-    co_core_release_leavers(core);
+    if (!core_has_absent(core)) { /* one of those may be dead, and a leaver needed */
+        (void)co_core_take_back(core);
+        co_core_release_leavers(core);
+    }
     if (!core->dirty && !core_has_absent(core)) {
         change_balance(core);
         return;
@@ -140,7 +147,11 @@ static void change_begin(co_core *core)
     }
     cm_error err = {0};
     pr_placement *placement = NULL;
-    if (core_place(core, &placement, &err) != CM_OK) {
+    cm_status status = core_place(core, &placement, &err);
+    if (status == CM_E_CAPACITY && co_core_count(core, CO_ROLE_WORKER) > 0) {
+        status = co_core_check_room(core, NULL, &err); /* the same, and who lacks what */
+    }
+    if (status != CM_OK) {
         if (strncmp(core->blocked, err.text, sizeof(core->blocked) - 1) != 0) {
             snprintf(core->blocked, sizeof(core->blocked), "%.255s", err.text);
             co_core_note(core, err.status == CM_E_CAPACITY ? CM_LOG_WARN : CM_LOG_INFO, "no new epoch: %s",
@@ -237,6 +248,18 @@ void co_core_prepared(co_core *core, co_member *member, const Baleen__Control__V
 /* Tells every member of the epoch in force what it may know by now: workers first, the others once all
  * workers have switched, and at the end workers may retire the epoch before. Serves those who come back as
  * well. */
+/* A worker that is back with an epoch of before, or was left out: the experts it still holds are in use no
+ * more, and the next ones would come on top. */
+static void core_tell_outsider(co_core *core, co_member *member)
+{
+    uint64_t number = core->epoch->number;
+    if (member->self.role == CO_ROLE_WORKER && !member->leaving && member->epoch != 0 &&
+        member->epoch < number && member->told_retire != number) {
+        co_core_emit(core, CO_OUT_RETIRE, member->session)->number = number;
+        member->told_retire = number;
+    }
+}
+
 static void core_tell(co_core *core)
 {
     uint64_t number = core->epoch->number;
@@ -244,8 +267,13 @@ static void core_tell(co_core *core)
     for (uint32_t i = 0; i < core->n_members; i++) {
         co_member *member = &core->members[i];
         bool worker = member->self.role == CO_ROLE_WORKER;
-        if (!co_member_is_in(member) || member->session == 0 ||
-            co_epoch_find(core->epoch, member->self.id) == NULL) {
+        if (!co_member_is_in(member) || member->session == 0) {
+            continue;
+        }
+        if (co_epoch_find(core->epoch, member->self.id) == NULL) {
+            if (settled) {
+                core_tell_outsider(core, member);
+            }
             continue;
         }
         if (member->epoch != number && member->told_commit != number &&

@@ -25,12 +25,19 @@ static const cm_cfg_field co_config_fields[] = {
      CM_CFG_MS(co_config, lease_ms, 100, 600000)},
     {"grace_ms", "300", "how long a member whose session was lost may take to come back",
      CM_CFG_MS(co_config, grace_ms, 0, 60000)},
+    {"cut_ms", "10s",
+     "how long a router and a worker that both live may be unable to reach one another before one of them is "
+     "left out; 0 = for ever",
+     CM_CFG_MS(co_config, cut_ms, 0, 3600000)},
     {"rebalance_ms", "0", "how often experts are moved by their load; 0 = only when asked (baleen rebalance)",
      CM_CFG_MS(co_config, rebalance_ms, 0, 86400000)},
     {"rebalance_moves", "16", "experts that workers load for one round of it",
      CM_CFG_UINT(co_config, rebalance_moves, 1, 1u << 20)},
     {"fingerprint", "", "of the checkpoint all members must have; empty = the first worker's or router's",
      CM_CFG_STRING(co_config, fingerprint)},
+    {"mpi", "off",
+     "started by mpirun: tell the other processes of its line, whose --coordinator is mpi, where we are",
+     CM_CFG_BOOL(co_config, mpi)},
     PC_PROCESS_FIELDS(co_config, process),
 };
 

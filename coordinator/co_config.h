@@ -6,7 +6,8 @@
 typedef struct co_config {
     char *address, *store, *fingerprint;
     uint64_t workers_min, members_max;
-    uint64_t heartbeat_ms, lease_ms, grace_ms, claim_ms, rebalance_ms, rebalance_moves;
+    uint64_t heartbeat_ms, lease_ms, grace_ms, cut_ms, claim_ms, rebalance_ms, rebalance_moves;
+    bool mpi;
     pc_process_config process;
 } co_config;
 

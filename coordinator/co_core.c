@@ -64,6 +64,7 @@ uint64_t co_core_store(co_core *core, co_epoch *epoch)
     out->ticket = ++core->next_ticket;
     out->member_id = core->next_member_id;
     out->number = core->next_number;
+    out->drains = &core->drains;
     out->epoch = epoch;
     return out->ticket;
 }
@@ -119,6 +120,8 @@ void co_core_remove(co_core *core, co_member *member, cm_status status, const ch
     }
     member->removed = true;
     core->dirty = true;
+    co_core_cuts_forget(core, member->self.id);
+    co_drains_remove(&core->drains, member->self.id); /* in the log by the next write: no id comes twice */
     if (member->drain_ticket != 0) {
         co_core_answer(core, member->drain_ticket, status, "member %u %s%s", member->self.id,
                        status == CM_OK ? "has left" : "was lost: ", status == CM_OK ? "" : text);
@@ -190,6 +193,9 @@ static void core_forgive(co_core *core, uint64_t gap_ms)
         core->members[i].heard_ms += gap_ms;
         core->members[i].dead_ms += gap_ms;
     }
+    for (uint32_t i = 0; i < core->n_cuts; i++) {
+        core->cuts[i].since_ms += gap_ms;
+    }
     core->deadline_ms += gap_ms;
 }
 
@@ -213,8 +219,17 @@ static void core_peer_report(co_core *core, const co_member *from,
     if (peer == NULL || peer == from || !co_member_is_in(peer) || from->self.role == CO_ROLE_WORKER) {
         return; /* dead already, or none of its business */
     }
-    co_core_note(core, CM_LOG_WARN, "member %u lost its link to member %u: %s", from->self.id, peer->self.id,
-                 cm_status_text((cm_status)report->status));
+    bool is_row_link = from->self.role == CO_ROLE_ROUTER && peer->self.role == CO_ROLE_WORKER;
+    if (is_row_link) {
+        co_core_cut_report(core, from, peer, (cm_status)report->status);
+    }
+    if (report->status == CM_OK) {
+        return;
+    }
+    if (!is_row_link) {
+        co_core_note(core, CM_LOG_WARN, "member %u lost its link to member %u: %s", from->self.id,
+                     peer->self.id, cm_status_text((cm_status)report->status));
+    }
     peer->suspect_until_ms = core->now_ms + core->lease_ms;
     if (peer->session == 0) {
         /* After a start everybody is away: one that lives has come back by half a lease. */
@@ -305,6 +320,7 @@ co_core *co_core_create(const co_core_options *options, const co_core_past *past
     core->lease_ms = options->lease_ms;
     core->grace_ms = options->grace_ms;
     core->recall_ms = options->recall_ms;
+    core->cut_ms = options->cut_ms;
     core->balance_every_ms = options->rebalance_ms;
     core->balance_moves_max = options->moves_max;
     core->balance_next_ms = now_ms + options->rebalance_ms;
@@ -314,6 +330,7 @@ co_core *co_core_create(const co_core_options *options, const co_core_past *past
     core->cluster = past->cluster;
     core->next_member_id = past->next_member_id;
     core->next_number = past->next_number;
+    core->drains = past->drains;
     core->members = cm_alloc(sizeof(co_member) * core->members_max);
     if (past->epoch != NULL) {
         CM_ASSERT(past->epoch->number < past->next_number);
@@ -341,6 +358,7 @@ void co_core_destroy(co_core *core)
     co_epoch_release(core->epoch);
     co_epoch_release(core->proposal);
     cm_free(core->members);
+    cm_free(core->cuts);
     cm_free(core->fingerprint);
     cm_free(core->load);
     cm_free(core->outs);
@@ -362,6 +380,7 @@ void co_core_step(co_core *core, uint64_t now_ms, const co_in *in, uint32_t n_in
         core_take(core, &in[i]);
     }
     core_expire(core);
+    co_core_cuts(core);
     co_core_load_time(core);
     co_core_advance(core);
     core_sweep(core);
@@ -375,7 +394,7 @@ const co_out *co_core_outbox(const co_core *core, uint32_t *n_out)
 
 uint64_t co_core_wake_ms(const co_core *core)
 {
-    uint64_t wake_ms = UINT64_MAX;
+    uint64_t wake_ms = co_core_cuts_wake_ms(core);
     for (uint32_t i = 0; i < core->n_members; i++) {
         const co_member *member = &core->members[i];
         uint64_t at_ms = member->session == 0 ? member->dead_ms : member->heard_ms + core->lease_ms + 1;
@@ -401,7 +420,7 @@ uint64_t co_core_wake_ms(const co_core *core)
 
 const char *co_member_state_name(co_member_state state)
 {
-    static const char *const names[] = {"joining", "preparing", "ready", "suspect", "leaving"};
+    static const char *const names[] = {"joining", "preparing", "ready", "suspect", "cut off", "leaving"};
     return names[state];
 }
 
@@ -409,6 +428,9 @@ static co_member_state core_state(const co_core *core, const co_member *member)
 {
     if (member->leaving) {
         return CO_MEMBER_LEAVING;
+    }
+    if (member->cut_off) {
+        return CO_MEMBER_CUT_OFF;
     }
     if (member->session == 0 || core->now_ms < member->suspect_until_ms) {
         return CO_MEMBER_SUSPECT;

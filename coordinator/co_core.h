@@ -17,6 +17,7 @@
 
 #include "common/base/log.h"
 #include "common/base/stats.h"
+#include "coordinator/drains.h"
 #include "coordinator/epoch.h"
 
 typedef struct co_core co_core;
@@ -26,6 +27,7 @@ typedef struct co_core_options {
     uint32_t members_max;    /* of all roles; at most PR_RANK_MAX */
     uint64_t lease_ms;       /* a member silent for longer is dead */
     uint64_t grace_ms;       /* time to reconnect after a lost session */
+    uint64_t cut_ms;         /* a router and a worker may be unable to reach one another; 0 = for ever */
     uint64_t recall_ms;      /* after a start, on top of the lease: for the members of the log to find us */
     uint64_t rebalance_ms;   /* between rounds of rebalancing by load; 0 = only when asked */
     uint32_t moves_max;      /* experts that one of them makes workers load; at least 1 */
@@ -37,6 +39,7 @@ typedef struct co_core_past {
     uint64_t cluster;        /* not 0 */
     uint32_t next_member_id; /* at least 1 */
     uint64_t next_number;    /* at least 1 */
+    co_drains drains;        /* members whose drain has not come to its end */
     co_epoch *epoch;         /* last one written; NULL: none. Held */
 } co_core_past;
 
@@ -67,17 +70,18 @@ typedef enum co_out_kind {
     CO_OUT_RETIRE,  /* session, number */
     CO_OUT_DRAIN,   /* session */
     CO_OUT_CLOSE,   /* session, status (CM_OK: a good end), text */
-    CO_OUT_STORE,  /* ticket, member_id and number (the next free ones), epoch (may be NULL): make it durable,
-                      in order, and answer with CO_IN_STORED */
-    CO_OUT_ANSWER, /* ticket, status, text: what became of an operator's wish */
-    CO_OUT_NOTE,   /* level, text: for the log */
+    CO_OUT_STORE,   /* ticket, member_id and number (the next free ones), drains, epoch (may be NULL): make it
+                       durable,   in order, and answer with CO_IN_STORED */
+    CO_OUT_ANSWER,  /* ticket, status, text: what became of an operator's wish */
+    CO_OUT_NOTE,    /* level, text: for the log */
 } co_out_kind;
 
 typedef struct co_out {
     co_out_kind kind;
     uint64_t session, number, ticket;
     uint32_t member_id;
-    co_epoch *epoch; /* borrowed until the next step; hold it to keep it */
+    co_epoch *epoch;         /* borrowed until the next step; hold it to keep it */
+    const co_drains *drains; /* likewise */
     cm_status status;
     bool final;
     cm_log_level level;
@@ -102,6 +106,7 @@ typedef enum co_member_state {
     CO_MEMBER_PREPARING, /* loads for the epoch being prepared */
     CO_MEMBER_READY,     /* in the epoch in force */
     CO_MEMBER_SUSPECT,   /* session lost or reported by a peer */
+    CO_MEMBER_CUT_OFF,   /* a worker left out because routers cannot reach it */
     CO_MEMBER_LEAVING,   /* wants or is asked to go: others take over, or it finishes what runs */
 } co_member_state;
 const char *co_member_state_name(co_member_state state);

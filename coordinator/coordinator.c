@@ -139,7 +139,8 @@ static void deliver_word(co_coordinator *c, const co_out *out)
 
 static void deliver_store(co_coordinator *c, const co_out *out)
 {
-    cm_status status = co_store_write(c->store, out->ticket, out->member_id, out->number, out->epoch);
+    cm_status status =
+        co_store_write(c->store, out->ticket, out->member_id, out->number, out->drains, out->epoch);
     if (status != CM_OK) {
         coordinator_expect(c, &(co_in){.kind = CO_IN_STORED,
                                        .ticket = out->ticket,
@@ -262,6 +263,16 @@ static bool session_role_fits(co_session *session, const Baleen__Control__V1__Me
     return false;
 }
 
+/* After the machine has heard the wish: it has ended the session of one that is no member. */
+static void session_send_load(co_coordinator *c, co_session *session)
+{
+    cm_bytes_clear(&c->packed);
+    if (!session->finished && c->core != NULL && co_answer_cluster_load(c->core, &c->packed) &&
+        pc_call_send(session->call, c->packed.data, c->packed.len) != CM_OK) {
+        session_finish(session, CM_E_CAPACITY, "too many unread messages");
+    }
+}
+
 static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 {
     co_coordinator *c = pc_call_ctx(call);
@@ -288,8 +299,12 @@ static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
         session_finish(session, CM_E_INVALID, "not a MemberMessage");
         return;
     }
-    if (session_role_fits(session, word)) {
-        coordinator_step(c, &(co_in){.kind = CO_IN_WORD, .session = session->id, .word = word});
+    if (!session_role_fits(session, word)) {
+        return;
+    }
+    coordinator_step(c, &(co_in){.kind = CO_IN_WORD, .session = session->id, .word = word});
+    if (word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LOAD_WISH) {
+        session_send_load(c, session);
     }
 }
 
@@ -401,6 +416,7 @@ static void coordinator_active(void *ctx, const co_store_past *past)
     co_core_past core_past = {.cluster = past->cluster,
                               .next_member_id = past->next_member_id,
                               .next_number = past->next_number,
+                              .drains = past->drains,
                               .epoch = past->epoch};
     CM_ASSERT(c->core == NULL);
     c->core = co_core_create(&c->core_options, &core_past, cm_now_ms());
@@ -470,6 +486,7 @@ static cm_status coordinator_open_log(co_coordinator *c, const co_config *config
                                         .members_max = (uint32_t)config->members_max,
                                         .lease_ms = config->lease_ms,
                                         .grace_ms = config->grace_ms,
+                                        .cut_ms = config->cut_ms,
                                         .recall_ms = CO_RECALL_MS,
                                         .rebalance_ms = config->rebalance_ms,
                                         .moves_max = (uint32_t)config->rebalance_moves,

@@ -1,5 +1,5 @@
 /* State of the coordinator's machine, shared by co_core.c (time, sessions, outbox), join_core.c (who may be a
- * member), leave_core.c (who goes) and change_core.c (epochs). */
+ * member), leave_core.c (who goes), cut_core.c (who cannot be reached) and change_core.c (epochs). */
 #pragma once
 #include "coordinator/balance_core.h"
 #include "coordinator/co_core.h"
@@ -34,24 +34,36 @@ typedef struct co_member {
     uint64_t told_prepare, told_commit, told_retire; /* numbers sent in this session */
     bool recalled;                                   /* from the log, not back yet */
     bool leaving;                                    /* by its own wish or an operator's */
+    bool drained;                                    /* leaving by an operator's wish: its id is in drains */
     bool told_drain;                                 /* in this session */
-    uint64_t drain_ticket;                           /* of the operator who waits for its end; 0 = none */
-    bool removed; /* goes at the end of the step; nothing finds it any more */
+    bool cut_off;                                    /* a worker left out because routers cannot reach it */
+    bool cut_noted;                                  /* that it should be and cannot */
+    uint64_t cut_until_ms, cut_hold_ms; /* when it is tried again; how long that was; 0 = never left out */
+    uint64_t drain_ticket;              /* of the operator who waits for its end; 0 = none */
+    bool removed;                       /* goes at the end of the step; nothing finds it any more */
     uint32_t n_stats;
     cm_stat_value stats[CM_STAT_COUNT];
 } co_member;
 
+/* A router has said that it cannot reach a worker. */
+typedef struct co_cut {
+    uint32_t router, worker; /* member ids */
+    uint64_t since_ms;
+} co_cut;
+
 struct co_core {
     uint32_t workers_min, members_max;
-    uint64_t lease_ms, grace_ms, recall_ms;
+    uint64_t lease_ms, grace_ms, recall_ms, cut_ms;
     uint64_t now_ms;
 
     uint64_t cluster;
     uint32_t next_member_id;
     uint64_t next_number, next_ticket;
+    co_drains drains; /* goes into the log with every write */
 
     char *fingerprint;          /* "" while unknown */
-    uint32_t n_layer, n_expert; /* 0 until the first worker or router */
+    bool knows_model;           /* the first worker or router has come; the next two lines are its */
+    uint32_t n_layer, n_expert; /* 0: a model without experts */
     uint64_t expert_bytes;
 
     co_member *members; /* [members_max], ascending ids */
@@ -61,6 +73,9 @@ struct co_core {
         uint64_t incarnation, until_ms;
     } failed[CO_FAILED_MAX]; /* ring; the oldest is forgotten */
     uint32_t n_failed;       /* ever */
+
+    co_cut *cuts; /* [n_cuts] at most one of a router and a worker */
+    uint32_t n_cuts, cuts_cap;
 
     co_phase phase;
     co_epoch *epoch;      /* in force; NULL before the first */
@@ -99,11 +114,12 @@ static inline bool co_member_is_in(const co_member *member)
 {
     return !member->removed && member->ticket == 0;
 }
-/* Belongs into the next epoch. A worker that leaves hands its experts over; a router or gateway that leaves
- * needs epochs until it has finished what runs. */
+/* Belongs into the next epoch. A worker that leaves or cannot be reached hands its experts over; a router or
+ * gateway that leaves needs epochs until it has finished what runs. */
 static inline bool co_member_is_wanted(const co_member *member)
 {
-    return co_member_is_in(member) && !(member->leaving && member->self.role == CO_ROLE_WORKER);
+    return co_member_is_in(member) &&
+           !((member->leaving || member->cut_off) && member->self.role == CO_ROLE_WORKER);
 }
 uint32_t co_core_count(const co_core *core, Baleen__Control__V1__Role role); /* wanted ones */
 void co_core_answer(co_core *core, uint64_t ticket, cm_status status, const char *fmt, ...) CM_PRINTF(4, 5);
@@ -118,12 +134,29 @@ void co_member_fini(co_member *member);
 /* ---- leave_core.c ---- */
 void co_core_leaving(co_core *core, co_member *member);
 void co_core_drain(co_core *core, const co_in *in);
+void co_core_drain_member(co_core *core, co_member *member);
+void co_core_begin_leaving(co_core *core, co_member *member);
+/* Whether the other workers can hold all experts. leaver NULL: those that stay. */
+CM_MUST_CHECK cm_status co_core_check_room(const co_core *core, const co_member *leaver, cm_error *err);
+/* Those that stay cannot hold all experts: workers that were to go serve on as far as that helps. false: it
+ * would not. */
+bool co_core_take_back(co_core *core);
 /* Nothing in force or on the way needs them any more: workers are let go. */
 void co_core_release_leavers(co_core *core);
 /* No epoch without them can be made. A worker stays while a router may still ask it. */
 void co_core_release_blocked(co_core *core);
 /* Routers that no gateway chooses any more, and gateways, may finish. */
 void co_core_tell_drains(co_core *core);
+
+/* ---- cut_core.c ---- */
+/* status: CM_OK = it has it again. */
+void co_core_cut_report(co_core *core, const co_member *router, const co_member *worker, cm_status status);
+/* What the member said, and what was said of it. */
+void co_core_cuts_forget(co_core *core, uint32_t id);
+/* Time passes: a router may have to go, or a worker, or one may come back. */
+void co_core_cuts(co_core *core);
+void co_core_end_cut(co_core *core, co_member *worker, const char *why);
+uint64_t co_core_cuts_wake_ms(const co_core *core);
 
 /* ---- load_core.c ---- */
 void co_core_take_load(co_core *core, const co_member *from, const Baleen__Control__V1__ExpertLoad *load);

@@ -201,6 +201,8 @@ static void head_pack(int64_t term, const co_etcd_past *past, cm_bytes *out)
     head.serial = past->serial;
     head.has_secret = past->has_secret;
     head.secret = (ProtobufCBinaryData){sizeof(past->secret), (uint8_t *)(uintptr_t)past->secret};
+    head.n_drained = past->drains.n;
+    head.drained = (uint32_t *)(uintptr_t)past->drains.id;
     cm_bytes_init(out, 0);
     pr_pack(&head.base, out);
 }
@@ -326,13 +328,19 @@ static cm_status head_take(const co_etcd_keys *keys, const Etcdserverpb__KeyValu
         status = log_corrupt(keys, "head", "numbers that cannot be", err);
     } else if (head->has_secret && head->secret.len != CO_SECRET_BYTES) {
         status = log_corrupt(keys, "head", "a secret of another length", err);
+    } else if (head->n_drained > CO_DRAINS_MAX) {
+        status = log_corrupt(keys, "head", "too many members that are drained", err);
     } else {
         *past_out = (co_etcd_past){.cluster = head->cluster,
                                    .next_member_id = head->next_member_id,
                                    .next_number = head->next_number,
+                                   .drains.n = (uint32_t)head->n_drained,
                                    .serial = head->serial,
                                    .head_revision = found->mod_revision,
                                    .has_secret = head->has_secret};
+        if (head->n_drained > 0) {
+            memcpy(past_out->drains.id, head->drained, sizeof(head->drained[0]) * head->n_drained);
+        }
         if (head->has_secret) {
             memcpy(past_out->secret, head->secret.data, CO_SECRET_BYTES);
         }

@@ -1,6 +1,7 @@
 /* The log's keys and transactions in etcd: requests built and sent, answers taken apart. Who is active and
  * what is written when is store_etcd.c's. Thread: the loop's. */
 #pragma once
+#include "coordinator/drains.h"
 #include "coordinator/epoch.h"
 #include "coordinator/etcd.h"
 #include "coordinator/frame_key.h"
@@ -19,6 +20,7 @@ typedef struct co_etcd_past {
     uint8_t secret[CO_SECRET_BYTES];
     uint32_t next_member_id;
     uint64_t next_number;
+    co_drains drains;
     uint64_t serial;       /* of the last write, or of this one */
     int64_t head_revision; /* of the head that is there; 0: none */
     co_epoch *epoch;       /* taken: the last one, NULL if none; the caller's to release */

@@ -41,7 +41,10 @@ void co_core_recall(co_core *core, const co_peer *peer)
     member->fingerprint = cm_strdup("");
     member->heard_ms = core->now_ms;
     member->recalled = true;
-    member->leaving = member->self.draining;
+    member->drained = co_drains_has(&core->drains, member->self.id);
+    if (member->drained || member->self.draining) {
+        co_core_begin_leaving(core, member);
+    }
     /* Longer than the grace of one lost session: all of them have to notice and come back. */
     member->dead_ms = core->now_ms + core->lease_ms + core->recall_ms;
 }
@@ -80,8 +83,11 @@ static cm_status hello_check_form(const Baleen__Control__V1__Hello *hello, cm_er
             CO_TEXT_MAX);
     }
     uint64_t n_pair = (uint64_t)hello->n_layer * hello->n_expert;
-    if (holds_model &&
-        (hello->fingerprint[0] == 0 || n_pair == 0 || n_pair > CO_PAIRS_MAX || hello->expert_bytes == 0)) {
+    /* a router that answers from a script: there is nothing to place */
+    bool no_experts = self->role == CO_ROLE_ROUTER && hello->n_layer == 0 && hello->n_expert == 0 &&
+                      hello->expert_bytes == 0;
+    bool experts = n_pair > 0 && n_pair <= CO_PAIRS_MAX && hello->expert_bytes != 0;
+    if (holds_model && (hello->fingerprint[0] == 0 || (!experts && !no_experts))) {
         return cm_error_set(
             err, CM_E_INVALID, "model", "fingerprint '%s', %u layers of %u experts of %llu bytes is no model",
             hello->fingerprint, hello->n_layer, hello->n_expert, (unsigned long long)hello->expert_bytes);
@@ -102,7 +108,7 @@ static cm_status hello_check_fingerprint(const co_core *core, const char *finger
 
 static cm_status hello_check_number(const char *name, uint64_t there, uint64_t here, cm_error *err)
 {
-    if (here == 0 || there == here) {
+    if (there == here) {
         return CM_OK;
     }
     return cm_error_set(err, CM_E_REFUSED, name,
@@ -114,8 +120,8 @@ static cm_status hello_check_model(const co_core *core, const Baleen__Control__V
                                    cm_error *err)
 {
     CM_TRY(hello_check_fingerprint(core, hello->fingerprint, err));
-    if (hello->self->role == CO_ROLE_GATEWAY) {
-        return CM_OK; /* knows nothing of experts */
+    if (hello->self->role == CO_ROLE_GATEWAY || !core->knows_model) {
+        return CM_OK; /* a gateway knows nothing of experts */
     }
     CM_TRY(hello_check_number("n_layer", hello->n_layer, core->n_layer, err));
     CM_TRY(hello_check_number("n_expert", hello->n_expert, core->n_expert, err));
@@ -155,9 +161,10 @@ static cm_status hello_check_room(const co_core *core, const Baleen__Control__V1
 /* The first worker or router says what the cluster serves. */
 static void core_fix_model(co_core *core, const Baleen__Control__V1__Hello *hello)
 {
-    if (hello->self->role == CO_ROLE_GATEWAY || core->n_layer != 0) {
+    if (hello->self->role == CO_ROLE_GATEWAY || core->knows_model) {
         return;
     }
+    core->knows_model = true;
     core->n_layer = hello->n_layer;
     core->n_expert = hello->n_expert;
     core->expert_bytes = hello->expert_bytes;
@@ -184,6 +191,22 @@ static void core_fix_model(co_core *core, const Baleen__Control__V1__Hello *hell
 static void core_welcome(co_core *core, const co_member *member)
 {
     co_core_emit(core, CO_OUT_WELCOME, member->session)->member_id = member->self.id;
+}
+
+/* An Abort may have been due while it was away, or from a coordinator that is no more. One that joins anew
+ * needs none: it is in the next proposal. */
+static void core_abort_leftover(co_core *core, uint64_t session, uint64_t prepared)
+{
+    uint64_t proposed = core->proposal != NULL ? core->proposal->number : 0;
+    uint64_t in_force = core->epoch != NULL ? core->epoch->number : 0;
+    if (prepared > in_force && prepared != proposed) {
+        co_core_emit(core, CO_OUT_ABORT, session)->number = prepared;
+    }
+}
+
+static uint64_t hello_prepared(const co_core *core, const Baleen__Control__V1__Hello *hello)
+{
+    return hello->cluster == core->cluster ? hello->prepared : 0;
 }
 
 /* The same process, known by its incarnation. With id 0 it never heard our Welcome. */
@@ -219,11 +242,13 @@ static void core_return(co_core *core, co_member *member, uint64_t session,
     }
     co_core_note(core, CM_LOG_INFO, "member %u is back", member->self.id);
     core_welcome(core, member);
-    /* An Abort may have been due while it was away. */
     uint64_t proposed = core->proposal != NULL ? core->proposal->number : 0;
-    uint64_t in_force = core->epoch != NULL ? core->epoch->number : 0;
-    if (member->told_prepare > in_force && member->told_prepare != proposed) {
-        co_core_emit(core, CO_OUT_ABORT, session)->number = member->told_prepare;
+    core_abort_leftover(core, session, member->told_prepare);
+    if (hello_prepared(core, hello) != member->told_prepare) {
+        core_abort_leftover(core, session, hello_prepared(core, hello));
+    }
+    if (member->self.role == CO_ROLE_ROUTER) {
+        co_core_cuts_forget(core, member->self.id); /* it says anew what it cannot reach */
     }
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->told_drain = false;
@@ -243,6 +268,12 @@ static void core_join(co_core *core, uint64_t session, const Baleen__Control__V1
     member->fingerprint = cm_strdup(hello->fingerprint);
     member->session = session;
     member->heard_ms = core->now_ms;
+    if (hello->self->id != 0 && hello->cluster == core->cluster &&
+        co_drains_has(&core->drains, hello->self->id)) {
+        /* out of the last epoch and not yet told so when the coordinator before us went */
+        co_drains_remove(&core->drains, hello->self->id);
+        co_core_drain_member(core, member);
+    }
     /* One that was given up and comes back goes on with what it had. */
     member->epoch = hello->cluster == core->cluster ? hello->epoch : 0;
     member->ticket = co_core_store(core, NULL);

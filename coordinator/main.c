@@ -73,12 +73,17 @@ int main(int argc, char **argv)
         goto out_loop;
     }
     cm_info("listens on %s", co_coordinator_address(self.coordinator));
+    if (self.config.mpi && pc_process_tell_address(co_coordinator_address(self.coordinator), &err) != CM_OK) {
+        fprintf(stderr, "baleen-coordinator: %s\n", err.text);
+        goto out_coordinator;
+    }
     pc_process_on_terminate(self.loop, main_terminate, &self);
     co_coordinator_watch(self.coordinator, &events, &self);
     pc_loop_run(self.loop);
-    co_coordinator_destroy(self.coordinator);
     code = self.code;
 
+out_coordinator:
+    co_coordinator_destroy(self.coordinator);
 out_loop:
     pc_loop_destroy(self.loop);
 out_config:

@@ -19,7 +19,7 @@ enum {
 
 struct co_sqlite {
     sqlite3 *db;
-    sqlite3_stmt *set_meta, *add_epoch, *trim_epochs;
+    sqlite3_stmt *set_meta, *set_drains, *add_epoch, *trim_epochs;
     char name[400]; /* of the file, for sentences */
 };
 
@@ -166,6 +166,26 @@ static cm_status store_read_secret(co_sqlite *store, uint8_t secret_out[CO_SECRE
     return good ? CM_OK : store_fail(store, SQLITE_CORRUPT, "", err);
 }
 
+/* Absent in a log of a release that forgot them. */
+static cm_status store_read_drains(co_sqlite *store, co_drains *drains_out, cm_error *err)
+{
+    sqlite3_stmt *statement = NULL;
+    co_drains drains = {0};
+    bool good = true;
+    CM_TRY(store_prepare(store, "SELECT value FROM meta WHERE name = 'drains'", &statement, err));
+    if (sqlite3_step(statement) == SQLITE_ROW) {
+        size_t n_bytes = (size_t)sqlite3_column_bytes(statement, 0);
+        good = n_bytes <= sizeof(drains.id) && n_bytes % sizeof(drains.id[0]) == 0;
+        if (good && n_bytes > 0) {
+            memcpy(drains.id, sqlite3_column_blob(statement, 0), n_bytes);
+            drains.n = (uint32_t)(n_bytes / sizeof(drains.id[0]));
+        }
+    }
+    sqlite3_finalize(statement);
+    *drains_out = drains;
+    return good ? CM_OK : store_fail(store, SQLITE_CORRUPT, "", err);
+}
+
 static cm_status store_read_epoch(co_sqlite *store, co_epoch **epoch_out, cm_error *err)
 {
     const char *sql = "SELECT epoch FROM epochs ORDER BY number DESC LIMIT 1";
@@ -194,17 +214,22 @@ static cm_status store_read(co_sqlite *store, co_store_past *past_out, cm_error 
     uint64_t cluster, id, number;
     uint8_t secret[CO_SECRET_BYTES];
     co_epoch *epoch = NULL;
+    co_drains drains;
     CM_TRY(store_read_meta(store, "cluster", UINT64_MAX, &cluster, err));
     CM_TRY(store_read_meta(store, "next_member_id", UINT32_MAX, &id, err));
     CM_TRY(store_read_meta(store, "next_number", INT64_MAX, &number, err));
     CM_TRY(store_read_secret(store, secret, err));
+    CM_TRY(store_read_drains(store, &drains, err));
     CM_TRY(store_read_epoch(store, &epoch, err));
     if (epoch != NULL && epoch->number >= number) {
         co_epoch_release(epoch);
         return store_fail(store, SQLITE_CORRUPT, "", err);
     }
-    *past_out = (co_store_past){
-        .cluster = cluster, .next_member_id = (uint32_t)id, .next_number = number, .epoch = epoch};
+    *past_out = (co_store_past){.cluster = cluster,
+                                .next_member_id = (uint32_t)id,
+                                .next_number = number,
+                                .drains = drains,
+                                .epoch = epoch};
     memcpy(past_out->secret, secret, sizeof(secret));
     explicit_bzero(secret, sizeof(secret));
     return CM_OK;
@@ -237,6 +262,7 @@ static cm_status store_set_up(co_sqlite *store, co_store_past *past_out, cm_erro
     CM_TRY(store_make_tables(store, err));
     CM_TRY(store_exec(store, "COMMIT", err));
     CM_TRY(store_prepare(store, "UPDATE meta SET value = ?2 WHERE name = ?1", &store->set_meta, err));
+    CM_TRY(store_prepare(store, "INSERT OR REPLACE INTO meta VALUES('drains', ?1)", &store->set_drains, err));
     CM_TRY(store_prepare(store, "INSERT INTO epochs VALUES(?1, ?2, ?3, ?4)", &store->add_epoch, err));
     CM_TRY(store_prepare(store, "DELETE FROM epochs WHERE number <= ?1", &store->trim_epochs, err));
     return store_read(store, past_out, err);
@@ -286,6 +312,7 @@ void co_sqlite_close(co_sqlite *store)
         return;
     }
     sqlite3_finalize(store->set_meta);
+    sqlite3_finalize(store->set_drains);
     sqlite3_finalize(store->add_epoch);
     sqlite3_finalize(store->trim_epochs);
     sqlite3_close(store->db);
@@ -301,6 +328,12 @@ static cm_status store_set_meta(co_sqlite *store, const char *name, uint64_t val
     return store_run(store, store->set_meta, err);
 }
 
+static cm_status store_set_drains(co_sqlite *store, const co_drains *drains, cm_error *err)
+{
+    sqlite3_bind_blob64(store->set_drains, 1, drains->id, sizeof(drains->id[0]) * drains->n, SQLITE_STATIC);
+    return store_run(store, store->set_drains, err);
+}
+
 static cm_status store_add_epoch(co_sqlite *store, const co_epoch *epoch, cm_error *err)
 {
     sqlite3_bind_int64(store->add_epoch, 1, (int64_t)epoch->number);
@@ -313,18 +346,19 @@ static cm_status store_add_epoch(co_sqlite *store, const co_epoch *epoch, cm_err
 }
 
 static cm_status store_write_rows(co_sqlite *store, uint32_t next_member_id, uint64_t next_number,
-                                  const co_epoch *epoch, cm_error *err)
+                                  const co_drains *drains, const co_epoch *epoch, cm_error *err)
 {
     CM_TRY(store_set_meta(store, "next_member_id", next_member_id, err));
     CM_TRY(store_set_meta(store, "next_number", next_number, err));
+    CM_TRY(store_set_drains(store, drains, err));
     return epoch != NULL ? store_add_epoch(store, epoch, err) : CM_OK;
 }
 
 cm_status co_sqlite_write(co_sqlite *store, uint32_t next_member_id, uint64_t next_number,
-                          const co_epoch *epoch, cm_error *err)
+                          const co_drains *drains, const co_epoch *epoch, cm_error *err)
 {
     CM_TRY(store_exec(store, "BEGIN IMMEDIATE", err));
-    cm_status status = store_write_rows(store, next_member_id, next_number, epoch, err);
+    cm_status status = store_write_rows(store, next_member_id, next_number, drains, epoch, err);
     if (status == CM_OK) {
         status = store_exec(store, "COMMIT", err);
     }

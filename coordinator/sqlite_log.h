@@ -14,4 +14,4 @@ CM_MUST_CHECK cm_status co_sqlite_open(const char *folder, co_sqlite **sqlite_ou
 void co_sqlite_close(co_sqlite *sqlite); /* NULL is fine */
 /* All of it or nothing, on disk when it returns CM_OK. epoch may be NULL. */
 CM_MUST_CHECK cm_status co_sqlite_write(co_sqlite *sqlite, uint32_t next_member_id, uint64_t next_number,
-                                        const co_epoch *epoch, cm_error *err);
+                                        const co_drains *drains, const co_epoch *epoch, cm_error *err);

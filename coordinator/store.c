@@ -26,9 +26,9 @@ bool co_store_is_active(const co_store *store)
 }
 
 cm_status co_store_write(co_store *store, uint64_t ticket, uint32_t next_member_id, uint64_t next_number,
-                         co_epoch *epoch)
+                         const co_drains *drains, co_epoch *epoch)
 {
-    return store->ops->write(store, ticket, next_member_id, next_number, epoch);
+    return store->ops->write(store, ticket, next_member_id, next_number, drains, epoch);
 }
 
 void co_store_stop(co_store *store, pc_fn done, void *arg)

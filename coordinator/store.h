@@ -1,6 +1,7 @@
 /* The coordinator's log behind one table: the cluster's id and secret, the next free member id and epoch
- * number, and the last epochs. Only one coordinator at a time may decide: the store says who. A file (SQLite)
- * is ours when it is open; with etcd the holder of a lease is active and the others stand by.
+ * number, who is being drained, and the last epochs. Only one coordinator at a time may decide: the store
+ * says who. A file (SQLite) is ours when it is open; with etcd the holder of a lease is active and the others
+ * stand by.
  *
  *   --store DIR                               a file in that folder; "" = in memory
  *   --store etcd://HOST:PORT[,..]/PREFIX      etcd v3, keys under PREFIX
@@ -8,6 +9,7 @@
  * Thread: the loop's; events come on it, never from inside co_store_write. */
 #pragma once
 #include "common/proc/loop.h"
+#include "coordinator/drains.h"
 #include "coordinator/epoch.h"
 #include "coordinator/frame_key.h"
 
@@ -20,7 +22,8 @@ typedef struct co_store_past {
     uint8_t secret[CO_SECRET_BYTES]; /* drawn with it, or now in a log of a release that had none */
     uint32_t next_member_id;         /* 1 in a new log */
     uint64_t next_number;            /* 1 in a new log */
-    co_epoch *epoch;                 /* the last one, NULL if none */
+    co_drains drains;
+    co_epoch *epoch; /* the last one, NULL if none */
 } co_store_past;
 
 typedef struct co_store_events {
@@ -52,7 +55,7 @@ struct co_store_ops {
                       void *ctx, co_store **store_out, cm_error *err);
     bool (*is_active)(const co_store *store);
     cm_status (*write)(co_store *store, uint64_t ticket, uint32_t next_member_id, uint64_t next_number,
-                       co_epoch *epoch);
+                       const co_drains *drains, co_epoch *epoch);
     void (*stop)(co_store *store, pc_fn done, void *arg);
     void (*close)(co_store *store);
 };
@@ -66,10 +69,10 @@ CM_MUST_CHECK cm_status co_store_open(pc_loop *loop, const co_store_options *opt
                                       cm_error *err);
 /* Whether we may decide now. Ask before each decision: a claim may have run out while this process slept. */
 bool co_store_is_active(const co_store *store);
-/* In order; epoch (may be NULL) is held until the answer. CM_E_CAPACITY: n_queued_max writes wait;
- * CM_E_UNAVAILABLE: not the active one. */
+/* In order; drains is copied, epoch (may be NULL) is held until the answer. CM_E_CAPACITY: n_queued_max
+ * writes wait; CM_E_UNAVAILABLE: not the active one. */
 CM_MUST_CHECK cm_status co_store_write(co_store *store, uint64_t ticket, uint32_t next_member_id,
-                                       uint64_t next_number, co_epoch *epoch);
+                                       uint64_t next_number, const co_drains *drains, co_epoch *epoch);
 /* Gives the claim up so that another one need not wait for its end; no event follows. done may run at once.
  */
 void co_store_stop(co_store *store, pc_fn done, void *arg);

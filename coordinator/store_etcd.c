@@ -49,6 +49,7 @@ typedef struct etcd_write {
     uint64_t ticket;
     uint32_t next_member_id;
     uint64_t next_number;
+    co_drains drains;
     co_epoch *epoch;
 } etcd_write;
 
@@ -192,6 +193,7 @@ static void etcd_become_active(etcd_store *store)
     co_store_past log = {.cluster = past->cluster,
                          .next_member_id = past->next_member_id,
                          .next_number = past->next_number,
+                         .drains = past->drains,
                          .epoch = past->epoch};
     memcpy(log.secret, past->secret, sizeof(log.secret));
     store->events.active(store->ctx, &log);
@@ -477,6 +479,7 @@ static void etcd_write_next(etcd_store *store)
     if (write != NULL) {
         store->past.next_member_id = write->next_member_id;
         store->past.next_number = write->next_number;
+        store->past.drains = write->drains;
         store->past.serial++;
         etcd_write_attempt(store);
     }
@@ -491,7 +494,7 @@ static bool etcd_is_active(const co_store *base)
 }
 
 static cm_status etcd_write_add(co_store *base, uint64_t ticket, uint32_t next_member_id,
-                                uint64_t next_number, co_epoch *epoch)
+                                uint64_t next_number, const co_drains *drains, co_epoch *epoch)
 {
     etcd_store *store = (etcd_store *)base;
     if (store->state != ETCD_ACTIVE) {
@@ -501,7 +504,8 @@ static cm_status etcd_write_add(co_store *base, uint64_t ticket, uint32_t next_m
         return CM_E_CAPACITY;
     }
     etcd_write *write = cm_alloc(sizeof(*write));
-    *write = (etcd_write){.ticket = ticket, .next_member_id = next_member_id, .next_number = next_number};
+    *write = (etcd_write){
+        .ticket = ticket, .next_member_id = next_member_id, .next_number = next_number, .drains = *drains};
     write->epoch = epoch != NULL ? co_epoch_hold(epoch) : NULL;
     STAILQ_INSERT_TAIL(&store->writes, write, link);
     if (store->n_writes++ == 0) {

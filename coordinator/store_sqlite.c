@@ -18,6 +18,7 @@ typedef struct sqlite_job {
     sqlite_store *store;
     uint64_t ticket, next_number;
     uint32_t next_member_id;
+    co_drains drains;
     co_epoch *epoch;
     cm_status status;
     cm_error err;
@@ -46,8 +47,8 @@ static void sqlite_done(void *arg)
 static void sqlite_run(void *arg)
 {
     sqlite_job *job = arg;
-    job->status =
-        co_sqlite_write(job->store->log, job->next_member_id, job->next_number, job->epoch, &job->err);
+    job->status = co_sqlite_write(job->store->log, job->next_member_id, job->next_number, &job->drains,
+                                  job->epoch, &job->err);
     pc_loop_post_new(job->store->loop, sqlite_done, job);
 }
 
@@ -74,12 +75,15 @@ static bool sqlite_is_active(const co_store *base)
 }
 
 static cm_status sqlite_write(co_store *base, uint64_t ticket, uint32_t next_member_id, uint64_t next_number,
-                              co_epoch *epoch)
+                              const co_drains *drains, co_epoch *epoch)
 {
     sqlite_store *store = (sqlite_store *)base;
     sqlite_job *job = cm_alloc(sizeof(*job));
-    *job = (sqlite_job){
-        .store = store, .ticket = ticket, .next_member_id = next_member_id, .next_number = next_number};
+    *job = (sqlite_job){.store = store,
+                        .ticket = ticket,
+                        .next_member_id = next_member_id,
+                        .next_number = next_number,
+                        .drains = *drains};
     job->epoch = epoch != NULL ? co_epoch_hold(epoch) : NULL;
     store->n_pending++;
     cm_status status = cm_jobs_submit(store->jobs, sqlite_run, job);

@@ -46,6 +46,11 @@ static void on_cluster_stats(void *ctx, const Baleen__Control__V1__ClusterStats 
     gw_streams_room(ctx);
 }
 
+static void on_cluster_load(void *ctx, const Baleen__Control__V1__ClusterLoad *load)
+{
+    gw_cluster_load_take(ctx, load);
+}
+
 static void on_drain(void *ctx)
 {
     gw_gateway *gateway = ctx;
@@ -133,9 +138,10 @@ static cm_status take_names(gw_gateway *gateway, cm_error *err)
 {
     const gw_config *config = gateway->config;
     size_t n;
-    const char *name = folder_name(config->model, &n);
-    gateway->model = cm_strdup(config->model_name[0] != 0 ? config->model_name : name);
-    if (config->model_name[0] == 0) {
+    const char *folder = folder_name(config->model, &n);
+    const char *name = config->scripted_model[0] != 0 ? config->scripted_model : config->model_name;
+    gateway->model = cm_strdup(name[0] != 0 ? name : folder);
+    if (name[0] == 0) {
         gateway->model[n] = 0;
     }
     for (const char *at = config->model_aliases; *at != 0;) {
@@ -159,6 +165,11 @@ static void take_fingerprint(gw_gateway *gateway)
 {
     md_checkpoint *checkpoint;
     cm_error err = {0};
+    if (gateway->config->scripted_model[0] != 0) {
+        md_scripted_fingerprint(gateway->config->scripted_model, gateway->fingerprint);
+        snprintf(gateway->served_fingerprint, sizeof(gateway->served_fingerprint), "fp_scripted");
+        return;
+    }
     cm_status status = md_checkpoint_open(gateway->config->model, &checkpoint, NULL, NULL, &err);
     if (status == CM_OK) {
         gateway->geometry = *md_checkpoint_geometry(checkpoint);
@@ -225,6 +236,7 @@ static void join_cluster(gw_gateway *gateway)
                                             .commit = on_commit,
                                             .retire = on_retire,
                                             .cluster_stats = on_cluster_stats,
+                                            .cluster_load = on_cluster_load,
                                             .drain = on_drain,
                                             .refused = on_refused};
     pc_member_options options = {.coordinator = gateway->config->coordinator,
@@ -346,6 +358,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
     }
     pc_epoch_release(gateway->epoch);
     gw_member_stats_free(gateway);
+    gw_cluster_load_free(gateway);
     pc_timer_destroy(gateway->drain_timer);
     gw_streams_fini(gateway);
     gw_tenants_destroy(gateway->tenants);

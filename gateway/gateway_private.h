@@ -19,13 +19,24 @@
 
 enum { GW_RETRY_MS = 1000, GW_ALIASES_MAX = 16 };
 
-/* Another member's counters, as they last came. */
+/* Another member, as it was last told of. */
 typedef struct gw_member_stats {
     char label[32]; /* "router-2" */
     char role;
+    uint32_t id;
+    char state[16];
+    uint64_t epoch; /* in force there */
     cm_stat_value *values;
     uint32_t n_values;
 } gw_member_stats;
+
+/* What the routers' rows went to, as it last came. Asked for only when somebody looks, and not more often
+ * than it changes. */
+typedef struct gw_expert_load {
+    uint32_t n_layer, n_expert;
+    uint8_t *level;    /* [n_layer * n_expert], see ClusterLoad; NULL: none came */
+    uint64_t asked_ms; /* for the newest; 0: never */
+} gw_expert_load;
 
 /* One token through the whole path, asked by ourselves when experts are placed and a router is linked. */
 typedef struct gw_probe {
@@ -62,6 +73,8 @@ struct gw_gateway {
     pc_epoch *epoch; /* in force; NULL before the first */
     gw_member_stats *stats;
     uint32_t n_stats;
+    bool changing; /* a next epoch is on its way */
+    gw_expert_load load;
 
     gw_stream_list streams;
     uint32_t n_streams; /* without the probe's */
@@ -148,3 +161,12 @@ void gw_member_stats_free(gw_gateway *gateway);
 /* Sum of a stat over the members of a role. */
 int64_t gw_member_stats_sum(const gw_gateway *gateway, char role, cm_stat stat);
 uint32_t gw_member_stats_gateways(const gw_gateway *gateway); /* of the cluster, this one too */
+
+/* ---- cluster.c ---- */
+void gw_cluster_load_take(gw_gateway *gateway, const Baleen__Control__V1__ClusterLoad *message);
+void gw_cluster_load_free(gw_gateway *gateway);
+/* Members and their counters; no addresses, hosts or names of users. The caller's. */
+json_t *gw_cluster_json(gw_gateway *gateway);
+/* Load per (layer, expert), and who owns what unless the caller has the placement of the epoch in force
+ * (known_epoch). The caller's. */
+json_t *gw_cluster_experts_json(gw_gateway *gateway, uint64_t known_epoch);

@@ -533,6 +533,41 @@ static void on_found(void *ctx, const gw_found *found, const gw_error *error)
     }
 }
 
+static bool is_running(const gw_exchange *x, const char *id)
+{
+    bool any = false;
+    for (uint32_t i = 0; i < x->n_choice; i++) {
+        any |= x->choices[i].stream != NULL;
+    }
+    return any && strcmp(gw_origin_id(x->origin), id) == 0;
+}
+
+void gw_http_end(gw_http *http, struct evhttp_request *req, const char *id)
+{
+    gw_exchange *x;
+    gw_error error;
+    TAILQ_FOREACH (x, &http->exchanges, link) {
+        if (x->visit->tenant == http->visit->tenant && is_running(x, id)) {
+            break;
+        }
+    }
+    if (x == NULL) {
+        gw_error_set(&error, GW_CAUSE_NO_STREAM, NULL,
+                     "no client reads the stream '%.140s' from this gateway", id);
+        gw_reply_error(req, &error);
+        return;
+    }
+    cancel_streams(x);
+    if (x->sse && x->head_sent) {
+        end_answer(x); /* its reader sees no [DONE] */
+    } else {
+        exchange_drop(x);
+    }
+    json_t *reply = json_pack("{s:s, s:b}", "id", id, "deleted", 1);
+    gw_reply_json(req, 200, reply);
+    json_decref(reply);
+}
+
 void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id)
 {
     const char *last = evhttp_find_header(evhttp_request_get_input_headers(req), "Last-Event-ID");

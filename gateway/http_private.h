@@ -42,6 +42,11 @@ void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
 /* The body as a JSON object; NULL: an error was answered. */
 json_t *gw_request_json(gw_http *http, struct evhttp_request *req);
 
+/* ---- http_page.c: what people look at ---- */
+void gw_http_root(struct evhttp_request *req);
+void gw_http_cluster(gw_http *http, struct evhttp_request *req);
+void gw_http_cluster_experts(gw_http *http, struct evhttp_request *req);
+
 /* ---- http_event_id.c ---- */
 /* "ID:N", with several answers "ID:N.N.N": the stream, and how many events of each answer were sent with this
  * one. Answers mix as they come, but the events of one are always the same. */
@@ -55,6 +60,8 @@ bool gw_event_id_parse(const char *text, gw_event_id *out);
 /* ---- http_generate.c ---- */
 /* A client comes back. id: of the stream; NULL: that of its Last-Event-ID, which must be there. */
 void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id);
+/* A client has enough of a stream that it, or whoever told it the id, reads from this gateway. */
+void gw_http_end(gw_http *http, struct evhttp_request *req, const char *id);
 void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kind);
 void gw_exchanges_drop_all(gw_http *http);
 

@@ -210,10 +210,21 @@ static void route_detokenize(gw_http *http, struct evhttp_request *req, const ch
 
 static void route_root(gw_http *http, struct evhttp_request *req, const char *rest)
 {
-    static const char text[] = "Baleen " BALEEN_VERSION ": OpenAI-compatible API at /v1\n";
     (void)http;
     (void)rest;
-    gw_reply(req, 200, "text/plain; charset=utf-8", text, sizeof(text) - 1);
+    gw_http_root(req);
+}
+
+static void route_cluster(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    gw_http_cluster(http, req);
+}
+
+static void route_cluster_experts(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    gw_http_cluster_experts(http, req);
 }
 
 static void route_health(gw_http *http, struct evhttp_request *req, const char *rest)
@@ -278,6 +289,14 @@ static void route_stream(gw_http *http, struct evhttp_request *req, const char *
     cm_free(id);
 }
 
+static void route_stream_end(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    char *id = cm_strdup(rest);
+    percent_decode(id);
+    gw_http_end(http, req, id);
+    cm_free(id);
+}
+
 /* ---- the table ---- */
 
 typedef struct route {
@@ -292,6 +311,9 @@ static const route ROUTES[] = {
     {"/chat/completions", true, false, EVHTTP_REQ_POST, route_chat},
     {"/completions", true, false, EVHTTP_REQ_POST, route_complete},
     {"/streams/", true, true, EVHTTP_REQ_GET, route_stream},
+    {"/streams/", true, true, EVHTTP_REQ_DELETE, route_stream_end},
+    {"/cluster", true, false, EVHTTP_REQ_GET, route_cluster},
+    {"/cluster/experts", true, false, EVHTTP_REQ_GET, route_cluster_experts},
     {"/models", true, false, EVHTTP_REQ_GET, route_models},
     {"/models/", true, true, EVHTTP_REQ_GET, route_model},
     {"/tokenize", false, false, EVHTTP_REQ_POST, route_tokenize},
@@ -326,7 +348,7 @@ static const char *route_match(const route *r, const char *path)
 static void reply_options(struct evhttp_request *req)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(req);
-    evhttp_add_header(out, "Access-Control-Allow-Methods", "GET, POST, HEAD, OPTIONS");
+    evhttp_add_header(out, "Access-Control-Allow-Methods", "GET, POST, DELETE, HEAD, OPTIONS");
     const char *wanted =
         evhttp_find_header(evhttp_request_get_input_headers(req), "Access-Control-Request-Headers");
     evhttp_add_header(out, "Access-Control-Allow-Headers", wanted != NULL ? wanted : "*");
@@ -334,14 +356,27 @@ static void reply_options(struct evhttp_request *req)
     gw_reply(req, 204, NULL, "", 0);
 }
 
-static void reply_no_route(struct evhttp_request *req, const char *path, const route *other)
+static const char *method_words(enum evhttp_cmd_type method)
+{
+    return method == EVHTTP_REQ_GET ? "GET, HEAD" : method == EVHTTP_REQ_POST ? "POST" : "DELETE";
+}
+
+static void reply_no_route(struct evhttp_request *req, const char *path)
 {
     gw_error error;
-    if (other != NULL) {
-        bool get = other->method == EVHTTP_REQ_GET;
-        evhttp_add_header(evhttp_request_get_output_headers(req), "Allow",
-                          get ? "GET, HEAD, OPTIONS" : "POST, OPTIONS");
-        gw_error_set(&error, GW_CAUSE_METHOD, NULL, "%.200s takes %s only", path, get ? "GET" : "POST");
+    char allow[64] = "";
+    for (size_t i = 0; i < N_ROUTES; i++) {
+        if (route_match(&ROUTES[i], path) != NULL) {
+            size_t n = strlen(allow);
+            snprintf(allow + n, sizeof(allow) - n, "%s, ", method_words(ROUTES[i].method));
+        }
+    }
+    if (allow[0] != 0) {
+        size_t n = strlen(allow);
+        gw_error_set(&error, GW_CAUSE_METHOD, NULL, "%.200s takes %.*s only", path[0] != 0 ? path : "/",
+                     (int)n - 2, allow);
+        snprintf(allow + n, sizeof(allow) - n, "OPTIONS");
+        evhttp_add_header(evhttp_request_get_output_headers(req), "Allow", allow);
     } else {
         gw_error_set(&error, GW_CAUSE_NO_ROUTE, NULL, "there is nothing at %.200s", path);
     }
@@ -396,7 +431,6 @@ static void dispatch(gw_http *http, struct evhttp_request *req, const char *path
 {
     enum evhttp_cmd_type method = evhttp_request_get_command(req);
     enum evhttp_cmd_type wanted = method == EVHTTP_REQ_HEAD ? EVHTTP_REQ_GET : method;
-    const route *other = NULL;
     if (method == EVHTTP_REQ_OPTIONS) {
         reply_options(req);
         return;
@@ -407,9 +441,8 @@ static void dispatch(gw_http *http, struct evhttp_request *req, const char *path
             enter(http, req, &ROUTES[i], rest);
             return;
         }
-        other = rest != NULL ? &ROUTES[i] : other;
     }
-    reply_no_route(req, path[0] != 0 ? path : "/", other);
+    reply_no_route(req, path);
 }
 
 void gw_http_dispatch(struct evhttp_request *req, void *arg)

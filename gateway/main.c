@@ -29,7 +29,7 @@ static void leave(void *ctx, cm_status status)
     terminate(process);
 }
 
-static int serve(const gw_config *config)
+static int serve(gw_config *config)
 {
     gateway_process process = {0};
     cm_error err = {0};
@@ -37,7 +37,10 @@ static int serve(const gw_config *config)
         cm_error_log("no event loop");
         return 1;
     }
-    cm_status status = gw_gateway_create(process.loop, config, leave, &process, &process.gateway, &err);
+    cm_status status = pc_process_find_coordinator(&gw_config_table, config, config->coordinator, &err);
+    if (status == CM_OK) {
+        status = gw_gateway_create(process.loop, config, leave, &process, &process.gateway, &err);
+    }
     if (status != CM_OK) {
         cm_error_log("%s: %s", err.field, err.text);
         pc_loop_destroy(process.loop);

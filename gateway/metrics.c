@@ -4,31 +4,19 @@
 
 #include "common/base/mem.h"
 #include "gateway/gateway_private.h"
+#include "proto/messages.h"
 
-static char role_letter(uint32_t role, const char **word_out)
+static char role_letter(uint32_t role)
 {
-    switch (role) {
-    case BALEEN__CONTROL__V1__ROLE__ROLE_COORDINATOR:
-        *word_out = "coordinator";
-        return 'C';
-    case BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY:
-        *word_out = "gateway";
-        return 'G';
-    case BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER:
-        *word_out = "router";
-        return 'R';
-    case BALEEN__CONTROL__V1__ROLE__ROLE_WORKER:
-        *word_out = "worker";
-        return 'W';
-    default:
-        return 0;
-    }
+    return role <= BALEEN__CONTROL__V1__ROLE__ROLE_WORKER ? "\0CGRW"[role] : 0;
 }
 
-static void take_member(gw_member_stats *stats, const Baleen__Control__V1__MemberStats *member,
-                        const char *word)
+static void take_member(gw_member_stats *stats, const Baleen__Control__V1__MemberStats *member)
 {
-    snprintf(stats->label, sizeof(stats->label), "%s-%u", word, member->member_id);
+    stats->id = member->member_id;
+    stats->epoch = member->epoch;
+    snprintf(stats->label, sizeof(stats->label), "%s-%u", pr_role_name(member->role), member->member_id);
+    snprintf(stats->state, sizeof(stats->state), "%s", member->state != NULL ? member->state : "");
     stats->values = cm_alloc(member->n_stats * sizeof(*stats->values));
     for (size_t i = 0; i < member->n_stats; i++) {
         stats->values[i] = (cm_stat_value){.stat = member->stats[i]->stat, .value = member->stats[i]->value};
@@ -39,17 +27,17 @@ static void take_member(gw_member_stats *stats, const Baleen__Control__V1__Membe
 void gw_member_stats_take(gw_gateway *gateway, const Baleen__Control__V1__ClusterStats *message)
 {
     gw_member_stats_free(gateway);
+    gateway->changing = message->changing;
     gateway->stats = cm_alloc(message->n_members * sizeof(*gateway->stats));
     for (size_t i = 0; i < message->n_members; i++) {
         const Baleen__Control__V1__MemberStats *member = message->members[i];
-        const char *word;
-        char role = role_letter(member->role, &word);
+        char role = role_letter(member->role);
         bool us = member->role == BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY &&
                   member->member_id == gateway->member_id;
         if (role != 0 && !us) {
             gw_member_stats *stats = &gateway->stats[gateway->n_stats++];
             stats->role = role;
-            take_member(stats, member, word);
+            take_member(stats, member);
         }
     }
 }

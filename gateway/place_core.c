@@ -99,19 +99,20 @@ static void spot_answered(gw_spot *spot)
     }
 }
 
-/* Its copy at left may stay: it is waiting itself, and may go back there. */
-static void spot_keep_copy(gw_place *place, gw_spot *spot)
+static void spot_drop_copy(gw_place *place, gw_spot *spot)
 {
-    if (spot->copied) {
-        TAILQ_REMOVE(&place->copied, spot, left_link);
-        spot->copied = false;
+    if (spot->copy != 0) {
+        TAILQ_REMOVE(&place->copied, spot, copy_link);
+        spot->copy = 0;
     }
 }
 
-static void spot_forget_copy(gw_place *place, gw_spot *spot)
+/* There is room for one: a copy that is forgotten for a newer one goes in its router's time. */
+static void spot_leave_copy(gw_place *place, gw_spot *spot, uint64_t number)
 {
-    spot_keep_copy(place, spot);
-    spot->left = 0;
+    spot_drop_copy(place, spot);
+    spot->copy = number;
+    TAILQ_INSERT_TAIL(&place->copied, spot, copy_link);
 }
 
 /* Out of the list of its state. */
@@ -161,7 +162,10 @@ static void spot_stall(gw_place *place, uint64_t now_ms, gw_spot *spot)
 static void spot_wait(gw_place *place, uint64_t now_ms, gw_spot *spot, bool first)
 {
     spot_leave(place, spot);
-    spot_keep_copy(place, spot);
+    if (spot->left == 0) { /* it may go back to its copy */
+        spot->left = spot->copy;
+        spot_drop_copy(place, spot);
+    }
     spot_stall(place, now_ms, spot);
     spot->state = GW_SPOT_WAITING;
     if (first) {
@@ -180,7 +184,9 @@ static void spot_lose(gw_place *place, uint64_t now_ms, gw_spot *spot)
             UINT64_MAX; /* it had a router until now, though perhaps only a place in its queue */
     }
     spot_leave(place, spot);
-    spot_forget_copy(place, spot);
+    if (spot->left != 0 && spot->left != router->number) {
+        spot_leave_copy(place, spot, spot->left);
+    }
     spot->left = router->number;
     if (spot->once) {
         spot_fail(place, spot, CM_E_RESET);
@@ -279,7 +285,19 @@ static bool any_up(const gw_place *place)
     return false;
 }
 
-/* Asked for nowhere yet. */
+/* There is one that may take it, now or once it is linked. */
+static bool any_member(const gw_place *place)
+{
+    const gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router->standing == GW_PLACE_MEMBER) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Judged by no router yet. */
 static bool spot_is_fresh(const gw_spot *spot)
 {
     return !spot->accepted && spot->status == CM_OK;
@@ -306,12 +324,10 @@ void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
         spot->accepted = true;
         spot->told_ms = now_ms;
         spot->router->n_refused = 0;
-        if (spot->left == spot->router->number) {
-            spot->left = 0;
-        } else if (spot->left != 0) {
-            spot->copied = true;
-            TAILQ_INSERT_TAIL(&place->copied, spot, left_link);
+        if (spot->left != 0 && spot->left != spot->router->number) {
+            spot_leave_copy(place, spot, spot->left);
         }
+        spot->left = 0;
     }
     if (tokens) {
         spot->told_ms = now_ms;
@@ -334,6 +350,15 @@ bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status
     gw_place_router *router = spot->router;
     bool resuming = spot->state == GW_SPOT_ASKED && spot->resuming;
     spot_leave(place, spot);
+    if (status == CM_E_REFUSED && !spot->once) {
+        /* Its doors are closed for good and the epoch that says so is still on its way: that is nothing about
+         * the stream, which is as new as before to the others. */
+        router->standing = router->standing == GW_PLACE_MEMBER ? GW_PLACE_DRAINING : router->standing;
+        if (spot->accepted || any_member(place)) {
+            spot_wait(place, now_ms, spot, true);
+            return true;
+        }
+    }
     spot->status = status;
     if (resuming && status == CM_E_NOT_FOUND) {
         spot->left = 0;
@@ -345,19 +370,31 @@ bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status
     if (!spot->once && (exists || may_be_retried(status))) {
         router_rest(place, now_ms, router);
         if (exists || spot->accepted || any_takes(place, now_ms)) {
+            if (exists && spot->left != 0 && spot->left != router->number) {
+                spot_leave_copy(place, spot, spot->left);
+            }
             spot->left = exists ? router->number : spot->left;
             spot_wait(place, now_ms, spot, false);
             return true;
         }
     }
-    spot_forget_copy(place, spot);
     return false;
 }
 
-void gw_place_end(gw_place *place, gw_spot *spot)
+uint32_t gw_place_end(gw_place *place, gw_spot *spot, uint64_t routers_out[GW_PLACE_COPIES])
 {
+    const uint64_t numbers[GW_PLACE_COPIES] = {spot->left, spot->copy};
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < GW_PLACE_COPIES; i++) {
+        const gw_place_router *router = numbers[i] != 0 ? router_find(place, numbers[i]) : NULL;
+        if (router != NULL && router->up && router != spot->router) {
+            routers_out[n++] = numbers[i];
+        }
+    }
     spot_leave(place, spot);
-    spot_forget_copy(place, spot);
+    spot_drop_copy(place, spot);
+    spot->left = 0;
+    return n;
 }
 
 /* ---- what to do ---- */
@@ -441,7 +478,7 @@ static bool next_failed(gw_place *place, gw_place_action *action_out)
         return false;
     }
     *action_out = (gw_place_action){.act = GW_PLACE_GIVE_UP, .spot = spot, .status = spot->status};
-    gw_place_end(place, spot);
+    spot_leave(place, spot);
     return true;
 }
 
@@ -449,13 +486,13 @@ static bool next_copy(gw_place *place, gw_place_action *action_out)
 {
     gw_spot *spot, *next;
     for (spot = TAILQ_FIRST(&place->copied); spot != NULL; spot = next) {
-        next = TAILQ_NEXT(spot, left_link);
-        const gw_place_router *router = router_find(place, spot->left);
+        next = TAILQ_NEXT(spot, copy_link);
+        const gw_place_router *router = router_find(place, spot->copy);
         if (router != NULL && !router->up) {
             continue; /* it may come back */
         }
-        uint64_t number = spot->left;
-        spot_forget_copy(place, spot);
+        uint64_t number = spot->copy;
+        spot_drop_copy(place, spot);
         if (router != NULL) {
             *action_out = (gw_place_action){.act = GW_PLACE_FORGET, .spot = spot, .router = number};
             return true;
@@ -500,24 +537,24 @@ static gw_place_router *pick(const gw_place *place, uint64_t now_ms, bool fresh)
 
 static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *action_out)
 {
-    gw_spot *spot = TAILQ_FIRST(&place->waiting);
-    if (spot == NULL) {
-        return false;
-    }
-    gw_place_router *left = spot->left != 0 ? router_find(place, spot->left) : NULL;
-    if (left != NULL && left->up && now_ms >= left->backoff_ms) {
-        if (left->n_unanswered >= place->limits.opens_max) {
-            return false;
+    gw_spot *spot;
+    bool full = false; /* an earlier one waits for whichever router takes it */
+    TAILQ_FOREACH (spot, &place->waiting, link) {
+        gw_place_router *router = spot->left != 0 ? router_find(place, spot->left) : NULL;
+        bool resume = router != NULL && router->up && now_ms >= router->backoff_ms;
+        if (resume && router->n_unanswered >= place->limits.opens_max) {
+            continue;
         }
-        spot_ask(place, now_ms, spot, left, true, action_out);
-        return true;
+        if (!resume) {
+            router = full ? NULL : pick(place, now_ms, spot_is_fresh(spot));
+            full = router == NULL;
+        }
+        if (router != NULL) {
+            spot_ask(place, now_ms, spot, router, resume, action_out);
+            return true;
+        }
     }
-    gw_place_router *router = pick(place, now_ms, spot_is_fresh(spot));
-    if (router == NULL) {
-        return false;
-    }
-    spot_ask(place, now_ms, spot, router, false, action_out);
-    return true;
+    return false;
 }
 
 bool gw_place_next(gw_place *place, uint64_t now_ms, gw_place_action *action_out)

@@ -6,9 +6,10 @@
  * A lost link is tried again at once. Its streams wait for the outcome, rebind_ms at most: linked again, the
  * router still has them and they go on there (resume); unreachable, they queue for another (open, with the
  * tokens they have). Nothing is refused to a stream that a client has seen accepted: it queues, first come
- * first served. Reopening is paced: at most opens_max unanswered ones at a router, and a router that refuses
- * gets none for a while that doubles with every refusal. A new stream passes no queue: it is told at once
- * that all are full.
+ * first served, for whichever router takes it; who waits for its turn at one router holds up nobody else.
+ * Reopening is paced: at most opens_max unanswered ones at a router, and a router that refuses gets none for
+ * a while that doubles with every refusal. A new stream passes no queue: it is told at once that all are
+ * full.
  *
  *   NONE -> WAITING -> ASKED -> RUNNING ;  ASKED, RUNNING -> LOST -> WAITING ;  any -> NONE */
 #pragma once
@@ -32,15 +33,16 @@ typedef enum gw_spot_state {
 /* One stream's place; embedded in the stream, zeroed before gw_place_begin. */
 typedef struct gw_spot {
     TAILQ_ENTRY(gw_spot) link; /* in the list of its state */
-    TAILQ_ENTRY(gw_spot) left_link;
+    TAILQ_ENTRY(gw_spot) copy_link;
     gw_spot_state state;
     gw_place_router *router; /* ASKED, RUNNING, LOST */
-    uint64_t left;           /* a router that may still have it, or did: its number; 0: none */
-    bool once;               /* given by the owner: not tried again */
-    bool accepted;           /* by any router, ever */
-    bool resuming;           /* ASKED by a resume */
-    bool counted;            /* ASKED and among its router's unanswered */
-    bool copied;             /* placed, and left has a copy that should go: in the list of those */
+    uint64_t
+        left; /* a router that may still have it, or did: it goes on there if it can; its number; 0: none */
+    uint64_t copy; /* another one, whose copy nobody needs: in the list of those; 0: none */
+    bool once;     /* given by the owner: not tried again */
+    bool accepted; /* by any router, ever */
+    bool resuming; /* ASKED by a resume */
+    bool counted;  /* ASKED and among its router's unanswered */
     uint64_t
         stalled_ms; /* since when it has been without a router that gives it tokens; UINT64_MAX: it has one */
     uint64_t told_ms; /* its newest token, or its place */
@@ -60,7 +62,7 @@ typedef struct gw_place {
     gw_place_limits limits;
     TAILQ_HEAD(, gw_place_router) routers; /* in the order they came */
     gw_spot_list waiting, failed;
-    gw_spot_list copied; /* by left_link */
+    gw_spot_list copied; /* by copy_link */
     uint64_t give_up_ms; /* nobody waiting or lost is to be given up before */
     uint64_t n_drawn;    /* of the jitter */
 } gw_place;
@@ -88,18 +90,23 @@ bool gw_place_hosts(const gw_place *place, uint64_t number); /* some stream is t
 void gw_place_begin(gw_place *place, uint64_t now_ms, gw_spot *spot, uint64_t number);
 /* A word of its router that is no failure; with tokens or without. Fine also while it waits for another. */
 void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens);
-/* Its router failed or refused it, or said what cannot be. true: it will be asked for elsewhere; false: this
- * failure is the stream's own, or nobody else can help, and its place has ended. */
+/* Its router failed or refused it, or said what cannot be. CM_E_REFUSED: the router is being drained and
+ * takes none; it gets no more, and the stream goes to another however busy that was. true: it will be asked
+ * for elsewhere; false: this failure is the stream's own, or nobody else can help: it has no place any more,
+ * gw_place_end is next. */
 CM_MUST_CHECK bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status status);
-void gw_place_end(gw_place *place, gw_spot *spot); /* whatever its state */
+/* Whatever its state. Out come routers that are linked and may have a copy of it, besides the one where it
+ * was asked for last; how many. Those that are not linked let go of theirs in their own time. */
+enum { GW_PLACE_COPIES = 2 };
+uint32_t gw_place_end(gw_place *place, gw_spot *spot, uint64_t routers_out[GW_PLACE_COPIES]);
 
 /* ---- what to do ---- */
 typedef enum gw_place_act {
     GW_PLACE_OPEN, /* open spot at router with the tokens it has; it may be open at another that gives none */
     GW_PLACE_RESUME,  /* the router has it: take it over from there, behind the tokens it has */
     GW_PLACE_FORGET,  /* the router has a copy that nobody needs: spot runs elsewhere */
-    GW_PLACE_GIVE_UP, /* spot's place has ended; status: why it was refused last, CM_OK: no router was there
-                       */
+    GW_PLACE_GIVE_UP, /* spot has no place any more, gw_place_end is next; status: why it was refused last,
+                         CM_OK: no router was there */
 } gw_place_act;
 typedef struct gw_place_action {
     gw_place_act act;

@@ -87,10 +87,24 @@ static void cancel_there(gw_stream *stream)
     forget_number(stream);
 }
 
+static void forget_copy(const gw_stream *stream, uint64_t router)
+{
+    Baleen__Engine__V1__SeqKey key;
+    gw_router *at = gw_routers_get(stream->gateway->routers, router);
+    gw_origin_key(stream->origin, stream->choice, &key);
+    if (at != NULL) {
+        gw_router_cancel_copy(at, &key);
+    }
+}
+
 void gw_stream_leave_router(gw_stream *stream)
 {
+    uint64_t copies[GW_PLACE_COPIES];
     cancel_there(stream);
-    gw_place_end(&stream->gateway->place, &stream->spot);
+    uint32_t n = gw_place_end(&stream->gateway->place, &stream->spot, copies);
+    for (uint32_t i = 0; i < n; i++) {
+        forget_copy(stream, copies[i]);
+    }
     gw_streams_place(stream->gateway);
 }
 
@@ -195,12 +209,15 @@ void gw_stream_cancel(gw_stream *stream)
     gw_stream_release(stream);
 }
 
+/* Its client may come back for it elsewhere: whatever has it keeps it. */
 static void detach_there(gw_stream *stream)
 {
+    uint64_t copies[GW_PLACE_COPIES];
     if (stream->router != NULL && stream->core.state != GW_CORE_ENDED) {
         gw_router_detach(stream->router, stream->number);
         forget_number(stream);
     }
+    (void)gw_place_end(&stream->gateway->place, &stream->spot, copies);
 }
 
 void gw_stream_detach(gw_stream *stream)
@@ -449,16 +466,6 @@ static void send_resume(gw_stream *stream)
     resume.from = stream->core.emitted.n;
     resume.term = gw_origin_term(stream->origin);
     gw_router_resume(stream->router, &resume);
-}
-
-static void forget_copy(const gw_stream *stream, uint64_t router)
-{
-    Baleen__Engine__V1__SeqKey key;
-    gw_router *at = gw_routers_get(stream->gateway->routers, router);
-    gw_origin_key(stream->origin, stream->choice, &key);
-    if (at != NULL) {
-        gw_router_cancel_copy(at, &key);
-    }
 }
 
 static void give_up(gw_stream *stream, cm_status status)

@@ -147,6 +147,13 @@ static void fail_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqToken
     gw_stream_fail(stream, &error);
 }
 
+static void fail_by_misfit(gw_stream *stream)
+{
+    gw_error error;
+    gw_error_set(&error, GW_CAUSE_INTERNAL, NULL, "the router sent an answer that does not fit the request");
+    gw_stream_fail(stream, &error);
+}
+
 static void end_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *frame)
 {
     stream->ending = true;
@@ -186,6 +193,8 @@ static void tell_news(gw_stream *stream, const gw_core_news *news, const Baleen_
         gw_stream_finish(stream, GW_REASON_STOP, -1);
     } else if (news->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED) {
         fail_by_router(stream, frame);
+    } else if (news->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FINISHED) {
+        fail_by_misfit(stream); /* it was finished where a stop string matched, and here none does */
     } else if (news->end != BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON) {
         end_by_router(stream, frame);
     } else if (news->n_id > 0) {
@@ -203,10 +212,7 @@ static void take_frame(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *f
         if (gw_stream_try_again(stream, CM_E_PROTOCOL)) {
             return;
         }
-        gw_error error;
-        gw_error_set(&error, GW_CAUSE_INTERNAL, NULL,
-                     "the router sent an answer that does not fit the request");
-        gw_stream_fail(stream, &error);
+        fail_by_misfit(stream);
         return;
     }
     tell_news(stream, &news, frame);

@@ -32,6 +32,11 @@ static uint32_t placement_pairs(const pr_placement *p)
     return p->n_layer * p->n_expert;
 }
 
+pr_placement *pr_placement_none(void)
+{
+    return placement_create(0, 0, 0, 0);
+}
+
 pr_placement *pr_placement_clone(const pr_placement *p)
 {
     uint32_t n_pair = placement_pairs(p), n_owner = p->first[n_pair];
@@ -98,6 +103,7 @@ typedef struct placement_planner {
     const pr_placement *before; /* may be NULL */
     uint32_t *rank_now;         /* [before->n_rank] -> new rank, n_rank if gone */
     uint64_t *room;             /* [n_rank] pairs each rank can still take */
+    uint64_t *spare;            /* [n_rank] pairs each can load while it still holds all it had before */
     uint32_t *count;            /* [n_rank] of the layer being planned: its quota, or what it has */
     uint16_t *owners;           /* [pair][PR_COPIES_MAX] the result */
     uint8_t *n_owner;           /* [pair] */
@@ -256,6 +262,66 @@ static void planner_set_quotas(placement_planner *planner, uint32_t layer)
     }
 }
 
+static uint32_t planner_next(const placement_planner *planner, bool spare)
+{
+    uint32_t rank = 0;
+    while (rank < planner->n_rank && (planner->count[rank] == 0 || (spare && planner->spare[rank] == 0))) {
+        rank++;
+    }
+    return rank;
+}
+
+/* A rank with room beyond its quota: one that has the expert already, else the one that can load the most;
+ * n_rank: none. */
+static uint32_t planner_beyond(const placement_planner *planner, uint32_t pair)
+{
+    uint32_t live[PR_COPIES_MAX], best = planner->n_rank;
+    uint32_t n = planner->before != NULL ? planner_live(planner, pair, live) : 0;
+    for (uint32_t i = 0; i < n; i++) {
+        if (planner->room[live[i]] > 0) {
+            return live[i];
+        }
+    }
+    for (uint32_t r = 0; r < planner->n_rank; r++) {
+        if (planner->room[r] > 0 && planner->spare[r] > 0 &&
+            (best == planner->n_rank || planner->spare[r] > planner->spare[best])) {
+            best = r;
+        }
+    }
+    return best;
+}
+
+static bool planner_had(const placement_planner *planner, uint32_t pair, uint32_t rank)
+{
+    uint32_t live[PR_COPIES_MAX];
+    uint32_t n = planner->before != NULL ? planner_live(planner, pair, live) : 0;
+    for (uint32_t i = 0; i < n; i++) {
+        if (live[i] == rank) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Who gets an expert that cannot stay by the quotas. What a rank had before it still holds while it loads:
+ * one that would be over its capacity with both gets none, as long as another way is left. */
+static void planner_move(placement_planner *planner, uint32_t pair)
+{
+    uint32_t rank = planner_next(planner, true);
+    bool beyond = rank == planner->n_rank;
+    if (beyond) {
+        rank = planner_beyond(planner, pair);
+    }
+    if (rank == planner->n_rank) {
+        rank = planner_next(planner, false);
+        beyond = false;
+    }
+    planner_own(planner, pair, rank);
+    planner->count[rank] -= !beyond;
+    planner->room[rank] -= beyond;
+    planner->spare[rank] -= planner->spare[rank] > 0 && !planner_had(planner, pair, rank);
+}
+
 static void planner_place_layer(placement_planner *planner, uint32_t layer)
 {
     uint32_t first = layer * planner->n_expert, last = first + planner->n_expert;
@@ -269,15 +335,13 @@ static void planner_place_layer(placement_planner *planner, uint32_t layer)
             }
         }
     }
-    uint32_t rank = 0;
     for (uint32_t pair = first; pair < last; pair++) {
         if (planner->n_owner[pair] == 0) {
-            while (quota[rank] == 0) {
-                rank++;
-            }
-            planner_own(planner, pair, rank);
-            quota[rank]--;
+            planner_move(planner, pair);
         }
+    }
+    for (uint32_t r = 0; r < planner->n_rank; r++) {
+        planner->room[r] += quota[r]; /* of what stayed elsewhere */
     }
 }
 
@@ -296,10 +360,23 @@ static void planner_keep_copies(placement_planner *planner)
     }
 }
 
+static void planner_count_spare(placement_planner *planner)
+{
+    memcpy(planner->spare, planner->capacity, sizeof(uint64_t) * planner->n_rank);
+    for (uint32_t old = 0; planner->before != NULL && old < planner->before->n_rank; old++) {
+        uint32_t rank = planner->rank_now[old];
+        if (rank < planner->n_rank) {
+            uint64_t n = pr_placement_count(planner->before, old);
+            planner->spare[rank] -= n < planner->spare[rank] ? n : planner->spare[rank];
+        }
+    }
+}
+
 static void planner_spread(placement_planner *planner)
 {
     memset(planner->n_owner, 0, (size_t)planner->n_layer * planner->n_expert);
     memcpy(planner->room, planner->capacity, sizeof(uint64_t) * planner->n_rank);
+    planner_count_spare(planner);
     for (uint32_t layer = 0; layer < planner->n_layer; layer++) {
         planner_set_quotas(planner, layer);
         planner_place_layer(planner, layer);
@@ -337,6 +414,7 @@ cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, const uint32_t 
     placement_planner planner = {
         .n_layer = n_layer, .n_expert = n_expert, .n_rank = n_rank, .capacity = capacity, .before = before};
     planner.room = cm_alloc(sizeof(uint64_t) * n_rank);
+    planner.spare = cm_alloc(sizeof(uint64_t) * n_rank);
     planner.count = cm_alloc(sizeof(uint32_t) * n_rank);
     planner.owners = cm_alloc(sizeof(uint16_t) * PR_COPIES_MAX * need);
     planner.n_owner = cm_alloc(need);
@@ -350,6 +428,7 @@ cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, const uint32_t 
     *placement_out = pr_placement_build(n_layer, n_expert, rank_member, n_rank, planner.owners,
                                         planner.n_owner, PR_COPIES_MAX);
     cm_free(planner.room);
+    cm_free(planner.spare);
     cm_free(planner.count);
     cm_free(planner.owners);
     cm_free(planner.n_owner);
@@ -417,8 +496,9 @@ cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message, pr_
                               cm_error *err)
 {
     uint64_t n_pair = (uint64_t)message->n_layer * message->n_expert;
-    if (n_pair == 0 || n_pair > 1u << 24 || message->n_first != n_pair + 1 || message->n_rank_member == 0 ||
-        message->n_rank_member > PR_RANK_MAX) {
+    bool none = message->n_layer == 0 && message->n_expert == 0 && message->n_rank_member == 0;
+    if ((n_pair == 0 && !none) || n_pair > 1u << 24 || message->n_first != n_pair + 1 ||
+        (message->n_rank_member == 0 && !none) || message->n_rank_member > PR_RANK_MAX) {
         return cm_error_set(err, CM_E_PROTOCOL, "placement",
                             "placement of %u layers, %u experts, %zu ranks with %zu entries",
                             message->n_layer, message->n_expert, message->n_rank_member, message->n_first);
@@ -440,7 +520,9 @@ cm_status pr_placement_unpack(const Baleen__Control__V1__Placement *message, pr_
     }
     pr_placement *p = placement_create(message->n_layer, message->n_expert, (uint32_t)message->n_rank_member,
                                        (uint32_t)message->n_owner);
-    memcpy(p->rank_member, message->rank_member, sizeof(uint32_t) * p->n_rank);
+    if (!none) {
+        memcpy(p->rank_member, message->rank_member, sizeof(uint32_t) * p->n_rank);
+    }
     memcpy(p->first, message->first, sizeof(uint32_t) * (n_pair + 1));
     for (size_t i = 0; i < message->n_owner; i++) {
         p->owner[i] = (uint16_t)message->owner[i];

@@ -39,9 +39,11 @@ uint32_t pr_placement_count(const pr_placement *p, uint32_t rank); /* (layer, ex
  * can be. Else (the first placement, a newcomer) experts are spread evenly: every layer over all ranks, the
  * remainder turning from layer to layer, so that totals differ by at most one per rank as far as capacity
  * lets them; an expert stays with an owner that is still there unless that demands a move, and further copies
- * stay where there is room. capacity[r]: (layer, expert) pairs rank r can hold. CM_E_CAPACITY when the sum is
- * too small (err says by how much). A pure function: whoever knows its arguments knows who would take over
- * what. */
+ * stay where there is room. Until the epoch before is retired a rank holds what it had and what it gets: both
+ * together are kept within its capacity, at the cost of evenness, as long as there is a way (equal ranks that
+ * come and go one by one never exceed it). capacity[r]: (layer, expert) pairs rank r can hold. CM_E_CAPACITY
+ * when the sum is too small (err says by how much). A pure function: whoever knows its arguments knows who
+ * would take over what. */
 CM_MUST_CHECK cm_status pr_placement_plan(uint32_t n_layer, uint32_t n_expert, const uint32_t *rank_member,
                                           uint32_t n_rank, const uint64_t *capacity,
                                           const pr_placement *before, pr_placement **placement_out,
@@ -54,6 +56,8 @@ void pr_placement_heirs(const pr_placement *p, const uint64_t *capacity, uint32_
 pr_placement *pr_placement_build(uint32_t n_layer, uint32_t n_expert, const uint32_t *rank_member,
                                  uint32_t n_rank, const uint16_t *owners, const uint8_t *n_owner,
                                  uint32_t stride);
+/* Of a model without experts: no layers, no ranks. */
+pr_placement *pr_placement_none(void);
 pr_placement *pr_placement_clone(const pr_placement *p);
 void pr_placement_free(pr_placement *p); /* NULL is fine */
 

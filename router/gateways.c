@@ -123,6 +123,11 @@ static void gateways_fill_logprobs(rt_gateways *g, const gateway_part *part,
     }
 }
 
+static Baleen__Engine__V1__SeqEnd kept_end(const rt_kept *kept)
+{
+    return kept->finished ? BALEEN__ENGINE__V1__SEQ_END__SEQ_FINISHED : (Baleen__Engine__V1__SeqEnd)kept->end;
+}
+
 static void gateways_fill_seq(rt_gateways *g, const gateway_part *part, Baleen__Engine__V1__SeqTokens *seq)
 {
     const rt_kept *kept = part->kept;
@@ -137,7 +142,7 @@ static void gateways_fill_seq(rt_gateways *g, const gateway_part *part, Baleen__
         gateways_fill_logprobs(g, part, seq);
     }
     seq->has_end = true;
-    seq->end = ends ? (Baleen__Engine__V1__SeqEnd)kept->end : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON;
+    seq->end = ends ? kept_end(kept) : BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON;
     seq->has_stop_id = ends && kept->end == RT_END_STOP;
     seq->stop_id = kept->stop_id;
     seq->has_status = ends && kept->end == RT_END_FAILED;

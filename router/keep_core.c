@@ -421,7 +421,7 @@ void rt_keep_finish(rt_keep *keep, uint64_t now_ms, rt_keep_owner *owner, uint64
     }
     rt_sched_cancel(keep->sched, (rt_seq_key){KEEP_OWNER, kept->number});
     kept_end(keep, kept);
-    kept->end = RT_END_LENGTH; /* as far as it goes */
+    kept->finished = true;
     kept_leave(keep, now_ms, kept);
     (void)make_room(keep, 0);
 }

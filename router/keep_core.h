@@ -71,6 +71,7 @@ struct rt_kept {
     uint32_t *top_id;           /* [cap][n_top] */
     uint8_t *resume;
     size_t n_resume;
+    bool finished;  /* ended by rt_keep_finish: the router never came to an end of its own */
     rt_seq_end end; /* with everything below, as in rt_word */
     uint32_t stop_id;
     cm_status status;

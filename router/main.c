@@ -32,7 +32,8 @@ int main(int argc, char **argv)
     if (pc_loop_create(&m.loop) != CM_OK) {
         return 1;
     }
-    if (rt_router_create(m.loop, &config, main_finished, &m, &m.router, &err) != CM_OK) {
+    if (pc_process_find_coordinator(&rt_config_table, &config, config.coordinator, &err) != CM_OK ||
+        rt_router_create(m.loop, &config, main_finished, &m, &m.router, &err) != CM_OK) {
         cm_error_log("%s", err.text);
         m.code = 1;
     } else {

@@ -16,6 +16,7 @@
 #include "router/gateways.h"
 #include "router/load.h"
 #include "router/runner.h"
+#include "router/script.h"
 
 enum {
     ROUTER_SENDS_MAX = 256
@@ -32,8 +33,10 @@ struct rt_router {
     const rt_config *config;
     void (*finished)(void *ctx, int code);
     void *ctx;
-    md_checkpoint *checkpoint;
-    rt_engine *engine;
+    md_checkpoint *checkpoint; /* NULL with a script */
+    rt_engine *engine;         /* or */
+    rt_script *script;
+    rt_exchange *exchange; /* the engine's, or with a script one of our own that never has rows to send */
     rt_sched *sched;
     rt_runner *runner;
     rt_gateways *gateways;
@@ -109,6 +112,14 @@ static void router_before_sleep(void *arg)
     router_show_ledger(r);
 }
 
+/* Compute thread. */
+static cm_status router_step(void *ctx, const rt_step *step, rt_step_result *results_out)
+{
+    rt_router *r = ctx;
+    return r->script != NULL ? rt_script_step(r->script, step, results_out)
+                             : rt_engine_step(r->engine, step, results_out);
+}
+
 static void router_step_done(void *ctx, cm_status status, uint64_t took_ns, const rt_step_result *results)
 {
     rt_router *r = ctx;
@@ -117,11 +128,13 @@ static void router_step_done(void *ctx, cm_status status, uint64_t took_ns, cons
     if (status == CM_OK) {
         rt_sched_complete(r->sched, now, took_ns, results, rt_gateways_word, r->gateways);
     } else {
+        bool no_owner = status == CM_E_NO_OWNER;
         cm_error_log("step %llu of %u rows failed: %s", (unsigned long long)r->step.number, r->step.n_row,
                      cm_status_text(status));
         rt_sched_fail_step(r->sched, now, CM_E_UNAVAILABLE,
-                           "the experts for this request are not available at the moment", rt_gateways_word,
-                           r->gateways);
+                           no_owner ? rt_exchange_why(rt_engine_exchange(r->engine))
+                                    : "the experts for this request are not available at the moment",
+                           rt_gateways_word, r->gateways);
     }
 }
 
@@ -145,7 +158,7 @@ static void router_on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
 static void router_on_commit(void *ctx, pc_epoch *epoch)
 {
     rt_router *r = ctx;
-    rt_exchange_offer_epoch(rt_engine_exchange(r->engine), epoch, r->self);
+    rt_exchange_offer_epoch(r->exchange, epoch, r->self);
     pc_member_committed(r->member, epoch->number);
 }
 
@@ -153,14 +166,14 @@ static void router_on_frame_key(void *ctx, uint64_t cluster, uint64_t epoch, con
 {
     rt_router *r = ctx;
     rt_gateways_frame_key(r->gateways, cluster, epoch, key);
-    rt_exchange_frame_key(rt_engine_exchange(r->engine), cluster, epoch, key);
+    rt_exchange_frame_key(r->exchange, cluster, epoch, key);
 }
 
 static void router_on_retire(void *ctx, uint64_t oldest)
 {
     rt_router *r = ctx;
     rt_gateways_retire_keys(r->gateways, oldest);
-    rt_exchange_retire_keys(rt_engine_exchange(r->engine), oldest);
+    rt_exchange_retire_keys(r->exchange, oldest);
 }
 
 static void router_close_doors(void *arg)
@@ -238,9 +251,19 @@ static void router_net_options(const rt_config *config, net_options *options_out
     options_out->keyed = true;
 }
 
-static cm_status router_create_engine(rt_router *r, cm_error *err)
+static void router_rows_options(const rt_config *config, net_options *options_out)
+{
+    router_net_options(config, options_out);
+    options_out->message_bytes_max = config->frame_bytes;
+    options_out->peers_max = PR_RANK_MAX;
+    options_out->sends_max = ROUTER_SENDS_MAX;
+}
+
+static cm_status router_create_engine(rt_router *r, rt_sched_limits *limits_out, cm_error *err)
 {
     const rt_config *config = r->config;
+    CM_TRY(md_checkpoint_open(config->model, &r->checkpoint, NULL, NULL, err));
+    CM_TRY(md_checkpoint_fingerprint(r->checkpoint, r->fingerprint, err));
     rt_engine_options options = {
         .checkpoint = r->checkpoint,
         .device = {.backend = config->device, .isa = config->cpu_isa, .n_threads = (uint32_t)config->threads},
@@ -253,22 +276,66 @@ static cm_status router_create_engine(rt_router *r, cm_error *err)
         .peer_lost = router_peer_lost,
         .ctx = r,
     };
-    router_net_options(config, &options.rows);
-    options.rows.message_bytes_max = config->frame_bytes;
-    options.rows.peers_max = PR_RANK_MAX;
-    options.rows.sends_max = ROUTER_SENDS_MAX;
-    return rt_engine_create(&options, &r->engine, err);
+    router_rows_options(config, &options.rows);
+    CM_TRY(rt_engine_create(&options, &r->engine, err));
+    r->exchange = rt_engine_exchange(r->engine);
+    rt_engine_sched_limits(r->engine, limits_out);
+    return CM_OK;
 }
 
-static cm_status router_open_gateways(rt_router *r, cm_error *err)
+static cm_status router_create_script(rt_router *r, rt_sched_limits *limits_out, cm_error *err)
 {
-    const md_geometry *g = md_checkpoint_geometry(r->checkpoint);
+    const rt_config *config = r->config;
+    net_options rows;
+    rt_script_options options = {.dir = config->model,
+                                 .row_max = (uint32_t)config->rows_max,
+                                 .slot_max = (uint32_t)config->sequences_max,
+                                 .kv_bytes = config->kv_bytes};
+    rt_exchange_options exchange = {.limits = {.row_max = 1, .topk = 1, .d = 1},
+                                    .answer_ms = (uint32_t)config->answer_ms,
+                                    .wait_ms = (uint32_t)config->wait_ms};
+    md_scripted_fingerprint(config->scripted_model, r->fingerprint);
+    CM_TRY(rt_script_create(&options, &r->script, err));
+    rt_script_sched_limits(r->script, limits_out);
+    router_rows_options(config, &rows);
+    exchange.limits.frame_bytes_max = rows.message_bytes_max;
+    CM_TRY(net_open(&rows, &exchange.rows, err));
+    cm_status status = rt_exchange_create(&exchange, &r->exchange, err);
+    if (status != CM_OK) {
+        net_close(exchange.rows);
+        return status;
+    }
+    cm_warn("answers are scripts: this router serves %s for tests, no model", config->scripted_model);
+    return CM_OK;
+}
+
+static bool router_is_scripted(const rt_router *r)
+{
+    return r->config->scripted_model[0] != '\0';
+}
+
+/* Whatever of it there is. */
+static void router_destroy_model(rt_router *r)
+{
+    if (r->engine != NULL) {
+        rt_engine_destroy(r->engine);
+    } else if (r->exchange != NULL) {
+        rt_exchange_destroy(r->exchange);
+    }
+    rt_script_destroy(r->script);
+    if (r->checkpoint != NULL) {
+        md_checkpoint_close(r->checkpoint);
+    }
+}
+
+static cm_status router_open_gateways(rt_router *r, uint32_t context, cm_error *err)
+{
     net_options options;
     net *n;
     router_net_options(r->config, &options);
     options.peers_max = (uint32_t)r->config->gateways_max;
-    options.message_bytes_max = ROUTER_OPEN_BYTES_MIN + PR_RESUME_BYTES_MAX +
-                                5ull * g->context; /* a varint id takes at most 5 bytes */
+    options.message_bytes_max =
+        ROUTER_OPEN_BYTES_MIN + PR_RESUME_BYTES_MAX + 5ull * context; /* a varint id takes at most 5 bytes */
     CM_TRY(net_open(&options, &n, err));
     cm_status status = net_listen(n, r->config->address, r->address, err);
     if (status != CM_OK) {
@@ -289,20 +356,21 @@ static cm_status router_open_gateways(rt_router *r, cm_error *err)
 
 static void router_join(rt_router *r)
 {
-    const md_geometry *g = md_checkpoint_geometry(r->checkpoint);
     pc_member_options options = {
         .coordinator = r->config->coordinator,
         .tls = r->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
         .data_address = r->address,
         .fingerprint = r->fingerprint,
-        .n_layer = md_block_count(g),
-        .n_expert = g->n_expert,
-        .expert_bytes = md_expert_bytes(g),
     };
+    if (!router_is_scripted(r)) { /* a script has no experts */
+        const md_geometry *g = md_checkpoint_geometry(r->checkpoint);
+        options.n_layer = md_block_count(g);
+        options.n_expert = g->n_expert;
+        options.expert_bytes = md_expert_bytes(g);
+    }
     r->member = pc_member_create(r->loop, &options, &g_member_events, r);
-    r->load =
-        rt_load_create(r->loop, rt_engine_exchange(r->engine), r->member, md_block_count(g), g->n_expert);
+    r->load = rt_load_create(r->loop, r->exchange, r->member, options.n_layer, options.n_expert);
 }
 
 cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finished)(void *ctx, int code),
@@ -325,26 +393,24 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
     if (status != CM_OK) {
         goto err_free;
     }
-    status = md_checkpoint_open(config->model, &r->checkpoint, NULL, NULL, err);
+    status =
+        router_is_scripted(r) ? router_create_script(r, &limits, err) : router_create_engine(r, &limits, err);
     if (status != CM_OK) {
-        goto err_tls;
+        goto err_model;
     }
-    status = md_checkpoint_fingerprint(r->checkpoint, r->fingerprint, err);
-    if (status == CM_OK) {
-        status = router_create_engine(r, err);
-    }
-    if (status != CM_OK) {
-        goto err_checkpoint;
-    }
-    rt_engine_sched_limits(r->engine, &limits);
     limits.chunk_max = (uint32_t)config->chunk_max;
     limits.queue_max = (uint32_t)config->queue_max;
     r->sched = rt_sched_create(&limits);
-    status = router_open_gateways(r, err);
+    status = router_open_gateways(r, limits.context, err);
     if (status != CM_OK) {
-        goto err_engine;
+        goto err_sched;
     }
-    r->runner = rt_runner_create(loop, r->engine, limits.slot_max, router_step_done, r);
+    r->runner = rt_runner_create(&(rt_runner_options){.loop = loop,
+                                                      .exchange = r->exchange,
+                                                      .sample_max = limits.slot_max,
+                                                      .step = router_step,
+                                                      .done = router_step_done,
+                                                      .ctx = r});
     r->deadline_timer = pc_timer_create(loop, router_changed, r);
     r->doors_timer = pc_timer_create(loop, router_close_doors, r);
     pc_loop_before_sleep(loop, router_before_sleep, r);
@@ -352,12 +418,10 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
     *router_out = r;
     return CM_OK;
 
-err_engine:
+err_sched:
     rt_sched_destroy(r->sched);
-    rt_engine_destroy(r->engine);
-err_checkpoint:
-    md_checkpoint_close(r->checkpoint);
-err_tls:
+err_model:
+    router_destroy_model(r);
     pc_tls_close(r->tls);
 err_free:
     pthread_mutex_destroy(&r->reports_lock);
@@ -412,8 +476,7 @@ void rt_router_destroy(rt_router *r)
     pc_member_destroy(r->member);
     rt_gateways_destroy(r->gateways);
     rt_sched_destroy(r->sched);
-    rt_engine_destroy(r->engine);
-    md_checkpoint_close(r->checkpoint);
+    router_destroy_model(r);
     pc_tls_close(r->tls);
     pthread_mutex_destroy(&r->reports_lock);
     cm_free(r);

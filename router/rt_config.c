@@ -3,15 +3,21 @@
 
 static const cm_cfg_field g_fields[] = {
     {"coordinator", "",
-     "host:port of the coordinator; of all, with commas, where several stand by for one another",
+     "host:port of the coordinator; of all, with commas, where several stand by for one another; mpi: of the "
+     "coordinator in the same mpirun line",
      CM_CFG_STRING(rt_config, coordinator)},
     {"address", "127.0.0.1:0", "host:port to listen on for gateways; port 0 = any",
      CM_CFG_STRING(rt_config, address)},
     {"model", "", "folder of the checkpoint", CM_CFG_STRING(rt_config, model)},
+    {"scripted_model", "",
+     "tests only: a name; instead of the model, answer with the text of the last user or tool message, "
+     "control spellings recognised; of the checkpoint only config.json and tokenizer.json are read, no "
+     "worker is needed, gateways need the same option",
+     CM_CFG_STRING(rt_config, scripted_model)},
     {"device", "cpu", "where the dense path is computed", CM_CFG_CHOICE(rt_config, device, "cpu|ref")},
     {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(rt_config, cpu_isa)},
     {"threads", "1", "compute threads", CM_CFG_UINT(rt_config, threads, 1, 1024)},
-    {"net", "ucx", "data plane", CM_CFG_CHOICE(rt_config, net, "ucx|local")},
+    {"net", "ucx", "data plane", CM_CFG_CHOICE(rt_config, net, "ucx|mpi|local")},
     {"rows_max", "256", "token rows of one step", CM_CFG_UINT(rt_config, rows_max, 1, 65536)},
     {"chunk_max", "128", "prompt rows of one sequence in one step",
      CM_CFG_UINT(rt_config, chunk_max, 1, 65536)},

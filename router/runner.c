@@ -12,10 +12,7 @@
 enum { RUNNER_SLOW_MS = 20 }; /* of failpoint router_step_slow */
 
 struct rt_runner {
-    pc_loop *loop;
-    rt_engine *engine;
-    rt_runner_done_fn done;
-    void *ctx;
+    rt_runner_options options;
     pthread_t thread;
     pc_task finished;
     rt_step_result *results;
@@ -38,7 +35,7 @@ static void runner_finished(void *arg)
     pthread_mutex_unlock(&runner->lock);
     runner->running = false;
     if (!stopping) {
-        runner->done(runner->ctx, status, took_ns, runner->results);
+        runner->options.done(runner->options.ctx, status, took_ns, runner->results);
     }
 }
 
@@ -48,10 +45,10 @@ static void runner_compute(rt_runner *runner, const rt_step *step)
     if (cm_failpoint_fires(CM_FAILPOINT_router_step_slow)) {
         uint64_t until_ms = cm_now_ms() + RUNNER_SLOW_MS;
         while (cm_now_ms() < until_ms) {
-            rt_exchange_idle(rt_engine_exchange(runner->engine), RUNNER_SLOW_MS);
+            rt_exchange_idle(runner->options.exchange, RUNNER_SLOW_MS);
         }
     }
-    cm_status status = rt_engine_step(runner->engine, step, runner->results);
+    cm_status status = runner->options.step(runner->options.ctx, step, runner->results);
     cm_stat_add(CM_STAT_steps, 1);
     cm_stat_add(CM_STAT_step_rows, step->n_row);
     uint64_t took_ns = cm_now_ns() - start_ns;
@@ -60,13 +57,13 @@ static void runner_compute(rt_runner *runner, const rt_step *step)
     runner->status = status;
     runner->took_ns = took_ns;
     pthread_mutex_unlock(&runner->lock);
-    pc_loop_post(runner->loop, &runner->finished);
+    pc_loop_post(runner->options.loop, &runner->finished);
 }
 
 static void *runner_thread(void *arg)
 {
     rt_runner *runner = arg;
-    rt_exchange *exchange = rt_engine_exchange(runner->engine);
+    rt_exchange *exchange = runner->options.exchange;
     uint64_t last_step = 0;
     for (;;) {
         pthread_mutex_lock(&runner->lock);
@@ -90,16 +87,12 @@ static void *runner_thread(void *arg)
     }
 }
 
-rt_runner *rt_runner_create(pc_loop *loop, rt_engine *engine, uint32_t sample_max, rt_runner_done_fn done,
-                            void *ctx)
+rt_runner *rt_runner_create(const rt_runner_options *options)
 {
     rt_runner *runner = cm_alloc(sizeof(*runner));
-    runner->loop = loop;
-    runner->engine = engine;
-    runner->done = done;
-    runner->ctx = ctx;
+    runner->options = *options;
     runner->finished = (pc_task){.fn = runner_finished, .arg = runner};
-    runner->results = cm_alloc(sizeof(rt_step_result) * sample_max);
+    runner->results = cm_alloc(sizeof(rt_step_result) * options->sample_max);
     pthread_mutex_init(&runner->lock, NULL);
     int rc = pthread_create(&runner->thread, NULL, runner_thread, runner);
     CM_ASSERT_MSG(rc == 0, "compute thread: error %d", rc);
@@ -111,9 +104,9 @@ void rt_runner_destroy(rt_runner *runner)
     pthread_mutex_lock(&runner->lock);
     runner->stopping = true;
     pthread_mutex_unlock(&runner->lock);
-    rt_exchange_stop(rt_engine_exchange(runner->engine));
+    rt_exchange_stop(runner->options.exchange);
     pthread_join(runner->thread, NULL);
-    pc_loop_unpost(runner->loop, &runner->finished);
+    pc_loop_unpost(runner->options.loop, &runner->finished);
     pthread_mutex_destroy(&runner->lock);
     cm_free(runner->results);
     cm_free(runner);
@@ -126,7 +119,7 @@ void rt_runner_start(rt_runner *runner, const rt_step *step)
     pthread_mutex_lock(&runner->lock);
     runner->step = step;
     pthread_mutex_unlock(&runner->lock);
-    rt_exchange_wake(rt_engine_exchange(runner->engine));
+    rt_exchange_wake(runner->options.exchange);
 }
 
 void rt_runner_rest(rt_runner *runner)
@@ -134,5 +127,5 @@ void rt_runner_rest(rt_runner *runner)
     pthread_mutex_lock(&runner->lock);
     runner->rest = true;
     pthread_mutex_unlock(&runner->lock);
-    rt_exchange_wake(rt_engine_exchange(runner->engine));
+    rt_exchange_wake(runner->options.exchange);
 }

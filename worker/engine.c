@@ -24,12 +24,15 @@ enum {
     ENGINE_GROUP = 64, /* frames computed together */
     ENGINE_RESULTS =
         4, /* groups whose answers may be on their way at once; each has results of row_max rows */
+    ENGINE_SLICE = 64, /* rows computed between two looks at the links: of Pro's experts half a second of one
+                          thread on the slower vector paths, and no tile of the faster ones is cut */
     ENGINE_LINGER_MS = 500, /* at the end: for answers to leave */
 };
 
 /* A dispatch frame on its way through: received, gathered, computed, answered. */
 typedef struct engine_frame {
-    net_event event; /* the received message; its memory is released once computed */
+    net_event event; /* the received message; its memory is released once computed. peer NULL: its link ended
+                        meanwhile */
     uint32_t link;   /* number of the link it came by, as the gathering knows it */
     uint32_t slot0;  /* first row of its answer in the group's results */
     struct engine_group *group;
@@ -64,7 +67,9 @@ struct wk_engine {
     kn_q8 q8; /* gathered rows: codes [row_max][d], scales */
     kn_expert_item *items;
     kn_expert_group *expert_groups;
-    uint32_t *counts; /* [n_expert + 1] */
+    uint32_t *counts;       /* [n_expert + 1] */
+    void *const *computing; /* engine_frame [n_computing]: of the group under way */
+    uint32_t n_computing;
 
     pthread_mutex_t lock; /* protects offered, offered_self, retire_before */
     pc_epoch *offered;
@@ -424,6 +429,12 @@ static void engine_forget_link(wk_engine *e, uint32_t link)
         net_release(e->rows, &entry->event);
         cm_pool_put(&e->frames, entry);
     }
+    for (uint32_t f = 0; f < e->n_computing; f++) {
+        entry = e->computing[f];
+        if (entry->link == link) {
+            entry->event.peer = NULL; /* its memory may soon be another link's */
+        }
+    }
 }
 
 static void engine_on_event(wk_engine *e, const net_event *event)
@@ -453,6 +464,16 @@ static void engine_on_event(wk_engine *e, const net_event *event)
         }
         break;
     }
+}
+
+static uint32_t engine_poll(wk_engine *e)
+{
+    net_event events[ENGINE_EVENTS];
+    uint32_t n = net_poll(e->rows, events, ENGINE_EVENTS);
+    for (uint32_t i = 0; i < n; i++) {
+        engine_on_event(e, &events[i]);
+    }
+    return n;
 }
 
 /* ---- compute ---- */
@@ -500,23 +521,65 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
     return n_group;
 }
 
+/* Routers would take a worker for dead that says nothing while it computes a large group. */
+static void engine_breathe(wk_engine *e)
+{
+    int guard = cm_mem_guard_pause();
+    do {
+        engine_poll(e);
+        engine_settle(e, NULL);
+    } while (cm_failpoint_fires(CM_FAILPOINT_worker_compute_stalls) && !atomic_load(&e->stopping));
+    cm_mem_guard_resume(guard);
+}
+
+/* In slices of whole groups, or of the rows of a large one. Which rows are computed together changes no bit.
+ */
+static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer, kn_ptr results)
+{
+    kn_expert_group *groups = e->expert_groups;
+    while (n_group > 0) {
+        uint32_t n = 0, n_row = 0;
+        while (n < n_group && n_row + groups[n].n_item <= ENGINE_SLICE) {
+            n_row += groups[n++].n_item;
+        }
+        kn_expert_group cut = {groups[0].expert, groups[0].item0, ENGINE_SLICE};
+        kn_moe(e->device)->experts(e->stream, n > 0 ? groups : &cut, n > 0 ? n : 1, e->items, e->q8,
+                                   e->geometry->swiglu_limit, results);
+        cm_status status = kn_stream_sync(e->stream);
+        CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
+                      layer);
+        if (n == 0) {
+            groups[0].item0 += ENGINE_SLICE;
+            groups[0].n_item -= ENGINE_SLICE;
+        }
+        groups += n;
+        n_group -= n;
+        if (n_group > 0) {
+            engine_breathe(e);
+        }
+    }
+}
+
 static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, engine_group *group)
 {
     const engine_frame *first = frames[0];
     uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer, n_slot = 0;
-    uint32_t n_group = engine_pack(e, frames, n_frame, layer);
-    kn_moe(e->device)->experts(e->stream, e->expert_groups, n_group, e->items, e->q8,
-                               e->geometry->swiglu_limit, group->results);
-    cm_status status = kn_stream_sync(e->stream);
-    CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
-                  layer);
+    e->computing = frames;
+    e->n_computing = n_frame;
+    engine_compute_groups(e, engine_pack(e, frames, n_frame, layer), layer, group->results);
+    e->n_computing = 0;
     group->n_open = 1; /* ours, until all answers are on their way */
     for (uint32_t f = 0; f < n_frame; f++) {
         engine_frame *entry = frames[f];
         entry->group = group;
         group->n_open++;
         n_slot += ((const pr_dispatch *)entry->event.header)->n_slot;
-        engine_reply(e, &(engine_debt){.event = entry->event, .answer = entry});
+        engine_debt debt = {.event = entry->event, .answer = entry};
+        if (debt.event.peer != NULL) {
+            engine_reply(e, &debt);
+        } else {
+            engine_drop_debt(e, &debt);
+        }
     }
     if (--group->n_open == 0) {
         cm_pool_put(&e->groups, group);
@@ -570,16 +633,6 @@ static void engine_sleep(wk_engine *e, uint64_t wait_us)
         ssize_t got = read(e->wake_fd, &count, sizeof(count));
         (void)got;
     }
-}
-
-static uint32_t engine_poll(wk_engine *e)
-{
-    net_event events[ENGINE_EVENTS];
-    uint32_t n = net_poll(e->rows, events, ENGINE_EVENTS);
-    for (uint32_t i = 0; i < n; i++) {
-        engine_on_event(e, &events[i]);
-    }
-    return n;
 }
 
 /* Waiting frames are dropped (their routers see the link end and ask another owner); answers on their way may

@@ -17,15 +17,22 @@ void wk_serve_fini(wk_serve *serve)
     }
 }
 
+/* Of a member that is in that cluster now: another cluster counts from the start. */
+static bool epoch_is_before(const pc_epoch *epoch, uint64_t cluster, uint64_t number)
+{
+    return epoch->cluster != cluster || epoch->number < number;
+}
+
 /* A free place, else that of the oldest. */
-static uint32_t serve_place(const wk_serve *serve)
+static uint32_t serve_place(const wk_serve *serve, uint64_t cluster)
 {
     uint32_t at = 0;
     for (uint32_t i = 0; i < WK_EPOCHS; i++) {
         if (serve->epochs[i] == NULL) {
             return i;
         }
-        if (serve->epochs[i]->number < serve->epochs[at]->number) {
+        if (serve->epochs[at]->cluster == cluster &&
+            epoch_is_before(serve->epochs[i], cluster, serve->epochs[at]->number)) {
             at = i;
         }
     }
@@ -34,17 +41,19 @@ static uint32_t serve_place(const wk_serve *serve)
 
 void wk_serve_commit(wk_serve *serve, pc_epoch *epoch, uint32_t self)
 {
-    uint32_t i = serve_place(serve);
+    uint32_t i = serve_place(serve, epoch->cluster);
     serve_drop(serve, i);
     serve->epochs[i] = pc_epoch_hold(epoch);
     serve->ranks[i] = epoch->placement != NULL ? pr_placement_rank_of(epoch->placement, self) : 0;
     serve->newest = epoch->number;
+    serve->cluster = epoch->cluster;
 }
 
 void wk_serve_retire(wk_serve *serve, uint64_t oldest)
 {
     for (uint32_t i = 0; i < WK_EPOCHS; i++) {
-        if (serve->epochs[i] != NULL && serve->epochs[i]->number < oldest) {
+        if (oldest > 0 && serve->epochs[i] != NULL &&
+            epoch_is_before(serve->epochs[i], serve->cluster, oldest)) {
             serve_drop(serve, i);
         }
     }
@@ -138,14 +147,15 @@ void wk_hold_commit(wk_hold *hold, pc_epoch *epoch)
         hold_forget_oldest(hold);
     }
     hold->known[hold->n_known++] = pc_epoch_hold(epoch);
-    if (hold->prepared != NULL && hold->prepared->number <= epoch->number) {
+    if (hold->prepared != NULL && epoch_is_before(hold->prepared, epoch->cluster, epoch->number + 1)) {
         hold_forget_prepared(hold);
     }
 }
 
 void wk_hold_retire(wk_hold *hold, uint64_t oldest)
 {
-    while (hold->n_known > 1 && hold->known[0]->number < oldest) {
+    while (hold->n_known > 0 &&
+           epoch_is_before(hold->known[0], hold->known[hold->n_known - 1]->cluster, oldest)) {
         hold_forget_oldest(hold);
     }
 }

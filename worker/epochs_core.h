@@ -17,13 +17,15 @@ typedef struct wk_serve {
     uint32_t row_max;              /* slots of one frame */
     pc_epoch *epochs[WK_EPOCHS];   /* held; NULL: free */
     uint32_t ranks[WK_EPOCHS];     /* ours in each */
-    uint64_t newest;               /* number of the one committed last */
+    uint64_t newest,
+        cluster; /* of the one committed last: others' epochs are older, whatever their numbers */
 } wk_serve;
 
 void wk_serve_fini(wk_serve *serve);
 /* Frames of this epoch are served from now on; held. self: our member id. */
 void wk_serve_commit(wk_serve *serve, pc_epoch *epoch, uint32_t self);
-/* Frames of epochs before oldest are refused from now on. */
+/* Frames of epochs before oldest, and of another cluster's than the newest, are refused from now on. 0: none
+ * is retired. */
 void wk_serve_retire(wk_serve *serve, uint64_t oldest);
 
 /* A dispatch frame as it came, over a link of the router with that member id. CM_OK: it may be computed.

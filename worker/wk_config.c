@@ -2,7 +2,8 @@
 
 static const cm_cfg_field g_fields[] = {
     {"coordinator", "",
-     "host:port of the coordinator; of all, with commas, where several stand by for one another",
+     "host:port of the coordinator; of all, with commas, where several stand by for one another; mpi: of the "
+     "coordinator in the same mpirun line",
      CM_CFG_STRING(wk_config, coordinator)},
     {"address", "127.0.0.1:0", "host:port to listen on for rows; routers must reach it; port 0 = any",
      CM_CFG_STRING(wk_config, address)},
@@ -10,7 +11,7 @@ static const cm_cfg_field g_fields[] = {
     {"device", "cpu", "where experts are computed", CM_CFG_CHOICE(wk_config, device, "cpu|ref")},
     {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(wk_config, cpu_isa)},
     {"threads", "1", "compute threads", CM_CFG_UINT(wk_config, threads, 1, 1024)},
-    {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|local")},
+    {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|mpi|local")},
     {"rows_max", "4096", "rows (one per chosen expert) computed together",
      CM_CFG_UINT(wk_config, rows_max, 16, 1u << 20)},
     {"frames_max", "16", "frames waiting or being answered; more are refused",
@@ -25,8 +26,8 @@ static const cm_cfg_field g_fields[] = {
     {"frame_bytes", "4m", "largest frame; the same on routers",
      CM_CFG_BYTES(wk_config, frame_bytes, 65536, 1u << 30)},
     {"expert_bytes_max", "0",
-     "memory for experts in force; while an epoch changes those of both are held; 0 = three quarters of the "
-     "machine's",
+     "memory for experts; while an epoch changes those of both are held, within it unless no other placement "
+     "is possible; 0 = three quarters of the machine's",
      CM_CFG_BYTES(wk_config, expert_bytes_max, 0, UINT64_MAX)},
     {"warm_bytes_s", "256m",
      "bytes a second to read ahead of what the loss of another worker would give us, as far as "

@@ -18,7 +18,7 @@ static const char *const g_names[] = {
 static struct {
     _Atomic uint32_t odds[CM_FAILPOINT_COUNT];
     _Atomic uint64_t n_asked[CM_FAILPOINT_COUNT];
-    uint64_t seed;
+    _Atomic uint64_t seed;
 } g_failpoints;
 
 static cm_status failpoint_arm_one(const char *text, size_t len, cm_error *err)
@@ -46,7 +46,7 @@ static cm_status failpoint_arm_one(const char *text, size_t len, cm_error *err)
 
 cm_status cm_failpoints_arm(const char *spec, uint64_t seed, cm_error *err)
 {
-    g_failpoints.seed = seed;
+    atomic_store(&g_failpoints.seed, seed);
     while (*spec != '\0') {
         size_t len = strcspn(spec, ",");
         CM_TRY(failpoint_arm_one(spec, len, err));
@@ -62,5 +62,5 @@ bool cm_failpoint_fires(cm_failpoint point)
         return false;
     }
     uint64_t n = atomic_fetch_add(&g_failpoints.n_asked[point], 1);
-    return cm_rng_at(g_failpoints.seed, n, (uint64_t)point).word[0] % FAILPOINT_ODDS_MAX < odds;
+    return cm_rng_at(atomic_load(&g_failpoints.seed), n, (uint64_t)point).word[0] % FAILPOINT_ODDS_MAX < odds;
 }

@@ -1,5 +1,5 @@
 /* Named places where a test may make something fail that no table reaches. Nothing is armed unless asked for;
- * an unarmed failpoint is one relaxed load. Thread: any; arm before threads start. */
+ * an unarmed failpoint is one relaxed load. Thread: any. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>

@@ -30,13 +30,17 @@ void *cm_alloc(size_t n_bytes)
     return mem_or_die(calloc(1, n_bytes != 0 ? n_bytes : 1), n_bytes);
 }
 
-void *cm_alloc_aligned(size_t n_bytes)
+/* As it comes: a large block costs no memory before it is written to. */
+static void *mem_raw_aligned(size_t n_bytes)
 {
     mem_guard_check(n_bytes);
     size_t rounded = (n_bytes + 63) / 64 * 64;
-    void *p = mem_or_die(aligned_alloc(64, rounded != 0 ? rounded : 64), n_bytes);
-    memset(p, 0, rounded);
-    return p;
+    return mem_or_die(aligned_alloc(64, rounded != 0 ? rounded : 64), n_bytes);
+}
+
+void *cm_alloc_aligned(size_t n_bytes)
+{
+    return memset(mem_raw_aligned(n_bytes), 0, n_bytes);
 }
 
 void *cm_try_alloc(size_t n_bytes)
@@ -185,7 +189,7 @@ void cm_pool_init(cm_pool *pool, const char *name, size_t object_bytes, uint32_t
     CM_ASSERT(object_bytes > 0 && n_max > 0);
     size_t stride = (object_bytes + 15) / 16 * 16;
     *pool = (cm_pool){.name = name, .object_bytes = stride, .n_max = n_max};
-    pool->objects = cm_alloc_aligned(stride * n_max);
+    pool->objects = mem_raw_aligned(stride * n_max); /* zeroed when handed out */
     pool->free_stack = cm_alloc(sizeof(uint32_t) * n_max);
     pool->in_use = cm_alloc(n_max);
     for (uint32_t i = 0; i < n_max; i++) {

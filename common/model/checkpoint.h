@@ -57,5 +57,9 @@ CM_MUST_CHECK cm_status md_tensor_check_values(const md_tensor *tensor, const md
 CM_MUST_CHECK cm_status md_checkpoint_fingerprint(const md_checkpoint *checkpoint, char out[33],
                                                   cm_error *err);
 
+/* In its place where no weights are served: routers that answer from a script under a name, and the gateways
+ * that serve it. No checkpoint has one like it. */
+void md_scripted_fingerprint(const char *name, char out[33]);
+
 /* Bytes of one routed expert (weights and scales). */
 uint64_t md_expert_bytes(const md_geometry *geometry);

@@ -1,3 +1,4 @@
+#include <stdio.h>
 #include <string.h>
 #include <xxhash.h>
 
@@ -88,4 +89,9 @@ cm_status md_checkpoint_fingerprint(const md_checkpoint *checkpoint, char out[33
     }
     out[32] = '\0';
     return CM_OK;
+}
+
+void md_scripted_fingerprint(const char *name, char out[33])
+{
+    snprintf(out, 33, "scripted%016llx", (unsigned long long)XXH3_64bits(name, strlen(name)));
 }

@@ -210,10 +210,8 @@ static cm_status net_options_check(const net_options *options, cm_error *err)
 
 cm_status net_open(const net_options *options, net **net_out, cm_error *err)
 {
-    const net_ops *ops = net_ops_find(options->backend);
-    if (ops == NULL) {
-        return cm_error_set(err, CM_E_CONFIG, "backend", "no transport '%s'", options->backend);
-    }
+    const net_ops *ops;
+    CM_TRY(net_ops_find(options->backend, &ops, err));
     return net_open_ops(ops, options, net_out, err);
 }
 

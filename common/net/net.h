@@ -1,4 +1,4 @@
-/* Links between processes for rows and token ids: a small table of back-ends (ucx, local; tests add a
+/* Links between processes for rows and token ids: a small table of back-ends (ucx, mpi, local; tests add a
  * simulated one) under one layer that adds what every back-end needs alike: the greeting that tells strangers
  * apart, heartbeats, a deadline on every message, bounds on everything queued. Nothing here blocks.
  *
@@ -32,7 +32,7 @@ enum {
 };
 
 typedef struct net_options {
-    const char *backend;   /* "ucx", "local"; a test's own table by net_open_ops */
+    const char *backend;   /* "ucx", "mpi", "local"; a test's own table by net_open_ops */
     uint32_t peers_max;    /* links at once; more are refused */
     uint32_t sends_max;    /* messages on their way per link (the smaller of both sides'); then CM_AGAIN */
     uint32_t receives_max; /* received messages not yet released, all links; then senders wait */
@@ -73,7 +73,7 @@ void net_key_add(net *n, uint64_t cluster, uint64_t generation, const uint8_t ke
 void net_key_retire(net *n, uint64_t oldest);
 
 /* ucx: "host:port", IPv4, port 0 = any free one; host may be a name (looked up: may block, start-up only).
- * local: a name unique in this process. Once per object.
+ * mpi: any text, a rank is reached by its number. local: a name unique in this process. Once per object.
  * bound_out: the address others can connect to; for a wildcard host this machine's first outside address.
  * CM_E_EXISTS when it is taken, CM_E_INVALID when it cannot be read, CM_E_UNSUPPORTED: IPv6. */
 CM_MUST_CHECK cm_status net_listen(net *n, const char *address, char bound_out[NET_ADDRESS_BYTES],

@@ -227,8 +227,8 @@ void net_sending_done(net *n, net_sending *sending, cm_status status);
 /* Queues SENT and forgets the sending; the last one of an ending peer brings DOWN. */
 void net_sending_tell(net_sending *sending, cm_status status);
 
-/* net_registry.c; NULL when unknown */
-const net_ops *net_ops_find(const char *name);
+/* net_registry.c; CM_E_CONFIG: unknown, CM_E_DEVICE: its module cannot be had */
+CM_MUST_CHECK cm_status net_ops_find(const char *name, const net_ops **ops_out, cm_error *err);
 extern const net_ops net_ucx_ops;
 extern const net_ops net_local_ops;
 

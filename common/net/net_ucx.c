@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <netinet/in.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -15,8 +16,9 @@
 #include "common/base/log.h"
 #include "common/net/net_ucx_private.h"
 
-/* How long close waits for endpoints to let go, at most; it takes a millisecond when all is well. */
-enum { UCX_CLOSE_MS = 200 };
+/* How long close waits for endpoints to let go: a turn without anything to do waits a millisecond. In turns,
+ * so that a process which gets no processor for a while does not give up without having looked. */
+enum { UCX_CLOSE_IDLE_TURNS = 400, UCX_CLOSE_TURNS = 100000 };
 
 cm_status ucx_status(ucs_status_t status)
 {
@@ -347,14 +349,36 @@ static bool ucx_arm(void *backend)
 /* Peers that were told goodbye get their moment to leave first; all others are cut off at once. */
 static void ucx_close_all_links(ucx_net *u)
 {
-    uint64_t until_ms = cm_now_ms() + UCX_CLOSE_MS;
-    while (!TAILQ_EMPTY(&u->all) && cm_now_ms() < until_ms) {
-        (void)ucp_worker_progress(u->worker);
-        (void)ucx_report_sent(u);
-        (void)ucx_close_links(u);
+    uint32_t n_idle = 0;
+    for (uint32_t i = 0; !TAILQ_EMPTY(&u->all) && i < UCX_CLOSE_TURNS && n_idle < UCX_CLOSE_IDLE_TURNS; i++) {
+        bool did = ucp_worker_progress(u->worker) != 0;
+        did = ucx_report_sent(u) || did;
+        did = ucx_close_links(u) || did;
+        if (!did && ucp_worker_arm(u->worker) == UCS_OK) {
+            struct pollfd fd = {.fd = u->fd, .events = POLLIN};
+            poll(&fd, 1, 1);
+        }
+        n_idle += !did;
     }
     if (!TAILQ_EMPTY(&u->all)) {
-        cm_warn("%u links did not close within %d ms", u->links.n_used, UCX_CLOSE_MS);
+        cm_warn("%u links did not close: UCX ends them with its worker", u->links.n_used);
+    }
+}
+
+/* Those links, and what UCX still had to send on them, when the worker is gone. */
+static void ucx_forget_links(ucx_net *u)
+{
+    if (TAILQ_EMPTY(&u->all)) {
+        return;
+    }
+    while (!TAILQ_EMPTY(&u->all)) {
+        ucx_link_free(TAILQ_FIRST(&u->all));
+    }
+    for (uint32_t i = 0; i < u->sends.n_max; i++) {
+        void *send = cm_pool_at(&u->sends, i);
+        if (send != NULL) {
+            cm_pool_put(&u->sends, send);
+        }
     }
 }
 
@@ -377,6 +401,7 @@ static void ucx_close(void *backend)
     }
     ucp_worker_destroy(u->worker);
     ucp_cleanup(u->context);
+    ucx_forget_links(u);
     cm_free(u->requests);
     cm_pool_fini(&u->arrivals);
     cm_pool_fini(&u->sends);

@@ -243,6 +243,20 @@ bool pc_member_load(pc_member *member, uint32_t *count, uint32_t n_layer, uint32
     return true;
 }
 
+void pc_member_wish_load(pc_member *member)
+{
+    Baleen__Control__V1__LoadWish wish = BALEEN__CONTROL__V1__LOAD_WISH__INIT;
+    Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
+    if (!pc_mcore_connected(member->core)) {
+        return;
+    }
+    word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LOAD_WISH;
+    word.load_wish = &wish;
+    cm_bytes_clear(&member->packed);
+    pr_pack(&word.base, &member->packed);
+    member_send_packed(member);
+}
+
 void pc_member_leave(pc_member *member)
 {
     pc_mcore_leave(member->core);
@@ -255,6 +269,19 @@ bool pc_member_connected(const pc_member *member)
 }
 
 /* ---- the session ---- */
+
+/* Words that decide nothing: they are for people who look. */
+static void member_show(pc_member *member, const Baleen__Control__V1__CoordinatorMessage *word)
+{
+    const pc_member_events *events = &member->events;
+    if (word->word_case == BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS &&
+        events->cluster_stats != NULL) {
+        events->cluster_stats(member->ctx, word->cluster_stats);
+    } else if (word->word_case == BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_LOAD &&
+               events->cluster_load != NULL) {
+        events->cluster_load(member->ctx, word->cluster_load);
+    }
+}
 
 static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
 {
@@ -275,9 +302,8 @@ static void member_message(void *ctx, const uint8_t *data, size_t n_bytes)
     const Baleen__Control__V1__CoordinatorMessage *word =
         (const Baleen__Control__V1__CoordinatorMessage *)message;
     pc_mcore_hear(member->core, cm_now_ms(), word);
-    if (word->word_case == BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS &&
-        member->events.cluster_stats != NULL && pc_mcore_connected(member->core)) {
-        member->events.cluster_stats(member->ctx, word->cluster_stats);
+    if (pc_mcore_connected(member->core)) {
+        member_show(member, word);
     }
     member_act(member);
 }

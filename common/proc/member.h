@@ -49,6 +49,8 @@ typedef struct pc_member_events {
     void (*retire)(void *ctx, uint64_t oldest);
     /* Gateways: the other members' counters. Borrowed. */
     void (*cluster_stats)(void *ctx, const Baleen__Control__V1__ClusterStats *stats);
+    /* Gateways: what pc_member_wish_load asked for. Borrowed. */
+    void (*cluster_load)(void *ctx, const Baleen__Control__V1__ClusterLoad *load);
     /* Asked to finish and leave. */
     void (*drain)(void *ctx);
     /* Refused for good: text says why; the process should exit. */
@@ -78,6 +80,8 @@ void pc_member_committed(pc_member *member, uint64_t epoch);
 void pc_member_report_peer(pc_member *member, uint32_t member_id, cm_status status);
 /* Routers: rows per (layer, expert) since the last time it was said. false: nobody hears it now. */
 bool pc_member_load(pc_member *member, uint32_t *count, uint32_t n_layer, uint32_t n_expert);
+/* Gateways: asks for the load of all experts, once. Nothing without a session. */
+void pc_member_wish_load(pc_member *member);
 /* Tells the coordinator, again after a reconnect, that we want to go. It answers with drain when nobody
  * counts on us any more; an orderly end of the session is then the last one. */
 void pc_member_leave(pc_member *member);

@@ -31,9 +31,10 @@ struct pc_mcore {
 
     uint32_t id;
     uint64_t cluster;
-    uint64_t epoch_heard;               /* newest commit handed out */
-    uint64_t epoch_in_force;            /* pc_mcore_committed said so */
-    pc_mout reports[MCORE_REPORTS_MAX]; /* of lost peers, for the next coordinator */
+    uint64_t epoch_heard;    /* newest commit handed out */
+    uint64_t epoch_in_force; /* pc_mcore_committed said so */
+    uint64_t epoch_prepared; /* newest prepare handed out, neither committed nor aborted; 0: none */
+    pc_mout reports[MCORE_REPORTS_MAX]; /* of peers lost now, for the next coordinator */
     uint32_t n_reports;
     pc_mout outs[MCORE_OUTS]; /* a ring */
     uint32_t first_out, n_outs;
@@ -155,10 +156,13 @@ static void mcore_keep_report(pc_mcore *core, uint32_t member_id, cm_status stat
 {
     for (uint32_t i = 0; i < core->n_reports; i++) {
         if (core->reports[i].member_id == member_id) {
+            if (status == CM_OK) { /* over before it was told */
+                core->reports[i] = core->reports[--core->n_reports];
+            }
             return;
         }
     }
-    if (core->n_reports < MCORE_REPORTS_MAX) {
+    if (status != CM_OK && core->n_reports < MCORE_REPORTS_MAX) {
         core->reports[core->n_reports++] = (pc_mout){.member_id = member_id, .status = status};
     }
 }
@@ -223,6 +227,10 @@ static void mcore_hear_welcome(pc_mcore *core, uint64_t now_ms, const Baleen__Co
     }
     if (welcome->cluster != core->cluster) {
         core->epoch_heard = core->epoch_in_force = 0; /* another cluster counts from the start */
+        if (core->epoch_prepared != 0) {
+            mcore_emit(core, PC_MOUT_ABORT)->epoch = core->epoch_prepared; /* there is nobody to commit it */
+            core->epoch_prepared = 0;
+        }
         core->n_reports = 0;
     }
     core->id = welcome->member_id;
@@ -290,6 +298,7 @@ static void mcore_hear_prepare(pc_mcore *core, const Baleen__Control__V1__Prepar
     if (epoch == NULL) {
         pc_mcore_prepared(core, prepare->epoch->number, err.status, err.text);
     } else {
+        core->epoch_prepared = epoch->number;
         mcore_emit(core, PC_MOUT_PREPARE)->value = epoch;
     }
 }
@@ -305,6 +314,7 @@ static void mcore_hear_commit(pc_mcore *core, const Baleen__Control__V1__Commit 
     if (epoch->number > core->epoch_heard) {
         uint64_t before = core->epoch_in_force;
         core->epoch_heard = epoch->number;
+        core->epoch_prepared = core->epoch_prepared > epoch->number ? core->epoch_prepared : 0;
         mcore_emit(core, PC_MOUT_COMMIT)->value = epoch;
         if (core->self.role != BALEEN__CONTROL__V1__ROLE__ROLE_WORKER && before != 0) {
             mcore_emit(core, PC_MOUT_RETIRE)->epoch = before;
@@ -335,6 +345,7 @@ void pc_mcore_hear(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__C
         mcore_hear_prepare(core, message->prepare);
         break;
     case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_ABORT:
+        core->epoch_prepared = core->epoch_prepared != message->abort->epoch ? core->epoch_prepared : 0;
         mcore_emit(core, PC_MOUT_ABORT)->epoch = message->abort->epoch;
         break;
     case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_COMMIT:
@@ -347,7 +358,8 @@ void pc_mcore_hear(pc_mcore *core, uint64_t now_ms, const Baleen__Control__V1__C
         mcore_emit(core, PC_MOUT_DRAIN);
         break;
     case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS:
-        break;
+    case BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_LOAD:
+        break; /* for people who look */
     default:
         mcore_note(core, CM_LOG_WARN, "a message we do not know");
         break;
@@ -432,9 +444,10 @@ static void mcore_pack_hello(const pc_mcore *core, cm_bytes *packed)
     hello.self = &self;
     hello.fingerprint = mcore_text(from->fingerprint);
     hello.version = (char[]){BALEEN_VERSION};
-    hello.has_cluster = hello.has_epoch = true;
+    hello.has_cluster = hello.has_epoch = hello.has_prepared = true;
     hello.cluster = core->cluster;
     hello.epoch = core->epoch_in_force;
+    hello.prepared = core->epoch_prepared;
     hello.n_layer = from->n_layer;
     hello.n_expert = from->n_expert;
     hello.expert_bytes = from->expert_bytes;

@@ -76,6 +76,7 @@ bool pc_mcore_closed(pc_mcore *core, uint64_t now_ms, bool orderly, const char *
 /* text: NULL when there is nothing to say. */
 void pc_mcore_prepared(pc_mcore *core, uint64_t epoch, cm_status status, const char *text);
 void pc_mcore_committed(pc_mcore *core, uint64_t epoch);
+/* CM_OK: the link that was lost is up again. */
 void pc_mcore_report(pc_mcore *core, uint32_t member_id, cm_status status);
 void pc_mcore_leave(pc_mcore *core);
 

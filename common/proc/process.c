@@ -11,6 +11,7 @@
 #include "common/base/failpoint.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
+#include "common/net/net_mpi.h"
 
 enum { EXIT_USAGE = 2, EXIT_TERMINATED = 130, READY_LINE_MAX = 4096 };
 
@@ -45,6 +46,29 @@ int pc_process_begin(const cm_cfg_table *table, void *config, const pc_process_c
         return process_refuse(table, config, &err);
     }
     return -1;
+}
+
+static cm_status process_share(const char *mine, char coordinator_out[NET_ADDRESS_BYTES], cm_error *err)
+{
+    const net_mpi_module *mpi = net_mpi_load(err);
+    return mpi != NULL ? mpi->share(mine, coordinator_out, err) : CM_E_DEVICE;
+}
+
+cm_status pc_process_find_coordinator(const cm_cfg_table *table, void *config, const char *coordinator,
+                                      cm_error *err)
+{
+    char address[NET_ADDRESS_BYTES];
+    if (strcmp(coordinator, "mpi") != 0) {
+        return CM_OK;
+    }
+    CM_TRY(process_share("", address, err));
+    return cm_cfg_set(table, config, "coordinator", address, err);
+}
+
+cm_status pc_process_tell_address(const char *address, cm_error *err)
+{
+    char again[NET_ADDRESS_BYTES];
+    return process_share(address, again, err);
 }
 
 static void ready_append_string(cm_bytes *line, const char *text)

@@ -32,6 +32,12 @@ typedef struct pc_process_config {
  * (config is freed then), or -1 to go on. */
 int pc_process_begin(const cm_cfg_table *table, void *config, const pc_process_config *common, int argc,
                      char **argv, const char *role);
+/* Under mpirun, --coordinator mpi: the option gets the address of the coordinator in the same line; otherwise
+ * nothing is done. Blocks until all processes of the line have come to here. */
+CM_MUST_CHECK cm_status pc_process_find_coordinator(const cm_cfg_table *table, void *config,
+                                                    const char *coordinator, cm_error *err);
+/* The same for the coordinator, which tells its own. */
+CM_MUST_CHECK cm_status pc_process_tell_address(const char *address, cm_error *err);
 /* Writes {"pid":..,KEY:VALUE,..} to ready_fd and closes it. pairs: key, value, key, value, NULL. */
 void pc_process_ready(const pc_process_config *common, const char *const *pairs);
 /* SIGTERM and SIGINT call fn once (begin the drain); a second signal ends the process at once with code 130.

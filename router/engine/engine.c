@@ -48,18 +48,10 @@ static void engine_kn_limits(const rt_engine *e, kn_limits *limits_out)
 
 static cm_status engine_size_kv(rt_engine *e, cm_error *err)
 {
-    const md_geometry *g = e->geometry;
-    uint64_t page_bytes;
-    rt_kv_layout_build(g, e->draft_max, &e->kv);
-    page_bytes =
-        e->kv.page_bytes != 0 ? e->kv.page_bytes : 1; /* a model of windows only needs pages in name */
-    uint32_t per_seq = rt_kv_seq_pages(g->context);
-    uint64_t n_page = e->options.kv_bytes / page_bytes, useful = (uint64_t)per_seq * e->options.slot_max;
-    if (n_page == 0) {
-        return cm_error_set(err, CM_E_CONFIG, "kv_bytes", "kv_bytes %llu is less than one page of %llu bytes",
-                            (unsigned long long)e->options.kv_bytes, (unsigned long long)page_bytes);
-    }
-    e->n_page = (uint32_t)(n_page < useful ? n_page : useful);
+    rt_kv_sizes sizes;
+    rt_kv_layout_build(e->geometry, e->draft_max, &e->kv);
+    rt_kv_sizes_get(e->geometry, e->draft_max, &sizes);
+    CM_TRY(rt_kv_page_count(e->geometry, &sizes, e->options.kv_bytes, e->options.slot_max, &e->n_page, err));
     e->page_list_max = e->n_page;
     return CM_OK;
 }

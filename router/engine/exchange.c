@@ -4,6 +4,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -19,6 +20,7 @@
 enum {
     EXCHANGE_EVENTS = 64,
     EXCHANGE_SLEEP_MS = 20, /* longest, inside a layer */
+    EXCHANGE_OWNERS = 4,    /* of an expert, named when none can be asked */
 };
 
 /* The machine decides; this file owns the links and the bytes of frames on their way. */
@@ -28,6 +30,7 @@ struct rt_exchange {
     rt_xcore *core;
     uint8_t *staging;   /* payloads of the round's frames; the machine says when they may be overwritten */
     uint64_t n_retries; /* of the machine, already counted */
+    char why[320];      /* rt_exchange_why */
 
     pthread_mutex_t lock; /* protects offered, offered_self */
     pc_epoch *offered;
@@ -130,12 +133,17 @@ static void exchange_connect(rt_exchange *x, uint32_t rank)
     rt_xcore_connecting(x->core, cm_now_ms(), rank, peer);
 }
 
-static void exchange_report(rt_exchange *x, uint32_t rank, cm_status status)
+static void exchange_report(rt_exchange *x, const rt_xact *act)
 {
-    rt_xlink link = rt_xcore_link(x->core, rank);
-    cm_warn("link to worker %u at %s lost: %s", link.member_id, link.address, cm_status_text(status));
+    rt_xlink link = rt_xcore_link(x->core, act->rank);
+    if (act->status == CM_OK) {
+        cm_info("link to worker %u at %s is up again", link.member_id, link.address);
+    } else if (!act->again) {
+        cm_warn("link to worker %u at %s lost: %s", link.member_id, link.address,
+                cm_status_text(act->status));
+    }
     if (x->options.peer_lost != NULL) {
-        x->options.peer_lost(x->options.ctx, link.member_id, status);
+        x->options.peer_lost(x->options.ctx, link.member_id, act->status);
     }
 }
 
@@ -153,7 +161,7 @@ static void exchange_do_chores(rt_exchange *x)
             net_disconnect(act.handle);
             break;
         case RT_XACT_REPORT:
-            exchange_report(x, act.rank, act.status);
+            exchange_report(x, &act);
             break;
         case RT_XACT_CONNECT:
             exchange_connect(x, act.rank);
@@ -314,6 +322,30 @@ uint32_t rt_exchange_picks(const rt_exchange *x, uint32_t layer, uint32_t expert
                                 memory_order_relaxed);
 }
 
+static void exchange_explain(rt_exchange *x, uint32_t layer, uint32_t expert)
+{
+    const pc_epoch *epoch = rt_xcore_epoch(x->core);
+    uint32_t n = 0;
+    if (epoch == NULL || epoch->placement == NULL) {
+        snprintf(x->why, sizeof(x->why), "no worker has joined yet");
+        return;
+    }
+    const uint16_t *owners = pr_placement_owners(epoch->placement, layer, expert, &n);
+    size_t at = (size_t)snprintf(x->why, sizeof(x->why),
+                                 "nobody could be asked for expert %u of layer %u for %u ms:", expert, layer,
+                                 x->options.wait_ms);
+    for (uint32_t i = 0; i < n && i < EXCHANGE_OWNERS; i++) {
+        rt_xlink link = rt_xcore_link(x->core, owners[i]);
+        at += (size_t)snprintf(x->why + at, sizeof(x->why) - at, "%s worker %u is %s", i > 0 ? "," : "",
+                               link.member_id, link.up ? "linked and does not answer" : "unreachable");
+    }
+}
+
+const char *rt_exchange_why(const rt_exchange *x)
+{
+    return x->why;
+}
+
 cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
 {
     rt_xact act;
@@ -331,8 +363,8 @@ cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
         }
     }
     if (act.status == CM_E_NO_OWNER) {
-        cm_error_log("layer %u expert %u has had no live owner for %u ms", layer->layer, act.expert,
-                     x->options.wait_ms);
+        exchange_explain(x, layer->layer, act.expert);
+        cm_error_log("%s", x->why);
     }
     exchange_count_retries(x);
     if (act.status == CM_OK) {

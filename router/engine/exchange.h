@@ -17,7 +17,7 @@ typedef struct rt_exchange_options {
     uint32_t n_layer, n_expert;
     uint32_t answer_ms; /* a worker that has not answered a frame by then is dropped */
     uint32_t wait_ms;   /* how long a layer waits for an epoch in which every expert has an owner */
-    /* A worker's link was lost: tell the coordinator. Compute thread. May be NULL. */
+    /* A worker's link was lost, or is up again (CM_OK): tell the coordinator. Compute thread. May be NULL. */
     void (*peer_lost)(void *ctx, uint32_t member_id, cm_status status);
     void *ctx;
 } rt_exchange_options;
@@ -49,6 +49,10 @@ typedef struct rt_exchange_layer {
 /* CM_E_NO_OWNER: wait_ms passed without an epoch in which every expert has a live owner. CM_E_CANCELLED: the
  * exchange was told to stop. */
 CM_MUST_CHECK cm_status rt_exchange_run(rt_exchange *exchange, const rt_exchange_layer *layer);
+
+/* After CM_E_NO_OWNER: which expert, and what is with the workers that have it. Compute thread, or whoever
+ * hears from it before the next step. */
+const char *rt_exchange_why(const rt_exchange *exchange);
 
 /* Inside a step, between long operations: heartbeats go out and answers come in although nobody waits for
  * them. */

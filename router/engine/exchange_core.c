@@ -7,6 +7,7 @@
 
 enum {
     XCORE_RECONNECT_MS = 200, /* between attempts to reach a worker of the epoch */
+    XCORE_REPORT_MS = 2000,   /* a loss that lasts is told again: the coordinator may be another one by now */
     XCORE_RETRY_MS = 20,      /* a refused or lost part is planned again after so long, or at a link's news */
 };
 
@@ -16,9 +17,11 @@ typedef struct xcore_link {
     const char *address; /* the epoch's */
     void *handle;        /* NULL: not connected */
     bool up;
-    bool leaving; /* its handle is to be ended */
-    bool lost;    /* to be reported, with why */
-    cm_status lost_status;
+    bool leaving;          /* its handle is to be ended */
+    bool tell;             /* told_status is to be reported */
+    cm_status told_status; /* CM_OK: it is not known as lost */
+    bool told_again;
+    uint64_t tell_again_ms;
     uint64_t retry_at_ms;
 } xcore_link;
 
@@ -71,7 +74,7 @@ struct rt_xcore {
     bool sending, again; /* a SEND is out; the next one repeats it */
     bool full;           /* there was no room: wait first */
     bool overlap_done, news, progress, stopping;
-    uint32_t expert;                  /* without an owner, at the last plan */
+    uint32_t expert;                  /* the first without a row, when the layer is given up */
     uint64_t retry_at_ms, give_up_ms; /* give_up_ms 0: not stuck */
     uint64_t n_retries;
     cm_status status; /* of the layer, with XCORE_OVER */
@@ -165,7 +168,7 @@ static void xcore_adopt(rt_xcore *x)
             *link = *old;
             link->address = address;
             old->handle = NULL;
-            old->lost = false;
+            old->tell = false;
         }
     }
     cm_free(x->old_links);
@@ -189,13 +192,23 @@ static bool xcore_between_rounds(const rt_xcore *x)
 
 /* ---- links ---- */
 
+static void xcore_tell_lost(xcore_link *link, uint64_t now_ms, cm_status status)
+{
+    bool again = link->told_status != CM_OK;
+    if (!again || now_ms >= link->tell_again_ms) {
+        link->tell = true;
+        link->told_again = again;
+        link->told_status = status;
+        link->tell_again_ms = now_ms + XCORE_REPORT_MS;
+    }
+}
+
 /* The link is no longer to be counted on: what it owed is planned again. */
 static void xcore_lose(rt_xcore *x, uint64_t now_ms, uint32_t rank, cm_status status)
 {
     xcore_link *link = &x->links[rank];
     link->up = false;
-    link->lost = true;
-    link->lost_status = status;
+    xcore_tell_lost(link, now_ms, status);
     link->retry_at_ms = now_ms + XCORE_RECONNECT_MS;
     x->news = true;
     for (uint32_t i = 0; i < x->n_part; i++) {
@@ -239,9 +252,10 @@ bool rt_xcore_chore(rt_xcore *x, uint64_t now_ms, rt_xact *act_out)
     }
     for (uint32_t r = 0; r < x->n_link; r++) {
         xcore_link *link = &x->links[r];
-        if (link->lost) {
-            link->lost = false;
-            *act_out = (rt_xact){.kind = RT_XACT_REPORT, .rank = r, .status = link->lost_status};
+        if (link->tell) {
+            link->tell = false;
+            *act_out = (rt_xact){
+                .kind = RT_XACT_REPORT, .rank = r, .status = link->told_status, .again = link->told_again};
             return true;
         }
         if (link->handle == NULL && now_ms >= link->retry_at_ms) {
@@ -268,6 +282,9 @@ void rt_xcore_connecting(rt_xcore *x, uint64_t now_ms, uint32_t rank, void *hand
     CM_ASSERT(rank < x->n_link && x->links[rank].handle == NULL);
     x->links[rank].handle = handle;
     x->links[rank].retry_at_ms = now_ms + XCORE_RECONNECT_MS;
+    if (handle == NULL) {
+        xcore_tell_lost(&x->links[rank], now_ms, CM_E_UNREACHABLE);
+    }
 }
 
 static uint32_t xcore_find_handle(const rt_xcore *x, const void *handle)
@@ -283,7 +300,11 @@ void rt_xcore_up(rt_xcore *x, const void *handle)
 {
     uint32_t r = xcore_find_handle(x, handle);
     if (r < x->n_link && !x->links[r].leaving) {
-        x->links[r].up = true;
+        xcore_link *link = &x->links[r];
+        link->up = true;
+        link->tell = link->told_status != CM_OK;
+        link->told_status = CM_OK;
+        link->told_again = false;
         x->news = true;
     }
 }
@@ -612,12 +633,23 @@ static bool xcore_await(rt_xcore *x, uint64_t now_ms, rt_xact *act_out)
     return true;
 }
 
+/* Nobody whom it could be asked of has computed it. */
+static void xcore_give_up(rt_xcore *x)
+{
+    uint32_t i = 0;
+    while (!x->wanted[i]) {
+        i++;
+    }
+    x->expert = (uint32_t)x->layer.experts[i];
+    xcore_finish(x, CM_E_NO_OWNER);
+}
+
 static bool xcore_unblock(rt_xcore *x, uint64_t now_ms, rt_xact *act_out)
 {
     if (x->stopping) {
         xcore_finish(x, CM_E_CANCELLED);
     } else if (now_ms >= x->give_up_ms) {
-        xcore_finish(x, CM_E_NO_OWNER);
+        xcore_give_up(x);
     } else if (x->news || now_ms >= x->retry_at_ms) {
         x->phase = XCORE_PLANNING;
     } else {

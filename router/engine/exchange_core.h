@@ -38,20 +38,20 @@ typedef enum rt_xact_kind {
     /* of rt_xcore_chore */
     RT_XACT_ADOPTED, /* another epoch, or another member id of ours, is in force for links made from now on */
     RT_XACT_DISCONNECT, /* handle: end that link; it is forgotten here */
-    RT_XACT_REPORT,     /* rank, status: its link was lost */
-    RT_XACT_CONNECT,    /* rank: begin; answer with rt_xcore_connecting */
+    RT_XACT_REPORT,  /* rank, status: its link was lost (again: and still is), or CM_OK: it is up once more */
+    RT_XACT_CONNECT, /* rank: begin; answer with rt_xcore_connecting */
     /* of rt_xcore_next */
     RT_XACT_SEND,    /* part, staged_at, again: a frame; answer with rt_xcore_sent */
     RT_XACT_OVERLAP, /* all frames of the first round are on their way: work to do meanwhile */
     RT_XACT_WAIT,    /* until_ms: nothing to do before something comes in */
-    RT_XACT_DONE,    /* status, and with CM_E_NO_OWNER expert; the layer is over */
+    RT_XACT_DONE,    /* status, and with CM_E_NO_OWNER expert, one that has no row; the layer is over */
 } rt_xact_kind;
 
 typedef struct rt_xact {
     rt_xact_kind kind;
     uint32_t rank, part, expert;
     uint64_t staged_at; /* offset of the frame in memory of rt_xcore_staging_bytes */
-    bool again;         /* the same frame as before, for which there was no room */
+    bool again;         /* the same frame as before, for which there was no room; the same loss as before */
     void *handle;
     uint64_t until_ms;
     cm_status status;

@@ -51,6 +51,20 @@ uint64_t rt_kv_seq_bytes(const rt_kv_sizes *sizes, uint64_t n_token)
     return rt_kv_seq_pages(n_token) * sizes->page_bytes + sizes->slot_bytes;
 }
 
+cm_status rt_kv_page_count(const md_geometry *geometry, const rt_kv_sizes *sizes, uint64_t kv_bytes,
+                           uint32_t slot_max, uint32_t *n_page_out, cm_error *err)
+{
+    /* a model of windows only needs pages in name */
+    uint64_t page_bytes = sizes->page_bytes != 0 ? sizes->page_bytes : 1;
+    uint64_t n_page = kv_bytes / page_bytes, useful = (uint64_t)rt_kv_seq_pages(geometry->context) * slot_max;
+    if (n_page == 0) {
+        return cm_error_set(err, CM_E_CONFIG, "kv_bytes", "kv_bytes %llu is less than one page of %llu bytes",
+                            (unsigned long long)kv_bytes, (unsigned long long)page_bytes);
+    }
+    *n_page_out = (uint32_t)(n_page < useful ? n_page : useful);
+    return CM_OK;
+}
+
 /* ---- layout ---- */
 
 void rt_kv_layout_build(const md_geometry *geometry, uint32_t draft_max, rt_kv_layout *layout_out)

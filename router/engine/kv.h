@@ -24,6 +24,12 @@ uint32_t rt_kv_seq_pages(uint64_t n_token);
 /* What one sequence of n_token tokens takes from the allocator: its pages and its slot. */
 uint64_t rt_kv_seq_bytes(const rt_kv_sizes *sizes, uint64_t n_token);
 
+/* Pages that fit into kv_bytes, or as many as slot_max of the longest sequences can use. CM_E_CONFIG: not
+ * even one. */
+CM_MUST_CHECK cm_status rt_kv_page_count(const md_geometry *geometry, const rt_kv_sizes *sizes,
+                                         uint64_t kv_bytes, uint32_t slot_max, uint32_t *n_page_out,
+                                         cm_error *err);
+
 typedef struct rt_kv_layout {
     kn_kv_layout layer[MD_LAYER_MAX]; /* of every block; the MTP block's only with draft_max */
     uint32_t n_layer;

@@ -423,7 +423,7 @@ cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt_seq_request *
 {
     rt_seq *seq = NULL;
     if (sched->draining) {
-        return cm_error_set(err, CM_E_UNAVAILABLE, NULL, "this router is being drained: ask another one");
+        return cm_error_set(err, CM_E_REFUSED, NULL, "this router is being drained: ask another one");
     }
     CM_TRY(request_check(sched, request, err));
     if (keys_find(sched, request->key) != NULL) {

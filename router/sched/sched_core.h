@@ -97,7 +97,7 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits);
 void rt_sched_destroy(rt_sched *sched);
 
 /* CM_E_INVALID (ids, sampler; err names the field), CM_E_TOO_LONG (prompt + tokens_max over the context, or
- * over all pages), CM_E_CAPACITY (queue full), CM_E_EXISTS, CM_E_UNAVAILABLE (draining), CM_E_DEADLINE
+ * over all pages), CM_E_CAPACITY (queue full), CM_E_EXISTS, CM_E_REFUSED (draining), CM_E_DEADLINE
  * (passed before it was opened). */
 CM_MUST_CHECK cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt_seq_request *request,
                                       cm_error *err);
@@ -156,7 +156,7 @@ typedef struct rt_word {
     rt_seq_end end;
     uint32_t stop_id; /* with RT_END_STOP */
     cm_status status; /* with RT_END_FAILED */
-    const char *text; /* with RT_END_FAILED: a literal or NULL */
+    const char *text; /* with RT_END_FAILED: NULL, or valid for the call */
 } rt_word;
 typedef void (*rt_word_fn)(void *ctx, const rt_word *word);
 

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "common/model/chat.h"
+#include "tests/support/temp_folder.h"
 #include "tools/baleen/rows.h"
 
 static md_tokenizer *g_tokenizer;
@@ -283,8 +284,8 @@ static void test_surfaces_refused(void **state)
 static void test_profile(void **state)
 {
     (void)state;
-    char dir[] = "/tmp/t_encoding_XXXXXX", path[256];
-    assert_non_null(mkdtemp(dir));
+    char dir[T_FOLDER_MAX], path[256];
+    t_folder_make(dir, "encoding");
     assert_int_equal(md_profile_detect(dir), MD_PROFILE_G);
     snprintf(path, sizeof(path), "%s/encoding", dir);
     assert_int_equal(mkdir(path, 0700), 0);
@@ -305,10 +306,7 @@ static void test_profile(void **state)
         fclose(file);
         assert_int_equal(md_profile_detect(dir), rows[i].profile);
     }
-    assert_int_equal(unlink(path), 0);
-    snprintf(path, sizeof(path), "%s/encoding", dir);
-    assert_int_equal(rmdir(path), 0);
-    assert_int_equal(rmdir(dir), 0);
+    t_folder_remove(dir);
 }
 
 int main(void)

@@ -120,6 +120,14 @@ def cluster(bin_dir, tmp_path_factory):
     assert running.stop() == 0, running.said()
 
 
+@pytest.fixture(scope="session")
+def scripted(bin_dir, tmp_path_factory):
+    """One cluster without a model: every answer is the text of the last user or tool message, control spellings recognised."""
+    running = Cluster(bin_dir, tmp_path_factory.mktemp("scripted"), "--model", NANO, "--scripted-model", "scripted")
+    yield running
+    assert running.stop() == 0, running.said()
+
+
 @pytest.fixture
 def start_cluster(bin_dir, tmp_path):
     """For tests that harm theirs: start_cluster("--workers", "2", ...)."""

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "common/base/mem.h"
+#include "router/keep_core.h"
 #include "tests/sim/sim.h"
 
 /* One number of an epoch and the only value it may ever have. */
@@ -48,6 +49,16 @@ void sim_check_stored(sim *s, uint64_t cluster, uint64_t number, const void *pac
         memcpy(record->packed, packed, n_bytes);
         record->n_bytes = n_bytes;
         record->placement = pr_placement_clone(p);
+    }
+}
+
+void sim_check_active(sim *s, const sim_proc *coordinator)
+{
+    for (uint32_t host = 0; host < s->shape.n_coordinator; host++) {
+        const sim_proc *other = s->hosts[host].proc;
+        if (other != NULL && other != coordinator && other->alive && sim_coordinator_is_active(other)) {
+            sim_fail(s, "%s and %s are both the active coordinator", coordinator->name, other->name);
+        }
     }
 }
 
@@ -147,6 +158,73 @@ void sim_check_answer(sim *s, const sim_proc *router, sim_asked asked[SIM_ASKED_
     question->answered = true;
 }
 
+/* ---- what routers keep ---- */
+
+void sim_check_kept_excuse(sim_watched watched[SIM_REQUESTS_MAX], uint64_t number)
+{
+    for (uint32_t i = 0; i < SIM_REQUESTS_MAX; i++) {
+        watched[i].excused |= watched[i].number == number;
+    }
+}
+
+void sim_check_kept_ended(const sim *s, sim_watched watched[SIM_REQUESTS_MAX], uint64_t number)
+{
+    for (uint32_t i = 0; i < SIM_REQUESTS_MAX; i++) {
+        if (watched[i].number == number) {
+            watched[i].live = false;
+            watched[i].since_ms = sim_ms(s);
+        }
+    }
+}
+
+/* Ended ones make room for newer ones. */
+static bool kept_is_full(const sim *s, const rt_keep *keep)
+{
+    rt_keep_ledger ledger;
+    rt_keep_ledger_get(keep, &ledger);
+    return ledger.n_ended >= s->shape.kept_max || s->shape.kept_bytes < 1 << 20;
+}
+
+static void check_kept_one(sim *s, const sim_proc *router, const rt_keep *keep, const sim_request *request,
+                           sim_watched *w)
+{
+    const rt_kept *kept;
+    if (memcmp(w->key, request->key, SIM_ID_BYTES) != 0) {
+        *w = (sim_watched){0};
+        memcpy(w->key, request->key, SIM_ID_BYTES);
+    }
+    if (rt_keep_find(keep, w->key, &kept, 1) == 1) {
+        bool owned = kept->owner != NULL, anew = kept->number != w->number;
+        bool left = !owned && (anew || w->owned || w->live != kept->live);
+        /* an older one shows when the newest is gone: nobody looked at it before */
+        w->excused = anew ? kept->number < w->newest : w->excused;
+        w->newest = kept->number > w->newest ? kept->number : w->newest;
+        w->number = kept->number;
+        w->owned = owned;
+        w->live = kept->live;
+        w->since_ms = left ? sim_ms(s) : w->since_ms;
+        return;
+    }
+    bool in_time = !w->owned && sim_ms(s) >= w->since_ms + s->shape.keep_ms;
+    bool pushed = !w->live && kept_is_full(s, keep);
+    if (w->number != 0 && !w->excused && !in_time && !pushed && s->shape.keep_ms > 0) {
+        sim_fail(s, "%s has dropped request %u, %s, after %llu of %llu ms", router->name, request->id,
+                 w->owned  ? "its gateway's"
+                 : w->live ? "running and nobody's"
+                           : "ended",
+                 (unsigned long long)(sim_ms(s) - w->since_ms), (unsigned long long)s->shape.keep_ms);
+    }
+    w->number = 0;
+}
+
+void sim_check_kept(sim *s, const sim_proc *router, const rt_keep *keep,
+                    sim_watched watched[SIM_REQUESTS_MAX])
+{
+    for (uint32_t i = 0; i < s->shape.n_request; i++) {
+        check_kept_one(s, router, keep, &s->requests[i], &watched[i]);
+    }
+}
+
 /* ---- rest ---- */
 
 static void check_ledger(sim *s, const sim_proc *proc)
@@ -154,7 +232,9 @@ static void check_ledger(sim *s, const sim_proc *proc)
     char text[256] = "";
     switch (proc->role) {
     case SIM_COORDINATOR:
-        sim_coordinator_rests(s, proc, text, sizeof(text));
+        if (sim_coordinator_is_active(proc)) {
+            sim_coordinator_rests(proc, text, sizeof(text));
+        }
         break;
     case SIM_GATEWAY:
         sim_gateway_ledger(proc, text, sizeof(text));
@@ -171,15 +251,36 @@ static void check_ledger(sim *s, const sim_proc *proc)
     }
 }
 
-/* Whoever lives and is reached has let go of everything; who is stopped or cut off is not asked. */
-void sim_check_rest(sim *s)
+/* Who is stopped or cut off is not asked. */
+static bool check_is_reached(const sim *s, const sim_proc *proc)
 {
+    return proc->alive && proc->paused_until_us <= s->now_us &&
+           s->hosts[proc->host].cut_until_us[s->healed_coordinator] <= s->now_us;
+}
+
+/* One coordinator is active, and whoever is reached and not on its way out is a member. */
+static void check_members(sim *s)
+{
+    const sim_proc *active = sim_active_coordinator(s);
+    if (active == NULL) {
+        sim_fail(s, "no coordinator is active");
+    }
     for (uint32_t i = 0; i < s->n_proc; i++) {
         const sim_proc *proc = s->procs[i];
-        bool reached = proc->alive && proc->paused_until_us <= s->now_us &&
-                       s->hosts[proc->host].cut_until_us[0] <= s->now_us;
-        if (reached) {
-            check_ledger(s, proc);
+        if (proc->role != SIM_COORDINATOR && check_is_reached(s, proc) && !s->hosts[proc->host].leaving &&
+            !sim_coordinator_has(active, proc)) {
+            sim_fail(s, "%s is no member", proc->name);
+        }
+    }
+}
+
+/* Whoever lives and is reached has let go of everything. */
+void sim_check_rest(sim *s)
+{
+    check_members(s);
+    for (uint32_t i = 0; i < s->n_proc; i++) {
+        if (check_is_reached(s, s->procs[i])) {
+            check_ledger(s, s->procs[i]);
         }
     }
 }

@@ -1,6 +1,9 @@
 /* Clients: each has one request, asks until it has its whole answer, and compares every token with the
- * answer computed alone. A client whose gateway died, or that was told why it failed, asks again for the
- * rest. */
+ * answer computed alone. A client whose gateway died, whose connection ended, or that was told why it failed,
+ * comes back to any gateway for the rest; when nobody knows its stream any more it asks from the beginning.
+ */
+#include <string.h>
+
 #include "tests/sim/sim.h"
 
 enum { CLIENT_RETRY_MS = 200 };
@@ -11,7 +14,6 @@ static void client_ask_later(sim *s, sim_request *r)
 {
     r->state = SIM_ASKING;
     r->gateway = NULL;
-    r->stream = NULL;
     sim_at(s, s->now_us + sim_between(s, SIM_TIMES, 50, CLIENT_RETRY_MS) * SIM_MS, client_ask, r, 0);
 }
 
@@ -37,6 +39,17 @@ static void client_give_up(sim *s, sim_request *r, uint64_t *count, const char *
     (*count)++;
 }
 
+/* From the beginning: sometimes under the same id, which the gateways then know from two requests. */
+static cm_status client_begin(sim *s, sim_proc *gateway, sim_request *r)
+{
+    r->n_got = 0;
+    if (r->n_try > 1 && sim_below(s, SIM_TIMES, 2) == 0) {
+        uint64_t words[2] = {sim_draw(s, SIM_TIMES), sim_draw(s, SIM_TIMES)};
+        memcpy(r->key, words, sizeof(r->key));
+    }
+    return sim_gateway_open(s, gateway, r);
+}
+
 static void client_ask(sim *s, void *arg, uint64_t tag)
 {
     sim_request *r = arg;
@@ -50,16 +63,21 @@ static void client_ask(sim *s, void *arg, uint64_t tag)
     }
     sim_proc *gateway = client_gateway(s);
     r->n_try++;
-    s->counts.resumed += r->n_got > 0;
-    if (gateway == NULL || !sim_gateway_open(s, gateway, r)) {
+    if (gateway == NULL) {
         client_ask_later(s, r);
         return;
     }
-    sim_trace(s, gateway, "takes request %u, %u of %u tokens there", r->id, r->n_got, r->n_want);
-    if (r->state == SIM_ASKING) {
-        r->state = SIM_OPEN;
-        r->gateway = gateway;
+    bool resumes = r->n_got > 0 && r->streamed;
+    sim_trace(s, gateway, "is asked for request %u, %u of %u tokens there", r->id, r->n_got, r->n_want);
+    r->state = SIM_OPEN;
+    r->gateway = gateway;
+    r->visit++;
+    if (resumes) {
+        sim_gateway_resume(s, gateway, r);
+    } else if (client_begin(s, gateway, r) != CM_OK) {
+        client_ask_later(s, r);
     }
+    sim_go(s, gateway);
 }
 
 static void client_cancel(sim *s, void *arg, uint64_t tag)
@@ -69,12 +87,31 @@ static void client_cancel(sim *s, void *arg, uint64_t tag)
     if (r->state == SIM_OPEN && sim_put_off(s, gateway, client_cancel, arg, tag)) {
         return;
     }
-    if (r->state == SIM_OPEN || r->state == SIM_ASKING) {
-        bool open = r->state == SIM_OPEN;
+    if (r->state == SIM_OPEN) {
+        sim_gateway_leave(s, gateway, r, false);
         client_give_up(s, r, &s->counts.cancelled, "its client goes away");
-        if (open) {
-            sim_gateway_cancel(s, gateway, r);
-        }
+        sim_go(s, gateway);
+    } else if (r->state == SIM_ASKING) {
+        client_give_up(s, r, &s->counts.cancelled, "its client goes away");
+    }
+}
+
+/* Its connection ends; unnoticed: for the client only. */
+static void client_drop(sim *s, void *arg, uint64_t unnoticed)
+{
+    sim_request *r = arg;
+    sim_proc *gateway = r->gateway;
+    if (r->state != SIM_OPEN || (unnoticed == 0 && sim_put_off(s, gateway, client_drop, arg, unnoticed))) {
+        return;
+    }
+    sim_trace(s, gateway, "request %u: its client's connection ends%s", r->id,
+              unnoticed != 0 ? ", unnoticed" : "");
+    if (unnoticed == 0) {
+        sim_gateway_leave(s, gateway, r, r->resumable);
+    }
+    client_ask_later(s, r);
+    if (unnoticed == 0) {
+        sim_go(s, gateway);
     }
 }
 
@@ -118,11 +155,14 @@ void sim_client_failed(sim *s, sim_request *r, cm_status status, const char *tex
         client_give_up(s, r, &s->counts.expired, "its deadline passed");
         return;
     }
-    if (status != CM_E_UNAVAILABLE && status != CM_E_CAPACITY) {
+    if (status == CM_E_NOT_FOUND) {
+        r->n_got = 0; /* the old answer is worth nothing any more */
+    } else if (status != CM_E_UNAVAILABLE && status != CM_E_CAPACITY && status != CM_E_CANCELLED &&
+               status != CM_E_REFUSED) {
         sim_fail(s, "request %u failed: %s: %s", r->id, cm_status_name(status), text);
     }
     s->counts.told_busy += status == CM_E_CAPACITY;
-    s->counts.told_unavailable += status == CM_E_UNAVAILABLE;
+    s->counts.told_unavailable += status != CM_E_CAPACITY;
     client_ask_later(s, r);
 }
 
@@ -165,6 +205,15 @@ static void request_draw(sim *s, sim_request *r, uint32_t id)
         sampler->stop[i] = (sim_below(s, SIM_WORK, SIM_VOCAB / SIM_STOPS_MAX) * SIM_STOPS_MAX) + i;
     }
     sim_model_answer(&s->shape, r->prompt, r->n_prompt, sampler, r->want, &r->n_want, &r->want_end);
+    if (sim_below(s, SIM_WORK, 4) == 0 && r->n_want > 1) { /* a stop string, which routers do not know */
+        r->finish_at = sim_between(s, SIM_WORK, 1, r->n_want - 1);
+        r->n_want = r->finish_at;
+        r->want_end = RT_END_STOP;
+    }
+    uint64_t words[2] = {sim_draw(s, SIM_WORK), sim_draw(s, SIM_WORK)};
+    memcpy(r->key, words, sizeof(r->key));
+    r->streamed = sim_below(s, SIM_WORK, 5) > 0;
+    r->resumable = r->streamed && sim_below(s, SIM_WORK, 2) == 0;
     r->start_us = s->now_us + sim_below(s, SIM_WORK, (uint32_t)(s->shape.storm_us / SIM_MS)) * SIM_MS;
     r->cancel_us = r->deadline_us = SIM_NEVER;
     if (sim_strikes(s, SIM_FAULT_client_cancels)) {
@@ -172,6 +221,14 @@ static void request_draw(sim *s, sim_request *r, uint32_t id)
     }
     if (sim_strikes(s, SIM_FAULT_client_deadline)) {
         r->deadline_us = r->start_us + sim_between(s, SIM_WORK, 1, 4000) * SIM_MS;
+    }
+}
+
+static void request_draw_drop(sim *s, sim_request *r, sim_fault fault)
+{
+    if (sim_strikes(s, fault)) {
+        uint64_t at_us = r->start_us + sim_between(s, SIM_WORK, 1, 2000000);
+        sim_at(s, at_us, client_drop, r, fault == SIM_FAULT_client_vanishes);
     }
 }
 
@@ -185,5 +242,7 @@ void sim_clients_start(sim *s)
         if (r->cancel_us != SIM_NEVER) {
             sim_at(s, r->cancel_us, client_cancel, r, 0);
         }
+        request_draw_drop(s, r, SIM_FAULT_client_drops);
+        request_draw_drop(s, r, SIM_FAULT_client_vanishes);
     }
 }

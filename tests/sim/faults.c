@@ -4,7 +4,7 @@
 
 #include "tests/sim/sim.h"
 
-enum { FAULT_TICK_MS = 50, FAULT_RESTART_MS = 4000 };
+enum { FAULT_TICK_MS = 50, FAULT_RESTART_MS = 4000, CLOCKS_APART_US = 3000000 };
 
 /* ---- shape ---- */
 
@@ -17,6 +17,9 @@ static uint32_t shape_need(const sim_shape *shape)
 static void shape_draw_sizes(sim *s)
 {
     sim_shape *shape = &s->shape;
+    shape->n_coordinator = sim_between(s, SIM_SHAPE, 1, 2);
+    shape->etcd = shape->n_coordinator > 1 || sim_below(s, SIM_SHAPE, 4) == 0;
+    shape->claim_ms = sim_between(s, SIM_SHAPE, 300, 3000);
     shape->n_gateway = sim_between(s, SIM_SHAPE, 1, 2);
     shape->n_router = sim_between(s, SIM_SHAPE, 1, 3);
     shape->n_worker = sim_between(s, SIM_SHAPE, 2, 7);
@@ -34,6 +37,9 @@ static void shape_draw_sizes(sim *s)
     shape->storm_us = sim_between(s, SIM_SHAPE, 3000, 20000) * SIM_MS;
     /* some disks are always slow, up to more than a lease */
     shape->disk_ms = sim_below(s, SIM_SHAPE, 8) == 0 ? sim_between(s, SIM_SHAPE, 10, 1200) : 8;
+    if (shape->etcd) { /* that is always slower than a call may take is of no use to anybody */
+        shape->disk_ms = sim_between(s, SIM_SHAPE, 1, 40);
+    }
     shape->rebalance_ms = sim_below(s, SIM_SHAPE, 2) == 0 ? sim_between(s, SIM_SHAPE, 300, 4000) : 0;
     shape->moves_max = sim_between(s, SIM_SHAPE, 1, 6);
 }
@@ -61,6 +67,20 @@ static void shape_draw_bounds(sim *s)
     shape->frame_bytes = sim_between(s, SIM_SHAPE, 512, 4096);
 }
 
+static void shape_draw_streams(sim *s)
+{
+    sim_shape *shape = &s->shape;
+    shape->reopen_ms = sim_between(s, SIM_SHAPE, 1000, 15000);
+    shape->rebind_ms = sim_between(s, SIM_SHAPE, 50, 500);
+    shape->leave_ms = sim_between(s, SIM_SHAPE, 300, 3000);
+    shape->opens_max = sim_between(s, SIM_SHAPE, 1, 8);
+    shape->keep_ms = sim_below(s, SIM_SHAPE, 8) == 0 ? 0 : sim_between(s, SIM_SHAPE, 100, 6000);
+    shape->kept_max = sim_below(s, SIM_SHAPE, 24);
+    /* a log has 256 bytes at most: sometimes room for a few only */
+    shape->kept_bytes = sim_below(s, SIM_SHAPE, 4) == 0 ? sim_between(s, SIM_SHAPE, 0, 4000) : 1 << 20;
+    shape->tell_max = sim_between(s, SIM_SHAPE, 1, 64);
+}
+
 /* Odds of 10000: per message for what happens to messages, per tick for what comes by time, per write, load
  * or request for the others. */
 static const struct {
@@ -81,6 +101,7 @@ static const struct {
     [SIM_FAULT_disk_slow] = {100, 2000},
     [SIM_FAULT_disk_fails] = {100, 1500},
     [SIM_FAULT_disk_unsure] = {100, 1000},
+    [SIM_FAULT_store_cut] = {10, 150},
     [SIM_FAULT_log_lost] = {300, 3000},
     [SIM_FAULT_load_fails] = {50, 500},
     [SIM_FAULT_load_slow] = {100, 1000},
@@ -91,6 +112,8 @@ static const struct {
     [SIM_FAULT_operator_rebalances] = {10, 200},
     [SIM_FAULT_client_cancels] = {500, 5000},
     [SIM_FAULT_client_deadline] = {200, 2000},
+    [SIM_FAULT_client_drops] = {500, 5000},
+    [SIM_FAULT_client_vanishes] = {500, 5000},
 };
 
 /* Even seeds: all faults at once. Odd ones: a subset, often small, so that what hides behind the loud ones is
@@ -108,7 +131,8 @@ static void shape_draw_odds(sim *s)
 static void shape_add_hosts(sim *s, sim_role role, uint32_t n, uint64_t start_us)
 {
     for (uint32_t i = 0; i < n && s->n_host < SIM_HOSTS_MAX; i++) {
-        s->hosts[s->n_host++] = (sim_host){.role = role, .start_us = start_us};
+        s->hosts[s->n_host++] = (sim_host){
+            .role = role, .start_us = start_us, .ahead_us = sim_below(s, SIM_SHAPE, CLOCKS_APART_US)};
     }
 }
 
@@ -116,8 +140,9 @@ void sim_shape_draw(sim *s)
 {
     shape_draw_sizes(s);
     shape_draw_bounds(s);
+    shape_draw_streams(s);
     shape_draw_odds(s);
-    shape_add_hosts(s, SIM_COORDINATOR, 1, 0);
+    shape_add_hosts(s, SIM_COORDINATOR, s->shape.n_coordinator, 0);
     shape_add_hosts(s, SIM_GATEWAY, s->shape.n_gateway, 0);
     shape_add_hosts(s, SIM_ROUTER, s->shape.n_router, 0);
     shape_add_hosts(s, SIM_WORKER, s->shape.n_worker, 0);
@@ -150,6 +175,9 @@ static void fault_crash(sim *s, bool dark)
     sim_proc *proc = fault_victim(s);
     if (proc != NULL) {
         uint32_t host = proc->host;
+        if (proc->role == SIM_COORDINATOR && !dark && sim_below(s, SIM_FAULTS, 2) == 0) {
+            sim_coordinator_stop(proc); /* it ends as it should */
+        }
         sim_kill(s, proc, dark);
         uint64_t down_us = sim_between(s, SIM_FAULTS, 1, FAULT_RESTART_MS) * SIM_MS;
         sim_at(s, s->now_us + down_us, fault_restart, NULL, host);
@@ -226,13 +254,31 @@ static void fault_leave(sim *s, sim_role role)
     }
 }
 
+sim_proc *sim_active_coordinator(const sim *s)
+{
+    for (uint32_t host = 0; host < s->shape.n_coordinator; host++) {
+        sim_proc *proc = s->hosts[host].proc;
+        if (host_runs(s, host) && s->now_us >= proc->paused_until_us && sim_coordinator_is_active(proc)) {
+            return proc;
+        }
+    }
+    return NULL;
+}
+
 /* The coordinator says no to what cannot be. */
 static void fault_wish(sim *s, bool drain)
 {
-    sim_proc *proc = s->hosts[0].proc;
-    if (host_runs(s, 0) && s->now_us >= proc->paused_until_us) {
+    sim_proc *proc = sim_active_coordinator(s);
+    if (proc != NULL) {
         sim_coordinator_wish(s, proc, drain);
     }
+}
+
+static void fault_store_cut(sim *s)
+{
+    uint32_t host = sim_below(s, SIM_FAULTS, s->shape.n_coordinator);
+    s->hosts[host].store_cut_until_us = s->now_us + sim_between(s, SIM_FAULTS, 10, 5000) * SIM_MS;
+    sim_trace(s, s->hosts[host].proc, "is cut off from etcd");
 }
 
 static void fault_tick(sim *s, void *arg, uint64_t tag)
@@ -260,6 +306,9 @@ static void fault_tick(sim *s, void *arg, uint64_t tag)
     }
     if (sim_strikes(s, SIM_FAULT_slow_peer)) {
         fault_slow(s);
+    }
+    if (s->shape.etcd && sim_strikes(s, SIM_FAULT_store_cut)) {
+        fault_store_cut(s);
     }
     if (sim_strikes(s, SIM_FAULT_worker_joins)) {
         fault_join(s);
@@ -291,13 +340,15 @@ static void heal_choose(sim *s, bool core[SIM_HOSTS_MAX])
 {
     uint32_t n_core[4] = {0}, need[4] = {1, 1, 1, shape_need(&s->shape)};
     bool all = sim_below(s, SIM_FAULTS, 2) == 0;
+    s->healed_coordinator = sim_below(s, SIM_FAULTS, s->shape.n_coordinator);
     if (need[SIM_WORKER] < s->shape.workers_min) {
         need[SIM_WORKER] = s->shape.workers_min; /* if no epoch was ever made */
     }
     for (uint32_t host = 0; host < s->n_host; host++) {
         const sim_host *h = &s->hosts[host];
-        core[host] = h->proc != NULL && !h->leaving &&
-                     (all || n_core[h->role] < need[h->role] || sim_below(s, SIM_FAULTS, 2) == 0);
+        bool needed =
+            h->role == SIM_COORDINATOR ? host == s->healed_coordinator : n_core[h->role] < need[h->role];
+        core[host] = h->proc != NULL && !h->leaving && (all || needed || sim_below(s, SIM_FAULTS, 2) == 0);
         n_core[h->role] += core[host];
     }
     for (uint32_t host = 0; host < s->n_host; host++) { /* too many were drained: more machines */
@@ -313,18 +364,26 @@ static void heal_choose(sim *s, bool core[SIM_HOSTS_MAX])
     }
 }
 
+/* One that is counted on goes after all, because an operator's wish reached it late: another in its place. */
+void sim_host_ended(sim *s, uint32_t host)
+{
+    if (s->hosts[host].core) {
+        s->hosts[host].leaving = false;
+        sim_at(s, s->now_us + sim_between(s, SIM_FAULTS, 1, 500) * SIM_MS, fault_restart, NULL, host);
+    }
+}
+
 static void heal_host(sim *s, uint32_t host)
 {
     sim_proc *proc = s->hosts[host].proc;
-    if (host_runs(s, 0) && host_runs(s, host) && sim_coordinator_lets_go(s->hosts[0].proc, proc)) {
-        sim_kill(s, proc, false); /* counted on, but on its way out: another in its place */
-    }
-    if (host_runs(s, host)) {
+    const sim_proc *active = sim_active_coordinator(s);
+    if (active != NULL && host_runs(s, host) && sim_coordinator_lets_go(active, proc)) {
+        sim_kill(s, proc, false); /* on its way out */
+    } else if (host_runs(s, host)) {
         proc->paused_until_us = proc->paused_until_us > s->now_us ? s->now_us : proc->paused_until_us;
         proc->slow_until_us = 0;
     } else {
-        uint64_t after_us = sim_between(s, SIM_FAULTS, 1, 500) * SIM_MS;
-        sim_at(s, s->now_us + after_us, fault_restart, NULL, host);
+        sim_host_ended(s, host);
     }
 }
 
@@ -345,6 +404,7 @@ static void heal_forsake(sim *s, uint32_t host, const bool core[SIM_HOSTS_MAX])
         proc->paused_until_us = SIM_NEVER;
     } else {
         sim_trace(s, proc, "is cut off for good");
+        s->hosts[host].store_cut_until_us = SIM_NEVER;
         for (uint32_t other = 0; other < s->n_host; other++) {
             if (core[other]) {
                 s->hosts[host].cut_until_us[other] = SIM_NEVER;
@@ -365,8 +425,10 @@ void sim_heal(sim *s)
         for (uint32_t b = 0; b < s->n_host; b++) {
             s->hosts[a].cut_until_us[b] = 0;
         }
+        s->hosts[a].store_cut_until_us = 0;
     }
     for (uint32_t host = 0; host < s->n_host; host++) {
+        s->hosts[host].core = core[host];
         if (core[host]) {
             heal_host(s, host);
         } else {

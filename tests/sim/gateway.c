@@ -1,5 +1,4 @@
-/* A gateway's process: session, links to the routers of the epoch, token logs (the real stream core) and the
- * clients' calls. */
+/* A gateway's process: session and links to the routers it has heard of, tried again as routers.c tries. */
 #include "tests/sim/gateway.h"
 
 #include <string.h>
@@ -7,252 +6,196 @@
 #include "proto/messages.h"
 #include "proto/pack.h"
 
-enum { GATEWAY_RETRY_MS = 300, GATEWAY_STREAMS_MAX = SIM_REQUESTS_MAX };
+enum { GATEWAY_RETRY_MIN_MS = 100, GATEWAY_RETRY_MAX_MS = 2000, GATEWAY_ROUTERS_MAX = 64 };
 
-/* ---- streams ---- */
+/* ---- links ---- */
 
-static sim_gw_stream *gateway_find(sim_gateway *g, uint64_t number)
+sim_gw_router *sim_gw_router_get(const sim_gateway *g, uint64_t number)
 {
-    sim_gw_stream *stream;
-    TAILQ_FOREACH (stream, &g->streams, link) {
-        if (stream->router != NULL && stream->number == number) {
-            return stream;
+    sim_gw_router *router;
+    TAILQ_FOREACH (router, &g->routers, link) {
+        if (router->number == number) {
+            return router;
         }
     }
     return NULL;
 }
 
-static void stream_free(sim_gateway *g, sim_gw_stream *stream)
+uint32_t sim_gw_n_linked(const sim_gateway *g)
 {
-    TAILQ_REMOVE(&g->streams, stream, link);
-    gw_core_fini(&stream->core);
-    cm_free(stream);
+    const sim_gw_router *router;
+    uint32_t n = 0;
+    TAILQ_FOREACH (router, &g->routers, link) {
+        n += router->up && router->standing == GW_PLACE_MEMBER;
+    }
+    return n;
 }
 
-static void gateway_say(sim *s, sim_gateway *g, sim_gw_router *router, uint16_t type,
-                        const ProtobufCMessage *message)
+void sim_gw_say(sim *s, sim_gateway *g, sim_gw_router *router, uint16_t type, const ProtobufCMessage *message)
 {
+    if (!router->up) {
+        return;
+    }
     cm_bytes_clear(&g->packed);
     pr_pack(message, &g->packed);
     cm_status status = sim_send(s, router->end, type, NULL, 0, g->packed.data, g->packed.len, NULL);
     (void)status; /* down: its event comes */
 }
 
-void sim_gateway_send_open(sim *s, sim_gateway *g, sim_gw_stream *stream)
+static void router_connect(sim *s, sim_proc *proc, sim_gw_router *router)
 {
-    const rt_sampler *from = &stream->request->sampler;
-    Baleen__Engine__V1__SamplerParams sampler = BALEEN__ENGINE__V1__SAMPLER_PARAMS__INIT;
-    Baleen__Engine__V1__SeqOpen open = BALEEN__ENGINE__V1__SEQ_OPEN__INIT;
-    uint32_t stop[SIM_STOPS_MAX];
-    memcpy(stop, from->stop, sizeof(stop));
-    sampler.seed = from->seed;
-    sampler.tokens_max = from->tokens_max;
-    sampler.has_tokens_min = true;
-    sampler.tokens_min = from->tokens_min;
-    sampler.n_stop_id = from->n_stop;
-    sampler.stop_id = stop;
-    open.stream = stream->number;
-    open.prompt = stream->core.prompt.id;
-    open.n_prompt = stream->core.prompt.n;
-    open.emitted = stream->core.emitted.id;
-    open.n_emitted = stream->core.emitted.n;
-    open.sampler = &sampler;
-    open.has_deadline_ms = stream->deadline_us != SIM_NEVER;
-    open.deadline_ms = stream->deadline_us > s->now_us ? (stream->deadline_us - s->now_us) / SIM_MS : 0;
-    gateway_say(s, g, stream->router, PR_MSG_SEQ_OPEN, &open.base);
-}
-
-void sim_gateway_leave_router(sim *s, sim_gateway *g, sim_gw_stream *stream, bool tell)
-{
-    sim_gw_router *router = stream->router;
-    if (router == NULL) {
-        return;
-    }
-    router->n_open--;
-    stream->router = NULL;
-    if (tell && router->up) {
-        Baleen__Engine__V1__SeqCancel cancel = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
-        cancel.stream = &stream->number;
-        cancel.n_stream = 1;
-        gateway_say(s, g, router, PR_MSG_SEQ_CANCEL, &cancel.base);
-    }
-}
-
-void sim_gateway_fail(sim *s, sim_gateway *g, sim_gw_stream *stream, cm_status status, const char *text)
-{
-    sim_request *request = stream->request;
-    sim_gateway_leave_router(s, g, stream, stream->core.state != GW_CORE_ENDED);
-    stream_free(g, stream);
-    sim_client_failed(s, request, status, text);
-}
-
-sim_gw_router *sim_gateway_pick(sim_gateway *g)
-{
-    sim_gw_router *best = NULL;
-    for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
-        sim_gw_router *router = &g->routers[i];
-        if (router->member != 0 && router->up && (best == NULL || router->n_open < best->n_open)) {
-            best = router;
-        }
-    }
-    return best;
-}
-
-bool sim_gateway_open(sim *s, sim_proc *proc, sim_request *request)
-{
-    sim_gateway *g = proc->state;
-    if (!g->placed || sim_gateway_pick(g) == NULL) {
-        return false;
-    }
-    sim_gw_stream *stream = cm_alloc(sizeof(*stream));
-    md_ids prompt;
-    md_ids_init(&prompt);
-    for (uint32_t i = 0; i < request->n_prompt; i++) {
-        md_ids_push(&prompt, request->prompt[i]);
-    }
-    stream->request = request;
-    stream->deadline_us = request->deadline_us;
-    gw_core_init(&stream->core, &prompt, request->sampler.tokens_max, SIM_VOCAB, false);
-    for (uint32_t i = 0; i < request->n_got; i++) { /* what the client has of it already */
-        md_ids_push(&stream->core.emitted, request->got[i]);
-    }
-    TAILQ_INSERT_TAIL(&g->streams, stream, link);
-    request->stream = stream;
-    sim_reopen_place(s, g, stream);
-    sim_go(s, proc);
-    return true;
-}
-
-void sim_gateway_cancel(sim *s, sim_proc *proc, sim_request *request)
-{
-    sim_gateway *g = proc->state;
-    sim_gw_stream *stream = request->stream;
-    sim_gateway_leave_router(s, g, stream, true);
-    stream_free(g, stream);
-    sim_go(s, proc);
-}
-
-/* ---- what routers say ---- */
-
-static void gateway_take(sim *s, sim_gateway *g, sim_gw_router *router,
-                         const Baleen__Engine__V1__SeqTokens *frame)
-{
-    sim_gw_stream *stream = gateway_find(g, frame->stream);
-    gw_core_news news;
-    cm_error err = {0};
-    if (stream == NULL || stream->router != router) {
-        return; /* ended or moved meanwhile */
-    }
-    if (gw_core_take(&stream->core, frame, &news, &err) != CM_OK) {
-        sim_trace(s, NULL, "request %u: %s", stream->request->id, err.text);
-        sim_reopen_refused(s, g, stream);
-        return;
-    }
-    sim_request *request = stream->request;
-    if (news.n_id > 0) {
-        sim_client_tokens(s, request, news.offset, news.id, news.n_id);
-    }
-    if (news.end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED) {
-        sim_gateway_fail(s, g, stream, (cm_status)frame->status, frame->text);
-    } else if (news.end != BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON) {
-        sim_gateway_leave_router(s, g, stream, false);
-        stream_free(g, stream);
-        sim_client_end(s, request, (rt_seq_end)news.end);
-    }
-}
-
-static void gateway_step_tokens(sim *s, sim_gateway *g, sim_gw_router *router, const sim_message *m)
-{
-    ProtobufCMessage *message;
-    cm_arena_reset(&g->arena);
-    if (pr_unpack(&baleen__engine__v1__step_tokens__descriptor, m->data, m->n_bytes, &g->arena, &message) !=
-        CM_OK) {
-        sim_fail(s, "a StepTokens cannot be read");
-    }
-    const Baleen__Engine__V1__StepTokens *step = (const Baleen__Engine__V1__StepTokens *)message;
-    for (size_t i = 0; i < step->n_seq; i++) {
-        gateway_take(s, g, router, step->seq[i]);
-    }
-}
-
-/* ---- links ---- */
-
-static void gateway_connect(sim *s, sim_proc *proc, sim_gw_router *router)
-{
-    sim_gateway *g = proc->state;
+    const sim_gateway *g = proc->state;
     net_identity self = {pc_mcore_cluster(g->member.core), BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY,
                          pc_mcore_id(g->member.core)};
     router->end = sim_connect(s, proc, SIM_TOKENS, router->address, &self);
     router->end->user = router;
 }
 
-static void gateway_lose(sim *s, sim_gateway *g, sim_gw_router *router)
+/* The link is gone; the router stays a member until an epoch says otherwise. */
+static void router_unlink(sim *s, sim_proc *proc, sim_gw_router *router, cm_status status)
 {
-    sim_gw_stream *stream, *after;
+    sim_gateway *g = proc->state;
+    bool was_up = router->up;
     router->end = NULL;
     router->up = false;
-    router->retry_at_us = s->now_us + GATEWAY_RETRY_MS * SIM_MS;
-    for (stream = TAILQ_FIRST(&g->streams); stream != NULL; stream = after) {
-        after = TAILQ_NEXT(stream, link);
-        if (stream->router == router) {
-            sim_reopen_lost(s, g, stream);
-        }
+    if (!was_up) {
+        gw_place_unreachable(&g->place, router->number);
+        return;
     }
+    if (status != CM_OK) {
+        pc_mcore_report(g->member.core, router->member, status);
+        sim_member_act(s, proc, &g->member);
+    }
+    sim_streams_lost(s, g, router);
+    sim_seeks_lost(g, router);
 }
 
-static sim_gw_router *gateway_free_place(sim_gateway *g)
+static void router_free(sim *s, sim_gateway *g, sim_gw_router *router)
 {
-    for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
-        if (g->routers[i].member == 0) {
-            return &g->routers[i];
+    TAILQ_REMOVE(&g->routers, router, link);
+    gw_place_gone(&g->place, sim_ms(s), router->number);
+    cm_free(router);
+}
+
+static void router_goes_on(sim *s, sim_gateway *g, sim_gw_router *router)
+{
+    if (router->standing == GW_PLACE_OUT) {
+        router_free(s, g, router);
+        return;
+    }
+    router->retry_at_us = s->now_us + router->retry_ms * SIM_MS;
+    router->retry_ms = router->retry_ms == 0                         ? GATEWAY_RETRY_MIN_MS
+                       : 2 * router->retry_ms < GATEWAY_RETRY_MAX_MS ? 2 * router->retry_ms
+                                                                     : GATEWAY_RETRY_MAX_MS;
+}
+
+static void router_drop(sim *s, sim_proc *proc, sim_gw_router *router)
+{
+    if (router->end != NULL) {
+        sim_disconnect(s, router->end);
+    }
+    router_unlink(s, proc, router, CM_OK);
+    router_free(s, proc->state, router);
+}
+
+bool sim_gw_drop_leavers(sim *s, sim_proc *proc)
+{
+    sim_gateway *g = proc->state;
+    sim_gw_router *router, *after;
+    bool dropped = false;
+    for (router = TAILQ_FIRST(&g->routers); router != NULL; router = after) {
+        after = TAILQ_NEXT(router, link);
+        if (router->standing == GW_PLACE_OUT && !gw_place_hosts(&g->place, router->number)) {
+            router_drop(s, proc, router);
+            dropped = true;
+        }
+    }
+    return dropped;
+}
+
+static sim_gw_router *router_find(const sim_gateway *g, const struct pc_epoch_member *member)
+{
+    sim_gw_router *router;
+    TAILQ_FOREACH (router, &g->routers, link) {
+        if (router->member == member->id && router->incarnation == member->incarnation &&
+            strcmp(router->address, member->data_address) == 0) {
+            return router;
         }
     }
     return NULL;
 }
 
-/* Another cluster gives the same ids to others. */
-static bool gateway_is(const sim_gw_router *router, const struct pc_epoch_member *member)
+static sim_gw_router *router_add(sim *s, sim_proc *proc, const struct pc_epoch_member *member)
 {
-    return member != NULL && router->member == member->id &&
-           strcmp(router->address, member->data_address) == 0;
+    sim_gateway *g = proc->state;
+    sim_gw_router *router = cm_alloc(sizeof(*router));
+    router->number = ++g->n_numbers;
+    router->member = member->id;
+    router->incarnation = member->incarnation;
+    router->retry_ms = GATEWAY_RETRY_MIN_MS;
+    snprintf(router->address, sizeof(router->address), "%s", member->data_address);
+    TAILQ_INSERT_TAIL(&g->routers, router, link);
+    router_connect(s, proc, router);
+    return router;
 }
 
-static bool gateway_knows(const sim_gateway *g, const struct pc_epoch_member *member)
+static void router_stands(sim *s, sim_gateway *g, sim_gw_router *router, gw_place_standing standing)
 {
-    for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
-        if (gateway_is(&g->routers[i], member)) {
-            return true;
-        }
+    if (router->standing != standing) {
+        router->standing = standing;
+        gw_place_stands(&g->place, sim_ms(s), router->number, standing);
     }
-    return false;
 }
 
 static void gateway_epoch(sim *s, sim_proc *proc, const pc_epoch *epoch)
 {
     sim_gateway *g = proc->state;
-    for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
-        sim_gw_router *router = &g->routers[i];
-        if (router->member != 0 && !gateway_is(router, pc_epoch_member_find(epoch, router->member))) {
-            if (router->end != NULL) {
-                sim_disconnect(s, router->end);
-            }
-            gateway_lose(s, g, router);
-            router->member = 0;
-        }
+    sim_gw_router *router, *after;
+    TAILQ_FOREACH (router, &g->routers, link) {
+        router->stays = false;
     }
     for (uint32_t i = 0; i < epoch->n_member; i++) {
         const struct pc_epoch_member *member = &epoch->members[i];
-        if (member->role == BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER && !gateway_knows(g, member)) {
-            sim_gw_router *router = gateway_free_place(g);
-            if (router == NULL) {
-                sim_fail(s, "%s knows too many routers", proc->name);
-            }
-            *router = (sim_gw_router){.member = member->id};
-            snprintf(router->address, sizeof(router->address), "%s", member->data_address);
-            gateway_connect(s, proc, router);
+        if (member->role != BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER) {
+            continue;
+        }
+        router = router_find(g, member);
+        router = router != NULL ? router : router_add(s, proc, member);
+        router->stays = true;
+        router_stands(s, g, router, member->draining ? GW_PLACE_DRAINING : GW_PLACE_MEMBER);
+    }
+    for (router = TAILQ_FIRST(&g->routers); router != NULL; router = after) {
+        after = TAILQ_NEXT(router, link);
+        if (!router->stays && router->up) {
+            router_stands(s, g, router, GW_PLACE_OUT);
+        } else if (!router->stays) {
+            router_drop(s, proc, router);
         }
     }
     g->placed = epoch->placement != NULL;
+}
+
+/* ---- what routers say ---- */
+
+static void *gateway_read(sim *s, sim_gateway *g, const ProtobufCMessageDescriptor *descriptor,
+                          const sim_message *m)
+{
+    ProtobufCMessage *message;
+    cm_arena_reset(&g->arena);
+    if (pr_unpack(descriptor, m->data, m->n_bytes, &g->arena, &message) != CM_OK) {
+        sim_fail(s, "a %s cannot be read", descriptor->short_name);
+    }
+    return message;
+}
+
+static void gateway_take_step(sim *s, sim_proc *proc, const sim_gw_router *router,
+                              const Baleen__Engine__V1__StepTokens *step)
+{
+    sim_gateway *g = proc->state;
+    gw_place_load(&g->place, router->number, step->running + step->waiting);
+    for (size_t i = 0; i < step->n_seq; i++) {
+        sim_streams_tokens(s, proc, router, step->seq[i]);
+    }
 }
 
 /* ---- the process ---- */
@@ -273,11 +216,13 @@ static void gateway_news(sim *s, sim_proc *proc, const pc_mout *out)
 
 static void gateway_up(sim *s, sim_proc *proc, sim_end *end)
 {
+    sim_gateway *g = proc->state;
     sim_gw_router *router = end->user;
-    (void)s;
-    (void)proc;
     if (router != NULL && router->end == end) {
         router->up = true;
+        router->retry_ms = 0;
+        gw_place_up(&g->place, router->number);
+        sim_seeks_linked(s, g, router);
     }
 }
 
@@ -285,21 +230,25 @@ static void gateway_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
 {
     sim_gateway *g = proc->state;
     if (!sim_member_down(s, proc, &g->member, end, status)) {
-        sim_gw_router *router = end->user;
-        if (router != NULL && router->end == end) {
-            gateway_lose(s, g, router);
-        }
+        sim_gw_router *router = end->user; /* a link we ended ourselves tells no end */
+        router_unlink(s, proc, router, status);
+        router_goes_on(s, g, router);
     }
 }
 
 static void gateway_message(sim *s, sim_proc *proc, sim_end *end, const sim_message *message)
 {
     sim_gateway *g = proc->state;
-    if (!sim_member_message(s, proc, &g->member, end, message)) {
-        sim_gw_router *router = end->user;
-        if (router != NULL && router->end == end && message->type == PR_MSG_STEP_TOKENS) {
-            gateway_step_tokens(s, g, router, message);
-        }
+    if (sim_member_message(s, proc, &g->member, end, message)) {
+        return;
+    }
+    const sim_gw_router *router = end->user;
+    if (message->type == PR_MSG_STEP_TOKENS) {
+        gateway_take_step(s, proc, router,
+                          gateway_read(s, g, &baleen__engine__v1__step_tokens__descriptor, message));
+    } else if (message->type == PR_MSG_SEQ_FOUND) {
+        sim_seeks_found(s, g, router,
+                        gateway_read(s, g, &baleen__engine__v1__seq_found__descriptor, message));
     }
 }
 
@@ -310,39 +259,47 @@ static void gateway_sent(sim *s, sim_proc *proc, void *cookie)
     (void)cookie;
 }
 
-static void gateway_expire(sim *s, sim_gateway *g)
+static uint64_t gateway_retry(sim *s, sim_proc *proc)
 {
-    sim_gw_stream *stream, *after;
-    for (stream = TAILQ_FIRST(&g->streams); stream != NULL; stream = after) {
-        after = TAILQ_NEXT(stream, link);
-        if (s->now_us >= stream->deadline_us) {
-            sim_gateway_fail(s, g, stream, CM_E_DEADLINE, "the deadline passed");
+    const sim_gateway *g = proc->state;
+    sim_gw_router *router;
+    uint64_t wake_us = SIM_NEVER;
+    TAILQ_FOREACH (router, &g->routers, link) {
+        if (router->end != NULL) {
+            continue;
         }
+        if (s->now_us >= router->retry_at_us) {
+            router_connect(s, proc, router);
+        } else if (router->retry_at_us < wake_us) {
+            wake_us = router->retry_at_us;
+        }
+    }
+    return wake_us;
+}
+
+static void gateway_check(sim *s, const sim_proc *proc)
+{
+    const sim_gateway *g = proc->state;
+    const sim_gw_router *router;
+    uint32_t n = 0;
+    TAILQ_FOREACH (router, &g->routers, link) {
+        n++;
+    }
+    if (n > GATEWAY_ROUTERS_MAX) {
+        sim_fail(s, "%s knows %u routers", proc->name, n);
     }
 }
 
 static uint64_t gateway_pump(sim *s, sim_proc *proc)
 {
     sim_gateway *g = proc->state;
-    uint64_t wake_us = sim_member_pump(s, proc, &g->member), at_us;
-    gateway_expire(s, g);
-    for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
-        sim_gw_router *router = &g->routers[i];
-        if (router->member != 0 && router->end == NULL) {
-            if (s->now_us >= router->retry_at_us) {
-                gateway_connect(s, proc, router);
-            } else if (router->retry_at_us < wake_us) {
-                wake_us = router->retry_at_us;
-            }
-        }
-    }
-    at_us = sim_reopen_tick(s, g);
+    uint64_t wake_us = sim_member_pump(s, proc, &g->member), at_us = sim_seeks_run(s, proc);
     wake_us = at_us < wake_us ? at_us : wake_us;
-    const sim_gw_stream *stream;
-    TAILQ_FOREACH (stream, &g->streams, link) {
-        wake_us = stream->deadline_us < wake_us ? stream->deadline_us : wake_us;
-    }
-    return wake_us;
+    at_us = sim_streams_run(s, proc);
+    wake_us = at_us < wake_us ? at_us : wake_us;
+    at_us = gateway_retry(s, proc);
+    gateway_check(s, proc);
+    return at_us < wake_us ? at_us : wake_us;
 }
 
 static net_identity gateway_identity(const sim_proc *proc)
@@ -354,11 +311,13 @@ static net_identity gateway_identity(const sim_proc *proc)
 static void gateway_end(sim *s, sim_proc *proc)
 {
     sim_gateway *g = proc->state;
-    sim_gw_stream *stream;
-    while ((stream = TAILQ_FIRST(&g->streams)) != NULL) {
-        sim_request *request = stream->request;
-        stream_free(g, stream);
-        sim_client_lost(s, request);
+    sim_gw_router *router;
+    sim_seeks_fini(s, g);
+    sim_streams_fini(s, g);
+    gw_place_fini(&g->place);
+    while ((router = TAILQ_FIRST(&g->routers)) != NULL) {
+        TAILQ_REMOVE(&g->routers, router, link);
+        cm_free(router);
     }
     sim_member_fini(&g->member);
     cm_arena_fini(&g->arena);
@@ -379,7 +338,14 @@ void sim_gateway_start(sim *s, sim_proc *proc)
     sim_gateway *g = cm_alloc(sizeof(*g));
     proc->ops = &gateway_ops;
     proc->state = g;
+    TAILQ_INIT(&g->routers);
     TAILQ_INIT(&g->streams);
+    TAILQ_INIT(&g->seeks);
+    gw_place_init(&g->place, &(gw_place_limits){.reopen_ms = s->shape.reopen_ms,
+                                                .rebind_ms = s->shape.rebind_ms,
+                                                .leave_ms = s->shape.leave_ms,
+                                                .opens_max = s->shape.opens_max,
+                                                .seed = sim_mix(s->seed, proc->id)});
     cm_arena_init(&g->arena, "sim tokens", 16 << 10, 4 << 20);
     cm_bytes_init(&g->packed, 0);
     sim_member_init(s, proc, &g->member, BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY, false, gateway_news);
@@ -389,16 +355,17 @@ void sim_gateway_start(sim *s, sim_proc *proc)
 void sim_gateway_ledger(const sim_proc *proc, char *text, size_t cap)
 {
     const sim_gateway *g = proc->state;
-    const sim_gw_stream *stream;
-    uint32_t n = 0;
+    const sim_gw_router *router;
+    uint32_t n_hosting = 0;
     text[0] = 0;
-    TAILQ_FOREACH (stream, &g->streams, link) {
-        n++;
+    TAILQ_FOREACH (router, &g->routers, link) {
+        n_hosting += gw_place_hosts(&g->place, router->number);
     }
-    for (uint32_t i = 0; i < SIM_GATEWAY_ROUTERS; i++) {
-        n += g->routers[i].n_open;
-    }
-    if (n > 0) {
-        snprintf(text, cap, "%u streams and openings", n);
+    bool streams = !TAILQ_EMPTY(&g->streams), seeks = !TAILQ_EMPTY(&g->seeks);
+    bool placing = !TAILQ_EMPTY(&g->place.waiting) || !TAILQ_EMPTY(&g->place.failed) ||
+                   !TAILQ_EMPTY(&g->place.copied) || n_hosting > 0;
+    if (streams || seeks || placing) {
+        snprintf(text, cap, "%s%s%s", streams ? "streams " : "", seeks ? "seeks " : "",
+                 placing ? "places of streams" : "");
     }
 }

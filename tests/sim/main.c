@@ -50,12 +50,15 @@ static void counts_print(const sim_counts *c)
         printf(" %s %llu", sim_fault_names[i], (ull)c->faults[i]);
     }
     printf("\nrequests: %llu done, %llu cancelled, %llu over their deadline; %llu tokens delivered; %llu "
-           "times told that all is busy, %llu that experts or routers are not available; %llu streams "
-           "resumed by "
-           "their clients, %llu reopened by gateways; healing took at most %llu ms\n",
+           "times told that all is busy, %llu that experts or routers are not available; healing took at "
+           "most %llu ms\n",
            (ull)c->done, (ull)c->cancelled, (ull)c->expired, (ull)c->tokens, (ull)c->told_busy,
-           (ull)c->told_unavailable, (ull)c->resumed, (ull)c->reopened, (ull)c->healing_ms);
-    printf("operators: %llu wishes, %llu done\n", (ull)c->wishes, (ull)c->wishes_done);
+           (ull)c->told_unavailable, (ull)c->healing_ms);
+    printf("streams: %llu reopened, %llu resumed at a router, %llu copies forgotten; clients that came back: "
+           "%llu found, %llu not\n",
+           (ull)c->reopened, (ull)c->rebound, (ull)c->copies, (ull)c->resumed, (ull)c->not_found);
+    printf("operators: %llu wishes, %llu done; coordinators: %llu times one became active\n", (ull)c->wishes,
+           (ull)c->wishes_done, (ull)c->takeovers);
     printf(
         "cluster: %llu epochs, %llu aborts, %llu steps, %llu layers, %llu of them stuck once or more, %llu "
         "frames refused, %llu preemptions; %llu messages, %llu events, %llu s of virtual time\n",

@@ -7,7 +7,7 @@
 void sim_member_init(sim *s, sim_proc *proc, sim_member *member, uint32_t role, bool has_data,
                      void (*news)(sim *s, sim_proc *proc, const pc_mout *out))
 {
-    static const pc_addresses coordinators = {.n = 1, .text = {"coordinator"}};
+    const pc_addresses coordinators = {.n = s->shape.n_coordinator, .text = {"c0", "c1"}};
     bool worker = role == BALEEN__CONTROL__V1__ROLE__ROLE_WORKER;
     pc_mself self = {.coordinators = &coordinators,
                      .role = role,

@@ -1,189 +1,19 @@
-/* A router's process: session, scheduler, layers through the exchange's machine, KV pages, links to gateways.
- * The step is the engine's: attention through the pages, gate, experts, the next layer, at the end a token.
- */
+/* A router's process: session, scheduler, layers through the exchange's machine, KV pages. The step is the
+ * engine's: attention through the pages, gate, experts, the next layer, at the end a token. */
 #include <string.h>
 
 #include "common/base/assert.h"
-#include "proto/engine.pb-c.h"
 #include "proto/messages.h"
 #include "proto/pack.h"
-#include "router/engine/exchange_core.h"
-#include "tests/sim/sim.h"
+#include "tests/sim/router.h"
 
-enum { ROUTER_GATEWAYS = 8, ROUTER_WORDS_MAX = 1024, ROUTER_TEXT_BYTES = 96 };
-
-/* One step under way: rows of all segments, layer by layer. */
-typedef struct pass {
-    bool busy;
-    rt_step step;
-    uint32_t layer;
-    bool exchanging;
-    uint64_t compute_until_us;
-    uint64_t *hidden; /* [row_max] */
-    uint8_t *codes, *scales;
-    int32_t *experts;
-    float *weights;
-    uint16_t *results;
-    rt_step_result *tokens; /* [slot_max] */
-} pass;
-
-typedef struct gateway_link {
-    sim_end *end; /* NULL: free */
-    uint64_t owner;
-    rt_word *words; /* [ROUTER_WORDS_MAX] not sent yet */
-    char (*texts)[ROUTER_TEXT_BYTES];
-    uint32_t n_word;
-} gateway_link;
-
-typedef struct router {
-    sim_member member;
-    rt_sched *sched;
-    rt_xcore *exchange;
-    uint8_t *staging;
-    uint64_t *kv; /* [page_max][page_tokens][n_layer] */
-    pass pass;
-    bool resting; /* workers were told that nothing comes */
-    gateway_link gateways[ROUTER_GATEWAYS];
-    uint64_t next_owner;
-    cm_arena arena;
-    cm_bytes packed;
-    bool draining, drained;
-    uint32_t load[SIM_LAYERS_MAX * SIM_EXPERTS_MAX]; /* rows per expert, not told yet */
-    uint64_t load_at_us;
-    sim_followed followed;
-    sim_asked asked[SIM_ASKED_MAX]; /* by exchange */
-} router;
+enum { ROUTER_DOORS_MS = 100, ROUTER_DRAIN_MS = 6000 };
 
 #define ROUTER_STAGED ((void *)1) /* cookie of frames that stand in staging */
 
-/* ---- words to gateways ---- */
-
-static void router_word(void *ctx, const rt_word *word)
-{
-    router *r = ctx;
-    for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
-        gateway_link *link = &r->gateways[i];
-        if (link->end != NULL && link->owner == word->key.owner) {
-            CM_ASSERT(link->n_word < ROUTER_WORDS_MAX);
-            snprintf(link->texts[link->n_word], ROUTER_TEXT_BYTES, "%s",
-                     word->text != NULL ? word->text : "");
-            link->words[link->n_word++] = *word;
-        }
-    }
-}
-
-static void router_fill(gateway_link *link, uint32_t i, Baleen__Engine__V1__SeqTokens *seq)
-{
-    rt_word *word = &link->words[i];
-    baleen__engine__v1__seq_tokens__init(seq);
-    seq->stream = word->key.stream;
-    seq->has_offset = seq->has_end = true;
-    seq->offset = word->offset;
-    seq->n_id = word->has_token ? 1 : 0;
-    seq->id = &word->token;
-    seq->end = (Baleen__Engine__V1__SeqEnd)word->end;
-    seq->has_stop_id = word->end == RT_END_STOP;
-    seq->stop_id = word->stop_id;
-    seq->has_status = word->end == RT_END_FAILED;
-    seq->status = word->status;
-    seq->text = link->texts[i];
-}
-
-static void router_flush(sim *s, router *r)
-{
-    for (uint32_t g = 0; g < ROUTER_GATEWAYS; g++) {
-        gateway_link *link = &r->gateways[g];
-        if (link->end == NULL || link->n_word == 0) {
-            continue;
-        }
-        Baleen__Engine__V1__StepTokens message = BALEEN__ENGINE__V1__STEP_TOKENS__INIT;
-        Baleen__Engine__V1__SeqTokens seqs[ROUTER_WORDS_MAX], *pointers[ROUTER_WORDS_MAX];
-        for (uint32_t i = 0; i < link->n_word; i++) {
-            router_fill(link, i, &seqs[i]);
-            pointers[i] = &seqs[i];
-        }
-        message.step = r->pass.step.number;
-        message.n_seq = link->n_word;
-        message.seq = pointers;
-        cm_bytes_clear(&r->packed);
-        pr_pack(&message.base, &r->packed);
-        if (sim_send(s, link->end, PR_MSG_STEP_TOKENS, NULL, 0, r->packed.data, r->packed.len, NULL) ==
-            CM_OK) {
-            link->n_word = 0; /* else they go with the next flush */
-        }
-    }
-}
-
-static gateway_link *router_gateway(router *r, const sim_end *end)
-{
-    for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
-        if (r->gateways[i].end == end) {
-            return &r->gateways[i];
-        }
-    }
-    return NULL;
-}
-
-static rt_seq_request router_request(const gateway_link *link, const Baleen__Engine__V1__SeqOpen *open,
-                                     uint64_t now_ms)
-{
-    const Baleen__Engine__V1__SamplerParams *from = open->sampler;
-    rt_seq_request request = {
-        .key = {link->owner, open->stream},
-        .prompt = open->prompt,
-        .n_prompt = (uint32_t)open->n_prompt,
-        .emitted = open->emitted,
-        .n_emitted = (uint32_t)open->n_emitted,
-        .sampler = {.seed = from->seed,
-                    .top_p = 1,
-                    .tokens_max = from->tokens_max,
-                    .tokens_min = from->tokens_min,
-                    .n_stop = (uint32_t)from->n_stop_id},
-        .deadline_ms = open->has_deadline_ms ? now_ms + open->deadline_ms : UINT64_MAX,
-    };
-    for (size_t i = 0; i < from->n_stop_id; i++) {
-        request.sampler.stop[i] = from->stop_id[i];
-    }
-    return request;
-}
-
-static void router_open(sim *s, router *r, gateway_link *link, const sim_message *m)
-{
-    ProtobufCMessage *message;
-    cm_error err = {0};
-    cm_arena_reset(&r->arena);
-    if (pr_unpack(&baleen__engine__v1__seq_open__descriptor, m->data, m->n_bytes, &r->arena, &message) !=
-        CM_OK) {
-        sim_fail(s, "a SeqOpen cannot be read");
-    }
-    rt_seq_request request = router_request(link, (Baleen__Engine__V1__SeqOpen *)message, sim_ms(s));
-    rt_word word = {.key = request.key, .offset = request.n_emitted, .end = RT_GOING_ON};
-    cm_status status = rt_sched_open(r->sched, sim_ms(s), &request, &err);
-    if (status != CM_OK) {
-        word.end = RT_END_FAILED;
-        word.status = status;
-        word.text = err.text;
-    }
-    router_word(r, &word);
-}
-
-static void router_cancel(sim *s, router *r, const gateway_link *link, const sim_message *m)
-{
-    ProtobufCMessage *message;
-    cm_arena_reset(&r->arena);
-    if (pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, m->data, m->n_bytes, &r->arena, &message) !=
-        CM_OK) {
-        sim_fail(s, "a SeqCancel cannot be read");
-    }
-    const Baleen__Engine__V1__SeqCancel *cancel = (const Baleen__Engine__V1__SeqCancel *)message;
-    for (size_t i = 0; i < cancel->n_stream; i++) {
-        rt_sched_cancel(r->sched, (rt_seq_key){link->owner, cancel->stream[i]});
-    }
-}
-
 /* ---- a step ---- */
 
-static uint64_t *router_kv(sim *s, router *r, const rt_step_seg *seg, uint32_t position, uint32_t layer)
+static uint64_t *router_kv(sim *s, sim_router *r, const rt_step_seg *seg, uint32_t position, uint32_t layer)
 {
     uint32_t per_page = s->shape.page_tokens;
     if (position / per_page >= seg->n_page || seg->pages[position / per_page] >= s->shape.page_max) {
@@ -194,9 +24,9 @@ static uint64_t *router_kv(sim *s, router *r, const rt_step_seg *seg, uint32_t p
 }
 
 /* Attention and gate of all rows; then their experts are asked. */
-static void pass_begin_layer(sim *s, router *r)
+static void pass_begin_layer(sim *s, sim_router *r)
 {
-    pass *p = &r->pass;
+    sim_pass *p = &r->pass;
     uint32_t row = 0, topk = s->shape.topk;
     for (uint32_t i = 0; i < p->step.n_seg; i++) {
         const rt_step_seg *seg = &p->step.segs[i];
@@ -228,9 +58,9 @@ static void pass_begin_layer(sim *s, router *r)
                                                   .results = p->results});
 }
 
-static void pass_begin(sim *s, router *r)
+static void pass_begin(sim *s, sim_router *r)
 {
-    pass *p = &r->pass;
+    sim_pass *p = &r->pass;
     uint32_t row = 0;
     for (uint32_t i = 0; i < p->step.n_seg; i++) {
         for (uint32_t k = 0; k < p->step.segs[i].n_row; k++) {
@@ -246,7 +76,7 @@ static void pass_begin(sim *s, router *r)
 
 /* Tokens as an engine draws them: one after another while the guess before was right; then guesses, seldom
  * right ones, of what follows. first: the segment's row in the step. */
-static void pass_draw(sim *s, const pass *p, const rt_step_seg *seg, uint32_t first, rt_step_result *out)
+static void pass_draw(sim *s, const sim_pass *p, const rt_step_seg *seg, uint32_t first, rt_step_result *out)
 {
     const uint32_t *guesses = seg->tokens + seg->n_row - seg->n_draft;
     *out = (rt_step_result){.n_draft = seg->draft_want};
@@ -260,9 +90,9 @@ static void pass_draw(sim *s, const pass *p, const rt_step_seg *seg, uint32_t fi
     }
 }
 
-static void pass_end(sim *s, router *r)
+static void pass_end(sim *s, sim_router *r)
 {
-    pass *p = &r->pass;
+    sim_pass *p = &r->pass;
     uint32_t row = 0, n = 0;
     for (uint32_t i = 0; i < p->step.n_seg; i++) {
         const rt_step_seg *seg = &p->step.segs[i];
@@ -272,20 +102,20 @@ static void pass_end(sim *s, router *r)
         row += seg->n_row;
     }
     p->busy = false;
-    rt_sched_complete(r->sched, sim_ms(s), 0, p->tokens, router_word, r);
+    rt_sched_complete(r->sched, sim_ms(s), 0, p->tokens, sim_gateways_word, r);
 }
 
 static void pass_layer_done(sim *s, sim_proc *proc, cm_status status, uint32_t expert)
 {
-    router *r = proc->state;
-    pass *p = &r->pass;
+    sim_router *r = proc->state;
+    sim_pass *p = &r->pass;
     p->exchanging = false;
     if (status != CM_OK) {
         sim_trace(s, proc, "step %llu failed: layer %u expert %u: %s", (unsigned long long)p->step.number,
                   p->layer, expert, cm_status_text(status));
         p->busy = false;
-        rt_sched_fail_step(r->sched, sim_ms(s), CM_E_UNAVAILABLE, "experts are not available", router_word,
-                           r);
+        rt_sched_fail_step(r->sched, sim_ms(s), CM_E_UNAVAILABLE, "experts are not available",
+                           sim_gateways_word, r);
         return;
     }
     for (uint32_t row = 0; row < p->step.n_row; row++) {
@@ -302,7 +132,7 @@ static void pass_layer_done(sim *s, sim_proc *proc, cm_status status, uint32_t e
 
 static void router_chores(sim *s, sim_proc *proc)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     rt_xact act;
     while (rt_xcore_chore(r->exchange, sim_ms(s), &act)) {
         if (act.kind == RT_XACT_DISCONNECT) {
@@ -324,7 +154,7 @@ static void router_chores(sim *s, sim_proc *proc)
 
 static void router_send(sim *s, sim_proc *proc, const rt_xact *act)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     pr_dispatch header;
     uint8_t *payload = r->staging + act->staged_at;
     rt_xcore_pack(r->exchange, act->part, &header, payload);
@@ -340,7 +170,7 @@ static void router_send(sim *s, sim_proc *proc, const rt_xact *act)
 /* As far as the layer goes now; when it wants to be asked again. */
 static uint64_t router_exchange(sim *s, sim_proc *proc)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     for (;;) {
         rt_xact act = rt_xcore_next(r->exchange, sim_ms(s));
         if (act.kind == RT_XACT_SEND) {
@@ -356,7 +186,7 @@ static uint64_t router_exchange(sim *s, sim_proc *proc)
 
 static void router_rest(sim *s, sim_proc *proc)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     const pc_epoch *epoch = rt_xcore_epoch(r->exchange);
     r->resting = true;
     for (uint32_t rank = 0; rank < rt_xcore_n_link(r->exchange); rank++) {
@@ -377,8 +207,8 @@ static void router_rest(sim *s, sim_proc *proc)
 /* Begins or goes on with a step; when it wants to be woken. */
 static uint64_t router_step(sim *s, sim_proc *proc)
 {
-    router *r = proc->state;
-    pass *p = &r->pass;
+    sim_router *r = proc->state;
+    sim_pass *p = &r->pass;
     if (!p->busy && rt_sched_next(r->sched, sim_ms(s), &p->step)) {
         r->resting = false;
         pass_begin(s, r);
@@ -399,7 +229,7 @@ static uint64_t router_step(sim *s, sim_proc *proc)
     return router_exchange(s, proc);
 }
 
-static void router_tell_load(sim *s, router *r)
+static void router_tell_load(sim *s, sim_router *r)
 {
     Baleen__Control__V1__ExpertLoad load = BALEEN__CONTROL__V1__EXPERT_LOAD__INIT;
     Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
@@ -431,21 +261,45 @@ static void router_finish(sim *s, void *arg, uint64_t tag)
     }
 }
 
-/* No new sequences: it ends with the last one. */
-static void router_drain(sim *s, sim_proc *proc)
+/* It asks to go; the coordinator lets gateways know first. */
+static void router_leave(sim *s, sim_proc *proc)
 {
-    router *r = proc->state;
-    if (!r->draining && !r->drained) {
-        sim_trace(s, proc, "is drained");
-        r->draining = true;
+    sim_router *r = proc->state;
+    if (!r->leaving) {
+        sim_trace(s, proc, "wants to leave");
+        r->leaving = true;
+        r->leave_until_us = s->now_us + ROUTER_DRAIN_MS * SIM_MS;
         pc_mcore_leave(r->member.core);
+    }
+}
+
+/* No gateway chooses us any more; what one opened before is on its way. */
+static void router_close_doors(sim *s, void *arg, uint64_t tag)
+{
+    sim_proc *proc = arg;
+    if (proc->alive && !sim_put_off(s, proc, router_close_doors, arg, tag)) {
+        sim_router *r = proc->state;
+        r->draining = true;
         rt_sched_drain(r->sched);
+        sim_go(s, proc);
+    }
+}
+
+static void router_end_when_idle(sim *s, sim_proc *proc)
+{
+    sim_router *r = proc->state;
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(r->sched, &ledger);
+    bool alone = r->leaving && !pc_mcore_connected(r->member.core);
+    bool idle = ledger.n_seq == 0 && !r->pass.busy && sim_gateways_all_told(r);
+    if (((r->draining || alone) && idle) || (r->leaving && s->now_us >= r->leave_until_us)) {
+        sim_at(s, s->now_us, router_finish, proc, 0);
     }
 }
 
 static void router_news(sim *s, sim_proc *proc, const pc_mout *out)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     if (out->kind == PC_MOUT_COMMIT) {
         sim_check_followed(s, proc, out->value, &r->followed);
         rt_xcore_offer(r->exchange, out->value, pc_mcore_id(r->member.core));
@@ -454,7 +308,8 @@ static void router_news(sim *s, sim_proc *proc, const pc_mout *out)
         pc_mcore_prepared(r->member.core, out->value->number, CM_OK, NULL);
     } else if (out->kind == PC_MOUT_DRAIN) {
         s->hosts[proc->host].leaving = true;
-        router_drain(s, proc);
+        router_leave(s, proc);
+        sim_at(s, s->now_us + ROUTER_DOORS_MS * SIM_MS, router_close_doors, proc, 0);
     } else if (out->kind == PC_MOUT_REFUSED) {
         sim_at(s, s->now_us, router_finish, proc, 0);
     }
@@ -462,28 +317,24 @@ static void router_news(sim *s, sim_proc *proc, const pc_mout *out)
 
 static void router_up(sim *s, sim_proc *proc, sim_end *end)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     if (end->side == 0) {
         rt_xcore_up(r->exchange, end);
         return;
     }
-    gateway_link *link = router_gateway(r, NULL);
+    sim_gw_link *link = sim_gateways_find(r, NULL);
     if (link == NULL) {
         sim_disconnect(s, end);
         return;
     }
-    if (link->words == NULL) {
-        link->words = cm_alloc(sizeof(rt_word) * ROUTER_WORDS_MAX);
-        link->texts = cm_alloc(ROUTER_TEXT_BYTES * ROUTER_WORDS_MAX);
-    }
     link->end = end;
-    link->owner = ++r->next_owner;
-    link->n_word = 0;
+    rt_keep_owner_init(r->keep, &link->owner);
+    TAILQ_INIT(&link->found);
 }
 
 static void router_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     if (sim_member_down(s, proc, &r->member, end, status)) {
         return;
     }
@@ -491,16 +342,15 @@ static void router_down(sim *s, sim_proc *proc, sim_end *end, cm_status status)
         rt_xcore_down(r->exchange, sim_ms(s), end, status);
         return;
     }
-    gateway_link *link = router_gateway(r, end);
+    sim_gw_link *link = sim_gateways_find(r, end);
     if (link != NULL) {
-        rt_sched_cancel_owner(r->sched, link->owner);
-        link->end = NULL;
+        sim_gateways_lose(r, sim_ms(s), link);
     }
 }
 
 static void router_answer(sim *s, sim_proc *proc, sim_end *end, const sim_message *m)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     cm_error err = {0};
     cm_status status =
         m->type == PR_MSG_COMBINE
@@ -517,23 +367,21 @@ static void router_answer(sim *s, sim_proc *proc, sim_end *end, const sim_messag
 
 static void router_message(sim *s, sim_proc *proc, sim_end *end, const sim_message *m)
 {
-    router *r = proc->state;
-    gateway_link *link = router_gateway(r, end);
+    sim_router *r = proc->state;
+    sim_gw_link *link = sim_gateways_find(r, end);
     if (sim_member_message(s, proc, &r->member, end, m)) {
         return;
     }
     if (m->type == PR_MSG_COMBINE || m->type == PR_MSG_REFUSE) {
         router_answer(s, proc, end, m);
-    } else if (link != NULL && m->type == PR_MSG_SEQ_OPEN) {
-        router_open(s, r, link, m);
-    } else if (link != NULL && m->type == PR_MSG_SEQ_CANCEL) {
-        router_cancel(s, r, link, m);
+    } else if (link != NULL) {
+        sim_gateways_heard(s, r, link, m);
     }
 }
 
 static void router_sent(sim *s, sim_proc *proc, void *cookie)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     (void)s;
     CM_ASSERT(cookie == ROUTER_STAGED);
     rt_xcore_left(r->exchange);
@@ -541,40 +389,52 @@ static void router_sent(sim *s, sim_proc *proc, void *cookie)
 
 static void router_check(sim *s, const sim_proc *proc)
 {
-    const router *r = proc->state;
+    const sim_router *r = proc->state;
     rt_sched_ledger ledger;
+    rt_keep_ledger kept;
     rt_sched_ledger_get(r->sched, &ledger);
+    rt_keep_ledger_get(r->keep, &kept);
     if (ledger.n_slot > s->shape.slot_max || ledger.n_page > s->shape.page_max ||
         ledger.n_waiting > s->shape.queue_max + s->shape.slot_max) {
         sim_fail(s, "%s holds %u slots, %u pages, %u waiting", proc->name, ledger.n_slot, ledger.n_page,
                  ledger.n_waiting);
     }
+    uint64_t n_log = kept.n_live; /* that may be over the bound: running or not told yet */
+    for (uint32_t i = 0; i < SIM_ROUTER_GATEWAYS; i++) {
+        n_log += r->gateways[i].end != NULL ? r->gateways[i].owner.n_untold : 0;
+    }
+    uint64_t logs_max = n_log * SIM_CONTEXT * sizeof(uint32_t);
+    if (kept.n_ended > s->shape.kept_max || kept.n_bytes > s->shape.kept_bytes + logs_max ||
+        kept.n_live > ledger.n_seq || (kept.n_live < ledger.n_seq && !r->pass.busy)) {
+        sim_fail(s, "%s keeps %u running ones of %u, %u ended ones, %llu bytes", proc->name, kept.n_live,
+                 ledger.n_seq, kept.n_ended, (unsigned long long)kept.n_bytes);
+    }
 }
 
 static uint64_t router_pump(sim *s, sim_proc *proc)
 {
-    router *r = proc->state;
+    sim_router *r = proc->state;
     uint64_t wake_us = sim_member_pump(s, proc, &r->member);
     router_chores(s, proc);
     uint64_t step_us = router_step(s, proc), chore_ms = rt_xcore_chore_ms(r->exchange);
-    rt_sched_words(r->sched, router_word, r);
-    router_flush(s, r);
+    rt_sched_words(r->sched, sim_gateways_word, r);
+    sim_check_kept(s, proc, r->keep, r->watched);
+    rt_keep_expire(r->keep, sim_ms(s));
+    sim_gateways_flush(s, r);
     router_tell_load(s, r);
     router_check(s, proc);
-    rt_sched_ledger ledger;
-    rt_sched_ledger_get(r->sched, &ledger);
-    if (r->draining && ledger.n_seq == 0 && !r->pass.busy) {
-        r->draining = false;
-        r->drained = true;
-        sim_at(s, s->now_us, router_finish, proc, 0);
-    }
+    sim_check_kept(s, proc, r->keep, r->watched);
+    router_end_when_idle(s, proc);
+    uint64_t due_ms = rt_keep_due(r->keep);
     wake_us = step_us < wake_us ? step_us : wake_us;
+    wake_us = due_ms != UINT64_MAX && due_ms * SIM_MS < wake_us ? due_ms * SIM_MS : wake_us;
+    wake_us = r->leaving && r->leave_until_us < wake_us ? r->leave_until_us : wake_us;
     return chore_ms != UINT64_MAX && chore_ms * SIM_MS < wake_us ? chore_ms * SIM_MS : wake_us;
 }
 
 static net_identity router_identity(const sim_proc *proc)
 {
-    const router *r = proc->state;
+    const sim_router *r = proc->state;
     return (net_identity){pc_mcore_cluster(r->member.core), BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
                           pc_mcore_id(r->member.core)};
 }
@@ -587,8 +447,8 @@ static void router_no_word(void *ctx, const rt_word *word)
 
 static void router_end(sim *s, sim_proc *proc)
 {
-    router *r = proc->state;
-    pass *p = &r->pass;
+    sim_router *r = proc->state;
+    sim_pass *p = &r->pass;
     rt_sched_ledger ledger;
     rt_sched_ledger_get(r->sched, &ledger);
     s->counts.preempted += ledger.n_preempted;
@@ -596,13 +456,12 @@ static void router_end(sim *s, sim_proc *proc)
     if (p->busy) {
         rt_sched_fail_step(r->sched, sim_ms(s), CM_E_CANCELLED, NULL, router_no_word, NULL);
     }
-    for (uint64_t owner = 1; owner <= r->next_owner; owner++) {
-        rt_sched_cancel_owner(r->sched, owner);
+    for (uint32_t i = 0; i < SIM_ROUTER_GATEWAYS; i++) {
+        if (r->gateways[i].end != NULL) {
+            sim_gateways_lose(r, sim_ms(s), &r->gateways[i]);
+        }
     }
-    for (uint32_t i = 0; i < ROUTER_GATEWAYS; i++) {
-        cm_free(r->gateways[i].words);
-        cm_free(r->gateways[i].texts);
-    }
+    rt_keep_destroy(r->keep);
     rt_sched_destroy(r->sched);
     rt_xcore_destroy(r->exchange);
     sim_member_fini(&r->member);
@@ -628,7 +487,7 @@ static const sim_ops router_ops = {.up = router_up,
                                    .identity = router_identity,
                                    .end = router_end};
 
-static void pass_init(const sim_shape *shape, pass *p)
+static void pass_init(const sim_shape *shape, sim_pass *p)
 {
     size_t n = shape->row_max, n_slot = n * shape->topk;
     p->hidden = cm_alloc(sizeof(uint64_t) * n);
@@ -643,7 +502,7 @@ static void pass_init(const sim_shape *shape, pass *p)
 void sim_router_start(sim *s, sim_proc *proc)
 {
     const sim_shape *shape = &s->shape;
-    router *r = cm_alloc(sizeof(*r));
+    sim_router *r = cm_alloc(sizeof(*r));
     proc->ops = &router_ops;
     proc->state = r;
     r->sched = rt_sched_create(&(rt_sched_limits){.slot_max = shape->slot_max,
@@ -656,6 +515,13 @@ void sim_router_start(sim *s, sim_proc *proc)
                                                   .vocab = SIM_VOCAB,
                                                   .draft_max = shape->draft_max,
                                                   .draft_always = true});
+    r->world = s;
+    r->proc = proc;
+    r->keep = rt_keep_create(&(rt_keep_limits){.live_max = shape->slot_max + shape->queue_max,
+                                               .ended_max = shape->kept_max,
+                                               .bytes_max = shape->kept_bytes,
+                                               .grace_ms = shape->keep_ms},
+                             r->sched);
     r->exchange = rt_xcore_create(&(rt_xcore_options){.limits = {.row_max = shape->row_max,
                                                                  .topk = shape->topk,
                                                                  .d = SIM_D,
@@ -674,19 +540,24 @@ void sim_router_start(sim *s, sim_proc *proc)
 
 void sim_router_leave(sim *s, sim_proc *proc)
 {
-    router_drain(s, proc);
-    sim_member_act(s, proc, &((router *)proc->state)->member);
+    router_leave(s, proc);
+    sim_member_act(s, proc, &((sim_router *)proc->state)->member);
     sim_go(s, proc);
 }
 
 void sim_router_ledger(const sim_proc *proc, char *text, size_t cap)
 {
-    const router *r = proc->state;
+    const sim_router *r = proc->state;
     rt_sched_ledger ledger;
     rt_sched_ledger_get(r->sched, &ledger);
     text[0] = 0;
+    rt_keep_ledger kept;
+    rt_keep_ledger_get(r->keep, &kept);
     if (ledger.n_seq + ledger.n_slot + ledger.n_page + rt_xcore_n_open(r->exchange) > 0) {
         snprintf(text, cap, "%u sequences, %u slots, %u pages, %u frames", ledger.n_seq, ledger.n_slot,
                  ledger.n_page, rt_xcore_n_open(r->exchange));
+    } else if (kept.n_live + kept.n_orphan + kept.n_ended + kept.n_bytes > 0) {
+        snprintf(text, cap, "%u running, %u nobody's, %u ended sequences, %llu bytes are kept", kept.n_live,
+                 kept.n_orphan, kept.n_ended, (unsigned long long)kept.n_bytes);
     }
 }

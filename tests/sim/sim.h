@@ -1,14 +1,16 @@
 /* The cluster in one process: the real machines of all four processes on a virtual clock, over simulated
  * links, disks and loads, with one seed for everything that is drawn. Equal seeds give equal runs.
  *
- *   world   clock, queue of events by (time, number), random streams, trace, verdict
- *   wire    links between processes: loss, delay, order, cuts
- *   member, coordinator, worker, router, gateway: one process each, a shell around its machines
- *   reopen  how a gateway goes on after a router was lost
- *   model   what a token is: a hash of all that came before, through experts that hash their rows
- *   client  requests and what they got
- *   faults  what goes wrong and when; the end of it
- *   check   what must hold, seen from outside
+ *   world     clock, queue of events by (time, number), random streams, trace, verdict
+ *   wire      links between processes: loss, delay, order, cuts
+ *   member    a member's session with its coordinator
+ *   coordinator, worker, router + gateways, gateway + streams + seek
+ *             one process each, a shell around its machines
+ *   etcd      what the coordinators' real store stands on
+ *   model     what a token is: a hash of all that came before, through experts that hash their rows
+ *   client    requests and what they got
+ *   faults    what goes wrong and when; the end of it
+ *   check     what must hold, seen from outside
  *
  * Time is in microseconds. Thread: one. Nothing is freed before a run ends but messages. */
 #pragma once
@@ -43,6 +45,8 @@ enum {
     SIM_VOCAB = 61,
     SIM_CONTEXT = 64,
     SIM_REQUESTS_MAX = 40,
+    SIM_ID_BYTES = 16,
+    SIM_BLOB_BYTES = 64, /* what another gateway needs to go on with a stream */
     SIM_STOPS_MAX = 3,
     SIM_EPOCHS_MAX = 1024,
     SIM_CLUSTERS_MAX = 64,
@@ -64,7 +68,9 @@ typedef enum sim_role { SIM_COORDINATOR, SIM_GATEWAY, SIM_ROUTER, SIM_WORKER } s
 
 /* ---- shape of a run, drawn ---- */
 typedef struct sim_shape {
-    uint32_t n_gateway, n_router, n_worker; /* at the start */
+    uint32_t n_coordinator, n_gateway, n_router, n_worker; /* at the start */
+    bool etcd;         /* the log is there; else on a disk, and there is one coordinator */
+    uint64_t claim_ms; /* of the active coordinator */
     uint32_t n_layer, n_expert, topk;
     uint32_t experts_max; /* one worker can hold */
     uint32_t workers_min;
@@ -77,12 +83,19 @@ typedef struct sim_shape {
     uint32_t row_max, chunk_max, slot_max, draft_max, queue_max, page_max, page_tokens;
     uint32_t frame_max, window_us, sends_max;
     uint64_t frame_bytes;
+    uint64_t reopen_ms, rebind_ms, leave_ms; /* gateways, of streams without a router */
+    uint32_t opens_max;
+    uint64_t keep_ms, kept_bytes;   /* routers, of what gateways left */
+    uint32_t kept_max, tell_max;    /* tokens of one StepTokens */
     uint32_t odds[SIM_FAULT_COUNT]; /* 0: off; of 10000 per message or, for what comes by time, weight */
 } sim_shape;
 
 typedef struct sim_counts {
     uint64_t faults[SIM_FAULT_COUNT];
-    uint64_t events, messages, tokens, steps, exchanges, retries, epochs, aborts, reopened, resumed;
+    uint64_t events, messages, tokens, steps, exchanges, retries, epochs, aborts;
+    uint64_t reopened, rebound, copies;   /* streams: at another router, at the same one, left behind */
+    uint64_t resumed, not_found;          /* by clients that came back */
+    uint64_t takeovers;                   /* and first times that a coordinator was active */
     uint64_t wishes, wishes_done;         /* of operators */
     uint64_t told_busy, told_unavailable; /* clients, by name */
     uint64_t healing_ms;                  /* from the healing to the last request's end */
@@ -117,6 +130,7 @@ struct sim_proc {
     uint64_t paused_until_us, slow_until_us, wake_us;
     const sim_ops *ops;
     void *state;
+    sim *world;
     char name[16]; /* also its address */
 };
 
@@ -124,8 +138,11 @@ typedef struct sim_host {
     sim_role role;
     sim_proc *proc;                       /* newest; NULL: never started */
     bool leaving;                         /* drained: not to be started again */
+    bool core;                            /* healed: to be counted on */
     uint64_t start_us;                    /* a start is due */
+    uint64_t ahead_us;                    /* its wall clock */
     uint64_t cut_until_us[SIM_HOSTS_MAX]; /* messages to that host wait */
+    uint64_t store_cut_until_us;          /* it does not reach etcd, nor etcd it */
 } sim_host;
 
 /* ---- the world ---- */
@@ -151,6 +168,7 @@ struct sim {
     sim_counts counts;
     bool healed;
     uint64_t healed_us;
+    uint32_t healed_coordinator; /* the host of one that others reach */
 
     sim_host hosts[SIM_HOSTS_MAX];
     uint32_t n_host;
@@ -249,11 +267,16 @@ uint64_t sim_member_pump(sim *s, sim_proc *proc, sim_member *member);
 
 /* ---- the processes ---- */
 void sim_coordinator_start(sim *s, sim_proc *proc);
+void sim_coordinator_stop(sim_proc *proc); /* it is asked to end */
+bool sim_coordinator_is_active(const sim_proc *proc);
 /* An operator's: drain some worker or router, or move experts. */
 void sim_coordinator_wish(sim *s, sim_proc *proc, bool drain);
 /* It waits for that process to go. */
 bool sim_coordinator_lets_go(const sim_proc *coordinator, const sim_proc *proc);
-bool sim_coordinator_rests(const sim *s, const sim_proc *proc, char *why, size_t cap);
+bool sim_coordinator_has(const sim_proc *coordinator, const sim_proc *proc); /* as a member */
+bool sim_change_is_over(const sim *s); /* there is an active one, and it rests */
+/* Of an active one. */
+bool sim_coordinator_rests(const sim_proc *proc, char *why, size_t cap);
 void sim_worker_start(sim *s, sim_proc *proc);
 void sim_worker_leave(sim *s, sim_proc *proc);
 bool sim_worker_holds(const sim_proc *proc, uint32_t layer, uint32_t expert);
@@ -266,9 +289,11 @@ void sim_worker_ledger(const sim_proc *proc, char *text, size_t cap);
 void sim_router_ledger(const sim_proc *proc, char *text, size_t cap);
 void sim_gateway_ledger(const sim_proc *proc, char *text, size_t cap);
 
-/* A client's calls on its gateway: false when it refuses. Its answers: sim_client_*. */
-bool sim_gateway_open(sim *s, sim_proc *proc, sim_request *request);
-void sim_gateway_cancel(sim *s, sim_proc *proc, sim_request *request);
+/* A client's calls on its gateway. Its answers: sim_client_*, for the visit that the request is on. */
+CM_MUST_CHECK cm_status sim_gateway_open(sim *s, sim_proc *proc, sim_request *request);
+void sim_gateway_resume(sim *s, sim_proc *proc, sim_request *request); /* goes on behind what it has */
+/* comes_back: it is to be kept for the client. */
+void sim_gateway_leave(sim *s, sim_proc *proc, const sim_request *request, bool comes_back);
 
 /* ---- model.c ---- */
 
@@ -295,7 +320,7 @@ void sim_model_answer(const sim_shape *shape, const uint32_t *prompt, uint32_t n
 
 typedef enum sim_request_state {
     SIM_ASKING, /* not begun, or between two tries */
-    SIM_OPEN,
+    SIM_OPEN,   /* at a gateway */
     SIM_DONE,
     SIM_GONE, /* by the client's wish: cancelled, or its deadline passed */
 } sim_request_state;
@@ -309,9 +334,13 @@ struct sim_request {
     rt_seq_end want_end;
     uint32_t got[SIM_CONTEXT], n_got;
     uint64_t start_us, cancel_us, deadline_us; /* SIM_NEVER: none */
+    bool streamed;                             /* can be resumed at any gateway */
+    bool resumable;                            /* its gateway keeps it when its connection ends */
+    uint32_t finish_at; /* the client has all it wants with so many tokens; 0: when the router says so */
+    uint8_t key[SIM_ID_BYTES];
     uint32_t n_try;
-    sim_proc *gateway;
-    void *stream; /* the gateway's */
+    uint64_t visit;    /* counts the gateways it went to */
+    sim_proc *gateway; /* while SIM_OPEN */
 };
 
 void sim_clients_start(sim *s);
@@ -325,10 +354,14 @@ bool sim_clients_finished(const sim *s);
 void sim_shape_draw(sim *s);
 void sim_faults_start(sim *s);
 void sim_heal(sim *s);
+void sim_host_ended(sim *s, uint32_t host);
+sim_proc *sim_active_coordinator(const sim *s); /* that runs; NULL: none */
 
 /* ---- check.c ---- */
 void sim_check_stored(sim *s, uint64_t cluster, uint64_t number, const void *packed, size_t n_bytes,
                       const pr_placement *p);
+/* It decides: nobody else does. */
+void sim_check_active(sim *s, const sim_proc *coordinator);
 /* The coordinator tells somebody that an epoch is in force. */
 void sim_check_commit(sim *s, uint64_t cluster, uint64_t number, const void *packed, size_t n_bytes,
                       const pr_placement *p);
@@ -353,5 +386,23 @@ typedef struct sim_asked {
 } sim_asked;
 void sim_check_answer(sim *s, const sim_proc *router, sim_asked asked[SIM_ASKED_MAX], const sim_end *end,
                       const pr_frame_head *head, uint64_t step, uint32_t layer, uint64_t epoch);
+
+/* What a router keeps of the requests: nothing goes before its time but for a reason. */
+typedef struct rt_keep rt_keep;
+typedef struct sim_watched {
+    uint8_t key[SIM_ID_BYTES];
+    uint64_t number;   /* of the newest generation; 0: none */
+    uint64_t newest;   /* that there ever was */
+    bool owned, live;  /* when it was seen last */
+    uint64_t since_ms; /* nobody's and like that */
+    bool excused;
+} sim_watched;
+void sim_check_kept(sim *s, const sim_proc *router, const rt_keep *keep,
+                    sim_watched watched[SIM_REQUESTS_MAX]);
+/* That one runs no more. */
+void sim_check_kept_ended(const sim *s, sim_watched watched[SIM_REQUESTS_MAX], uint64_t number);
+/* That one was cancelled or has failed. */
+void sim_check_kept_excuse(sim_watched watched[SIM_REQUESTS_MAX], uint64_t number);
+
 void sim_check_rest(sim *s); /* after everything has come to rest */
 void sim_check_fini(sim *s);

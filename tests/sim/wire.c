@@ -1,6 +1,7 @@
 /* Links. Each direction is a queue whose head is delivered when its time has come; strays (what comes
  * twice or late) fly on their own. A link ends for one side when it disconnects, dies, hears nothing for
  * silence_ms, or gets the other's goodbye. */
+#include <stdlib.h>
 #include <string.h>
 
 #include "common/base/assert.h"
@@ -415,8 +416,9 @@ sim_end *sim_connect(sim *s, sim_proc *from, sim_class class, const char *addres
         link->ends[side].number = s->next_event++; /* as good as any */
     }
     link->ends[0].proc = from;
-    /* the coordinator has one address for all its lives */
-    link->ends[1].proc = class == SIM_CONTROL ? s->hosts[0].proc : sim_proc_named(s, address);
+    /* a coordinator has one address for all its lives, "c" and its host */
+    link->ends[1].proc =
+        class == SIM_CONTROL ? s->hosts[strtoul(address + 1, NULL, 10)].proc : sim_proc_named(s, address);
     wire_flight *hello = wire_post(s, &link->ends[0], FLIGHT_HELLO);
     if (identity != NULL) {
         hello->identity = *identity;

@@ -583,5 +583,8 @@ void sim_worker_ledger(const sim_proc *proc, char *text, size_t cap)
     if (w->frames.n_used + w->groups.n_used + wk_gather_waiting(w->gather) + w->n_load > 0) {
         snprintf(text, cap, "%u frames, %u groups, %u gathered, %u loads", w->frames.n_used, w->groups.n_used,
                  wk_gather_waiting(w->gather), w->n_load);
+    } else if (w->hold.prepared != NULL) {
+        snprintf(text, cap, "epoch %llu is prepared, and nobody will commit it",
+                 (unsigned long long)w->hold.prepared->number);
     }
 }

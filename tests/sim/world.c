@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "common/base/assert.h"
-#include "tests/sim/sim.h"
+#include "tests/sim/etcd.h"
 
 /* Processes start far from zero, so that nothing hides behind an early clock. */
 #define WORLD_BEGIN_US (1000 * 1000 * SIM_MS)
@@ -180,6 +180,7 @@ sim_proc *sim_start(sim *s, uint32_t host)
     proc->id = s->n_proc;
     proc->host = host;
     proc->role = s->hosts[host].role;
+    proc->world = s;
     proc->alive = true;
     proc->wake_us = SIM_NEVER;
     s->hosts[host].proc = proc;
@@ -199,6 +200,7 @@ void sim_kill(sim *s, sim_proc *proc, bool dark)
     sim_break_links(s, proc, dark);
     proc->ops->end(s, proc);
     proc->state = NULL;
+    sim_host_ended(s, proc->host);
 }
 
 sim_proc *sim_proc_named(sim *s, const char *name)
@@ -225,6 +227,7 @@ static void world_begin(sim *s, uint64_t seed, bool trace)
     }
     TAILQ_INIT(&s->links);
     sim_shape_draw(s);
+    sim_etcd_start(s);
     s->disk.cluster = sim_draw(s, SIM_SHAPE) | 1;
     s->disk.next_number = s->disk.next_member_id = 1;
 }
@@ -266,12 +269,12 @@ void sim_run(sim *s, uint64_t seed, bool trace)
     if (setjmp(s->stop) != 0) {
         return; /* a failed run is left as it is */
     }
+    sim_clients_start(s);
     for (uint32_t host = 0; host < s->n_host; host++) {
         if (s->hosts[host].start_us == 0) {
             sim_start(s, host);
         }
     }
-    sim_clients_start(s);
     sim_faults_start(s);
     world_until(s, WORLD_BEGIN_US + s->shape.storm_us, NULL);
     sim_heal(s);
@@ -280,6 +283,8 @@ void sim_run(sim *s, uint64_t seed, bool trace)
     }
     s->counts.healing_ms = (s->now_us - s->healed_us) / 1000;
     world_until(s, s->now_us + WORLD_REST_MS * SIM_MS, NULL);
+    /* a round of rebalancing may have begun just now: it comes to its end */
+    world_until(s, s->now_us + WORLD_REST_MS * SIM_MS, sim_change_is_over);
     sim_check_rest(s);
     s->counts.virtual_ms = (s->now_us - WORLD_BEGIN_US) / 1000;
 }
@@ -294,6 +299,7 @@ void sim_fini(sim *s)
         cm_free(s->procs[i]);
     }
     sim_wire_fini(s);
+    sim_etcd_fini(s);
     sim_check_fini(s);
     cm_free(s->disk.epoch);
     cm_free(s->requests);

@@ -46,6 +46,10 @@ static void check_epoch(const co_epoch *epoch)
 {
     const pr_placement *place = epoch->placement;
     assert_non_null(place);
+    if (place->n_layer == 0) { /* of routers without experts */
+        assert_int_equal(place->n_expert + place->n_rank, 0);
+        return;
+    }
     assert_int_equal(place->n_layer, FAKE_LAYERS);
     assert_int_equal(place->n_expert, FAKE_EXPERTS);
     for (uint32_t l = 0; l < place->n_layer; l++) {
@@ -140,8 +144,9 @@ static void check_word(fake_cluster *f, fake_peer *p, const co_out *out)
         break;
     case CO_OUT_ABORT:
         f->n_aborts++;
-        assert_true(p->open_prepare == out->number || p->open_prepare == 0);
-        p->open_prepare = 0;
+        assert_true(p->open_prepare == out->number || p->open_prepare == 0 ||
+                    p->holds_prepared == out->number);
+        p->open_prepare = p->open_prepare != out->number ? p->open_prepare : 0;
         break;
     case CO_OUT_COMMIT:
         f->n_commits++;
@@ -215,7 +220,8 @@ static void fake_step(fake_cluster *f, const co_in *in)
         } else if (outs[i].kind == CO_OUT_STORE) {
             assert_true(f->n_stores < FAKE_STORES);
             co_epoch *epoch = outs[i].epoch != NULL ? co_epoch_hold(outs[i].epoch) : NULL;
-            f->stores[f->n_stores++] = (fake_store){outs[i].ticket, outs[i].number, outs[i].member_id, epoch};
+            f->stores[f->n_stores++] =
+                (fake_store){outs[i].ticket, outs[i].number, outs[i].member_id, *outs[i].drains, epoch};
         } else {
             take_word(f, &outs[i]);
         }
@@ -239,6 +245,7 @@ void fake_init(fake_cluster *f, uint32_t workers_min)
                                    .members_max = 32,
                                    .lease_ms = 3000,
                                    .grace_ms = 300,
+                                   .cut_ms = 10000,
                                    .moves_max = 4,
                                    .fingerprint = ""};
     f->cluster = 77;
@@ -271,13 +278,14 @@ void fake_restart(fake_cluster *f)
     co_core_past past = {.cluster = f->cluster,
                          .next_member_id = f->next_id,
                          .next_number = f->next_number,
+                         .drains = f->drains,
                          .epoch = f->epoch};
     f->core = co_core_create(&f->options, &past, f->now_ms);
     FOR_PEERS(f, p)
     {
         p->session = 0;
         p->n_mail = 0;
-        p->open_prepare = 0; /* a member forgets what it prepared for a coordinator that is gone */
+        p->open_prepare = 0; /* this one knows nothing of it: the member says so (holds_prepared) */
         p->finished |= p->leaving;
     }
 }
@@ -316,10 +324,11 @@ void fake_hello(fake_cluster *f, fake_peer *p)
     hello.protocol = p->protocol;
     hello.self = &self;
     hello.fingerprint = (char *)(uintptr_t)p->fingerprint;
-    hello.has_cluster = hello.has_epoch = true;
+    hello.has_cluster = hello.has_epoch = hello.has_prepared = true;
     hello.cluster = p->cluster;
     hello.epoch = p->epoch;
-    if (p->role != CO_ROLE_GATEWAY) {
+    hello.prepared = p->holds_prepared;
+    if (p->role != CO_ROLE_GATEWAY && p->n_layer != 0) {
         hello.n_layer = p->n_layer;
         hello.n_expert = FAKE_EXPERTS;
         hello.expert_bytes = FAKE_EXPERT_BYTES;
@@ -400,12 +409,12 @@ bool fake_move(fake_cluster *f)
     return false;
 }
 
-void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id)
+void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id, cm_status status)
 {
     Baleen__Control__V1__MemberMessage word = BALEEN__CONTROL__V1__MEMBER_MESSAGE__INIT;
     Baleen__Control__V1__PeerReport report = BALEEN__CONTROL__V1__PEER_REPORT__INIT;
     report.member_id = about_id;
-    report.status = CM_E_RESET;
+    report.status = status;
     word.word_case = BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PEER_REPORT;
     word.peer_report = &report;
     fake_say(f, from, &word);
@@ -454,13 +463,18 @@ bool fake_read(fake_cluster *f, fake_peer *p)
         p->id = (uint32_t)mail.number;
         if (p->cluster != f->cluster) {
             p->cluster = f->cluster;
-            p->epoch = 0;
+            p->epoch = p->holds_prepared = 0;
         }
         break;
     case CO_OUT_PREPARE:
+        p->holds_prepared = mail.number;
         fake_answer_prepare(f, p, mail.number);
         break;
+    case CO_OUT_ABORT:
+        p->holds_prepared = p->holds_prepared != mail.number ? p->holds_prepared : 0;
+        break;
     case CO_OUT_COMMIT:
+        p->holds_prepared = p->holds_prepared > mail.number ? p->holds_prepared : 0;
         fake_answer_commit(f, p, mail.number);
         break;
     case CO_OUT_DRAIN:
@@ -484,6 +498,7 @@ bool fake_write(fake_cluster *f)
         assert_true(store.next_id >= f->next_id && store.number >= f->next_number);
         f->next_id = store.next_id;
         f->next_number = store.number;
+        f->drains = store.drains;
         if (store.epoch != NULL) {
             co_epoch_release(f->epoch);
             f->epoch = co_epoch_hold(store.epoch);
@@ -573,6 +588,7 @@ void fake_check_whole(fake_cluster *f)
             assert_non_null(co_epoch_find(epoch, p->id));
             assert_int_equal(p->epoch, epoch->number);
             assert_int_equal(p->open_prepare, 0);
+            assert_int_equal(p->holds_prepared, 0);
             assert_int_equal(fake_state(f, p), CO_MEMBER_READY);
         }
     }

@@ -37,7 +37,8 @@ typedef struct fake_peer {
     uint32_t n_layer; /* as it says in its hello */
     uint32_t protocol;
     uint64_t epoch, prepared; /* in force; last one prepared */
-    uint64_t open_prepare;    /* neither aborted nor committed; 0 = none */
+    uint64_t open_prepare;    /* sent to it, neither aborted nor committed; 0 = none */
+    uint64_t holds_prepared;  /* likewise, as it has read */
     fake_mail mail[FAKE_MAIL];
     uint32_t n_mail;
     char refused[420]; /* last refusal */
@@ -47,6 +48,7 @@ typedef struct fake_peer {
 typedef struct fake_store {
     uint64_t ticket, number;
     uint32_t next_id;
+    co_drains drains;
     co_epoch *epoch;
 } fake_store;
 
@@ -61,6 +63,7 @@ typedef struct fake_cluster {
     /* the log */
     uint64_t cluster, next_number;
     uint32_t next_id;
+    co_drains drains;
     co_epoch *epoch;
     /* what was seen */
     uint32_t id_max;
@@ -110,7 +113,7 @@ void fake_load(fake_cluster *f, fake_peer *router, const uint32_t load[FAKE_LAYE
 /* One thing happens: the oldest write is done, or else the first that has mail reads one. false: nothing is
  * left. */
 bool fake_move(fake_cluster *f);
-void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id);
+void fake_report(fake_cluster *f, fake_peer *from, uint32_t about_id, cm_status status);
 
 /* One message of the coordinator is read and answered; false: no mail. */
 bool fake_read(fake_cluster *f, fake_peer *p);

@@ -57,7 +57,7 @@ static void choose_ports(etcd_server *server)
 
 static void run_etcd(const etcd_server *server, int log)
 {
-    char data[80], client[80], peer[80], cluster[80];
+    char data[T_FOLDER_MAX + 16], client[80], peer[80], cluster[80];
     snprintf(data, sizeof(data), "%s/data", server->folder);
     snprintf(client, sizeof(client), "http://%s", server->client);
     snprintf(peer, sizeof(peer), "http://%s", server->peer);
@@ -110,8 +110,7 @@ static void end(etcd_server *server)
 void etcd_server_start(etcd_server *server)
 {
     *server = (etcd_server){0};
-    snprintf(server->folder, sizeof(server->folder), "/tmp/t_etcd.XXXXXX");
-    assert_non_null(mkdtemp(server->folder));
+    t_folder_make(server->folder, "etcd");
     for (int i = 0; i < ETCD_STARTS_MAX; i++) {
         int ends[2];
         choose_ports(server);
@@ -134,12 +133,10 @@ void etcd_server_start(etcd_server *server)
 
 void etcd_server_stop(etcd_server *server)
 {
-    char command[128];
     if (server->pid != 0) {
         end(server);
     }
-    snprintf(command, sizeof(command), "rm -rf %s", server->folder);
-    assert_int_equal(system(command), 0);
+    t_folder_remove(server->folder);
 }
 
 void etcd_server_pause(etcd_server *server)

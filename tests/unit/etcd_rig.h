@@ -5,10 +5,12 @@
 #include <stdbool.h>
 #include <sys/types.h>
 
+#include "tests/support/temp_folder.h"
+
 typedef struct etcd_server {
-    pid_t pid;                             /* 0: not running */
-    int log;                               /* reading end of what it says */
-    char folder[64], client[64], peer[64]; /* client: "127.0.0.1:PORT" */
+    pid_t pid;                                       /* 0: not running */
+    int log;                                         /* reading end of what it says */
+    char folder[T_FOLDER_MAX], client[64], peer[64]; /* client: "127.0.0.1:PORT" */
 } etcd_server;
 
 /* Its own folder; answers when it returns. */

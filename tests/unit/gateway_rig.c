@@ -128,15 +128,31 @@ void rig_cluster_stats(void)
     Baleen__Control__V1__MemberStats member = BALEEN__CONTROL__V1__MEMBER_STATS__INIT;
     member.member_id = RIG_ROUTER;
     member.role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER;
+    member.state = (char[]){"leaving"};
+    member.has_epoch = true;
+    member.epoch = 1;
     member.stats = values;
     member.n_stats = 1;
     Baleen__Control__V1__MemberStats *members[] = {&member};
     Baleen__Control__V1__ClusterStats stats = BALEEN__CONTROL__V1__CLUSTER_STATS__INIT;
     stats.members = members;
     stats.n_members = 1;
+    stats.has_changing = stats.changing = true;
     Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
     word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_STATS;
     word.cluster_stats = &stats;
+    coordinator_say(&word);
+}
+
+static void say_load(void)
+{
+    uint8_t level = 25;
+    Baleen__Control__V1__ClusterLoad load = BALEEN__CONTROL__V1__CLUSTER_LOAD__INIT;
+    Baleen__Control__V1__CoordinatorMessage word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
+    load.n_layer = load.n_expert = 1;
+    load.level = (ProtobufCBinaryData){1, &level};
+    word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_CLUSTER_LOAD;
+    word.cluster_load = &load;
     coordinator_say(&word);
 }
 
@@ -154,6 +170,9 @@ static void session_message(pc_call *call, const uint8_t *data, size_t n_bytes)
         R.epoch_committed = word->committed->epoch;
     } else if (word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_PEER_REPORT) {
         R.n_reports++;
+    } else if (word->word_case == BALEEN__CONTROL__V1__MEMBER_MESSAGE__WORD_LOAD_WISH) {
+        R.n_load_wishes++;
+        say_load();
     }
     cm_arena_reset(&R.arena);
 }

@@ -48,6 +48,7 @@ typedef struct rig {
     cm_arena arena;
     uint64_t epoch_committed; /* by the gateway */
     uint32_t n_reports;       /* of lost peers */
+    uint32_t n_load_wishes;   /* each is answered: level 25 for the one expert there is */
 
     /* router */
     net *net;

@@ -8,6 +8,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
+#include "common/net/net_private.h"
 
 #define UCX_CASE                                                                                             \
     "ucx", "127.0.0.1:0", NULL,                                                                              \
@@ -19,10 +20,12 @@
     {                                                                                                        \
         "", NULL, NULL, NULL                                                                                 \
     }
-const backend_case g_ucx = {UCX_CASE, false};
-const backend_case g_local = {LOCAL_CASE, false};
-const backend_case g_ucx_keyed = {UCX_CASE, true};
-const backend_case g_local_keyed = {LOCAL_CASE, true};
+const backend_case g_mpi = {"mpi", "%u", "mpi:0:15", {"127.0.0.1:1", "mpi:7:0", "mpi:0:16", "mpi:0"},
+                            false, true};
+const backend_case g_ucx = {UCX_CASE, false, false};
+const backend_case g_local = {LOCAL_CASE, false, false};
+const backend_case g_ucx_keyed = {UCX_CASE, true, false};
+const backend_case g_local_keyed = {LOCAL_CASE, true, false};
 
 uint8_t *g_source;
 /* links that a failed test left open are not the next one's fault */
@@ -160,6 +163,16 @@ void turn(net_test *t)
     if (armed) {
         poll(fds, n_fds, (int)wait_ms);
     }
+}
+
+const net_ops *table_of(const char *name)
+{
+    const net_ops *ops;
+    cm_error err;
+    if (net_ops_find(name, &ops, &err) != CM_OK) {
+        fail_msg("%s", err.text);
+    }
+    return ops;
 }
 
 net_options small_options(const backend_case *backend)

@@ -21,10 +21,11 @@ typedef struct backend_case {
     const char *listen;
     const char *nobody; /* an address where nobody listens; NULL: made by closing a listener */
     const char *unreadable[4];
-    bool keyed; /* sides begin with key 1 */
+    bool keyed;            /* sides begin with key 1 */
+    bool listens_anywhere; /* whatever the address says */
 } backend_case;
 
-extern const backend_case g_ucx, g_local, g_ucx_keyed, g_local_keyed;
+extern const backend_case g_ucx, g_local, g_mpi, g_ucx_keyed, g_local_keyed;
 extern uint8_t *g_source; /* payloads are pieces of it, so that a receiver can check any of them */
 
 typedef struct side {
@@ -52,6 +53,7 @@ void sides_fini(void);
 int sides_setup(void **state); /* before each test */
 bool log_has(const char *text);
 
+const net_ops *table_of(const char *name);
 net_options small_options(const backend_case *backend);
 side *side_open(net_test *t, const net_options *options, uint64_t cluster, uint32_t role);
 side *side_open_ops(net_test *t, const net_ops *ops, const net_options *options, uint64_t cluster,

@@ -134,7 +134,9 @@ static void router_tells(w_world *world, w_router *router, w_link *link)
                              .stream = kept->stream,
                              .from = kept->n_told,
                              .n_id = n,
-                             .end = ends ? kept->end : RT_GOING_ON,
+                             .end = !ends            ? RT_GOING_ON
+                                    : kept->finished ? (rt_seq_end)BALEEN__ENGINE__V1__SEQ_END__SEQ_FINISHED
+                                                     : kept->end,
                              .stop_id = kept->stop_id,
                              .status = kept->status};
         if (n > 0) {
@@ -190,6 +192,19 @@ static void stream_free(w_stream *stream)
     *stream = (w_stream){0};
 }
 
+static uint32_t router_of(const w_world *world, uint64_t number);
+
+static void forget_copy(w_world *world, const w_stream *stream, uint64_t number)
+{
+    uint32_t r = router_of(world, number);
+    w_link *link = r < W_ROUTERS ? link_up(world, stream->gateway, r) : NULL;
+    w_message copy = {.kind = W_COPY, .key = stream->key};
+    world->n_copies++;
+    if (link != NULL) {
+        say(link, &link->to_router, &copy);
+    }
+}
+
 static void stream_leave(w_world *world, w_stream *stream, int kind)
 {
     if (stream->link != NULL && stream->core.state != GW_CORE_ENDED) {
@@ -198,7 +213,11 @@ static void stream_leave(w_world *world, w_stream *stream, int kind)
         say(stream->link, &stream->link->to_router, &message);
     }
     stream->link = NULL;
-    gw_place_end(&world->gateways[stream->gateway].place, &stream->spot);
+    uint64_t copies[GW_PLACE_COPIES];
+    uint32_t n = gw_place_end(&world->gateways[stream->gateway].place, &stream->spot, copies);
+    for (uint32_t i = 0; i < n && kind != W_DETACH; i++) {
+        forget_copy(world, stream, copies[i]);
+    }
 }
 
 static void client_done(w_stream *stream)
@@ -231,6 +250,7 @@ static w_stream *stream_begin(w_world *world, uint32_t g, w_client *client, cons
         }
         *stream = (w_stream){.used = true, .gateway = g, .client = client, .key = *key};
         stream->sampler = client->sampler;
+        stream->enough = client->enough;
         stream->term = ++world->n_terms;
         gw_core_init(&stream->core, &prompt, client->sampler.tokens_max, T_VOCAB, false);
         client->stream = stream;
@@ -293,6 +313,15 @@ static void stream_ends(w_world *world, w_stream *stream, const w_message *m)
     stream_end(world, stream);
 }
 
+/* Its client has all it wants, which routers do not know. */
+static void stream_finish(w_world *world, w_stream *stream)
+{
+    world->n_finished += stream->client != NULL;
+    client_done(stream);
+    stream_leave(world, stream, W_FINISH);
+    stream_free(stream);
+}
+
 static void gateway_hears(w_world *world, uint32_t g, const w_link *link, w_message *m)
 {
     gw_core_news news;
@@ -316,6 +345,10 @@ static void gateway_hears(w_world *world, uint32_t g, const w_link *link, w_mess
     }
     if (stream->client != NULL) {
         client_hears(stream->client, &news);
+    }
+    if (stream->enough > 0 && stream->core.emitted.n >= stream->enough) {
+        stream_finish(world, stream);
+        return;
     }
     if (m->end != RT_GOING_ON) {
         stream_ends(world, stream, m);
@@ -434,19 +467,13 @@ static void gateway_place(w_world *world, uint32_t g)
     gw_place_action action;
     while (gw_place_next(&gateway->place, world->now_ms, &action)) {
         w_stream *stream = (w_stream *)((char *)action.spot - offsetof(w_stream, spot));
-        uint32_t r = router_of(world, action.router);
-        w_link *link = r < W_ROUTERS ? link_up(world, g, r) : NULL;
-        w_message copy = {.kind = W_COPY, .key = stream->key};
         switch (action.act) {
         case GW_PLACE_OPEN:
         case GW_PLACE_RESUME:
             stream_ask(world, stream, action.router, action.act == GW_PLACE_RESUME);
             break;
         case GW_PLACE_FORGET:
-            world->n_copies++;
-            if (link != NULL) {
-                say(link, &link->to_router, &copy);
-            }
+            forget_copy(world, stream, action.router);
             break;
         case GW_PLACE_GIVE_UP: /* only a new one, when all are full */
             assert_int_equal(action.status, CM_E_CAPACITY);
@@ -594,6 +621,9 @@ void w_client_comes(w_world *world)
                                    .n_stop = t_below(rng, 2),
                                    .stop = {t_below(rng, T_VOCAB)}};
     t_alone(client->prompt, client->n_prompt, &client->sampler, &client->answer);
+    if (t_below(rng, 4) == 0 && client->answer.n > 0) {
+        client->enough = t_between(rng, 1, client->answer.n);
+    }
     client_asks(world, client);
 }
 

@@ -52,6 +52,7 @@ typedef struct w_stream {
     gw_core core;
     rt_keep_key key;
     rt_sampler sampler;
+    uint32_t enough; /* its client's; it may have gone elsewhere */
     uint64_t term;
     w_link *link; /* where it was asked for; NULL: nowhere */
     uint64_t number;
@@ -68,6 +69,7 @@ struct w_client {
     uint32_t n_prompt, prompt[T_CONTEXT_MAX];
     rt_sampler sampler;
     t_answer answer;
+    uint32_t enough; /* so many tokens are: the rest is not asked for; 0: all of them */
     uint32_t n_told;
     uint64_t id;
     w_stream *stream;

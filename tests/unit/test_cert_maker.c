@@ -13,11 +13,12 @@
 
 #include <cmocka.h>
 
+#include "tests/support/temp_folder.h"
 #include "tools/baleen/cert_maker.h"
 
 enum { DAY_S = 86400 };
 
-static char g_dir[] = "/tmp/t_cert_maker.XXXXXX";
+static char g_dir[T_FOLDER_MAX];
 
 static const char *path_of(const char *name)
 {
@@ -166,15 +167,15 @@ static void test_bad_input(void **state)
 static int make_dir(void **state)
 {
     (void)state;
-    return mkdtemp(g_dir) != NULL ? 0 : -1;
+    t_folder_make(g_dir, "cert_maker");
+    return 0;
 }
 
 static int remove_dir(void **state)
 {
     (void)state;
-    char command[128];
-    snprintf(command, sizeof(command), "rm -rf %s", g_dir);
-    return system(command);
+    t_folder_remove(g_dir);
+    return 0;
 }
 
 int main(void)

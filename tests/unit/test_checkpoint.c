@@ -16,6 +16,7 @@
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
 #include "common/model/checkpoint.h"
+#include "tests/support/temp_folder.h"
 
 #define TINY(name) BALEEN_TEST_DATA "/model/" name "/ckpt"
 
@@ -48,7 +49,7 @@ static void file_write(const char *path, const void *data, size_t n_bytes)
 
 /* ---- a copy of a checkpoint: links to the original's files until one is written ---- */
 
-static char copy_dir[64]; /* "" when there is none */
+static char copy_dir[T_FOLDER_MAX]; /* "" when there is none */
 
 static const char *copy_path(const char *name)
 {
@@ -59,33 +60,14 @@ static const char *copy_path(const char *name)
 
 static void copy_make(const char *source)
 {
-    snprintf(copy_dir, sizeof copy_dir, "/tmp/t_checkpoint_XXXXXX");
-    assert_non_null(mkdtemp(copy_dir));
-    DIR *dir = opendir(source);
-    assert_non_null(dir);
-    for (struct dirent *item = readdir(dir); item != NULL; item = readdir(dir)) {
-        char target[1024];
-        if (strstr(item->d_name, ".json") == NULL && strstr(item->d_name, ".safetensors") == NULL) {
-            continue;
-        }
-        snprintf(target, sizeof target, "%s/%s", source, item->d_name);
-        assert_int_equal(symlink(target, copy_path(item->d_name)), 0);
-    }
-    closedir(dir);
+    t_folder_make(copy_dir, "checkpoint");
+    t_folder_link_checkpoint(copy_dir, source);
 }
 
 static int copy_remove(void **state)
 {
     (void)state;
-    DIR *dir = copy_dir[0] != '\0' ? opendir(copy_dir) : NULL;
-    if (dir != NULL) {
-        for (struct dirent *item = readdir(dir); item != NULL; item = readdir(dir)) {
-            unlink(copy_path(item->d_name));
-        }
-        closedir(dir);
-        rmdir(copy_dir);
-    }
-    copy_dir[0] = '\0';
+    t_folder_remove(copy_dir);
     return 0;
 }
 

@@ -90,7 +90,8 @@ static void drains_that_cannot_be(void **state)
         const char *needle;
     } rows[] = {
         {99, CM_E_NOT_FOUND, "no member 99"},
-        {f.peers[0].id, CM_E_CAPACITY, "hold 20 of the 24"},
+        {f.peers[0].id, CM_E_CAPACITY,
+         "hold 20 of the 24 experts, 40 bytes are missing (member 2 holds 20): add"},
         {f.peers[4].id, CM_E_CAPACITY, "only one of its role"},
         {f.peers[2].id, CM_OK, "member"}, /* one of two routers may go */
         {f.peers[3].id, CM_E_CAPACITY, "only one of its role"},
@@ -107,6 +108,148 @@ static void drains_that_cannot_be(void **state)
     assert_int_equal(co_core_epoch(f.core)->number, number);
     fake_settle(&f);
     assert_int_equal(f.answers[4].status, CM_OK);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
+/* Three workers that hold 12 each of 24 experts: any two are enough. */
+static void start_tight(fake_cluster *f)
+{
+    fake_init(f, 3);
+    for (uint32_t i = 0; i < 3; i++) {
+        fake_spawn(f, CO_ROLE_WORKER)->capacity = 12;
+    }
+    fake_spawn(f, CO_ROLE_ROUTER);
+    fake_spawn(f, CO_ROLE_GATEWAY);
+    fake_settle(f);
+    fake_check_whole(f);
+}
+
+/* A worker dies while another one is drained: at every step of the drain the cluster ends whole. Until the
+ * drained one has been let go it is taken back, and the operator hears so. */
+static void a_death_takes_the_drained_one_back(void **state)
+{
+    (void)state;
+    uint32_t n_back = 0, n_gone = 0;
+    for (uint32_t at = 0, done = 0; !done; at++) {
+        fake_cluster f;
+        start_tight(&f);
+        fake_peer *p = &f.peers[0], *victim = &f.peers[1];
+        uint32_t id = p->id, ticket = fake_drain(&f, id);
+        for (uint32_t i = 0; i < at && !done; i++) {
+            done = !fake_move(&f);
+        }
+        fake_kill(&f, victim);
+        fake_pass(&f, 1000);
+        fake_settle(&f);
+        assert_true(f.answers[ticket].given);
+        if (f.answers[ticket].status == CM_OK) {
+            n_gone++;
+            assert_true(p->finished);
+            fake_spawn(&f, CO_ROLE_WORKER)->capacity = 12; /* it went before: another one is needed */
+            fake_settle(&f);
+        } else {
+            n_back++;
+            assert_int_equal(f.answers[ticket].status, CM_E_CAPACITY);
+            assert_non_null(strstr(f.answers[ticket].text, "taken back: without it"));
+            assert_non_null(
+                strstr(f.answers[ticket].text, "hold 12 of the 24 experts, 120 bytes are missing"));
+            assert_false(p->told_drain);
+            assert_non_null(co_epoch_find(co_core_epoch(f.core), id));
+            assert_int_equal(f.drains.n, 0);
+            fake_restart(&f); /* and nobody remembers the drain */
+            fake_settle(&f);
+        }
+        fake_check_whole(&f);
+        fake_fini(&f);
+    }
+    printf("  taken back %u times, gone %u times\n", n_back, n_gone);
+    assert_true(n_back > 3 && n_gone > 0);
+}
+
+/* It would not help, or it goes by its own wish: nothing is overruled. */
+static void nobody_is_taken_back_in_vain(void **state)
+{
+    (void)state;
+    for (uint32_t own = 0; own < 2; own++) {
+        fake_cluster f;
+        char change[256];
+        start_tight(&f);
+        fake_peer *p = &f.peers[0];
+        uint32_t ticket = 0;
+        if (own) {
+            fake_leave(&f, p);
+            fake_kill(&f, &f.peers[1]);
+        } else {
+            ticket = fake_drain(&f, p->id);
+            fake_kill(&f, &f.peers[1]);
+            fake_kill(&f, &f.peers[2]);
+        }
+        fake_pass(&f, 1000);
+        fake_settle(&f);
+        assert_int_equal(fake_state(&f, p), CO_MEMBER_LEAVING);
+        assert_true(ticket == 0 || !f.answers[ticket].given);
+        assert_true(co_core_change(f.core, change));
+        fake_fini(&f);
+    }
+}
+
+/* The coordinator goes at any moment of a drain: the next one goes on with it. */
+static void a_drain_outlives_the_coordinator(void **state)
+{
+    (void)state;
+    static const Baleen__Control__V1__Role roles[] = {CO_ROLE_WORKER, CO_ROLE_ROUTER};
+    uint32_t n_done = 0, n_moves = 0;
+    for (uint32_t role = 0; role < 2; role++) {
+        for (uint32_t at = 0, done = 0; !done; at++) {
+            fake_cluster f;
+            fake_start(&f, 3);
+            fake_spawn(&f, CO_ROLE_ROUTER);
+            fake_settle(&f);
+            fake_peer *p = fake_nth(&f, roles[role], 1);
+            uint32_t id = p->id, incarnation = (uint32_t)p->incarnation;
+            fake_drain(&f, id);
+            assert_true(fake_write(&f)); /* else nobody knows of it */
+            for (uint32_t i = 0; i < at && !done; i++) {
+                done = !fake_move(&f);
+            }
+            fake_restart(&f);
+            fake_settle(&f);
+            fake_pass(&f, 5000);
+            fake_settle(&f);
+            assert_true(p->told_drain && p->finished && p->incarnation == incarnation);
+            assert_null(co_epoch_find(co_core_epoch(f.core), id));
+            fake_check_whole(&f);
+            n_done++;
+            n_moves += at;
+            fake_fini(&f);
+        }
+    }
+    printf("  %u restarts, %u moves\n", n_done, n_moves);
+    assert_true(n_done > 10);
+}
+
+/* Ids whose members went while no coordinator could write it down are in nobody's way. */
+static void drains_of_the_gone_are_forgotten(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_start(&f, 3);
+    for (uint32_t i = 0; i < CO_DRAINS_MAX; i++) {
+        f.drains.id[f.drains.n++] = 1000 + i;
+    }
+    fake_restart(&f);
+    fake_settle(&f);
+    fake_check_whole(&f);
+    uint32_t id = f.peers[1].id, ticket = fake_drain(&f, id);
+    assert_true(fake_write(&f));
+    assert_int_equal(f.drains.n, 1);
+    assert_int_equal(f.drains.id[0], id);
+    fake_settle(&f);
+    assert_int_equal(f.answers[ticket].status, CM_OK);
+    fake_spawn(&f, CO_ROLE_WORKER); /* what is written next is without it */
+    fake_settle(&f);
+    assert_int_equal(f.drains.n, 0);
     fake_check_whole(&f);
     fake_fini(&f);
 }
@@ -208,7 +351,7 @@ static void no_round_while_workers_are_missing(void **state)
     assert_int_equal(co_core_epoch(f.core)->number, number);
     uint32_t ticket = fake_rebalance(&f, 1);
     assert_int_equal(f.answers[ticket].status, CM_E_UNAVAILABLE);
-    assert_non_null(strstr(f.answers[ticket].text, "22 experts"));
+    assert_non_null(strstr(f.answers[ticket].text, "22 of the 24 experts"));
     fake_spawn(&f, CO_ROLE_WORKER);
     fake_settle(&f);
     fake_check_whole(&f);
@@ -347,12 +490,63 @@ static void a_failed_round_costs_nobody_his_place(void **state)
     }
 }
 
+/* Routers that answer from a script: nothing is placed, no worker is waited for, none can join, and what has
+ * experts does not mix with what has none. */
+static void a_model_without_experts_needs_no_workers(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_init(&f, 3);
+    fake_peer *router = fake_spawn(&f, CO_ROLE_ROUTER);
+    router->n_layer = 0;
+    fake_spawn(&f, CO_ROLE_GATEWAY);
+    fake_settle(&f);
+    fake_check_whole(&f);
+    assert_int_equal(co_core_epoch(f.core)->placement->n_rank, 0);
+    assert_int_equal(co_core_epoch(f.core)->message->n_members, 2);
+
+    const Baleen__Control__V1__Role roles[] = {CO_ROLE_WORKER, CO_ROLE_ROUTER};
+    for (uint32_t i = 0; i < 2; i++) {
+        fake_peer *other = fake_spawn(&f, roles[i]);
+        fake_settle(&f);
+        assert_true(other->refused_final);
+        assert_non_null(strstr(other->refused, "n_layer 3 there, the cluster's is 0"));
+    }
+    fake_peer *worker = fake_spawn(&f, CO_ROLE_WORKER); /* a worker must have experts */
+    worker->n_layer = 0;
+    fake_settle(&f);
+    assert_true(worker->refused_final);
+
+    fake_restart(&f); /* the log has an epoch without a placement of anything */
+    fake_settle(&f);
+    fake_check_whole(&f);
+    router = fake_spawn(&f, CO_ROLE_ROUTER);
+    router->n_layer = 0;
+    fake_settle(&f);
+    fake_check_whole(&f);
+    assert_int_equal(co_core_epoch(f.core)->message->n_members, 3);
+    fake_fini(&f);
+
+    fake_start(&f, 2);
+    router = fake_spawn(&f, CO_ROLE_ROUTER);
+    router->n_layer = 0;
+    fake_settle(&f);
+    assert_true(router->refused_final);
+    assert_non_null(strstr(router->refused, "n_layer 0 there, the cluster's is 3"));
+    fake_fini(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_model_without_experts_needs_no_workers),
         cmocka_unit_test(a_router_leaves_in_two_epochs),
         cmocka_unit_test(an_operator_drains_a_worker),
         cmocka_unit_test(drains_that_cannot_be),
+        cmocka_unit_test(a_death_takes_the_drained_one_back),
+        cmocka_unit_test(nobody_is_taken_back_in_vain),
+        cmocka_unit_test(a_drain_outlives_the_coordinator),
+        cmocka_unit_test(drains_of_the_gone_are_forgotten),
         cmocka_unit_test(a_round_of_rebalancing),
         cmocka_unit_test(load_fades_and_rounds_come_by_themselves),
         cmocka_unit_test(no_round_while_workers_are_missing),

@@ -286,7 +286,7 @@ static void grace_and_reports(void **state)
     fake_pass(&f, 1);
     assert_int_equal(co_core_n_lost(f.core), 1);
 
-    fake_report(&f, router, second->id); /* connected: suspect only */
+    fake_report(&f, router, second->id, CM_E_RESET); /* connected: suspect only */
     assert_int_equal(fake_state(&f, second), CO_MEMBER_SUSPECT);
     assert_int_equal(co_core_n_lost(f.core), 1);
     fake_kill(&f, second); /* two witnesses: no grace */
@@ -295,8 +295,8 @@ static void grace_and_reports(void **state)
     fake_peer *third = &f.peers[2];
     fake_disconnect(&f, third);
     assert_int_equal(co_core_n_lost(f.core), 2);
-    fake_report(&f, third, router->id); /* no session: not heard */
-    fake_report(&f, router, third->id);
+    fake_report(&f, third, router->id, CM_E_RESET); /* no session: not heard */
+    fake_report(&f, router, third->id, CM_E_RESET);
     assert_int_equal(co_core_n_lost(f.core), 3);
     fake_settle(&f); /* it lives and comes back as a new member */
     fake_check_whole(&f);
@@ -464,7 +464,7 @@ static void restart_waits_for_the_absent(void **state)
         dead->alive = false;
         fake_settle(&f);
         if (reported != 0) {
-            fake_report(&f, router, id);
+            fake_report(&f, router, id, CM_E_RESET);
         }
         fake_pass(&f, 1400);
         fake_settle(&f);
@@ -788,7 +788,7 @@ static void walk_step(fake_cluster *f, walk *w)
         }
     } else if (dice < 2984) {
         if (talks) {
-            fake_report(f, p, 1 + walk_below(w, f->id_max + 1));
+            fake_report(f, p, 1 + walk_below(w, f->id_max + 1), walk_below(w, 4) == 0 ? CM_OK : CM_E_RESET);
         }
     } else if (dice < 2990) {
         f->store_fails = !f->store_fails && walk_below(w, 4) == 0;
@@ -798,6 +798,18 @@ static void walk_step(fake_cluster *f, walk *w)
         f->now_ms += 10000; /* the coordinator's process slept */
         fake_pass(f, 1);
     }
+}
+
+static bool any_cut_off(const fake_cluster *f)
+{
+    for (uint32_t i = 0; i < co_core_n_members(f->core); i++) {
+        co_member_view view;
+        co_core_member(f->core, i, &view);
+        if (view.state == CO_MEMBER_CUT_OFF) {
+            return true;
+        }
+    }
+    return false;
 }
 
 static void random_walk(void **state)
@@ -822,6 +834,10 @@ static void random_walk(void **state)
         for (uint32_t i = 0; i < 100; i++) {
             fake_settle(&f);
             fake_pass(&f, 500);
+        }
+        for (uint32_t i = 0; i < 3600 && any_cut_off(&f);
+             i++) { /* they are tried again, at the latest in an hour */
+            fake_pass(&f, 1000);
         }
         fake_settle(&f);
         fake_check_whole(&f);

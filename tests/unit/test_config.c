@@ -12,6 +12,7 @@
 
 #include "common/base/config.h"
 #include "common/base/log.h"
+#include "tests/support/temp_folder.h"
 
 typedef struct t_config {
     char *data_address, *mode;
@@ -52,15 +53,31 @@ static cm_status t_load(t_config *config, const char *const words[7], const char
     return status;
 }
 
-/* A file with that text; its name is good until the next call. */
+static char g_folder[T_FOLDER_MAX];
+
+static int make_folder(void **state)
+{
+    (void)state;
+    t_folder_make(g_folder, "config");
+    return 0;
+}
+
+static int remove_folder(void **state)
+{
+    (void)state;
+    t_folder_remove(g_folder);
+    return 0;
+}
+
+/* A file with that text; it and its name are good until the next call. */
 static const char *t_file(const char *text)
 {
-    static char path[64];
-    snprintf(path, sizeof(path), "/tmp/baleen-test-XXXXXX");
-    int fd = mkstemp(path);
-    assert_true(fd >= 0);
-    assert_int_equal(write(fd, text, strlen(text)), strlen(text));
-    close(fd);
+    static char path[T_FOLDER_MAX + 16];
+    snprintf(path, sizeof(path), "%s/config", g_folder);
+    FILE *file = fopen(path, "wb");
+    assert_non_null(file);
+    assert_int_equal(fwrite(text, 1, strlen(text), file), strlen(text));
+    assert_int_equal(fclose(file), 0);
     return path;
 }
 
@@ -93,7 +110,6 @@ static void test_who_wins(void **state)
     cm_status status = t_load(&config, words, &operand, &err);
     unsetenv("BALEEN_N_ROW");
     unsetenv("BALEEN_MODE");
-    unlink(path);
     assert_int_equal(status, CM_OK);
     assert_int_equal(config.n_row, 5);
     assert_string_equal(config.mode, "safe");
@@ -195,7 +211,6 @@ static void test_file_refused(void **state)
         assert_int_equal(t_load(&config, words, &operand, &err), CM_E_CONFIG);
         assert_non_null(strstr(err.text, rows[i].said));
         assert_non_null(strstr(err.text, path));
-        unlink(path);
     }
 }
 
@@ -268,7 +283,6 @@ static void test_print_round_trip(void **state)
     const char *operand, *path = t_file(text);
     const char *const words[7] = {"--config", path};
     assert_int_equal(t_load(&again, words, &operand, &err), CM_OK);
-    unlink(path);
     to = open_memstream(&second, &n);
     cm_cfg_print(&t_table, &again, to);
     fclose(to);
@@ -308,5 +322,5 @@ int main(void)
         cmocka_unit_test(test_set),          cmocka_unit_test(test_print_round_trip),
         cmocka_unit_test(test_help),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    return cmocka_run_group_tests(tests, make_folder, remove_folder);
 }

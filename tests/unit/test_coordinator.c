@@ -16,6 +16,7 @@
 #include "coordinator/coordinator.h"
 #include "coordinator/epoch.h"
 #include "proto/pack.h"
+#include "tests/support/temp_folder.h"
 #include "tools/baleen/cert_maker.h"
 
 enum { LAYERS = 2, EXPERTS = 6, EXPERT_BYTES = 100, PEERS = 6, GUARD_MS = 30000 };
@@ -25,7 +26,10 @@ typedef struct peer {
     uint32_t role, id;
     uint64_t epoch, retired; /* in force; last Retire */
     uint32_t n_members, n_ranks, n_stats, n_prepares, n_drains;
-    bool mute; /* never answers a prepare */
+    uint32_t n_loads;
+    uint8_t level[LAYERS * EXPERTS]; /* of the last ClusterLoad */
+    bool all_ready;                  /* by the last ClusterStats */
+    bool mute;                       /* never answers a prepare */
     uint64_t key_epoch;
     uint8_t key[NET_KEY_BYTES]; /* of the data plane, the last given */
     uint32_t n_keys;
@@ -46,7 +50,7 @@ struct world {
     peer peers[PEERS];
     uint32_t n_peers;
     uint64_t wanted_epoch; /* argument of conditions */
-    char folder[64];
+    char folder[T_FOLDER_MAX];
 };
 
 /* ---- members ---- */
@@ -101,7 +105,23 @@ static void on_retire(void *ctx, uint64_t oldest)
 
 static void on_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
 {
-    ((peer *)ctx)->n_stats = (uint32_t)stats->n_members;
+    peer *p = ctx;
+    p->n_stats = (uint32_t)stats->n_members;
+    p->all_ready = !stats->changing;
+    for (size_t i = 0; i < stats->n_members; i++) {
+        p->all_ready &=
+            strcmp(stats->members[i]->state, "ready") == 0 && stats->members[i]->epoch == p->epoch;
+    }
+}
+
+static void on_load(void *ctx, const Baleen__Control__V1__ClusterLoad *load)
+{
+    peer *p = ctx;
+    assert_int_equal(load->n_layer, LAYERS);
+    assert_int_equal(load->n_expert, EXPERTS);
+    assert_int_equal(load->level.len, sizeof(p->level));
+    memcpy(p->level, load->level.data, sizeof(p->level));
+    p->n_loads++;
 }
 
 static void on_drain(void *ctx)
@@ -125,6 +145,7 @@ static const pc_member_events events = {.welcome = on_welcome,
                                         .commit = on_commit,
                                         .retire = on_retire,
                                         .cluster_stats = on_stats,
+                                        .cluster_load = on_load,
                                         .drain = on_drain,
                                         .refused = on_refused};
 
@@ -193,7 +214,8 @@ static bool same_epoch(const world *w)
 static bool has_stats(const world *w)
 {
     for (uint32_t i = 0; i < w->n_peers; i++) {
-        if (w->peers[i].role == CO_ROLE_GATEWAY && w->peers[i].n_stats == w->n_peers) {
+        if (w->peers[i].role == CO_ROLE_GATEWAY && w->peers[i].n_stats == w->n_peers &&
+            w->peers[i].all_ready) {
             return true;
         }
     }
@@ -250,10 +272,7 @@ static int setup(void **state)
     if (pc_loop_create(&w->loop) != CM_OK) {
         return -1;
     }
-    snprintf(w->folder, sizeof(w->folder), "/tmp/t_coordinator.XXXXXX");
-    if (mkdtemp(w->folder) == NULL) {
-        return -1;
-    }
+    t_folder_make(w->folder, "coordinator");
     w->guard = pc_timer_create(w->loop, world_guard, w);
     pc_loop_before_sleep(w->loop, world_check, w);
     cm_cfg_defaults(&co_config_table, &w->config);
@@ -267,7 +286,6 @@ static int setup(void **state)
 static int teardown(void **state)
 {
     world *w = *state;
-    char name[128];
     for (uint32_t i = 0; i < w->n_peers; i++) {
         if (w->peers[i].member != NULL) {
             pc_member_destroy(w->peers[i].member);
@@ -277,12 +295,7 @@ static int teardown(void **state)
     pc_timer_destroy(w->guard);
     pc_loop_destroy(w->loop);
     cm_cfg_free(&co_config_table, &w->config);
-    static const char *const suffixes[] = {"", "-wal", "-shm"};
-    for (uint32_t i = 0; i < 3; i++) {
-        snprintf(name, sizeof(name), "%s/coordinator.db%s", w->folder, suffixes[i]);
-        unlink(name);
-    }
-    rmdir(w->folder);
+    t_folder_remove(w->folder);
     cm_free(w);
     return 0;
 }
@@ -347,6 +360,30 @@ static void status_tells_all(void **state)
     cm_arena_fini(&arena);
     cm_bytes_fini(&reply);
     pc_channel_destroy(channel);
+}
+
+static bool load_came(const world *w)
+{
+    const peer *gateway = &w->peers[0];
+    if (gateway->n_loads == 0 || gateway->level[0] == 0) {
+        pc_member_wish_load(gateway->member); /* the router's count may be on its way */
+        return false;
+    }
+    return true;
+}
+
+/* One byte a pair: none is 0, one row is 1, each doubling eight more. */
+static void gateways_see_the_load(void **state)
+{
+    world *w = *state;
+    uint32_t count[LAYERS * EXPERTS] = {1, 2, 4, 1000, 0, 4000000000u};
+    static const uint8_t want[LAYERS * EXPERTS] = {1, 9, 17, 81, 0, 255};
+    world_start(w);
+    two_workers_a_router_a_gateway(w);
+    assert_true(pc_member_load(w->peers[1].member, count, LAYERS, EXPERTS));
+    run_until(w, load_came);
+    assert_memory_equal(w->peers[0].level, want, sizeof(want));
+    assert_int_equal(w->peers[1].n_loads, 0);
 }
 
 /* ---- operators ---- */
@@ -666,7 +703,7 @@ static void a_restart_keeps_the_keys(void **state)
 {
     world *w = *state;
     uint8_t before[NET_KEY_BYTES];
-    char path[128];
+    char path[T_FOLDER_MAX + 24];
     set(w, "store", w->folder);
     world_start(w);
     two_workers_a_router_a_gateway(w);
@@ -755,7 +792,7 @@ static void strangers_are_shown_out(void **state)
 
 static pc_tls *certificates_of(const world *w, const char *dir, const char *role)
 {
-    char ca[128], cert[128], key[128];
+    char ca[T_FOLDER_MAX + 24], cert[T_FOLDER_MAX + 24], key[T_FOLDER_MAX + 24];
     cm_error err = {0};
     pc_tls *tls;
     snprintf(ca, sizeof(ca), "%s/ca.crt", dir);
@@ -773,7 +810,7 @@ static void set_certificates(world *w, const char *dir)
     static const char *const files[][2] = {
         {"tls_ca", "ca.crt"}, {"tls_cert", "coordinator.crt"}, {"tls_key", "coordinator.key"}};
     for (uint32_t i = 0; i < 3; i++) {
-        char path[128];
+        char path[T_FOLDER_MAX + 24];
         snprintf(path, sizeof(path), "%s/%s", dir, files[i][1]);
         set(w, files[i][0], path);
     }
@@ -823,8 +860,8 @@ static pc_code hello_with(world *w, const char *dir, const char *certificate, ui
 static void a_certificate_is_for_one_role(void **state)
 {
     world *w = *state;
-    char dir[] = "/tmp/t_coordinator_tls.XXXXXX", command[128];
-    assert_non_null(mkdtemp(dir));
+    char dir[T_FOLDER_MAX];
+    t_folder_make(dir, "coordinator_tls");
     make_certificates(dir);
     set_certificates(w, dir);
     world_start(w);
@@ -832,8 +869,7 @@ static void a_certificate_is_for_one_role(void **state)
     assert_int_equal(hello_with(w, dir, "router", CO_ROLE_WORKER), PC_CODE_PERMISSION_DENIED);
     assert_int_equal(hello_with(w, dir, "worker", CO_ROLE_GATEWAY), PC_CODE_PERMISSION_DENIED);
     assert_int_equal(hello_with(w, dir, "admin", CO_ROLE_ROUTER), PC_CODE_PERMISSION_DENIED);
-    snprintf(command, sizeof(command), "rm -rf %s", dir);
-    assert_int_equal(system(command), 0);
+    t_folder_remove(dir);
 }
 
 int main(void)
@@ -849,6 +885,7 @@ int main(void)
         cmocka_unit_test_setup_teardown(another_checkpoint_is_refused, setup, teardown),
         cmocka_unit_test_setup_teardown(a_second_coordinator, setup, teardown),
         cmocka_unit_test_setup_teardown(members_outlive_a_restart, setup, teardown),
+        cmocka_unit_test_setup_teardown(gateways_see_the_load, setup, teardown),
         cmocka_unit_test_setup_teardown(keys_follow_epochs, setup, teardown),
         cmocka_unit_test_setup_teardown(a_restart_keeps_the_keys, setup, teardown),
         cmocka_unit_test_setup_teardown(strangers_are_shown_out, setup, teardown),

@@ -160,8 +160,10 @@ static void test_what_is_kept(void **state)
     wk_hold_commit(&hold, epochs[3]);
     wk_hold_retire(&hold, 3);
     assert_true(!kept(&hold, epochs[1]) && kept(&hold, epochs[3]));
-    wk_hold_retire(&hold, 7); /* what is in force stays, whatever is said */
-    assert_true(kept(&hold, epochs[3]));
+    wk_hold_retire(&hold,
+                   7); /* left out since: nobody asks for any of it, and what comes next needs the room */
+    assert_false(kept(&hold, epochs[3]));
+    wk_hold_commit(&hold, epochs[3]);
     for (uint32_t i = 4; i < 8; i++) {
         wk_hold_commit(&hold, epochs[i]);
     }
@@ -172,12 +174,63 @@ static void test_what_is_kept(void **state)
     }
 }
 
+/* A coordinator without its log begins a cluster that counts from 1: what is held of the one before must not
+ * outlive its newer epochs. */
+static void test_another_cluster_counts_anew(void **state)
+{
+    const uint32_t ids[] = {1};
+    wk_serve serve = {.d = D, .n_layer = LAYERS, .n_expert = EXPERTS, .row_max = 8};
+    wk_hold hold = {0};
+    pc_epoch *before[WK_EPOCHS], *after[3];
+    bool held[LAYERS * EXPERTS];
+    (void)state;
+    memset(held, true, sizeof(held));
+    for (uint32_t i = 0; i < WK_EPOCHS; i++) {
+        before[i] = make_epoch(50 + i, CLUSTER + 1, ids, 1);
+        wk_serve_commit(&serve, before[i], 1);
+        wk_hold_commit(&hold, before[i]);
+    }
+    pc_epoch *prepared = make_epoch(60, CLUSTER + 1, ids, 1);
+    wk_hold_prepare(&hold, prepared);
+    for (uint32_t i = 0; i < 3; i++) {
+        after[i] = make_epoch(1 + i, CLUSTER, ids, 1);
+        wk_serve_commit(&serve, after[i], 1);
+        wk_hold_commit(&hold, after[i]);
+        assert_false(kept(&hold, prepared)); /* nobody will commit it */
+    }
+    for (uint32_t i = 0; i < 3; i++) {
+        frame f = make_frame(1 + i, 0);
+        assert_int_equal(check(&serve, &f, held), CM_OK);
+    }
+    frame f = make_frame(53, 0);
+    f.header.head.cluster = CLUSTER + 1;
+    wk_serve_retire(&serve, 0);
+    assert_int_equal(check(&serve, &f, held), CM_OK); /* its routers have not heard of us yet */
+    wk_serve_retire(&serve, 2);
+    wk_hold_retire(&hold, 2);
+    assert_int_equal(check(&serve, &f, held), CM_E_STALE);
+    f = make_frame(2, 0);
+    assert_int_equal(check(&serve, &f, held), CM_OK);
+    assert_false(kept(&hold, before[WK_EPOCHS - 1]) || kept(&hold, after[0]));
+    assert_true(kept(&hold, after[1]) && kept(&hold, after[2]));
+    wk_serve_fini(&serve);
+    wk_hold_fini(&hold);
+    pc_epoch_release(prepared);
+    for (uint32_t i = 0; i < WK_EPOCHS; i++) {
+        pc_epoch_release(before[i]);
+    }
+    for (uint32_t i = 0; i < 3; i++) {
+        pc_epoch_release(after[i]);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_whose_frames_are_taken),
         cmocka_unit_test(test_the_oldest_goes),
         cmocka_unit_test(test_what_is_kept),
+        cmocka_unit_test(test_another_cluster_counts_anew),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -191,7 +191,9 @@ static void on_lost(void *ctx, uint32_t member_id, cm_status status)
 {
     (void)ctx;
     (void)member_id;
-    (void)status;
+    if (status == CM_OK) {
+        return; /* it is up again */
+    }
     if (atomic_fetch_add(&g_lost, 1) == 0 && g_on_lost != NULL) {
         rt_exchange_offer_epoch(g_exchange, g_on_lost, SELF);
     }
@@ -374,11 +376,13 @@ static void test_gives_up(void **state)
 {
     exchange_open(10000, 100);
     assert_int_equal(exchange_run(0), CM_E_NO_OWNER); /* no epoch at all */
+    assert_string_equal(rt_exchange_why(g_exchange), "no worker has joined yet");
     fake a;
     fake_start(&a, DIES);
     pc_epoch *epoch = make_epoch(1, (fake *const[]){&a}, (const uint32_t[]){1}, 1);
     rt_exchange_offer_epoch(g_exchange, epoch, SELF);
     assert_int_equal(exchange_run(0), CM_E_NO_OWNER); /* nobody else has its experts */
+    assert_non_null(strstr(rt_exchange_why(g_exchange), "of layer 0 for 100 ms: worker 1 is unreachable"));
     rt_exchange_stop(g_exchange);
     assert_int_equal(exchange_run(0), CM_E_CANCELLED);
     rt_exchange_destroy(g_exchange);

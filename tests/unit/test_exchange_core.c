@@ -24,6 +24,7 @@ typedef struct rig {
     uint32_t sent_rank[16], n_sent;
     uint32_t n_adopted, n_disconnect, n_report, reported;
     cm_status reported_status;
+    bool reported_again;
 } rig;
 
 static pc_epoch *make_epoch(uint64_t number, const uint32_t *ids, uint32_t n)
@@ -64,6 +65,7 @@ static void chores(rig *r, bool up)
             r->n_report++;
             r->reported = rt_xcore_link(r->core, act.rank).member_id;
             r->reported_status = act.status;
+            r->reported_again = act.again;
         } else if (act.kind == RT_XACT_CONNECT) {
             void *handle = handle_of(rt_xcore_link(r->core, act.rank).member_id, ++g_life);
             rt_xcore_connecting(r->core, r->now, act.rank, handle);
@@ -332,6 +334,46 @@ static void test_waiting_has_an_end(void **state)
     rig_fini(&r);
 }
 
+/* The coordinator hears of a lost link, hears again now and then that it still is, and hears of its end. */
+static void test_a_cut_is_told_until_it_is_over(void **state)
+{
+    rig r;
+    uint32_t n_attempt = 0;
+    (void)state;
+    rig_init(&r);
+    uint64_t since = r.now;
+    rt_xcore_down(r.core, r.now, link_of(&r, 1), CM_E_SILENT);
+    chores(&r, false);
+    assert_int_equal(r.n_report, 1);
+    assert_int_equal(r.reported, 2);
+    assert_int_equal(r.reported_status, CM_E_SILENT);
+    assert_false(r.reported_again);
+    for (; r.n_report < 3; r.now += 50) {
+        assert_true(r.now < since + 10000);
+        chores(&r, false);
+        if (rt_xcore_link(r.core, 1).handle != NULL) {
+            rt_xcore_down(r.core, r.now, link_of(&r, 1), CM_E_UNREACHABLE);
+            n_attempt++;
+        }
+    }
+    assert_true(r.reported_again);
+    assert_int_equal(r.reported_status, CM_E_UNREACHABLE);
+    assert_true(n_attempt > 10); /* not one report for each */
+    rt_xact act;
+    while (rt_xcore_chore(r.core, r.now, &act)) {
+        assert_int_equal(act.kind, RT_XACT_CONNECT);
+        rt_xcore_connecting(r.core, r.now, act.rank, NULL); /* what cannot even begin is no other thing */
+    }
+    r.now += 2000;
+    chores(&r, true);
+    assert_int_equal(r.n_report, 4);
+    assert_int_equal(r.reported, 2);
+    assert_int_equal(r.reported_status, CM_OK);
+    chores(&r, true);
+    assert_int_equal(r.n_report, 4);
+    rig_fini(&r);
+}
+
 static void test_another_name_greets_anew(void **state)
 {
     rig r;
@@ -361,6 +403,7 @@ int main(void)
         cmocka_unit_test(test_a_full_link_is_asked_again),
         cmocka_unit_test(test_memory_is_not_used_while_frames_leave),
         cmocka_unit_test(test_waiting_has_an_end),
+        cmocka_unit_test(test_a_cut_is_told_until_it_is_over),
         cmocka_unit_test(test_another_name_greets_anew),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

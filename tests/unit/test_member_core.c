@@ -191,6 +191,35 @@ static void test_an_end_is_an_end(void **state)
     pc_mcore_destroy(core);
 }
 
+/* What was lost while nobody could be told is told to the next coordinator, unless it is over by then. */
+static void test_losses_are_kept(void **state)
+{
+    pc_mcore *core = make(0);
+    pc_mout out;
+    uint32_t n = 0;
+    (void)state;
+    take(core, NULL);
+    welcome(core, 0, 3, CLUSTER);
+    pc_mcore_closed(core, 5, false, "gone");
+    take(core, NULL);
+    pc_mcore_report(core, 7, CM_E_RESET);
+    pc_mcore_report(core, 8, CM_E_RESET);
+    pc_mcore_report(core, 8, CM_E_SILENT);
+    pc_mcore_report(core, 7, CM_OK);
+    pc_mcore_report(core, 9, CM_OK);
+    pc_mcore_tick(core, 1000);
+    welcome(core, 1000, 3, CLUSTER);
+    while (pc_mcore_next(core, &out)) {
+        if (out.kind == PC_MOUT_REPORT) {
+            assert_int_equal(out.member_id, 8);
+            assert_int_equal(out.status, CM_E_RESET);
+            n++;
+        }
+    }
+    assert_int_equal(n, 1);
+    pc_mcore_destroy(core);
+}
+
 static void test_hello_says_what_it_was(void **state)
 {
     pc_mcore *core = make(0);
@@ -214,9 +243,65 @@ static void test_hello_says_what_it_was(void **state)
     assert_int_equal(hello->self->incarnation, 5);
     assert_int_equal(hello->cluster, CLUSTER);
     assert_int_equal(hello->epoch, 6);
+    assert_int_equal(hello->prepared, 0);
     assert_int_equal(hello->protocol, PR_CONTROL_VERSION);
     cm_bytes_fini(&packed);
     cm_arena_fini(&arena);
+    pc_mcore_destroy(core);
+}
+
+static uint64_t hello_prepared(pc_mcore *core)
+{
+    cm_arena arena;
+    cm_bytes packed;
+    ProtobufCMessage *message;
+    cm_arena_init(&arena, "t", 4096, 65536);
+    cm_bytes_init(&packed, 0);
+    pc_mcore_word(core, &(pc_mout){.kind = PC_MOUT_HELLO}, NULL, 0, &packed);
+    assert_int_equal(pr_unpack(&baleen__control__v1__member_message__descriptor, packed.data, packed.len,
+                               &arena, &message),
+                     CM_OK);
+    uint64_t prepared = ((Baleen__Control__V1__MemberMessage *)message)->hello->prepared;
+    cm_bytes_fini(&packed);
+    cm_arena_fini(&arena);
+    return prepared;
+}
+
+static void hear_abort(pc_mcore *core, uint64_t number)
+{
+    Baleen__Control__V1__Abort abort = BALEEN__CONTROL__V1__ABORT__INIT;
+    coordinator_word word = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__INIT;
+    abort.epoch = number;
+    word.word_case = BALEEN__CONTROL__V1__COORDINATOR_MESSAGE__WORD_ABORT;
+    word.abort = &abort;
+    pc_mcore_hear(core, 0, &word);
+}
+
+/* What was prepared for a coordinator that is gone is held until somebody says what becomes of it. */
+static void test_hello_says_what_is_prepared(void **state)
+{
+    pc_mcore *core = make(0);
+    (void)state;
+    take(core, NULL);
+    welcome(core, 0, 3, CLUSTER);
+    hear_epoch(core, false, 6, CLUSTER);
+    take(core, NULL);
+    assert_int_equal(hello_prepared(core), 6);
+    hear_epoch(core, true, 6, CLUSTER);
+    take(core, NULL);
+    assert_int_equal(hello_prepared(core), 0);
+    hear_epoch(core, false, 7, CLUSTER);
+    hear_abort(core, 7);
+    take(core, NULL);
+    assert_int_equal(hello_prepared(core), 0);
+    hear_epoch(core, false, 8, CLUSTER);
+    take(core, NULL);
+    pc_mcore_closed(core, 5, false, "gone");
+    take(core, NULL);
+    assert_int_equal(hello_prepared(core), 8);
+    welcome(core, 10, 1, CLUSTER + 1); /* nobody of that one will commit it */
+    assert_true(has(take(core, NULL), PC_MOUT_ABORT));
+    assert_int_equal(hello_prepared(core), 0);
     pc_mcore_destroy(core);
 }
 
@@ -276,9 +361,14 @@ static void test_keys_come_before_their_epoch(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_tries_again_ever_later), cmocka_unit_test(test_beats),
-        cmocka_unit_test(test_epochs_only_go_up),      cmocka_unit_test(test_an_end_is_an_end),
-        cmocka_unit_test(test_hello_says_what_it_was), cmocka_unit_test(test_keys_come_before_their_epoch),
+        cmocka_unit_test(test_tries_again_ever_later),
+        cmocka_unit_test(test_beats),
+        cmocka_unit_test(test_epochs_only_go_up),
+        cmocka_unit_test(test_an_end_is_an_end),
+        cmocka_unit_test(test_losses_are_kept),
+        cmocka_unit_test(test_hello_says_what_it_was),
+        cmocka_unit_test(test_hello_says_what_is_prepared),
+        cmocka_unit_test(test_keys_come_before_their_epoch),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -248,7 +248,7 @@ static void test_other_protocol(void **state)
 {
     const backend_case *backend = *state;
     net_options options = small_options(backend);
-    g_inner = net_ops_find(backend->name);
+    g_inner = table_of(backend->name);
     net_ops ops = *g_inner;
     ops.send = send_other_hello;
     net_test t = {.backend = backend};
@@ -540,7 +540,7 @@ static void test_idle(void **state)
     const backend_case *backend = *state;
     net_options options = small_options(backend);
     options.heartbeat_ms = 50;
-    g_inner = net_ops_find(backend->name);
+    g_inner = table_of(backend->name);
     net_ops ops = *g_inner;
     ops.progress = progress_counted;
     net_test t = {.backend = backend};
@@ -602,12 +602,16 @@ static void test_addresses(void **state)
     side *b = side_open(&t, &options, 7, 2);
     cm_error err = {0};
     char bound[NET_ADDRESS_BYTES];
-    assert_int_equal(net_listen(b->n, t.address, bound, &err), CM_E_EXISTS);
-    assert_non_null(strstr(err.text, t.address));
+    if (!backend->listens_anywhere) {
+        assert_int_equal(net_listen(b->n, t.address, bound, &err), CM_E_EXISTS);
+        assert_non_null(strstr(err.text, t.address));
+    }
     for (uint32_t i = 0; i < 4 && backend->unreadable[i] != NULL; i++) {
         net_peer *peer;
         assert_int_equal(net_connect(b->n, backend->unreadable[i], &peer, &err), CM_E_INVALID);
-        assert_int_equal(net_listen(b->n, backend->unreadable[i], bound, &err), CM_E_INVALID);
+        if (!backend->listens_anywhere) {
+            assert_int_equal(net_listen(b->n, backend->unreadable[i], bound, &err), CM_E_INVALID);
+        }
     }
     pair_close(&t);
 }
@@ -692,7 +696,12 @@ static void test_options(void **state)
 }
 
 /* with and without keys: nothing else changes */
-#define EACH(test_) BOTH(test_), ONE(ucx_keyed, test_), ONE(local_keyed, test_)
+#define EACH_TAKING_BACK(test_) BOTH(test_), ONE(ucx_keyed, test_), ONE(local_keyed, test_)
+#if BALEEN_MPI /* this process is a world of one */
+#define EACH(test_) EACH_TAKING_BACK(test_), ONE(mpi, test_)
+#else
+#define EACH(test_) EACH_TAKING_BACK(test_)
+#endif
 
 int main(void)
 {
@@ -713,9 +722,9 @@ int main(void)
         EACH(test_send_after_loss),
         EACH(test_silence),
         EACH(test_no_greeting),
-        EACH(test_deadline),
+        EACH_TAKING_BACK(test_deadline), /* a send over MPI stays begun */
         EACH(test_sleep),
-        EACH(test_idle),
+        EACH_TAKING_BACK(test_idle), /* MPI has to be looked at */
         EACH(test_peers_max),
         EACH(test_addresses),
         EACH(test_nobody),

@@ -116,7 +116,7 @@ static void m_inject(net_backend_link *link, const net_message *message)
 static void sides_between(net_test *t, const net_options *options)
 {
     static net_ops ops;
-    m.inner = net_ops_find(t->backend->name);
+    m.inner = table_of(t->backend->name);
     m.type = 0;
     m.hold = false;
     m.n_caught = 0;
@@ -432,7 +432,7 @@ static const net_upcalls stranger_upcalls = {stranger_accepted, stranger_receive
 static void stranger_begin(stranger *s, const net_test *t, const net_options *options)
 {
     cm_error err = {0};
-    s->ops = net_ops_find(t->backend->name);
+    s->ops = table_of(t->backend->name);
     assert_int_equal(s->ops->open(options, &stranger_upcalls, s, &s->backend, &err), CM_OK);
     assert_int_equal(s->ops->connect(s->backend, t->address, s, &s->link, &err), CM_OK);
 }

@@ -357,6 +357,39 @@ static void random_changes(void **state)
 
 /* ---- the message ---- */
 
+/* While an epoch changes a worker has what it had and what it gets: together not more than it can hold. */
+static void both_epochs_fit(void **state)
+{
+    (void)state;
+    uint32_t n_loads = 0;
+    for (uint32_t round = 0; round < 2000; round++) {
+        uint32_t members[] = {1, 2, 3, 4, 5};
+        uint64_t capacity[5], sum = 0;
+        for (uint32_t r = 0; r < 5; r++) { /* unequal, and nearly full without the fifth */
+            capacity[r] = PAIRS / 6 + cm_rng_at(g_seed, round, r).word[0] % (PAIRS / 4);
+            sum += r < 4 ? capacity[r] : 0;
+        }
+        if (sum < PAIRS) {
+            continue;
+        }
+        pr_placement *before = plan(members, 4, capacity, NULL);
+        pr_placement *after = plan(members, 5, capacity, before);
+        for (uint32_t r = 0; r < 4; r++) {
+            uint32_t n = pr_placement_count(before, r);
+            for (uint32_t i = 0; i < PAIRS; i++) {
+                bool loads = pr_placement_owns(after, i / EXPERTS, i % EXPERTS, r) &&
+                             !pr_placement_owns(before, i / EXPERTS, i % EXPERTS, r);
+                n += loads;
+                n_loads += loads;
+            }
+            assert_true(n <= capacity[r]);
+        }
+        pr_placement_free(before);
+        pr_placement_free(after);
+    }
+    printf("  %u experts went to workers that had others\n", n_loads);
+}
+
 static void message_round_trip(void **state)
 {
     (void)state;
@@ -385,6 +418,24 @@ static void message_round_trip(void **state)
     pr_placement_free(clone);
     cm_bytes_fini(&packed);
     cm_arena_fini(&arena);
+}
+
+/* Of a model without experts: the one placement without pairs and ranks. */
+static void nothing_round_trips(void **state)
+{
+    (void)state;
+    pr_placement *p = pr_placement_none(), *clone = pr_placement_clone(p), *back = NULL;
+    Baleen__Control__V1__Placement message;
+    pr_placement_pack(clone, &message);
+    message.rank_member = NULL; /* as it comes from the wire */
+    assert_int_equal(pr_placement_unpack(&message, &back, NULL), CM_OK);
+    assert_int_equal(back->n_layer + back->n_expert + back->n_rank + back->first[0], 0);
+    pr_placement_free(back);
+    message.n_expert = 1;
+    assert_int_equal(pr_placement_unpack(&message, &back, NULL), CM_E_PROTOCOL);
+    pr_placement_message_free(&message);
+    pr_placement_free(clone);
+    pr_placement_free(p);
 }
 
 /* One good message of 1 layer, 2 experts, 2 ranks; the second expert with two owners. Each case breaks one
@@ -471,7 +522,9 @@ int main(int argc, char **argv)
         cmocka_unit_test(copies_outlive_a_join),
         cmocka_unit_test(heirs_are_who_takes_over),
         cmocka_unit_test(random_changes),
+        cmocka_unit_test(both_epochs_fit),
         cmocka_unit_test(message_round_trip),
+        cmocka_unit_test(nothing_round_trips),
         cmocka_unit_test(malformed_messages_are_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -17,31 +17,30 @@
 #include "common/base/rng.h"
 #include "common/model/names_private.h"
 #include "common/model/safetensors_private.h"
+#include "tests/support/temp_folder.h"
 
 /* ---- helpers ---- */
 
-static char folder[64];
+static char folder[T_FOLDER_MAX];
 
 static int folder_make(void **state)
 {
     (void)state;
-    snprintf(folder, sizeof folder, "/tmp/t_safetensors_XXXXXX");
-    return mkdtemp(folder) == NULL;
+    t_folder_make(folder, "safetensors");
+    return 0;
 }
 
 static int folder_remove(void **state)
 {
     (void)state;
-    char path[128];
-    snprintf(path, sizeof path, "%s/file", folder);
-    unlink(path);
-    return rmdir(folder);
+    t_folder_remove(folder);
+    return 0;
 }
 
 /* Writes length, header and n_data zero bytes to DIR/file, and returns its path. */
 static const char *file_write(uint64_t header_bytes, const char *header, size_t n_data)
 {
-    static char path[128];
+    static char path[T_FOLDER_MAX + 8];
     uint8_t length[8], zero[256] = {0};
     assert_true(n_data <= sizeof zero);
     for (int i = 0; i < 8; i++) {
@@ -192,7 +191,7 @@ static void test_hash_collision(void **state)
 static void test_bad_file(void **state)
 {
     (void)state;
-    char path[128];
+    char path[T_FOLDER_MAX + 8];
     snprintf(path, sizeof path, "%s/file", folder);
     unlink(path);
     assert_open_fails(path, CM_E_IO, "file", "No such file");

@@ -184,7 +184,7 @@ static void test_queue_and_names(void **state)
     assert_int_equal(rt_sched_open(engine.sched, 0, &request, &err), CM_OK);
     rt_sched_drain(engine.sched);
     request.key.stream = 7;
-    assert_int_equal(rt_sched_open(engine.sched, 0, &request, &err), CM_E_UNAVAILABLE);
+    assert_int_equal(rt_sched_open(engine.sched, 0, &request, &err), CM_E_REFUSED);
     t_words words = {0};
     t_run_out(&engine, &words); /* those that were in finish */
     assert_int_equal(words.n, 4 * 4);

@@ -13,21 +13,23 @@
 #include <cmocka.h>
 
 #include "coordinator/sqlite_log.h"
+#include "tests/support/temp_folder.h"
 
 enum { EPOCHS_KEPT = 1000 };
 
-static char g_folder[64];
+static char g_folder[T_FOLDER_MAX];
+static co_drains g_drains; /* of the next writes */
 
 static int make_folder(void **state)
 {
     (void)state;
-    snprintf(g_folder, sizeof(g_folder), "/tmp/t_store.XXXXXX");
-    return mkdtemp(g_folder) != NULL ? 0 : -1;
+    t_folder_make(g_folder, "store");
+    return 0;
 }
 
 static const char *file(const char *suffix)
 {
-    static char name[128];
+    static char name[T_FOLDER_MAX + 24];
     snprintf(name, sizeof(name), "%s/coordinator.db%s", g_folder, suffix);
     return name;
 }
@@ -35,10 +37,8 @@ static const char *file(const char *suffix)
 static int remove_folder(void **state)
 {
     (void)state;
-    unlink(file(""));
-    unlink(file("-wal"));
-    unlink(file("-shm"));
-    return rmdir(g_folder);
+    t_folder_remove(g_folder);
+    return 0;
 }
 
 static co_epoch *epoch_of(uint64_t number)
@@ -80,7 +80,7 @@ static void expect_refusal(const char *folder, cm_status expected, const char *n
 static void write_good(co_sqlite *store, uint32_t id, uint64_t number, const co_epoch *epoch)
 {
     cm_error err = {0};
-    if (co_sqlite_write(store, id, number, epoch, &err) != CM_OK) {
+    if (co_sqlite_write(store, id, number, &g_drains, epoch, &err) != CM_OK) {
         fail_msg("%s", err.text);
     }
 }
@@ -96,11 +96,14 @@ static void restart_continues(void **state)
     assert_true(cluster != 0);
     assert_int_equal(past.next_member_id, 1);
     assert_int_equal(past.next_number, 1);
+    assert_int_equal(past.drains.n, 0);
     assert_null(past.epoch);
 
     co_epoch *epoch = epoch_of(6);
     write_good(store, 4, 1, NULL);
+    g_drains = (co_drains){.n = 3, .id = {1, 2, 3}};
     write_good(store, 4, 7, epoch);
+    co_drains_remove(&g_drains, 2);
     write_good(store, 5, 8, NULL);
     co_sqlite_close(store);
 
@@ -109,6 +112,10 @@ static void restart_continues(void **state)
     assert_memory_equal(past.secret, secret, sizeof(secret));
     assert_int_equal(past.next_member_id, 5);
     assert_int_equal(past.next_number, 8);
+    assert_int_equal(past.drains.n, 2);
+    assert_int_equal(past.drains.id[0], 1);
+    assert_int_equal(past.drains.id[1], 3);
+    g_drains.n = 0;
     assert_non_null(past.epoch);
     assert_int_equal(past.epoch->packed.len, epoch->packed.len);
     assert_memory_equal(past.epoch->packed.data, epoch->packed.data, epoch->packed.len);
@@ -166,7 +173,8 @@ static void a_failed_write_leaves_nothing(void **state)
     co_sqlite *store = open_good(g_folder, &past);
     co_epoch *epoch = epoch_of(3);
     write_good(store, 2, 4, epoch);
-    assert_int_equal(co_sqlite_write(store, 20, 40, epoch, &err), CM_E_IO); /* its number is taken */
+    assert_int_equal(co_sqlite_write(store, 20, 40, &g_drains, epoch, &err),
+                     CM_E_IO); /* its number is taken */
     co_sqlite_close(store);
     store = open_good(g_folder, &past);
     assert_int_equal(past.next_member_id, 2);
@@ -188,7 +196,7 @@ static void old_epochs_are_trimmed(void **state)
     }
     co_epoch *early = epoch_of(5), *kept = epoch_of(6);
     write_good(store, 4, EPOCHS_KEPT + 6, early); /* its place is free again */
-    assert_int_equal(co_sqlite_write(store, 4, EPOCHS_KEPT + 6, kept, NULL), CM_E_IO);
+    assert_int_equal(co_sqlite_write(store, 4, EPOCHS_KEPT + 6, &g_drains, kept, NULL), CM_E_IO);
     co_epoch_release(early);
     co_epoch_release(kept);
     co_sqlite_close(store);

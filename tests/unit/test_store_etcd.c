@@ -26,6 +26,7 @@ typedef struct node {
     uint32_t active_at, standby_at; /* on the count of all events */
     bool active;
     co_store_past past; /* its epoch is ours */
+    co_drains drains;   /* of the next writes */
     char address[PC_ADDRESS_BYTES], text[480], failed[480];
     struct {
         uint64_t ticket;
@@ -215,7 +216,7 @@ static co_epoch *epoch_of(uint64_t number, uint32_t n_expert)
 
 static void write_log(node *n, uint64_t ticket, uint32_t id, uint64_t number, co_epoch *epoch)
 {
-    assert_int_equal(co_store_write(n->store, ticket, id, number, epoch), CM_OK);
+    assert_int_equal(co_store_write(n->store, ticket, id, number, &n->drains, epoch), CM_OK);
     co_epoch_release(epoch);
 }
 
@@ -405,13 +406,15 @@ static void the_next_one_continues(void **state)
     run_until(second_standby);
     assert_string_equal(b->address, "10.0.0.1:7000");
     assert_non_null(strstr(b->text, "10.0.0.1:7000"));
-    assert_int_equal(co_store_write(b->store, 1, 9, 9, NULL), CM_E_UNAVAILABLE);
+    assert_int_equal(co_store_write(b->store, 1, 9, 9, &b->drains, NULL), CM_E_UNAVAILABLE);
 
     write_log(a, 1, 4, 1, NULL);
     write_log(a, 2, 4, 7, epoch_of(6, 2));
+    a->drains = (co_drains){.n = 2, .id = {7, 300}};
     write_log(a, 3, 4, 120, epoch_of(119, 2)); /* trims */
+    co_drains_remove(&a->drains, 7);
     write_log(a, 4, 5, 121, NULL);
-    assert_int_equal(co_store_write(a->store, 5, 6, 122, NULL), CM_E_CAPACITY);
+    assert_int_equal(co_store_write(a->store, 5, 6, 122, &a->drains, NULL), CM_E_CAPACITY);
     g.n_wanted = 4;
     run_until(first_wrote);
     g_stopped = false;
@@ -426,6 +429,8 @@ static void the_next_one_continues(void **state)
     assert_memory_equal(b->past.secret, secret, sizeof(secret));
     assert_int_equal(b->past.next_member_id, 5);
     assert_int_equal(b->past.next_number, 121);
+    assert_int_equal(b->past.drains.n, 1);
+    assert_int_equal(b->past.drains.id[0], 300);
     assert_int_equal(b->past.epoch->number, 119);
     assert_int_equal(co_epoch_find(b->past.epoch, 3)->incarnation, 99);
 }
@@ -473,7 +478,8 @@ static void write_stale(void)
 {
     node *a = &g.nodes[0];
     g_believed = co_store_is_active(a->store);
-    assert_int_equal(g_believed ? co_store_write(a->store, 77, 1000, 1000, NULL) : CM_E_UNAVAILABLE,
+    assert_int_equal(g_believed ? co_store_write(a->store, 77, 1000, 1000, &a->drains, NULL)
+                                : CM_E_UNAVAILABLE,
                      g_believed ? CM_OK : CM_E_UNAVAILABLE);
 }
 

@@ -240,6 +240,36 @@ static void cancel_inside(void **state)
     cm_bytes_fini(&t.text);
 }
 
+/* A log that an earlier gateway finished where the stop string matched, and one that matches none. */
+static void finished_before(void **state)
+{
+    (void)state;
+    for (uint32_t i = 0; i < 2; i++) {
+        told t;
+        gw_error error;
+        R.mode = RIG_HOLD;
+        R.n_opens = 0;
+        rig_reply("one two three");
+        assert_int_equal(
+            ask(&t, NULL, UINT64_MAX,
+                i == 0 ? "{\"prompt\":\"a\",\"stop\":\" two\"}" : "{\"prompt\":\"a\",\"stop\":\"four\"}",
+                &error),
+            CM_OK);
+        rig_until(has_opened, NULL);
+        rig_tokens(0, R.reply, R.n_reply, BALEEN__ENGINE__V1__SEQ_END__SEQ_FINISHED);
+        rig_until(is_over, &t);
+        if (i == 0) {
+            assert_int_equal(t.n_finished, 1);
+            assert_int_equal(t.finish.reason, GW_REASON_STOP);
+            assert_string_equal(cm_bytes_text(&t.text), "one");
+        } else {
+            assert_int_equal(t.n_failed, 1);
+            assert_int_equal(t.error.cause, GW_CAUSE_INTERNAL);
+        }
+        cm_bytes_fini(&t.text);
+    }
+}
+
 static void special_tokens(void **state)
 {
     (void)state;
@@ -421,9 +451,9 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, setup, teardown)
     const struct CMUnitTest tests[] = {
-        TEST(ids_and_text),      TEST(burst),         TEST(deadline),
-        TEST(same_id_and_abort), TEST(cancel_inside), TEST(special_tokens),
-        TEST(router_leaves),     TEST(router_drains), TEST(random_ends),
+        TEST(ids_and_text),  TEST(burst),           TEST(deadline),       TEST(same_id_and_abort),
+        TEST(cancel_inside), TEST(finished_before), TEST(special_tokens), TEST(router_leaves),
+        TEST(router_drains), TEST(random_ends),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -123,6 +123,20 @@ static void stop_has_its_place(void **state)
     gw_core_fini(&core);
 }
 
+/* Whoever finished it knew where the client had enough; a router's own end for length must be one. */
+static void finished_before_its_length(void **state)
+{
+    (void)state;
+    gw_core core;
+    gw_core_news news;
+    begin(&core);
+    assert_int_equal(take(&core, 0, 3, 10, LENGTH, &news), CM_E_PROTOCOL);
+    assert_int_equal(take(&core, 0, 3, 10, BALEEN__ENGINE__V1__SEQ_END__SEQ_FINISHED, &news), CM_OK);
+    assert_int_equal(news.n_id, 3);
+    assert_int_equal(core.state, GW_CORE_ENDED);
+    gw_core_fini(&core);
+}
+
 static void accepted_with_tokens(void **state)
 {
     (void)state;
@@ -185,9 +199,13 @@ static void refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(log_probabilities),      cmocka_unit_test(whole_life),
-        cmocka_unit_test(stop_has_its_place),     cmocka_unit_test(accepted_with_tokens),
-        cmocka_unit_test(failed_is_not_accepted), cmocka_unit_test(refused),
+        cmocka_unit_test(log_probabilities),
+        cmocka_unit_test(whole_life),
+        cmocka_unit_test(stop_has_its_place),
+        cmocka_unit_test(finished_before_its_length),
+        cmocka_unit_test(accepted_with_tokens),
+        cmocka_unit_test(failed_is_not_accepted),
+        cmocka_unit_test(refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -20,12 +20,13 @@
 #include "common/base/mem.h"
 #include "common/proc/rpc_client.h"
 #include "common/proc/rpc_server.h"
+#include "tests/support/temp_folder.h"
 #include "tools/baleen/cert_maker.h"
 
 enum { DAY_S = 86400, CALL_MS = 20000 };
 
 /* ours/: all roles of one authority, and expired.crt; theirs/: another authority. */
-static char g_root[] = "/tmp/t_tls.XXXXXX";
+static char g_root[T_FOLDER_MAX];
 
 static struct {
     pc_loop *loop;
@@ -483,7 +484,8 @@ static void test_rotation(void **state)
 static int setup(void **state)
 {
     (void)state;
-    if (mkdtemp(g_root) == NULL || pc_loop_create(&g.loop) != CM_OK) {
+    t_folder_make(g_root, "tls");
+    if (pc_loop_create(&g.loop) != CM_OK) {
         return -1;
     }
     cert_authority_destroy(make_folder("ours"));
@@ -505,10 +507,9 @@ static int setup(void **state)
 static int teardown(void **state)
 {
     (void)state;
-    char command[128];
     pc_loop_destroy(g.loop);
-    snprintf(command, sizeof(command), "rm -rf %s", g_root);
-    return system(command);
+    t_folder_remove(g_root);
+    return 0;
 }
 
 int main(void)

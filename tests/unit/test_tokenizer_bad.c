@@ -15,22 +15,25 @@
 #include "common/base/mem.h"
 #include "common/model/chat.h"
 #include "common/model/tokenizer.h"
+#include "tests/support/temp_folder.h"
 
 static const char NANO[] = BALEEN_NANO "/tokenizer.json";
 
-static char g_path[] = "/tmp/t_tokenizer_bad_XXXXXX";
+static char g_folder[T_FOLDER_MAX], g_path[T_FOLDER_MAX + 16];
 
 static int setup(void **state)
 {
     (void)state;
-    int fd = mkstemp(g_path);
-    return fd < 0 ? -1 : close(fd);
+    t_folder_make(g_folder, "tokenizer_bad");
+    snprintf(g_path, sizeof(g_path), "%s/tokenizer.json", g_folder);
+    return 0;
 }
 
 static int teardown(void **state)
 {
     (void)state;
-    return unlink(g_path);
+    t_folder_remove(g_folder);
+    return 0;
 }
 
 /* Opens g_path; returns the error's text, or fails the test when it opens. */

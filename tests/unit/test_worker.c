@@ -1,5 +1,5 @@
 /* A worker's engine at its links: answers are the oracle's bits in the order asked, and every old, foreign,
- * broken or misdirected frame is refused with its reason while the others go on. */
+ * broken or misdirected frame is refused with its reason while the others go on, also while it computes. */
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
@@ -11,6 +11,7 @@
 #include <cmocka.h>
 
 #include "common/base/clock.h"
+#include "common/base/failpoint.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
@@ -18,7 +19,15 @@
 #include "proto/messages.h"
 #include "worker/engine.h"
 
-enum { ROUTER_ID = 7, WORKER_ID = 3, ROWS = 4, WAIT_MS = 30000, HELD = 8, BURST = 80 };
+enum {
+    ROUTER_ID = 7,
+    WORKER_ID = 3,
+    ROWS = 4,
+    ROWS_MANY = 150, /* of each expert: computed in three slices */
+    WAIT_MS = 30000,
+    HELD = 8,
+    BURST = 80,
+};
 
 typedef struct fixture {
     md_checkpoint *checkpoint;
@@ -28,6 +37,7 @@ typedef struct fixture {
     pc_epoch *epoch;
     net *n;
     net_peer *peer;
+    char address[NET_ADDRESS_BYTES];
     uint8_t *payload;
     pr_dispatch header;
 } fixture;
@@ -77,11 +87,29 @@ static net_event await(fixture *f, net_event_kind kind)
     }
 }
 
+/* The worker tells its cluster once its thread runs: before that it refuses us. */
+static void link_up(fixture *f)
+{
+    cm_error err;
+    for (f->peer = NULL; f->peer == NULL;) {
+        net_event event;
+        assert_int_equal(net_connect(f->n, f->address, &f->peer, &err), CM_OK);
+        do {
+            while (net_poll(f->n, &event, 1) == 0) {
+                struct pollfd fd = {.fd = net_fd(f->n), .events = POLLIN};
+                if (net_arm(f->n)) {
+                    poll(&fd, 1, 100);
+                }
+            }
+        } while (event.kind == NET_EV_SENT); /* of the link before */
+        f->peer = event.kind == NET_EV_UP ? f->peer : NULL;
+    }
+}
+
 static int setup(void **state)
 {
     fixture *f = cm_alloc(sizeof(*f));
     cm_error err = {0};
-    char bound[NET_ADDRESS_BYTES];
     net_options options;
     if (md_checkpoint_open(BALEEN_TEST_DATA "/model/tiny-odd/ckpt", &f->checkpoint, NULL, NULL, &err) !=
         CM_OK) {
@@ -101,7 +129,7 @@ static int setup(void **state)
                                 .router_max = 2,
                                 .window_max_us = 100,
                                 .answer_ms = 10000};
-    assert_int_equal(wk_engine_create(&engine, &f->engine, bound, &err), CM_OK);
+    assert_int_equal(wk_engine_create(&engine, &f->engine, f->address, &err), CM_OK);
     f->epoch = make_epoch(f->g, 5, 77);
     assert_int_equal(wk_shard_load(wk_engine_shard(f->engine), f->epoch->placement, 0, &err), CM_OK);
     wk_engine_commit(f->engine, f->epoch, WORKER_ID);
@@ -110,18 +138,7 @@ static int setup(void **state)
     options.receives_max = HELD;
     assert_int_equal(net_open(&options, &f->n, &err), CM_OK);
     net_set_identity(f->n, &(net_identity){77, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, ROUTER_ID});
-    for (f->peer = NULL; f->peer == NULL;) {
-        /* the worker tells its cluster once its thread runs: before that it refuses us */
-        net_event event;
-        assert_int_equal(net_connect(f->n, bound, &f->peer, &err), CM_OK);
-        while (net_poll(f->n, &event, 1) == 0) {
-            struct pollfd fd = {.fd = net_fd(f->n), .events = POLLIN};
-            if (net_arm(f->n)) {
-                poll(&fd, 1, 100);
-            }
-        }
-        f->peer = event.kind == NET_EV_UP ? f->peer : NULL;
-    }
+    link_up(f);
     *state = f;
     return 0;
 }
@@ -141,8 +158,8 @@ static int teardown(void **state)
     return 0;
 }
 
-/* ROWS rows, each to the first two experts of the layer that rank 0 owns. */
-static void make_frame(fixture *f, uint32_t layer)
+/* Rows, each to the first two experts of the layer that rank 0 owns. */
+static void make_large_frame(fixture *f, uint32_t layer, uint32_t n_row)
 {
     uint32_t d = f->g->d, n_block = kn_blocks(d, KN_ACT_BLOCK), owned[2], n = 0;
     for (uint32_t e = 0; e < f->g->n_expert && n < 2; e++) {
@@ -159,19 +176,24 @@ static void make_frame(fixture *f, uint32_t layer)
                                        .layer = layer,
                                        .exchange = 11},
                               .d = d,
-                              .n_row = ROWS,
-                              .n_slot = 2 * ROWS,
+                              .n_row = n_row,
+                              .n_slot = 2 * n_row,
                               .row_blocks = n_block};
     cm_free(f->payload);
-    f->payload = cm_alloc(pr_dispatch_bytes(2 * ROWS, ROWS, d, n_block));
-    for (uint32_t i = 0; i < 2 * ROWS; i++) {
+    f->payload = cm_alloc(pr_dispatch_bytes(2 * n_row, n_row, d, n_block));
+    for (uint32_t i = 0; i < 2 * n_row; i++) {
         ((pr_slot *)f->payload)[i] = (pr_slot){i / 2, owned[i % 2], 0.25f + (float)i};
     }
-    for (uint32_t i = 0; i < ROWS * d; i++) {
+    for (uint32_t i = 0; i < n_row * d; i++) {
         uint8_t code = (uint8_t)cm_rng_at(3, i, layer).word[0];
-        f->payload[pr_dispatch_codes_at(2 * ROWS) + i] = (code & 0x7f) == 0x7f ? 0 : code;
+        f->payload[pr_dispatch_codes_at(2 * n_row) + i] = (code & 0x7f) == 0x7f ? 0 : code;
     }
-    memset(f->payload + pr_dispatch_scales_at(2 * ROWS, ROWS, d), 120, ROWS * n_block);
+    memset(f->payload + pr_dispatch_scales_at(2 * n_row, n_row, d), 120, n_row * n_block);
+}
+
+static void make_frame(fixture *f, uint32_t layer)
+{
+    make_large_frame(f, layer, ROWS);
 }
 
 static cm_status try_send(fixture *f, uint16_t type, uint32_t header_bytes, uint64_t cut)
@@ -210,61 +232,70 @@ static kn_matrix stored_matrix(const fixture *f, uint32_t layer, uint32_t expert
                        .scale_dtype = scale->dtype == MD_F32 ? KN_F32 : KN_E8M0};
 }
 
+/* A combine frame against the oracle, one slot at a time. */
+static void check_answer(fixture *f, const net_event *event)
+{
+    uint32_t d = f->g->d, layer = f->header.head.layer, n_row = f->header.n_row;
+    assert_int_equal(event->type, PR_MSG_COMBINE);
+    const pr_combine *combine = event->header;
+    assert_int_equal(combine->n_slot, 2 * n_row);
+    assert_int_equal(combine->head.exchange, f->header.head.exchange);
+    assert_int_equal(combine->head.layer, layer);
+    assert_int_equal(event->payload_bytes, 2ull * 2 * n_row * d);
+
+    kn_device *device;
+    kn_stream *stream;
+    kn_ptr codes, scales, y;
+    cm_error err;
+    kn_limits limits = {.n_row = n_row,
+                        .n_in = d > f->g->inner ? d : f->g->inner,
+                        .n_inner = f->g->inner,
+                        .n_head = 1,
+                        .head_dim = 64,
+                        .n_key = 1,
+                        .n_expert = f->g->n_expert};
+    assert_int_equal(
+        kn_device_open(&(kn_device_options){.backend = "ref", .isa = "auto", .n_threads = 1}, &device, &err),
+        CM_OK);
+    assert_int_equal(kn_stream_open(device, &limits, &stream), CM_OK);
+    assert_int_equal(kn_mem_alloc(device, n_row * d, &codes), CM_OK);
+    assert_int_equal(kn_mem_alloc(device, n_row * f->header.row_blocks, &scales), CM_OK);
+    assert_int_equal(kn_mem_alloc(device, 2 * d, &y), CM_OK);
+    kn_copy_to_device(stream, codes, f->payload + pr_dispatch_codes_at(2 * n_row), n_row * d);
+    kn_copy_to_device(stream, scales, f->payload + pr_dispatch_scales_at(2 * n_row, n_row, d),
+                      n_row * f->header.row_blocks);
+    for (uint32_t i = 0; i < 2 * n_row; i++) {
+        const pr_slot *slot = (const pr_slot *)f->payload + i;
+        kn_expert_item item = {slot->row, 0, slot->weight};
+        kn_expert expert = {stored_matrix(f, layer, slot->expert, "w1"),
+                            stored_matrix(f, layer, slot->expert, "w3"),
+                            stored_matrix(f, layer, slot->expert, "w2")};
+        kn_expert_group group = {&expert, 0, 1};
+        kn_moe(device)->experts(stream, &group, 1, &item, (kn_q8){codes, scales}, f->g->swiglu_limit, y);
+        assert_int_equal(kn_stream_sync(stream), CM_OK);
+        assert_memory_equal((const uint16_t *)event->payload + (size_t)i * d, kn_mem_host(device, y), 2 * d);
+    }
+    kn_mem_free(device, codes);
+    kn_mem_free(device, scales);
+    kn_mem_free(device, y);
+    kn_stream_close(stream);
+    kn_device_close(device);
+}
+
+static void expect_answer(fixture *f)
+{
+    net_event event = await(f, NET_EV_MESSAGE);
+    check_answer(f, &event);
+    net_release(f->n, &event);
+}
+
 static void test_answers(void **state)
 {
     fixture *f = *state;
-    uint32_t d = f->g->d;
     for (uint32_t layer = 0; layer < f->g->n_layer; layer++) {
         make_frame(f, layer);
         send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
-        net_event event = await(f, NET_EV_MESSAGE);
-        assert_int_equal(event.type, PR_MSG_COMBINE);
-        const pr_combine *combine = event.header;
-        assert_int_equal(combine->n_slot, 2 * ROWS);
-        assert_int_equal(combine->head.exchange, 11);
-        assert_int_equal(combine->head.layer, layer);
-        assert_int_equal(event.payload_bytes, 2ull * 2 * ROWS * d);
-
-        /* the oracle, one slot at a time */
-        kn_device *device;
-        kn_stream *stream;
-        kn_ptr codes, scales, y;
-        cm_error err;
-        kn_limits limits = {.n_row = ROWS,
-                            .n_in = d > f->g->inner ? d : f->g->inner,
-                            .n_inner = f->g->inner,
-                            .n_head = 1,
-                            .head_dim = 64,
-                            .n_key = 1,
-                            .n_expert = f->g->n_expert};
-        assert_int_equal(kn_device_open(&(kn_device_options){.backend = "ref", .isa = "auto", .n_threads = 1},
-                                        &device, &err),
-                         CM_OK);
-        assert_int_equal(kn_stream_open(device, &limits, &stream), CM_OK);
-        assert_int_equal(kn_mem_alloc(device, ROWS * d, &codes), CM_OK);
-        assert_int_equal(kn_mem_alloc(device, ROWS * f->header.row_blocks, &scales), CM_OK);
-        assert_int_equal(kn_mem_alloc(device, 2 * d, &y), CM_OK);
-        kn_copy_to_device(stream, codes, f->payload + pr_dispatch_codes_at(2 * ROWS), ROWS * d);
-        kn_copy_to_device(stream, scales, f->payload + pr_dispatch_scales_at(2 * ROWS, ROWS, d),
-                          ROWS * f->header.row_blocks);
-        for (uint32_t i = 0; i < 2 * ROWS; i++) {
-            const pr_slot *slot = (const pr_slot *)f->payload + i;
-            kn_expert_item item = {slot->row, 0, slot->weight};
-            kn_expert expert = {stored_matrix(f, layer, slot->expert, "w1"),
-                                stored_matrix(f, layer, slot->expert, "w3"),
-                                stored_matrix(f, layer, slot->expert, "w2")};
-            kn_expert_group group = {&expert, 0, 1};
-            kn_moe(device)->experts(stream, &group, 1, &item, (kn_q8){codes, scales}, f->g->swiglu_limit, y);
-            assert_int_equal(kn_stream_sync(stream), CM_OK);
-            assert_memory_equal((const uint16_t *)event.payload + (size_t)i * d, kn_mem_host(device, y),
-                                2 * d);
-        }
-        kn_mem_free(device, codes);
-        kn_mem_free(device, scales);
-        kn_mem_free(device, y);
-        kn_stream_close(stream);
-        kn_device_close(device);
-        net_release(f->n, &event);
+        expect_answer(f);
     }
 }
 
@@ -338,6 +369,64 @@ static void test_refusals(void **state)
     test_answers(state); /* nothing else was disturbed */
 }
 
+/* Begins a frame of ROWS_MANY rows that is not computed to its end while the failpoint is armed. */
+static void begin_large(fixture *f)
+{
+    cm_error err;
+    assert_int_equal(cm_failpoints_arm("worker_compute_stalls", 0, &err), CM_OK);
+    make_large_frame(f, 0, ROWS_MANY);
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    for (int i = 0; i < 3; i++) { /* whatever is answered after the first of these is answered in between */
+        f->header.head.epoch = 4;
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        expect_refusal(f, CM_E_STALE);
+    }
+    f->header.head.epoch = 5;
+}
+
+static int disarm(void)
+{
+    cm_error err;
+    return cm_failpoints_arm("worker_compute_stalls:0", 0, &err);
+}
+
+/* A worker in the middle of a large group hears and answers: its routers have no reason to call it silent. */
+static void test_breathes(void **state)
+{
+    fixture *f = *state;
+    begin_large(f);
+    assert_int_equal(disarm(), CM_OK);
+    expect_answer(f);
+    test_answers(state);
+}
+
+static void expect_stale(fixture *f)
+{
+    f->header.head.epoch = 4;
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    expect_refusal(f, CM_E_STALE);
+}
+
+/* A link that ends in the middle takes its answer with it; whoever has its memory next does not get it. */
+static void test_link_lost_computing(void **state)
+{
+    fixture *f = *state;
+    begin_large(f);
+    net_disconnect(f->peer);
+    for (int i = 0; i < 3; i++) { /* one after the other: one of them has the place of the one that ended */
+        link_up(f);
+        expect_stale(f);
+        expect_stale(f);
+    }
+    assert_int_equal(disarm(), CM_OK);
+    test_answers(state);
+}
+
+static int teardown_armed(void **state)
+{
+    return disarm() | teardown(state);
+}
+
 /* A router that takes in nothing for a while gets a reply to every frame when it does: refusals and answers
  * for which its link had no room are kept. */
 static void test_no_room(void **state)
@@ -407,6 +496,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_room, setup, teardown),
         cmocka_unit_test_setup_teardown(test_epochs, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_breathes, setup, teardown_armed),
+        cmocka_unit_test_setup_teardown(test_link_lost_computing, setup, teardown_armed),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

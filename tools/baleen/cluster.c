@@ -21,7 +21,7 @@ enum {
     CLUSTER_KILL_MS = 5000,     /* beyond what a process was told it may take */
     CLUSTER_AGAIN_MIN_MS = 200, /* before a process that failed is started again; doubled each time */
     CLUSTER_AGAIN_MAX_MS = 10000,
-    CLUSTER_STEADY_MS = 30000, /* one that ran for so long has its failures forgotten */
+    CLUSTER_STEADY_MS = 5000, /* one that ran for so long has its failures forgotten */
     CLUSTER_READY_LINE_MAX = 4096,
     CLUSTER_ADDRESS_BYTES = 128,
 };
@@ -122,6 +122,13 @@ static uint32_t cluster_count(const cluster *self, cluster_role role, bool only_
     return n;
 }
 
+/* A script has no experts to hold. */
+static uint64_t cluster_workers(const cluster *self)
+{
+    const up_config *config = self->options->config;
+    return config->scripted_model[0] != '\0' ? 0 : config->workers;
+}
+
 /* Those that run or will run again. */
 static uint32_t cluster_count_alive(const cluster *self, cluster_role role)
 {
@@ -169,6 +176,9 @@ static void args_for_role(const cluster *self, const cluster_child *child, spawn
     }
     spawn_args_add(args, "--coordinator=%s", self->children[0]->address);
     spawn_args_add(args, "--model=%s", options->model_dir);
+    if (child->role != CLUSTER_WORKER) {
+        spawn_args_add(args, "--scripted-model=%s", config->scripted_model);
+    }
     if (child->role == CLUSTER_GATEWAY) {
         spawn_args_add(args, "--http=%s", self->http[0] != '\0' ? self->http : config->http);
         spawn_args_add(args, "--grpc=%s", self->grpc[0] != '\0' ? self->grpc : config->grpc);
@@ -296,7 +306,7 @@ static void cluster_draw(const cluster *self)
     cli_progress("starting: coordinator %u/1, routers %u/%llu, workers %u/%llu, gateway %u/1, %.1f s: %s",
                  cluster_count(self, CLUSTER_COORDINATOR, true), cluster_count(self, CLUSTER_ROUTER, true),
                  (unsigned long long)config->routers, cluster_count(self, CLUSTER_WORKER, true),
-                 (unsigned long long)config->workers, cluster_count(self, CLUSTER_GATEWAY, true),
+                 (unsigned long long)cluster_workers(self), cluster_count(self, CLUSTER_GATEWAY, true),
                  (double)(cm_now_ms() - self->begin_ms) / 1e3,
                  self->probe != NULL ? ready_probe_reason(self->probe) : "processes start");
 }
@@ -593,7 +603,7 @@ cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster 
     for (uint32_t i = 0; i < config->routers; i++) {
         cluster_add(self, CLUSTER_ROUTER, i, true);
     }
-    for (uint32_t i = 0; i < config->workers; i++) {
+    for (uint32_t i = 0; i < cluster_workers(self); i++) {
         cluster_add(self, CLUSTER_WORKER, i, true);
     }
     cluster_add(self, CLUSTER_GATEWAY, 0, false);

@@ -24,6 +24,10 @@ static const cm_cfg_field g_fields[] = {
     {"workers", "3", "processes that hold experts", CM_CFG_UINT(up_config, workers, 1, 256)},
     {"routers", "1", "processes that run sequences", CM_CFG_UINT(up_config, routers, 1, 64)},
     {"model", "models/nano", "folder of the checkpoint", CM_CFG_STRING(up_config, model)},
+    {"scripted_model", "",
+     "for tests of clients: a name; no model runs and no workers: every answer is the text of the last user "
+     "or tool message, control spellings recognised",
+     CM_CFG_STRING(up_config, scripted_model)},
     {"http", "127.0.0.1:0", "address of the HTTP interface; port 0 takes a free one",
      CM_CFG_STRING(up_config, http)},
     {"grpc", "127.0.0.1:0", "address of the gRPC interface; port 0 takes a free one",
@@ -230,6 +234,14 @@ static void up_watch_signals(up *self)
 
 /* ---- life ---- */
 
+static const char *up_model_name(const up *self)
+{
+    if (self->config.scripted_model[0] != '\0') {
+        return self->config.scripted_model;
+    }
+    return self->config.name[0] != '\0' ? self->config.name : strrchr(self->model_dir, '/') + 1;
+}
+
 static cm_status up_run(up *self, cm_error *err)
 {
     self->options = (cluster_options){
@@ -238,7 +250,7 @@ static cm_status up_run(up *self, cm_error *err)
         .store_dir = self->store_dir,
         .bin_dir = self->bin_dir,
         .model_dir = self->model_dir,
-        .model_name = self->config.name[0] != '\0' ? self->config.name : strrchr(self->model_dir, '/') + 1,
+        .model_name = up_model_name(self),
         .tls_dir = self->tls_dir,
         .env = self->env,
         .ready = up_ready,

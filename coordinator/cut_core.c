@@ -1,0 +1,165 @@
+#include "common/base/mem.h"
+#include "coordinator/core_private.h"
+
+/* A router and a worker that both live and cannot reach one another: a cable, a rule of a firewall. No lease
+ * ends, so after cut_ms one of the two goes. Which one follows from who else complains: a router that is
+ * alone with it while others reach the worker is drained, or else the worker is left out of the next epoch.
+ * It is tried again after a while that doubles each time it is left out again soon; as a new process at once.
+ */
+
+enum {
+    CUT_HOLD_MIN_MS = 60000, /* left out, the first time */
+    CUT_HOLD_MAX_MS = 3600000,
+};
+
+/* ---- reports ---- */
+
+static uint32_t cut_find(const co_core *core, uint32_t router, uint32_t worker)
+{
+    uint32_t i = 0;
+    while (i < core->n_cuts && (core->cuts[i].router != router || core->cuts[i].worker != worker)) {
+        i++;
+    }
+    return i;
+}
+
+static void cut_drop(co_core *core, uint32_t i)
+{
+    core->cuts[i] = core->cuts[--core->n_cuts];
+}
+
+void co_core_cut_report(co_core *core, const co_member *router, const co_member *worker, cm_status status)
+{
+    uint32_t i = cut_find(core, router->self.id, worker->self.id);
+    if (status == CM_OK && i < core->n_cuts) {
+        co_core_note(core, CM_LOG_INFO, "member %u has its link to member %u again", router->self.id,
+                     worker->self.id);
+        cut_drop(core, i);
+    }
+    if (status == CM_OK || i < core->n_cuts || worker->cut_off) {
+        return;
+    }
+    co_core_note(core, CM_LOG_WARN, "member %u lost its link to member %u: %s", router->self.id,
+                 worker->self.id, cm_status_text(status));
+    if (core->n_cuts == core->cuts_cap) {
+        core->cuts_cap = core->cuts_cap != 0 ? core->cuts_cap * 2 : 4;
+        core->cuts = cm_realloc(core->cuts, sizeof(co_cut) * core->cuts_cap);
+    }
+    core->cuts[core->n_cuts++] = (co_cut){router->self.id, worker->self.id, core->now_ms};
+}
+
+void co_core_cuts_forget(co_core *core, uint32_t id)
+{
+    for (uint32_t i = core->n_cuts; i-- > 0;) {
+        if (core->cuts[i].router == id || core->cuts[i].worker == id) {
+            cut_drop(core, i);
+        }
+    }
+}
+
+/* ---- what follows ---- */
+
+static bool cut_lasts(const co_core *core, const co_member *router, const co_member *worker)
+{
+    uint32_t i = cut_find(core, router->self.id, worker->self.id);
+    return i < core->n_cuts && core->now_ms - core->cuts[i].since_ms >= core->cut_ms;
+}
+
+/* One whose word counts: it serves and goes on doing so. */
+static bool cut_may_judge(const co_core *core, const co_member *router)
+{
+    return co_member_is_in(router) && router->self.role == CO_ROLE_ROUTER && router->session != 0 &&
+           !router->leaving && core->epoch != NULL && co_epoch_find(core->epoch, router->self.id) != NULL;
+}
+
+static void cut_leave_out(co_core *core, co_member *worker, uint32_t n_cut, uint32_t n_router)
+{
+    cm_error err = {0};
+    if (co_core_check_room(core, worker, &err) != CM_OK) {
+        if (!worker->cut_noted) {
+            worker->cut_noted = true;
+            co_core_note(core, CM_LOG_WARN,
+                         "%u of %u routers cannot reach member %u, and it cannot be left out: %s", n_cut,
+                         n_router, worker->self.id, err.text);
+        }
+        return;
+    }
+    bool soon = worker->cut_hold_ms != 0 && core->now_ms < worker->cut_until_ms + worker->cut_hold_ms;
+    uint64_t hold_ms = soon ? worker->cut_hold_ms * 2 : CUT_HOLD_MIN_MS;
+    worker->cut_hold_ms = hold_ms < CUT_HOLD_MAX_MS ? hold_ms : CUT_HOLD_MAX_MS;
+    worker->cut_until_ms = core->now_ms + worker->cut_hold_ms;
+    worker->cut_off = true;
+    core->dirty = true;
+    co_core_cuts_forget(core, worker->self.id);
+    co_core_note(core, CM_LOG_WARN,
+                 "member %u is left out: %u of %u routers have not reached it for %llu ms; it is tried again "
+                 "in %llu s",
+                 worker->self.id, n_cut, n_router, (unsigned long long)core->cut_ms,
+                 (unsigned long long)worker->cut_hold_ms / 1000);
+}
+
+static void cut_judge(co_core *core, co_member *worker)
+{
+    uint32_t n_router = 0, n_cut = 0;
+    co_member *last = NULL;
+    for (uint32_t i = 0; i < core->n_members; i++) {
+        co_member *router = &core->members[i];
+        if (cut_may_judge(core, router)) {
+            n_router++;
+            if (cut_lasts(core, router, worker)) {
+                n_cut++;
+                last = router;
+            }
+        }
+    }
+    if (n_cut == 1 && n_router > 1) {
+        co_core_note(core, CM_LOG_WARN,
+                     "member %u is drained: it has not reached member %u for %llu ms, which %u other routers "
+                     "do reach",
+                     last->self.id, worker->self.id, (unsigned long long)core->cut_ms, n_router - 1);
+        co_core_begin_leaving(core, last);
+    } else if (n_cut > 0) {
+        cut_leave_out(core, worker, n_cut, n_router);
+    } else {
+        worker->cut_noted = false;
+    }
+}
+
+void co_core_end_cut(co_core *core, co_member *worker, const char *why)
+{
+    worker->cut_off = false;
+    core->dirty = true;
+    co_core_note(core, CM_LOG_INFO, "member %u is tried again: %s", worker->self.id, why);
+}
+
+void co_core_cuts(co_core *core)
+{
+    if (core->cut_ms == 0) {
+        return;
+    }
+    for (uint32_t i = 0; i < core->n_members; i++) {
+        co_member *worker = &core->members[i];
+        if (worker->self.role != CO_ROLE_WORKER || !co_member_is_in(worker)) {
+            continue;
+        }
+        if (!worker->cut_off && !worker->leaving) {
+            cut_judge(core, worker);
+        } else if (worker->cut_off && core->now_ms >= worker->cut_until_ms) {
+            co_core_end_cut(core, worker, "it has been left out long enough");
+        }
+    }
+}
+
+uint64_t co_core_cuts_wake_ms(const co_core *core)
+{
+    uint64_t wake_ms = UINT64_MAX;
+    for (uint32_t i = 0; core->cut_ms != 0 && i < core->n_cuts; i++) {
+        uint64_t at_ms = core->cuts[i].since_ms + core->cut_ms;
+        wake_ms = at_ms > core->now_ms && at_ms < wake_ms ? at_ms : wake_ms;
+    }
+    for (uint32_t i = 0; i < core->n_members; i++) {
+        const co_member *worker = &core->members[i];
+        wake_ms = worker->cut_off && worker->cut_until_ms < wake_ms ? worker->cut_until_ms : wake_ms;
+    }
+    return wake_ms;
+}

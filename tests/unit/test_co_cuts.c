@@ -1,0 +1,205 @@
+/* The coordinator's machine: routers and workers that live and cannot reach one another. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "tests/unit/co_fake.h"
+
+enum { CUT_MS = 10000, HOLD_MS = 60000 }; /* of co_fake.c; of the machine */
+
+static bool in_epoch(const fake_cluster *f, uint32_t id)
+{
+    return co_epoch_find(co_core_epoch(f->core), id) != NULL;
+}
+
+static void pass_and_settle(fake_cluster *f, uint64_t ms)
+{
+    fake_pass(f, ms);
+    fake_settle(f);
+}
+
+/* Three workers, n routers, one gateway. */
+static void start(fake_cluster *f, uint32_t n_routers)
+{
+    fake_start(f, 3);
+    for (uint32_t i = 1; i < n_routers; i++) {
+        fake_spawn(f, CO_ROLE_ROUTER);
+    }
+    fake_settle(f);
+    fake_check_whole(f);
+}
+
+/* With one router the worker goes, comes back after a while, and goes for longer. */
+static void one_router(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    start(&f, 1);
+    fake_peer *router = fake_nth(&f, CO_ROLE_ROUTER, 0), *worker = &f.peers[1];
+    fake_report(&f, router, worker->id, CM_E_SILENT);
+    uint32_t n_warnings = f.n_warnings;
+    pass_and_settle(&f, CUT_MS - 100);
+    fake_report(&f, router, worker->id, CM_E_UNREACHABLE); /* still; no news and no new begin */
+    assert_int_equal(f.n_warnings, n_warnings);
+    assert_true(in_epoch(&f, worker->id));
+    assert_int_equal(fake_state(&f, worker), CO_MEMBER_SUSPECT);
+    assert_true(co_core_wake_ms(f.core) <= f.now_ms + 100);
+    uint32_t n_retires = f.n_retires;
+    pass_and_settle(&f, 100);
+    assert_false(in_epoch(&f, worker->id));
+    assert_int_equal(f.n_retires, n_retires + 3); /* it too: what it holds would come on top of the next */
+    assert_int_equal(fake_state(&f, worker), CO_MEMBER_CUT_OFF);
+    assert_true(worker->alive && worker->session != 0 && !worker->told_drain);
+    assert_int_equal(co_core_n_lost(f.core), 0);
+
+    pass_and_settle(&f, HOLD_MS - 1000);
+    assert_false(in_epoch(&f, worker->id));
+    pass_and_settle(&f, 1000);
+    fake_check_whole(&f); /* nobody complains any more */
+    pass_and_settle(&f, 2 * CUT_MS);
+    fake_check_whole(&f);
+
+    fake_report(&f, router, worker->id, CM_E_UNREACHABLE);
+    pass_and_settle(&f, CUT_MS);
+    assert_false(in_epoch(&f, worker->id));
+    pass_and_settle(&f, 2 * HOLD_MS - 1000);
+    assert_false(in_epoch(&f, worker->id));
+    pass_and_settle(&f, 1000);
+    fake_check_whole(&f);
+    pass_and_settle(&f, 2 * HOLD_MS); /* it was well for long enough */
+    fake_report(&f, router, worker->id, CM_E_UNREACHABLE);
+    pass_and_settle(&f, CUT_MS);
+    pass_and_settle(&f, HOLD_MS);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
+/* What is over in time, or was said by somebody else's business, changes nothing. */
+static void over_in_time(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    start(&f, 1);
+    fake_peer *router = fake_nth(&f, CO_ROLE_ROUTER, 0), *gateway = fake_nth(&f, CO_ROLE_GATEWAY, 0);
+    uint64_t number = co_core_epoch(f.core)->number;
+    for (uint32_t i = 0; i < 5; i++) {
+        fake_report(&f, router, f.peers[1].id, CM_E_RESET);
+        fake_pass(&f, CUT_MS - 500);
+        fake_report(&f, router, f.peers[1].id, CM_OK);
+        fake_pass(&f, 500);
+    }
+    fake_report(&f, router, f.peers[0].id, CM_OK); /* never lost */
+    fake_report(&f, gateway, router->id, CM_E_RESET);
+    fake_report(&f, gateway, f.peers[0].id, CM_E_RESET);
+    fake_report(&f, &f.peers[0], f.peers[1].id, CM_E_RESET);
+    pass_and_settle(&f, 3 * CUT_MS);
+    fake_report(&f, router, f.peers[1].id, CM_E_RESET);
+    fake_pass(&f, CUT_MS - 500);
+    fake_disconnect(&f, router); /* it will say it anew */
+    fake_settle(&f);
+    pass_and_settle(&f, CUT_MS);
+    assert_int_equal(co_core_epoch(f.core)->number, number);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
+/* The one that is alone with its complaint goes, and only it. */
+static void the_odd_router(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    start(&f, 3);
+    fake_peer *odd = fake_nth(&f, CO_ROLE_ROUTER, 1);
+    uint32_t id = odd->id;
+    fake_report(&f, odd, f.peers[0].id, CM_E_SILENT);
+    fake_report(&f, odd, f.peers[1].id, CM_E_SILENT);
+    fake_pass(&f, CUT_MS);
+    assert_int_equal(fake_state(&f, odd), CO_MEMBER_LEAVING);
+    fake_settle(&f);
+    assert_true(odd->told_drain && odd->finished);
+    assert_false(in_epoch(&f, id));
+    pass_and_settle(&f, 2 * CUT_MS);
+    fake_check_whole(&f); /* all three workers */
+    fake_fini(&f);
+}
+
+static void two_of_three_routers(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    start(&f, 3);
+    fake_peer *worker = &f.peers[2];
+    fake_report(&f, fake_nth(&f, CO_ROLE_ROUTER, 0), worker->id, CM_E_SILENT);
+    fake_report(&f, fake_nth(&f, CO_ROLE_ROUTER, 2), worker->id, CM_E_SILENT);
+    pass_and_settle(&f, CUT_MS);
+    assert_false(in_epoch(&f, worker->id));
+    assert_int_equal(co_epoch_count(co_core_epoch(f.core), CO_ROLE_ROUTER), 3);
+    fake_kill(&f, worker); /* as a new process it is taken at once */
+    fake_spawn(&f, CO_ROLE_WORKER);
+    pass_and_settle(&f, 1000);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
+/* A router that reaches nobody when it is the only one: leaving its workers out would help nobody. */
+static void no_room_without_it(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_init(&f, 2);
+    fake_spawn(&f, CO_ROLE_WORKER)->capacity = 12; /* of 24 */
+    fake_spawn(&f, CO_ROLE_WORKER)->capacity = 12;
+    fake_spawn(&f, CO_ROLE_ROUTER);
+    fake_spawn(&f, CO_ROLE_GATEWAY);
+    fake_settle(&f);
+    uint64_t number = co_core_epoch(f.core)->number;
+    fake_report(&f, &f.peers[2], f.peers[0].id, CM_E_SILENT);
+    fake_report(&f, &f.peers[2], f.peers[1].id, CM_E_SILENT);
+    uint32_t n_warnings = f.n_warnings;
+    pass_and_settle(&f, 5 * CUT_MS);
+    assert_int_equal(f.n_warnings, n_warnings + 2); /* said once for each */
+    assert_int_equal(co_core_epoch(f.core)->number, number);
+    fake_check_whole(&f);
+    fake_peer *third = fake_spawn(&f, CO_ROLE_WORKER); /* with it, one of them can be spared */
+    third->capacity = 12;
+    pass_and_settle(&f, 1000);
+    assert_true(in_epoch(&f, third->id));
+    assert_int_equal(in_epoch(&f, f.peers[0].id) + in_epoch(&f, f.peers[1].id), 1);
+    fake_fini(&f);
+}
+
+/* A worker that is left out is better than none. */
+static void taken_back_when_it_is_needed(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_init(&f, 3);
+    for (uint32_t i = 0; i < 3; i++) {
+        fake_spawn(&f, CO_ROLE_WORKER)->capacity = 12;
+    }
+    fake_spawn(&f, CO_ROLE_ROUTER);
+    fake_spawn(&f, CO_ROLE_GATEWAY);
+    fake_settle(&f);
+    fake_report(&f, &f.peers[3], f.peers[0].id, CM_E_SILENT);
+    pass_and_settle(&f, CUT_MS);
+    assert_false(in_epoch(&f, f.peers[0].id));
+    fake_kill(&f, &f.peers[1]);
+    pass_and_settle(&f, 1000);
+    fake_check_whole(&f);
+    assert_true(in_epoch(&f, f.peers[0].id));
+    fake_fini(&f);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(one_router),         cmocka_unit_test(over_in_time),
+        cmocka_unit_test(the_odd_router),     cmocka_unit_test(two_of_three_routers),
+        cmocka_unit_test(no_room_without_it), cmocka_unit_test(taken_back_when_it_is_needed),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,213 @@
+/* Which router computes which stream: what is left behind, and who waits for whom. The rest is t_reopen's. */
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <cmocka.h>
+
+#include "gateway/place_core.h"
+
+enum { A = 1, B = 2 };
+
+static uint64_t g_now_ms;
+
+static void begin(gw_place *place, uint32_t opens_max)
+{
+    gw_place_limits limits = {
+        .reopen_ms = 60000, .rebind_ms = 300, .leave_ms = 5000, .opens_max = opens_max, .seed = 1};
+    g_now_ms = 1000;
+    gw_place_init(place, &limits);
+}
+
+static void expect_act(gw_place *place, gw_place_act act, const gw_spot *spot, uint64_t router)
+{
+    gw_place_action action;
+    assert_true(gw_place_next(place, g_now_ms, &action));
+    assert_int_equal(action.act, act);
+    assert_ptr_equal(action.spot, spot);
+    assert_int_equal(action.router, router);
+}
+
+static void expect_rest(gw_place *place)
+{
+    gw_place_action action;
+    assert_false(gw_place_next(place, g_now_ms, &action));
+}
+
+static void expect_end(gw_place *place, gw_spot *spot, uint64_t router)
+{
+    uint64_t routers[GW_PLACE_COPIES];
+    uint32_t n = gw_place_end(place, spot, routers);
+    assert_int_equal(n, router != 0);
+    if (n > 0) {
+        assert_int_equal(routers[0], router);
+    }
+}
+
+/* Runs at A, its link is lost and A is not reached: asked for at B. */
+static void move_to_b(gw_place *place, gw_spot *spot)
+{
+    gw_place_up(place, A);
+    gw_place_begin(place, g_now_ms, spot, 0);
+    expect_act(place, GW_PLACE_OPEN, spot, A);
+    gw_place_word(place, g_now_ms, spot, true);
+    gw_place_up(place, B);
+    gw_place_down(place, g_now_ms, A);
+    gw_place_unreachable(place, A);
+    expect_act(place, GW_PLACE_OPEN, spot, B);
+}
+
+static void a_copy_is_forgotten(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_word(&place, g_now_ms, &spot, false);
+    expect_rest(&place); /* A may come back */
+    gw_place_up(&place, A);
+    expect_act(&place, GW_PLACE_FORGET, &spot, A);
+    expect_rest(&place);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
+/* Its client goes away before B has answered: A computes it for nobody. */
+static void who_ends_leaves_a_copy(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_up(&place, A);
+    expect_end(&place, &spot, A);
+    expect_rest(&place);
+    gw_place_fini(&place);
+}
+
+/* B accepts and ends it in one frame, before anybody asked what to do. */
+static void who_ends_at_once_leaves_a_copy(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_up(&place, A);
+    gw_place_word(&place, g_now_ms, &spot, true);
+    expect_end(&place, &spot, A);
+    gw_place_fini(&place);
+}
+
+static void who_is_not_linked_is_not_told(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
+/* B is lost as well: the copy at A still has to go once the stream runs elsewhere. */
+static void a_copy_outlives_the_next_loss(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_word(&place, g_now_ms, &spot, true);
+    gw_place_down(&place, g_now_ms, B);
+    expect_rest(&place); /* B may be back in a moment */
+    gw_place_up(&place, B);
+    expect_act(&place, GW_PLACE_RESUME, &spot, B);
+    gw_place_word(&place, g_now_ms, &spot, true);
+    gw_place_up(&place, A);
+    expect_act(&place, GW_PLACE_FORGET, &spot, A);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
+/* B fails it: A has it still, and it goes on there. */
+static void a_copy_is_gone_back_to(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    move_to_b(&place, &spot);
+    gw_place_word(&place, g_now_ms, &spot, true);
+    expect_rest(&place);
+    assert_true(gw_place_refused(&place, g_now_ms, &spot, CM_E_UNAVAILABLE));
+    gw_place_up(&place, A);
+    expect_act(&place, GW_PLACE_RESUME, &spot, A);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
+/* Many clients come back for streams at A, whose answers take their time: others go to B meanwhile. */
+static void a_turn_at_one_router_holds_up_nobody(void **state)
+{
+    gw_place place;
+    gw_spot first = {0}, second = {0}, third = {0};
+    (void)state;
+    begin(&place, 1);
+    gw_place_up(&place, A);
+    gw_place_up(&place, B);
+    gw_place_begin(&place, g_now_ms, &first, A);
+    gw_place_begin(&place, g_now_ms, &second, A);
+    gw_place_begin(&place, g_now_ms, &third, 0);
+    expect_act(&place, GW_PLACE_RESUME, &first, A);
+    expect_act(&place, GW_PLACE_OPEN, &third, B);
+    expect_rest(&place);
+    gw_place_word(&place, g_now_ms, &first, true);
+    expect_act(&place, GW_PLACE_RESUME, &second, A);
+    expect_end(&place, &first, 0);
+    expect_end(&place, &second, 0);
+    expect_end(&place, &third, 0);
+    gw_place_fini(&place);
+}
+
+/* No router takes the first; the second has one that has it. */
+static void a_queue_holds_up_no_resume(void **state)
+{
+    gw_place place;
+    gw_spot first = {0}, second = {0}, third = {0};
+    (void)state;
+    begin(&place, 1);
+    gw_place_begin(&place, g_now_ms, &first, 0);
+    gw_place_begin(&place, g_now_ms, &second, A);
+    gw_place_begin(&place, g_now_ms, &third, 0);
+    gw_place_stands(&place, g_now_ms, A, GW_PLACE_DRAINING);
+    gw_place_up(&place, A);
+    expect_act(&place, GW_PLACE_RESUME, &second, A);
+    expect_rest(&place);
+    gw_place_up(&place, B);
+    expect_act(&place, GW_PLACE_OPEN, &first, B); /* first come, first served */
+    expect_act(&place, GW_PLACE_OPEN, &third, B);
+    expect_end(&place, &first, 0);
+    expect_end(&place, &second, 0);
+    expect_end(&place, &third, 0);
+    gw_place_fini(&place);
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(a_copy_is_forgotten),
+        cmocka_unit_test(who_ends_leaves_a_copy),
+        cmocka_unit_test(who_ends_at_once_leaves_a_copy),
+        cmocka_unit_test(who_is_not_linked_is_not_told),
+        cmocka_unit_test(a_copy_outlives_the_next_loss),
+        cmocka_unit_test(a_copy_is_gone_back_to),
+        cmocka_unit_test(a_turn_at_one_router_holds_up_nobody),
+        cmocka_unit_test(a_queue_holds_up_no_resume),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
