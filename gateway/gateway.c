@@ -201,7 +201,8 @@ static cm_status open_model(gw_gateway *gateway, cm_error *err)
     cm_status status =
         md_tokenizer_open(cm_bytes_text(&path), gateway->geometry.vocab, &gateway->tokenizer, err);
     cm_bytes_fini(&path);
-    return status;
+    CM_TRY(status);
+    return gw_tokenizer_zip(dir, &gateway->tokenizer_zip, gateway->tokenizer_sha256, err);
 }
 
 static cm_status open_serve_tls(gw_gateway *gateway, cm_error *err)
@@ -317,7 +318,9 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
         .loop = loop,
         .jobs = cm_jobs_create("encode", (uint32_t)config->encode_threads, (uint32_t)config->streams_max + 1),
         .tokenizer = gateway->tokenizer,
-        .profile = md_profile_detect(config->model)};
+        .profile = md_profile_detect(config->model),
+        .strict_replay = strcmp(config->reasoning_replay, "strict") == 0,
+        .json_word = config->json_word};
     status = open_surfaces(gateway, err);
     if (status != CM_OK) {
         goto err_gateway;
@@ -356,6 +359,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
     if (gateway->tokenizer != NULL) {
         md_tokenizer_close(gateway->tokenizer);
     }
+    cm_bytes_fini(&gateway->tokenizer_zip);
     pc_epoch_release(gateway->epoch);
     gw_member_stats_free(gateway);
     gw_cluster_load_free(gateway);
@@ -471,6 +475,13 @@ cm_status gw_gateway_identify(const gw_gateway *gateway, const char *authorizati
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)
 {
     return gateway->tokenizer;
+}
+
+void gw_gateway_tokenizer_files(const gw_gateway *gateway, gw_archive *archive_out)
+{
+    *archive_out = (gw_archive){.data = gateway->tokenizer_zip.data,
+                                .n_bytes = gateway->tokenizer_zip.len,
+                                .sha256 = gateway->tokenizer_sha256};
 }
 
 cm_status gw_model_check(const gw_gateway *gateway, const char *name, gw_error *error_out)

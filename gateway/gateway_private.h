@@ -16,6 +16,7 @@
 #include "gateway/telemetry.h"
 #include "gateway/tenant_core.h"
 #include "gateway/tenants.h"
+#include "gateway/tokenizer_files.h"
 
 enum { GW_RETRY_MS = 1000, GW_ALIASES_MAX = 16 };
 
@@ -63,6 +64,8 @@ struct gw_gateway {
     char *alias[GW_ALIASES_MAX];
     uint32_t n_alias;
     md_tokenizer *tokenizer;
+    cm_bytes tokenizer_zip; /* its files, for clients; its hash in hex */
+    char tokenizer_sha256[GW_SHA256_HEX];
     gw_encoder encoder;
 
     gw_routers *routers;

@@ -22,6 +22,13 @@ static const cm_cfg_field FIELDS[] = {
     {"scripted_model", "", "tests only: the same option of the routers; also the name clients ask for",
      CM_CFG_STRING(gw_config, scripted_model)},
     {"net", "ucx", "transport to the routers", CM_CFG_CHOICE(gw_config, net, "ucx|mpi|local")},
+    {"reasoning_replay", "lenient",
+     "tool calls in the history of a chat in thinking mode that come without their reasoning_content: "
+     "lenient takes it as empty, strict refuses them, as DeepSeek does",
+     CM_CFG_CHOICE(gw_config, reasoning_replay, "lenient|strict")},
+    {"json_word", "on",
+     "refuse response_format json_object when no message has the word json, as DeepSeek does",
+     CM_CFG_BOOL(gw_config, json_word)},
     {"streams_max", "1024", "requests generating or waiting at once; more are refused",
      CM_CFG_UINT(gw_config, streams_max, 1, 65536)},
     {"key_file", "",

@@ -22,6 +22,7 @@ static const char *reason_phrase(int code)
         {429, "Too Many Requests"},
         {503, "Service Unavailable"},
         {504, "Gateway Timeout"},
+        {529, "Overloaded"},
     };
     for (size_t i = 0; i < sizeof(known) / sizeof(known[0]); i++) {
         if (known[i].code == code) {
@@ -35,10 +36,16 @@ void gw_reply_headers(struct evhttp_request *req, const gw_visit *visit)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(req);
     evhttp_add_header(out, "x-request-id", visit->id);
+    evhttp_add_header(out, "request-id", visit->id); /* the Anthropic clients' name of it */
     evhttp_add_header(out, "traceparent", visit->traceparent);
     evhttp_add_header(out, "Access-Control-Allow-Origin", "*");
     evhttp_add_header(out, "Access-Control-Expose-Headers",
-                      "x-request-id, traceparent, retry-after, retry-after-ms, x-should-retry");
+                      "x-request-id, request-id, traceparent, retry-after, retry-after-ms, x-should-retry");
+}
+
+const char *gw_reply_request_id(struct evhttp_request *req)
+{
+    return evhttp_find_header(evhttp_request_get_output_headers(req), "x-request-id");
 }
 
 void gw_reply(struct evhttp_request *req, int code, const char *content_type, const void *body,
@@ -88,16 +95,39 @@ void gw_reply_retry(struct evhttp_request *req, const gw_error *error)
     }
 }
 
+static const char *path_of(struct evhttp_request *req)
+{
+    const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(req);
+    const char *path = uri != NULL ? evhttp_uri_get_path(uri) : NULL;
+    return path != NULL ? path : "";
+}
+
+/* Clients of the Anthropic interface say so wherever they ask. */
+static bool is_anthropic(struct evhttp_request *req)
+{
+    const char *below = gw_http_below_base(path_of(req));
+    return evhttp_find_header(evhttp_request_get_input_headers(req), "anthropic-version") != NULL ||
+           strncmp(below, "/messages", 9) == 0;
+}
+
 void gw_reply_error(struct evhttp_request *req, const gw_error *error)
 {
     cm_bytes body;
+    bool anthropic = is_anthropic(req);
     cm_bytes_init(&body, 0);
-    gw_openai_error(error, &body);
+    if (anthropic) {
+        gw_anthropic_error(error, gw_reply_request_id(req), &body);
+    } else if (strncmp(path_of(req), "/v2/", 4) == 0) {
+        gw_kserve_http_error(error, NULL, &body);
+    } else {
+        gw_openai_error(error, &body);
+    }
     gw_reply_retry(req, error);
     if (error->cause == GW_CAUSE_UNAUTHENTICATED) {
         evhttp_add_header(evhttp_request_get_output_headers(req), "WWW-Authenticate", "Bearer");
     }
-    gw_reply(req, gw_error_http(error), "application/json", body.data, body.len);
+    gw_reply(req, anthropic ? gw_error_anthropic_http(error) : gw_error_http(error), "application/json",
+             body.data, body.len);
     cm_bytes_fini(&body);
 }
 

@@ -47,7 +47,7 @@ static void stream_detach(gw_stream *stream)
     }
     pc_timer_destroy(stream->deadline);
     stream->deadline = NULL;
-    gw_turns_end(&gateway->turns, cm_now_ms(), &stream->turn, stream->completion_tokens);
+    gw_turns_end(&gateway->turns, cm_now_ms(), &stream->turn, stream->usage.completion_tokens);
     if (!stream->probe) {
         gateway->n_streams--;
         cm_stat_add(CM_STAT_ledger_streams, -1);
@@ -115,14 +115,11 @@ static double seconds_since(uint64_t from_ns, uint64_t until_ns)
 
 static gw_usage stream_usage(const gw_stream *stream, uint64_t now_ns)
 {
-    return (gw_usage){
-        .prompt_tokens = stream->has_core ? (uint32_t)stream->core.prompt.n : 0,
-        .completion_tokens = stream->completion_tokens,
-        .reasoning_tokens = stream->reasoning_tokens,
-        .queue_ms = 1e3 * seconds_since(stream->received_ns, stream->accepted_ns),
-        .first_token_ms = 1e3 * seconds_since(stream->received_ns, stream->first_ns),
-        .total_ms = 1e3 * seconds_since(stream->received_ns, now_ns),
-    };
+    gw_usage usage = stream->usage;
+    usage.queue_ms = 1e3 * seconds_since(stream->received_ns, stream->accepted_ns);
+    usage.first_token_ms = 1e3 * seconds_since(stream->received_ns, stream->first_ns);
+    usage.total_ms = 1e3 * seconds_since(stream->received_ns, now_ns);
+    return usage;
 }
 
 /* To the client's visit and to the counters; not of a probe. */
@@ -150,6 +147,7 @@ void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
     gw_finish finish = {.reason = reason,
                         .stop_string = md_parser_stop_match(stream->parser),
                         .stop_id = stop_id,
+                        .parser = stream->parser,
                         .usage = stream_usage(stream, now_ns)};
     if (!stream->probe) {
         cm_stat_add(CM_STAT_requests_finished, 1);
@@ -376,6 +374,7 @@ static md_parser *make_parser(const gw_stream *stream, bool continues)
         .start_in_reasoning = stream->thinking,
         .continues_prefix = continues,
         .plain = request->kind == GW_ASK_COMPLETE,
+        .tools = request->tools,
         .stop = (const char *const *)request->stop,
         .n_stop = request->n_stop,
         .include_stop = request->include_stop,
@@ -429,6 +428,7 @@ static void stream_encoded(void *ctx, gw_encoded *encoded)
         gw_core_init(&stream->core, &encoded->ids, tokens_max, geometry->vocab, stream->request.logprobs);
         stream->has_core = true;
         stream->thinking = encoded->thinking;
+        stream->usage.prompt_tokens = (uint32_t)stream->core.prompt.n;
         stream->parser = make_parser(stream, encoded->continues);
         await_turn(stream);
     }

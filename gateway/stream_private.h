@@ -27,12 +27,13 @@ struct gw_stream {
                           words of an earlier one find nobody */
     uint64_t number;
     bool has_core, thinking, ending;
+    bool has_enough; /* a second call began, and one was asked for: the answer ends before it */
     gw_core core;
     md_parser *parser;
     pc_timer *deadline; /* NULL when none */
     uint64_t deadline_at_ms;
     uint64_t received_ns, accepted_ns, first_ns, last_ns; /* 0: not yet; of tokens: the first, the last */
-    uint32_t completion_tokens, reasoning_tokens;
+    gw_usage usage;                                       /* so far; without times until the end */
 
     /* An event's handler may cancel the stream: it is then over at once, and freed when nobody holds it any
      * more. */

@@ -191,6 +191,14 @@ static void call_receive(pc_call *call)
     }
 }
 
+static void call_tell_sent(pc_call *call)
+{
+    bool listens = call->seen && !call->over && !call->finishing && !call->server->closing;
+    if (listens && call->outbox.n_messages == 0 && call->method->sent != NULL) {
+        call->method->sent(call);
+    }
+}
+
 static void call_sent(void *owner, bool ok)
 {
     pc_call *call = owner;
@@ -198,6 +206,7 @@ static void call_sent(void *owner, bool ok)
     pc_outbox_pop(&call->outbox);
     if (ok) { /* otherwise the call is over: ended tells */
         call_flush(call);
+        call_tell_sent(call);
     }
     call_batch_done(call);
 }

@@ -41,6 +41,9 @@ typedef struct pc_method {
     void (*message)(pc_call *call, const uint8_t *data, size_t n_bytes);
     /* The client sent its last message (bidirectional methods; may be NULL). */
     void (*half_closed)(pc_call *call);
+    /* Whatever was queued has been given to the connection, and the call goes on: for answers that are longer
+     * than the queue. May be NULL. */
+    void (*sent)(pc_call *call);
     /* The call is over, by our finish or by the client (cancelled true: cancel, disconnect or deadline before
      * our finish). Last callback, and only after another one: free what pc_call_user points to; the call is
      * invalid after it. */

@@ -507,21 +507,33 @@ const md_tokenizer *rig_tokenizer(void)
     return gw_gateway_tokenizer(R.gateway);
 }
 
+static void reply_text(const char *text, size_t n, md_text_kind kind)
+{
+    md_ids ids;
+    md_ids_init(&ids);
+    md_tokenizer_encode(rig_tokenizer(), text, n, kind, &ids);
+    assert_in_range(R.n_reply + ids.n, 0, RIG_REPLY_MAX - 1);
+    memcpy(R.reply + R.n_reply, ids.id, ids.n * sizeof(uint32_t));
+    R.n_reply += (uint32_t)ids.n;
+    md_ids_fini(&ids);
+}
+
 void rig_reply(const char *text)
 {
     const char *bar = strchr(text, '|');
-    md_ids ids;
-    md_ids_init(&ids);
+    R.n_reply = 0;
     if (bar != NULL) {
-        md_tokenizer_encode(rig_tokenizer(), text, (size_t)(bar - text), MD_TEXT_PLAIN, &ids);
-        md_ids_push(&ids, md_tokenizer_control(rig_tokenizer(), MD_CTL_THINK_END));
+        reply_text(text, (size_t)(bar - text), MD_TEXT_PLAIN);
+        R.reply[R.n_reply++] = md_tokenizer_control(rig_tokenizer(), MD_CTL_THINK_END);
         text = bar + 1;
     }
-    md_tokenizer_encode(rig_tokenizer(), text, strlen(text), MD_TEXT_PLAIN, &ids);
-    assert_in_range(ids.n, 1, RIG_REPLY_MAX);
-    memcpy(R.reply, ids.id, ids.n * sizeof(uint32_t));
-    R.n_reply = (uint32_t)ids.n;
-    md_ids_fini(&ids);
+    reply_text(text, strlen(text), MD_TEXT_PLAIN);
+}
+
+void rig_reply_control(const char *text)
+{
+    R.n_reply = 0;
+    reply_text(text, strlen(text), MD_TEXT_CONTROL);
 }
 
 /* ---- the gateway ---- */

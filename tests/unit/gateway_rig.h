@@ -18,7 +18,7 @@ enum {
     RIG_GATEWAY = 5,
     RIG_ROUTER = 2,
     RIG_WORKER = 3,
-    RIG_REPLY_MAX = 64,
+    RIG_REPLY_MAX = 256,
     RIG_OPENED_MAX = 8
 };
 
@@ -74,7 +74,7 @@ typedef struct rig {
     uint64_t resumed[4];  /* by choice: what it is called since it was resumed */
     uint64_t birth, term; /* of the newest SeqOpen or SeqResume */
     uint32_t n_copies, n_detached;
-    char resume[4096];                         /* of the newest SeqOpen */
+    char resume[32768];                        /* of the newest SeqOpen */
     Baleen__Engine__V1__SamplerParams sampler; /* likewise; without its list */
     uint32_t n_stop_id, stop_id[8];
     uint32_t n_bias, bias_id[8];
@@ -100,6 +100,8 @@ void rig_cluster_stats(void);
 
 /* ids of text, for replies; </think> where text has "|". */
 void rig_reply(const char *text);
+/* The same, control spellings in it are control ids. */
+void rig_reply_control(const char *text);
 const md_tokenizer *rig_tokenizer(void);
 /* A frame about the newest stream. Log-probabilities, when asked for: -0.5 for an id; its likely tokens are
  * 0, 1, ... with -1, -2, ..., the last with -INFINITY. */

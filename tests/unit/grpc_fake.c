@@ -353,6 +353,11 @@ const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)
     return gateway->tokenizer;
 }
 
+void gw_gateway_tokenizer_files(const gw_gateway *gateway, gw_archive *archive_out)
+{
+    *archive_out = gateway->archive;
+}
+
 /* The ids of the first message's content as it is; a message of a tool is refused. */
 cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out, cm_bytes *text_out,
                       gw_error *error_out)
@@ -381,7 +386,7 @@ cm_status gw_model_check(const gw_gateway *gateway, const char *name, gw_error *
 pc_code gw_error_grpc(const gw_error *error)
 {
     static const pc_code codes[] = {
-#define GW_ERROR(name, http, type, code, grpc) [GW_CAUSE_##name] = (grpc),
+#define GW_ERROR(name, http, type, code, grpc, anthropic_http, anthropic_type) [GW_CAUSE_##name] = (grpc),
 #include "gateway/errors.def"
 #undef GW_ERROR
     };
@@ -409,13 +414,13 @@ struct gw_openai {
     gw_openai_choice choices[8];
     uint32_t n_choice, n_finished;
     bool stream;
-    gw_openai_emit_fn emit;
+    gw_emit_fn emit;
     void *ctx;
     cm_bytes text;
 };
 
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
-                            gw_openai_emit_fn emit, void *ctx)
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_emit_fn emit,
+                            void *ctx)
 {
     gw_openai *writer = cm_alloc(sizeof(*writer));
     assert_int_equal(kind, GW_ASK_CHAT);

@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <jansson.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -634,6 +635,19 @@ void cluster_destroy(cluster *self)
     cm_free(self);
 }
 
+cm_status cluster_find_programs(char **dir_out, cm_error *err)
+{
+    char path[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
+    if (n <= 0) {
+        return cm_error_set(err, CM_E_IO, NULL, "/proc/self/exe: %s", strerror(errno));
+    }
+    path[n] = '\0';
+    *strrchr(path, '/') = '\0';
+    *dir_out = cm_strdup(path);
+    return CM_OK;
+}
+
 /* ---- what others want to know ---- */
 
 const char *cluster_scheme(const cluster *self)
@@ -666,6 +680,16 @@ uint32_t cluster_worker_pids(const cluster *self, uint32_t *pids_out, uint32_t n
         }
     }
     return n;
+}
+
+int cluster_gateway_pid(const cluster *self)
+{
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        if (self->children[i]->role == CLUSTER_GATEWAY) {
+            return (int)self->children[i]->pid;
+        }
+    }
+    return 0;
 }
 
 void cluster_describe(const cluster *self, cm_bytes *json)

@@ -25,7 +25,7 @@ static const main_verb g_verbs[] = {
     {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
     {"logits", verb_logits,
      "logits and greedy tokens of given token ids, to compare with other implementations"},
-    {"bench", verb_bench, "measure this machine's kernels against its memory and its arithmetic"},
+    {"bench", verb_bench, "measure kernels and a gateway against what this machine can do"},
     {"tokenize", verb_tokenize, "a filter of JSON lines: text to token ids, and back"},
     {"encode", verb_encode, "a filter of JSON lines: requests to prompts"},
     {"parse", verb_parse, "a filter of JSON lines: completions to reasoning, content and tool calls"},
