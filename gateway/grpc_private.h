@@ -227,8 +227,8 @@ void gw_grpc_tokenize(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_detokenize(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *request);
 /* Ends the requests with these ids. CM_E_INVALID: there are too many of them. */
-CM_MUST_CHECK cm_status gw_grpc_abort_ids(gw_grpc_call *call, char *const *ids, size_t n, uint32_t *aborted_out,
-                                          gw_error *error_out);
+CM_MUST_CHECK cm_status gw_grpc_abort_ids(gw_grpc_call *call, char *const *ids, size_t n,
+                                          uint32_t *aborted_out, gw_error *error_out);
 /* A message, and the end. */
 void gw_grpc_answer(gw_grpc_call *call, const ProtobufCMessage *message);
 void gw_grpc_info(gw_grpc_call *call, const ProtobufCMessage *request);
