@@ -26,6 +26,71 @@ static cm_status refuse(const cm_error *err, cm_status status, gw_error *error_o
     return status;
 }
 
+/* The key has to be there; what it holds may be empty. */
+static cm_status check_replay(const json_t *messages, gw_error *error_out)
+{
+    size_t i;
+    json_t *message;
+    json_array_foreach(messages, i, message)
+    {
+        if (json_array_size(json_object_get(message, "tool_calls")) > 0 &&
+            json_object_get(message, "reasoning_content") == NULL) {
+            gw_error_set(error_out, GW_CAUSE_INVALID, "messages",
+                         "The `reasoning_content` in the thinking mode must be passed back to the API.");
+            return CM_E_INVALID;
+        }
+    }
+    return CM_OK;
+}
+
+static bool says_json(const json_t *content)
+{
+    const char *text = json_string_value(content);
+    size_t i;
+    json_t *part;
+    if (text != NULL) {
+        return strcasestr(text, "json") != NULL;
+    }
+    json_array_foreach(content, i, part)
+    {
+        if (says_json(json_object_get(part, "text"))) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static cm_status check_json_word(const json_t *body, const json_t *messages, gw_error *error_out)
+{
+    const json_t *format = json_object_get(body, "response_format");
+    const char *type = json_string_value(json_object_get(format, "type"));
+    size_t i;
+    json_t *message;
+    if (type == NULL || strcmp(type, "json_object") != 0) {
+        return CM_OK;
+    }
+    json_array_foreach(messages, i, message)
+    {
+        if (says_json(json_object_get(message, "content"))) {
+            return CM_OK;
+        }
+    }
+    gw_error_set(error_out, GW_CAUSE_INVALID, "messages",
+                 "Prompt must contain the word 'json' in some form to use 'response_format' of type "
+                 "'json_object'.");
+    return CM_E_INVALID;
+}
+
+/* What this server asks of a chat beyond what the encoder needs. */
+static cm_status check_rules(const gw_encoder *encoder, const json_t *body, const json_t *messages,
+                             bool thinking, gw_error *error_out)
+{
+    if (encoder->strict_replay && thinking) {
+        CM_TRY(check_replay(messages, error_out));
+    }
+    return encoder->json_word ? check_json_word(body, messages, error_out) : CM_OK;
+}
+
 cm_status gw_encode_chat(const gw_encoder *encoder, const json_t *body, md_ids *ids_out, cm_bytes *text_out,
                          bool *continues_out, gw_error *error_out)
 {
@@ -35,6 +100,11 @@ cm_status gw_encode_chat(const gw_encoder *encoder, const json_t *body, md_ids *
     cm_status status = md_chat_from_request(body, encoder->profile, &messages, &options, &err);
     if (status != CM_OK) {
         return refuse(&err, status, error_out);
+    }
+    status = check_rules(encoder, body, messages, options.thinking, error_out);
+    if (status != CM_OK) {
+        json_decref(messages);
+        return status;
     }
     status = md_chat_encode(encoder->tokenizer, messages, &options, ids_out, text_out, &err);
     if (status == CM_OK) {

@@ -12,6 +12,8 @@ typedef struct gw_encoder {
     cm_jobs *jobs;
     const md_tokenizer *tokenizer;
     md_profile profile;
+    bool strict_replay; /* while thinking: refuse calls in the history without their reasoning_content */
+    bool json_word;     /* refuse json_object when no message says json */
 } gw_encoder;
 
 typedef struct gw_encoded {

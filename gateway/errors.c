@@ -9,11 +9,18 @@ typedef struct error_row {
     int http;
     const char *type, *code;
     pc_code grpc;
+    int anthropic_http;
+    const char *anthropic_type;
 } error_row;
 
 static const error_row ERROR_ROW[GW_CAUSE_COUNT] = {
-#define GW_ERROR(name, http_, type_, code_, grpc_)                                                           \
-    [GW_CAUSE_##name] = {.http = (http_), .type = (type_), .code = (code_), .grpc = (grpc_)},
+#define GW_ERROR(name, http_, type_, code_, grpc_, anthropic_http_, anthropic_type_)                         \
+    [GW_CAUSE_##name] = {.http = (http_),                                                                    \
+                         .type = (type_),                                                                    \
+                         .code = (code_),                                                                    \
+                         .grpc = (grpc_),                                                                    \
+                         .anthropic_http = (anthropic_http_),                                                \
+                         .anthropic_type = (anthropic_type_)},
 #include "gateway/errors.def"
 #undef GW_ERROR
 };
@@ -31,6 +38,11 @@ const char *gw_error_type(const gw_error *error)
 const char *gw_error_code(const gw_error *error)
 {
     return ERROR_ROW[error->cause].code;
+}
+
+int gw_error_anthropic_http(const gw_error *error)
+{
+    return ERROR_ROW[error->cause].anthropic_http;
 }
 
 pc_code gw_error_grpc(const gw_error *error)
@@ -59,4 +71,33 @@ void gw_openai_error(const gw_error *error, cm_bytes *out)
         cm_bytes_append_text(out, "null");
     }
     cm_bytes_printf(out, ",\"code\":\"%s\"}}", gw_error_code(error));
+}
+
+/* Clients of this surface know a prompt that is too long by how the sentence begins. */
+static void put_anthropic_message(const gw_error *error, cm_bytes *out)
+{
+    char message[sizeof(error->message) + 64];
+    if (error->cause != GW_CAUSE_CONTEXT) {
+        snprintf(message, sizeof(message), "%s", error->message);
+    } else if (error->tokens == 0) {
+        snprintf(message, sizeof(message), "prompt is too long: %s", error->message);
+    } else {
+        snprintf(message, sizeof(message), "prompt is too long: %u tokens > %u maximum", error->tokens,
+                 error->tokens_max);
+    }
+    gw_json_string(out, message, strlen(message));
+}
+
+void gw_anthropic_error(const gw_error *error, const char *request_id, cm_bytes *out)
+{
+    cm_bytes_printf(out, "{\"type\":\"error\",\"error\":{\"type\":\"%s\",\"message\":",
+                    ERROR_ROW[error->cause].anthropic_type);
+    put_anthropic_message(error, out);
+    cm_bytes_append_text(out, "},\"request_id\":");
+    if (request_id != NULL) {
+        gw_json_string(out, request_id, strlen(request_id));
+    } else {
+        cm_bytes_append_text(out, "null");
+    }
+    cm_bytes_append_text(out, "}");
 }

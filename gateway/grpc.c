@@ -1,11 +1,13 @@
 /* Methods, calls from their request to their end, drain. */
 #include "gateway/grpc.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "common/base/assert.h"
 #include "common/base/log.h"
 #include "gateway/grpc_private.h"
+#include "gateway/kserve.h"
 
 enum {
     REQUEST_BYTES_MAX = 64 << 20,
@@ -13,7 +15,8 @@ enum {
     ARENA_BYTES_MAX = 256 << 20, /* small parts grow when they are unpacked: this bounds their number */
     CALLS_MAX = 70000, /* above any number of streams that a gateway lets in: it refuses, with details */
     SCRATCH_BYTES_MAX = 1 << 20, /* kept between messages */
-    QUEUE_BYTES_MAX = 1 << 20,   /* unsent bytes of one call; more, and its client reads too slowly */
+    DRAIN_RETRY_MS = 1000,
+    QUEUE_BYTES_MAX = 1 << 20, /* unsent bytes of one call; more, and its client reads too slowly */
 };
 
 const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
@@ -23,7 +26,7 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
      .resume = gw_grpc_chat_resume,
      .surface = "grpc chat",
      .fini = gw_grpc_chat_fini,
-     .typed = true},
+     .name_field = gw_grpc_name_field},
     {.path = "/baleen.v1.Inference/ChatJson",
      .request = &baleen__v1__chat_json_request__descriptor,
      .ask = gw_grpc_json_ask,
@@ -37,15 +40,15 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
      .resume = gw_grpc_generate_resume,
      .surface = "grpc generate",
      .fini = gw_grpc_generate_fini,
-     .typed = true},
+     .name_field = gw_grpc_name_field},
     {.path = "/baleen.v1.Inference/Tokenize",
      .request = &baleen__v1__tokenize_request__descriptor,
      .ask = gw_grpc_tokenize,
-     .typed = true},
+     .name_field = gw_grpc_name_field},
     {.path = "/baleen.v1.Inference/Detokenize",
      .request = &baleen__v1__detokenize_request__descriptor,
      .ask = gw_grpc_detokenize,
-     .typed = true},
+     .name_field = gw_grpc_name_field},
     {.path = "/baleen.v1.Inference/Abort",
      .request = &baleen__v1__abort_request__descriptor,
      .ask = gw_grpc_abort},
@@ -60,6 +63,88 @@ const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
      .request = &grpc__health__v1__health_check_request__descriptor,
      .ask = gw_grpc_health_watch,
      .health = true},
+    {.path = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+     .request = &grpc__reflection__v1__server_reflection_request__descriptor,
+     .ask = gw_grpc_reflect,
+     .client_streams = true,
+     .half_closed = gw_grpc_finish,
+     .drain = gw_grpc_reflect_drain},
+    {.path = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+     .request = &grpc__reflection__v1__server_reflection_request__descriptor,
+     .ask = gw_grpc_reflect,
+     .client_streams = true,
+     .half_closed = gw_grpc_finish,
+     .drain = gw_grpc_reflect_drain},
+    {.path = "/vllm.grpc.engine.VllmEngine/Generate",
+     .request = &vllm__grpc__engine__generate_request__descriptor,
+     .ask = gw_vllm_generate,
+     .end_streams = gw_vllm_end_streams,
+     .fini = gw_vllm_generate_fini,
+     .name_field = gw_vllm_name_field},
+    {.path = "/vllm.grpc.engine.VllmEngine/Embed",
+     .request = &vllm__grpc__engine__embed_request__descriptor,
+     .ask = gw_vllm_unsupported},
+    {.path = "/vllm.grpc.engine.VllmEngine/HealthCheck",
+     .request = &vllm__grpc__engine__health_check_request__descriptor,
+     .ask = gw_vllm_health_check,
+     .health = true},
+    {.path = "/vllm.grpc.engine.VllmEngine/Abort",
+     .request = &vllm__grpc__engine__abort_request__descriptor,
+     .ask = gw_vllm_abort},
+    {.path = "/vllm.grpc.engine.VllmEngine/GetModelInfo",
+     .request = &vllm__grpc__engine__get_model_info_request__descriptor,
+     .ask = gw_vllm_model_info},
+    {.path = "/vllm.grpc.engine.VllmEngine/GetServerInfo",
+     .request = &vllm__grpc__engine__get_server_info_request__descriptor,
+     .ask = gw_vllm_server_info},
+    {.path = "/vllm.grpc.engine.VllmEngine/GetLoads",
+     .request = &vllm__grpc__engine__get_loads_request__descriptor,
+     .ask = gw_vllm_loads},
+    {.path = "/vllm.grpc.engine.VllmEngine/GetTokenizer",
+     .request = &smg__grpc__common__get_tokenizer_request__descriptor,
+     .ask = gw_vllm_tokenizer,
+     .sent = gw_vllm_tokenizer_sent},
+    {.path = "/vllm.grpc.engine.VllmEngine/SubscribeKvEvents",
+     .request = &smg__grpc__common__subscribe_kv_events_request__descriptor,
+     .ask = gw_vllm_unsupported},
+    {.path = "/inference.GRPCInferenceService/ServerLive",
+     .request = &inference__server_live_request__descriptor,
+     .ask = gw_kserve_live,
+     .health = true},
+    {.path = "/inference.GRPCInferenceService/ServerReady",
+     .request = &inference__server_ready_request__descriptor,
+     .ask = gw_kserve_ready,
+     .health = true},
+    {.path = "/inference.GRPCInferenceService/ModelReady",
+     .request = &inference__model_ready_request__descriptor,
+     .ask = gw_kserve_model_ready,
+     .health = true},
+    {.path = "/inference.GRPCInferenceService/ServerMetadata",
+     .request = &inference__server_metadata_request__descriptor,
+     .ask = gw_kserve_server_metadata},
+    {.path = "/inference.GRPCInferenceService/ModelMetadata",
+     .request = &inference__model_metadata_request__descriptor,
+     .ask = gw_kserve_model_metadata},
+    {.path = "/inference.GRPCInferenceService/ModelConfig",
+     .request = &inference__model_config_request__descriptor,
+     .ask = gw_kserve_model_config},
+    {.path = "/inference.GRPCInferenceService/RepositoryIndex",
+     .request = &inference__repository_index_request__descriptor,
+     .ask = gw_kserve_index},
+    {.path = "/inference.GRPCInferenceService/ModelInfer",
+     .request = &inference__model_infer_request__descriptor,
+     .ask = gw_kserve_infer,
+     .name_field = gw_kserve_name_field,
+     .end_streams = gw_kserve_end_streams,
+     .fini = gw_kserve_fini},
+    {.path = "/inference.GRPCInferenceService/ModelStreamInfer",
+     .request = &inference__model_infer_request__descriptor,
+     .ask = gw_kserve_infer,
+     .client_streams = true,
+     .half_closed = gw_kserve_half_closed,
+     .drain = gw_kserve_drain,
+     .end_streams = gw_kserve_end_streams,
+     .fini = gw_kserve_fini},
 };
 
 /* ---- what is sent ---- */
@@ -99,9 +184,21 @@ void gw_grpc_send_new(gw_grpc_call *call, const ProtobufCMessage *message)
     }
 }
 
+/* With the first message: a call that fails before it has none, so that gRPC's own retry policies may try it
+ * again. */
+static void add_headers(gw_grpc_call *call)
+{
+    if (!call->has_headers) {
+        call->has_headers = true;
+        pc_call_add_header(call->call, "x-request-id", call->visit->id);
+        pc_call_add_header(call->call, "traceparent", call->visit->traceparent);
+    }
+}
+
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
 {
     cm_bytes *packed = &call->grpc->packed;
+    add_headers(call);
     cm_bytes_clear(packed);
     pr_pack(message, packed);
     cm_status status = pc_call_send(call->call, cm_bytes_text(packed), packed->len);
@@ -117,7 +214,14 @@ void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
 
 void gw_grpc_finish(gw_grpc_call *call)
 {
+    call->code = PC_CODE_OK;
     pc_call_finish(call->call, PC_CODE_OK, NULL, NULL, 0, 0);
+}
+
+void gw_grpc_answer(gw_grpc_call *call, const ProtobufCMessage *message)
+{
+    gw_grpc_send(call, message);
+    gw_grpc_finish(call);
 }
 
 /* ---- streams of calls ---- */
@@ -128,13 +232,13 @@ static bool is_request_id(const char *id)
     return id[n] == 0 && n >= 1 && n <= 128;
 }
 
-static cm_status check_id(const char *request_id, gw_error *error_out)
+cm_status gw_grpc_check_id(const char *field, const char *request_id, gw_error *error_out)
 {
     if (is_request_id(request_id)) {
         return CM_OK;
     }
-    gw_error_set(error_out, GW_CAUSE_INVALID, "routing.request_id",
-                 "routing.request_id must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -");
+    gw_error_set(error_out, GW_CAUSE_INVALID, field,
+                 "%s must have 1 to 128 characters of A-Z, a-z, 0-9, _ . : -", field);
     return CM_E_INVALID;
 }
 
@@ -143,7 +247,7 @@ cm_status gw_grpc_identify(gw_grpc_call *call, gw_ask *ask, const Baleen__V1__Ro
 {
     const char *request_id = routing != NULL ? routing->request_id : NULL;
     if (request_id != NULL) {
-        CM_TRY(check_id(request_id, error_out));
+        CM_TRY(gw_grpc_check_id("routing.request_id", request_id, error_out));
     }
     call->resumable = routing != NULL && routing->resumable;
     ask->origin = gw_origin_create(ask->kind, request_id, call->method->surface, ask->body, options);
@@ -159,9 +263,10 @@ cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_e
                      "the deadline of the request passed before it was begun");
         return CM_E_DEADLINE;
     }
+    ask->visit = call->visit;
     CM_TRY(gw_stream_open(call->grpc->gateway, ask, events, ctx, stream_out, error_out));
-    if (ask->choice == 0) {
-        pc_call_add_header(call->call, "x-request-id", gw_stream_id(*stream_out));
+    if (ask->choice == 0 && !call->method->client_streams) {
+        snprintf(call->visit->id, sizeof(call->visit->id), "%s", gw_stream_id(*stream_out));
     }
     return CM_OK;
 }
@@ -201,13 +306,13 @@ void gw_grpc_seek(gw_grpc_call *call, const Baleen__V1__Routing *routing, uint64
 {
     gw_error error;
     const char *request_id = routing != NULL && routing->request_id != NULL ? routing->request_id : "";
-    if (check_id(request_id, &error) != CM_OK) {
+    if (gw_grpc_check_id("routing.request_id", request_id, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
     call->skip = skip;
     call->resumable = routing->resumable;
-    call->seek = gw_seek_begin(call->grpc->gateway, request_id, on_found, call);
+    call->seek = gw_seek_begin(call->grpc->gateway, call->visit->tenant, request_id, on_found, call);
 }
 
 void gw_grpc_reopen(gw_grpc_call *call, gw_ask *ask, const gw_found *found, const gw_stream_events *events)
@@ -277,34 +382,67 @@ static cm_status unpack(gw_grpc_call *call, const uint8_t *data, size_t n_bytes,
     return gw_grpc_check_strings(method->request, data, n_bytes, error_out);
 }
 
-static cm_status call_begin(gw_grpc_call *call, const uint8_t *data, size_t n_bytes,
+/* first: of the call's messages; one that has begun goes on. */
+static cm_status call_begin(gw_grpc_call *call, bool first, const uint8_t *data, size_t n_bytes,
                             ProtobufCMessage **request_out, gw_error *error_out)
 {
-    if (call->grpc->draining && !call->method->health) {
+    if (call->grpc->draining && first && !call->method->health) {
         gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL,
                      "this gateway is shutting down; please try again");
+        error_out->retry_ms = DRAIN_RETRY_MS;
         return CM_E_UNAVAILABLE;
+    }
+    if (first && !call->method->health) {
+        CM_TRY(gw_gateway_identify(call->grpc->gateway, pc_call_metadata(call->call, "authorization"),
+                                   pc_call_metadata(call->call, "x-api-key"), &call->visit->tenant,
+                                   error_out));
     }
     return unpack(call, data, n_bytes, request_out, error_out);
 }
 
-static void call_message(pc_call *rpc, const uint8_t *data, size_t n_bytes)
+static gw_grpc_call *call_make(pc_call *rpc)
 {
     gw_grpc *grpc = pc_call_ctx(rpc);
     gw_grpc_call *call = cm_alloc(sizeof(*call));
-    ProtobufCMessage *request;
-    gw_error error;
     call->grpc = grpc;
     call->call = rpc;
     call->method = &gw_grpc_methods[pc_call_method(rpc) - grpc->methods];
+    call->code = -1;
+    call->visit = gw_visit_begin(call->method->path, NULL, pc_call_metadata(rpc, "traceparent"));
+    call->visit->quiet = call->method->health;
     pc_call_set_user(rpc, call);
     TAILQ_INSERT_TAIL(&grpc->calls, call, link);
-    if (call_begin(call, data, n_bytes, &request, &error) == CM_OK) {
+    return call;
+}
+
+static void call_message(pc_call *rpc, const uint8_t *data, size_t n_bytes)
+{
+    gw_grpc_call *call = pc_call_user(rpc);
+    ProtobufCMessage *request;
+    gw_error error;
+    bool first = call == NULL;
+    if (first) {
+        call = call_make(rpc);
+    }
+    if (call_begin(call, first, data, n_bytes, &request, &error) == CM_OK) {
         call->method->ask(call, request);
     } else {
         gw_grpc_fail(call, &error);
     }
-    cm_arena_reset(&grpc->arena);
+    cm_arena_reset(&call->grpc->arena);
+}
+
+static void call_half_closed(pc_call *rpc)
+{
+    gw_grpc_call *call = pc_call_user(rpc);
+    call = call != NULL ? call : call_make(rpc);
+    call->method->half_closed(call);
+}
+
+static void call_sent(pc_call *rpc)
+{
+    gw_grpc_call *call = pc_call_user(rpc);
+    call->method->sent(call);
 }
 
 static void drain_check(gw_grpc *grpc)
@@ -319,7 +457,6 @@ static void call_closed(pc_call *rpc, bool cancelled)
 {
     gw_grpc_call *call = pc_call_user(rpc);
     gw_grpc *grpc = call->grpc;
-    (void)cancelled;
     if (call->seek != NULL) {
         gw_seek_cancel(call->seek);
     }
@@ -327,6 +464,7 @@ static void call_closed(pc_call *rpc, bool cancelled)
     if (call->method->fini != NULL) {
         call->method->fini(call);
     }
+    gw_visit_end(call->visit, cancelled || call->code < 0 ? PC_CODE_CANCELLED : call->code);
     TAILQ_REMOVE(&grpc->calls, call, link);
     cm_free(call);
     drain_check(grpc);
@@ -337,14 +475,15 @@ static void call_closed(pc_call *rpc, bool cancelled)
 static void grpc_free(gw_grpc *grpc)
 {
     pc_timer_destroy(grpc->poll);
+    gw_reflection_destroy(grpc->reflection);
     cm_bytes_fini(&grpc->text);
     cm_bytes_fini(&grpc->packed);
     cm_arena_fini(&grpc->arena);
     cm_free(grpc);
 }
 
-cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, gw_grpc **grpc_out,
-                         char bound_out[128], cm_error *err)
+cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, pc_serve_tls *tls,
+                         gw_grpc **grpc_out, char bound_out[128], cm_error *err)
 {
     gw_grpc *grpc = cm_alloc(sizeof(*grpc));
     grpc->gateway = gateway;
@@ -353,11 +492,18 @@ cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address
     cm_bytes_init(&grpc->packed, 0);
     cm_bytes_init(&grpc->text, 0);
     grpc->poll = pc_timer_create(loop, gw_grpc_health_poll, grpc);
+    grpc->reflection = gw_reflection_create();
     for (uint32_t i = 0; i < GW_GRPC_N_METHODS; i++) {
-        grpc->methods[i] =
-            (pc_method){.path = gw_grpc_methods[i].path, .message = call_message, .closed = call_closed};
+        const gw_grpc_method *method = &gw_grpc_methods[i];
+        grpc->methods[i] = (pc_method){.path = method->path,
+                                       .message = call_message,
+                                       .client_streams = method->client_streams,
+                                       .half_closed = method->client_streams ? call_half_closed : NULL,
+                                       .sent = method->sent != NULL ? call_sent : NULL,
+                                       .closed = call_closed};
     }
     pc_rpc_options options = {.address = address,
+                              .serve_tls = tls,
                               .request_bytes_max = REQUEST_BYTES_MAX,
                               .calls_max = CALLS_MAX,
                               .queue_bytes_max = QUEUE_BYTES_MAX,
@@ -372,6 +518,17 @@ cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address
     return CM_OK;
 }
 
+/* Calls that may wait for their clients' next words for ever. They close later, as events. */
+static void drain_idle(gw_grpc *grpc)
+{
+    gw_grpc_call *call;
+    TAILQ_FOREACH (call, &grpc->calls, link) {
+        if (call->method->drain != NULL) {
+            call->method->drain(call);
+        }
+    }
+}
+
 /* The server goes on taking calls until the last of ours has ended, so that health checks are answered
  * meanwhile. */
 void gw_grpc_drain(gw_grpc *grpc, pc_fn done, void *arg)
@@ -381,6 +538,7 @@ void gw_grpc_drain(gw_grpc *grpc, pc_fn done, void *arg)
     grpc->drained = done;
     grpc->drained_arg = arg;
     gw_grpc_health_poll(grpc);
+    drain_idle(grpc);
     drain_check(grpc);
 }
 

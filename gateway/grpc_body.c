@@ -104,12 +104,12 @@ static cm_status put_logit_bias(json_t *body, const Baleen__V1__Sampling *s, gw_
     return CM_OK;
 }
 
-static cm_status put_schema(json_t *body, const char *text, gw_error *error)
+cm_status gw_grpc_put_schema(json_t *body, const char *field, const char *text, gw_error *error_out)
 {
     json_t *schema = json_loads(text, JSON_ALLOW_NUL, NULL);
     if (!json_is_object(schema)) {
         json_decref(schema);
-        return refuse(error, "sampling.json_schema", "must be the text of a JSON object");
+        return refuse(error_out, field, "must be the text of a JSON object");
     }
     json_object_set_new(body, "response_format",
                         json_pack("{s:s, s:{s:s, s:o}}", "type", "json_schema", "json_schema", "name",
@@ -135,7 +135,7 @@ static cm_status put_constraint(json_t *body, const Baleen__V1__Sampling *s, gw_
         }
         return CM_OK;
     case BALEEN__V1__SAMPLING__CONSTRAINT_JSON_SCHEMA:
-        return put_schema(body, s->json_schema, error);
+        return gw_grpc_put_schema(body, "sampling.json_schema", s->json_schema, error);
     case BALEEN__V1__SAMPLING__CONSTRAINT_REGEX:
         json_object_set_new(body, "structured_outputs", json_pack("{s:s}", "regex", s->regex));
         return CM_OK;

@@ -5,6 +5,16 @@
 #include "gateway/grpc_private.h"
 #include "proto/rpc_status.pb-c.h"
 
+void gw_grpc_rename_field(gw_error *error, const char *const names[][2], size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (strcmp(error->param, names[i][0]) == 0) {
+            snprintf(error->param, sizeof(error->param), "%s", names[i][1]);
+            return;
+        }
+    }
+}
+
 void gw_grpc_name_field(gw_error *error)
 {
     static const char *const names[][2] = {
@@ -38,16 +48,10 @@ void gw_grpc_name_field(gw_error *error)
         {"priority", "routing.priority"},
         {"request_id", "routing.request_id"},
     };
-    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
-        if (strcmp(error->param, names[i][0]) == 0) {
-            snprintf(error->param, sizeof(error->param), "%s", names[i][1]);
-            return;
-        }
-    }
+    gw_grpc_rename_field(error, names, sizeof(names) / sizeof(names[0]));
 }
 
-/* A sentence may hold a client's words, cut anywhere: what goes into a message must be UTF-8 again. */
-static void clean(char *text, size_t cap)
+void gw_grpc_clean(char *text, size_t cap)
 {
     md_detok detok;
     cm_bytes out;
@@ -98,11 +102,11 @@ void gw_grpc_fail(gw_grpc_call *call, const gw_error *error)
     cm_bytes values[2], packed;
     Google__Rpc__Any any[2], *details[] = {&any[0], &any[1]};
     Google__Rpc__Status status = GOOGLE__RPC__STATUS__INIT;
-    if (call->method->typed) {
-        gw_grpc_name_field(&e);
+    if (call->method->name_field != NULL) {
+        call->method->name_field(&e);
     }
-    clean(e.param, sizeof(e.param));
-    clean(e.message, sizeof(e.message));
+    gw_grpc_clean(e.param, sizeof(e.param));
+    gw_grpc_clean(e.message, sizeof(e.message));
     if (e.param[0] != 0) {
         wrap_field(&e, &values[status.n_details], &any[status.n_details]);
         status.n_details++;
@@ -117,6 +121,10 @@ void gw_grpc_fail(gw_grpc_call *call, const gw_error *error)
     status.message = e.message;
     cm_bytes_init(&packed, 0);
     pr_pack(&status.base, &packed);
+    call->code = (int)gw_error_grpc(&e);
+    if (call->visit->end == NULL) {
+        call->visit->end = gw_error_code(&e);
+    }
     pc_call_finish(call->call, gw_error_grpc(&e), e.message, packed.data, packed.len, e.retry_ms);
     cm_bytes_fini(&packed);
     for (size_t i = 0; i < status.n_details; i++) {

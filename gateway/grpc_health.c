@@ -9,9 +9,17 @@ typedef Grpc__Health__V1__HealthCheckResponse__ServingStatus serving_status;
 
 enum { POLL_MS = 250 };
 
+/* All of them ("" or absent), or one that has a method. */
 static bool is_service(const char *service)
 {
-    return service == NULL || service[0] == 0 || strcmp(service, "baleen.v1.Inference") == 0;
+    size_t n = service != NULL ? strlen(service) : 0;
+    for (size_t i = 0; i < GW_GRPC_N_METHODS && n > 0; i++) {
+        const char *path = gw_grpc_methods[i].path + 1;
+        if (strncmp(path, service, n) == 0 && path[n] == '/') {
+            return true;
+        }
+    }
+    return n == 0;
 }
 
 static serving_status status_now(const gw_grpc *grpc)

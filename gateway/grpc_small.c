@@ -6,12 +6,6 @@
 
 enum { ABORT_IDS_MAX = 1024 };
 
-static void answer(gw_grpc_call *call, const ProtobufCMessage *message)
-{
-    gw_grpc_send(call, message);
-    gw_grpc_finish(call);
-}
-
 /* ---- Tokenize ---- */
 
 static void tokenize_text(const md_tokenizer *tokenizer, const Baleen__V1__TokenizeRequest *request,
@@ -88,7 +82,7 @@ static void send_ids(gw_grpc_call *call, const md_ids *ids, const cm_bytes *rend
     if (rendered != NULL) {
         gw_grpc_put_text(call->grpc, &response.base, "rendered", rendered->data, rendered->len);
     }
-    answer(call, &response.base);
+    gw_grpc_answer(call, &response.base);
 }
 
 void gw_grpc_tokenize(gw_grpc_call *call, const ProtobufCMessage *message)
@@ -147,7 +141,7 @@ void gw_grpc_detokenize(gw_grpc_call *call, const ProtobufCMessage *message)
         gw_grpc_put_text(call->grpc, &response.base, "text", text.data, text.len);
         response.has_raw = true;
         response.raw = (ProtobufCBinaryData){.data = raw.data, .len = raw.len};
-        answer(call, &response.base);
+        gw_grpc_answer(call, &response.base);
     } else {
         gw_grpc_fail(call, &error);
     }
@@ -157,27 +151,37 @@ void gw_grpc_detokenize(gw_grpc_call *call, const ProtobufCMessage *message)
 
 /* ---- Abort ---- */
 
+cm_status gw_grpc_abort_ids(gw_grpc_call *call, char *const *ids, size_t n, uint32_t *aborted_out,
+                            gw_error *error_out)
+{
+    uint32_t aborted = 0;
+    if (n > ABORT_IDS_MAX) {
+        gw_error_set(error_out, GW_CAUSE_INVALID, "request_ids",
+                     "request_ids has %zu entries, at most %d are accepted", n, ABORT_IDS_MAX);
+        return CM_E_INVALID;
+    }
+    for (size_t i = 0; i < n; i++) {
+        aborted += gw_stream_abort(call->grpc->gateway, call->visit->tenant, ids[i]);
+    }
+    *aborted_out = aborted;
+    return CM_OK;
+}
+
 void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *message)
 {
     const Baleen__V1__AbortRequest *request = (const Baleen__V1__AbortRequest *)message;
     Baleen__V1__AbortResponse response = BALEEN__V1__ABORT_RESPONSE__INIT;
-    gw_gateway *gateway = call->grpc->gateway;
-    if (request->n_request_ids > ABORT_IDS_MAX) {
-        gw_error error;
-        gw_error_set(&error, GW_CAUSE_INVALID, "request_ids",
-                     "request_ids has %zu entries, at most %d are accepted", request->n_request_ids,
-                     ABORT_IDS_MAX);
+    gw_error error;
+    if (gw_grpc_abort_ids(call, request->request_ids, request->n_request_ids, &response.aborted, &error) !=
+        CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
-    for (size_t i = 0; i < request->n_request_ids; i++) {
-        response.aborted += gw_stream_abort(gateway, request->request_ids[i]);
-    }
     if (request->has_all && request->all) {
-        response.aborted += gw_stream_abort_all(gateway);
+        response.aborted += gw_stream_abort_all(call->grpc->gateway, call->visit->tenant);
     }
     response.has_aborted = true;
-    answer(call, &response.base);
+    gw_grpc_answer(call, &response.base);
 }
 
 /* ---- Info ---- */
@@ -217,5 +221,5 @@ void gw_grpc_info(gw_grpc_call *call, const ProtobufCMessage *message)
     response.n_models = 1;
     response.models = models;
     fill_info(&info, &response);
-    answer(call, &response.base);
+    gw_grpc_answer(call, &response.base);
 }

@@ -1,22 +1,27 @@
 /* Generating requests: one exchange from the parsed body to the last byte of the answer. The status is sent
  * once a router has accepted the request, never before; a client that goes away, reads nothing or is too slow
  * ends its stream. */
+#include <stdio.h>
 #include <string.h>
 
+#include "common/base/assert.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
+#include "common/base/rng.h"
 #include "common/base/stats.h"
 #include "gateway/http_private.h"
+#include "gateway/surface.h"
 
 enum {
-    INPUT_WHILE_ANSWERING = 64 * 1024
-}; /* bytes of further requests on the connection; then it is not read */
+    INPUT_WHILE_ANSWERING = 64 * 1024, /* bytes of further requests on the connection; then it is not read */
+    GONE_STATUS = 499,                 /* in the log: the client went away before it was told anything */
+};
 
 /* One of the answers of an exchange. */
 typedef struct exchange_choice {
     gw_exchange *x;
     gw_stream *stream; /* NULL: it has ended */
-    gw_openai_choice *writer;
+    void *writer;      /* ctx of its events */
     uint32_t n_events; /* made */
     uint32_t n_skip;   /* of these, the client has from before */
     bool finished;
@@ -27,17 +32,22 @@ typedef struct exchange_choice {
 struct gw_exchange {
     TAILQ_ENTRY(gw_exchange) link;
     gw_http *http;
+    gw_visit *visit;
     struct evhttp_request *req;
+    const gw_surface *surface; /* NULL while it is looked for */
     exchange_choice *choices;
-    uint32_t n_choice, n_started, n_finished, n_held;
-    gw_openai *writer;
+    uint32_t n_choice, n_admitted, n_started, n_finished, n_held;
+    void *writer;
     gw_origin *origin;
     gw_seek *seek;            /* what the client comes back for is looked for; there are no choices yet */
     gw_event_id from;         /* the last event that it has, when it comes back */
     bool resumable;           /* its streams go on for a while if it goes away */
     bool sse;                 /* answered in events */
+    bool told_id;             /* some event was told with one */
+    int status;               /* that was told; 0: none yet */
     bool head_sent;           /* status and headers are out: errors go into the body */
     struct evbuffer *pending; /* of this step, not yet given to the connection */
+    size_t burst_bytes;       /* the most that pending ever was */
     pc_timer *keep_alive;
 };
 
@@ -107,6 +117,7 @@ static void exchange_free(gw_exchange *x)
         detach_streams(x);
     }
     cancel_streams(x);
+    gw_visit_end(x->visit, x->status != 0 ? x->status : GONE_STATUS);
     gw_origin_release(x->origin);
     cm_free(x->choices);
     TAILQ_REMOVE(&http->exchanges, x, link);
@@ -114,7 +125,7 @@ static void exchange_free(gw_exchange *x)
     pc_timer_destroy(x->keep_alive);
     evbuffer_free(x->pending);
     if (x->writer != NULL) {
-        gw_openai_destroy(x->writer);
+        x->surface->writer.destroy(x->writer);
     }
     cm_free(x);
     gw_drain_check(http->gateway);
@@ -133,11 +144,12 @@ static void exchange_written(struct evhttp_request *req, void *arg)
 static void exchange_closed(struct evhttp_connection *connection, void *arg)
 {
     gw_exchange *x = arg;
+    struct evhttp_request *req = x->req;
     (void)connection;
-    if (evhttp_request_get_connection(x->req) == NULL) {
-        evhttp_request_free(x->req);
-    }
     exchange_free(x);
+    if (evhttp_request_get_connection(req) == NULL) {
+        evhttp_request_free(req);
+    }
 }
 
 /* Ends the connection from our side, unsent bytes and all; the request goes with it. */
@@ -160,29 +172,47 @@ void gw_exchanges_drop_all(gw_http *http)
 
 /* ---- writing ---- */
 
+/* Instead of an answer. */
+static void refuse(gw_exchange *x, const gw_error *error)
+{
+    gw_error own = *error;
+    if (x->surface != NULL) {
+        gw_surface_own_words(x->surface, &own);
+    }
+    gw_reply_error(x->req, &own);
+    x->status = evhttp_request_get_response_code(x->req);
+}
+
 static void send_head(gw_exchange *x)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(x->req);
+    if (x->head_sent) {
+        return; /* with a keep-alive */
+    }
     evhttp_add_header(out, "Content-Type", x->sse ? "text/event-stream; charset=utf-8" : "application/json");
     if (x->sse) {
         evhttp_add_header(out, "Cache-Control", "no-cache");
         evhttp_add_header(out, "X-Accel-Buffering", "no");
     }
     evhttp_send_reply_start(x->req, 200, "OK");
+    x->status = 200;
     x->head_sent = true;
 }
 
-/* false: the client reads too slowly; x is gone. */
+/* false: the client reads too slowly; x is gone. What we say all at once may be long (an answer is told again
+ * as a whole when it ends): that is not the client's slowness. */
 static bool write_pending(gw_exchange *x)
 {
     const gw_config *config = x->http->gateway->config;
     struct bufferevent *bev = evhttp_connection_get_bufferevent(evhttp_request_get_connection(x->req));
-    if (evbuffer_get_length(x->pending) > 0) {
+    size_t burst = evbuffer_get_length(x->pending);
+    x->burst_bytes = burst > x->burst_bytes ? burst : x->burst_bytes;
+    if (burst > 0) {
         evhttp_send_reply_chunk(x->req, x->pending);
         pc_timer_set(x->keep_alive, config->keep_alive_ms);
     }
     size_t n = evbuffer_get_length(bufferevent_get_output(bev));
-    if (n > config->slow_reader_bytes) {
+    if (n > config->slow_reader_bytes + x->burst_bytes) {
         cm_warn("a client has not read %zu bytes of its answer: ended", n);
         exchange_drop(x);
         return false;
@@ -204,6 +234,12 @@ static void put_event_id(gw_exchange *x)
 
 static void put_event(gw_exchange *x, const char *data, size_t n_bytes)
 {
+    static const char before[] = "{\"type\":\"";
+    if (x->surface->named_events) {
+        CM_ASSERT(strncmp(data, before, strlen(before)) == 0);
+        const char *type = data + strlen(before);
+        evbuffer_add_printf(x->pending, "event: %.*s\n", (int)strcspn(type, "\""), type);
+    }
     evbuffer_add(x->pending, "data: ", 6);
     evbuffer_add(x->pending, data, n_bytes);
     evbuffer_add(x->pending, "\n\n", 2);
@@ -214,6 +250,7 @@ static void emit_event(gw_exchange *x, uint32_t i_choice, const char *data, size
     exchange_choice *choice = &x->choices[i_choice];
     if (++choice->n_events > choice->n_skip) {
         put_event_id(x);
+        x->told_id = true;
         put_event(x, data, n_bytes);
     }
 }
@@ -229,13 +266,24 @@ static void emit_object(void *ctx, uint32_t choice, const char *json, size_t n_b
     }
 }
 
+/* An empty line ends an event: openai-python keeps the id of the last one and would make an event without
+ * data of the comment. Before any id it makes none, and proxies may wait for the line. */
 static void keep_alive(void *arg)
 {
     gw_exchange *x = arg;
-    if (!x->head_sent) {
-        send_head(x); /* a whole object may begin with empty lines */
+    send_head(x); /* a whole object may begin with empty lines */
+    if (x->sse && x->surface->writer.keep_alive != NULL) {
+        cm_bytes event;
+        cm_bytes_init(&event, 0);
+        x->surface->writer.keep_alive(x->writer, &event);
+        put_event(x, cm_bytes_text(&event), event.len); /* without an id: it is none of the answer's */
+        cm_bytes_fini(&event);
+    } else {
+        evbuffer_add_printf(x->pending, "%s",
+                            !x->sse      ? "\n"
+                            : x->told_id ? ": keep-alive\n"
+                                         : ": keep-alive\n\n");
     }
-    evbuffer_add_printf(x->pending, "%s", x->sse ? ": keep-alive\n\n" : "\n");
     (void)write_pending(x);
 }
 
@@ -246,6 +294,7 @@ static void end_answer(gw_exchange *x)
     if (!x->head_sent) {
         evhttp_add_header(evhttp_request_get_output_headers(x->req), "Content-Type", "application/json");
         evhttp_send_reply(x->req, 200, "OK", x->pending);
+        x->status = 200;
         return;
     }
     if (write_pending(x)) {
@@ -258,11 +307,25 @@ static void end_answer(gw_exchange *x)
  * Choices start, speak and finish in any order. What is said before all of them were accepted waits in
  * pending: until then the whole request may still be refused. */
 
+/* Nothing of what they asked is wrong: from now on the client may have to wait. */
+static void on_admitted(void *ctx)
+{
+    gw_exchange *x = ((exchange_choice *)ctx)->x;
+    if (++x->n_admitted == x->n_choice) {
+        pc_timer_set(x->keep_alive, x->http->gateway->config->keep_alive_ms);
+    }
+}
+
+static const gw_stream_events *events_of(const gw_exchange *x)
+{
+    return x->surface->writer.events();
+}
+
 static void on_started(void *ctx, const gw_start *start)
 {
     exchange_choice *choice = ctx;
     gw_exchange *x = choice->x;
-    gw_openai_events()->started(choice->writer, start);
+    events_of(x)->started(choice->writer, start);
     if (++x->n_started < x->n_choice) {
         return;
     }
@@ -276,13 +339,13 @@ static void on_started(void *ctx, const gw_start *start)
 static void on_piece(void *ctx, const md_piece *piece)
 {
     exchange_choice *choice = ctx;
-    gw_openai_events()->piece(choice->writer, piece);
+    events_of(choice->x)->piece(choice->writer, piece);
 }
 
 static void on_logprobs(void *ctx, const gw_logprobs *logprobs)
 {
     exchange_choice *choice = ctx;
-    gw_openai_events()->logprobs(choice->writer, logprobs);
+    events_of(choice->x)->logprobs(choice->writer, logprobs);
 }
 
 static void write_now(gw_exchange *x)
@@ -295,7 +358,7 @@ static void write_now(gw_exchange *x)
 static void finish_choice(exchange_choice *choice)
 {
     gw_exchange *x = choice->x;
-    gw_openai_events()->finished(choice->writer, &choice->finish);
+    events_of(x)->finished(choice->writer, &choice->finish);
     choice->held = false;
     x->n_held--;
     x->n_finished++;
@@ -334,7 +397,7 @@ static void tell_finishes(gw_exchange *x)
         write_now(x);
         return;
     }
-    if (x->sse) {
+    if (x->sse && !x->surface->named_events && !x->surface->no_done) {
         emit_event(x, 0, "[DONE]", 6);
     }
     end_answer(x);
@@ -353,12 +416,33 @@ static void on_flush(void *ctx)
 static void on_finished(void *ctx, const gw_finish *finish)
 {
     exchange_choice *choice = ctx;
+    gw_exchange *x = choice->x;
     choice->stream = NULL;
     choice->finished = choice->held = true;
-    choice->x->n_held++;
+    x->n_held++;
     choice->finish = *finish;
-    choice->finish.stop_string = NULL; /* nobody is told; not ours to keep */
-    tell_finishes(choice->x);
+    if (x->sse && x->n_choice > 1) { /* it may wait for the others: what is only lent does not */
+        choice->finish.stop_string = NULL;
+        choice->finish.parser = NULL;
+    }
+    tell_finishes(x);
+}
+
+static void put_failure(gw_exchange *x, const gw_error *error)
+{
+    cm_bytes body;
+    cm_bytes_init(&body, 0);
+    if (x->surface->writer.failure != NULL) {
+        x->surface->writer.failure(x->writer, error, &body);
+    } else {
+        x->surface->error(error, gw_reply_request_id(x->req), &body);
+    }
+    if (x->sse) {
+        put_event(x, cm_bytes_text(&body), body.len); /* without an id: it is none of the answer's */
+    } else {
+        evbuffer_add(x->pending, cm_bytes_text(&body), body.len);
+    }
+    cm_bytes_fini(&body);
 }
 
 /* One that fails takes the others with it. */
@@ -370,18 +454,10 @@ static void on_failed(void *ctx, const gw_error *error)
     cancel_streams(x);
     if (!x->head_sent) {
         pc_timer_clear(x->keep_alive);
-        gw_reply_error(x->req, error);
+        refuse(x, error);
         return;
     }
-    cm_bytes body;
-    cm_bytes_init(&body, 0);
-    gw_openai_error(error, &body);
-    if (x->sse) {
-        put_event(x, cm_bytes_text(&body), body.len); /* without an id: it is none of the answer's */
-    } else {
-        evbuffer_add(x->pending, cm_bytes_text(&body), body.len);
-    }
-    cm_bytes_fini(&body);
+    put_failure(x, error);
     end_answer(x);
 }
 
@@ -392,6 +468,8 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req)
     gw_exchange *x = cm_alloc(sizeof(*x));
     struct evhttp_connection *connection = evhttp_request_get_connection(req);
     x->http = http;
+    x->visit = http->visit;
+    http->visit = NULL;
     x->req = req;
     x->pending = evbuffer_new();
     x->keep_alive = pc_timer_create(http->gateway->loop, keep_alive, x);
@@ -405,7 +483,8 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req)
 
 static cm_status open_choices(gw_exchange *x, gw_ask *ask, const uint64_t *router, gw_error *error_out)
 {
-    static const gw_stream_events events = {.started = on_started,
+    static const gw_stream_events events = {.admitted = on_admitted,
+                                            .started = on_started,
                                             .piece = on_piece,
                                             .logprobs = on_logprobs,
                                             .flush = on_flush,
@@ -413,7 +492,7 @@ static cm_status open_choices(gw_exchange *x, gw_ask *ask, const uint64_t *route
                                             .failed = on_failed};
     for (uint32_t i = 0; i < x->n_choice; i++) {
         exchange_choice *choice = &x->choices[i];
-        *choice = (exchange_choice){.x = x, .writer = gw_openai_choice_of(x->writer, i)};
+        *choice = (exchange_choice){.x = x, .writer = x->surface->writer.choice(x->writer, i)};
         choice->n_skip = i < x->from.n ? x->from.count[i] : 0;
         ask->choice = i;
         ask->router = router != NULL ? router[i] : 0;
@@ -422,53 +501,91 @@ static cm_status open_choices(gw_exchange *x, gw_ask *ask, const uint64_t *route
     return CM_OK;
 }
 
-/* origin is given. router: [n] who has its choices; NULL: nobody, it is a new one. */
-static void exchange_begin(gw_exchange *x, gw_ask_kind kind, const json_t *body, gw_origin *origin,
-                           const uint64_t *router)
+/* given: the client's body. origin is given. router: [n] who has its choices; NULL: nobody, it is a new one.
+ */
+static void exchange_begin(gw_exchange *x, const gw_surface *surface, const json_t *given, const json_t *body,
+                           gw_origin *origin, const uint64_t *router)
 {
     gw_gateway *gateway = x->http->gateway;
     gw_info info;
     gw_error error;
     gw_gateway_info(gateway, &info);
+    x->surface = surface;
     x->origin = origin;
     x->sse = gw_request_streams(body);
     x->resumable = x->sse && gw_request_is_resumable(body);
-    x->writer = gw_openai_create(kind, body, info.fingerprint, emit_object, x);
+    x->writer = surface->writer.create(given, info.fingerprint, emit_object, x);
     x->n_choice = gw_request_choices(body);
     x->choices = cm_alloc(sizeof(*x->choices) * x->n_choice);
-    gw_ask ask = {.kind = kind,
+    gw_ask ask = {.kind = surface->kind,
                   .body = body,
+                  .visit = x->visit,
                   .origin = origin,
                   .deadline_ms = UINT64_MAX,
                   .skip_special = true,
                   .choices_max = (uint32_t)gateway->config->choices_max};
     if (open_choices(x, &ask, router, &error) != CM_OK) {
         cancel_streams(x);
-        gw_reply_error(x->req, &error);
+        refuse(x, &error);
     }
 }
 
-static const char *surface_of(gw_ask_kind kind)
+/* A new reference. */
+static cm_status chat_body(const gw_surface *surface, const json_t *given, json_t **body_out,
+                           gw_error *error_out)
 {
-    return kind == GW_ASK_CHAT ? "http chat" : "http completion";
+    if (surface->body != NULL) {
+        return surface->body(given, body_out, error_out);
+    }
+    *body_out = json_incref((json_t *)(uintptr_t)given);
+    return CM_OK;
 }
 
-void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kind)
+static gw_origin *make_origin(const gw_surface *surface, const json_t *given)
+{
+    char id[64];
+    if (surface->id_prefix != NULL) {
+        snprintf(id, sizeof(id), "%s%016llx%016llx", surface->id_prefix, (unsigned long long)cm_random_u64(),
+                 (unsigned long long)cm_random_u64());
+    }
+    return gw_origin_create(surface->kind, surface->id_prefix != NULL ? id : NULL,
+                            gw_request_streams(given) ? surface->name : NULL, given, NULL);
+}
+
+void gw_http_count_refused(void)
+{
+    cm_stat_add(CM_STAT_requests, 1);
+    cm_stat_add(CM_STAT_requests_refused, 1);
+}
+
+void gw_http_generate_given(gw_http *http, struct evhttp_request *req, const gw_surface *surface,
+                            const json_t *given)
+{
+    json_t *body;
+    gw_error error;
+    if (chat_body(surface, given, &body, &error) == CM_OK) {
+        exchange_begin(exchange_make(http, req), surface, given, body, make_origin(surface, given), NULL);
+        json_decref(body);
+    } else {
+        gw_http_count_refused();
+        gw_surface_own_words(surface, &error);
+        gw_reply_error(req, &error);
+    }
+}
+
+void gw_http_generate(gw_http *http, struct evhttp_request *req, const gw_surface *surface)
 {
     if (evhttp_find_header(evhttp_request_get_input_headers(req), "Last-Event-ID") != NULL) {
         gw_http_resume(http, req, NULL);
         return;
     }
-    json_t *body = gw_request_json(http, req);
-    if (body == NULL) {
-        cm_stat_add(CM_STAT_requests, 1);
-        cm_stat_add(CM_STAT_requests_refused, 1);
+    json_t *given = gw_request_json(http, req);
+    if (given == NULL) {
+        gw_http_count_refused();
         return;
     }
-    gw_origin *origin =
-        gw_origin_create(kind, NULL, gw_request_streams(body) ? surface_of(kind) : NULL, body, NULL);
-    exchange_begin(exchange_make(http, req), kind, body, origin, NULL);
-    json_decref(body);
+    gw_http_generate_given(http, req, surface, given);
+    json_decref(given);
 }
 
 /* ---- coming back ---- */
@@ -477,25 +594,26 @@ static void on_found(void *ctx, const gw_found *found, const gw_error *error)
 {
     gw_exchange *x = ctx;
     gw_error wrong;
+    json_t *body;
     x->seek = NULL;
     if (error != NULL) {
-        gw_reply_error(x->req, error);
+        refuse(x, error);
         return;
     }
-    bool chat = strcmp(found->surface, surface_of(GW_ASK_CHAT)) == 0;
-    if (!chat && strcmp(found->surface, surface_of(GW_ASK_COMPLETE)) != 0) {
+    const gw_surface *surface = gw_surface_find(found->surface);
+    if (surface == NULL) {
         gw_error_set(&wrong, GW_CAUSE_NO_STREAM, NULL, "the stream '%.140s' was not begun over HTTP",
                      gw_origin_id(found->origin));
-        gw_reply_error(x->req, &wrong);
     } else if (x->from.n != 0 && x->from.n != found->n_router) {
         gw_error_set(&wrong, GW_CAUSE_INVALID, "Last-Event-ID",
                      "the stream '%.140s' has %u answers, Last-Event-ID counts the events of %u",
                      gw_origin_id(found->origin), found->n_router, x->from.n);
-        gw_reply_error(x->req, &wrong);
-    } else {
-        exchange_begin(x, chat ? GW_ASK_CHAT : GW_ASK_COMPLETE, found->body, gw_origin_hold(found->origin),
-                       found->router);
+    } else if (chat_body(surface, found->body, &body, &wrong) == CM_OK) {
+        exchange_begin(x, surface, found->body, body, gw_origin_hold(found->origin), found->router);
+        json_decref(body);
+        return;
     }
+    refuse(x, &wrong);
 }
 
 static bool is_running(const gw_exchange *x, const char *id)
@@ -512,7 +630,7 @@ void gw_http_end(gw_http *http, struct evhttp_request *req, const char *id)
     gw_exchange *x;
     gw_error error;
     TAILQ_FOREACH (x, &http->exchanges, link) {
-        if (is_running(x, id)) {
+        if (x->visit->tenant == http->visit->tenant && is_running(x, id)) {
             break;
         }
     }
@@ -547,5 +665,5 @@ void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id)
     }
     gw_exchange *x = exchange_make(http, req);
     x->from = from;
-    x->seek = gw_seek_begin(http->gateway, id != NULL ? id : from.id, on_found, x);
+    x->seek = gw_seek_begin(http->gateway, x->visit->tenant, id != NULL ? id : from.id, on_found, x);
 }

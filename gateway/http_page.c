@@ -25,7 +25,7 @@ static void reply_page(struct evhttp_request *req)
 /* Browsers say that they take HTML; curl and probes take anything and get a line. */
 void gw_http_root(struct evhttp_request *req)
 {
-    static const char text[] = "Baleen " BALEEN_VERSION ": OpenAI-compatible API at /v1\n";
+    static const char text[] = "Baleen " BALEEN_VERSION ": OpenAI- and Anthropic-compatible API at /v1\n";
     const char *accept = evhttp_find_header(evhttp_request_get_input_headers(req), "Accept");
     evhttp_add_header(evhttp_request_get_output_headers(req), "Vary", "Accept");
     if (accept != NULL && strstr(accept, "text/html") != NULL) {

@@ -9,6 +9,8 @@
 
 #include "gateway/gateway_private.h"
 #include "gateway/request.h"
+#include "gateway/surface.h"
+#include "gateway/visit.h"
 
 typedef struct gw_exchange gw_exchange;
 typedef struct gw_connections gw_connections;
@@ -19,20 +21,25 @@ struct gw_http {
     gw_connections *connections;
     TAILQ_HEAD(, gw_exchange) exchanges;
     uint32_t n_exchanges;
+    gw_visit *visit; /* of the request being dispatched; NULL: an exchange has taken it and ends it */
 };
 
-/* ---- http_connections.c: how many there may be ---- */
+/* ---- http_connections.c: how many there may be, and how slow ---- */
 gw_connections *gw_connections_create(gw_gateway *gateway, struct evhttp *server,
                                       struct evconnlistener *listener);
+/* A request of it is complete. */
+void gw_connections_dispatched(gw_connections *connections, struct bufferevent *bev);
 void gw_connections_destroy(gw_connections *connections); /* after evhttp_free */
 
 /* ---- http_reply.c: answers in one piece ---- */
 void gw_reply(struct evhttp_request *req, int code, const char *content_type, const void *body,
               size_t n_bytes);
 void gw_reply_json(struct evhttp_request *req, int code, const json_t *value);
+/* In the shape of the interface that was asked. */
 void gw_reply_error(struct evhttp_request *req, const gw_error *error);
-/* Before any answer: x-request-id, CORS. */
-void gw_reply_headers(struct evhttp_request *req);
+/* Before any answer: x-request-id, traceparent, CORS. */
+void gw_reply_headers(struct evhttp_request *req, const gw_visit *visit);
+const char *gw_reply_request_id(struct evhttp_request *req); /* the one among them */
 /* retry-after and retry-after-ms when the error says so. */
 void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
 /* The body as a JSON object; NULL: an error was answered. */
@@ -58,8 +65,27 @@ bool gw_event_id_parse(const char *text, gw_event_id *out);
 void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id);
 /* A client has enough of a stream that it, or whoever told it the id, reads from this gateway. */
 void gw_http_end(gw_http *http, struct evhttp_request *req, const char *id);
-void gw_http_generate(gw_http *http, struct evhttp_request *req, gw_ask_kind kind);
+void gw_http_generate(gw_http *http, struct evhttp_request *req, const gw_surface *surface);
+/* The same with the client's request read already, in the surface's form; borrowed for the call. */
+void gw_http_generate_given(gw_http *http, struct evhttp_request *req, const gw_surface *surface,
+                            const json_t *given);
+/* A request that was refused before it became a stream. */
+void gw_http_count_refused(void);
 void gw_exchanges_drop_all(gw_http *http);
 
+/* ---- kserve_http.c ---- */
+/* rest: what follows /v2/models/, as it was sent. */
+void gw_kserve_http_server(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_kserve_http_live(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_kserve_http_ready(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_kserve_http_model(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_kserve_http_ask(gw_http *http, struct evhttp_request *req, const char *rest);
+/* {"error":"..."} */
+void gw_kserve_http_error(const gw_error *error, const char *request_id, cm_bytes *out);
+
 /* ---- http_routes.c ---- */
+/* In place; a % that begins no %XX stays. */
+void gw_http_percent_decode(char *text);
+/* What follows the base of an API: "/models" of "/v1/models". */
+const char *gw_http_below_base(const char *path);
 void gw_http_dispatch(struct evhttp_request *req, void *http);

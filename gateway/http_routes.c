@@ -2,7 +2,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "common/base/clock.h"
 #include "common/base/mem.h"
+#include "gateway/anthropic_body.h"
 #include "gateway/http_private.h"
 #include "gateway/json_text.h"
 
@@ -10,11 +12,16 @@ typedef void (*route_fn)(gw_http *http, struct evhttp_request *req, const char *
 
 /* ---- models ---- */
 
+/* One object for two kinds of clients: OpenAI's look for object, created and owned_by, Anthropic's for type,
+ * display_name and created_at. */
 static json_t *model_object(const gw_info *info, const char *id)
 {
-    return json_pack("{s:s, s:s, s:I, s:s, s:I, s:s}", "id", id, "object", "model", "created",
+    char created_at[32];
+    cm_wall_format((uint64_t)info->created_s * 1000000u, created_at, sizeof(created_at));
+    return json_pack("{s:s, s:s, s:I, s:s, s:I, s:s, s:s, s:s, s:s}", "id", id, "object", "model", "created",
                      (json_int_t)info->created_s, "owned_by", "deepseek", "max_model_len",
-                     (json_int_t)info->context, "root", info->model);
+                     (json_int_t)info->context, "root", info->model, "type", "model", "display_name", id,
+                     "created_at", created_at);
 }
 
 static void route_models(gw_http *http, struct evhttp_request *req, const char *rest)
@@ -27,7 +34,10 @@ static void route_models(gw_http *http, struct evhttp_request *req, const char *
     for (uint32_t i = 0; i < http->gateway->n_alias; i++) {
         json_array_append_new(list, model_object(&info, http->gateway->alias[i]));
     }
-    json_t *reply = json_pack("{s:s, s:o}", "object", "list", "data", list);
+    const json_t *first = json_array_get(list, 0), *last = json_array_get(list, json_array_size(list) - 1);
+    json_t *reply =
+        json_pack("{s:s, s:o, s:b, s:O, s:O}", "object", "list", "data", list, "has_more", 0, "first_id",
+                  json_object_get(first, "id"), "last_id", json_object_get(last, "id"));
     gw_reply_json(req, 200, reply);
     json_decref(reply);
 }
@@ -40,8 +50,7 @@ static int hex_digit(char c)
                                   : -1;
 }
 
-/* In place; a % that begins no %XX stays. */
-static void percent_decode(char *text)
+void gw_http_percent_decode(char *text)
 {
     char *to = text;
     for (const char *at = text; *at != 0; at++) {
@@ -61,7 +70,7 @@ static void route_model(gw_http *http, struct evhttp_request *req, const char *r
 {
     char *id = cm_strdup(rest);
     gw_error error;
-    percent_decode(id);
+    gw_http_percent_decode(id);
     if (gw_model_check(http->gateway, id, &error) != CM_OK) {
         gw_reply_error(req, &error);
     } else {
@@ -266,13 +275,62 @@ static void route_version(gw_http *http, struct evhttp_request *req, const char 
 static void route_chat(gw_http *http, struct evhttp_request *req, const char *rest)
 {
     (void)rest;
-    gw_http_generate(http, req, GW_ASK_CHAT);
+    gw_http_generate(http, req, &gw_surface_chat);
 }
 
 static void route_complete(gw_http *http, struct evhttp_request *req, const char *rest)
 {
     (void)rest;
-    gw_http_generate(http, req, GW_ASK_COMPLETE);
+    gw_http_generate(http, req, &gw_surface_complete);
+}
+
+static void route_messages(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    gw_http_generate(http, req, &gw_surface_messages);
+}
+
+static void route_responses(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    gw_http_generate(http, req, &gw_surface_responses);
+}
+
+static cm_status count_tokens(gw_http *http, const json_t *given, size_t *n_out, gw_error *error)
+{
+    json_t *body;
+    md_ids ids;
+    CM_TRY(gw_anthropic_count_body(given, &body, error));
+    md_ids_init(&ids);
+    cm_status status =
+        gw_model_check(http->gateway, json_string_value(json_object_get(body, "model")), error);
+    if (status == CM_OK) {
+        status = gw_chat_ids(http->gateway, body, &ids, NULL, error);
+    }
+    *n_out = ids.n;
+    md_ids_fini(&ids);
+    json_decref(body);
+    return status;
+}
+
+static void route_count_tokens(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    json_t *given = gw_request_json(http, req);
+    gw_error error;
+    size_t n;
+    if (given == NULL) {
+        return;
+    }
+    if (count_tokens(http, given, &n, &error) == CM_OK) {
+        json_t *reply = json_pack("{s:I}", "input_tokens", (json_int_t)n);
+        gw_reply_json(req, 200, reply);
+        json_decref(reply);
+    } else {
+        gw_surface_own_words(&gw_surface_messages, &error);
+        gw_reply_error(req, &error);
+    }
+    json_decref(given);
 }
 
 static void route_stream(gw_http *http, struct evhttp_request *req, const char *rest)
@@ -284,7 +342,7 @@ static void route_stream(gw_http *http, struct evhttp_request *req, const char *
         return;
     }
     char *id = cm_strdup(rest);
-    percent_decode(id);
+    gw_http_percent_decode(id);
     gw_http_resume(http, req, id);
     cm_free(id);
 }
@@ -292,7 +350,7 @@ static void route_stream(gw_http *http, struct evhttp_request *req, const char *
 static void route_stream_end(gw_http *http, struct evhttp_request *req, const char *rest)
 {
     char *id = cm_strdup(rest);
-    percent_decode(id);
+    gw_http_percent_decode(id);
     gw_http_end(http, req, id);
     cm_free(id);
 }
@@ -301,7 +359,7 @@ static void route_stream_end(gw_http *http, struct evhttp_request *req, const ch
 
 typedef struct route {
     const char *path;
-    bool openai;                 /* also below /v1 and /beta */
+    bool api;                    /* also below /v1 and the like */
     bool prefix;                 /* what follows path is the handler's */
     enum evhttp_cmd_type method; /* HEAD wherever GET is */
     route_fn fn;
@@ -310,6 +368,9 @@ typedef struct route {
 static const route ROUTES[] = {
     {"/chat/completions", true, false, EVHTTP_REQ_POST, route_chat},
     {"/completions", true, false, EVHTTP_REQ_POST, route_complete},
+    {"/messages", true, false, EVHTTP_REQ_POST, route_messages},
+    {"/messages/count_tokens", true, false, EVHTTP_REQ_POST, route_count_tokens},
+    {"/responses", true, false, EVHTTP_REQ_POST, route_responses},
     {"/streams/", true, true, EVHTTP_REQ_GET, route_stream},
     {"/streams/", true, true, EVHTTP_REQ_DELETE, route_stream_end},
     {"/cluster", true, false, EVHTTP_REQ_GET, route_cluster},
@@ -323,22 +384,32 @@ static const route ROUTES[] = {
     {"/ready", false, false, EVHTTP_REQ_GET, route_ready},
     {"/metrics", false, false, EVHTTP_REQ_GET, route_metrics},
     {"/version", false, false, EVHTTP_REQ_GET, route_version},
+    {"/v2", false, false, EVHTTP_REQ_GET, gw_kserve_http_server},
+    {"/v2/health/live", false, false, EVHTTP_REQ_GET, gw_kserve_http_live},
+    {"/v2/health/ready", false, false, EVHTTP_REQ_GET, gw_kserve_http_ready},
+    {"/v2/models/", false, true, EVHTTP_REQ_GET, gw_kserve_http_model},
+    {"/v2/models/", false, true, EVHTTP_REQ_POST, gw_kserve_http_ask},
     {"", false, false, EVHTTP_REQ_GET, route_root},
 };
 enum { N_ROUTES = sizeof(ROUTES) / sizeof(ROUTES[0]) };
 
+const char *gw_http_below_base(const char *path)
+{
+    static const char *const bases[] = {"/v1", "/beta", "/anthropic/v1"};
+    for (size_t i = 0; i < sizeof(bases) / sizeof(bases[0]); i++) {
+        size_t n = strlen(bases[i]);
+        if (strncmp(path, bases[i], n) == 0 && path[n] == '/') {
+            return path + n;
+        }
+    }
+    return path;
+}
+
 /* NULL, or what follows the route's path ("" unless it is a prefix). */
 static const char *route_match(const route *r, const char *path)
 {
-    static const char *const bases[] = {"/v1", "/beta"};
     size_t n = strlen(r->path);
-    for (size_t i = 0; i < sizeof(bases) / sizeof(bases[0]) && r->openai; i++) {
-        size_t n_base = strlen(bases[i]);
-        if (strncmp(path, bases[i], n_base) == 0 && path[n_base] == '/') {
-            path += n_base;
-            break;
-        }
-    }
+    path = r->api ? gw_http_below_base(path) : path;
     if (strncmp(path, r->path, n) != 0 || (r->prefix ? path[n] == 0 : path[n] != 0)) {
         return NULL;
     }
@@ -383,31 +454,87 @@ static void reply_no_route(struct evhttp_request *req, const char *path)
     gw_reply_error(req, &error);
 }
 
+/* Without a key: signs of life, and whose key it is cannot matter. */
+static bool is_open(const gw_http *http, const route *r)
+{
+    return r->fn == route_root || r->fn == route_health || r->fn == route_ready ||
+           (r->fn == route_metrics && http->gateway->config->metrics_open);
+}
+
+/* What asks every few seconds for as long as the process lives. */
+static bool is_quiet(const route *r)
+{
+    return r->fn == route_health || r->fn == route_ready || r->fn == route_metrics;
+}
+
+/* false: it was answered that it may not. */
+static bool may_enter(gw_http *http, struct evhttp_request *req, const route *r)
+{
+    struct evkeyvalq *in = evhttp_request_get_input_headers(req);
+    const gw_tenants *tenants = http->gateway->tenants;
+    gw_error error;
+    if (is_open(http, r)) {
+        return true;
+    }
+    cm_status status = gw_gateway_identify(http->gateway, evhttp_find_header(in, "authorization"),
+                                           evhttp_find_header(in, "x-api-key"), &http->visit->tenant, &error);
+    if (status == CM_OK && r->fn == route_metrics && !gw_tenants_is_operator(tenants, http->visit->tenant)) {
+        gw_error_set(&error, GW_CAUSE_FORBIDDEN, NULL, "/metrics is for operators");
+        status = CM_E_INVALID;
+    }
+    if (status != CM_OK) {
+        gw_reply_error(req, &error);
+    }
+    return status == CM_OK;
+}
+
+static void enter(gw_http *http, struct evhttp_request *req, const route *r, const char *rest)
+{
+    http->visit->surface = r->path[0] != 0 ? r->path : "/";
+    http->visit->quiet = is_quiet(r);
+    if (may_enter(http, req, r)) {
+        r->fn(http, req, rest);
+    }
+}
+
+/* path: without the slash at its end. */
+static void dispatch(gw_http *http, struct evhttp_request *req, const char *path)
+{
+    enum evhttp_cmd_type method = evhttp_request_get_command(req);
+    enum evhttp_cmd_type wanted = method == EVHTTP_REQ_HEAD ? EVHTTP_REQ_GET : method;
+    if (method == EVHTTP_REQ_OPTIONS) {
+        reply_options(req);
+        return;
+    }
+    for (size_t i = 0; i < N_ROUTES; i++) {
+        const char *rest = route_match(&ROUTES[i], path);
+        if (rest != NULL && ROUTES[i].method == wanted) {
+            enter(http, req, &ROUTES[i], rest);
+            return;
+        }
+    }
+    reply_no_route(req, path);
+}
+
 void gw_http_dispatch(struct evhttp_request *req, void *arg)
 {
     gw_http *http = arg;
-    enum evhttp_cmd_type method = evhttp_request_get_command(req);
-    enum evhttp_cmd_type wanted = method == EVHTTP_REQ_HEAD ? EVHTTP_REQ_GET : method;
+    struct evkeyvalq *in = evhttp_request_get_input_headers(req);
     const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(req);
     const char *given = uri != NULL ? evhttp_uri_get_path(uri) : NULL;
     char *path = cm_strdup(given != NULL ? given : "");
     for (size_t n = strlen(path); n > 0 && path[n - 1] == '/'; n--) {
         path[n - 1] = 0;
     }
-    gw_reply_headers(req);
-    if (method == EVHTTP_REQ_OPTIONS) {
-        reply_options(req);
-        cm_free(path);
-        return;
+    gw_connections_dispatched(http->connections,
+                              evhttp_connection_get_bufferevent(evhttp_request_get_connection(req)));
+    http->visit =
+        gw_visit_begin("-", evhttp_find_header(in, "x-request-id"), evhttp_find_header(in, "traceparent"));
+    gw_reply_headers(req, http->visit);
+    dispatch(http, req, path);
+    if (http->visit != NULL) {
+        gw_visit_end(http->visit, evhttp_request_get_response_code(req));
+        http->visit = NULL;
     }
-    for (size_t i = 0; i < N_ROUTES; i++) {
-        const char *rest = route_match(&ROUTES[i], path);
-        if (rest != NULL && ROUTES[i].method == wanted) {
-            ROUTES[i].fn(http, req, rest);
-            cm_free(path);
-            return;
-        }
-    }
-    reply_no_route(req, path);
     cm_free(path);
 }

@@ -1,6 +1,7 @@
 /* chat.completion, chat.completion.chunk and text_completion objects (api sections 1.2, 1.3, 2). */
 #include <stdio.h>
 #include <string.h>
+#include <xxhash.h>
 
 #include "common/base/assert.h"
 #include "common/base/mem.h"
@@ -9,11 +10,10 @@
 #include "gateway/openai_logprobs.h"
 #include "gateway/request.h"
 
-enum { CALL_ID_CHARS = 24 };
+enum { CALL_ID_CHARS = 24, CALL_ID_BYTES = 40 };
 
 /* A tool call of an object that is not streamed. */
 typedef struct openai_call {
-    char id[40];
     cm_bytes name, arguments;
 } openai_call;
 
@@ -21,6 +21,7 @@ struct gw_openai_choice {
     gw_openai *writer;
     uint32_t index;
     bool thinking;
+    const gw_usage *now;         /* what it came to so far, while it is streamed; NULL: not known */
     gw_openai_logprobs logprobs; /* when asked for: not written yet */
 
     cm_bytes content, reasoning; /* not streamed: so far */
@@ -31,9 +32,9 @@ struct gw_openai_choice {
 
 struct gw_openai {
     gw_ask_kind kind;
-    bool stream, include_usage, wants_logprobs;
+    bool stream, include_usage, usage_always, wants_logprobs;
     char *fingerprint;
-    gw_openai_emit_fn emit;
+    gw_emit_fn emit;
     void *ctx;
     cm_bytes out; /* the object being written */
 
@@ -66,13 +67,14 @@ static void choice_fini(gw_openai_choice *choice)
     cm_bytes_fini(&choice->reasoning);
 }
 
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
-                            gw_openai_emit_fn emit, void *ctx)
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_emit_fn emit,
+                            void *ctx)
 {
     gw_openai *writer = cm_alloc(sizeof(*writer));
     *writer = (gw_openai){.kind = kind,
                           .stream = gw_request_streams(body),
                           .include_usage = gw_request_wants_usage(body),
+                          .usage_always = gw_request_wants_usage_always(body),
                           .wants_logprobs = gw_request_wants_logprobs(kind, body),
                           .fingerprint = cm_strdup(fingerprint),
                           .emit = emit,
@@ -228,25 +230,27 @@ static void end_delta(gw_openai_choice *choice, const gw_reason *reason, const g
         cm_bytes_printf(&writer->out, ",\"index\":%u", choice->index);
     }
     end_choice(choice, reason);
-    end_object(writer, choice->index, usage, last);
+    end_object(writer, choice->index, usage == NULL && writer->usage_always ? choice->now : usage, last);
 }
 
-static void make_call_id(uint32_t call, char id_out[40])
+/* From the request's id and the call's place alone: told again, a stream is byte for byte the same. */
+static void make_call_id(const gw_openai_choice *choice, uint32_t call, char id_out[CALL_ID_BYTES])
 {
     static const char letters[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789";
-    uint8_t bytes[CALL_ID_CHARS];
-    cm_random_bytes(bytes, sizeof(bytes));
-    int n = snprintf(id_out, 40, "call_%02u_", call % 100);
-    for (int i = 0; i < CALL_ID_CHARS; i++) {
-        id_out[n + i] = letters[bytes[i] % (sizeof(letters) - 1)];
+    uint64_t key = XXH3_64bits(choice->writer->id, strlen(choice->writer->id));
+    int n = snprintf(id_out, CALL_ID_BYTES, "call_%02u_", call % 100);
+    for (uint32_t i = 0; i < CALL_ID_CHARS; i++) {
+        uint32_t draw = cm_rng_at(key, (uint64_t)choice->index << 32 | call, i).word[0];
+        id_out[n++] = letters[draw % (sizeof(letters) - 1)];
     }
-    id_out[n + CALL_ID_CHARS] = 0;
+    id_out[n] = 0;
 }
 
-static void delta_call(gw_openai *writer, const md_piece *piece)
+static void delta_call(const gw_openai_choice *choice, const md_piece *piece)
 {
-    char id[40];
-    make_call_id(piece->call, id);
+    gw_openai *writer = choice->writer;
+    char id[CALL_ID_BYTES];
+    make_call_id(choice, piece->call, id);
     cm_bytes_printf(
         &writer->out,
         "\"tool_calls\":[{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":",
@@ -269,7 +273,7 @@ static void emit_piece(gw_openai_choice *choice, const md_piece *piece)
     if (writer->kind == GW_ASK_COMPLETE) {
         put_string(writer, piece->text, piece->n_bytes);
     } else if (piece->kind == MD_PIECE_CALL) {
-        delta_call(writer, piece);
+        delta_call(choice, piece);
     } else if (piece->kind == MD_PIECE_ARGS) {
         delta_arguments(writer, piece);
     } else {
@@ -310,7 +314,6 @@ static openai_call *collect_call(gw_openai_choice *choice, uint32_t call)
     while (choice->n_calls <= call) {
         choice->calls = cm_realloc(choice->calls, (choice->n_calls + 1) * sizeof(*choice->calls));
         openai_call *fresh = &choice->calls[choice->n_calls];
-        make_call_id(choice->n_calls, fresh->id);
         cm_bytes_init(&fresh->name, 0);
         cm_bytes_init(&fresh->arguments, 0);
         choice->n_calls++;
@@ -327,14 +330,28 @@ static void collect_piece(gw_openai_choice *choice, const md_piece *piece)
     cm_bytes_append(to, piece->text, piece->n_bytes);
 }
 
+/* The parser knows better what arguments the whole answer has: a value that was flagged as JSON and is none
+ * is a string. */
+static void settle_arguments(gw_openai_choice *choice, const md_parser *parser)
+{
+    for (uint32_t i = 0; parser != NULL && i < choice->n_calls; i++) {
+        size_t n;
+        const char *arguments = md_parser_call_args(parser, i, &n);
+        cm_bytes_clear(&choice->calls[i].arguments);
+        cm_bytes_append(&choice->calls[i].arguments, arguments, n);
+    }
+}
+
 static void put_calls(gw_openai_choice *choice)
 {
     gw_openai *writer = choice->writer;
     for (uint32_t i = 0; i < choice->n_calls; i++) {
         const openai_call *call = &choice->calls[i];
+        char id[CALL_ID_BYTES];
+        make_call_id(choice, i, id);
         cm_bytes_printf(&writer->out,
                         "%s{\"index\":%u,\"id\":\"%s\",\"type\":\"function\",\"function\":{\"name\":",
-                        i == 0 ? ",\"tool_calls\":[" : ",", i, call->id);
+                        i == 0 ? ",\"tool_calls\":[" : ",", i, id);
         put_bytes(writer, &call->name);
         put(writer, ",\"arguments\":");
         put_bytes(writer, &call->arguments);
@@ -354,7 +371,8 @@ static void put_whole(gw_openai_choice *choice)
         cm_bytes_printf(&writer->out,
                         "{\"index\":%u,\"message\":{\"role\":\"assistant\",\"content\":", choice->index);
         put_bytes(writer, &choice->content);
-        if (choice->thinking) {
+        if (choice->thinking ||
+            choice->reasoning.len > 0) { /* it may begin to think though it was not asked to */
             put(writer, ",\"reasoning_content\":");
             put_bytes(writer, &choice->reasoning);
         }
@@ -386,6 +404,7 @@ static void openai_started(void *ctx, const gw_start *start)
         writer->created_s = start->created_s;
     }
     choice->thinking = start->thinking;
+    choice->now = start->usage;
     if (writer->stream && writer->kind == GW_ASK_CHAT) {
         emit_role(choice);
     }
@@ -434,6 +453,8 @@ static void openai_finished(void *ctx, const gw_finish *finish)
     gw_openai_choice *choice = ctx;
     gw_openai *writer = choice->writer;
     choice->reason = finish->reason;
+    choice->now = &finish->usage;
+    settle_arguments(choice, finish->parser);
     add_usage(writer, &finish->usage);
     writer->n_finished++;
     if (writer->stream) {
@@ -441,6 +462,7 @@ static void openai_finished(void *ctx, const gw_finish *finish)
     } else if (writer->n_finished == writer->n_choice) {
         emit_whole(writer);
     }
+    choice->now = NULL;
 }
 
 static void openai_failed(void *ctx, const gw_error *error)

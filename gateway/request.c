@@ -140,26 +140,39 @@ static cm_status parse_messages(const parse_at *at)
 
 static cm_status parse_stream_options(const parse_at *at)
 {
-    const json_t *usage = json_object_get(at->value, "include_usage");
-    if (usage != NULL && !json_is_boolean(usage) && !json_is_null(usage)) {
-        return refuse(at->error, "stream_options.include_usage", "must be true or false");
+    static const char *const names[] = {"include_usage", "continuous_usage_stats", "resumable"};
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        const json_t *value = json_object_get(at->value, names[i]);
+        if (value != NULL && !json_is_boolean(value) && !json_is_null(value)) {
+            char name[64];
+            snprintf(name, sizeof(name), "stream_options.%s", names[i]);
+            return refuse(at->error, name, "must be true or false");
+        }
     }
-    const json_t *resumable = json_object_get(at->value, "resumable");
-    if (resumable != NULL && !json_is_boolean(resumable) && !json_is_null(resumable)) {
-        return refuse(at->error, "stream_options.resumable", "must be true or false");
-    }
-    at->request->include_usage = json_is_true(usage);
+    at->request->include_usage = json_is_true(json_object_get(at->value, "include_usage"));
+    return CM_OK;
+}
+
+/* What a tool looks like is the chat encoder's to check. */
+static cm_status parse_tools(const parse_at *at)
+{
+    at->request->tools = json_array_size(at->value) > 0;
     return CM_OK;
 }
 
 static cm_status parse_tool_choice(const parse_at *at)
 {
     const char *word = json_string_value(at->value);
-    if (word != NULL && (strcmp(word, "none") == 0 || strcmp(word, "auto") == 0)) {
-        return CM_OK; /* without tools both mean the same */
+    if (word != NULL && strcmp(word, "none") == 0) {
+        at->request->tools = false;
+        return CM_OK;
+    }
+    if (word != NULL && strcmp(word, "auto") == 0) {
+        return CM_OK;
     }
     if (json_is_object(at->value) || (word != NULL && strcmp(word, "required") == 0)) {
-        return unsupported(at->error, at->name, "is not supported: this server does not call tools");
+        at->request->tools = true; /* whether there are any: gw_constraint_read */
+        return CM_OK;
     }
     return refuse(at->error, at->name, "must be none, auto, required or an object that names a function");
 }
@@ -254,6 +267,12 @@ static cm_status parse_keep_special(const parse_at *at)
     return CM_OK;
 }
 
+static cm_status parse_parallel_calls(const parse_at *at)
+{
+    at->request->one_call = json_is_false(at->value);
+    return CM_OK;
+}
+
 static cm_status parse_seed(const parse_at *at)
 {
     at->request->has_seed = true;
@@ -297,7 +316,7 @@ typedef struct field {
 #define TYPE_ONLY         .stored = false
 #define RANGE(min_, max_) .min = (min_), .max = (max_)
 
-/* max_completion_tokens stands behind max_tokens because it wins. */
+/* max_completion_tokens stands behind max_tokens, and tool_choice behind tools, because they win. */
 static const field FIELDS[] = {
     {"model", BOTH, FIELD_STRING, TYPE_ONLY},
     {"messages", CHAT, FIELD_LIST, .parse = parse_messages},
@@ -337,10 +356,10 @@ static const field FIELDS[] = {
     {"guided_json", BOTH, FIELD_ANY, TYPE_ONLY},
     {"guided_regex", BOTH, FIELD_STRING, TYPE_ONLY},
     {"guided_choice", BOTH, FIELD_LIST, TYPE_ONLY},
-    {"tools", CHAT, FIELD_LIST, ONLY(0)},
+    {"tools", CHAT, FIELD_LIST, .parse = parse_tools},
     {"functions", CHAT, FIELD_LIST, ONLY(0)},
     {"tool_choice", CHAT, FIELD_ANY, .parse = parse_tool_choice},
-    {"parallel_tool_calls", CHAT, FIELD_BOOL, TYPE_ONLY},
+    {"parallel_tool_calls", CHAT, FIELD_BOOL, .parse = parse_parallel_calls},
 };
 enum { N_FIELDS = sizeof(FIELDS) / sizeof(FIELDS[0]) };
 
@@ -452,13 +471,6 @@ static cm_status check_together(const json_t *body, const gw_request *r, gw_erro
     return CM_OK;
 }
 
-static bool tools_may_be_called(const json_t *body)
-{
-    const char *choice = json_string_value(json_object_get(body, "tool_choice"));
-    return json_array_size(json_object_get(body, "tools")) > 0 &&
-           (choice == NULL || strcmp(choice, "none") != 0);
-}
-
 cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab, gw_request *request_out,
                            gw_error *error_out)
 {
@@ -480,7 +492,7 @@ cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab,
         status = check_together(body, &r, error_out);
     }
     if (status == CM_OK) {
-        status = gw_constraint_read(body, tools_may_be_called(body), &r.constraint, error_out);
+        status = gw_constraint_read(body, r.tools, &r.constraint, error_out);
     }
     if (status != CM_OK) {
         gw_request_free(&r);
@@ -519,6 +531,12 @@ bool gw_request_wants_usage(const json_t *body)
     return json_is_true(json_object_get(json_object_get(body, "stream_options"), "include_usage"));
 }
 
+bool gw_request_wants_usage_always(const json_t *body)
+{
+    return gw_request_wants_usage(body) &&
+           json_is_true(json_object_get(json_object_get(body, "stream_options"), "continuous_usage_stats"));
+}
+
 bool gw_request_wants_logprobs(gw_ask_kind kind, const json_t *body)
 {
     const json_t *wants = json_object_get(body, "logprobs");
@@ -541,6 +559,8 @@ cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n
             "This model's maximum context length is %u tokens. However, your prompt has %u tokens. Please "
             "shorten it.",
             context, n_prompt);
+        error_out->tokens = n_prompt;
+        error_out->tokens_max = context - 1;
         return CM_E_TOO_LONG;
     }
     uint32_t wanted = request->tokens_max;

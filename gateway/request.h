@@ -37,6 +37,8 @@ typedef struct gw_request {
     bool ignore_eos;
     bool include_stop; /* keep the matched stop string in the text */
     bool keep_special; /* skip_special_tokens: false */
+    bool tools;        /* calls may come */
+    bool one_call;     /* one at most */
     uint32_t n_stop, n_stop_id;
     char *stop[GW_STOP_MAX]; /* owned */
     uint32_t stop_id[GW_STOP_IDS_MAX];
@@ -58,6 +60,7 @@ void gw_request_free(gw_request *request);
 bool gw_request_streams(const json_t *body);
 bool gw_request_is_resumable(const json_t *body); /* the client may go away and come back */
 bool gw_request_wants_usage(const json_t *body);
+bool gw_request_wants_usage_always(const json_t *body); /* in every object of a stream */
 bool gw_request_wants_logprobs(gw_ask_kind kind, const json_t *body);
 uint32_t gw_request_choices(const json_t *body); /* 1 to GW_CHOICES_MAX */
 

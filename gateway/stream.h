@@ -13,24 +13,28 @@
 
 typedef struct gw_gateway gw_gateway;
 typedef struct gw_stream gw_stream;
+typedef struct gw_visit gw_visit; /* a client's request at its port: visit.h */
+typedef struct gw_tenant gw_tenant;
 
-/* What a client is told. One table (errors.def) gives each cause its HTTP status, OpenAI type and code, and
- * gRPC code. */
+/* What a client is told. One table (errors.def) gives each cause its HTTP status, OpenAI type and code, gRPC
+ * code, and status and type on the Anthropic surface. */
 typedef enum gw_cause {
-#define GW_ERROR(name, http, type, code, grpc) GW_CAUSE_##name,
+#define GW_ERROR(name, http, type, code, grpc, anthropic_http, anthropic_type) GW_CAUSE_##name,
 #include "gateway/errors.def"
 #undef GW_ERROR
     GW_CAUSE_COUNT
 } gw_cause;
 typedef struct gw_error {
     gw_cause cause;
-    char param[96];    /* field it is about, "" when none */
-    char message[416]; /* a sentence for the client: what, where, what to do */
-    uint32_t retry_ms; /* > 0: when to try again */
+    char param[96];              /* field it is about, "" when none */
+    char message[416];           /* a sentence for the client: what, where, what to do */
+    uint32_t retry_ms;           /* > 0: when to try again */
+    uint32_t tokens, tokens_max; /* of a prompt that is too long, and what would fit; 0: not known */
 } gw_error;
 int gw_error_http(const gw_error *error);
 const char *gw_error_type(const gw_error *error);
 const char *gw_error_code(const gw_error *error);
+int gw_error_anthropic_http(const gw_error *error);
 pc_code gw_error_grpc(const gw_error *error);
 void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char *fmt, ...) CM_PRINTF(4, 5);
 
@@ -56,6 +60,7 @@ const char *gw_origin_id(const gw_origin *origin);
 typedef struct gw_ask {
     gw_ask_kind kind;
     const json_t *body;
+    gw_visit *visit;      /* whose request it is, borrowed; NULL: nobody's, refused where keys are needed */
     gw_origin *origin;    /* borrowed; NULL: one is made, of a request that cannot be resumed */
     uint64_t router;      /* has the stream already: told there from its first token on; 0: a new one */
     uint64_t deadline_ms; /* from now; UINT64_MAX = none */
@@ -77,11 +82,14 @@ typedef struct gw_found {
 } gw_found;
 /* One of the two is NULL. Not from inside gw_seek_begin. */
 typedef void (*gw_seek_fn)(void *ctx, const gw_found *found, const gw_error *error);
-/* Asks all routers for the request with this id. */
-gw_seek *gw_seek_begin(gw_gateway *gateway, const char *id, gw_seek_fn fn, void *ctx);
+/* Asks all routers for the tenant's request with this id. */
+gw_seek *gw_seek_begin(gw_gateway *gateway, const gw_tenant *tenant, const char *id, gw_seek_fn fn,
+                       void *ctx);
 void gw_seek_cancel(gw_seek *seek); /* fn will not be called */
 
+typedef struct gw_usage gw_usage;
 typedef struct gw_start {
+    const gw_usage *usage; /* at every event what it came to, without times; NULL: nobody counts */
     const char *request_id;
     const char *model;
     int64_t created_s; /* since 1970 */
@@ -90,14 +98,15 @@ typedef struct gw_start {
 } gw_start;
 
 typedef enum gw_reason { GW_REASON_STOP, GW_REASON_LENGTH, GW_REASON_TOOL_CALLS } gw_reason;
-typedef struct gw_usage {
+struct gw_usage {
     uint32_t prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens;
     double queue_ms, first_token_ms, total_ms;
-} gw_usage;
+};
 typedef struct gw_finish {
     gw_reason reason;
     const char *stop_string; /* NULL unless it matched */
     int64_t stop_id;         /* -1 unless it matched */
+    const md_parser *parser; /* of the answer, for md_parser_call_args; borrowed; NULL: not there any more */
     gw_usage usage;
 } gw_finish;
 
@@ -117,7 +126,9 @@ typedef struct gw_logprobs {
 } gw_logprobs;
 
 typedef struct gw_stream_events {
-    /* Validated, tokenized, accepted by a router: nothing is refused after this. */
+    /* Validated, tokenized, let in: it waits for a router, maybe for long. NULL: that is no news. */
+    void (*admitted)(void *ctx);
+    /* Accepted by a router: nothing is refused after this. */
     void (*started)(void *ctx, const gw_start *start);
     /* A piece of text of one kind; never empty but for calls' names, never part of a character. */
     void (*piece)(void *ctx, const md_piece *piece);
@@ -144,11 +155,17 @@ void gw_stream_detach(gw_stream *stream);
 const char *gw_stream_id(const gw_stream *stream);
 /* Its last token was told: pieces that come now were held back, or are of nothing. */
 bool gw_stream_is_ending(const gw_stream *stream);
-/* By request id, for Abort: the stream fails with GW_CAUSE_ABORTED. false: no such stream. */
-bool gw_stream_abort(gw_gateway *gateway, const char *request_id);
-uint32_t gw_stream_abort_all(gw_gateway *gateway); /* how many */
+/* By request id, for Abort: the tenant's stream fails with GW_CAUSE_ABORTED. false: it has no such stream. */
+bool gw_stream_abort(gw_gateway *gateway, const gw_tenant *tenant, const char *request_id);
+/* The tenant's, or everybody's where it is an operator. How many. */
+uint32_t gw_stream_abort_all(gw_gateway *gateway, const gw_tenant *tenant);
 
 /* ---- what surfaces ask besides ---- */
+
+/* Before anything else of a request is looked at. authorization: "Bearer KEY", api_key: KEY; NULL: not given.
+ * CM_E_INVALID: error_out is GW_CAUSE_UNAUTHENTICATED. */
+CM_MUST_CHECK cm_status gw_gateway_identify(const gw_gateway *gateway, const char *authorization,
+                                            const char *api_key, gw_tenant **tenant_out, gw_error *error_out);
 
 typedef struct gw_info {
     const char *model;       /* served name */
@@ -166,6 +183,13 @@ typedef struct gw_info {
 } gw_info;
 void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out);
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway);
+/* The tokenizer's files, for clients that make their own tokens. */
+typedef struct gw_archive {
+    const uint8_t *data; /* [n_bytes] zip; the gateway's */
+    size_t n_bytes;
+    const char *sha256; /* of data, in hex */
+} gw_archive;
+void gw_gateway_tokenizer_files(const gw_gateway *gateway, gw_archive *archive_out);
 /* Ids of a chat body or of text, exactly as generation would use them. */
 CM_MUST_CHECK cm_status gw_chat_ids(gw_gateway *gateway, const json_t *body, md_ids *ids_out,
                                     cm_bytes *text_out, gw_error *error_out);
@@ -182,9 +206,9 @@ typedef struct gw_openai gw_openai;
 typedef struct gw_openai_choice gw_openai_choice; /* one of its n answers */
 /* choice: whose object it is; that of all of them is the first one's. The objects of one choice are the same
  * and in the same order however its tokens came; those of several mix as they come. */
-typedef void (*gw_openai_emit_fn)(void *ctx, uint32_t choice, const char *json, size_t n_bytes, bool last);
-gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint,
-                            gw_openai_emit_fn emit, void *ctx);
+typedef void (*gw_emit_fn)(void *ctx, uint32_t choice, const char *json, size_t n_bytes, bool last);
+gw_openai *gw_openai_create(gw_ask_kind kind, const json_t *body, const char *fingerprint, gw_emit_fn emit,
+                            void *ctx);
 void gw_openai_destroy(gw_openai *writer);
 uint32_t gw_openai_choices(const gw_openai *writer); /* n of the body; 1 when it is no number in range */
 gw_openai_choice *gw_openai_choice_of(gw_openai *writer, uint32_t choice);
@@ -192,3 +216,5 @@ const gw_stream_events *gw_openai_events(
     void); /* ctx is a gw_openai_choice; flush, failed are no-ops: wrap them */
 /* {"error":{...}} */
 void gw_openai_error(const gw_error *error, cm_bytes *out);
+/* {"type":"error","error":{...},"request_id":...}; request_id may be NULL. */
+void gw_anthropic_error(const gw_error *error, const char *request_id, cm_bytes *out);

@@ -9,14 +9,19 @@ static const float LOGPROB_LEAST = -9999.0f;
 static void tell_piece(void *ctx, const md_piece *piece)
 {
     gw_stream *stream = ctx;
-    if (!stream->over) {
+    bool is_call = piece->kind == MD_PIECE_CALL || piece->kind == MD_PIECE_ARGS;
+    if (is_call && piece->call > 0 && stream->request.one_call) {
+        stream->has_enough = true;
+    }
+    if (!stream->over && !stream->has_enough) {
         stream->events.piece(stream->ctx, piece);
     }
 }
 
 static void tell_started(gw_stream *stream)
 {
-    gw_start start = {.request_id = gw_stream_id(stream),
+    gw_start start = {.usage = &stream->usage,
+                      .request_id = gw_stream_id(stream),
                       .model = stream->gateway->model,
                       .created_s = gw_origin_created_s(stream->origin),
                       .prompt_tokens = (uint32_t)stream->core.prompt.n,
@@ -24,15 +29,17 @@ static void tell_started(gw_stream *stream)
     stream->accepted_ns = cm_now_ns();
     if (!stream->probe) {
         cm_stat_add(CM_STAT_prompt_tokens, (int64_t)start.prompt_tokens);
+        gw_telemetry_used(stream->gateway->telemetry, stream->tenant, GW_USED_PROMPT_TOKENS,
+                          start.prompt_tokens);
     }
     stream->events.started(stream->ctx, &start);
 }
 
 static void count_id(gw_stream *stream, uint32_t id, bool was_reasoning)
 {
-    stream->completion_tokens++;
+    stream->usage.completion_tokens++;
     if (was_reasoning && id != md_tokenizer_control(stream->gateway->tokenizer, MD_CTL_THINK_END)) {
-        stream->reasoning_tokens++;
+        stream->usage.reasoning_tokens++;
     }
     if (stream->probe) {
         return;
@@ -40,8 +47,26 @@ static void count_id(gw_stream *stream, uint32_t id, bool was_reasoning)
     cm_stat_add(CM_STAT_generated_tokens, 1);
     if (stream->first_ns == 0) {
         stream->first_ns = cm_now_ns();
-        cm_stat_observe(CM_STAT_first_token_seconds, (double)(stream->first_ns - stream->received_ns) * 1e-9);
+        double seconds = (double)(stream->first_ns - stream->received_ns) * 1e-9;
+        cm_stat_observe(CM_STAT_first_token_seconds, seconds);
+        gw_telemetry_observe(stream->gateway->telemetry, GW_SERIES_FIRST_TOKEN, seconds, 1);
     }
+}
+
+/* Tokens that came together share the time since those before them. */
+static void count_step(gw_stream *stream, uint32_t n_id)
+{
+    gw_telemetry *telemetry = stream->gateway->telemetry;
+    uint64_t now_ns = cm_now_ns();
+    if (stream->probe) {
+        return;
+    }
+    gw_telemetry_used(telemetry, stream->tenant, GW_USED_OUTPUT_TOKENS, n_id);
+    if (stream->last_ns != 0) {
+        gw_telemetry_observe(telemetry, GW_SERIES_INTER_TOKEN,
+                             (double)(now_ns - stream->last_ns) * 1e-9 / n_id, n_id);
+    }
+    stream->last_ns = now_ns;
 }
 
 static gw_logprob make_logprob(const md_tokenizer *tokenizer, uint32_t id, float logprob)
@@ -159,15 +184,18 @@ static void tell_news(gw_stream *stream, const gw_core_news *news, const Baleen_
     if (news->accepted) {
         tell_started(stream);
     }
-    for (uint32_t i = 0; i < news->n_id && !stream->over && !matched; i++) {
+    if (news->n_id > 0) {
+        count_step(stream, news->n_id);
+    }
+    for (uint32_t i = 0; i < news->n_id && !stream->over && !matched && !stream->has_enough; i++) {
         matched = tell_id(stream, news->offset + i, news->id[i],
                           frame->n_logprobs > 0 ? frame->logprobs[news->n_known + i] : NULL);
     }
     if (stream->over) {
         return;
     }
-    if (matched) {
-        gw_stream_finish(stream, GW_REASON_STOP, -1);
+    if (matched || stream->has_enough) {
+        gw_stream_finish(stream, matched ? GW_REASON_STOP : GW_REASON_TOOL_CALLS, -1);
     } else if (news->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED) {
         fail_by_router(stream, frame);
     } else if (news->end == BALEEN__ENGINE__V1__SEQ_END__SEQ_FINISHED) {

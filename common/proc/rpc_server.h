@@ -8,6 +8,7 @@
 
 #include "common/base/status.h"
 #include "common/proc/loop.h"
+#include "common/proc/serve_tls.h"
 #include "common/proc/tls.h"
 
 typedef struct pc_rpc_server pc_rpc_server;
@@ -40,6 +41,9 @@ typedef struct pc_method {
     void (*message)(pc_call *call, const uint8_t *data, size_t n_bytes);
     /* The client sent its last message (bidirectional methods; may be NULL). */
     void (*half_closed)(pc_call *call);
+    /* Whatever was queued has been given to the connection, and the call goes on: for answers that are longer
+     * than the queue. May be NULL. */
+    void (*sent)(pc_call *call);
     /* The call is over, by our finish or by the client (cancelled true: cancel, disconnect or deadline before
      * our finish). Last callback, and only after another one: free what pc_call_user points to; the call is
      * invalid after it. */
@@ -57,6 +61,7 @@ typedef struct pc_rpc_options {
                                  takes any one) */
     void *ctx;                /* pc_call_ctx */
     pc_tls *tls;              /* kept; NULL: plain. Then clients need a certificate of the same authority */
+    pc_serve_tls *serve_tls;  /* kept; in its place: TLS with the server's certificate alone. NULL: without */
 } pc_rpc_options;
 
 /* methods are kept. bound_out: "host:port" really in use. CM_E_EXISTS: the address is taken; CM_E_INVALID: no

@@ -120,8 +120,49 @@ def request():
                            "min_tokens": 1, "ignore_eos": False, "include_stop_str_in_output": True})
 
 
+def part(number, data):
+    """A field of a message whose length is given."""
+    assert len(data) < 128
+    return bytes([number << 3 | 2, len(data)]) + data
+
+
+def kserve():
+    """ModelInferRequests, raw and not: name 1, datatype 2, shape 3, contents 5 of an input; see proto/kserve.proto."""
+    def tensor(name, datatype, shape, contents=b""):
+        return part(5, part(1, name) + part(2, datatype) + part(3, bytes(shape)) + (part(5, contents) if contents else b""))
+
+    head = part(1, b"nano") + part(3, b"7")
+    text = tensor(b"text_input", b"BYTES", [1], part(8, b"Hi"))
+    sampling = tensor(b"sampling_parameters", b"BYTES", [1], part(8, b'{"max_tokens": 4}'))
+    yield head + text + sampling + tensor(b"exclude_input_in_output", b"BOOL", [1], part(1, b"\1"))
+    yield head + tensor(b"messages", b"BYTES", [1, 1], part(8, b'[{"role":"user","content":"x"}]')) + tensor(b"stream", b"BOOL", [1], part(1, b"\1"))
+    yield head + tensor(b"input_ids", b"INT32", [1, 3], part(2, bytes([5, 6, 7])))
+    yield (head + tensor(b"input_ids", b"INT32", [2]) + tensor(b"stream", b"BOOL", [1]) + tensor(b"sampling_parameters", b"BYTES", [1])
+           + part(7, struct.pack("<ii", 5, 6)) + part(7, b"\1") + part(7, struct.pack("<I", 11) + b'{"seed": 1}')
+           + part(4, part(1, b"triton_enable_empty_final_response") + part(2, bytes([8, 1]))) + part(6, part(1, b"text_output")))
+
+
+def surface():
+    for row in rows("encoding/prompts.jsonl"):
+        if row["level"] == "request" and row["endpoint"] in ("messages", "responses"):
+            yield bytes([int(row["endpoint"] == "responses")]) + compact({"stream": True, **row["body"]})
+    text = next(row["text"] for row in rows("encoding/parse.jsonl") if "invoke" in row["text"])
+    user = [{"role": "user", "content": "x"}]
+    for stream in (False, True):
+        yield b"\2" + compact({"system": text, "max_tokens": 9, "stream": stream, "messages": user, "stop_sequences": ["a"],
+                               "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "metadata": {"user_id": "u"}})
+        yield b"\1" + compact({"input": text, "stream": stream, "include": ["reasoning.encrypted_content"], "temperature": 0.5, "tools": [
+            {"type": "custom", "name": "f", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+            {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "g"}]}, {"type": "web_search"}]})
+    yield b"\1" + compact({"input": [*user, {"type": "reasoning", "summary": [], "encrypted_content": "bl1.cjI="},
+                                     {"type": "custom_tool_call", "call_id": "1", "name": "p", "input": "a"},
+                                     {"type": "function_call", "call_id": "2", "name": "g", "namespace": "n", "arguments": "{}"},
+                                     {"type": "custom_tool_call_output", "call_id": "1", "output": "o"}],
+                           "text": {"format": {"type": "json_schema", "name": "n", "schema": {}}}})
+
+
 def main():
-    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, grammar):
+    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, kserve, surface, grammar):
         folder = os.path.join(sys.argv[1], make.__name__)
         os.makedirs(folder)
         for i, seed in enumerate(make()):

@@ -64,22 +64,33 @@ static void parse_cut(const json_t *row, size_t first, size_t step)
     json_decref(answer);
 }
 
+enum { PARSE_PAIRS = 180 }; /* bytes of a text up to which every pair of cuts is tried */
+
+/* Whole, at every byte, and in two; shorter texts in three as well, and in pieces of every length behind
+ * every first one. */
 static void parse_row(void *ctx, const json_t *row, size_t i)
 {
-    (void)ctx;
+    uint32_t *n_ways = ctx;
     (void)i;
     size_t n = strlen(jsonl_text(row, "text"));
     parse_cut(row, n, n);
     parse_cut(row, 1, 1);
+    *n_ways += 2;
     for (size_t cut = 1; cut < n; cut++) {
-        parse_cut(row, cut, n);
+        for (size_t step = n <= PARSE_PAIRS ? 1 : n; step <= n; step++) {
+            parse_cut(row, cut, step);
+            ++*n_ways;
+        }
     }
 }
 
 static void test_parse(void **state)
 {
     (void)state;
-    jsonl_each("encoding/parse.jsonl", 51, parse_row, NULL);
+    uint32_t n_ways = 0;
+    jsonl_each("encoding/parse.jsonl", 51, parse_row, &n_ways);
+    printf("  51 completions, cut in %u ways\n", n_ways);
+    assert_true(n_ways > 100000);
 }
 
 /* ---- exact events ---- */

@@ -17,6 +17,10 @@ def pytest_addoption(parser):
     parser.addoption("--bin", default=os.path.join(ROOT, "build", "release", "bin"), help="folder of the binaries under test")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "conformance(*items): covers these items of the conformance list (docs/conformance.md)")
+
+
 @pytest.fixture(scope="session")
 def bin_dir(request):
     return request.config.getoption("--bin")

@@ -43,6 +43,7 @@ def test_drain_exits_zero(start_cluster):
     assert not os.path.exists(os.path.join(cluster.run, "cluster.json"))
 
 
+@pytest.mark.conformance(59)
 def test_a_running_answer_survives_the_drain(start_cluster):
     cluster = start_cluster("--workers", "2")
     whole = answer(cluster)
@@ -54,6 +55,7 @@ def test_a_running_answer_survives_the_drain(start_cluster):
     assert cluster.stop() == 0, cluster.said()
 
 
+@pytest.mark.conformance(60)
 def test_worker_dies_in_the_middle(start_cluster):
     """kill -9 of a worker while an answer streams: the others take its experts over and no token changes."""
     cluster = start_cluster("--workers", "3", "--no-restart")

@@ -39,6 +39,7 @@ def test_answer(client):
     assert reply.usage.completion_tokens_details.reasoning_tokens == 0
 
 
+@pytest.mark.conformance(2)
 def test_stream_equals_answer(client):
     whole = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0, extra_body=CHAT)
     chunks = list(client.chat.completions.create(model="nano", messages=QUESTION, temperature=0, stream=True,
@@ -52,6 +53,7 @@ def test_stream_equals_answer(client):
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+@pytest.mark.conformance(3)
 def test_thinking_is_the_default(client):
     reply = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0)
     assert reply.choices[0].message.reasoning_content
@@ -98,6 +100,7 @@ def test_many_stop_ids(client, cluster):
     assert "Paris" not in reply.choices[0].message.content and reply.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.conformance(17)
 def test_seed_repeats(client):
     def draw(seed):
         reply = client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "Tell me a story."}],
@@ -123,6 +126,7 @@ def ids_of(cluster, text):
     return reply["tokens"]
 
 
+@pytest.mark.conformance(16)
 def test_logprobs(client):
     reply = client.chat.completions.create(model="nano", messages=QUESTION, temperature=0, logprobs=True, top_logprobs=5, extra_body=CHAT)
     entries = reply.choices[0].logprobs.content
@@ -243,6 +247,7 @@ def test_models(client):
         client.models.retrieve("other")
 
 
+@pytest.mark.conformance(55)
 def test_tokenize_round_trip(cluster):
     text = "Grüße, 世界! 1234 <｜User｜>"
     status, reply = post(cluster, "/tokenize", {"model": "nano", "prompt": text, "add_special_tokens": False})
@@ -259,12 +264,14 @@ def test_unknown_model(client):
     assert error.value.code == "model_not_found" and "gpt-5" in str(error.value)
 
 
+@pytest.mark.conformance(22)
 def test_malformed_json(cluster):
     status, reply = post(cluster, "/v1/chat/completions", b'{"model": "nano", "messages": [')
     assert status == 400 and reply["error"]["type"] == "invalid_request_error"
     assert "JSON" in reply["error"]["message"]
 
 
+@pytest.mark.conformance(22)
 @pytest.mark.parametrize("field, value", [
     ("temperature", "warm"), ("temperature", 3), ("temperature", -1), ("top_p", 0), ("top_p", 1.5), ("max_tokens", 0),
     ("max_tokens", "many"), ("seed", "x"), ("stream", "yes"), ("stop", 5), ("messages", "hello"), ("messages", []),
@@ -280,6 +287,7 @@ def test_wrong_fields(cluster, field, value):
     assert field in (reply["error"]["param"] or "") or field in reply["error"]["message"]
 
 
+@pytest.mark.conformance(23)
 def test_prompt_beyond_the_context(client):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="nano", messages=[{"role": "user", "content": "word " * 20000}])
@@ -287,6 +295,7 @@ def test_prompt_beyond_the_context(client):
     assert "16384" in str(error.value)
 
 
+@pytest.mark.conformance(55)
 def test_control_spellings_stay_text(cluster):
     """A user who types control tokens gets characters, never control ids."""
     spelled = "<｜Assistant｜></think><think><｜DSML｜><｜end▁of▁sentence｜><｜begin▁of▁sentence｜>"
@@ -317,6 +326,7 @@ def test_routes(cluster):
     connection.close()
 
 
+@pytest.mark.conformance(27)
 def test_disconnect_frees_everything(cluster):
     connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
     body = {"model": "nano", "stream": True, "temperature": 0, "thinking": {"type": "disabled"},

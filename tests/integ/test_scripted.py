@@ -1,12 +1,14 @@
 """A cluster whose model is a script: it says the text of the last user or tool message. What every other test of surfaces builds on."""
+import json
 import os
 import signal
+import subprocess
 import threading
 
 import openai
 import pytest
 
-from conftest import wait_for
+from conftest import NANO, WAIT_S, wait_for
 
 CHAT = {"thinking": {"type": "disabled"}}
 
@@ -104,3 +106,15 @@ def test_many_streams_keep_apart(client, scripted):
         thread.join()
     assert len(answers) == 100 and all(answers.values())
     wait_for("the ledger to be zero", scripted.ledger_is_zero)
+
+
+def test_bench(bin_dir):
+    """The benchmark of a gateway, small: it says what it measured, and ends its cluster."""
+    out = subprocess.run([os.path.join(bin_dir, "baleen"), "bench", "serve.stream", "--streams", "20", "--stream_tokens", "16", "--rounds", "2",
+                          "--model", NANO], capture_output=True, text=True, timeout=WAIT_S)
+    assert out.returncode == 0, out.stderr
+    report = json.loads(out.stdout.strip().splitlines()[-1])
+    assert report["streams"] == 20 and report["stream_bytes"] > 0 and report["bare_send_s"]["median"] > 0 and report["drop_s"]["max"] > 0
+    out = subprocess.run([os.path.join(bin_dir, "baleen"), "bench", "serve.stream", "--model", "/nonexistent"], capture_output=True, text=True,
+                         timeout=WAIT_S)
+    assert out.returncode == 1 and "/nonexistent" in out.stderr

@@ -346,6 +346,8 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
         md_ids_push(&R.prompt, open->prompt[i]);
     }
     R.birth = open->key->birth;
+    memcpy(R.key, open->key->id.data, sizeof(R.key));
+    snprintf(R.traceparent, sizeof(R.traceparent), "%s", open->traceparent != NULL ? open->traceparent : "");
     R.term = open->term;
     R.emitted.n = 0;
     for (size_t i = 0; i < open->n_emitted; i++) {
@@ -397,7 +399,9 @@ static void router_find(const Baleen__Engine__V1__SeqFind *find)
     Baleen__Engine__V1__SeqFound found = BALEEN__ENGINE__V1__SEQ_FOUND__INIT;
     Baleen__Engine__V1__SeqKey keys[4], *list[4];
     R.n_finds++;
-    for (uint32_t i = 0; i < R.n_found; i++) {
+    bool same = R.n_opens == 0 || memcmp(find->id.data, R.key, sizeof(R.key)) == 0;
+    uint32_t n = same ? R.n_found : 0;
+    for (uint32_t i = 0; i < n; i++) {
         baleen__engine__v1__seq_key__init(&keys[i]);
         keys[i].id = find->id;
         keys[i].choice = i;
@@ -406,8 +410,8 @@ static void router_find(const Baleen__Engine__V1__SeqFind *find)
     }
     found.ask = find->ask;
     found.key = list;
-    found.n_key = R.n_found;
-    found.has_resume = R.n_found > 0;
+    found.n_key = n;
+    found.has_resume = n > 0;
     found.resume = (ProtobufCBinaryData){.len = strlen(R.resume), .data = (uint8_t *)R.resume};
     found.has_term = true;
     found.term = R.term;
@@ -503,21 +507,33 @@ const md_tokenizer *rig_tokenizer(void)
     return gw_gateway_tokenizer(R.gateway);
 }
 
+static void reply_text(const char *text, size_t n, md_text_kind kind)
+{
+    md_ids ids;
+    md_ids_init(&ids);
+    md_tokenizer_encode(rig_tokenizer(), text, n, kind, &ids);
+    assert_in_range(R.n_reply + ids.n, 0, RIG_REPLY_MAX - 1);
+    memcpy(R.reply + R.n_reply, ids.id, ids.n * sizeof(uint32_t));
+    R.n_reply += (uint32_t)ids.n;
+    md_ids_fini(&ids);
+}
+
 void rig_reply(const char *text)
 {
     const char *bar = strchr(text, '|');
-    md_ids ids;
-    md_ids_init(&ids);
+    R.n_reply = 0;
     if (bar != NULL) {
-        md_tokenizer_encode(rig_tokenizer(), text, (size_t)(bar - text), MD_TEXT_PLAIN, &ids);
-        md_ids_push(&ids, md_tokenizer_control(rig_tokenizer(), MD_CTL_THINK_END));
+        reply_text(text, (size_t)(bar - text), MD_TEXT_PLAIN);
+        R.reply[R.n_reply++] = md_tokenizer_control(rig_tokenizer(), MD_CTL_THINK_END);
         text = bar + 1;
     }
-    md_tokenizer_encode(rig_tokenizer(), text, strlen(text), MD_TEXT_PLAIN, &ids);
-    assert_in_range(ids.n, 1, RIG_REPLY_MAX);
-    memcpy(R.reply, ids.id, ids.n * sizeof(uint32_t));
-    R.n_reply = (uint32_t)ids.n;
-    md_ids_fini(&ids);
+    reply_text(text, strlen(text), MD_TEXT_PLAIN);
+}
+
+void rig_reply_control(const char *text)
+{
+    R.n_reply = 0;
+    reply_text(text, strlen(text), MD_TEXT_CONTROL);
 }
 
 /* ---- the gateway ---- */

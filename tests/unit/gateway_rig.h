@@ -18,7 +18,7 @@ enum {
     RIG_GATEWAY = 5,
     RIG_ROUTER = 2,
     RIG_WORKER = 3,
-    RIG_REPLY_MAX = 64,
+    RIG_REPLY_MAX = 256,
     RIG_OPENED_MAX = 8
 };
 
@@ -69,10 +69,12 @@ typedef struct rig {
     bool keeps;       /* a SeqResume finds the sequence, else nothing; tokens are the test's to give */
     uint32_t n_found; /* choices that a SeqFind finds, of the newest SeqOpen's request */
     uint32_t n_finds;
+    uint8_t key[16];      /* of the newest SeqOpen: a SeqFind for another finds nothing */
+    char traceparent[64]; /* likewise */
     uint64_t resumed[4];  /* by choice: what it is called since it was resumed */
     uint64_t birth, term; /* of the newest SeqOpen or SeqResume */
     uint32_t n_copies, n_detached;
-    char resume[4096];                         /* of the newest SeqOpen */
+    char resume[32768];                        /* of the newest SeqOpen */
     Baleen__Engine__V1__SamplerParams sampler; /* likewise; without its list */
     uint32_t n_stop_id, stop_id[8];
     uint32_t n_bias, bias_id[8];
@@ -98,6 +100,8 @@ void rig_cluster_stats(void);
 
 /* ids of text, for replies; </think> where text has "|". */
 void rig_reply(const char *text);
+/* The same, control spellings in it are control ids. */
+void rig_reply_control(const char *text);
 const md_tokenizer *rig_tokenizer(void);
 /* A frame about the newest stream. Log-probabilities, when asked for: -0.5 for an id; its likely tokens are
  * 0, 1, ... with -1, -2, ..., the last with -INFINITY. */

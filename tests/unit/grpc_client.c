@@ -40,18 +40,30 @@ static void client_closed(void *ctx, pc_code code, const char *text)
     c->stream = NULL;
 }
 
+static const pc_stream_events CLIENT_EVENTS = {.message = client_message, .closed = client_closed};
+
+void client_open(client *c, pc_channel *channel, const char *path)
+{
+    *c = (client){0};
+    c->stream = pc_stream_open(channel, path, &CLIENT_EVENTS, c, 0);
+}
+
+void client_send(client *c, const void *request)
+{
+    cm_bytes packed;
+    cm_bytes_init(&packed, 0);
+    pr_pack(request, &packed);
+    assert_int_equal(pc_stream_send(c->stream, cm_bytes_text(&packed), packed.len), CM_OK);
+    cm_bytes_fini(&packed);
+}
+
 void client_ask(client *c, pc_channel *channel, const char *path, const ProtobufCMessage *request,
                 uint64_t deadline_ms)
 {
-    static const pc_stream_events events = {.message = client_message, .closed = client_closed};
-    cm_bytes packed;
     *c = (client){0};
-    cm_bytes_init(&packed, 0);
-    pr_pack(request, &packed);
-    c->stream = pc_stream_open(channel, path, &events, c, deadline_ms);
-    assert_int_equal(pc_stream_send(c->stream, cm_bytes_text(&packed), packed.len), CM_OK);
+    c->stream = pc_stream_open(channel, path, &CLIENT_EVENTS, c, deadline_ms);
+    client_send(c, request);
     pc_stream_half_close(c->stream);
-    cm_bytes_fini(&packed);
 }
 
 void client_fini(client *c)

@@ -22,6 +22,9 @@ typedef struct client {
 /* Sends one request, waits for nothing. */
 void client_ask(client *c, pc_channel *channel, const char *path, const ProtobufCMessage *request,
                 uint64_t deadline_ms);
+/* The same in steps, for calls of many requests: pc_stream_half_close ends them. */
+void client_open(client *c, pc_channel *channel, const char *path);
+void client_send(client *c, const void *request);
 void client_fini(client *c);
 
 typedef struct plain {

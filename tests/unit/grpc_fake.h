@@ -30,7 +30,9 @@ struct gw_gateway {
     pc_loop *loop;
     fake_found found;
     gw_info info;
+    const char *key; /* that is asked for; NULL: none is */
     md_tokenizer *tokenizer;
+    gw_archive archive;                /* of its files; the test's */
     void (*script)(gw_stream *stream); /* runs as an event after a stream was opened; may be NULL */
     bool refuses;                      /* the next streams with this error */
     uint32_t refuses_choice;           /* > 0: that answer of a request, with refusal */

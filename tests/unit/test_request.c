@@ -185,13 +185,15 @@ static const field_case CASES[] = {
     CHAT_BAD("\"response_format\":{}", "response_format"),
     CHAT_BAD("\"response_format\":\"text\"", "response_format"),
     CHAT_GOOD("\"tools\":[]"),
-    CHAT_NO("\"tools\":[{\"type\":\"function\"}]", "tools"),
+    CHAT_GOOD("\"tools\":[{\"type\":\"function\"}]"),
     CHAT_BAD("\"tools\":{}", "tools"),
     CHAT_NO("\"functions\":[{}]", "functions"),
     CHAT_GOOD("\"tool_choice\":\"auto\""),
     CHAT_GOOD("\"tool_choice\":\"none\""),
-    CHAT_NO("\"tool_choice\":\"required\"", "tool_choice"),
-    CHAT_NO("\"tool_choice\":{\"type\":\"function\"}", "tool_choice"),
+    CHAT_BAD("\"tool_choice\":\"required\"", "tool_choice"), /* there is none */
+    CHAT_BAD("\"tool_choice\":{\"type\":\"function\"}", "tool_choice"),
+    CHAT_GOOD(
+        "\"tool_choice\":\"required\",\"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}]"),
     CHAT_BAD("\"tool_choice\":\"maybe\"", "tool_choice"),
     CHAT_BAD("\"tool_choice\":1", "tool_choice"),
     CHAT_GOOD("\"parallel_tool_calls\":false"),
@@ -247,6 +249,34 @@ static void every_field(void **state)
         if (status == CM_OK) {
             gw_request_free(&request);
         }
+        json_decref(body);
+    }
+}
+
+/* Calls may come when there are tools and tool_choice does not forbid them, whichever field stands first. */
+static void which_calls(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *fields;
+        bool tools, one_call;
+    } cases[] = {
+        {"\"tools\":[]", false, false},
+        {"\"tools\":[{}]", true, false},
+        {"\"tools\":[{}],\"tool_choice\":\"auto\",\"parallel_tool_calls\":true", true, false},
+        {"\"tool_choice\":\"none\",\"tools\":[{}]", false, false},
+        {"\"tools\":[{}],\"parallel_tool_calls\":false", true, true},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        char text[512];
+        gw_request request;
+        gw_error error = {0};
+        snprintf(text, sizeof(text), "{%s,%s}", MESSAGES, cases[i].fields);
+        json_t *body = json_loads(text, 0, NULL);
+        assert_int_equal(gw_request_parse(GW_ASK_CHAT, body, VOCAB, &request, &error), CM_OK);
+        assert_int_equal(request.tools, cases[i].tools);
+        assert_int_equal(request.one_call, cases[i].one_call);
+        gw_request_free(&request);
         json_decref(body);
     }
 }
@@ -370,10 +400,8 @@ static void budget(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_field),
-        cmocka_unit_test(whole_bodies),
-        cmocka_unit_test(values_arrive),
-        cmocka_unit_test(budget),
+        cmocka_unit_test(every_field),   cmocka_unit_test(which_calls), cmocka_unit_test(whole_bodies),
+        cmocka_unit_test(values_arrive), cmocka_unit_test(budget),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -207,7 +207,10 @@ static void position_decides(void **state)
     md_ids log =
         chat("{\"messages\": [{\"role\": \"user\", \"content\": \"The capital of France is Paris.\"}]}");
     uint32_t n_prompt = (uint32_t)log.n;
-    md_ids said, other = chat("{\"messages\": [{\"role\": \"user\", \"content\": \"Something else!\"}]}");
+    md_ids said,
+        other =
+            chat("{\"messages\": [{\"role\": \"user\", \"content\": \"The capital of France is Paris.\"}]}");
+    other.id[other.n - 4] = other.id[other.n - 5]; /* as long, and another */
     rt_script *script = create();
     (void)state;
     run(script, 0, &log, &said);

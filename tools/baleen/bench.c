@@ -11,7 +11,8 @@
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
-static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill};
+static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill,
+                                       &bench_serve_stream};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
@@ -26,12 +27,22 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_BYTES(bench_config, weight_bytes, 1 << 20, 1ull << 40)},
     {"d", "7168", "model width", CM_CFG_UINT(bench_config, d, 128, 1 << 16)},
     {"inner", "3072", "inner width of an expert", CM_CFG_UINT(bench_config, inner, 128, 1 << 16)},
+    {"streams", "1000", "serve.stream: answers streamed at once",
+     CM_CFG_UINT(bench_config, streams, 1, 16384)},
+    {"stream_tokens", "256", "serve.stream: tokens of each",
+     CM_CFG_UINT(bench_config, stream_tokens, 8, 4096)},
+    {"paced", "on",
+     "serve.stream: a step takes 20 ms, as a model's would; off: as fast as the script goes, so that a write "
+     "may carry several events",
+     CM_CFG_BOOL(bench_config, paced)},
+    {"model", "models/nano", "serve.stream: folder with a config.json and a tokenizer.json",
+     CM_CFG_STRING(bench_config, model)},
 };
 
 static const cm_cfg_table g_table = {
     .program = "baleen bench",
-    .summary = "measures kernels on synthetic weights against ceilings taken in the same run; all: one after "
-               "another; without a name: lists them",
+    .summary = "measures kernels on synthetic weights, and a gateway with scripted answers, against ceilings "
+               "taken in the same run; all: one after another; without a name: lists them",
     .operands = "[NAME|all]",
     .fields = g_fields,
     .n_fields = sizeof(g_fields) / sizeof(g_fields[0]),

@@ -12,8 +12,10 @@
 enum { BENCH_ROUNDS_MAX = 99, BENCH_PATHS_MAX = 8 };
 
 typedef struct bench_config {
-    uint64_t threads, rounds, weight_bytes, d, inner;
-    char *isa; /* paths, comma separated; each is measured in every round */
+    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens;
+    bool paced;  /* steps take their time */
+    char *isa;   /* paths, comma separated; each is measured in every round */
+    char *model; /* folder; its tokenizer is used, not its weights */
 } bench_config;
 
 typedef struct bench bench;
@@ -22,7 +24,7 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill;
+extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream;
 
 /* ---- samples ---- */
 

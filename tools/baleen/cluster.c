@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <jansson.h>
+#include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -67,6 +68,7 @@ struct cluster {
     cluster_child **children; /* the coordinator first */
     uint32_t n_children;
     char http[CLUSTER_ADDRESS_BYTES], grpc[CLUSTER_ADDRESS_BYTES];
+    bool secured; /* both speak TLS */
     ready_probe *probe;
     pc_timer *tick, *kill_timer;
     uint64_t begin_ms;
@@ -255,6 +257,8 @@ static void child_heard(cluster_child *child)
     bool gateway = child->role == CLUSTER_GATEWAY;
     bool ok = gateway ? address_from(line, "http", self->http) && address_from(line, "grpc", self->grpc)
                       : address_from(line, "address", child->address);
+    const char *scheme = json_string_value(json_object_get(line, "scheme"));
+    self->secured = gateway ? scheme != NULL && strcmp(scheme, "https") == 0 : self->secured;
     json_decref(line);
     child_stop_reading(child);
     if (!ok) {
@@ -272,7 +276,7 @@ static void child_heard(cluster_child *child)
     if (child->role == CLUSTER_COORDINATOR) {
         cluster_start_others(self);
     } else if (gateway) {
-        self->probe = ready_probe_create(self->loop, self->http);
+        self->probe = ready_probe_create(self->loop, self->http, self->secured);
     }
 }
 
@@ -631,7 +635,25 @@ void cluster_destroy(cluster *self)
     cm_free(self);
 }
 
+cm_status cluster_find_programs(char **dir_out, cm_error *err)
+{
+    char path[PATH_MAX];
+    ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
+    if (n <= 0) {
+        return cm_error_set(err, CM_E_IO, NULL, "/proc/self/exe: %s", strerror(errno));
+    }
+    path[n] = '\0';
+    *strrchr(path, '/') = '\0';
+    *dir_out = cm_strdup(path);
+    return CM_OK;
+}
+
 /* ---- what others want to know ---- */
+
+const char *cluster_scheme(const cluster *self)
+{
+    return self->secured ? "https" : "http";
+}
 
 const char *cluster_http(const cluster *self)
 {
@@ -658,6 +680,16 @@ uint32_t cluster_worker_pids(const cluster *self, uint32_t *pids_out, uint32_t n
         }
     }
     return n;
+}
+
+int cluster_gateway_pid(const cluster *self)
+{
+    for (uint32_t i = 0; i < self->n_children; i++) {
+        if (self->children[i]->role == CLUSTER_GATEWAY) {
+            return (int)self->children[i]->pid;
+        }
+    }
+    return 0;
 }
 
 void cluster_describe(const cluster *self, cm_bytes *json)

@@ -35,6 +35,8 @@ typedef struct cluster_options {
     void *ctx;
 } cluster_options;
 
+/* The folder of this program, where the servers' programs are too; to be freed with cm_free. */
+CM_MUST_CHECK cm_status cluster_find_programs(char **dir_out, cm_error *err);
 /* options and what they point to are kept. An error when the first process cannot be started. */
 CM_MUST_CHECK cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster **cluster_out,
                                        cm_error *err);
@@ -51,11 +53,13 @@ void cluster_destroy(cluster *self);
 
 /* ---- when ready ---- */
 
+const char *cluster_scheme(const cluster *self); /* of cluster_http: "http" or "https" */
 const char *cluster_http(const cluster *self);
 const char *cluster_grpc(const cluster *self);
 const char *cluster_coordinator(const cluster *self);
 /* Process ids of the workers; how many there are, at most n_max. */
 uint32_t cluster_worker_pids(const cluster *self, uint32_t *pids_out, uint32_t n_max);
+int cluster_gateway_pid(const cluster *self); /* 0: it does not run */
 /* Appends what goes into cluster.json: addresses, model, the processes that live. */
 void cluster_describe(const cluster *self, cm_bytes *json);
 /* Appends "coordinator 123, router-0 124, ...". */

@@ -113,19 +113,6 @@ static char **env_for_children(void)
     return env;
 }
 
-static cm_status find_programs(char **bin_dir_out, cm_error *err)
-{
-    char path[PATH_MAX];
-    ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
-    if (n <= 0) {
-        return cm_error_set(err, CM_E_IO, NULL, "/proc/self/exe: %s", strerror(errno));
-    }
-    path[n] = '\0';
-    *strrchr(path, '/') = '\0';
-    *bin_dir_out = cm_strdup(path);
-    return CM_OK;
-}
-
 static cm_status find_model(up *self, cm_error *err)
 {
     md_geometry geometry;
@@ -184,8 +171,9 @@ static void up_ready(void *ctx)
     up_publish(self); /* before the line: who reads it may look */
     cm_bytes_init(&list, 0);
     cluster_list(self->cluster, &list);
-    printf("baleen is ready: http://%s grpc %s model %s processes %s\n", cluster_http(self->cluster),
-           cluster_grpc(self->cluster), self->options.model_name, cm_bytes_text(&list));
+    printf("baleen is ready: %s://%s grpc %s model %s processes %s\n", cluster_scheme(self->cluster),
+           cluster_http(self->cluster), cluster_grpc(self->cluster), self->options.model_name,
+           cm_bytes_text(&list));
     fflush(stdout);
     cm_bytes_fini(&list);
 }
@@ -280,7 +268,7 @@ static cm_status find_store(up *self, cm_error *err)
 
 static cm_status up_prepare(up *self, cm_error *err)
 {
-    CM_TRY(find_programs(&self->bin_dir, err));
+    CM_TRY(cluster_find_programs(&self->bin_dir, err));
     CM_TRY(find_model(self, err));
     CM_TRY(find_certs(self, err));
     self->env = env_for_children();
