@@ -110,6 +110,24 @@ def test_streams_and_several_answers(client):
         assert text == choice.message.content
 
 
+def tool(name, properties, **more):
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties, "required": list(properties)},
+                                             **more}}
+
+
+def test_tool_calls(client):
+    tools = [tool("set", {"level": {"type": "integer", "minimum": 1, "maximum": 9}, "mode": {"enum": ["on", "off"]}}),
+             tool("say", {"words": {"type": "string", "maxLength": 12}})]
+    for seed in range(3):
+        choice = ask(client, seed, tools=tools, tool_choice="required", parallel_tool_calls=False).choices[0]
+        assert choice.finish_reason == "tool_calls" and len(choice.message.tool_calls) == 1 and not choice.message.content
+        call = choice.message.tool_calls[0].function
+        jsonschema.validate(json.loads(call.arguments), next(t["function"]["parameters"] for t in tools if t["function"]["name"] == call.name))
+        named = {"type": "function", "function": {"name": "set"}}
+        call = ask(client, seed, tools=tools, tool_choice=named).choices[0].message.tool_calls[0].function
+        assert call.name == "set" and 1 <= json.loads(call.arguments)["level"] <= 9
+
+
 def test_refusals_name_the_field_and_the_place(cluster):
     def refused(fields, param, text, stream=False):
         status, reply = post(cluster, "/v1/chat/completions", {"model": "nano", "messages": QUESTION, "stream": stream, **fields})
