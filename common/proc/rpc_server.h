@@ -67,7 +67,8 @@ typedef struct pc_rpc_options {
 CM_MUST_CHECK cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options,
                                              const pc_method *methods, uint32_t n_methods,
                                              pc_rpc_server **server_out, char bound_out[128], cm_error *err);
-/* Refuses new calls (UNAVAILABLE); running ones go on. done runs when none is left. */
+/* Refuses new calls and those that have said nothing yet (UNAVAILABLE); running ones go on. done runs when
+ * none is left. */
 void pc_rpc_server_drain(pc_rpc_server *server, pc_fn done, void *arg);
 /* Cancels what still runs (closed callbacks come first), then frees. Not from inside a callback of a call. */
 void pc_rpc_server_destroy(pc_rpc_server *server);

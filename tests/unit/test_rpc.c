@@ -582,6 +582,20 @@ static bool is_drained(void)
     return g.drained;
 }
 
+/* A call that never says anything holds up nobody: its client is told. */
+static void test_drain_silent(void **state)
+{
+    client silent;
+    (void)state;
+    client_open(&silent, "/t.Echo/Chat", 0);
+    client_ask(&g_client, "/t.Echo/Unary", "", 0, 0); /* when it has ended, the first one is known */
+    until(client_and_server_closed);
+    pc_rpc_server_drain(g.server, note_drained, NULL);
+    until(is_drained);
+    assert_int_equal(g.n_closed, 1); /* the handler never saw it */
+    g_client = silent;
+}
+
 static void test_drain(void **state)
 {
     client running;
@@ -823,6 +837,7 @@ int main(void)
         TEST(test_dead_address),
         TEST(test_server_back_again),
         TEST(test_drain),
+        TEST(test_drain_silent),
         TEST(test_slow_reader),
         TEST(test_metadata_and_headers),
         TEST(test_details_and_retry),
