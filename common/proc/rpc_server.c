@@ -40,6 +40,7 @@ struct pc_call {
     int cancelled;             /* written by gRPC; we go by our own finish */
     pc_outbox outbox;
     bool sending;      /* a batch of op sent is on its way */
+    bool paused;       /* the next message is not received before the client has read */
     bool headers_sent; /* initial metadata */
     bool seen;         /* a handler knows it, so closed is due */
     bool unheard;      /* no handler knows it yet: in the list of those */
@@ -202,9 +203,15 @@ static void call_received(void *owner, bool ok)
     call_batch_done(call);
 }
 
+static bool call_is_behind(const pc_call *call)
+{
+    return call->outbox.n_whole_bytes > call->server->queue_bytes_max;
+}
+
 static void call_receive(pc_call *call)
 {
-    if (!call->over && !call->finishing && !call->server->closing) {
+    call->paused = call_is_behind(call);
+    if (!call->paused && !call->over && !call->finishing && !call->server->closing) {
         grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &call->message};
         call_batch(call, &op, 1, &call->received, call_received);
     }
@@ -226,6 +233,9 @@ static void call_sent(void *owner, bool ok)
     if (ok) { /* otherwise the call is over: ended tells */
         call_flush(call);
         call_tell_sent(call);
+        if (call->paused && !call_is_behind(call)) {
+            call_receive(call);
+        }
     }
     call_batch_done(call);
 }
@@ -573,12 +583,21 @@ cm_status pc_call_send(pc_call *call, const void *data, size_t n_bytes)
     if (call->over || call->finishing || call->server->closing) {
         return CM_E_CANCELLED;
     }
-    if (call->outbox.n_messages > 0 && call->outbox.n_bytes + n_bytes > call->server->queue_bytes_max) {
+    uint64_t n_pieces = call->outbox.n_bytes - call->outbox.n_whole_bytes;
+    if (n_pieces > 0 && n_pieces + n_bytes > call->server->queue_bytes_max) {
         return CM_AGAIN;
     }
-    pc_outbox_push(&call->outbox, data, n_bytes);
+    pc_outbox_push(&call->outbox, data, n_bytes, false);
     call_flush(call);
     return CM_OK;
+}
+
+void pc_call_send_whole(pc_call *call, const void *data, size_t n_bytes)
+{
+    if (!call->over && !call->finishing && !call->server->closing) {
+        pc_outbox_push(&call->outbox, data, n_bytes, true);
+        call_flush(call);
+    }
 }
 
 uint64_t pc_call_queued_bytes(const pc_call *call)

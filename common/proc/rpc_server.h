@@ -89,6 +89,10 @@ void pc_call_add_header(pc_call *call, const char *key, const char *value);
 /* Copied and queued. CM_AGAIN: queue_bytes_max would be passed (nothing was queued). CM_E_CANCELLED: the call
  * is over. */
 CM_MUST_CHECK cm_status pc_call_send(pc_call *call, const void *data, size_t n_bytes);
+/* An answer in one message: queued whatever waits, and no room of other messages. While more than
+ * queue_bytes_max of such bytes wait, the client is not asked for its next message: what can wait is bounded
+ * by what the owner has begun. Dropped when the call is over. */
+void pc_call_send_whole(pc_call *call, const void *data, size_t n_bytes);
 uint64_t pc_call_queued_bytes(const pc_call *call);
 /* After what is queued. details (may be NULL): packed google.rpc.Status for grpc-status-details-bin. retry_ms
  * > 0: trailer grpc-retry-pushback-ms. closed follows. A second finish is ignored. */

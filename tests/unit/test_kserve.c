@@ -521,6 +521,45 @@ static void test_stream_cancel(void **state)
     assert_true(g.gateway.streams[0].cancelled && g.gateway.streams[1].cancelled);
 }
 
+static char g_long[300 << 10];
+
+static void script_long(gw_stream *stream)
+{
+    fake_started(stream);
+    fake_piece(stream, MD_PIECE_CONTENT, 0, g_long, sizeof(g_long));
+    fake_finish(stream, GW_REASON_STOP, NULL, -1);
+}
+
+static bool all_live(void)
+{
+    return g.gateway.n_live == FAKE_STREAMS;
+}
+
+/* Whole answers that end together are more than may wait of pieces: no client reads so fast. */
+static void test_many_long(void **state)
+{
+    (void)state;
+    simple_request r;
+    simple(&r);
+    add_text(&r, "text_input", "Hi");
+    add_bool(&r, "exclude_input_in_output", true);
+    memset(g_long, 'x', sizeof(g_long));
+    client_open(&g.c, g.channel, KSERVE("ModelStreamInfer"));
+    for (int i = 0; i < FAKE_STREAMS; i++) {
+        client_send(&g.c, &r.request);
+    }
+    until(all_live);
+    for (int i = 0; i < FAKE_STREAMS; i++) {
+        script_long(&g.gateway.streams[i]);
+    }
+    wait_messages(FAKE_STREAMS);
+    for (uint32_t i = 0; i < FAKE_STREAMS; i++) {
+        assert_int_equal(streamed(i)->infer_response->outputs[0]->contents->bytes_contents[0].len,
+                         sizeof(g_long));
+    }
+    end_call(PC_CODE_OK);
+}
+
 static bool g_drained;
 
 static void drained(void *arg)
@@ -658,6 +697,7 @@ int main(void)
         RIG_TEST(test_final),
         RIG_TEST(test_stream_errors),
         RIG_TEST(test_stream_cancel),
+        RIG_TEST(test_many_long),
         RIG_TEST(test_drain),
         RIG_TEST(test_ready),
         RIG_TEST(test_metadata),
