@@ -195,21 +195,40 @@ static void add_headers(gw_grpc_call *call)
     }
 }
 
-void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
+/* For the call's next message, in the scratch of the surface. */
+static cm_bytes *pack(gw_grpc_call *call, const ProtobufCMessage *message)
 {
     cm_bytes *packed = &call->grpc->packed;
     add_headers(call);
     cm_bytes_clear(packed);
     pr_pack(message, packed);
-    cm_status status = pc_call_send(call->call, cm_bytes_text(packed), packed->len);
-    if (packed->cap > SCRATCH_BYTES_MAX) {
-        cm_bytes_fini(packed);
-        cm_bytes_fini(&call->grpc->text);
+    return packed;
+}
+
+static void trim_scratch(gw_grpc *grpc)
+{
+    if (grpc->packed.cap > SCRATCH_BYTES_MAX) {
+        cm_bytes_fini(&grpc->packed);
+        cm_bytes_fini(&grpc->text);
     }
+}
+
+void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
+{
+    cm_bytes *packed = pack(call, message);
+    cm_status status = pc_call_send(call->call, cm_bytes_text(packed), packed->len);
+    trim_scratch(call->grpc);
     if (status == CM_AGAIN) {
         drop_slow_reader(call);
     }
     /* any other: the call is over, closed is on its way */
+}
+
+void gw_grpc_send_whole(gw_grpc_call *call, const ProtobufCMessage *message)
+{
+    cm_bytes *packed = pack(call, message);
+    pc_call_send_whole(call->call, cm_bytes_text(packed), packed->len);
+    trim_scratch(call->grpc);
 }
 
 void gw_grpc_finish(gw_grpc_call *call)

@@ -82,14 +82,16 @@ static void put_text(infer_parts *parts, const cm_bytes *text, cm_bytes *raw)
     }
 }
 
-static void send_response(gw_grpc_call *call, const infer_parts *parts)
+/* whole: a request's only response. */
+static void send_response(gw_grpc_call *call, const infer_parts *parts, bool whole)
 {
+    void (*send)(gw_grpc_call *, const ProtobufCMessage *) = whole ? gw_grpc_send_whole : gw_grpc_send;
     if (is_streaming(call)) {
         Inference__ModelStreamInferResponse streamed = INFERENCE__MODEL_STREAM_INFER_RESPONSE__INIT;
         streamed.infer_response = (Inference__ModelInferResponse *)(uintptr_t)&parts->response;
-        gw_grpc_send(call, &streamed.base);
+        send(call, &streamed.base);
     } else {
-        gw_grpc_send(call, &parts->response.base);
+        send(call, &parts->response.base);
     }
 }
 
@@ -105,7 +107,7 @@ static void send_gathered(gw_grpc_infer *infer, bool outputs, bool last)
     if (outputs) {
         put_text(&parts, &infer->text, infer->raw ? &raw : NULL);
     }
-    send_response(infer->call, &parts);
+    send_response(infer->call, &parts, !infer->ask.stream);
     cm_bytes_fini(&raw);
     cm_bytes_clear(&infer->text);
 }

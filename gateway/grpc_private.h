@@ -142,7 +142,9 @@ struct gw_grpc {
 /* ---- grpc.c ---- */
 /* A client that reads too slowly loses its stream and is told so. */
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message);
-/* The same, unless the client has it from before. */
+/* An answer in one message, kept until now: several may end together, and that is no slow reader. */
+void gw_grpc_send_whole(gw_grpc_call *call, const ProtobufCMessage *message);
+/* gw_grpc_send, unless the client has it from before. */
 void gw_grpc_send_new(gw_grpc_call *call, const ProtobufCMessage *message);
 void gw_grpc_finish(gw_grpc_call *call); /* OK */
 /* Ends whatever streams the call still has; their events stop. */

@@ -100,7 +100,7 @@ static void send_complete(gw_vllm_choice *choice, const char *reason, const gw_f
     }
     response.response_case = VLLM__GRPC__ENGINE__GENERATE_RESPONSE__RESPONSE_COMPLETE;
     response.complete = &complete;
-    gw_grpc_send(choice->call, &response.base);
+    gw_grpc_send_whole(choice->call, &response.base);
     if (++vllm->n_finished == vllm->n_choice) {
         gw_grpc_finish(choice->call);
     }

@@ -26,6 +26,12 @@ static cm_status refuse(gw_error *error, const char *field, const char *what)
     return CM_E_INVALID;
 }
 
+static cm_status refuse_number(gw_error *error, const gw_kserve_tensor *tensor)
+{
+    CM_ASSERT(tensor->n == 1); /* there are no others of a fixed number */
+    return refuse(error, tensor->name, "must have one element");
+}
+
 cm_status gw_kserve_check_model(const gw_gateway *gateway, const char *name, const char *version,
                                 gw_error *error_out)
 {
@@ -102,6 +108,10 @@ cm_status gw_kserve_from_raw(gw_kserve_name name, const uint8_t *raw, size_t n_b
     const gw_kserve_tensor *tensor = &gw_kserve_inputs[name];
     json_t *list = json_array();
     for (size_t at = 0, n; at < n_bytes; at += n) {
+        if (tensor->n >= 0 && json_array_size(list) == (size_t)tensor->n) {
+            json_decref(list);
+            return refuse_number(error_out, tensor);
+        }
         json_t *element = raw_element(tensor->type, raw + at, n_bytes - at, &n);
         if (element == NULL) {
             json_decref(list);
@@ -149,7 +159,7 @@ static cm_status check_data(const gw_kserve_tensor *tensor, const int64_t *shape
         return refuse(error, tensor->name, "has a shape that does not fit the number of its elements");
     }
     if (tensor->n >= 0 && n != (size_t)tensor->n) {
-        return refuse(error, tensor->name, "must have one element");
+        return refuse_number(error, tensor);
     }
     json_array_foreach(data, i, value)
     {

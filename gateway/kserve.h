@@ -40,7 +40,8 @@ void gw_kserve_request_fini(gw_kserve_request *request);
 CM_MUST_CHECK cm_status gw_kserve_find(const char *name, const char *datatype, gw_kserve_name *name_out,
                                        gw_error *error_out);
 /* The elements of a tensor in raw form: booleans in a byte, integers in four, little-endian, BYTES each
- * behind its length in four bytes. *data_out: a new list. */
+ * behind its length in four bytes. *data_out: a new list. CM_E_INVALID: cut, no text, or more elements than
+ * the tensor has. */
 CM_MUST_CHECK cm_status gw_kserve_from_raw(gw_kserve_name name, const uint8_t *raw, size_t n_bytes,
                                            json_t **data_out, gw_error *error_out);
 /* data: a list of strings, booleans or integers as the type wants them; given, whatever comes of it. */

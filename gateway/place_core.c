@@ -571,9 +571,9 @@ static uint64_t router_due(const gw_place *place, uint64_t now_ms, const gw_plac
     if (!router->up && !TAILQ_EMPTY(&router->lost)) {
         due_ms = router->hold_ms;
     }
-    if (router->up && router->standing == GW_PLACE_MEMBER && !TAILQ_EMPTY(&place->waiting) &&
-        router->backoff_ms > now_ms) {
-        due_ms = router->backoff_ms;
+    if (router->up && !TAILQ_EMPTY(&place->waiting) && router->backoff_ms > now_ms) {
+        due_ms =
+            router->backoff_ms; /* one that takes no new streams may have one that waits to go on there */
     }
     const gw_spot *spot;
     if (router->standing == GW_PLACE_OUT) {

@@ -187,15 +187,17 @@ struct pc_outbox_message {
     struct pc_outbox_message *next;
     grpc_byte_buffer *buffer;
     size_t n_bytes;
+    bool whole;
 };
 
-void pc_outbox_push(pc_outbox *outbox, const void *data, size_t n_bytes)
+void pc_outbox_push(pc_outbox *outbox, const void *data, size_t n_bytes, bool whole)
 {
     struct pc_outbox_message *message = cm_alloc(sizeof(*message));
     grpc_slice slice = grpc_slice_from_copied_buffer(data, n_bytes);
     message->buffer = grpc_raw_byte_buffer_create(&slice, 1);
     grpc_slice_unref(slice);
     message->n_bytes = n_bytes;
+    message->whole = whole;
     if (outbox->last != NULL) {
         outbox->last->next = message;
     } else {
@@ -204,6 +206,7 @@ void pc_outbox_push(pc_outbox *outbox, const void *data, size_t n_bytes)
     outbox->last = message;
     outbox->n_messages++;
     outbox->n_bytes += n_bytes;
+    outbox->n_whole_bytes += whole ? n_bytes : 0;
 }
 
 grpc_byte_buffer *pc_outbox_first(const pc_outbox *outbox)
@@ -218,6 +221,7 @@ void pc_outbox_pop(pc_outbox *outbox)
     outbox->last = outbox->first == NULL ? NULL : outbox->last;
     outbox->n_messages--;
     outbox->n_bytes -= message->n_bytes;
+    outbox->n_whole_bytes -= message->whole ? message->n_bytes : 0;
     grpc_byte_buffer_destroy(message->buffer);
     cm_free(message);
 }

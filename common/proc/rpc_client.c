@@ -260,7 +260,7 @@ cm_status pc_stream_send(pc_stream *stream, const void *data, size_t n_bytes)
     if (stream->outbox.n_messages >= STREAM_MESSAGES_MAX) {
         return CM_E_CAPACITY;
     }
-    pc_outbox_push(&stream->outbox, data, n_bytes);
+    pc_outbox_push(&stream->outbox, data, n_bytes, false);
     stream_flush(stream);
     return CM_OK;
 }

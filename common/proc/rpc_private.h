@@ -63,9 +63,9 @@ grpc_slice pc_buffer_read(grpc_byte_buffer *buffer);
 typedef struct pc_outbox {
     struct pc_outbox_message *first, *last;
     uint32_t n_messages;
-    uint64_t n_bytes;
+    uint64_t n_bytes, n_whole_bytes; /* of all messages; of those that are whole */
 } pc_outbox;
-void pc_outbox_push(pc_outbox *outbox, const void *data, size_t n_bytes); /* copies */
+void pc_outbox_push(pc_outbox *outbox, const void *data, size_t n_bytes, bool whole); /* copies */
 grpc_byte_buffer *pc_outbox_first(const pc_outbox *outbox);
 void pc_outbox_pop(pc_outbox *outbox);
 void pc_outbox_clear(pc_outbox *outbox);

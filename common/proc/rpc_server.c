@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/queue.h>
 
 #include "common/base/assert.h"
 #include "common/base/log.h"
@@ -39,9 +40,12 @@ struct pc_call {
     int cancelled;             /* written by gRPC; we go by our own finish */
     pc_outbox outbox;
     bool sending;      /* a batch of op sent is on its way */
+    bool paused;       /* the next message is not received before the client has read */
     bool headers_sent; /* initial metadata */
     bool seen;         /* a handler knows it, so closed is due */
-    bool finishing;    /* pc_call_finish was called */
+    bool unheard;      /* no handler knows it yet: in the list of those */
+    TAILQ_ENTRY(pc_call) unheard_link;
+    bool finishing; /* pc_call_finish was called */
     bool status_sent;
     bool over; /* closed was delivered, or would have been */
     uint32_t n_headers, n_trailers;
@@ -56,6 +60,7 @@ struct pc_rpc_server {
     grpc_server *server;
     const pc_method *methods;
     uint32_t n_methods, n_open; /* calls the handlers have, or could still get a message of */
+    TAILQ_HEAD(, pc_call) unheard;
     uint32_t calls_max;
     uint64_t queue_bytes_max;
     void *ctx;
@@ -153,6 +158,21 @@ static void call_batch_done(pc_call *call)
 static void call_receive(pc_call *call);
 static void call_flush(pc_call *call);
 
+static void call_leave_unheard(pc_call *call)
+{
+    if (call->unheard) {
+        TAILQ_REMOVE(&call->server->unheard, call, unheard_link);
+        call->unheard = false;
+    }
+}
+
+/* A handler is about to know it. */
+static void call_see(pc_call *call)
+{
+    call_leave_unheard(call);
+    call->seen = true;
+}
+
 static void call_received(void *owner, bool ok)
 {
     pc_call *call = owner;
@@ -162,7 +182,7 @@ static void call_received(void *owner, bool ok)
         /* nobody listens any more */
     } else if (message != NULL) {
         grpc_slice data = pc_buffer_read(message);
-        call->seen = true;
+        call_see(call);
         call->method->message(call, GRPC_SLICE_START_PTR(data), GRPC_SLICE_LENGTH(data));
         grpc_slice_unref(data);
         if (call->method->client_streams) {
@@ -174,7 +194,7 @@ static void call_received(void *owner, bool ok)
         pc_call_finish(call, PC_CODE_INVALID_ARGUMENT, "the call ended without a request message", NULL, 0,
                        0);
     } else if (call->method->half_closed != NULL) {
-        call->seen = true;
+        call_see(call);
         call->method->half_closed(call);
     }
     if (message != NULL) {
@@ -183,9 +203,15 @@ static void call_received(void *owner, bool ok)
     call_batch_done(call);
 }
 
+static bool call_is_behind(const pc_call *call)
+{
+    return call->outbox.n_whole_bytes > call->server->queue_bytes_max;
+}
+
 static void call_receive(pc_call *call)
 {
-    if (!call->over && !call->finishing && !call->server->closing) {
+    call->paused = call_is_behind(call);
+    if (!call->paused && !call->over && !call->finishing && !call->server->closing) {
         grpc_op op = {.op = GRPC_OP_RECV_MESSAGE, .data.recv_message.recv_message = &call->message};
         call_batch(call, &op, 1, &call->received, call_received);
     }
@@ -207,6 +233,9 @@ static void call_sent(void *owner, bool ok)
     if (ok) { /* otherwise the call is over: ended tells */
         call_flush(call);
         call_tell_sent(call);
+        if (call->paused && !call_is_behind(call)) {
+            call_receive(call);
+        }
     }
     call_batch_done(call);
 }
@@ -259,6 +288,7 @@ static void call_ended(void *owner, bool ok)
     pc_rpc_server *server = call->server;
     (void)ok;
     call->over = true;
+    call_leave_unheard(call);
     if (call->method != NULL) {
         if (call->seen) {
             call->method->closed(call, !call->finishing);
@@ -311,13 +341,18 @@ static void call_refuse_role(pc_call *call, const pc_method *method)
     pc_call_finish(call, PC_CODE_PERMISSION_DENIED, text, NULL, 0, 0);
 }
 
+static void call_refuse_draining(pc_call *call)
+{
+    pc_call_finish(call, PC_CODE_UNAVAILABLE, "the server is shutting down", NULL, 0, 0);
+}
+
 static void call_dispatch(pc_call *call)
 {
     pc_rpc_server *server = call->server;
     const pc_method *method = server_find_method(server, call->details.method);
     call->role = server->tls != NULL ? call_find_role(call->call) : NULL;
     if (server->draining) {
-        pc_call_finish(call, PC_CODE_UNAVAILABLE, "the server is shutting down", NULL, 0, 0);
+        call_refuse_draining(call);
     } else if (method == NULL) {
         char text[256];
         int n = (int)GRPC_SLICE_LENGTH(call->details.method);
@@ -335,6 +370,8 @@ static void call_dispatch(pc_call *call)
         call->peer = grpc_call_get_peer(call->call);
         call->texts = cm_alloc(sizeof(*call->texts) * call->metadata.count);
         server->n_open++;
+        call->unheard = true;
+        TAILQ_INSERT_TAIL(&server->unheard, call, unheard_link);
         call_receive(call);
     }
 }
@@ -429,6 +466,7 @@ cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options, con
     pc_rpc_server *server = cm_alloc(sizeof(*server));
     CM_ASSERT(options->calls_max > 0 && options->calls_max < INT32_MAX - SERVER_STREAMS_SPARE);
     CM_ASSERT(options->request_bytes_max <= INT32_MAX);
+    TAILQ_INIT(&server->unheard);
     server->loop = loop;
     server->methods = methods;
     server->n_methods = n_methods;
@@ -462,9 +500,13 @@ cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options, con
 
 void pc_rpc_server_drain(pc_rpc_server *server, pc_fn done, void *arg)
 {
+    pc_call *call;
     CM_ASSERT(!server->draining);
     server->draining = true;
     server->drained = (pc_task){.fn = done, .arg = arg};
+    TAILQ_FOREACH (call, &server->unheard, unheard_link) {
+        call_refuse_draining(call); /* it ends later, as an event */
+    }
     if (server->n_open == 0) {
         pc_loop_post(server->loop, &server->drained);
     }
@@ -549,12 +591,21 @@ cm_status pc_call_send(pc_call *call, const void *data, size_t n_bytes)
     if (call->over || call->finishing || call->server->closing) {
         return CM_E_CANCELLED;
     }
-    if (call->outbox.n_messages > 0 && call->outbox.n_bytes + n_bytes > call->server->queue_bytes_max) {
+    uint64_t n_pieces = call->outbox.n_bytes - call->outbox.n_whole_bytes;
+    if (n_pieces > 0 && n_pieces + n_bytes > call->server->queue_bytes_max) {
         return CM_AGAIN;
     }
-    pc_outbox_push(&call->outbox, data, n_bytes);
+    pc_outbox_push(&call->outbox, data, n_bytes, false);
     call_flush(call);
     return CM_OK;
+}
+
+void pc_call_send_whole(pc_call *call, const void *data, size_t n_bytes)
+{
+    if (!call->over && !call->finishing && !call->server->closing) {
+        pc_outbox_push(&call->outbox, data, n_bytes, true);
+        call_flush(call);
+    }
 }
 
 uint64_t pc_call_queued_bytes(const pc_call *call)

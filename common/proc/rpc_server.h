@@ -69,7 +69,8 @@ typedef struct pc_rpc_options {
 CM_MUST_CHECK cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options,
                                              const pc_method *methods, uint32_t n_methods,
                                              pc_rpc_server **server_out, char bound_out[128], cm_error *err);
-/* Refuses new calls (UNAVAILABLE); running ones go on. done runs when none is left. */
+/* Refuses new calls and those that have said nothing yet (UNAVAILABLE); running ones go on. done runs when
+ * none is left. */
 void pc_rpc_server_drain(pc_rpc_server *server, pc_fn done, void *arg);
 /* Cancels what still runs (closed callbacks come first), then frees. Not from inside a callback of a call. */
 void pc_rpc_server_destroy(pc_rpc_server *server);
@@ -90,6 +91,10 @@ void pc_call_add_header(pc_call *call, const char *key, const char *value);
 /* Copied and queued. CM_AGAIN: queue_bytes_max would be passed (nothing was queued). CM_E_CANCELLED: the call
  * is over. */
 CM_MUST_CHECK cm_status pc_call_send(pc_call *call, const void *data, size_t n_bytes);
+/* An answer in one message: queued whatever waits, and no room of other messages. While more than
+ * queue_bytes_max of such bytes wait, the client is not asked for its next message: what can wait is bounded
+ * by what the owner has begun. Dropped when the call is over. */
+void pc_call_send_whole(pc_call *call, const void *data, size_t n_bytes);
 uint64_t pc_call_queued_bytes(const pc_call *call);
 /* After what is queued. details (may be NULL): packed google.rpc.Status for grpc-status-details-bin. retry_ms
  * > 0: trailer grpc-retry-pushback-ms. closed follows. A second finish is ignored. */

@@ -326,6 +326,37 @@ static void test_choices(void **state)
     assert_true(g.gateway.streams[3].cancelled && g.gateway.streams[4].cancelled);
 }
 
+enum { LONG_TOKENS = 200000, LONG_ID = 100000 };
+
+static void script_long(gw_stream *stream)
+{
+    fake_started(stream);
+    for (uint32_t i = 0; i < LONG_TOKENS; i++) {
+        fake_token(stream, i, LONG_ID + i % 16);
+    }
+    fake_finish(stream, GW_REASON_LENGTH, NULL, -1);
+}
+
+/* Whole answers that end together are more than may wait of pieces: no client reads so fast. */
+static void test_long_choices(void **state)
+{
+    (void)state;
+    simple_request r;
+    simple(&r);
+    r.request.stream = false;
+    r.sampling.has_n = true;
+    r.sampling.n = 3;
+    g.gateway.script = script_long;
+    ask_and_wait(VLLM("Generate"), &r.request);
+    assert_string_equal(g.c.text, "");
+    assert_int_equal(g.c.code, PC_CODE_OK);
+    assert_int_equal(g.c.n_messages, 3);
+    for (uint32_t i = 0; i < 3; i++) {
+        assert_int_equal(got(i)->complete->n_output_ids, LONG_TOKENS);
+        assert_int_equal(got(i)->complete->output_ids[LONG_TOKENS - 1], LONG_ID + (LONG_TOKENS - 1) % 16);
+    }
+}
+
 /* ---- ends ---- */
 
 static void script_one_token(gw_stream *stream)
@@ -532,11 +563,11 @@ static void test_tokenizer(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        RIG_TEST(test_body),        RIG_TEST(test_body_of_zeros), RIG_TEST(test_constraints),
-        RIG_TEST(test_refused),     RIG_TEST(test_stream),        RIG_TEST(test_whole),
-        RIG_TEST(test_choices),     RIG_TEST(test_abort),         RIG_TEST(test_cancel),
-        RIG_TEST(test_fails_late),  RIG_TEST(test_infos),         RIG_TEST(test_health),
-        RIG_TEST(test_unsupported), RIG_TEST(test_tokenizer),
+        RIG_TEST(test_body),    RIG_TEST(test_body_of_zeros), RIG_TEST(test_constraints),
+        RIG_TEST(test_refused), RIG_TEST(test_stream),        RIG_TEST(test_whole),
+        RIG_TEST(test_choices), RIG_TEST(test_long_choices),  RIG_TEST(test_abort),
+        RIG_TEST(test_cancel),  RIG_TEST(test_fails_late),    RIG_TEST(test_infos),
+        RIG_TEST(test_health),  RIG_TEST(test_unsupported),   RIG_TEST(test_tokenizer),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

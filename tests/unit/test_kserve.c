@@ -181,22 +181,35 @@ static void test_raw(void **state)
     expect_wrong(&r, "input_ids"); /* does not fit the shape */
 }
 
-/* Each cut of a list of texts but those between two of them. */
+/* Each cut of a text. */
 static void test_raw_cuts(void **state)
 {
     (void)state;
-    static const uint8_t raw[] = "\1\0\0\0a\0\0\0\0\2\0\0\0bc";
+    static const uint8_t raw[] = "\6\0\0\0ab\0\0bc";
     for (size_t n = 0; n < sizeof(raw); n++) {
         uint8_t *exact = cm_alloc(n);
         json_t *list = NULL;
         gw_error error;
         memcpy(exact, raw, n);
-        bool whole = n == 0 || n == 5 || n == 9 || n == 15;
+        bool whole = n == 0 || n == 10;
         cm_status status = gw_kserve_from_raw(GW_KSERVE_TEXT, exact, n, &list, &error);
         assert_int_equal(status, whole ? CM_OK : CM_E_INVALID);
         json_decref(list);
         cm_free(exact);
     }
+}
+
+/* Elements that nobody wants are not made first: a request of 64 MiB of them would hold up everybody. */
+static void test_raw_too_many(void **state)
+{
+    (void)state;
+    static const uint8_t flags[2] = {1, 1};
+    json_t *list = NULL;
+    gw_error error;
+    assert_int_equal(gw_kserve_from_raw(GW_KSERVE_STREAM, flags, 2, &list, &error), CM_E_INVALID);
+    assert_string_equal(error.message, "stream must have one element");
+    assert_int_equal(gw_kserve_from_raw(GW_KSERVE_STREAM, flags, 1, &list, &error), CM_OK);
+    json_decref(list);
 }
 
 static void test_chat(void **state)
@@ -521,6 +534,45 @@ static void test_stream_cancel(void **state)
     assert_true(g.gateway.streams[0].cancelled && g.gateway.streams[1].cancelled);
 }
 
+static char g_long[300 << 10];
+
+static void script_long(gw_stream *stream)
+{
+    fake_started(stream);
+    fake_piece(stream, MD_PIECE_CONTENT, 0, g_long, sizeof(g_long));
+    fake_finish(stream, GW_REASON_STOP, NULL, -1);
+}
+
+static bool all_live(void)
+{
+    return g.gateway.n_live == FAKE_STREAMS;
+}
+
+/* Whole answers that end together are more than may wait of pieces: no client reads so fast. */
+static void test_many_long(void **state)
+{
+    (void)state;
+    simple_request r;
+    simple(&r);
+    add_text(&r, "text_input", "Hi");
+    add_bool(&r, "exclude_input_in_output", true);
+    memset(g_long, 'x', sizeof(g_long));
+    client_open(&g.c, g.channel, KSERVE("ModelStreamInfer"));
+    for (int i = 0; i < FAKE_STREAMS; i++) {
+        client_send(&g.c, &r.request);
+    }
+    until(all_live);
+    for (int i = 0; i < FAKE_STREAMS; i++) {
+        script_long(&g.gateway.streams[i]);
+    }
+    wait_messages(FAKE_STREAMS);
+    for (uint32_t i = 0; i < FAKE_STREAMS; i++) {
+        assert_int_equal(streamed(i)->infer_response->outputs[0]->contents->bytes_contents[0].len,
+                         sizeof(g_long));
+    }
+    end_call(PC_CODE_OK);
+}
+
 static bool g_drained;
 
 static void drained(void *arg)
@@ -649,6 +701,7 @@ int main(void)
         cmocka_unit_test(test_text),
         cmocka_unit_test(test_raw),
         cmocka_unit_test(test_raw_cuts),
+        cmocka_unit_test(test_raw_too_many),
         cmocka_unit_test(test_chat),
         cmocka_unit_test(test_wrong_inputs),
         cmocka_unit_test(test_wrong_parameters),
@@ -658,6 +711,7 @@ int main(void)
         RIG_TEST(test_final),
         RIG_TEST(test_stream_errors),
         RIG_TEST(test_stream_cancel),
+        RIG_TEST(test_many_long),
         RIG_TEST(test_drain),
         RIG_TEST(test_ready),
         RIG_TEST(test_metadata),

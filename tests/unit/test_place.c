@@ -134,6 +134,28 @@ static void a_copy_outlives_the_next_loss(void **state)
     gw_place_fini(&place);
 }
 
+/* A has it already and rests for saying so; meanwhile A is to be drained: it is still where the stream goes
+ * on. */
+static void a_rest_ends_also_at_who_is_drained(void **state)
+{
+    gw_place place;
+    gw_spot spot = {0};
+    (void)state;
+    begin(&place, 4);
+    gw_place_up(&place, A);
+    gw_place_begin(&place, g_now_ms, &spot, 0);
+    expect_act(&place, GW_PLACE_OPEN, &spot, A);
+    assert_true(gw_place_refused(&place, g_now_ms, &spot, CM_E_EXISTS));
+    gw_place_stands(&place, g_now_ms, A, GW_PLACE_DRAINING);
+    expect_rest(&place);
+    uint64_t due_ms = gw_place_due(&place, g_now_ms);
+    assert_in_range(due_ms, g_now_ms + 1, g_now_ms + 1000);
+    g_now_ms = due_ms;
+    expect_act(&place, GW_PLACE_RESUME, &spot, A);
+    expect_end(&place, &spot, 0);
+    gw_place_fini(&place);
+}
+
 /* B fails it: A has it still, and it goes on there. */
 static void a_copy_is_gone_back_to(void **state)
 {
@@ -205,6 +227,7 @@ int main(void)
         cmocka_unit_test(who_ends_at_once_leaves_a_copy),
         cmocka_unit_test(who_is_not_linked_is_not_told),
         cmocka_unit_test(a_copy_outlives_the_next_loss),
+        cmocka_unit_test(a_rest_ends_also_at_who_is_drained),
         cmocka_unit_test(a_copy_is_gone_back_to),
         cmocka_unit_test(a_turn_at_one_router_holds_up_nobody),
         cmocka_unit_test(a_queue_holds_up_no_resume),

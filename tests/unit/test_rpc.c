@@ -26,7 +26,8 @@ enum {
     QUEUE_MAX = 64 << 10,
     N_STREAM = 10000,
     STREAM_BYTES = 2000,
-    N_WAITING = 8
+    N_WAITING = 8,
+    N_WHOLE = 20
 };
 
 static struct {
@@ -96,6 +97,18 @@ static void chat_message(pc_call *call, const uint8_t *data, size_t n_bytes)
 static void chat_half_closed(pc_call *call)
 {
     pc_call_finish(call, PC_CODE_OK, "bye", NULL, 0, 0);
+}
+
+/* Answers each with more than may wait: the next is heard when the client has read it. */
+static void whole_message(pc_call *call, const uint8_t *data, size_t n_bytes)
+{
+    static const uint8_t block[QUEUE_MAX + 1000];
+    (void)data;
+    (void)n_bytes;
+    g.n_messages++;
+    assert_true(pc_call_queued_bytes(call) <= QUEUE_MAX);
+    pc_call_send_whole(call, block, sizeof(block));
+    assert_int_equal(pc_call_send(call, "piece", 5), CM_OK); /* its room is its own */
 }
 
 static void wait_message(pc_call *call, const uint8_t *data, size_t n_bytes)
@@ -169,6 +182,11 @@ static const pc_method g_methods[] = {
     {.path = "/t.Echo/Stream", .message = stream_message, .closed = stream_closed},
     {.path = "/t.Echo/Chat",
      .message = chat_message,
+     .half_closed = chat_half_closed,
+     .closed = any_closed,
+     .client_streams = true},
+    {.path = "/t.Echo/Whole",
+     .message = whole_message,
      .half_closed = chat_half_closed,
      .closed = any_closed,
      .client_streams = true},
@@ -570,6 +588,20 @@ static void test_server_back_again(void **state)
     assert_int_equal(g_client.code, PC_CODE_OK);
 }
 
+static void test_whole(void **state)
+{
+    (void)state;
+    client_open(&g_client, "/t.Echo/Whole", 0);
+    for (int i = 0; i < N_WHOLE; i++) {
+        assert_int_equal(pc_stream_send(g_client.stream, "x", 1), CM_OK);
+    }
+    pc_stream_half_close(g_client.stream);
+    until(client_and_server_closed);
+    assert_int_equal(g_client.code, PC_CODE_OK);
+    assert_int_equal(g.n_messages, N_WHOLE);
+    assert_int_equal(g_client.n_messages, 2 * N_WHOLE);
+}
+
 static void note_drained(void *arg)
 {
     (void)arg;
@@ -580,6 +612,26 @@ static void note_drained(void *arg)
 static bool is_drained(void)
 {
     return g.drained;
+}
+
+static client g_silent;
+
+static bool silent_is_closed(void)
+{
+    return g_silent.n_closed == 1 && g.drained;
+}
+
+/* A call that never says anything holds up nobody: its client is told. */
+static void test_drain_silent(void **state)
+{
+    (void)state;
+    client_open(&g_silent, "/t.Echo/Chat", 0);
+    client_ask(&g_client, "/t.Echo/Unary", "", 0, 0); /* when it has ended, the first one is known */
+    until(client_and_server_closed);
+    pc_rpc_server_drain(g.server, note_drained, NULL);
+    until(silent_is_closed);
+    assert_int_equal(g_silent.code, PC_CODE_UNAVAILABLE);
+    assert_int_equal(g.n_closed, 1); /* the handler never saw it */
 }
 
 static void test_drain(void **state)
@@ -822,7 +874,9 @@ int main(void)
         TEST(test_server_gone_is_told),
         TEST(test_dead_address),
         TEST(test_server_back_again),
+        TEST(test_whole),
         TEST(test_drain),
+        TEST(test_drain_silent),
         TEST(test_slow_reader),
         TEST(test_metadata_and_headers),
         TEST(test_details_and_retry),
