@@ -32,6 +32,7 @@ enum {
     MPI_SLEEP_MIN_NS = 20 * 1000, /* between looks while something happens */
     MPI_SLEEP_MAX_NS = 1000 * 1000,
     MPI_CLOSE_MS = 1000, /* for sends to leave, when the object closes */
+    MPI_DROPS_MAX = 8,   /* messages being thrown away at once */
 };
 
 typedef enum mpi_word {
@@ -111,6 +112,12 @@ typedef struct mpi_net {
     bool look; /* something may be done without a word from MPI */
 } mpi_net;
 
+/* A message for nobody on its way to nowhere. */
+typedef struct mpi_drop {
+    MPI_Request request;
+    void *memory;
+} mpi_drop;
+
 /* The world, and which ports are whose. */
 static struct {
     pthread_mutex_t lock; /* protects all, and entering MPI */
@@ -118,24 +125,42 @@ static struct {
     int rank, n_rank;
     const mpi_net *port[MPI_PORTS_MAX];
     bool closed[MPI_PORTS_MAX]; /* was somebody's */
+    mpi_drop drops[MPI_DROPS_MAX];
+    uint32_t n_drops;
     uint32_t n_links; /* ever, of all objects: what is late for one that used a port before is not the next
                          one's */
 } g_world = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 /* ---- the world ---- */
 
-/* One message with that tag, if there is one; its sender waits for somebody to take it. */
+static void world_end_drops_locked(void)
+{
+    for (uint32_t i = g_world.n_drops; i-- > 0;) {
+        int done = 0;
+        MPI_Test(&g_world.drops[i].request, &done, MPI_STATUS_IGNORE);
+        if (done) {
+            cm_free(g_world.drops[i].memory);
+            g_world.drops[i] = g_world.drops[--g_world.n_drops];
+        }
+    }
+}
+
+/* Begins to take one message with that tag, if there is one: its sender waits for somebody to. Does not wait
+ * for the sender, which may be stopped in the middle of it. */
 static bool world_discard_locked(int tag)
 {
     int found = 0, n = 0;
     MPI_Message message;
     MPI_Status status;
+    if (g_world.n_drops == MPI_DROPS_MAX) {
+        return false;
+    }
     MPI_Improbe(MPI_ANY_SOURCE, tag, MPI_COMM_WORLD, &found, &message, &status);
     if (found) {
+        mpi_drop *drop = &g_world.drops[g_world.n_drops++];
         MPI_Get_count(&status, MPI_BYTE, &n);
-        void *nowhere = cm_alloc((size_t)n);
-        MPI_Mrecv(nowhere, n, MPI_BYTE, &message, MPI_STATUS_IGNORE);
-        cm_free(nowhere);
+        drop->memory = cm_alloc((size_t)n);
+        MPI_Imrecv(drop->memory, n, MPI_BYTE, &message, &drop->request);
     }
     return found;
 }
@@ -143,6 +168,7 @@ static bool world_discard_locked(int tag)
 static void world_discard(void)
 {
     pthread_mutex_lock(&g_world.lock);
+    world_end_drops_locked();
     for (int port = 0; port < MPI_PORTS_MAX; port++) {
         while (g_world.closed[port] &&
                (world_discard_locked(2 * port) || world_discard_locked(2 * port + 1))) {
@@ -163,7 +189,8 @@ static void world_leave(int code, void *unused)
     MPI_Ibarrier(MPI_COMM_WORLD, &all_here);
     for (;;) {
         MPI_Test(&all_here, &here, MPI_STATUS_IGNORE);
-        if (here) {
+        world_end_drops_locked();
+        if (here && g_world.n_drops == 0) {
             break;
         }
         if (!world_discard_locked(MPI_ANY_TAG)) {
@@ -835,6 +862,35 @@ static cm_status mpi_listen(void *backend, const char *address, char bound_out[N
     return CM_OK;
 }
 
+/* What MPI has done with; nobody is told. */
+static void close_step(mpi_net *mn)
+{
+    int n = requests_test(&mn->sending);
+    for (int i = 0; i < n; i++) {
+        mpi_send *send = mn->sending.owner[mn->sending.index[i]];
+        if (send->link != NULL) {
+            send->link->n_sends--;
+        }
+        cm_pool_put(&mn->sends, send);
+    }
+    requests_compact(&mn->sending);
+    (void)note_fetched(mn);
+    link_reap(mn);
+}
+
+/* Messages that came and were not delivered. */
+static void close_sources(mpi_net *mn)
+{
+    mpi_source *source;
+    TAILQ_FOREACH (source, &mn->active, entry) {
+        mpi_arrival *arrival;
+        while ((arrival = TAILQ_FIRST(&source->arrivals)) != NULL) {
+            TAILQ_REMOVE(&source->arrivals, arrival, entry);
+            mpi_release(mn, arrival);
+        }
+    }
+}
+
 static void mpi_close(void *backend)
 {
     mpi_net *mn = backend;
@@ -842,21 +898,16 @@ static void mpi_close(void *backend)
     while (!TAILQ_EMPTY(&mn->live)) {
         mpi_disconnect(mn, TAILQ_FIRST(&mn->live));
     }
-    while (mn->sending.n > 0 && cm_now_ms() < give_up_ms) {
-        mpi_send *send;
-        int n = requests_test(&mn->sending);
-        for (int i = 0; i < n; i++) {
-            send = mn->sending.owner[mn->sending.index[i]];
-            cm_pool_put(&mn->sends, send);
-        }
-        requests_compact(&mn->sending);
-    }
+    do {
+        close_step(mn);
+    } while (mn->sending.n + mn->fetching.n > 0 && cm_now_ms() < give_up_ms);
     world_free_port(mn->port);
-    if (mn->sending.n > 0 || mn->fetching.n > 0) {
+    close(mn->fd);
+    if (mn->sending.n + mn->fetching.n > 0) {
         cm_warn("%d messages over MPI were not taken: their memory stays", mn->sending.n + mn->fetching.n);
         return; /* MPI may still write to it */
     }
-    close(mn->fd);
+    close_sources(mn);
     cm_pool_fini(&mn->arrivals);
     cm_pool_fini(&mn->sends);
     cm_pool_fini(&mn->links);
