@@ -59,12 +59,6 @@ void co_core_cuts_forget(co_core *core, uint32_t id)
 
 /* ---- what follows ---- */
 
-static bool cut_lasts(const co_core *core, const co_member *router, const co_member *worker)
-{
-    uint32_t i = cut_find(core, router->self.id, worker->self.id);
-    return i < core->n_cuts && core->now_ms - core->cuts[i].since_ms >= core->cut_ms;
-}
-
 /* One whose word counts: it serves and goes on doing so. */
 static bool cut_may_judge(const co_core *core, const co_member *router)
 {
@@ -98,30 +92,45 @@ static void cut_leave_out(co_core *core, co_member *worker, uint32_t n_cut, uint
                  (unsigned long long)worker->cut_hold_ms / 1000);
 }
 
+static uint32_t cut_count_judges(const co_core *core)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < core->n_members; i++) {
+        n += cut_may_judge(core, &core->members[i]);
+    }
+    return n;
+}
+
 static void cut_judge(co_core *core, co_member *worker)
 {
-    uint32_t n_router = 0, n_cut = 0;
+    uint32_t n_cut = 0, n_young = 0;
     co_member *last = NULL;
-    for (uint32_t i = 0; i < core->n_members; i++) {
-        co_member *router = &core->members[i];
-        if (cut_may_judge(core, router)) {
-            n_router++;
-            if (cut_lasts(core, router, worker)) {
-                n_cut++;
-                last = router;
-            }
+    for (uint32_t i = 0; i < core->n_cuts; i++) {
+        const co_cut *cut = &core->cuts[i];
+        co_member *router = cut->worker == worker->self.id ? co_core_find(core, cut->router) : NULL;
+        if (router == NULL || !cut_may_judge(core, router)) {
+            continue;
+        }
+        if (core->now_ms - cut->since_ms >= core->cut_ms) {
+            n_cut++;
+            last = router;
+        } else {
+            n_young++;
         }
     }
-    if (n_cut == 1 && n_router > 1) {
+    if (n_cut == 0) {
+        worker->cut_noted = false;
+        return;
+    }
+    uint32_t n_router = cut_count_judges(core);
+    if (n_cut > 1 || n_router == 1) {
+        cut_leave_out(core, worker, n_cut, n_router);
+    } else if (n_young == 0) { /* else others lost it later, and may well be as long without it */
         co_core_note(core, CM_LOG_WARN,
                      "member %u is drained: it has not reached member %u for %llu ms, which %u other routers "
                      "do reach",
                      last->self.id, worker->self.id, (unsigned long long)core->cut_ms, n_router - 1);
         co_core_begin_leaving(core, last);
-    } else if (n_cut > 0) {
-        cut_leave_out(core, worker, n_cut, n_router);
-    } else {
-        worker->cut_noted = false;
     }
 }
 

@@ -99,6 +99,8 @@ static void leave_take_back(co_core *core, co_member *worker, const char *why)
     }
     worker->leaving = worker->drained = false;
     core->dirty = true;
+    /* An epoch without it ended those links: nobody tells of them as up. */
+    co_core_cuts_forget(core, worker->self.id);
     co_drains_remove(&core->drains, worker->self.id);
     co_core_store(core, NULL);
     co_core_note(core, CM_LOG_WARN, "member %u is not drained any more: without it %s", worker->self.id, why);

@@ -320,6 +320,10 @@ typedef struct kn_expert_item {
 } kn_expert_item;
 
 typedef struct kn_moe_ops {
+    /* Rows of one call of experts after which the caller should see to other things, as links that are to be
+     * kept alive: in half a second at most on one slow thread. Which rows are computed together changes no
+     * bit. 0: any number, all in one call is best. */
+    uint32_t slice_rows;
     /* x BF16 [n][d], ids uint32 [n] (hash layers read them); experts int32 [n][topk] in descending biased
      * score or table order, weights F32 [n][topk] */
     void (*gate)(kn_stream *s, const kn_gate *g, kn_ptr x, kn_ptr ids, uint32_t n, kn_ptr experts_out,

@@ -24,8 +24,6 @@ enum {
     ENGINE_GROUP = 64, /* frames computed together */
     ENGINE_RESULTS =
         4, /* groups whose answers may be on their way at once; each has results of row_max rows */
-    ENGINE_SLICE = 64, /* rows computed between two looks at the links: of Pro's experts half a second of one
-                          thread on the slower vector paths, and no tile of the faster ones is cut */
     ENGINE_LINGER_MS = 500, /* at the end: for answers to leave */
 };
 
@@ -532,25 +530,26 @@ static void engine_breathe(wk_engine *e)
     cm_mem_guard_resume(guard);
 }
 
-/* In slices of whole groups, or of the rows of a large one. Which rows are computed together changes no bit.
- */
+/* In slices of whole groups, or of the rows of a large one. */
 static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer, kn_ptr results)
 {
     kn_expert_group *groups = e->expert_groups;
+    uint32_t device_rows = kn_moe(e->device)->slice_rows;
+    uint32_t slice = device_rows != 0 ? device_rows : UINT32_MAX;
     while (n_group > 0) {
         uint32_t n = 0, n_row = 0;
-        while (n < n_group && n_row + groups[n].n_item <= ENGINE_SLICE) {
+        while (n < n_group && n_row + groups[n].n_item <= slice) {
             n_row += groups[n++].n_item;
         }
-        kn_expert_group cut = {groups[0].expert, groups[0].item0, ENGINE_SLICE};
+        kn_expert_group cut = {groups[0].expert, groups[0].item0, slice};
         kn_moe(e->device)->experts(e->stream, n > 0 ? groups : &cut, n > 0 ? n : 1, e->items, e->q8,
                                    e->geometry->swiglu_limit, results);
         cm_status status = kn_stream_sync(e->stream);
         CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
                       layer);
         if (n == 0) {
-            groups[0].item0 += ENGINE_SLICE;
-            groups[0].n_item -= ENGINE_SLICE;
+            groups[0].item0 += slice;
+            groups[0].n_item -= slice;
         }
         groups += n;
         n_group -= n;

@@ -8,13 +8,10 @@
  * be taken back: a link's memory goes, and its end is told, when its last send is done. So what comes for a
  * port that is closed is taken and thrown away, at the end of the process too, until all have come to theirs.
  */
-#include "common/net/net_mpi.h"
 
 #include <errno.h>
 #include <mpi.h>
-#include <poll.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
@@ -22,10 +19,10 @@
 #include "common/base/assert.h"
 #include "common/base/clock.h"
 #include "common/base/log.h"
+#include "common/net/net_mpi_world.h"
 #include "common/net/net_private.h"
 
 enum {
-    MPI_PORTS_MAX = 16,           /* objects of one process */
     MPI_NOTES_MAX = 8,            /* of the layer on their way, per link */
     MPI_WORDS_MAX = 4,            /* of ours about one link */
     MPI_TURN_MAX = 64,            /* messages taken before others have their turn */
@@ -99,7 +96,6 @@ typedef struct mpi_net {
     const net_upcalls *upcalls;
     void *ctx;
     uint32_t port;
-    bool listening;
     cm_pool links, sends, arrivals;
     net_buffers buffers;
     mpi_requests sending, fetching;
@@ -110,176 +106,6 @@ typedef struct mpi_net {
     uint64_t sleep_ns;
     bool look; /* something may be done without a word from MPI */
 } mpi_net;
-
-/* The world, and which ports are whose. */
-static struct {
-    pthread_mutex_t lock; /* protects all, and entering MPI */
-    bool started;
-    int rank, n_rank;
-    const mpi_net *port[MPI_PORTS_MAX];
-    bool closed[MPI_PORTS_MAX]; /* was somebody's */
-    uint32_t n_links; /* ever, of all objects: what is late for one that used a port before is not the next
-                         one's */
-} g_world = {.lock = PTHREAD_MUTEX_INITIALIZER};
-
-/* ---- the world ---- */
-
-/* One message with that tag, if there is one; its sender waits for somebody to take it. */
-static bool world_discard_locked(int tag)
-{
-    int found = 0, n = 0;
-    MPI_Message message;
-    MPI_Status status;
-    MPI_Improbe(MPI_ANY_SOURCE, tag, MPI_COMM_WORLD, &found, &message, &status);
-    if (found) {
-        MPI_Get_count(&status, MPI_BYTE, &n);
-        void *nowhere = cm_alloc((size_t)n);
-        MPI_Mrecv(nowhere, n, MPI_BYTE, &message, MPI_STATUS_IGNORE);
-        cm_free(nowhere);
-    }
-    return found;
-}
-
-static void world_discard(void)
-{
-    pthread_mutex_lock(&g_world.lock);
-    for (int port = 0; port < MPI_PORTS_MAX; port++) {
-        while (g_world.closed[port] &&
-               (world_discard_locked(2 * port) || world_discard_locked(2 * port + 1))) {
-        }
-    }
-    pthread_mutex_unlock(&g_world.lock);
-}
-
-/* A failed process does not wait for the others: mpirun ends them. */
-static void world_leave(int code, void *unused)
-{
-    MPI_Request all_here;
-    int here = 0;
-    (void)unused;
-    if (code != 0) {
-        return;
-    }
-    MPI_Ibarrier(MPI_COMM_WORLD, &all_here);
-    for (;;) {
-        MPI_Test(&all_here, &here, MPI_STATUS_IGNORE);
-        if (here) {
-            break;
-        }
-        if (!world_discard_locked(MPI_ANY_TAG)) {
-            poll(NULL, 0, MPI_SLEEP_MAX_NS / 1000000);
-        }
-    }
-    MPI_Finalize();
-}
-
-static cm_status world_start_locked(cm_error *err)
-{
-    int provided;
-    if (g_world.started) {
-        return CM_OK;
-    }
-    if (MPI_Init_thread(NULL, NULL, MPI_THREAD_SERIALIZED, &provided) != MPI_SUCCESS ||
-        provided < MPI_THREAD_SERIALIZED) {
-        return cm_error_set(err, CM_E_DEVICE, "net", "MPI does not start, or not for several threads");
-    }
-    MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
-    MPI_Comm_rank(MPI_COMM_WORLD, &g_world.rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &g_world.n_rank);
-    if (on_exit(world_leave, NULL) != 0) {
-        return cm_error_set(err, CM_E_MEMORY, "net", "no room to remember that MPI has to be ended");
-    }
-    g_world.started = true;
-    cm_warn(
-        "rank %d of %d of an MPI world: it is fixed; nobody can join, and when one process dies mpirun ends "
-        "all of them",
-        g_world.rank, g_world.n_rank);
-    return CM_OK;
-}
-
-static cm_status world_start(cm_error *err)
-{
-    pthread_mutex_lock(&g_world.lock);
-    cm_status status = world_start_locked(err);
-    pthread_mutex_unlock(&g_world.lock);
-    return status;
-}
-
-static cm_status world_choose(const char *all, int n_rank, char coordinator_out[NET_ADDRESS_BYTES],
-                              cm_error *err)
-{
-    uint32_t n = 0;
-    for (int i = 0; i < n_rank; i++) {
-        const char *address = all + (size_t)i * NET_ADDRESS_BYTES;
-        if (address[0] != '\0' && n++ == 0) {
-            memcpy(coordinator_out, address, NET_ADDRESS_BYTES);
-        }
-    }
-    if (n_rank == 1) {
-        return cm_error_set(
-            err, CM_E_INVALID, "coordinator",
-            "this process is alone in its MPI world: start all of the cluster in one mpirun line");
-    }
-    if (n != 1) {
-        return cm_error_set(err, CM_E_INVALID, "coordinator",
-                            "%u of the %d processes of the mpirun line are coordinators, 1 is needed", n,
-                            n_rank);
-    }
-    return CM_OK;
-}
-
-static cm_status world_share(const char *mine, char coordinator_out[NET_ADDRESS_BYTES], cm_error *err)
-{
-    char text[NET_ADDRESS_BYTES] = "";
-    CM_ASSERT(strlen(mine) < sizeof(text));
-    memcpy(text, mine, strlen(mine));
-    CM_TRY(world_start(err));
-    char *all = cm_alloc((size_t)g_world.n_rank * NET_ADDRESS_BYTES);
-    int code =
-        MPI_Allgather(text, NET_ADDRESS_BYTES, MPI_CHAR, all, NET_ADDRESS_BYTES, MPI_CHAR, MPI_COMM_WORLD);
-    cm_status status = code == MPI_SUCCESS ? world_choose(all, g_world.n_rank, coordinator_out, err)
-                                           : cm_error_set(err, CM_E_DEVICE, "coordinator",
-                                                          "MPI_Allgather failed: code %d", code);
-    cm_free(all);
-    return status;
-}
-
-static bool world_has_port(uint32_t port)
-{
-    pthread_mutex_lock(&g_world.lock);
-    bool has = g_world.port[port] != NULL && g_world.port[port]->listening;
-    pthread_mutex_unlock(&g_world.lock);
-    return has;
-}
-
-static cm_status world_take_port(const mpi_net *mn, uint32_t *port_out, cm_error *err)
-{
-    uint32_t port = 0;
-    pthread_mutex_lock(&g_world.lock);
-    cm_status status = world_start_locked(err);
-    while (status == CM_OK && port < MPI_PORTS_MAX && g_world.port[port] != NULL) {
-        port++;
-    }
-    if (status == CM_OK && port == MPI_PORTS_MAX) {
-        status = cm_error_set(err, CM_E_CAPACITY, "net", "%d objects of this process use MPI already",
-                              MPI_PORTS_MAX);
-    }
-    if (status == CM_OK) {
-        g_world.port[port] = mn;
-        g_world.closed[port] = false;
-        *port_out = port;
-    }
-    pthread_mutex_unlock(&g_world.lock);
-    return status;
-}
-
-static void world_free_port(uint32_t port)
-{
-    pthread_mutex_lock(&g_world.lock);
-    g_world.port[port] = NULL;
-    g_world.closed[port] = true;
-    pthread_mutex_unlock(&g_world.lock);
-}
 
 /* ---- requests ---- */
 
@@ -304,9 +130,9 @@ static int requests_test(mpi_requests *r)
 {
     int n_done = 0;
     if (r->n > 0) {
-        pthread_mutex_lock(&g_world.lock);
+        mpi_world_lock();
         int code = MPI_Testsome(r->n, r->request, &n_done, r->index, r->status);
-        pthread_mutex_unlock(&g_world.lock);
+        mpi_world_unlock();
         CM_ASSERT_MSG(code == MPI_SUCCESS || code == MPI_ERR_IN_STATUS, "MPI_Testsome: code %d", code);
         for (int i = 0; i < n_done && code == MPI_SUCCESS; i++) {
             r->status[i].MPI_ERROR = MPI_SUCCESS; /* only set when one failed */
@@ -338,9 +164,7 @@ static net_backend_link *link_create(mpi_net *mn, void *peer, int rank, uint32_t
     if (cm_pool_get(&mn->links, (void **)&link) != CM_OK) {
         return NULL;
     }
-    pthread_mutex_lock(&g_world.lock);
-    uint32_t number = ++g_world.n_links;
-    pthread_mutex_unlock(&g_world.lock);
+    uint32_t number = mpi_world_number();
     uint32_t index = cm_pool_index(&mn->links, link) + 1;
     *link =
         (net_backend_link){.peer = peer, .rank = rank, .port = port, .id = number << LINK_INDEX_BITS | index};
@@ -403,9 +227,9 @@ static int send_begin(const mpi_send *send, const net_message *message, int rank
 static cm_status send_start(mpi_net *mn, mpi_send *send, const net_message *message, int rank, int tag)
 {
     int i = mn->sending.n;
-    pthread_mutex_lock(&g_world.lock);
+    mpi_world_lock();
     int code = send_begin(send, message, rank, tag, &mn->sending.request[i]);
-    pthread_mutex_unlock(&g_world.lock);
+    mpi_world_unlock();
     if (code != MPI_SUCCESS) {
         cm_pool_put(&mn->sends, send);
         return CM_E_RESET;
@@ -515,17 +339,17 @@ static cm_status mpi_connect(void *backend, const char *address, void *peer, net
     int rank, n = 0;
     unsigned port;
     if (sscanf(address, "mpi:%d:%u%n", &rank, &port, &n) != 2 || address[n] != '\0' || rank < 0 ||
-        rank >= g_world.n_rank || port >= MPI_PORTS_MAX) {
+        rank >= mpi_world_size() || port >= MPI_PORTS_MAX) {
         return cm_error_set(err, CM_E_INVALID, "address",
                             "'%s' is not mpi:RANK:PORT of a world of %d ranks: do all members use net mpi?",
-                            address, g_world.n_rank);
+                            address, mpi_world_size());
     }
     net_backend_link *link = link_create(mn, peer, rank, port);
     if (link == NULL) {
         return cm_error_set(err, CM_E_CAPACITY, "address", "no link to '%s': all %u are in use or closing",
                             address, mn->links.n_max);
     }
-    link->nobody = rank == g_world.rank && !world_has_port(port);
+    link->nobody = rank == mpi_world_rank() && !mpi_world_listens(port);
     if (!link->nobody) {
         say(mn, MPI_WORD_CONNECT, rank, port, link->id, 0);
     }
@@ -539,7 +363,8 @@ static cm_status mpi_connect(void *backend, const char *address, void *peer, net
 static void on_connect(mpi_net *mn, const mpi_block *block, int rank)
 {
     char address[NET_ADDRESS_BYTES];
-    net_backend_link *link = mn->listening ? link_create(mn, NULL, rank, block->from_port) : NULL;
+    net_backend_link *link =
+        mpi_world_listens(mn->port) ? link_create(mn, NULL, rank, block->from_port) : NULL;
     snprintf(address, sizeof(address), "mpi:%d:%u", rank, block->from_port);
     if (link != NULL) {
         link->their_id = block->from_link;
@@ -600,13 +425,13 @@ static bool take_note(mpi_net *mn)
     int found = 0, n = 0;
     MPI_Message message;
     MPI_Status status = {0};
-    pthread_mutex_lock(&g_world.lock);
+    mpi_world_lock();
     MPI_Improbe(MPI_ANY_SOURCE, tag_of(mn->port, true), MPI_COMM_WORLD, &found, &message, &status);
     if (found) {
         MPI_Get_count(&status, MPI_BYTE, &n);
         MPI_Mrecv(&block, sizeof(block), MPI_BYTE, &message, MPI_STATUS_IGNORE); /* small: it is here */
     }
-    pthread_mutex_unlock(&g_world.lock);
+    mpi_world_unlock();
     if (found && block_is_whole(&block, (uint64_t)n)) {
         on_note(mn, &block, status.MPI_SOURCE);
     }
@@ -624,13 +449,13 @@ static bool fetch(mpi_net *mn)
         return false; /* until one is released */
     }
     arrival->block = net_buffers_get(&mn->buffers);
-    pthread_mutex_lock(&g_world.lock);
+    mpi_world_lock();
     MPI_Improbe(MPI_ANY_SOURCE, tag_of(mn->port, false), MPI_COMM_WORLD, &found, &message, &status);
     if (found) {
         MPI_Imrecv(arrival->block, (int)(sizeof(mpi_block) + mn->options->message_bytes_max), MPI_BYTE,
                    &message, &mn->fetching.request[i]);
     }
-    pthread_mutex_unlock(&g_world.lock);
+    mpi_world_unlock();
     if (!found) {
         net_buffers_put(&mn->buffers, arrival->block);
         cm_pool_put(&mn->arrivals, arrival);
@@ -742,7 +567,7 @@ static bool mpi_progress(void *backend)
         end_links_to_nobody(mn);
     }
     link_reap(mn);
-    world_discard();
+    mpi_world_discard();
     if (busy) {
         mn->sleep_ns = MPI_SLEEP_MIN_NS;
     }
@@ -784,7 +609,7 @@ static cm_status mpi_open(const net_options *options, const net_upcalls *upcalls
     }
     mpi_net *mn = cm_alloc(sizeof(*mn));
     *mn = (mpi_net){.options = options, .upcalls = upcalls, .ctx = ctx, .sleep_ns = MPI_SLEEP_MIN_NS};
-    cm_status status = world_take_port(mn, &mn->port, err);
+    cm_status status = mpi_world_take_port(&mn->port, err);
     if (status != CM_OK) {
         goto err_free;
     }
@@ -803,8 +628,8 @@ static cm_status mpi_open(const net_options *options, const net_upcalls *upcalls
     cm_pool_init(&mn->arrivals, "mpi receives", sizeof(mpi_arrival), options->receives_max);
     requests_init(&mn->sending, n_sends);
     requests_init(&mn->fetching, options->receives_max);
-    mn->sources = cm_alloc(sizeof(mpi_source) * (uint32_t)g_world.n_rank);
-    for (int i = 0; i < g_world.n_rank; i++) {
+    mn->sources = cm_alloc(sizeof(mpi_source) * (uint32_t)mpi_world_size());
+    for (int i = 0; i < mpi_world_size(); i++) {
         TAILQ_INIT(&mn->sources[i].arrivals);
     }
     TAILQ_INIT(&mn->active);
@@ -816,7 +641,7 @@ static cm_status mpi_open(const net_options *options, const net_upcalls *upcalls
 err_buffers:
     net_buffers_fini(&mn->buffers);
 err_port:
-    world_free_port(mn->port);
+    mpi_world_free_port(mn->port);
 err_free:
     cm_free(mn);
     return status;
@@ -828,11 +653,38 @@ static cm_status mpi_listen(void *backend, const char *address, char bound_out[N
     mpi_net *mn = backend;
     (void)address; /* of the host, for back-ends over IP: a rank is reached by its number */
     (void)err;
-    pthread_mutex_lock(&g_world.lock);
-    mn->listening = true;
-    pthread_mutex_unlock(&g_world.lock);
-    snprintf(bound_out, NET_ADDRESS_BYTES, "mpi:%d:%u", g_world.rank, mn->port);
+    mpi_world_listen(mn->port);
+    snprintf(bound_out, NET_ADDRESS_BYTES, "mpi:%d:%u", mpi_world_rank(), mn->port);
     return CM_OK;
+}
+
+/* What MPI has done with; nobody is told. */
+static void close_step(mpi_net *mn)
+{
+    int n = requests_test(&mn->sending);
+    for (int i = 0; i < n; i++) {
+        mpi_send *send = mn->sending.owner[mn->sending.index[i]];
+        if (send->link != NULL) {
+            send->link->n_sends--;
+        }
+        cm_pool_put(&mn->sends, send);
+    }
+    requests_compact(&mn->sending);
+    (void)note_fetched(mn);
+    link_reap(mn);
+}
+
+/* Messages that came and were not delivered. */
+static void close_sources(mpi_net *mn)
+{
+    mpi_source *source;
+    TAILQ_FOREACH (source, &mn->active, entry) {
+        mpi_arrival *arrival;
+        while ((arrival = TAILQ_FIRST(&source->arrivals)) != NULL) {
+            TAILQ_REMOVE(&source->arrivals, arrival, entry);
+            mpi_release(mn, arrival);
+        }
+    }
 }
 
 static void mpi_close(void *backend)
@@ -842,21 +694,16 @@ static void mpi_close(void *backend)
     while (!TAILQ_EMPTY(&mn->live)) {
         mpi_disconnect(mn, TAILQ_FIRST(&mn->live));
     }
-    while (mn->sending.n > 0 && cm_now_ms() < give_up_ms) {
-        mpi_send *send;
-        int n = requests_test(&mn->sending);
-        for (int i = 0; i < n; i++) {
-            send = mn->sending.owner[mn->sending.index[i]];
-            cm_pool_put(&mn->sends, send);
-        }
-        requests_compact(&mn->sending);
-    }
-    world_free_port(mn->port);
-    if (mn->sending.n > 0 || mn->fetching.n > 0) {
+    do {
+        close_step(mn);
+    } while (mn->sending.n + mn->fetching.n > 0 && cm_now_ms() < give_up_ms);
+    mpi_world_free_port(mn->port);
+    close(mn->fd);
+    if (mn->sending.n + mn->fetching.n > 0) {
         cm_warn("%d messages over MPI were not taken: their memory stays", mn->sending.n + mn->fetching.n);
         return; /* MPI may still write to it */
     }
-    close(mn->fd);
+    close_sources(mn);
     cm_pool_fini(&mn->arrivals);
     cm_pool_fini(&mn->sends);
     cm_pool_fini(&mn->links);
@@ -883,4 +730,4 @@ static const net_ops g_mpi_ops = {
 };
 
 extern const net_mpi_module baleen_mpi_module;
-const net_mpi_module baleen_mpi_module = {NET_PROTOCOL, &g_mpi_ops, world_share};
+const net_mpi_module baleen_mpi_module = {NET_PROTOCOL, &g_mpi_ops, mpi_world_share};

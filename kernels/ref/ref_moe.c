@@ -131,6 +131,7 @@ static void ref_combine(kn_stream *s, kn_ptr y_in, kn_ptr experts_in, kn_ptr sha
 }
 
 const kn_moe_ops kn_ref_moe = {
+    .slice_rows = 64,
     .gate = ref_gate,
     .swiglu = ref_swiglu,
     .experts = ref_experts,

@@ -145,6 +145,42 @@ static void two_of_three_routers(void **state)
     fake_fini(&f);
 }
 
+/* Two routers never notice at the same moment. The first is not the odd one before the second's time is over.
+ */
+static void one_after_the_other(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    start(&f, 2);
+    fake_peer *first = fake_nth(&f, CO_ROLE_ROUTER, 0), *second = fake_nth(&f, CO_ROLE_ROUTER, 1);
+    fake_peer *worker = &f.peers[0];
+    fake_report(&f, first, worker->id, CM_E_SILENT);
+    fake_pass(&f, 500);
+    fake_report(&f, second, worker->id, CM_E_SILENT);
+    pass_and_settle(&f, CUT_MS - 500);
+    assert_int_not_equal(fake_state(&f, first), CO_MEMBER_LEAVING);
+    assert_true(in_epoch(&f, worker->id));
+    assert_true(co_core_wake_ms(f.core) <= f.now_ms + 500);
+    pass_and_settle(&f, 500);
+    assert_false(in_epoch(&f, worker->id));
+    assert_int_equal(co_epoch_count(co_core_epoch(f.core), CO_ROLE_ROUTER), 2);
+    assert_int_equal(fake_state(&f, first), CO_MEMBER_READY);
+    assert_int_equal(fake_state(&f, second), CO_MEMBER_READY);
+    fake_fini(&f);
+
+    start(&f, 2);
+    first = fake_nth(&f, CO_ROLE_ROUTER, 0), second = fake_nth(&f, CO_ROLE_ROUTER, 1);
+    fake_report(&f, first, f.peers[0].id, CM_E_SILENT);
+    fake_pass(&f, CUT_MS - 500);
+    fake_report(&f, second, f.peers[0].id, CM_E_SILENT);
+    fake_pass(&f, 1000);
+    fake_report(&f, second, f.peers[0].id, CM_OK);
+    assert_int_equal(fake_state(&f, first), CO_MEMBER_LEAVING); /* it was */
+    pass_and_settle(&f, 2 * CUT_MS);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
 /* A router that reaches nobody when it is the only one: leaving its workers out would help nobody. */
 static void no_room_without_it(void **state)
 {
@@ -194,12 +230,43 @@ static void taken_back_when_it_is_needed(void **state)
     fake_fini(&f);
 }
 
+/* Out of an epoch for a while, its routers dropped their links to it and say of them neither that they are up
+ * nor that they are lost: what they said before is no reason to leave it out. */
+static void drained_and_taken_back(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    fake_init(&f, 3);
+    for (uint32_t i = 0; i < 3; i++) {
+        fake_spawn(&f, CO_ROLE_WORKER)->capacity = 12;
+    }
+    fake_spawn(&f, CO_ROLE_ROUTER);
+    fake_spawn(&f, CO_ROLE_GATEWAY);
+    fake_settle(&f);
+    uint32_t id = f.peers[0].id;
+    fake_report(&f, &f.peers[3], id, CM_E_RESET); /* and it would be up again in a moment */
+    fake_drain(&f, id);
+    while (in_epoch(&f, id)) {
+        assert_true(fake_move(&f));
+    }
+    fake_kill(&f, &f.peers[1]);
+    pass_and_settle(&f, CUT_MS / 2);
+    fake_check_whole(&f);
+    assert_true(in_epoch(&f, id));
+    fake_spawn(&f, CO_ROLE_WORKER)->capacity = 12; /* so that it could be left out */
+    pass_and_settle(&f, 3 * CUT_MS);
+    assert_true(in_epoch(&f, id));
+    assert_int_equal(fake_state(&f, &f.peers[0]), CO_MEMBER_READY);
+    fake_fini(&f);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(one_router),         cmocka_unit_test(over_in_time),
-        cmocka_unit_test(the_odd_router),     cmocka_unit_test(two_of_three_routers),
-        cmocka_unit_test(no_room_without_it), cmocka_unit_test(taken_back_when_it_is_needed),
+        cmocka_unit_test(one_router),          cmocka_unit_test(over_in_time),
+        cmocka_unit_test(the_odd_router),      cmocka_unit_test(two_of_three_routers),
+        cmocka_unit_test(no_room_without_it),  cmocka_unit_test(taken_back_when_it_is_needed),
+        cmocka_unit_test(one_after_the_other), cmocka_unit_test(drained_and_taken_back),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
