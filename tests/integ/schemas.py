@@ -1,20 +1,25 @@
-"""Random JSON schemas of everything that constraints support: schema(seed) gives the same one again."""
+"""Random JSON schemas of everything that constraints support: schema(seed) gives the same one again. Those of even seeds have an end:
+an answer that keeps to one cannot go on for ever."""
 import random
 
 WORDS = ["name", "age", "città", "id", "tags", "value", "kind", "x", "note", "unit price", "a\"b", "日本"]
 PATTERNS = [r"^[a-z]{2,6}$", r"^\d{3}-\d{2}$", r"^(foo|bar)+$", r"^#[0-9a-f]{6}$", r"^\S{1,12}$", r"^[^\d\s]{3}$", r"^.{0,20}$"]
 FORMATS = ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"]
+BOUNDED_PATTERNS = [pattern for pattern in PATTERNS if "+" not in pattern]
+BOUNDED_FORMATS = ["date", "time", "date-time", "ipv4", "ipv6", "uuid"]
 LEAVES = ["string", "pattern", "format", "integer", "range", "multiple", "number", "bounds", "boolean", "null", "enum", "const", "types"]
 BRANCHES = ["object", "object", "object", "array", "tuple", "anyOf", "oneOf", "ref", "map", "allOf"]
+BOUNDED_BRANCHES = [branch for branch in BRANCHES if branch not in ("ref", "map")]
 
 
 def leaf(rng):
     kind = rng.choice(LEAVES)
+    patterns, formats = (BOUNDED_PATTERNS, BOUNDED_FORMATS) if rng.bounded else (PATTERNS, FORMATS)
     low = rng.randint(-1000, 1000)
     return {
         "string": lambda: {"type": "string", "maxLength": rng.randint(0, 30), "minLength": 0},
-        "pattern": lambda: {"type": "string", "pattern": rng.choice(PATTERNS)},
-        "format": lambda: {"type": "string", "format": rng.choice(FORMATS)},
+        "pattern": lambda: {"type": "string", "pattern": rng.choice(patterns)},
+        "format": lambda: {"type": "string", "format": rng.choice(formats)},
         "integer": lambda: {"type": "integer"},
         "range": lambda: {"type": "integer", rng.choice(["minimum", "exclusiveMinimum"]): low,
                           rng.choice(["maximum", "exclusiveMaximum"]): low + rng.randint(2, 5000)},
@@ -34,7 +39,7 @@ def obj(rng, depth, extra=None):
     names = rng.sample(WORDS, rng.randint(0, 5))
     out = {"type": "object", "properties": {name: node(rng, depth + 1) for name in names}}
     out["required"] = [name for name in names if rng.random() < 0.6]
-    if rng.random() < 0.7:
+    if rng.bounded or rng.random() < 0.7:
         out["additionalProperties"] = False
     elif rng.random() < 0.3:
         out["additionalProperties"] = {"type": "boolean"}
@@ -45,7 +50,7 @@ def obj(rng, depth, extra=None):
 def node(rng, depth):
     if depth >= 4 or rng.random() < 0.45:
         return leaf(rng)
-    kind = rng.choice(BRANCHES)
+    kind = rng.choice(BOUNDED_BRANCHES if rng.bounded else BRANCHES)
     if kind == "object":
         return obj(rng, depth, {"description": "d", "title": "t"})
     if kind == "array":
@@ -66,8 +71,13 @@ def node(rng, depth):
     return {"allOf": [node(rng, depth + 1)]}
 
 
+def is_bounded(seed):
+    return seed % 2 == 0
+
+
 def schema(seed):
     rng = random.Random(seed)
+    rng.bounded = is_bounded(seed)
     out = obj(rng, 0)
     out["$defs"] = {"tree": {"type": "object", "properties": {"v": leaf(rng), "next": {"anyOf": [{"type": "null"}, {"$ref": "#/$defs/tree"}]}},
                              "required": ["v", "next"], "additionalProperties": False}}
