@@ -285,6 +285,15 @@ static void bodies(void **state)
          "{\"type\":\"function\",\"id\":\"2\",\"function\":{\"name\":\"p\",\"arguments\":\"{\\\"input\\\": "
          "\\\"a\\\\nb\\\"}\"}}]},{\"role\":\"tool\",\"tool_call_id\":\"1\",\"content\":\"o\"},"
          "{\"role\":\"tool\",\"tool_call_id\":\"2\",\"content\":[{\"type\":\"text\",\"text\":\"p\"}]}]}"},
+        /* a turn that was cut off while it thought */
+        {"{\"input\":[{\"role\":\"user\",\"content\":\"q\"},{\"type\":\"reasoning\",\"content\":[{\"type\":"
+         "\"reasoning_text\",\"text\":\"old\"}]},"
+         "{\"role\":\"user\",\"content\":\"r\"},{\"type\":\"reasoning\",\"content\":[{\"type\":\"reasoning_"
+         "text\",\"text\":\"new\"}]},"
+         "{\"role\":\"assistant\",\"content\":\"a\"},{\"role\":\"user\",\"content\":\"s\"}]}",
+         "{\"messages\":[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"user\",\"content\":\"r\"},"
+         "{\"role\":\"assistant\",\"content\":\"a\",\"reasoning_content\":\"new\"},{\"role\":\"user\","
+         "\"content\":\"s\"}]}"},
         /* sealed by somebody else: nothing to show */
         {"{\"input\":[{\"role\":\"user\",\"content\":\"q\"},{\"type\":\"reasoning\",\"summary\":[],"
          "\"encrypted_content\":\"gAAAA\"},{\"role\":\"assistant\",\"content\":\"a\"},{\"role\":\"user\","
