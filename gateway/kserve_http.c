@@ -534,25 +534,6 @@ static void writer_piece(void *ctx, const md_piece *piece)
     }
 }
 
-static void writer_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
-{
-    (void)ctx;
-    (void)offset;
-    (void)ids;
-    (void)n;
-}
-
-static void writer_logprobs(void *ctx, const gw_logprobs *logprobs)
-{
-    (void)ctx;
-    (void)logprobs;
-}
-
-static void writer_flush(void *ctx)
-{
-    (void)ctx;
-}
-
 static void writer_finished(void *ctx, const gw_finish *finish)
 {
     kserve_writer *w = ctx;
@@ -560,22 +541,12 @@ static void writer_finished(void *ctx, const gw_finish *finish)
     emit_text(w, cm_bytes_text(&w->text), w->text.len, true);
 }
 
-static void writer_failed(void *ctx, const gw_error *error)
-{
-    (void)ctx;
-    (void)error;
-}
-
 static const gw_stream_events *writer_events(void)
 {
     static const gw_stream_events events = {
         .started = writer_started,
         .piece = writer_piece,
-        .tokens = writer_tokens,
-        .logprobs = writer_logprobs,
-        .flush = writer_flush,
         .finished = writer_finished,
-        .failed = writer_failed,
     };
     return &events;
 }
