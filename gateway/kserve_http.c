@@ -436,9 +436,9 @@ void gw_kserve_http_ask(gw_http *http, struct evhttp_request *req, const char *r
 /* ---- answers ---- */
 
 typedef struct kserve_writer {
-    gw_kserve_ask ask;
-    bool infer; /* the answer is a tensor */
-    char *id;   /* NULL: none was given */
+    bool infer;  /* the answer is a tensor */
+    bool stream; /* it comes piece by piece */
+    char *id;    /* NULL: none was given */
     char *model;
     cm_bytes text, out;
     gw_emit_fn emit;
@@ -448,13 +448,23 @@ typedef struct kserve_writer {
 static kserve_writer *writer_create(const json_t *given, gw_emit_fn emit, void *ctx, bool infer)
 {
     kserve_writer *w = cm_alloc(sizeof(*w));
+    gw_kserve_ask ask;
     gw_error error;
     const char *id = json_string_value(json_object_get(given, "id"));
-    *w = (kserve_writer){.infer = infer, .id = id != NULL ? cm_strdup(id) : NULL, .emit = emit, .ctx = ctx};
-    cm_status status = given_ask(given, &w->ask, &error);
+    cm_status status = given_ask(given, &ask, &error);
     CM_ASSERT(status == CM_OK); /* it was when the body was made */
+    *w = (kserve_writer){.infer = infer,
+                         .stream = ask.stream,
+                         .id = id != NULL ? cm_strdup(id) : NULL,
+                         .emit = emit,
+                         .ctx = ctx};
     cm_bytes_init(&w->text, 0);
     cm_bytes_init(&w->out, 0);
+    if (ask.echo) {
+        const json_t *prompt = json_object_get(ask.body, "prompt");
+        cm_bytes_append(&w->text, json_string_value(prompt), json_string_length(prompt));
+    }
+    gw_kserve_ask_fini(&ask);
     return w;
 }
 
@@ -473,7 +483,6 @@ static void *infer_create(const json_t *given, const char *fingerprint, gw_emit_
 static void writer_destroy(void *writer)
 {
     kserve_writer *w = writer;
-    gw_kserve_ask_fini(&w->ask);
     cm_bytes_fini(&w->text);
     cm_bytes_fini(&w->out);
     cm_free(w->id);
@@ -515,10 +524,6 @@ static void writer_started(void *ctx, const gw_start *start)
 {
     kserve_writer *w = ctx;
     w->model = cm_strdup(start->model);
-    if (w->ask.echo) {
-        const json_t *prompt = json_object_get(w->ask.body, "prompt");
-        cm_bytes_append(&w->text, json_string_value(prompt), json_string_length(prompt));
-    }
 }
 
 static void writer_piece(void *ctx, const md_piece *piece)
@@ -527,7 +532,7 @@ static void writer_piece(void *ctx, const md_piece *piece)
     if (piece->kind != MD_PIECE_CONTENT) {
         return;
     }
-    if (w->ask.stream) {
+    if (w->stream) {
         emit_text(w, piece->text, piece->n_bytes, false);
     } else {
         cm_bytes_append(&w->text, piece->text, piece->n_bytes);

@@ -13,8 +13,8 @@ typedef struct gw_responses {
     bool seals; /* reasoning goes out sealed, too */
     gw_emit_fn emit;
     void *ctx;
-    cm_bytes out; /* the object being written */
-    json_t *given;
+    cm_bytes out;  /* the object being written */
+    json_t *tools; /* the request's, and of it no more: it may be long */
     cm_bytes echo; /* of the request: the response object's other fields, and its end */
     uint32_t n_events;
 
@@ -92,7 +92,7 @@ static void *responses_create(const json_t *given, const char *fingerprint, gw_e
                              .seals = wants_sealed(given),
                              .emit = emit,
                              .ctx = ctx,
-                             .given = json_incref((json_t *)(uintptr_t)given)};
+                             .tools = json_incref(json_object_get(given, "tools"))};
     cm_bytes_init(&writer->out, 0);
     cm_bytes_init(&writer->echo, 0);
     dump_echo(given, &writer->echo);
@@ -105,7 +105,7 @@ static void responses_destroy(void *ctx)
     gw_parts_fini(&writer->parts);
     cm_free(writer->tool);
     cm_bytes_fini(&writer->out);
-    json_decref(writer->given);
+    json_decref(writer->tools);
     cm_bytes_fini(&writer->echo);
     cm_free(writer->id);
     cm_free(writer->model);
@@ -137,7 +137,7 @@ static void find_tool(gw_responses *writer)
     const gw_part *part = &writer->parts.part[n - 1];
     gw_responses_tool tool = {0};
     if (part->kind == MD_PIECE_CALL &&
-        !gw_responses_find_tool(writer->given, cm_bytes_text(&part->name), &tool)) {
+        !gw_responses_find_tool(writer->tools, cm_bytes_text(&part->name), &tool)) {
         tool.name = cm_bytes_text(&part->name);
     }
     writer->tool = cm_realloc(writer->tool, n * sizeof(*writer->tool));

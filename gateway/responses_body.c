@@ -199,9 +199,8 @@ static bool tool_is(const json_t *tool, const char *name_space, const char *show
     return is;
 }
 
-bool gw_responses_find_tool(const json_t *given, const char *shown, gw_responses_tool *tool_out)
+bool gw_responses_find_tool(const json_t *tools, const char *shown, gw_responses_tool *tool_out)
 {
-    const json_t *tools = json_object_get(given, "tools");
     for (size_t i = 0; i < json_array_size(tools); i++) {
         const json_t *tool = json_array_get(tools, i), *group = json_object_get(tool, "tools");
         const char *name_space = json_string_value(json_object_get(tool, "name"));
