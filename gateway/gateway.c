@@ -43,6 +43,7 @@ static void on_retire(void *ctx, uint64_t oldest)
 static void on_cluster_stats(void *ctx, const Baleen__Control__V1__ClusterStats *stats)
 {
     gw_member_stats_take(ctx, stats);
+    gw_streams_room(ctx);
 }
 
 static void on_cluster_load(void *ctx, const Baleen__Control__V1__ClusterLoad *load)
@@ -65,6 +66,7 @@ static void on_refused(void *ctx, cm_status status, const char *text)
 
 static void on_linked(void *ctx, gw_router *router)
 {
+    gw_streams_room(ctx);
     gw_streams_linked(ctx, router);
     gw_seeks_linked(ctx, router);
     gw_probe_consider(ctx);
@@ -76,6 +78,7 @@ static void on_lost(void *ctx, gw_router *router, cm_status status)
     if (status != CM_OK) {
         pc_member_report_peer(gateway->member, gw_router_member(router), status);
     }
+    gw_streams_room(gateway);
     gw_streams_lost(gateway, router);
     gw_seeks_lost(gateway, router);
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
@@ -94,6 +97,7 @@ static void on_stands(void *ctx, gw_router *router, gw_place_standing standing)
 {
     gw_gateway *gateway = ctx;
     gw_place_stands(&gateway->place, cm_now_ms(), gw_router_number(router), standing);
+    gw_streams_room(gateway);
     gw_streams_place(gateway);
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         gw_probe_reset(gateway);
@@ -111,6 +115,7 @@ static void on_load(void *ctx, gw_router *router, uint32_t n_sequences)
 {
     gw_gateway *gateway = ctx;
     gw_place_load(&gateway->place, gw_router_number(router), n_sequences);
+    gw_streams_room(gateway);
 }
 
 /* ---- create ---- */
@@ -200,14 +205,26 @@ static cm_status open_model(gw_gateway *gateway, cm_error *err)
     return gw_tokenizer_zip(dir, &gateway->tokenizer_zip, gateway->tokenizer_sha256, err);
 }
 
+static cm_status open_serve_tls(gw_gateway *gateway, cm_error *err)
+{
+    const gw_config *config = gateway->config;
+    bool cert = config->serve_cert[0] != 0, key = config->serve_key[0] != 0;
+    if (cert != key) {
+        return cm_error_set(err, CM_E_CONFIG, cert ? "serve_key" : "serve_cert",
+                            "TLS needs a certificate and its key: give both --serve-cert and --serve-key");
+    }
+    return cert ? pc_serve_tls_open(config->serve_cert, config->serve_key, &gateway->serve_tls, err) : CM_OK;
+}
+
 static cm_status open_surfaces(gw_gateway *gateway, cm_error *err)
 {
     const gw_config *config = gateway->config;
+    CM_TRY(open_serve_tls(gateway, err));
     CM_TRY(gw_http_create(gateway, config->http, &gateway->http, gateway->http_bound, err));
     gateway->grpc_drained = true;
     if (config->grpc[0] != 0) {
-        CM_TRY(
-            gw_grpc_create(gateway, gateway->loop, config->grpc, &gateway->grpc, gateway->grpc_bound, err));
+        CM_TRY(gw_grpc_create(gateway, gateway->loop, config->grpc, gateway->serve_tls, &gateway->grpc,
+                              gateway->grpc_bound, err));
         gateway->grpc_drained = false;
     }
     return CM_OK;
@@ -256,6 +273,7 @@ static gw_gateway *gateway_make(pc_loop *loop, const gw_config *config, gw_leave
     gateway->born_ms = cm_now_ms();
     gateway->created_s = (int64_t)(cm_wall_us() / 1000000u);
     gw_streams_init(gateway);
+    gateway->telemetry = gw_telemetry_create();
     TAILQ_INIT(&gateway->seeks);
     gateway->drain_timer = pc_timer_create(loop, drain_timeout, gateway);
     gateway->drain_task = (pc_task){.fn = drain_tell, .arg = gateway};
@@ -280,7 +298,11 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
     pc_addresses coordinators;
     CM_TRY(pc_addresses_parse("coordinator", config->coordinator, &coordinators, err));
     gw_gateway *gateway = gateway_make(loop, config, leave, ctx);
-    cm_status status = pc_tls_open(&config->process.tls, config->coordinator, "gateway", &gateway->tls, err);
+    cm_status status = gw_tenants_create(loop, config->key_file, &gateway->turns, &gateway->tenants, err);
+    if (status != CM_OK) {
+        goto err_gateway;
+    }
+    status = pc_tls_open(&config->process.tls, config->coordinator, "gateway", &gateway->tls, err);
     if (status != CM_OK) {
         goto err_gateway;
     }
@@ -329,6 +351,7 @@ void gw_gateway_destroy(gw_gateway *gateway)
         pc_member_destroy(gateway->member);
     }
     pc_tls_close(gateway->tls);
+    pc_serve_tls_close(gateway->serve_tls);
     if (gateway->encoder.jobs != NULL) {
         cm_jobs_destroy(gateway->encoder.jobs);
     }
@@ -342,6 +365,8 @@ void gw_gateway_destroy(gw_gateway *gateway)
     gw_cluster_load_free(gateway);
     pc_timer_destroy(gateway->drain_timer);
     gw_streams_fini(gateway);
+    gw_tenants_destroy(gateway->tenants);
+    gw_telemetry_destroy(gateway->telemetry);
     for (uint32_t i = 0; i < gateway->n_alias; i++) {
         cm_free(gateway->alias[i]);
     }
@@ -439,6 +464,12 @@ void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out)
         .created_s = gateway->created_s,
         .choices_max = (uint32_t)gateway->config->choices_max,
     };
+}
+
+cm_status gw_gateway_identify(const gw_gateway *gateway, const char *authorization, const char *api_key,
+                              gw_tenant **tenant_out, gw_error *error_out)
+{
+    return gw_tenants_identify(gateway->tenants, authorization, api_key, tenant_out, error_out);
 }
 
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)

@@ -13,6 +13,9 @@
 #include "gateway/place_core.h"
 #include "gateway/routers.h"
 #include "gateway/stream.h"
+#include "gateway/telemetry.h"
+#include "gateway/tenant_core.h"
+#include "gateway/tenants.h"
 #include "gateway/tokenizer_files.h"
 
 enum { GW_RETRY_MS = 1000, GW_ALIASES_MAX = 16 };
@@ -66,7 +69,8 @@ struct gw_gateway {
     gw_encoder encoder;
 
     gw_routers *routers;
-    pc_tls *tls; /* NULL: plain */
+    pc_tls *tls;             /* of the control channel; NULL: plain */
+    pc_serve_tls *serve_tls; /* of both clients' ports; NULL: plain */
     pc_member *member;
     uint32_t member_id;
     pc_epoch *epoch; /* in force; NULL before the first */
@@ -80,6 +84,9 @@ struct gw_gateway {
     uint64_t next_serial;
     cm_map by_number; /* as which streams are known at routers -> gw_stream */
     uint64_t last_number;
+    gw_turns turns; /* whose stream may go to a router next */
+    gw_tenants *tenants;
+    gw_telemetry *telemetry;
     gw_place place; /* which router computes which stream */
     pc_timer *place_timer;
     pc_task place_task;
@@ -105,6 +112,8 @@ CM_MUST_CHECK cm_status gw_stream_open_probe(gw_gateway *gateway, const gw_ask *
                                              gw_stream **stream_out, gw_error *error_out);
 void gw_streams_init(gw_gateway *gateway);
 void gw_streams_fini(gw_gateway *gateway); /* all have ended */
+/* Routers are linked or not, or can run more or fewer. */
+void gw_streams_room(gw_gateway *gateway);
 /* Streams look for their routers, soon. */
 void gw_streams_place(gw_gateway *gateway);
 void gw_streams_linked(gw_gateway *gateway, gw_router *router);
@@ -115,7 +124,10 @@ void gw_streams_fail_all(gw_gateway *gateway, gw_cause cause, const char *messag
 
 /* ---- origin.c ---- */
 enum { GW_KEY_BYTES = 16 };
-void gw_origin_hash(const char *id, uint8_t key_out[GW_KEY_BYTES]);
+/* Nobody can make an id that has the hash of another tenant's. */
+void gw_origin_hash(const gw_tenant *tenant, const char *id, uint8_t key_out[GW_KEY_BYTES]);
+/* Whose it is: what it is known by at routers. */
+void gw_origin_bind(gw_origin *origin, const gw_tenant *tenant);
 void gw_origin_key(const gw_origin *origin, uint32_t choice, Baleen__Engine__V1__SeqKey *key_out);
 /* false: it cannot be told by another gateway. Borrowed from origin. */
 bool gw_origin_resume(const gw_origin *origin, ProtobufCBinaryData *resume_out);
@@ -151,6 +163,7 @@ void gw_member_stats_take(gw_gateway *gateway, const Baleen__Control__V1__Cluste
 void gw_member_stats_free(gw_gateway *gateway);
 /* Sum of a stat over the members of a role. */
 int64_t gw_member_stats_sum(const gw_gateway *gateway, char role, cm_stat stat);
+uint32_t gw_member_stats_gateways(const gw_gateway *gateway); /* of the cluster, this one too */
 
 /* ---- cluster.c ---- */
 void gw_cluster_load_take(gw_gateway *gateway, const Baleen__Control__V1__ClusterLoad *message);

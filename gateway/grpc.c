@@ -1,6 +1,7 @@
 /* Methods, calls from their request to their end, drain. */
 #include "gateway/grpc.h"
 
+#include <stdio.h>
 #include <string.h>
 
 #include "common/base/assert.h"
@@ -14,7 +15,8 @@ enum {
     ARENA_BYTES_MAX = 256 << 20, /* small parts grow when they are unpacked: this bounds their number */
     CALLS_MAX = 70000, /* above any number of streams that a gateway lets in: it refuses, with details */
     SCRATCH_BYTES_MAX = 1 << 20, /* kept between messages */
-    QUEUE_BYTES_MAX = 1 << 20,   /* unsent bytes of one call; more, and its client reads too slowly */
+    DRAIN_RETRY_MS = 1000,
+    QUEUE_BYTES_MAX = 1 << 20, /* unsent bytes of one call; more, and its client reads too slowly */
 };
 
 const gw_grpc_method gw_grpc_methods[GW_GRPC_N_METHODS] = {
@@ -182,9 +184,21 @@ void gw_grpc_send_new(gw_grpc_call *call, const ProtobufCMessage *message)
     }
 }
 
+/* With the first message: a call that fails before it has none, so that gRPC's own retry policies may try it
+ * again. */
+static void add_headers(gw_grpc_call *call)
+{
+    if (!call->has_headers) {
+        call->has_headers = true;
+        pc_call_add_header(call->call, "x-request-id", call->visit->id);
+        pc_call_add_header(call->call, "traceparent", call->visit->traceparent);
+    }
+}
+
 void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
 {
     cm_bytes *packed = &call->grpc->packed;
+    add_headers(call);
     cm_bytes_clear(packed);
     pr_pack(message, packed);
     cm_status status = pc_call_send(call->call, cm_bytes_text(packed), packed->len);
@@ -200,6 +214,7 @@ void gw_grpc_send(gw_grpc_call *call, const ProtobufCMessage *message)
 
 void gw_grpc_finish(gw_grpc_call *call)
 {
+    call->code = PC_CODE_OK;
     pc_call_finish(call->call, PC_CODE_OK, NULL, NULL, 0, 0);
 }
 
@@ -248,9 +263,10 @@ cm_status gw_grpc_open_stream(gw_grpc_call *call, gw_ask *ask, const gw_stream_e
                      "the deadline of the request passed before it was begun");
         return CM_E_DEADLINE;
     }
+    ask->visit = call->visit;
     CM_TRY(gw_stream_open(call->grpc->gateway, ask, events, ctx, stream_out, error_out));
     if (ask->choice == 0 && !call->method->client_streams) {
-        pc_call_add_header(call->call, "x-request-id", gw_stream_id(*stream_out));
+        snprintf(call->visit->id, sizeof(call->visit->id), "%s", gw_stream_id(*stream_out));
     }
     return CM_OK;
 }
@@ -296,7 +312,7 @@ void gw_grpc_seek(gw_grpc_call *call, const Baleen__V1__Routing *routing, uint64
     }
     call->skip = skip;
     call->resumable = routing->resumable;
-    call->seek = gw_seek_begin(call->grpc->gateway, request_id, on_found, call);
+    call->seek = gw_seek_begin(call->grpc->gateway, call->visit->tenant, request_id, on_found, call);
 }
 
 void gw_grpc_reopen(gw_grpc_call *call, gw_ask *ask, const gw_found *found, const gw_stream_events *events)
@@ -373,7 +389,13 @@ static cm_status call_begin(gw_grpc_call *call, bool first, const uint8_t *data,
     if (call->grpc->draining && first && !call->method->health) {
         gw_error_set(error_out, GW_CAUSE_UNAVAILABLE, NULL,
                      "this gateway is shutting down; please try again");
+        error_out->retry_ms = DRAIN_RETRY_MS;
         return CM_E_UNAVAILABLE;
+    }
+    if (first && !call->method->health) {
+        CM_TRY(gw_gateway_identify(call->grpc->gateway, pc_call_metadata(call->call, "authorization"),
+                                   pc_call_metadata(call->call, "x-api-key"), &call->visit->tenant,
+                                   error_out));
     }
     return unpack(call, data, n_bytes, request_out, error_out);
 }
@@ -385,6 +407,9 @@ static gw_grpc_call *call_make(pc_call *rpc)
     call->grpc = grpc;
     call->call = rpc;
     call->method = &gw_grpc_methods[pc_call_method(rpc) - grpc->methods];
+    call->code = -1;
+    call->visit = gw_visit_begin(call->method->path, NULL, pc_call_metadata(rpc, "traceparent"));
+    call->visit->quiet = call->method->health;
     pc_call_set_user(rpc, call);
     TAILQ_INSERT_TAIL(&grpc->calls, call, link);
     return call;
@@ -432,7 +457,6 @@ static void call_closed(pc_call *rpc, bool cancelled)
 {
     gw_grpc_call *call = pc_call_user(rpc);
     gw_grpc *grpc = call->grpc;
-    (void)cancelled;
     if (call->seek != NULL) {
         gw_seek_cancel(call->seek);
     }
@@ -440,6 +464,7 @@ static void call_closed(pc_call *rpc, bool cancelled)
     if (call->method->fini != NULL) {
         call->method->fini(call);
     }
+    gw_visit_end(call->visit, cancelled || call->code < 0 ? PC_CODE_CANCELLED : call->code);
     TAILQ_REMOVE(&grpc->calls, call, link);
     cm_free(call);
     drain_check(grpc);
@@ -457,8 +482,8 @@ static void grpc_free(gw_grpc *grpc)
     cm_free(grpc);
 }
 
-cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, gw_grpc **grpc_out,
-                         char bound_out[128], cm_error *err)
+cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address, pc_serve_tls *tls,
+                         gw_grpc **grpc_out, char bound_out[128], cm_error *err)
 {
     gw_grpc *grpc = cm_alloc(sizeof(*grpc));
     grpc->gateway = gateway;
@@ -478,6 +503,7 @@ cm_status gw_grpc_create(gw_gateway *gateway, pc_loop *loop, const char *address
                                        .closed = call_closed};
     }
     pc_rpc_options options = {.address = address,
+                              .serve_tls = tls,
                               .request_bytes_max = REQUEST_BYTES_MAX,
                               .calls_max = CALLS_MAX,
                               .queue_bytes_max = QUEUE_BYTES_MAX,

@@ -119,6 +119,10 @@ void gw_grpc_fail(gw_grpc_call *call, const gw_error *error)
     status.message = e.message;
     cm_bytes_init(&packed, 0);
     pr_pack(&status.base, &packed);
+    call->code = (int)gw_error_grpc(&e);
+    if (call->visit->end == NULL) {
+        call->visit->end = gw_error_code(&e);
+    }
     pc_call_finish(call->call, gw_error_grpc(&e), e.message, packed.data, packed.len, e.retry_ms);
     cm_bytes_fini(&packed);
     for (size_t i = 0; i < status.n_details; i++) {

@@ -7,6 +7,7 @@
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
 #include "gateway/grpc.h"
+#include "gateway/visit.h"
 #include "proto/baleen_v1.pb-c.h"
 #include "proto/health.pb-c.h"
 #include "proto/kserve.pb-c.h"
@@ -101,6 +102,9 @@ struct gw_grpc_call {
     gw_grpc *grpc;
     pc_call *call;
     const gw_grpc_method *method;
+    gw_visit *visit;
+    bool has_headers;
+    int code;          /* it was ended with; -1: not by us */
     gw_stream *stream; /* NULL: none, or it has ended */
     gw_seek *seek;     /* what the client comes back for is looked for */
     uint64_t skip;     /* messages, for Generate tokens, that the client has from before */
@@ -223,8 +227,8 @@ void gw_grpc_tokenize(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_detokenize(gw_grpc_call *call, const ProtobufCMessage *request);
 void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *request);
 /* Ends the requests with these ids. CM_E_INVALID: there are too many of them. */
-CM_MUST_CHECK cm_status gw_grpc_abort_ids(gw_grpc *grpc, char *const *ids, size_t n, uint32_t *aborted_out,
-                                          gw_error *error_out);
+CM_MUST_CHECK cm_status gw_grpc_abort_ids(gw_grpc_call *call, char *const *ids, size_t n,
+                                          uint32_t *aborted_out, gw_error *error_out);
 /* A message, and the end. */
 void gw_grpc_answer(gw_grpc_call *call, const ProtobufCMessage *message);
 void gw_grpc_info(gw_grpc_call *call, const ProtobufCMessage *request);

@@ -151,7 +151,7 @@ void gw_grpc_detokenize(gw_grpc_call *call, const ProtobufCMessage *message)
 
 /* ---- Abort ---- */
 
-cm_status gw_grpc_abort_ids(gw_grpc *grpc, char *const *ids, size_t n, uint32_t *aborted_out,
+cm_status gw_grpc_abort_ids(gw_grpc_call *call, char *const *ids, size_t n, uint32_t *aborted_out,
                             gw_error *error_out)
 {
     uint32_t aborted = 0;
@@ -161,7 +161,7 @@ cm_status gw_grpc_abort_ids(gw_grpc *grpc, char *const *ids, size_t n, uint32_t 
         return CM_E_INVALID;
     }
     for (size_t i = 0; i < n; i++) {
-        aborted += gw_stream_abort(grpc->gateway, ids[i]);
+        aborted += gw_stream_abort(call->grpc->gateway, call->visit->tenant, ids[i]);
     }
     *aborted_out = aborted;
     return CM_OK;
@@ -172,13 +172,13 @@ void gw_grpc_abort(gw_grpc_call *call, const ProtobufCMessage *message)
     const Baleen__V1__AbortRequest *request = (const Baleen__V1__AbortRequest *)message;
     Baleen__V1__AbortResponse response = BALEEN__V1__ABORT_RESPONSE__INIT;
     gw_error error;
-    if (gw_grpc_abort_ids(call->grpc, request->request_ids, request->n_request_ids, &response.aborted,
-                          &error) != CM_OK) {
+    if (gw_grpc_abort_ids(call, request->request_ids, request->n_request_ids, &response.aborted, &error) !=
+        CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
     if (request->has_all && request->all) {
-        response.aborted += gw_stream_abort_all(call->grpc->gateway);
+        response.aborted += gw_stream_abort_all(call->grpc->gateway, call->visit->tenant);
     }
     response.has_aborted = true;
     gw_grpc_answer(call, &response.base);

@@ -31,8 +31,7 @@ void gw_vllm_abort(gw_grpc_call *call, const ProtobufCMessage *message)
     Vllm__Grpc__Engine__AbortResponse response = VLLM__GRPC__ENGINE__ABORT_RESPONSE__INIT;
     uint32_t aborted;
     gw_error error;
-    if (gw_grpc_abort_ids(call->grpc, request->request_ids, request->n_request_ids, &aborted, &error) ==
-        CM_OK) {
+    if (gw_grpc_abort_ids(call, request->request_ids, request->n_request_ids, &aborted, &error) == CM_OK) {
         gw_grpc_answer(call, &response.base);
     } else {
         gw_grpc_fail(call, &error);

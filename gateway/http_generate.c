@@ -13,8 +13,9 @@
 #include "gateway/surface.h"
 
 enum {
-    INPUT_WHILE_ANSWERING = 64 * 1024
-}; /* bytes of further requests on the connection; then it is not read */
+    INPUT_WHILE_ANSWERING = 64 * 1024, /* bytes of further requests on the connection; then it is not read */
+    GONE_STATUS = 499,                 /* in the log: the client went away before it was told anything */
+};
 
 /* One of the answers of an exchange. */
 typedef struct exchange_choice {
@@ -31,16 +32,19 @@ typedef struct exchange_choice {
 struct gw_exchange {
     TAILQ_ENTRY(gw_exchange) link;
     gw_http *http;
+    gw_visit *visit;
     struct evhttp_request *req;
     const gw_surface *surface; /* NULL while it is looked for */
     exchange_choice *choices;
-    uint32_t n_choice, n_started, n_finished, n_held;
+    uint32_t n_choice, n_admitted, n_started, n_finished, n_held;
     void *writer;
     gw_origin *origin;
     gw_seek *seek;            /* what the client comes back for is looked for; there are no choices yet */
     gw_event_id from;         /* the last event that it has, when it comes back */
     bool resumable;           /* its streams go on for a while if it goes away */
     bool sse;                 /* answered in events */
+    bool told_id;             /* some event was told with one */
+    int status;               /* that was told; 0: none yet */
     bool head_sent;           /* status and headers are out: errors go into the body */
     struct evbuffer *pending; /* of this step, not yet given to the connection */
     size_t burst_bytes;       /* the most that pending ever was */
@@ -113,6 +117,7 @@ static void exchange_free(gw_exchange *x)
         detach_streams(x);
     }
     cancel_streams(x);
+    gw_visit_end(x->visit, x->status != 0 ? x->status : GONE_STATUS);
     gw_origin_release(x->origin);
     cm_free(x->choices);
     TAILQ_REMOVE(&http->exchanges, x, link);
@@ -139,11 +144,12 @@ static void exchange_written(struct evhttp_request *req, void *arg)
 static void exchange_closed(struct evhttp_connection *connection, void *arg)
 {
     gw_exchange *x = arg;
+    struct evhttp_request *req = x->req;
     (void)connection;
-    if (evhttp_request_get_connection(x->req) == NULL) {
-        evhttp_request_free(x->req);
-    }
     exchange_free(x);
+    if (evhttp_request_get_connection(req) == NULL) {
+        evhttp_request_free(req);
+    }
 }
 
 /* Ends the connection from our side, unsent bytes and all; the request goes with it. */
@@ -166,15 +172,30 @@ void gw_exchanges_drop_all(gw_http *http)
 
 /* ---- writing ---- */
 
+/* Instead of an answer. */
+static void refuse(gw_exchange *x, const gw_error *error)
+{
+    gw_error own = *error;
+    if (x->surface != NULL) {
+        gw_surface_own_words(x->surface, &own);
+    }
+    gw_reply_error(x->req, &own);
+    x->status = evhttp_request_get_response_code(x->req);
+}
+
 static void send_head(gw_exchange *x)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(x->req);
+    if (x->head_sent) {
+        return; /* with a keep-alive */
+    }
     evhttp_add_header(out, "Content-Type", x->sse ? "text/event-stream; charset=utf-8" : "application/json");
     if (x->sse) {
         evhttp_add_header(out, "Cache-Control", "no-cache");
         evhttp_add_header(out, "X-Accel-Buffering", "no");
     }
     evhttp_send_reply_start(x->req, 200, "OK");
+    x->status = 200;
     x->head_sent = true;
 }
 
@@ -229,6 +250,7 @@ static void emit_event(gw_exchange *x, uint32_t i_choice, const char *data, size
     exchange_choice *choice = &x->choices[i_choice];
     if (++choice->n_events > choice->n_skip) {
         put_event_id(x);
+        x->told_id = true;
         put_event(x, data, n_bytes);
     }
 }
@@ -244,12 +266,12 @@ static void emit_object(void *ctx, uint32_t choice, const char *json, size_t n_b
     }
 }
 
+/* An empty line ends an event: openai-python keeps the id of the last one and would make an event without
+ * data of the comment. Before any id it makes none, and proxies may wait for the line. */
 static void keep_alive(void *arg)
 {
     gw_exchange *x = arg;
-    if (!x->head_sent) {
-        send_head(x); /* a whole object may begin with empty lines */
-    }
+    send_head(x); /* a whole object may begin with empty lines */
     if (x->sse && x->surface->writer.keep_alive != NULL) {
         cm_bytes event;
         cm_bytes_init(&event, 0);
@@ -257,7 +279,10 @@ static void keep_alive(void *arg)
         put_event(x, cm_bytes_text(&event), event.len); /* without an id: it is none of the answer's */
         cm_bytes_fini(&event);
     } else {
-        evbuffer_add_printf(x->pending, "%s", x->sse ? ": keep-alive\n\n" : "\n");
+        evbuffer_add_printf(x->pending, "%s",
+                            !x->sse      ? "\n"
+                            : x->told_id ? ": keep-alive\n"
+                                         : ": keep-alive\n\n");
     }
     (void)write_pending(x);
 }
@@ -269,6 +294,7 @@ static void end_answer(gw_exchange *x)
     if (!x->head_sent) {
         evhttp_add_header(evhttp_request_get_output_headers(x->req), "Content-Type", "application/json");
         evhttp_send_reply(x->req, 200, "OK", x->pending);
+        x->status = 200;
         return;
     }
     if (write_pending(x)) {
@@ -280,6 +306,15 @@ static void end_answer(gw_exchange *x)
 /* ---- the streams' events ----
  * Choices start, speak and finish in any order. What is said before all of them were accepted waits in
  * pending: until then the whole request may still be refused. */
+
+/* Nothing of what they asked is wrong: from now on the client may have to wait. */
+static void on_admitted(void *ctx)
+{
+    gw_exchange *x = ((exchange_choice *)ctx)->x;
+    if (++x->n_admitted == x->n_choice) {
+        pc_timer_set(x->keep_alive, x->http->gateway->config->keep_alive_ms);
+    }
+}
 
 static const gw_stream_events *events_of(const gw_exchange *x)
 {
@@ -410,13 +445,6 @@ static void put_failure(gw_exchange *x, const gw_error *error)
     cm_bytes_fini(&body);
 }
 
-static void refuse(gw_exchange *x, const gw_error *error)
-{
-    gw_error own = *error;
-    gw_surface_own_words(x->surface, &own);
-    gw_reply_error(x->req, &own);
-}
-
 /* One that fails takes the others with it. */
 static void on_failed(void *ctx, const gw_error *error)
 {
@@ -440,6 +468,8 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req)
     gw_exchange *x = cm_alloc(sizeof(*x));
     struct evhttp_connection *connection = evhttp_request_get_connection(req);
     x->http = http;
+    x->visit = http->visit;
+    http->visit = NULL;
     x->req = req;
     x->pending = evbuffer_new();
     x->keep_alive = pc_timer_create(http->gateway->loop, keep_alive, x);
@@ -453,7 +483,8 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req)
 
 static cm_status open_choices(gw_exchange *x, gw_ask *ask, const uint64_t *router, gw_error *error_out)
 {
-    static const gw_stream_events events = {.started = on_started,
+    static const gw_stream_events events = {.admitted = on_admitted,
+                                            .started = on_started,
                                             .piece = on_piece,
                                             .logprobs = on_logprobs,
                                             .flush = on_flush,
@@ -488,6 +519,7 @@ static void exchange_begin(gw_exchange *x, const gw_surface *surface, const json
     x->choices = cm_alloc(sizeof(*x->choices) * x->n_choice);
     gw_ask ask = {.kind = surface->kind,
                   .body = body,
+                  .visit = x->visit,
                   .origin = origin,
                   .deadline_ms = UINT64_MAX,
                   .skip_special = true,
@@ -565,7 +597,7 @@ static void on_found(void *ctx, const gw_found *found, const gw_error *error)
     json_t *body;
     x->seek = NULL;
     if (error != NULL) {
-        gw_reply_error(x->req, error);
+        refuse(x, error);
         return;
     }
     const gw_surface *surface = gw_surface_find(found->surface);
@@ -581,7 +613,7 @@ static void on_found(void *ctx, const gw_found *found, const gw_error *error)
         json_decref(body);
         return;
     }
-    gw_reply_error(x->req, &wrong);
+    refuse(x, &wrong);
 }
 
 static bool is_running(const gw_exchange *x, const char *id)
@@ -598,7 +630,7 @@ void gw_http_end(gw_http *http, struct evhttp_request *req, const char *id)
     gw_exchange *x;
     gw_error error;
     TAILQ_FOREACH (x, &http->exchanges, link) {
-        if (is_running(x, id)) {
+        if (x->visit->tenant == http->visit->tenant && is_running(x, id)) {
             break;
         }
     }
@@ -633,5 +665,5 @@ void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id)
     }
     gw_exchange *x = exchange_make(http, req);
     x->from = from;
-    x->seek = gw_seek_begin(http->gateway, id != NULL ? id : from.id, on_found, x);
+    x->seek = gw_seek_begin(http->gateway, x->visit->tenant, id != NULL ? id : from.id, on_found, x);
 }

@@ -10,6 +10,7 @@
 #include "gateway/gateway_private.h"
 #include "gateway/request.h"
 #include "gateway/surface.h"
+#include "gateway/visit.h"
 
 typedef struct gw_exchange gw_exchange;
 typedef struct gw_connections gw_connections;
@@ -20,11 +21,14 @@ struct gw_http {
     gw_connections *connections;
     TAILQ_HEAD(, gw_exchange) exchanges;
     uint32_t n_exchanges;
+    gw_visit *visit; /* of the request being dispatched; NULL: an exchange has taken it and ends it */
 };
 
-/* ---- http_connections.c: how many there may be ---- */
+/* ---- http_connections.c: how many there may be, and how slow ---- */
 gw_connections *gw_connections_create(gw_gateway *gateway, struct evhttp *server,
                                       struct evconnlistener *listener);
+/* A request of it is complete. */
+void gw_connections_dispatched(gw_connections *connections, struct bufferevent *bev);
 void gw_connections_destroy(gw_connections *connections); /* after evhttp_free */
 
 /* ---- http_reply.c: answers in one piece ---- */
@@ -33,8 +37,8 @@ void gw_reply(struct evhttp_request *req, int code, const char *content_type, co
 void gw_reply_json(struct evhttp_request *req, int code, const json_t *value);
 /* In the shape of the interface that was asked. */
 void gw_reply_error(struct evhttp_request *req, const gw_error *error);
-/* Before any answer: x-request-id, CORS. */
-void gw_reply_headers(struct evhttp_request *req);
+/* Before any answer: x-request-id, traceparent, CORS. */
+void gw_reply_headers(struct evhttp_request *req, const gw_visit *visit);
 const char *gw_reply_request_id(struct evhttp_request *req); /* the one among them */
 /* retry-after and retry-after-ms when the error says so. */
 void gw_reply_retry(struct evhttp_request *req, const gw_error *error);

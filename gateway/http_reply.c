@@ -2,7 +2,6 @@
 #include <string.h>
 
 #include "common/base/mem.h"
-#include "common/base/rng.h"
 #include "gateway/http_private.h"
 
 static const char *reason_phrase(int code)
@@ -14,6 +13,8 @@ static const char *reason_phrase(int code)
         {200, "OK"},
         {204, "No Content"},
         {400, "Bad Request"},
+        {401, "Unauthorized"},
+        {403, "Forbidden"},
         {404, "Not Found"},
         {405, "Method Not Allowed"},
         {409, "Conflict"},
@@ -31,32 +32,15 @@ static const char *reason_phrase(int code)
     return "Internal Server Error";
 }
 
-/* A client's own id is given back if it can stand in a header. */
-static bool usable_id(const char *id)
-{
-    size_t n = id != NULL ? strlen(id) : 0;
-    for (size_t i = 0; i < n; i++) {
-        if (id[i] <= ' ' || id[i] > '~') {
-            return false;
-        }
-    }
-    return n > 0 && n <= 128;
-}
-
-void gw_reply_headers(struct evhttp_request *req)
+void gw_reply_headers(struct evhttp_request *req, const gw_visit *visit)
 {
     struct evkeyvalq *out = evhttp_request_get_output_headers(req);
-    const char *id = evhttp_find_header(evhttp_request_get_input_headers(req), "x-request-id");
-    char made[40];
-    if (!usable_id(id)) {
-        snprintf(made, sizeof(made), "%016llx%016llx", (unsigned long long)cm_random_u64(),
-                 (unsigned long long)cm_random_u64());
-        id = made;
-    }
-    evhttp_add_header(out, "x-request-id", id);
-    evhttp_add_header(out, "request-id", id); /* the Anthropic clients' name of it */
+    evhttp_add_header(out, "x-request-id", visit->id);
+    evhttp_add_header(out, "request-id", visit->id); /* the Anthropic clients' name of it */
+    evhttp_add_header(out, "traceparent", visit->traceparent);
     evhttp_add_header(out, "Access-Control-Allow-Origin", "*");
-    evhttp_add_header(out, "Access-Control-Expose-Headers", "x-request-id, request-id, retry-after");
+    evhttp_add_header(out, "Access-Control-Expose-Headers",
+                      "x-request-id, request-id, traceparent, retry-after, retry-after-ms, x-should-retry");
 }
 
 const char *gw_reply_request_id(struct evhttp_request *req)
@@ -107,6 +91,7 @@ void gw_reply_retry(struct evhttp_request *req, const gw_error *error)
         evhttp_add_header(out, "retry-after", text);
         snprintf(text, sizeof(text), "%u", error->retry_ms);
         evhttp_add_header(out, "retry-after-ms", text);
+        evhttp_add_header(out, "x-should-retry", "true");
     }
 }
 
@@ -138,6 +123,9 @@ void gw_reply_error(struct evhttp_request *req, const gw_error *error)
         gw_openai_error(error, &body);
     }
     gw_reply_retry(req, error);
+    if (error->cause == GW_CAUSE_UNAUTHENTICATED) {
+        evhttp_add_header(evhttp_request_get_output_headers(req), "WWW-Authenticate", "Bearer");
+    }
     gw_reply(req, anthropic ? gw_error_anthropic_http(error) : gw_error_http(error), "application/json",
              body.data, body.len);
     cm_bytes_fini(&body);

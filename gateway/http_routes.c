@@ -467,31 +467,87 @@ static void reply_no_route(struct evhttp_request *req, const char *path)
     gw_reply_error(req, &error);
 }
 
+/* Without a key: signs of life, and whose key it is cannot matter. */
+static bool is_open(const gw_http *http, const route *r)
+{
+    return r->fn == route_root || r->fn == route_health || r->fn == route_ready ||
+           (r->fn == route_metrics && http->gateway->config->metrics_open);
+}
+
+/* What asks every few seconds for as long as the process lives. */
+static bool is_quiet(const route *r)
+{
+    return r->fn == route_health || r->fn == route_ready || r->fn == route_metrics;
+}
+
+/* false: it was answered that it may not. */
+static bool may_enter(gw_http *http, struct evhttp_request *req, const route *r)
+{
+    struct evkeyvalq *in = evhttp_request_get_input_headers(req);
+    const gw_tenants *tenants = http->gateway->tenants;
+    gw_error error;
+    if (is_open(http, r)) {
+        return true;
+    }
+    cm_status status = gw_gateway_identify(http->gateway, evhttp_find_header(in, "authorization"),
+                                           evhttp_find_header(in, "x-api-key"), &http->visit->tenant, &error);
+    if (status == CM_OK && r->fn == route_metrics && !gw_tenants_is_operator(tenants, http->visit->tenant)) {
+        gw_error_set(&error, GW_CAUSE_FORBIDDEN, NULL, "/metrics is for operators");
+        status = CM_E_INVALID;
+    }
+    if (status != CM_OK) {
+        gw_reply_error(req, &error);
+    }
+    return status == CM_OK;
+}
+
+static void enter(gw_http *http, struct evhttp_request *req, const route *r, const char *rest)
+{
+    http->visit->surface = r->path[0] != 0 ? r->path : "/";
+    http->visit->quiet = is_quiet(r);
+    if (may_enter(http, req, r)) {
+        r->fn(http, req, rest);
+    }
+}
+
+/* path: without the slash at its end. */
+static void dispatch(gw_http *http, struct evhttp_request *req, const char *path)
+{
+    enum evhttp_cmd_type method = evhttp_request_get_command(req);
+    enum evhttp_cmd_type wanted = method == EVHTTP_REQ_HEAD ? EVHTTP_REQ_GET : method;
+    if (method == EVHTTP_REQ_OPTIONS) {
+        reply_options(req);
+        return;
+    }
+    for (size_t i = 0; i < N_ROUTES; i++) {
+        const char *rest = route_match(&ROUTES[i], path);
+        if (rest != NULL && ROUTES[i].method == wanted) {
+            enter(http, req, &ROUTES[i], rest);
+            return;
+        }
+    }
+    reply_no_route(req, path);
+}
+
 void gw_http_dispatch(struct evhttp_request *req, void *arg)
 {
     gw_http *http = arg;
-    enum evhttp_cmd_type method = evhttp_request_get_command(req);
-    enum evhttp_cmd_type wanted = method == EVHTTP_REQ_HEAD ? EVHTTP_REQ_GET : method;
+    struct evkeyvalq *in = evhttp_request_get_input_headers(req);
     const struct evhttp_uri *uri = evhttp_request_get_evhttp_uri(req);
     const char *given = uri != NULL ? evhttp_uri_get_path(uri) : NULL;
     char *path = cm_strdup(given != NULL ? given : "");
     for (size_t n = strlen(path); n > 0 && path[n - 1] == '/'; n--) {
         path[n - 1] = 0;
     }
-    gw_reply_headers(req);
-    if (method == EVHTTP_REQ_OPTIONS) {
-        reply_options(req);
-        cm_free(path);
-        return;
+    gw_connections_dispatched(http->connections,
+                              evhttp_connection_get_bufferevent(evhttp_request_get_connection(req)));
+    http->visit =
+        gw_visit_begin("-", evhttp_find_header(in, "x-request-id"), evhttp_find_header(in, "traceparent"));
+    gw_reply_headers(req, http->visit);
+    dispatch(http, req, path);
+    if (http->visit != NULL) {
+        gw_visit_end(http->visit, evhttp_request_get_response_code(req));
+        http->visit = NULL;
     }
-    for (size_t i = 0; i < N_ROUTES; i++) {
-        const char *rest = route_match(&ROUTES[i], path);
-        if (rest != NULL && ROUTES[i].method == wanted) {
-            ROUTES[i].fn(http, req, rest);
-            cm_free(path);
-            return;
-        }
-    }
-    reply_no_route(req, path);
     cm_free(path);
 }

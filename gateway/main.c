@@ -47,10 +47,12 @@ static int serve(gw_config *config)
         return status == CM_E_CONFIG ? 2 : 1;
     }
     pc_process_on_terminate(process.loop, terminate, &process);
-    const char *const pairs[] = {"http", gw_gateway_http(process.gateway), "grpc",
-                                 gw_gateway_grpc(process.gateway), NULL};
+    const char *const pairs[] = {"http",   gw_gateway_http(process.gateway),
+                                 "grpc",   gw_gateway_grpc(process.gateway),
+                                 "scheme", config->serve_cert[0] != 0 ? "https" : "http",
+                                 NULL};
     pc_process_ready(&config->process, pairs);
-    cm_info("http %s grpc %s", pairs[1], pairs[3]);
+    cm_info("%s %s grpc %s", pairs[5], pairs[1], pairs[3]);
     pc_loop_run(process.loop);
     gw_gateway_destroy(process.gateway);
     pc_loop_destroy(process.loop);

@@ -64,6 +64,32 @@ int64_t gw_member_stats_sum(const gw_gateway *gateway, char role, cm_stat stat)
     return sum;
 }
 
+uint32_t gw_member_stats_gateways(const gw_gateway *gateway)
+{
+    uint32_t n = 1;
+    for (uint32_t i = 0; i < gateway->n_stats; i++) {
+        n += gateway->stats[i].role == 'G';
+    }
+    return n;
+}
+
+static void render_clients(gw_gateway *gateway, cm_bytes *out)
+{
+    gw_info info;
+    gw_gateway_info(gateway, &info);
+    gw_telemetry_now now = {
+        .model = gateway->model,
+        .running = gateway->turns.n_running,
+        .waiting = gateway->turns.n_held - gateway->turns.n_running,
+        .kv_used = info.kv_used,
+        .preemptions = gw_member_stats_sum(gateway, 'R', CM_STAT_preemptions),
+        .drafts = gw_member_stats_sum(gateway, 'R', CM_STAT_drafts),
+        .draft_tokens = gw_member_stats_sum(gateway, 'R', CM_STAT_draft_tokens),
+        .accepted_tokens = gw_member_stats_sum(gateway, 'R', CM_STAT_accepted_tokens),
+    };
+    gw_telemetry_render(gateway->telemetry, &gateway->turns, &now, out);
+}
+
 void gw_metrics_render(gw_gateway *gateway, cm_bytes *out)
 {
     char own[32];
@@ -79,4 +105,5 @@ void gw_metrics_render(gw_gateway *gateway, cm_bytes *out)
     }
     cm_stats_render(sources, gateway->n_stats + 1, out);
     cm_free(sources);
+    render_clients(gateway, out);
 }

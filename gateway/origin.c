@@ -1,9 +1,10 @@
 /* What a request is known by, and what another gateway needs to tell its streams again. */
+#include <openssl/evp.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <xxhash.h>
 
+#include "common/base/assert.h"
 #include "common/base/clock.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
@@ -13,7 +14,7 @@
 struct gw_origin {
     uint32_t refs;
     char *id;                  /* towards clients */
-    uint8_t key[GW_KEY_BYTES]; /* towards routers: its hash, so that an id of any length has one */
+    uint8_t key[GW_KEY_BYTES]; /* towards routers: hash of it and of whose it is, since gw_origin_bind */
     uint64_t birth, seed;
     uint64_t term; /* when the client came; later than whoever had the streams before */
     int64_t created_s;
@@ -29,11 +30,21 @@ static char *make_id(gw_ask_kind kind)
     return cm_strdup(text);
 }
 
-void gw_origin_hash(const char *id, uint8_t key_out[GW_KEY_BYTES])
+void gw_origin_hash(const gw_tenant *tenant, const char *id, uint8_t key_out[GW_KEY_BYTES])
 {
-    XXH128_canonical_t hash;
-    XXH128_canonicalFromHash(&hash, XXH3_128bits(id, strlen(id)));
-    memcpy(key_out, hash.digest, GW_KEY_BYTES);
+    uint8_t hash[EVP_MAX_MD_SIZE];
+    cm_bytes text;
+    cm_bytes_init(&text, 0);
+    cm_bytes_printf(&text, "%s/%s", tenant != NULL ? gw_tenant_name(tenant) : "", id);
+    int done = EVP_Digest(text.data, text.len, hash, NULL, EVP_sha256(), NULL);
+    CM_ASSERT(done == 1);
+    memcpy(key_out, hash, GW_KEY_BYTES);
+    cm_bytes_fini(&text);
+}
+
+void gw_origin_bind(gw_origin *origin, const gw_tenant *tenant)
+{
+    gw_origin_hash(tenant, origin->id, origin->key);
 }
 
 /* Numbers as text: JSON's integers end at 63 bits. */
@@ -65,7 +76,6 @@ gw_origin *gw_origin_create(gw_ask_kind kind, const char *id, const char *surfac
                           .seed = cm_random_u64(),
                           .term = cm_wall_us(),
                           .created_s = (int64_t)(cm_wall_us() / 1000000u)};
-    gw_origin_hash(origin->id, origin->key);
     if (surface != NULL) {
         pack_resume(origin, surface, body, options);
     }
@@ -97,7 +107,6 @@ gw_origin *gw_origin_read(const json_t *all, uint64_t after_term)
                           .seed = seed,
                           .term = now_us > after_term ? now_us : after_term + 1,
                           .created_s = json_integer_value(created)};
-    gw_origin_hash(id, origin->key);
     pack_resume(origin, surface, body, json_object_get(all, "options"));
     return origin;
 }

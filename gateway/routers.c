@@ -12,6 +12,7 @@ enum {
     SEND_DEADLINE_MS = 10000,
     RETRY_MIN_MS = 100, /* between two tries to reach a router; doubled up to the most */
     RETRY_MAX_MS = 2000,
+    RUNNABLE_GUESS = 64, /* until a router has said */
     STEP_ARENA_CHUNK = 256 * 1024,
     STEP_ARENA_MAX = 64 * 1024 * 1024,
 };
@@ -39,6 +40,7 @@ struct gw_router {
     pc_timer *timer;            /* next try, or the end of a broken link */
     uint32_t retry_ms;
     uint32_t running, waiting; /* by its last frame */
+    uint32_t runnable;         /* as it has said, or a guess */
     struct router_sends queue; /* wait for a place on the link; at most two a stream */
 };
 
@@ -230,6 +232,7 @@ static gw_router *router_add(gw_routers *routers, const struct pc_epoch_member *
                           .member = member->id,
                           .incarnation = member->incarnation,
                           .address = cm_strdup(member->data_address),
+                          .runnable = RUNNABLE_GUESS,
                           .retry_ms = RETRY_MIN_MS};
     TAILQ_INIT(&router->queue);
     router->timer = pc_timer_create(routers->loop, router_timer, router);
@@ -343,6 +346,7 @@ static void take_step(gw_routers *routers, gw_router *router, const Baleen__Engi
     if (step->has_running) {
         router->running = step->running;
         router->waiting = step->has_waiting ? step->waiting : 0;
+        router->runnable = step->has_runnable ? step->runnable : router->runnable;
         routers->events.load(routers->ctx, router, router->running + router->waiting);
     }
     for (size_t i = 0; i < step->n_seq && router->up; i++) {
@@ -492,6 +496,7 @@ gw_routers_load gw_routers_get_load(const gw_routers *routers)
     TAILQ_FOREACH (router, &routers->list, link) {
         if (router->up && router->standing != GW_PLACE_OUT) {
             load.n_linked += router->standing == GW_PLACE_MEMBER;
+            load.runnable += router->standing == GW_PLACE_MEMBER ? router->runnable : 0;
             load.running += router->running;
             load.waiting += router->waiting;
         }

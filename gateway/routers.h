@@ -27,6 +27,7 @@ typedef struct gw_routers_events {
 
 typedef struct gw_routers_load {
     uint32_t n_linked;         /* that take new streams */
+    uint32_t runnable;         /* sequences that those can run at once */
     uint32_t running, waiting; /* sequences of all linked routers of the epoch, by their last frames */
 } gw_routers_load;
 

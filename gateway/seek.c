@@ -229,7 +229,7 @@ static void seek_expired(void *arg)
     seek_check(seek);
 }
 
-gw_seek *gw_seek_begin(gw_gateway *gateway, const char *id, gw_seek_fn fn, void *ctx)
+gw_seek *gw_seek_begin(gw_gateway *gateway, const gw_tenant *tenant, const char *id, gw_seek_fn fn, void *ctx)
 {
     gw_seek *seek = cm_alloc(sizeof(*seek));
     gw_router *router = NULL;
@@ -240,7 +240,7 @@ gw_seek *gw_seek_begin(gw_gateway *gateway, const char *id, gw_seek_fn fn, void 
                       .ctx = ctx,
                       .timer = pc_timer_create(gateway->loop, seek_expired, seek),
                       .task = {.fn = seek_check, .arg = seek}};
-    gw_origin_hash(id, seek->key);
+    gw_origin_hash(tenant, id, seek->key);
     TAILQ_INSERT_TAIL(&gateway->seeks, seek, link);
     while ((router = gw_routers_next(gateway->routers, router)) != NULL) {
         if (gw_router_is_up(router)) {

@@ -28,6 +28,9 @@ static void stream_free(gw_stream *stream)
     }
     gw_request_free(&stream->request);
     gw_origin_release(stream->origin);
+    if (stream->visit != NULL) {
+        gw_visit_release(stream->visit);
+    }
     cm_free(stream);
 }
 
@@ -44,6 +47,7 @@ static void stream_detach(gw_stream *stream)
     }
     pc_timer_destroy(stream->deadline);
     stream->deadline = NULL;
+    gw_turns_end(&gateway->turns, cm_now_ms(), &stream->turn, stream->usage.completion_tokens);
     if (!stream->probe) {
         gateway->n_streams--;
         cm_stat_add(CM_STAT_ledger_streams, -1);
@@ -118,6 +122,25 @@ static gw_usage stream_usage(const gw_stream *stream, uint64_t now_ns)
     return usage;
 }
 
+/* To the client's visit and to the counters; not of a probe. */
+static void account(gw_stream *stream, const gw_usage *usage, gw_ending ending, const char *word)
+{
+    gw_telemetry *telemetry = stream->gateway->telemetry;
+    gw_visit_answered(stream->visit, usage, word);
+    if (stream->accepted_ns == 0) {
+        return; /* refused */
+    }
+    gw_telemetry_ended(telemetry, ending);
+    gw_telemetry_observe(telemetry, GW_SERIES_REQUEST, usage->total_ms * 1e-3, 1);
+    gw_telemetry_observe(telemetry, GW_SERIES_PROMPT_TOKENS, usage->prompt_tokens, 1);
+    gw_telemetry_observe(telemetry, GW_SERIES_OUTPUT_TOKENS, usage->completion_tokens, 1);
+}
+
+static const char *reason_word(gw_reason reason)
+{
+    return reason == GW_REASON_STOP ? "stop" : reason == GW_REASON_LENGTH ? "length" : "tool_calls";
+}
+
 void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
 {
     uint64_t now_ns = cm_now_ns();
@@ -129,6 +152,8 @@ void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
     if (!stream->probe) {
         cm_stat_add(CM_STAT_requests_finished, 1);
         cm_stat_observe(CM_STAT_request_seconds, seconds_since(stream->received_ns, now_ns));
+        account(stream, &finish.usage, reason == GW_REASON_LENGTH ? GW_ENDING_LENGTH : GW_ENDING_STOP,
+                reason_word(reason));
     }
     if (stream->router != NULL && stream->core.state != GW_CORE_ENDED) {
         gw_router_finish(stream->router,
@@ -142,12 +167,15 @@ void gw_stream_finish(gw_stream *stream, gw_reason reason, int64_t stop_id)
     gw_stream_release(stream);
 }
 
-static void count_failure(const gw_stream *stream, gw_cause cause)
+static void count_failure(gw_stream *stream, const gw_error *error)
 {
+    gw_cause cause = error->cause;
     if (stream->probe) {
         return;
     }
     bool aborted = cause == GW_CAUSE_DEADLINE || cause == GW_CAUSE_ABORTED;
+    gw_usage usage = stream_usage(stream, cm_now_ns());
+    account(stream, &usage, aborted ? GW_ENDING_ABORT : GW_ENDING_ERROR, gw_error_code(error));
     cm_stat_add(aborted                    ? CM_STAT_requests_aborted
                 : stream->accepted_ns == 0 ? CM_STAT_requests_refused
                                            : CM_STAT_requests_failed,
@@ -157,7 +185,7 @@ static void count_failure(const gw_stream *stream, gw_cause cause)
 void gw_stream_fail(gw_stream *stream, const gw_error *error)
 {
     gw_error copy = *error; /* it may lie in what is freed */
-    count_failure(stream, copy.cause);
+    count_failure(stream, &copy);
     cm_debug("stream %s: %s", gw_origin_id(stream->origin), copy.message);
     gw_stream_leave_router(stream);
     stream_detach(stream);
@@ -169,7 +197,9 @@ void gw_stream_fail(gw_stream *stream, const gw_error *error)
 void gw_stream_cancel(gw_stream *stream)
 {
     if (!stream->probe) {
+        gw_usage usage = stream_usage(stream, cm_now_ns());
         cm_stat_add(CM_STAT_requests_aborted, 1);
+        account(stream, &usage, GW_ENDING_ABORT, "cancelled");
     }
     gw_stream_leave_router(stream);
     gw_stream_hold(stream);
@@ -204,20 +234,20 @@ bool gw_stream_is_ending(const gw_stream *stream)
     return stream->ending;
 }
 
-static gw_stream *find_by_id(gw_gateway *gateway, const char *id)
+static gw_stream *find_by_id(gw_gateway *gateway, const gw_tenant *tenant, const char *id)
 {
     gw_stream *stream;
     TAILQ_FOREACH (stream, &gateway->streams, link) {
-        if (!stream->probe && strcmp(gw_origin_id(stream->origin), id) == 0) {
+        if (!stream->probe && stream->tenant == tenant && strcmp(gw_origin_id(stream->origin), id) == 0) {
             return stream;
         }
     }
     return NULL;
 }
 
-bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
+bool gw_stream_abort(gw_gateway *gateway, const gw_tenant *tenant, const char *request_id)
 {
-    gw_stream *stream = find_by_id(gateway, request_id);
+    gw_stream *stream = find_by_id(gateway, tenant, request_id);
     if (stream != NULL) {
         gw_error error;
         gw_error_set(&error, GW_CAUSE_ABORTED, NULL, "the request was aborted");
@@ -226,8 +256,8 @@ bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
     return stream != NULL;
 }
 
-/* detach: their clients may come back for them elsewhere. */
-static uint32_t fail_all(gw_gateway *gateway, const gw_error *error, bool detach)
+/* tenant: whose; NULL: all. detach: their clients may come back for them elsewhere. */
+static uint32_t fail_all(gw_gateway *gateway, const gw_tenant *tenant, const gw_error *error, bool detach)
 {
     /* a handler may open or cancel others: start over after each; what is opened meanwhile is not ours to
      * fail */
@@ -236,7 +266,8 @@ static uint32_t fail_all(gw_gateway *gateway, const gw_error *error, bool detach
     for (;;) {
         gw_stream *stream;
         TAILQ_FOREACH (stream, &gateway->streams, link) {
-            if (!stream->probe && stream->serial < before) {
+            bool his = tenant == NULL || stream->tenant == tenant;
+            if (!stream->probe && his && stream->serial < before) {
                 break;
             }
         }
@@ -251,18 +282,19 @@ static uint32_t fail_all(gw_gateway *gateway, const gw_error *error, bool detach
     }
 }
 
-uint32_t gw_stream_abort_all(gw_gateway *gateway)
+uint32_t gw_stream_abort_all(gw_gateway *gateway, const gw_tenant *tenant)
 {
     gw_error error;
+    bool all = gw_tenants_is_operator(gateway->tenants, tenant);
     gw_error_set(&error, GW_CAUSE_ABORTED, NULL, "the request was aborted");
-    return fail_all(gateway, &error, false);
+    return fail_all(gateway, all ? NULL : tenant, &error, false);
 }
 
 void gw_streams_fail_all(gw_gateway *gateway, gw_cause cause, const char *message)
 {
     gw_error error;
     gw_error_set(&error, cause, NULL, "%s", message);
-    (void)fail_all(gateway, &error, true);
+    (void)fail_all(gateway, NULL, &error, true);
 }
 
 /* ---- opening at a router ---- */
@@ -325,6 +357,7 @@ static void send_open(gw_stream *stream)
         open.has_term = true;
         open.term = gw_origin_term(stream->origin);
         open.has_resume = gw_origin_resume(stream->origin, &open.resume);
+        open.traceparent = stream->visit->traceparent;
     }
     open.prompt = stream->core.prompt.id;
     open.n_prompt = stream->core.prompt.n;
@@ -349,6 +382,36 @@ static md_parser *make_parser(const gw_stream *stream, bool continues)
     return md_parser_create(&options);
 }
 
+static void go_to_router(gw_stream *stream)
+{
+    gw_gateway *gateway = stream->gateway;
+    if (!stream->probe) {
+        gw_telemetry_observe(gateway->telemetry, GW_SERIES_QUEUE,
+                             seconds_since(stream->received_ns, cm_now_ns()), 1);
+    }
+    gw_place_begin(&gateway->place, cm_now_ms(), &stream->spot, stream->at);
+}
+
+/* A probe waits for nobody, and what a router has already is not begun a second time. */
+static void await_turn(gw_stream *stream)
+{
+    gw_gateway *gateway = stream->gateway;
+    uint64_t now_ms = cm_now_ms();
+    if (stream->probe) {
+        go_to_router(stream);
+    } else if (stream->at != 0) {
+        gw_turns_go_on(&gateway->turns, &stream->turn);
+        go_to_router(stream);
+    } else {
+        gw_turns_wait(&gateway->turns, now_ms, &stream->turn, (uint32_t)stream->core.prompt.n,
+                      stream->core.tokens_max, now_ms + gateway->config->queue_ms);
+    }
+    gw_streams_place(gateway);
+    if (stream->events.admitted != NULL) {
+        stream->events.admitted(stream->ctx);
+    }
+}
+
 static void stream_encoded(void *ctx, gw_encoded *encoded)
 {
     gw_stream *stream = ctx;
@@ -367,8 +430,7 @@ static void stream_encoded(void *ctx, gw_encoded *encoded)
         stream->thinking = encoded->thinking;
         stream->usage.prompt_tokens = (uint32_t)stream->core.prompt.n;
         stream->parser = make_parser(stream, encoded->continues);
-        gw_place_begin(&stream->gateway->place, cm_now_ms(), &stream->spot, stream->at);
-        gw_streams_place(stream->gateway);
+        await_turn(stream);
     }
     if (status != CM_OK) {
         gw_stream_fail(stream, &error);
@@ -452,16 +514,65 @@ static bool still_needed(void *ctx, const gw_router *router)
     return gw_place_hosts(&gateway->place, gw_router_number(router));
 }
 
+static gw_stream *stream_of_turn(gw_turn *turn)
+{
+    return (gw_stream *)((char *)turn - offsetof(gw_stream, turn));
+}
+
+static void turns_run(gw_gateway *gateway, uint64_t now_ms)
+{
+    gw_turn *turn;
+    cm_status status;
+    while ((turn = gw_turns_next(&gateway->turns, now_ms, &status)) != NULL) {
+        gw_stream *stream = stream_of_turn(turn);
+        gw_error error;
+        if (status == CM_OK) {
+            go_to_router(stream);
+            continue;
+        }
+        gw_error_set(&error, GW_CAUSE_CAPACITY, NULL,
+                     "the request has waited %llu s for its turn; please try again in %us",
+                     (unsigned long long)(gateway->config->queue_ms / 1000), GW_RETRY_MS / 1000);
+        error.retry_ms = GW_RETRY_MS;
+        gw_stream_fail(stream, &error);
+    }
+}
+
+/* Some more than they can run wait at the routers, so that none of them is idle until it hears of the next
+ * one. While no router is linked, what comes is given to them all the same: they may come back, and how long
+ * that may take is not decided here. */
+void gw_streams_room(gw_gateway *gateway)
+{
+    enum { AHEAD_PART = 16 };
+    gw_routers_load load = gw_routers_get_load(gateway->routers);
+    uint32_t room = (uint32_t)gateway->config->running_max, ahead = 0;
+    if (room == 0 && load.n_linked == 0) {
+        return;
+    }
+    if (room == 0) {
+        uint32_t share = load.runnable / gw_member_stats_gateways(gateway);
+        ahead = share / AHEAD_PART + 1;
+        room = share + ahead;
+    }
+    if (room != gateway->turns.room) {
+        gw_turns_set_room(&gateway->turns, room, ahead);
+        gw_streams_place(gateway);
+    }
+}
+
 static void place_run(void *arg)
 {
     gw_gateway *gateway = arg;
     gw_place_action action;
     uint64_t now_ms = cm_now_ms();
+    turns_run(gateway, now_ms);
     while (gw_place_next(&gateway->place, now_ms, &action)) {
         place_do(&action);
     }
     gw_routers_drop_leavers(gateway->routers, still_needed);
     uint64_t due_ms = gw_place_due(&gateway->place, now_ms);
+    uint64_t turn_ms = gw_turns_due(&gateway->turns);
+    due_ms = turn_ms < due_ms ? turn_ms : due_ms;
     if (due_ms != UINT64_MAX) {
         pc_timer_set(gateway->place_timer, due_ms > now_ms ? due_ms - now_ms : 1);
     } else {
@@ -489,6 +600,7 @@ void gw_streams_init(gw_gateway *gateway)
     TAILQ_INIT(&gateway->streams);
     cm_map_init(&gateway->by_number, (uint32_t)gateway->config->streams_max + 1);
     gw_place_init(&gateway->place, &limits);
+    gw_turns_init(&gateway->turns, (uint32_t)gateway->config->streams_max);
     gateway->place_timer = pc_timer_create(gateway->loop, place_timer, gateway);
     gateway->place_task = (pc_task){.fn = place_run, .arg = gateway};
 }
@@ -498,6 +610,7 @@ void gw_streams_fini(gw_gateway *gateway)
     pc_loop_unpost(gateway->loop, &gateway->place_task);
     pc_timer_destroy(gateway->place_timer);
     gw_place_fini(&gateway->place);
+    gw_turns_fini(&gateway->turns);
     cm_map_fini(&gateway->by_number);
 }
 
@@ -557,23 +670,38 @@ static cm_status unavailable(gw_error *error_out, const char *why)
     return CM_E_UNAVAILABLE;
 }
 
+static cm_status take_turn(gw_gateway *gateway, const gw_ask *ask, gw_turn *turn, gw_error *error_out)
+{
+    static const struct {
+        gw_cause cause;
+        const char *text;
+    } words[] = {
+        [GW_TURN_FULL] = {GW_CAUSE_CAPACITY, "too many requests at once"},
+        [GW_TURN_QUEUE_FULL] = {GW_CAUSE_RATE_LIMIT, "too many requests of yours wait already"},
+        [GW_TURN_MANY_REQUESTS] = {GW_CAUSE_RATE_LIMIT, "too many requests in a minute"},
+        [GW_TURN_MANY_TOKENS] = {GW_CAUSE_RATE_LIMIT, "too many tokens in a minute"},
+    };
+    gw_turn_no no;
+    cm_status status =
+        gw_turns_admit(&gateway->turns, cm_now_ms(), ask->visit->tenant, ask->choice == 0, turn, &no);
+    if (status != CM_OK) {
+        gw_error_set(error_out, words[no.why].cause, NULL, "%s (%llu); please try again in %us",
+                     words[no.why].text, (unsigned long long)no.limit, (no.retry_ms + 999) / 1000);
+        error_out->retry_ms = no.retry_ms;
+    }
+    return status;
+}
+
 /* Limits and states of the gateway, after the request itself was found good. */
-static cm_status admit(gw_gateway *gateway, const gw_ask *ask, gw_error *error_out)
+static cm_status admit(gw_gateway *gateway, const gw_ask *ask, gw_turn *turn, gw_error *error_out)
 {
     if (gateway->draining) {
         return unavailable(error_out, "this gateway is shutting down");
     }
     if (ask->origin != NULL && ask->router == 0 && ask->choice == 0 &&
-        find_by_id(gateway, gw_origin_id(ask->origin)) != NULL) {
+        find_by_id(gateway, ask->visit->tenant, gw_origin_id(ask->origin)) != NULL) {
         gw_error_set(error_out, GW_CAUSE_EXISTS, "request_id", "a request with this id is running");
         return CM_E_EXISTS;
-    }
-    if (gateway->n_streams >= gateway->config->streams_max) {
-        gw_error_set(error_out, GW_CAUSE_CAPACITY, NULL,
-                     "too many requests at once (%llu); please try again in 1s",
-                     (unsigned long long)gateway->config->streams_max);
-        error_out->retry_ms = GW_RETRY_MS;
-        return CM_E_CAPACITY;
     }
     if (gateway->epoch == NULL || gateway->epoch->placement == NULL) {
         return unavailable(error_out, "the model is not loaded yet");
@@ -581,7 +709,7 @@ static cm_status admit(gw_gateway *gateway, const gw_ask *ask, gw_error *error_o
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         return unavailable(error_out, "no router is connected");
     }
-    return CM_OK;
+    return take_turn(gateway, ask, turn, error_out);
 }
 
 /* The seed belongs to the stream's log: whoever goes on with it must draw the same. drawn: when the client
@@ -597,7 +725,7 @@ static void choose_seed(gw_request *request, uint64_t drawn, uint32_t choice)
 }
 
 static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
-                              void *ctx, const gw_request *request, bool probe)
+                              void *ctx, const gw_request *request, const gw_turn *turn, bool probe)
 {
     gw_stream *stream = cm_alloc(sizeof(*stream));
     *stream = (gw_stream){
@@ -605,9 +733,12 @@ static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_s
         .serial = gateway->next_serial++,
         .origin = ask->origin != NULL ? gw_origin_hold(ask->origin)
                                       : gw_origin_create(ask->kind, NULL, NULL, ask->body, NULL),
+        .visit = ask->visit != NULL ? gw_visit_hold(ask->visit) : NULL,
+        .tenant = ask->visit != NULL ? ask->visit->tenant : NULL,
         .choice = ask->choice,
         .at = ask->router,
         .spot = {.once = probe},
+        .turn = *turn,
         .request = *request,
         .events = *events,
         .ctx = ctx,
@@ -615,6 +746,7 @@ static gw_stream *stream_make(gw_gateway *gateway, const gw_ask *ask, const gw_s
         .keep_special = ask->kind == GW_ASK_COMPLETE && (request->keep_special || !ask->skip_special),
         .probe = probe,
         .received_ns = cm_now_ns()};
+    gw_origin_bind(stream->origin, stream->tenant);
     choose_seed(&stream->request, gw_origin_seed(stream->origin), ask->choice);
     if (ask->deadline_ms < DEADLINE_MAX_MS) {
         stream->deadline_at_ms = cm_now_ms() + ask->deadline_ms;
@@ -639,25 +771,27 @@ static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_s
                               void *ctx, bool probe, gw_stream **stream_out, gw_error *error_out)
 {
     gw_request request;
+    gw_turn turn = {.state = GW_TURN_NONE};
     CM_TRY(gw_request_parse(ask->kind, ask->body, gateway->geometry.vocab, &request, error_out));
     cm_status status = check_choices(&request, ask, error_out);
     if (status == CM_OK) {
         status = gw_model_check(gateway, json_string_value(json_object_get(ask->body, "model")), error_out);
     }
     if (status == CM_OK && !probe) {
-        status = admit(gateway, ask, error_out);
+        status = admit(gateway, ask, &turn, error_out);
     }
     if (status != CM_OK) {
         gw_request_free(&request);
         return status;
     }
 
-    gw_stream *stream = stream_make(gateway, ask, events, ctx, &request, probe);
+    gw_stream *stream = stream_make(gateway, ask, events, ctx, &request, &turn, probe);
     status = gw_encode_begin(&gateway->encoder, &stream->request, ask->body, stream_encoded, stream,
                              &stream->encode);
     if (status != CM_OK) {
         gw_error_set(error_out, GW_CAUSE_CAPACITY, NULL, "too many requests at once; please try again in 1s");
         error_out->retry_ms = GW_RETRY_MS;
+        gw_turns_end(&gateway->turns, cm_now_ms(), &stream->turn, 0);
         pc_timer_destroy(stream->deadline);
         stream_free(stream);
         return CM_E_CAPACITY;
@@ -667,13 +801,47 @@ static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_s
     return CM_OK;
 }
 
+static void count_opened(gw_gateway *gateway, const gw_ask *ask, cm_status status, const gw_error *error)
+{
+    static const gw_usage nothing = {0};
+    const gw_tenant *tenant = ask->visit->tenant;
+    bool ok = status == CM_OK;
+    cm_stat_add(ok ? CM_STAT_ledger_streams : CM_STAT_requests_refused, 1);
+    gw_telemetry_used(gateway->telemetry, tenant, GW_USED_REQUESTS, 1);
+    gw_telemetry_used(gateway->telemetry, tenant, GW_USED_REFUSED, ok ? 0 : 1);
+    gateway->n_streams += ok;
+    if (!ok) {
+        gw_visit_answered(ask->visit, &nothing, gw_error_code(error));
+    }
+}
+
+/* For callers inside the gateway, where no keys are: without any, everybody is the one tenant. */
+static cm_status find_visit(gw_gateway *gateway, const gw_ask *ask, gw_visit **visit_out, gw_error *error_out)
+{
+    gw_tenant *tenant;
+    if (ask->visit != NULL) {
+        *visit_out = gw_visit_hold(ask->visit);
+        return CM_OK;
+    }
+    CM_TRY(gw_gateway_identify(gateway, NULL, NULL, &tenant, error_out));
+    *visit_out = gw_visit_begin("-", NULL, NULL);
+    (*visit_out)->tenant = tenant;
+    return CM_OK;
+}
+
 cm_status gw_stream_open(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events, void *ctx,
                          gw_stream **stream_out, gw_error *error_out)
 {
+    gw_ask mine = *ask;
     cm_stat_add(CM_STAT_requests, 1);
-    cm_status status = stream_start(gateway, ask, events, ctx, false, stream_out, error_out);
-    cm_stat_add(status == CM_OK ? CM_STAT_ledger_streams : CM_STAT_requests_refused, 1);
-    gateway->n_streams += status == CM_OK;
+    cm_status status = find_visit(gateway, ask, &mine.visit, error_out);
+    if (status != CM_OK) {
+        cm_stat_add(CM_STAT_requests_refused, 1);
+        return status;
+    }
+    status = stream_start(gateway, &mine, events, ctx, false, stream_out, error_out);
+    count_opened(gateway, &mine, status, error_out);
+    gw_visit_release(mine.visit);
     return status;
 }
 

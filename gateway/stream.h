@@ -13,6 +13,8 @@
 
 typedef struct gw_gateway gw_gateway;
 typedef struct gw_stream gw_stream;
+typedef struct gw_visit gw_visit; /* a client's request at its port: visit.h */
+typedef struct gw_tenant gw_tenant;
 
 /* What a client is told. One table (errors.def) gives each cause its HTTP status, OpenAI type and code, gRPC
  * code, and status and type on the Anthropic surface. */
@@ -58,6 +60,7 @@ const char *gw_origin_id(const gw_origin *origin);
 typedef struct gw_ask {
     gw_ask_kind kind;
     const json_t *body;
+    gw_visit *visit;      /* whose request it is, borrowed; NULL: nobody's, refused where keys are needed */
     gw_origin *origin;    /* borrowed; NULL: one is made, of a request that cannot be resumed */
     uint64_t router;      /* has the stream already: told there from its first token on; 0: a new one */
     uint64_t deadline_ms; /* from now; UINT64_MAX = none */
@@ -79,8 +82,9 @@ typedef struct gw_found {
 } gw_found;
 /* One of the two is NULL. Not from inside gw_seek_begin. */
 typedef void (*gw_seek_fn)(void *ctx, const gw_found *found, const gw_error *error);
-/* Asks all routers for the request with this id. */
-gw_seek *gw_seek_begin(gw_gateway *gateway, const char *id, gw_seek_fn fn, void *ctx);
+/* Asks all routers for the tenant's request with this id. */
+gw_seek *gw_seek_begin(gw_gateway *gateway, const gw_tenant *tenant, const char *id, gw_seek_fn fn,
+                       void *ctx);
 void gw_seek_cancel(gw_seek *seek); /* fn will not be called */
 
 typedef struct gw_usage gw_usage;
@@ -122,7 +126,9 @@ typedef struct gw_logprobs {
 } gw_logprobs;
 
 typedef struct gw_stream_events {
-    /* Validated, tokenized, accepted by a router: nothing is refused after this. */
+    /* Validated, tokenized, let in: it waits for a router, maybe for long. NULL: that is no news. */
+    void (*admitted)(void *ctx);
+    /* Accepted by a router: nothing is refused after this. */
     void (*started)(void *ctx, const gw_start *start);
     /* A piece of text of one kind; never empty but for calls' names, never part of a character. */
     void (*piece)(void *ctx, const md_piece *piece);
@@ -149,11 +155,17 @@ void gw_stream_detach(gw_stream *stream);
 const char *gw_stream_id(const gw_stream *stream);
 /* Its last token was told: pieces that come now were held back, or are of nothing. */
 bool gw_stream_is_ending(const gw_stream *stream);
-/* By request id, for Abort: the stream fails with GW_CAUSE_ABORTED. false: no such stream. */
-bool gw_stream_abort(gw_gateway *gateway, const char *request_id);
-uint32_t gw_stream_abort_all(gw_gateway *gateway); /* how many */
+/* By request id, for Abort: the tenant's stream fails with GW_CAUSE_ABORTED. false: it has no such stream. */
+bool gw_stream_abort(gw_gateway *gateway, const gw_tenant *tenant, const char *request_id);
+/* The tenant's, or everybody's where it is an operator. How many. */
+uint32_t gw_stream_abort_all(gw_gateway *gateway, const gw_tenant *tenant);
 
 /* ---- what surfaces ask besides ---- */
+
+/* Before anything else of a request is looked at. authorization: "Bearer KEY", api_key: KEY; NULL: not given.
+ * CM_E_INVALID: error_out is GW_CAUSE_UNAUTHENTICATED. */
+CM_MUST_CHECK cm_status gw_gateway_identify(const gw_gateway *gateway, const char *authorization,
+                                            const char *api_key, gw_tenant **tenant_out, gw_error *error_out);
 
 typedef struct gw_info {
     const char *model;       /* served name */

@@ -29,6 +29,8 @@ static void tell_started(gw_stream *stream)
     stream->accepted_ns = cm_now_ns();
     if (!stream->probe) {
         cm_stat_add(CM_STAT_prompt_tokens, (int64_t)start.prompt_tokens);
+        gw_telemetry_used(stream->gateway->telemetry, stream->tenant, GW_USED_PROMPT_TOKENS,
+                          start.prompt_tokens);
     }
     stream->events.started(stream->ctx, &start);
 }
@@ -45,8 +47,26 @@ static void count_id(gw_stream *stream, uint32_t id, bool was_reasoning)
     cm_stat_add(CM_STAT_generated_tokens, 1);
     if (stream->first_ns == 0) {
         stream->first_ns = cm_now_ns();
-        cm_stat_observe(CM_STAT_first_token_seconds, (double)(stream->first_ns - stream->received_ns) * 1e-9);
+        double seconds = (double)(stream->first_ns - stream->received_ns) * 1e-9;
+        cm_stat_observe(CM_STAT_first_token_seconds, seconds);
+        gw_telemetry_observe(stream->gateway->telemetry, GW_SERIES_FIRST_TOKEN, seconds, 1);
     }
+}
+
+/* Tokens that came together share the time since those before them. */
+static void count_step(gw_stream *stream, uint32_t n_id)
+{
+    gw_telemetry *telemetry = stream->gateway->telemetry;
+    uint64_t now_ns = cm_now_ns();
+    if (stream->probe) {
+        return;
+    }
+    gw_telemetry_used(telemetry, stream->tenant, GW_USED_OUTPUT_TOKENS, n_id);
+    if (stream->last_ns != 0) {
+        gw_telemetry_observe(telemetry, GW_SERIES_INTER_TOKEN,
+                             (double)(now_ns - stream->last_ns) * 1e-9 / n_id, n_id);
+    }
+    stream->last_ns = now_ns;
 }
 
 static gw_logprob make_logprob(const md_tokenizer *tokenizer, uint32_t id, float logprob)
@@ -163,6 +183,9 @@ static void tell_news(gw_stream *stream, const gw_core_news *news, const Baleen_
     }
     if (news->accepted) {
         tell_started(stream);
+    }
+    if (news->n_id > 0) {
+        count_step(stream, news->n_id);
     }
     for (uint32_t i = 0; i < news->n_id && !stream->over && !matched && !stream->has_enough; i++) {
         matched = tell_id(stream, news->offset + i, news->id[i],

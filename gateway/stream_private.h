@@ -3,12 +3,16 @@
 #pragma once
 #include "gateway/gateway_private.h"
 #include "gateway/stream_core.h"
+#include "gateway/visit.h"
 
 struct gw_stream {
     TAILQ_ENTRY(gw_stream) link;
     gw_gateway *gateway;
     uint64_t serial;   /* counts streams */
     gw_origin *origin; /* held */
+    gw_visit *visit;   /* held; NULL: the probe's */
+    gw_tenant *tenant; /* likewise */
+    gw_turn turn;      /* among all tenants' */
     uint32_t choice;
     uint64_t at; /* the router that has it already when it begins; 0: none */
     gw_request request;
@@ -28,8 +32,8 @@ struct gw_stream {
     md_parser *parser;
     pc_timer *deadline; /* NULL when none */
     uint64_t deadline_at_ms;
-    uint64_t received_ns, accepted_ns, first_ns; /* 0: not yet */
-    gw_usage usage;                              /* so far; without times until the end */
+    uint64_t received_ns, accepted_ns, first_ns, last_ns; /* 0: not yet; of tokens: the first, the last */
+    gw_usage usage;                                       /* so far; without times until the end */
 
     /* An event's handler may cancel the stream: it is then over at once, and freed when nobody holds it any
      * more. */

@@ -49,7 +49,7 @@ struct rt_gateways {
     pc_fn changed;
     void *ctx;
     gateway_link *links;
-    uint32_t n_link;
+    uint32_t n_link, runnable;
     gateway_part parts[GATEWAYS_FRAME_WORDS]; /* of the frame being made */
     uint32_t n_part;
     rt_sched *sched;
@@ -159,6 +159,8 @@ static void gateways_fill(rt_gateways *g, uint64_t step, Baleen__Engine__V1__Ste
     message->step = step;
     message->has_running = message->has_waiting = message->has_pages_free = true;
     message->running = ledger.n_running;
+    message->has_runnable = true;
+    message->runnable = g->runnable;
     message->waiting = ledger.n_waiting;
     message->pages_free = ledger.page_max - ledger.n_page;
     message->n_seq = g->n_part;
@@ -351,6 +353,14 @@ static bool gateways_read_key(const Baleen__Engine__V1__SeqKey *in, rt_keep_key 
     return gateways_read_id(&in->id, out->id);
 }
 
+/* What it may be logged with: of the form that gateways check. */
+static const char *gateways_trace(const Baleen__Engine__V1__SeqOpen *open)
+{
+    const char *text = open->traceparent;
+    bool ok = text != NULL && strlen(text) == 55 && strspn(text, "0123456789abcdef-") == 55;
+    return ok ? text : "-";
+}
+
 static void gateways_on_open(rt_gateways *g, gateway_link *link, const void *message)
 {
     const Baleen__Engine__V1__SeqOpen *open = message;
@@ -371,6 +381,9 @@ static void gateways_on_open(rt_gateways *g, gateway_link *link, const void *mes
         status = cm_error_set(&err, CM_E_INVALID, "resume", "%zu bytes to resume by, at most %d",
                               open->resume.len, PR_RESUME_BYTES_MAX);
     }
+    cm_debug("gateway %u stream %llu: %zu prompt tokens, %zu generated before, trace %s: %s",
+             net_peer_identity(link->peer)->member, (unsigned long long)open->stream, open->n_prompt,
+             open->n_emitted, gateways_trace(open), status == CM_OK ? "taken" : err.text);
     if (status != CM_OK) {
         rt_keep_refuse(g->keep, &link->owner, open->stream, status, err.text);
         return;
@@ -539,6 +552,7 @@ rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, const rt
     g->changed = changed;
     g->ctx = ctx;
     g->n_link = options->gateway_max;
+    g->runnable = options->runnable;
     g->links = cm_alloc(sizeof(gateway_link) * g->n_link);
     cm_arena_init(&g->arena, "gateway messages", 1 << 20, GATEWAYS_MESSAGE_BYTES);
     g->pump = pc_netpump_create(loop, n, gateways_on_event, g);

@@ -9,6 +9,7 @@ typedef struct rt_gateways rt_gateways;
 
 typedef struct rt_gateways_options {
     uint32_t gateway_max; /* links */
+    uint32_t runnable;    /* sequences that the scheduler runs at once: gateways are told */
     rt_keep_limits keep;
 } rt_gateways_options;
 

@@ -344,6 +344,7 @@ static cm_status router_open_gateways(rt_router *r, uint32_t context, cm_error *
     }
     rt_gateways_options gateways = {
         .gateway_max = (uint32_t)r->config->gateways_max,
+        .runnable = (uint32_t)r->config->sequences_max,
         .keep = {.live_max = (uint32_t)(r->config->sequences_max + r->config->queue_max),
                  .ended_max = (uint32_t)r->config->kept_max,
                  .bytes_max = r->config->kept_bytes,

@@ -27,6 +27,7 @@ struct pc_stream {
     uint32_t n_batches; /* on their way; when the last completes, closed is told */
     pc_op received, sent, ended;
     grpc_metadata_array headers, trailers;
+    grpc_metadata key;         /* sent, when the channel has one */
     grpc_byte_buffer *message; /* being received */
     grpc_status_code code;     /* valid when over */
     grpc_slice text;
@@ -38,7 +39,9 @@ struct pc_channel {
     pc_loop *loop;
     pc_cq *cq;
     char *address;
-    pc_tls *tls; /* NULL: plain */
+    pc_tls *tls;         /* NULL: plain, or by ca */
+    char *ca;            /* text; NULL: plain, or by tls */
+    char *authorization; /* NULL: none is sent */
     grpc_channel *channel;
     pc_stream *streams;
     bool closing; /* nothing is started any more */
@@ -48,7 +51,7 @@ struct pc_channel {
  * connection */
 
 /* Lazy: the first call connects. */
-static grpc_channel *channel_connect(const char *address, pc_tls *tls)
+static grpc_channel *channel_connect(const pc_channel *of)
 {
     grpc_arg args[] = {
         pc_arg_int(GRPC_ARG_KEEPALIVE_TIME_MS, CHANNEL_PING_MS),
@@ -68,8 +71,10 @@ static grpc_channel *channel_connect(const char *address, pc_tls *tls)
                    1), /* a new channel starts without another one's backoff */
     };
     grpc_channel_args channel_args = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
-    grpc_channel_credentials *credentials = pc_tls_client_credentials(tls);
-    grpc_channel *channel = grpc_channel_create(address, credentials, &channel_args);
+    grpc_channel_credentials *credentials = of->ca != NULL
+                                                ? grpc_ssl_credentials_create(of->ca, NULL, NULL, NULL)
+                                                : pc_tls_client_credentials(of->tls);
+    grpc_channel *channel = grpc_channel_create(of->address, credentials, &channel_args);
     grpc_channel_credentials_release(credentials);
     return channel;
 }
@@ -81,7 +86,7 @@ static void channel_refresh(pc_channel *channel)
 {
     if (grpc_channel_check_connectivity_state(channel->channel, 0) == GRPC_CHANNEL_TRANSIENT_FAILURE) {
         grpc_channel_destroy(channel->channel);
-        channel->channel = channel_connect(channel->address, channel->tls);
+        channel->channel = channel_connect(channel);
     }
 }
 
@@ -198,6 +203,12 @@ static void stream_start(pc_stream *stream)
     grpc_op ops[2];
     memset(ops, 0, sizeof(ops));
     ops[0].op = GRPC_OP_SEND_INITIAL_METADATA;
+    if (stream->channel->authorization != NULL) {
+        stream->key = (grpc_metadata){.key = grpc_slice_from_static_string("authorization"),
+                                      .value = grpc_slice_from_static_string(stream->channel->authorization)};
+        ops[0].data.send_initial_metadata.count = 1;
+        ops[0].data.send_initial_metadata.metadata = &stream->key;
+    }
     ops[1].op = GRPC_OP_RECV_STATUS_ON_CLIENT;
     ops[1].data.recv_status_on_client.trailing_metadata = &stream->trailers;
     ops[1].data.recv_status_on_client.status = &stream->code;
@@ -268,6 +279,15 @@ void pc_stream_cancel(pc_stream *stream)
 /* ----------------------------------------------------------------------------------------------------- the
  * channel */
 
+static pc_channel *channel_make(pc_loop *loop, const char *address)
+{
+    pc_channel *channel = cm_alloc(sizeof(*channel));
+    channel->loop = loop;
+    channel->address = cm_strdup(address);
+    channel->cq = pc_cq_create(loop);
+    return channel;
+}
+
 pc_channel *pc_channel_create(pc_loop *loop, const char *address)
 {
     return pc_channel_create_tls(loop, address, NULL);
@@ -275,13 +295,31 @@ pc_channel *pc_channel_create(pc_loop *loop, const char *address)
 
 pc_channel *pc_channel_create_tls(pc_loop *loop, const char *address, pc_tls *tls)
 {
-    pc_channel *channel = cm_alloc(sizeof(*channel));
-    channel->loop = loop;
-    channel->address = cm_strdup(address);
-    channel->cq = pc_cq_create(loop);
+    pc_channel *channel = channel_make(loop, address);
     channel->tls = tls;
-    channel->channel = channel_connect(address, tls);
+    channel->channel = channel_connect(channel);
     return channel;
+}
+
+cm_status pc_channel_create_client(pc_loop *loop, const char *address, const char *ca_file,
+                                   const char *api_key, pc_channel **channel_out, cm_error *err)
+{
+    char *ca = NULL;
+    if (ca_file[0] != 0) {
+        CM_TRY(pc_tls_file_read(ca_file, &ca, err));
+    }
+    pc_channel *channel = channel_make(loop, address);
+    channel->ca = ca;
+    if (api_key[0] != 0) {
+        cm_bytes text;
+        cm_bytes_init(&text, 0);
+        cm_bytes_printf(&text, "Bearer %s", api_key);
+        channel->authorization = cm_strdup(cm_bytes_text(&text));
+        cm_bytes_fini(&text);
+    }
+    channel->channel = channel_connect(channel);
+    *channel_out = channel;
+    return CM_OK;
 }
 
 void pc_channel_destroy(pc_channel *channel)
@@ -295,6 +333,8 @@ void pc_channel_destroy(pc_channel *channel)
     grpc_channel_destroy(channel->channel);
     pc_cq_destroy(channel->cq);
     cm_free(channel->address);
+    cm_free(channel->ca);
+    cm_free(channel->authorization);
     cm_free(channel);
 }
 

@@ -16,6 +16,11 @@ pc_channel *pc_channel_create(pc_loop *loop, const char *address); /* plain */
 /* tls: kept; NULL: plain. The server's certificate must be a coordinator's of the same authority, and name
  * the host in address. */
 pc_channel *pc_channel_create_tls(pc_loop *loop, const char *address, pc_tls *tls);
+/* To a gateway. ca_file: PEM of whoever signed its certificate, which must name the host in address; "":
+ * plain. api_key: sent with every call; "": none. CM_E_CONFIG: err names the file. */
+CM_MUST_CHECK cm_status pc_channel_create_client(pc_loop *loop, const char *address, const char *ca_file,
+                                                 const char *api_key, pc_channel **channel_out,
+                                                 cm_error *err);
 /* Cancels its streams; their closed callbacks come first. Not from inside a callback of a stream. */
 void pc_channel_destroy(pc_channel *channel);
 

@@ -10,6 +10,7 @@
 
 #include "common/base/status.h"
 #include "common/proc/loop.h"
+#include "common/proc/serve_tls.h"
 #include "common/proc/tls.h"
 
 /* The tag of a batch, embedded in its owner, which lives until done ran on the loop thread. */
@@ -48,6 +49,9 @@ typedef struct pc_tls_texts {
 } pc_tls_texts;
 CM_MUST_CHECK cm_status pc_tls_copy(pc_tls *tls, pc_tls_texts *texts_out, cm_error *err);
 void pc_tls_texts_free(pc_tls_texts *texts);
+/* CM_E_CONFIG; the text is the caller's to free. */
+CM_MUST_CHECK cm_status pc_tls_file_read(const char *path, char **text_out, cm_error *err);
+grpc_server_credentials *pc_serve_tls_credentials(pc_serve_tls *tls);
 struct x509_store_st *pc_tls_authorities(const char *text); /* an X509_STORE; NULL: none in the text */
 const char *pc_tls_cert_path(const pc_tls *tls);
 

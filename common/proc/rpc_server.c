@@ -368,8 +368,16 @@ static void server_accept(pc_rpc_server *server)
 /* ------------------------------------------------------------------------------------------------------ the
  * server */
 
-static cm_status server_listen(pc_rpc_server *server, const char *address, char bound_out[128], cm_error *err)
+static grpc_server_credentials *server_credentials(const pc_rpc_options *options)
 {
+    return options->serve_tls != NULL ? pc_serve_tls_credentials(options->serve_tls)
+                                      : pc_tls_server_credentials(options->tls);
+}
+
+static cm_status server_listen(pc_rpc_server *server, const pc_rpc_options *options, char bound_out[128],
+                               cm_error *err)
+{
+    const char *address = options->address;
     char why[1024];
     const char *colon = strrchr(address, ':');
     size_t n_host = colon != NULL ? (size_t)(colon - address) : 0;
@@ -379,7 +387,7 @@ static cm_status server_listen(pc_rpc_server *server, const char *address, char 
         return cm_error_set(err, CM_E_INVALID, address, "cannot listen on %s: not of the form host:port",
                             address);
     }
-    grpc_server_credentials *credentials = pc_tls_server_credentials(server->tls);
+    grpc_server_credentials *credentials = server_credentials(options);
     pc_grpc_log_capture_begin(why, sizeof(why));
     int bound = grpc_server_add_http2_port(server->server, address, credentials);
     pc_grpc_log_capture_end();
@@ -441,7 +449,7 @@ cm_status pc_rpc_server_create(pc_loop *loop, const pc_rpc_options *options, con
     grpc_channel_args channel_args = {.num_args = sizeof(args) / sizeof(args[0]), .args = args};
     server->server = grpc_server_create(&channel_args, NULL);
     grpc_server_register_completion_queue(server->server, pc_cq_queue(server->cq), NULL);
-    cm_status status = server_listen(server, options->address, bound_out, err);
+    cm_status status = server_listen(server, options, bound_out, err);
     if (status != CM_OK) {
         server_free(server);
         return status;

@@ -8,6 +8,7 @@
 
 #include "common/base/status.h"
 #include "common/proc/loop.h"
+#include "common/proc/serve_tls.h"
 #include "common/proc/tls.h"
 
 typedef struct pc_rpc_server pc_rpc_server;
@@ -60,6 +61,7 @@ typedef struct pc_rpc_options {
                                  takes any one) */
     void *ctx;                /* pc_call_ctx */
     pc_tls *tls;              /* kept; NULL: plain. Then clients need a certificate of the same authority */
+    pc_serve_tls *serve_tls;  /* kept; in its place: TLS with the server's certificate alone. NULL: without */
 } pc_rpc_options;
 
 /* methods are kept. bound_out: "host:port" really in use. CM_E_EXISTS: the address is taken; CM_E_INVALID: no

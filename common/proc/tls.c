@@ -38,7 +38,7 @@ void pc_tls_texts_free(pc_tls_texts *files)
     *files = (pc_tls_texts){0};
 }
 
-static cm_status file_read(const char *path, char **text_out, cm_error *err)
+cm_status pc_tls_file_read(const char *path, char **text_out, cm_error *err)
 {
     FILE *file = fopen(path, "re");
     if (file == NULL) {
@@ -210,12 +210,12 @@ static bool files_equal(const pc_tls_texts *a, const pc_tls_texts *b)
 static cm_status tls_read(pc_tls *tls, cm_error *err)
 {
     pc_tls_texts files = {0};
-    cm_status status = file_read(tls->ca_path, &files.ca, err);
+    cm_status status = pc_tls_file_read(tls->ca_path, &files.ca, err);
     if (status == CM_OK) {
-        status = file_read(tls->cert_path, &files.cert, err);
+        status = pc_tls_file_read(tls->cert_path, &files.cert, err);
     }
     if (status == CM_OK) {
-        status = file_read(tls->key_path, &files.key, err);
+        status = pc_tls_file_read(tls->key_path, &files.key, err);
     }
     if (status == CM_OK && !files_equal(&tls->files, &files)) {
         char until[64];

@@ -469,11 +469,16 @@ def test_bad_requests(client, scripted):
 
 @pytest.mark.conformance(23)
 def test_too_long(client, scripted):
-    before = scripted.metrics()["baleen_prompt_tokens_total"]
+    def counted():
+        metrics = scripted.metrics()
+        return {name: sum(metrics[name].values()) for name in ("baleen_prompt_tokens_total", "baleen_requests_refused_total")}
+
+    before = counted()
     with pytest.raises(openai.BadRequestError) as error:
         ask(client, "word " * 20000)
     assert error.value.code == "context_length_exceeded"
-    assert scripted.metrics()["baleen_prompt_tokens_total"] == before and scripted.ledger_is_zero()
+    assert counted() == {**before, "baleen_requests_refused_total": before["baleen_requests_refused_total"] + 1}
+    wait_for("the ledger to be zero", scripted.ledger_is_zero)
 
 
 @pytest.mark.conformance(57)

@@ -346,6 +346,8 @@ static void router_open(const Baleen__Engine__V1__SeqOpen *open)
         md_ids_push(&R.prompt, open->prompt[i]);
     }
     R.birth = open->key->birth;
+    memcpy(R.key, open->key->id.data, sizeof(R.key));
+    snprintf(R.traceparent, sizeof(R.traceparent), "%s", open->traceparent != NULL ? open->traceparent : "");
     R.term = open->term;
     R.emitted.n = 0;
     for (size_t i = 0; i < open->n_emitted; i++) {
@@ -397,7 +399,9 @@ static void router_find(const Baleen__Engine__V1__SeqFind *find)
     Baleen__Engine__V1__SeqFound found = BALEEN__ENGINE__V1__SEQ_FOUND__INIT;
     Baleen__Engine__V1__SeqKey keys[4], *list[4];
     R.n_finds++;
-    for (uint32_t i = 0; i < R.n_found; i++) {
+    bool same = R.n_opens == 0 || memcmp(find->id.data, R.key, sizeof(R.key)) == 0;
+    uint32_t n = same ? R.n_found : 0;
+    for (uint32_t i = 0; i < n; i++) {
         baleen__engine__v1__seq_key__init(&keys[i]);
         keys[i].id = find->id;
         keys[i].choice = i;
@@ -406,8 +410,8 @@ static void router_find(const Baleen__Engine__V1__SeqFind *find)
     }
     found.ask = find->ask;
     found.key = list;
-    found.n_key = R.n_found;
-    found.has_resume = R.n_found > 0;
+    found.n_key = n;
+    found.has_resume = n > 0;
     found.resume = (ProtobufCBinaryData){.len = strlen(R.resume), .data = (uint8_t *)R.resume};
     found.has_term = true;
     found.term = R.term;

@@ -69,6 +69,8 @@ typedef struct rig {
     bool keeps;       /* a SeqResume finds the sequence, else nothing; tokens are the test's to give */
     uint32_t n_found; /* choices that a SeqFind finds, of the newest SeqOpen's request */
     uint32_t n_finds;
+    uint8_t key[16];      /* of the newest SeqOpen: a SeqFind for another finds nothing */
+    char traceparent[64]; /* likewise */
     uint64_t resumed[4];  /* by choice: what it is called since it was resumed */
     uint64_t birth, term; /* of the newest SeqOpen or SeqResume */
     uint32_t n_copies, n_detached;

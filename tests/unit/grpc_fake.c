@@ -128,8 +128,9 @@ static void seek_tell(void *arg)
     cm_free(seek);
 }
 
-gw_seek *gw_seek_begin(gw_gateway *gateway, const char *id, gw_seek_fn fn, void *ctx)
+gw_seek *gw_seek_begin(gw_gateway *gateway, const gw_tenant *tenant, const char *id, gw_seek_fn fn, void *ctx)
 {
+    (void)tenant;
     gw_seek *seek = cm_alloc(sizeof(*seek));
     *seek = (gw_seek){.gateway = gateway, .fn = fn, .ctx = ctx, .task = {.fn = seek_tell, .arg = seek}};
     snprintf(seek->id, sizeof(seek->id), "%s", id);
@@ -213,8 +214,9 @@ const char *gw_stream_id(const gw_stream *stream)
     return stream->id;
 }
 
-bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
+bool gw_stream_abort(gw_gateway *gateway, const gw_tenant *tenant, const char *request_id)
 {
+    (void)tenant;
     gw_stream *stream = find(gateway, request_id);
     if (stream != NULL) {
         fake_fail(stream, GW_CAUSE_ABORTED, "", 0);
@@ -222,8 +224,9 @@ bool gw_stream_abort(gw_gateway *gateway, const char *request_id)
     return stream != NULL;
 }
 
-uint32_t gw_stream_abort_all(gw_gateway *gateway)
+uint32_t gw_stream_abort_all(gw_gateway *gateway, const gw_tenant *tenant)
 {
+    (void)tenant;
     uint32_t n = 0;
     for (uint32_t i = 0; i < gateway->n_streams; i++) {
         if (!gateway->streams[i].over) {
@@ -324,6 +327,25 @@ void fake_fail(gw_stream *stream, gw_cause cause, const char *param, uint32_t re
 void gw_gateway_info(const gw_gateway *gateway, gw_info *info_out)
 {
     *info_out = gateway->info;
+}
+
+/* With a key, that one alone is good; it is nobody's in particular. */
+cm_status gw_gateway_identify(const gw_gateway *gateway, const char *authorization, const char *api_key,
+                              gw_tenant **tenant_out, gw_error *error_out)
+{
+    const char *given = api_key != NULL ? api_key : authorization;
+    if (gateway->key != NULL && (given == NULL || strcmp(given, gateway->key) != 0)) {
+        gw_error_set(error_out, GW_CAUSE_UNAUTHENTICATED, NULL, "not your key");
+        return CM_E_INVALID;
+    }
+    *tenant_out = NULL;
+    return CM_OK;
+}
+
+const char *gw_error_code(const gw_error *error)
+{
+    (void)error;
+    return "code";
 }
 
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)
@@ -502,7 +524,12 @@ static void writer_failed(void *ctx, const gw_error *error)
 
 const gw_stream_events *gw_openai_events(void)
 {
-    static const gw_stream_events events = {writer_started, writer_piece,    writer_tokens, writer_logprobs,
-                                            writer_flush,   writer_finished, writer_failed};
+    static const gw_stream_events events = {.started = writer_started,
+                                            .piece = writer_piece,
+                                            .tokens = writer_tokens,
+                                            .logprobs = writer_logprobs,
+                                            .flush = writer_flush,
+                                            .finished = writer_finished,
+                                            .failed = writer_failed};
     return &events;
 }

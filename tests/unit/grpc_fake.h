@@ -30,6 +30,7 @@ struct gw_gateway {
     pc_loop *loop;
     fake_found found;
     gw_info info;
+    const char *key; /* that is asked for; NULL: none is */
     md_tokenizer *tokenizer;
     gw_archive archive;                /* of its files; the test's */
     void (*script)(gw_stream *stream); /* runs as an event after a stream was opened; may be NULL */

@@ -48,7 +48,8 @@ int rig_set_up(void **state)
     assert_int_equal(pc_loop_create(&g.loop), CM_OK);
     pc_loop_before_sleep(g.loop, hook, NULL);
     fake_init(&g.gateway, g.loop);
-    assert_int_equal(gw_grpc_create(&g.gateway, g.loop, "127.0.0.1:0", &g.grpc, g.address, NULL), CM_OK);
+    assert_int_equal(gw_grpc_create(&g.gateway, g.loop, "127.0.0.1:0", NULL, &g.grpc, g.address, NULL),
+                     CM_OK);
     g.channel = pc_channel_create(g.loop, g.address);
     cm_arena_init(&g.arena, "test", 64 << 10, 64 << 20);
     return 0;

@@ -308,16 +308,40 @@ static void test_taken_address(void **state)
     gw_grpc *second;
     char bound[128];
     cm_error err;
-    assert_int_equal(gw_grpc_create(&g.gateway, g.loop, g.address, &second, bound, &err), CM_E_EXISTS);
+    assert_int_equal(gw_grpc_create(&g.gateway, g.loop, g.address, NULL, &second, bound, &err), CM_E_EXISTS);
     assert_non_null(strstr(err.text, g.address));
+}
+
+/* Every method but health's, before its request is looked at. */
+static void test_key_is_asked_for(void **state)
+{
+    (void)state;
+    Baleen__V1__InfoRequest info = BALEEN__V1__INFO_REQUEST__INIT;
+    Baleen__V1__AbortRequest abort_all = BALEEN__V1__ABORT_REQUEST__INIT;
+    Grpc__Health__V1__HealthCheckRequest check = GRPC__HEALTH__V1__HEALTH_CHECK_REQUEST__INIT;
+    g.gateway.key = "mine";
+    expect_refused(INFO, &info, PC_CODE_UNAUTHENTICATED, "");
+    expect_refused(ABORT, &abort_all, PC_CODE_UNAUTHENTICATED, "");
+    expect_refused_bytes(CHAT, "\xff", 1, PC_CODE_UNAUTHENTICATED, "");
+    expect_refused_bytes(TOKENIZE, "\xff", 1, PC_CODE_UNAUTHENTICATED, "");
+    assert_int_equal(g.gateway.n_streams, 0);
+    ask_and_wait(CHECK, &check);
+    assert_int_equal(g.c.code, PC_CODE_OK);
 }
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        RIG_TEST(test_tokenize_text), RIG_TEST(test_tokenize_chat), RIG_TEST(test_detokenize),
-        RIG_TEST(test_abort),         RIG_TEST(test_info),          RIG_TEST(test_health_check),
-        RIG_TEST(test_health_watch),  RIG_TEST(test_drain),         RIG_TEST(test_destroy_with_a_stream),
+        RIG_TEST(test_key_is_asked_for),
+        RIG_TEST(test_tokenize_text),
+        RIG_TEST(test_tokenize_chat),
+        RIG_TEST(test_detokenize),
+        RIG_TEST(test_abort),
+        RIG_TEST(test_info),
+        RIG_TEST(test_health_check),
+        RIG_TEST(test_health_watch),
+        RIG_TEST(test_drain),
+        RIG_TEST(test_destroy_with_a_stream),
         RIG_TEST(test_taken_address),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

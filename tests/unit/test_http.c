@@ -413,7 +413,7 @@ static void keep_alive(void **state)
     R.mode = RIG_HOLD;
     rig_reply("ok");
     rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n", "{\"stream\":true," USER("x") "}");
-    rig_wait_text(client, ": keep-alive\n\n");
+    rig_wait_text(client, "d\r\n: keep-alive\n\r\n"); /* behind an event: no empty line */
     rig_tokens(0, R.reply, R.n_reply, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
     rig_wait_closed(client);
     joined j;

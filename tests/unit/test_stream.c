@@ -14,6 +14,15 @@
 
 enum { BURST = 100 };
 
+/* The one tenant there is where no keys are. */
+static gw_tenant *nobody(void)
+{
+    gw_tenant *tenant;
+    gw_error error;
+    assert_int_equal(gw_gateway_identify(R.gateway, NULL, NULL, &tenant, &error), CM_OK);
+    return tenant;
+}
+
 /* What one stream told. */
 typedef struct told {
     gw_stream *stream;
@@ -205,13 +214,13 @@ static void same_id_and_abort(void **state)
     assert_int_equal(ask(&again, "mine", UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_E_EXISTS);
     assert_int_equal(error.cause, GW_CAUSE_EXISTS);
     rig_until(has_opened, NULL);
-    assert_false(gw_stream_abort(R.gateway, "other"));
-    assert_true(gw_stream_abort(R.gateway, "mine"));
+    assert_false(gw_stream_abort(R.gateway, nobody(), "other"));
+    assert_true(gw_stream_abort(R.gateway, nobody(), "mine"));
     assert_int_equal(t.error.cause, GW_CAUSE_ABORTED);
-    assert_false(gw_stream_abort(R.gateway, "mine"));
+    assert_false(gw_stream_abort(R.gateway, nobody(), "mine"));
     rig_until(has_cancelled, NULL);
     assert_int_equal(ask(&t, "mine", UINT64_MAX, "{\"prompt\":\"a\"}", &error), CM_OK); /* free again */
-    assert_int_equal(gw_stream_abort_all(R.gateway), 1);
+    assert_int_equal(gw_stream_abort_all(R.gateway, nobody()), 1);
     assert_int_equal(t.n_failed, 1);
 }
 

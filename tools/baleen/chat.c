@@ -12,7 +12,7 @@
 #include "tools/baleen/verbs.h"
 
 typedef struct chat_config {
-    char *run, *grpc, *thinking, *temperature, *top_p, *seed, *system;
+    char *run, *grpc, *key, *serve_ca, *thinking, *temperature, *top_p, *seed, *system;
     uint64_t max_tokens;
 } chat_config;
 
@@ -20,6 +20,9 @@ static const cm_cfg_field g_fields[] = {
     {"run", "", "run folder of a baleen up", CM_CFG_STRING(chat_config, run)},
     {"grpc", "", "host:port of a gateway's gRPC interface, in place of --run",
      CM_CFG_STRING(chat_config, grpc)},
+    {"key", "", "API key, where the gateway wants one", CM_CFG_STRING(chat_config, key)},
+    {"serve_ca", "", "authority of the gateway's certificate, PEM, where it speaks TLS; that names the host",
+     CM_CFG_STRING(chat_config, serve_ca)},
     {"thinking", "on", "whether the model thinks before it answers",
      CM_CFG_CHOICE(chat_config, thinking, "on|off")},
     {"temperature", "0", "0..2; 0 takes the likeliest token: small models as nano err when tokens are drawn",
@@ -183,9 +186,9 @@ static cm_status chat_connect(chat *self, cm_error *err)
     if (pc_loop_create(&self->loop) != CM_OK) {
         return cm_error_set(err, CM_E_IO, NULL, "no event loop");
     }
-    self->channel =
-        pc_channel_create(self->loop, self->config.grpc[0] != '\0' ? self->config.grpc : addresses.grpc);
-    return CM_OK;
+    const char *address = self->config.grpc[0] != '\0' ? self->config.grpc : addresses.grpc;
+    return pc_channel_create_client(self->loop, address, self->config.serve_ca, self->config.key,
+                                    &self->channel, err);
 }
 
 static cm_status chat_run(chat *self, const char *prompt, cm_error *err)

@@ -68,6 +68,7 @@ struct cluster {
     cluster_child **children; /* the coordinator first */
     uint32_t n_children;
     char http[CLUSTER_ADDRESS_BYTES], grpc[CLUSTER_ADDRESS_BYTES];
+    bool secured; /* both speak TLS */
     ready_probe *probe;
     pc_timer *tick, *kill_timer;
     uint64_t begin_ms;
@@ -256,6 +257,8 @@ static void child_heard(cluster_child *child)
     bool gateway = child->role == CLUSTER_GATEWAY;
     bool ok = gateway ? address_from(line, "http", self->http) && address_from(line, "grpc", self->grpc)
                       : address_from(line, "address", child->address);
+    const char *scheme = json_string_value(json_object_get(line, "scheme"));
+    self->secured = gateway ? scheme != NULL && strcmp(scheme, "https") == 0 : self->secured;
     json_decref(line);
     child_stop_reading(child);
     if (!ok) {
@@ -273,7 +276,7 @@ static void child_heard(cluster_child *child)
     if (child->role == CLUSTER_COORDINATOR) {
         cluster_start_others(self);
     } else if (gateway) {
-        self->probe = ready_probe_create(self->loop, self->http);
+        self->probe = ready_probe_create(self->loop, self->http, self->secured);
     }
 }
 
@@ -646,6 +649,11 @@ cm_status cluster_find_programs(char **dir_out, cm_error *err)
 }
 
 /* ---- what others want to know ---- */
+
+const char *cluster_scheme(const cluster *self)
+{
+    return self->secured ? "https" : "http";
+}
 
 const char *cluster_http(const cluster *self)
 {

@@ -53,6 +53,7 @@ void cluster_destroy(cluster *self);
 
 /* ---- when ready ---- */
 
+const char *cluster_scheme(const cluster *self); /* of cluster_http: "http" or "https" */
 const char *cluster_http(const cluster *self);
 const char *cluster_grpc(const cluster *self);
 const char *cluster_coordinator(const cluster *self);

@@ -21,6 +21,7 @@ static const main_verb g_verbs[] = {
     {"drain", verb_drain, "let a member finish what it does and leave"},
     {"rebalance", verb_rebalance, "move experts by their load, once"},
     {"certs", verb_certs, "certificates for a cluster whose control channel is secured"},
+    {"keys", verb_keys, "a new API key in a gateway's key file"},
     {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
     {"logits", verb_logits,
      "logits and greedy tokens of given token ids, to compare with other implementations"},

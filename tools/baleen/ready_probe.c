@@ -1,8 +1,10 @@
 #include "tools/baleen/ready_probe.h"
 
 #include <event2/buffer.h>
+#include <event2/bufferevent_ssl.h>
 #include <event2/http.h>
 #include <jansson.h>
+#include <openssl/ssl.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,12 +15,32 @@
 enum { PROBE_TIMEOUT_S = 10 };
 
 struct ready_probe {
-    struct evhttp_connection *connection;
+    SSL_CTX *ctx; /* NULL: plain */
+    struct event_base *base;
+    char *host;
+    uint16_t port;
+    struct evhttp_connection *connection; /* of the question that is on its way, or was */
     bool asking, ok;
     char reason[160];
 };
 
-ready_probe *ready_probe_create(pc_loop *loop, const char *address)
+/* A connection makes its own bufferevent when it is plain; an SSL object is for one connection only. */
+static struct evhttp_connection *probe_connect(ready_probe *probe, const char *host, uint16_t port)
+{
+    struct bufferevent *bev = NULL;
+    if (probe->ctx != NULL) {
+        bev = bufferevent_openssl_socket_new(probe->base, -1, SSL_new(probe->ctx), BUFFEREVENT_SSL_CONNECTING,
+                                             BEV_OPT_CLOSE_ON_FREE);
+        bufferevent_openssl_set_allow_dirty_shutdown(bev, 1);
+    }
+    struct evhttp_connection *connection =
+        evhttp_connection_base_bufferevent_new(probe->base, NULL, bev, host, port);
+    CM_ASSERT(connection != NULL);
+    evhttp_connection_set_timeout(connection, PROBE_TIMEOUT_S);
+    return connection;
+}
+
+ready_probe *ready_probe_create(pc_loop *loop, const char *address, bool secured)
 {
     ready_probe *probe = cm_alloc(sizeof(*probe));
     char *host = cm_strdup(address), *name = host;
@@ -29,18 +51,29 @@ ready_probe *ready_probe_create(pc_loop *loop, const char *address)
         colon[-1] = '\0';
         name++;
     }
-    probe->connection = evhttp_connection_base_new(pc_loop_base(loop), NULL, name, (uint16_t)atoi(colon + 1));
-    CM_ASSERT(probe->connection != NULL);
-    evhttp_connection_set_timeout(probe->connection, PROBE_TIMEOUT_S);
+    probe->base = pc_loop_base(loop);
+    probe->host = cm_strdup(name);
+    probe->port = (uint16_t)atoi(colon + 1);
+    probe->ctx = secured ? SSL_CTX_new(TLS_client_method()) : NULL;
     snprintf(probe->reason, sizeof(probe->reason), "the gateway was not asked yet");
     cm_free(host);
     return probe;
 }
 
+static void probe_disconnect(ready_probe *probe)
+{
+    if (probe->connection != NULL) {
+        evhttp_connection_free(probe->connection);
+        probe->connection = NULL;
+    }
+}
+
 void ready_probe_destroy(ready_probe *probe)
 {
     if (probe != NULL) {
-        evhttp_connection_free(probe->connection);
+        probe_disconnect(probe);
+        SSL_CTX_free(probe->ctx);
+        cm_free(probe->host);
         cm_free(probe);
     }
 }
@@ -69,6 +102,8 @@ void ready_probe_ask(ready_probe *probe)
     if (probe->asking) {
         return;
     }
+    probe_disconnect(probe);
+    probe->connection = probe_connect(probe, probe->host, probe->port);
     struct evhttp_request *request = evhttp_request_new(probe_answered, probe);
     CM_ASSERT(request != NULL);
     /* an idle connection would be one more thing to end when the gateway drains */

@@ -6,8 +6,9 @@
 
 typedef struct ready_probe ready_probe;
 
-/* address: "host:port", as the gateway told it. */
-ready_probe *ready_probe_create(pc_loop *loop, const char *address);
+/* address: "host:port", as the gateway told it. secured: it speaks TLS; whose certificate that is does not
+ * matter, it is the process that we have started. */
+ready_probe *ready_probe_create(pc_loop *loop, const char *address, bool secured);
 void ready_probe_destroy(ready_probe *probe); /* NULL is fine */
 /* Asks, unless a question is on its way. */
 void ready_probe_ask(ready_probe *probe);

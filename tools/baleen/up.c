@@ -171,8 +171,9 @@ static void up_ready(void *ctx)
     up_publish(self); /* before the line: who reads it may look */
     cm_bytes_init(&list, 0);
     cluster_list(self->cluster, &list);
-    printf("baleen is ready: http://%s grpc %s model %s processes %s\n", cluster_http(self->cluster),
-           cluster_grpc(self->cluster), self->options.model_name, cm_bytes_text(&list));
+    printf("baleen is ready: %s://%s grpc %s model %s processes %s\n", cluster_scheme(self->cluster),
+           cluster_http(self->cluster), cluster_grpc(self->cluster), self->options.model_name,
+           cm_bytes_text(&list));
     fflush(stdout);
     cm_bytes_fini(&list);
 }

@@ -8,6 +8,7 @@ int verb_status(int argc, char **argv);
 int verb_scale(int argc, char **argv);
 int verb_drain(int argc, char **argv);
 int verb_rebalance(int argc, char **argv);
+int verb_keys(int argc, char **argv);
 int verb_certs(int argc, char **argv);
 int verb_logits(int argc, char **argv);
 int verb_verify(int argc, char **argv);
