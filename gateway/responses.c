@@ -496,11 +496,24 @@ static void responses_keep_alive(const void *ctx, cm_bytes *out)
     cm_bytes_append_text(out, "}");
 }
 
+/* Of a stream without a response: it was queued, and only a keep-alive was told. */
+static void put_stream_error(const gw_error *error, cm_bytes *out)
+{
+    cm_bytes_printf(
+        out, "{\"type\":\"error\",\"sequence_number\":0,\"code\":\"%s\",\"message\":", gw_error_code(error));
+    put_text(out, error->message);
+    cm_bytes_append_text(out, ",\"param\":null}");
+}
+
 static void responses_failure(const void *ctx, const gw_error *error, cm_bytes *out)
 {
     const gw_responses *writer = ctx;
     if (!writer->stream) {
         gw_openai_error(error, out);
+        return;
+    }
+    if (writer->id == NULL) {
+        put_stream_error(error, out);
         return;
     }
     cm_bytes_printf(out,

@@ -607,6 +607,34 @@ static void keep_alive(void **state)
     }
 }
 
+/* Nothing has begun that an event could be about, and the client waits all the same. */
+static void keep_alive_while_queued(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *path, *body, *error;
+    } rows[] = {
+        {RESPONSES, ASK_RESPONSES(",\"stream\":true"),
+         "event: error\ndata: {\"type\":\"error\",\"sequence_number\":0,\"code\":\"aborted\",\"message\":"},
+        {MESSAGES, ASK_MESSAGES(",\"stream\":true"), "event: error\ndata: {\"type\":\"error\",\"error\":"},
+    };
+    rig_set("keep_alive_ms", "10");
+    rig_ready();
+    R.mode = RIG_MUTE;
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        gw_tenant *everybody;
+        gw_error none;
+        rig_client *client = rig_open("POST", rows[i].path, CLOSE, rows[i].body);
+        rig_wait_text(client, ": keep-alive\n\n");
+        assert_int_equal(gw_gateway_identify(R.gateway, NULL, NULL, &everybody, &none), CM_OK);
+        assert_int_equal(gw_stream_abort_all(R.gateway, everybody), 1);
+        rig_wait_closed(client);
+        assert_int_equal(rig_status(client), 200);
+        assert_non_null(strstr(cm_bytes_text(&client->in), rows[i].error));
+        rig_close(client);
+    }
+}
+
 /* ---- memory ---- */
 
 /* A writer lives as long as its answer, and a prompt may be many megabytes: it keeps none of it. */
@@ -705,13 +733,21 @@ static void models(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(messages_stream),  TEST(responses_stream),
-        TEST(same_events),      TEST(ends),
-        TEST(one_call),         TEST(malformed),
-        TEST(refused),          TEST(router_refuses),
-        TEST(fails_on_the_way), TEST(keep_alive),
-        TEST(counted),          cmocka_unit_test(writers_keep_no_prompt),
-        TEST(long_bursts),      TEST(models),
+        TEST(messages_stream),
+        TEST(responses_stream),
+        TEST(same_events),
+        TEST(ends),
+        TEST(one_call),
+        TEST(malformed),
+        TEST(refused),
+        TEST(router_refuses),
+        TEST(fails_on_the_way),
+        TEST(keep_alive),
+        TEST(counted),
+        cmocka_unit_test(writers_keep_no_prompt),
+        TEST(keep_alive_while_queued),
+        TEST(long_bursts),
+        TEST(models),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
