@@ -13,6 +13,7 @@ struct gw_encode {
     json_t *body; /* chat: a copy of our own, because jansson's counts are not for two threads */
     char *prompt, *suffix;
     size_t prompt_bytes, suffix_bytes;
+    gw_constraint constraint; /* a copy: to be compiled */
     gw_encoded result;
 };
 
@@ -136,7 +137,11 @@ static void encode_run(void *arg)
     gw_encode *encode = arg;
     const md_tokenizer *tokenizer = encode->encoder.tokenizer;
     gw_encoded *result = &encode->result;
-    result->status = CM_OK;
+    result->status = gw_constraint_check(&encode->constraint, &result->error);
+    if (result->status != CM_OK) {
+        pc_loop_post(encode->encoder.loop, &encode->task);
+        return;
+    }
     if (encode->kind == GW_ASK_CHAT) {
         result->status = gw_encode_chat(&encode->encoder, encode->body, &result->ids, NULL,
                                         &result->continues, &result->error);
@@ -160,6 +165,7 @@ static void encode_done(void *arg)
     json_decref(encode->body);
     cm_free(encode->prompt);
     cm_free(encode->suffix);
+    gw_constraint_free(&encode->constraint);
     md_ids_fini(&encode->result.ids);
     cm_free(encode);
 }
@@ -177,6 +183,7 @@ cm_status gw_encode_begin(const gw_encoder *encoder, gw_request *request, const 
                           .suffix = request->suffix,
                           .suffix_bytes = request->suffix_bytes,
                           .result = {.ids = request->prompt_ids}};
+    gw_constraint_copy(&request->constraint, &encode->constraint);
     request->prompt = request->suffix = NULL;
     md_ids_init(&request->prompt_ids);
     encode->task = (pc_task){.fn = encode_done, .arg = encode};

@@ -1,5 +1,6 @@
 /* Prompts to ids, off the loop: a chat body or a completion's prompt goes to a job thread, the ids come back
- * as a loop event. Thread: the loop's. */
+ * as a loop event; the answer's constraint is compiled there too, to see that it can be. Thread: the loop's.
+ */
 #pragma once
 #include "common/base/jobs.h"
 #include "common/model/chat.h"

@@ -117,6 +117,15 @@ cm_status gw_grpc_put_schema(json_t *body, const char *field, const char *text, 
     return CM_OK;
 }
 
+static json_t *string_list(char *const *texts, size_t n)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < n; i++) {
+        json_array_append_new(list, json_string(texts[i]));
+    }
+    return list;
+}
+
 static cm_status put_constraint(json_t *body, const Baleen__V1__Sampling *s, gw_error *error)
 {
     switch (s->constraint_case) {
@@ -128,9 +137,15 @@ static cm_status put_constraint(json_t *body, const Baleen__V1__Sampling *s, gw_
     case BALEEN__V1__SAMPLING__CONSTRAINT_JSON_SCHEMA:
         return gw_grpc_put_schema(body, "sampling.json_schema", s->json_schema, error);
     case BALEEN__V1__SAMPLING__CONSTRAINT_REGEX:
+        json_object_set_new(body, "structured_outputs", json_pack("{s:s}", "regex", s->regex));
+        return CM_OK;
+    case BALEEN__V1__SAMPLING__CONSTRAINT_CHOICE:
+        json_object_set_new(body, "structured_outputs",
+                            json_pack("{s:o}", "choice", string_list(s->choice->text, s->choice->n_text)));
+        return CM_OK;
     case BALEEN__V1__SAMPLING__CONSTRAINT_GRAMMAR:
-        gw_error_set(error, GW_CAUSE_UNSUPPORTED, "sampling.constraint",
-                     "sampling.regex and sampling.grammar are not supported: leave them out");
+        gw_error_set(error, GW_CAUSE_UNSUPPORTED, "sampling.grammar",
+                     "sampling.grammar is not supported: use json_schema or regex");
         return CM_E_UNSUPPORTED;
     default:
         return CM_OK;

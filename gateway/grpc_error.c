@@ -38,6 +38,8 @@ void gw_grpc_name_field(gw_error *error)
         {"response_format", "sampling.constraint"},
         {"response_format.type", "sampling.constraint"},
         {"response_format.json_schema", "sampling.json_schema"},
+        {"structured_outputs.regex", "sampling.regex"},
+        {"structured_outputs.choice", "sampling.choice"},
         {"tool_choice", "tool_mode"},
         {"thinking.type", "thinking"},
         {"reasoning_effort", "effort"},

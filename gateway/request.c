@@ -153,19 +153,6 @@ static cm_status parse_stream_options(const parse_at *at)
     return CM_OK;
 }
 
-static cm_status parse_response_format(const parse_at *at)
-{
-    const char *type = json_string_value(json_object_get(at->value, "type"));
-    if (type != NULL && strcmp(type, "text") == 0) {
-        return CM_OK;
-    }
-    if (type != NULL && (strcmp(type, "json_object") == 0 || strcmp(type, "json_schema") == 0)) {
-        return unsupported(at->error, at->name,
-                           "json_object and json_schema are not supported: only text is");
-    }
-    return refuse(at->error, at->name, "must have a type of text, json_object or json_schema");
-}
-
 /* What a tool looks like is the chat encoder's to check. */
 static cm_status parse_tools(const parse_at *at)
 {
@@ -184,7 +171,8 @@ static cm_status parse_tool_choice(const parse_at *at)
         return CM_OK;
     }
     if (json_is_object(at->value) || (word != NULL && strcmp(word, "required") == 0)) {
-        return unsupported(at->error, at->name, "is not supported with this value: only none and auto are");
+        at->request->tools = true; /* whether there are any: gw_constraint_read */
+        return CM_OK;
     }
     return refuse(at->error, at->name, "must be none, auto, required or an object that names a function");
 }
@@ -363,8 +351,11 @@ static const field FIELDS[] = {
     {"logprobs", TEXT, FIELD_ANY, .parse = parse_text_logprobs},
     {"top_logprobs", CHAT, FIELD_UINT, RANGE(0, GW_TOP_LOGPROBS_MAX), TO(n_top)},
     {"prompt_logprobs", BOTH, FIELD_ANY, .parse = parse_prompt_logprobs},
-    {"response_format", BOTH, FIELD_OBJECT, .parse = parse_response_format},
-    {"structured_outputs", BOTH, FIELD_OBJECT, ONLY(0)},
+    {"response_format", BOTH, FIELD_OBJECT, TYPE_ONLY}, /* it and the four below: gw_constraint_read */
+    {"structured_outputs", BOTH, FIELD_OBJECT, TYPE_ONLY},
+    {"guided_json", BOTH, FIELD_ANY, TYPE_ONLY},
+    {"guided_regex", BOTH, FIELD_STRING, TYPE_ONLY},
+    {"guided_choice", BOTH, FIELD_LIST, TYPE_ONLY},
     {"tools", CHAT, FIELD_LIST, .parse = parse_tools},
     {"functions", CHAT, FIELD_LIST, ONLY(0)},
     {"tool_choice", CHAT, FIELD_ANY, .parse = parse_tool_choice},
@@ -500,6 +491,9 @@ cm_status gw_request_parse(gw_ask_kind kind, const json_t *body, uint32_t vocab,
     if (status == CM_OK) {
         status = check_together(body, &r, error_out);
     }
+    if (status == CM_OK) {
+        status = gw_constraint_read(body, r.tools, &r.constraint, error_out);
+    }
     if (status != CM_OK) {
         gw_request_free(&r);
         return status;
@@ -518,6 +512,7 @@ void gw_request_free(gw_request *request)
     cm_free(request->bias_id);
     cm_free(request->bias);
     md_ids_fini(&request->prompt_ids);
+    gw_constraint_free(&request->constraint);
     *request = (gw_request){.kind = request->kind};
 }
 

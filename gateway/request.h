@@ -7,6 +7,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "gateway/constraint.h"
 #include "gateway/stream.h"
 
 enum {
@@ -46,6 +47,7 @@ typedef struct gw_request {
     size_t prompt_bytes;
     char *suffix; /* not NULL: fill in the middle */
     size_t suffix_bytes;
+    gw_constraint constraint; /* what the answer must be; read, not yet compiled */
 } gw_request;
 
 /* vocab: ids must be below it. CM_E_INVALID or CM_E_UNSUPPORTED with error_out filled; nothing is kept then.

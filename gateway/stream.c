@@ -346,6 +346,7 @@ static void send_open(gw_stream *stream)
     sampler.n_stop_id = n_stop;
     put_filters(request, &sampler);
 
+    Baleen__Engine__V1__Constraint constraint = BALEEN__ENGINE__V1__CONSTRAINT__INIT;
     Baleen__Engine__V1__SeqKey key;
     Baleen__Engine__V1__SeqOpen open = BALEEN__ENGINE__V1__SEQ_OPEN__INIT;
     open.stream = stream->number;
@@ -364,6 +365,13 @@ static void send_open(gw_stream *stream)
     open.sampler = &sampler;
     open.has_deadline_ms = stream->deadline != NULL;
     open.deadline_ms = open.has_deadline_ms ? deadline_left_ms(stream) : 0;
+    if (request->constraint.kind != 0) {
+        constraint.kind = (uint32_t)request->constraint.kind;
+        constraint.source.data = (uint8_t *)request->constraint.source;
+        constraint.source.len = request->constraint.n_source;
+        constraint.has_after_thinking = constraint.after_thinking = stream->thinking;
+        open.constraint = &constraint;
+    }
     gw_router_open(stream->router, &open);
 }
 

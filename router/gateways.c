@@ -10,6 +10,7 @@
 #include "proto/engine.pb-c.h"
 #include "proto/messages.h"
 #include "proto/pack.h"
+#include "router/engine/constraint.h"
 
 enum {
     GATEWAYS_SEND_MS = 10000,          /* a gateway that does not take a frame for so long is dropped */
@@ -41,6 +42,16 @@ typedef struct gateway_part {
     uint32_t n; /* tokens */
 } gateway_part;
 
+/* A SeqOpen whose constraint is being compiled. */
+typedef struct gateway_waiting {
+    TAILQ_ENTRY(gateway_waiting) link;
+    rt_gateways *gateways;
+    gateway_link *from; /* NULL: nobody waits for it any more */
+    uint64_t stream;
+    uint8_t *packed; /* [n_packed] the message */
+    size_t n_packed;
+} gateway_waiting;
+
 struct rt_gateways {
     net *n;
     pc_netpump *pump;
@@ -53,6 +64,8 @@ struct rt_gateways {
     gateway_part parts[GATEWAYS_FRAME_WORDS]; /* of the frame being made */
     uint32_t n_part;
     rt_sched *sched;
+    rt_constraints *constraints;
+    TAILQ_HEAD(, gateway_waiting) waiting;
     cm_arena arena;               /* of the message being read or packed */
     struct gateway_frames frames; /* on their way */
 };
@@ -66,8 +79,27 @@ static void frames_free(struct gateway_frames *frames, gateway_frame *frame)
     cm_free(frame);
 }
 
+/* stream NULL: all of the link's. */
+static void waiting_forget(rt_gateways *g, const gateway_link *link, const uint64_t *stream)
+{
+    gateway_waiting *waiting;
+    TAILQ_FOREACH (waiting, &g->waiting, link) {
+        if (waiting->from == link && (stream == NULL || waiting->stream == *stream)) {
+            waiting->from = NULL;
+        }
+    }
+}
+
+static void waiting_free(gateway_waiting *waiting)
+{
+    TAILQ_REMOVE(&waiting->gateways->waiting, waiting, link);
+    cm_free(waiting->packed);
+    cm_free(waiting);
+}
+
 static void gateways_drop(rt_gateways *g, gateway_link *link)
 {
+    waiting_forget(g, link, NULL);
     rt_keep_owner_lost(g->keep, cm_now_ms(), &link->owner);
     link->peer = NULL;
     while (!TAILQ_EMPTY(&link->found)) {
@@ -269,7 +301,7 @@ bool rt_gateways_all_told(const rt_gateways *g)
             return false;
         }
     }
-    return TAILQ_EMPTY(&g->frames);
+    return TAILQ_EMPTY(&g->frames) && TAILQ_EMPTY(&g->waiting);
 }
 
 void rt_gateways_ledger(const rt_gateways *g, rt_keep_ledger *ledger_out)
@@ -361,9 +393,10 @@ static const char *gateways_trace(const Baleen__Engine__V1__SeqOpen *open)
     return ok ? text : "-";
 }
 
-static void gateways_on_open(rt_gateways *g, gateway_link *link, const void *message)
+/* machine: of the constraint, given; NULL when there is none. */
+static void gateways_open(rt_gateways *g, gateway_link *link, const Baleen__Engine__V1__SeqOpen *open,
+                          gm_machine *machine)
 {
-    const Baleen__Engine__V1__SeqOpen *open = message;
     cm_error err = {0};
     rt_keep_key key;
     uint64_t now = cm_now_ms();
@@ -385,8 +418,14 @@ static void gateways_on_open(rt_gateways *g, gateway_link *link, const void *mes
              net_peer_identity(link->peer)->member, (unsigned long long)open->stream, open->n_prompt,
              open->n_emitted, gateways_trace(open), status == CM_OK ? "taken" : err.text);
     if (status != CM_OK) {
+        if (machine != NULL) {
+            gm_machine_release(machine);
+        }
         rt_keep_refuse(g->keep, &link->owner, open->stream, status, err.text);
         return;
+    }
+    if (machine != NULL) {
+        request.constraint = rt_constraint_create(machine, open->constraint->after_thinking);
     }
     rt_keep_offer offer = {.key = keyed ? &key : NULL,
                            .term = open->term,
@@ -395,14 +434,70 @@ static void gateways_on_open(rt_gateways *g, gateway_link *link, const void *mes
     rt_keep_open(g->keep, now, &link->owner, &request, &offer);
 }
 
+/* Its constraint is compiled, or cannot be. */
+static void gateways_on_constraint(void *ctx, gm_machine *machine, const cm_error *err)
+{
+    gateway_waiting *waiting = ctx;
+    rt_gateways *g = waiting->gateways;
+    gateway_link *link = waiting->from;
+    ProtobufCMessage *message;
+    if (link == NULL && machine != NULL) {
+        gm_machine_release(machine);
+    } else if (link != NULL && machine == NULL) {
+        rt_keep_refuse(g->keep, &link->owner, waiting->stream, err->status, err->text);
+    } else if (link != NULL) {
+        cm_arena_reset(&g->arena);
+        cm_status status = pr_unpack(&baleen__engine__v1__seq_open__descriptor, waiting->packed,
+                                     waiting->n_packed, &g->arena, &message);
+        CM_ASSERT(status == CM_OK); /* as it did before */
+        gateways_open(g, link, (const Baleen__Engine__V1__SeqOpen *)message, machine);
+    }
+    waiting_free(waiting);
+    g->changed(g->ctx);
+}
+
+static void gateways_on_open(rt_gateways *g, gateway_link *link, const void *message)
+{
+    const Baleen__Engine__V1__SeqOpen *open = message;
+    gm_machine *machine = NULL;
+    cm_error err = {0};
+    if (open->constraint == NULL) {
+        gateways_open(g, link, open, NULL);
+        return;
+    }
+    gateway_waiting *waiting = cm_alloc(sizeof(*waiting));
+    *waiting = (gateway_waiting){.gateways = g, .from = link, .stream = open->stream};
+    TAILQ_INSERT_TAIL(&g->waiting, waiting, link);
+    const ProtobufCBinaryData *source = &open->constraint->source;
+    cm_status status =
+        g->constraints == NULL
+            ? cm_error_set(&err, CM_E_UNSUPPORTED, "constraint", "this router takes no constraints")
+            : rt_constraints_get(g->constraints, open->constraint->kind, source->data, source->len,
+                                 gateways_on_constraint, waiting, &machine, &err);
+    if (status == CM_AGAIN) {
+        waiting->n_packed = protobuf_c_message_get_packed_size(&open->base);
+        waiting->packed = cm_alloc(waiting->n_packed);
+        protobuf_c_message_pack(&open->base, waiting->packed);
+        return;
+    }
+    waiting_free(waiting);
+    if (status == CM_OK) {
+        gateways_open(g, link, open, machine);
+    } else {
+        rt_keep_refuse(g->keep, &link->owner, open->stream, status, err.text);
+    }
+}
+
 static void gateways_on_cancel(rt_gateways *g, gateway_link *link, const void *message)
 {
     const Baleen__Engine__V1__SeqCancel *cancel = message;
     rt_keep_key key;
     for (size_t i = 0; i < cancel->n_stream; i++) {
+        waiting_forget(g, link, &cancel->stream[i]);
         rt_keep_cancel(g->keep, &link->owner, cancel->stream[i]);
     }
     for (size_t i = 0; i < cancel->n_finished; i++) {
+        waiting_forget(g, link, &cancel->finished[i]);
         rt_keep_finish(g->keep, cm_now_ms(), &link->owner, cancel->finished[i]);
     }
     for (size_t i = 0; i < cancel->n_copy; i++) {
@@ -416,6 +511,7 @@ static void gateways_on_detach(rt_gateways *g, gateway_link *link, const void *m
 {
     const Baleen__Engine__V1__SeqDetach *detach = message;
     for (size_t i = 0; i < detach->n_stream; i++) {
+        waiting_forget(g, link, &detach->stream[i]); /* nobody could resume it yet: it is opened anew */
         rt_keep_detach(g->keep, cm_now_ms(), &link->owner, detach->stream[i]);
     }
 }
@@ -545,6 +641,8 @@ rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, const rt
 {
     rt_gateways *g = cm_alloc(sizeof(*g));
     TAILQ_INIT(&g->frames);
+    TAILQ_INIT(&g->waiting);
+    g->constraints = options->constraints;
     g->n = n;
     g->sched = sched;
     g->keep = rt_keep_create(&options->keep, sched);
@@ -587,6 +685,9 @@ void rt_gateways_destroy(rt_gateways *g)
         if (g->links[i].peer != NULL) {
             gateways_drop(g, &g->links[i]);
         }
+    }
+    while (!TAILQ_EMPTY(&g->waiting)) {
+        waiting_free(TAILQ_FIRST(&g->waiting));
     }
     rt_keep_destroy(g->keep);
     pc_timer_destroy(g->timer);

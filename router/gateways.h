@@ -3,6 +3,7 @@
 #pragma once
 #include "common/net/net.h"
 #include "common/proc/loop.h"
+#include "router/constraints.h"
 #include "router/keep_core.h"
 
 typedef struct rt_gateways rt_gateways;
@@ -11,11 +12,13 @@ typedef struct rt_gateways_options {
     uint32_t gateway_max; /* links */
     uint32_t runnable;    /* sequences that the scheduler runs at once: gateways are told */
     rt_keep_limits keep;
+    rt_constraints *constraints; /* kept; NULL: sequences with a constraint are refused */
 } rt_gateways_options;
 
 /* n is owned from now on. changed runs after anything that may have made work for the scheduler. */
 rt_gateways *rt_gateways_create(pc_loop *loop, net *n, rt_sched *sched, const rt_gateways_options *options,
                                 pc_fn changed, void *ctx);
+/* options->constraints goes after it, without a turn of the loop in between. */
 void rt_gateways_destroy(rt_gateways *gateways);
 /* What is told in greetings from now on. */
 /* For a keyed net: see net_key_add and net_key_retire. */

@@ -358,6 +358,7 @@ void rt_keep_open(rt_keep *keep, uint64_t now_ms, rt_keep_owner *owner, const rt
         status = rt_sched_open(keep->sched, now_ms, &inner, &err);
     }
     if (status != CM_OK) {
+        rt_constraint_destroy(request->constraint);
         rt_keep_refuse(keep, owner, stream, status, err.text);
         return;
     }

@@ -94,7 +94,7 @@ typedef struct rt_keep_offer {
     size_t n_resume;
 } rt_keep_offer;
 /* request->key.stream: what owner calls it. The answer, acceptance or refusal, is something to tell.
- * CM_E_EXISTS: it is here already and can be resumed. */
+ * CM_E_EXISTS: it is here already and can be resumed. request->constraint is given, whatever the answer. */
 void rt_keep_open(rt_keep *keep, uint64_t now_ms, rt_keep_owner *owner, const rt_seq_request *request,
                   const rt_keep_offer *offer);
 /* The answer is status and text. */

@@ -40,6 +40,7 @@ struct rt_router {
     rt_sched *sched;
     rt_runner *runner;
     rt_gateways *gateways;
+    rt_constraints *constraints;
     pc_tls *tls; /* NULL: plain */
     pc_member *member;
     rt_load *load;
@@ -328,7 +329,7 @@ static void router_destroy_model(rt_router *r)
     }
 }
 
-static cm_status router_open_gateways(rt_router *r, uint32_t context, cm_error *err)
+static cm_status router_open_gateways(rt_router *r, uint32_t context, uint32_t vocab, cm_error *err)
 {
     net_options options;
     net *n;
@@ -342,6 +343,7 @@ static cm_status router_open_gateways(rt_router *r, uint32_t context, cm_error *
         net_close(n);
         return status;
     }
+    r->constraints = rt_constraints_create(r->loop, r->config->model, vocab);
     rt_gateways_options gateways = {
         .gateway_max = (uint32_t)r->config->gateways_max,
         .runnable = (uint32_t)r->config->sequences_max,
@@ -349,6 +351,7 @@ static cm_status router_open_gateways(rt_router *r, uint32_t context, cm_error *
                  .ended_max = (uint32_t)r->config->kept_max,
                  .bytes_max = r->config->kept_bytes,
                  .grace_ms = r->config->gateway_grace_ms},
+        .constraints = r->constraints,
     };
     r->gateways = rt_gateways_create(r->loop, n, r->sched, &gateways, router_changed, r);
     return CM_OK;
@@ -401,7 +404,7 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
     limits.chunk_max = (uint32_t)config->chunk_max;
     limits.queue_max = (uint32_t)config->queue_max;
     r->sched = rt_sched_create(&limits);
-    status = router_open_gateways(r, limits.context, err);
+    status = router_open_gateways(r, limits.context, limits.vocab, err);
     if (status != CM_OK) {
         goto err_sched;
     }
@@ -476,6 +479,7 @@ void rt_router_destroy(rt_router *r)
     pc_member_destroy(r->member);
     rt_gateways_destroy(r->gateways);
     rt_sched_destroy(r->sched);
+    rt_constraints_destroy(r->constraints);
     router_destroy_model(r);
     pc_tls_close(r->tls);
     pthread_mutex_destroy(&r->reports_lock);

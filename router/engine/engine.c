@@ -141,6 +141,7 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->attn = kn_attention(e->device);
     e->moe = kn_moe(e->device);
     e->scratch = rt_sample_scratch_create(g->vocab);
+    e->masks = rt_masks_create(rt_out_max(e), g->vocab);
     e->host_segs = cm_alloc(sizeof(kn_seg) * options->slot_max);
     e->host_pages = cm_alloc(sizeof(uint32_t) * e->page_list_max);
     e->host_ids = cm_alloc(sizeof(uint32_t) * options->row_max);
@@ -174,6 +175,7 @@ void rt_engine_destroy(rt_engine *e)
     kn_stream_close(e->stream);
     kn_device_close(e->device);
     rt_sample_scratch_destroy(e->scratch);
+    rt_masks_destroy(e->masks);
     cm_free(e->host_segs);
     cm_free(e->host_pages);
     cm_free(e->host_ids);
@@ -367,6 +369,7 @@ static void engine_sample(rt_engine *e, const rt_step *step, rt_step_result *res
 cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *results_out)
 {
     cm_mem_guard_begin("a step");
+    rt_masks_begin(e->masks, step);
     rt_step_begin(e, step);
     e->dense->embed(e->stream, &e->weights.embed, e->buf.ids, step->n_row, e->geometry->hc, e->buf.x);
     cm_status status = CM_OK;
@@ -376,6 +379,7 @@ cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *resu
     if (status == CM_OK) {
         status = engine_head(e, step);
     }
+    rt_masks_wait(e->masks);
     if (status == CM_OK) {
         engine_sample(e, step, results_out);
         status = e->draft_max > 0 ? rt_draft(e, results_out) : CM_OK;

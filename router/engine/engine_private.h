@@ -1,6 +1,7 @@
 /* The engine's inside, for router/engine and for tests of single sub-blocks. */
 #pragma once
 #include "router/engine/engine.h"
+#include "router/engine/masks.h"
 #include "router/engine/sample.h"
 #include "router/engine/weights.h"
 
@@ -42,6 +43,7 @@ struct rt_engine {
     rt_buffers buf;
     rt_exchange *exchange;
     rt_sample_scratch *scratch;
+    rt_masks *masks;
     uint32_t draft_max; /* 0: no speculation */
     uint64_t n_pass;    /* forward passes ever: what row frames call the step */
     rt_sampler guess_sampler;

@@ -70,14 +70,42 @@ static bool sample_is_set(float penalty, float neutral)
     return penalty < neutral || penalty > neutral;
 }
 
+static bool sample_allows(const uint32_t *mask, uint32_t id)
+{
+    return mask == NULL || (mask[id / 32] >> id % 32 & 1) != 0;
+}
+
+/* The constraint allows something besides the stop ids. */
+static bool sample_may_go_on(const rt_sample_scratch *scratch, const uint32_t *mask,
+                             const rt_sampler *sampler)
+{
+    uint32_t n_allowed = 0;
+    if (mask == NULL) {
+        return true;
+    }
+    for (uint32_t i = 0; i < (scratch->vocab + 31) / 32; i++) {
+        n_allowed += (uint32_t)__builtin_popcount(mask[i]);
+    }
+    for (uint32_t i = 0; i < sampler->n_stop; i++) {
+        bool again = false; /* the list may name an id twice */
+        for (uint32_t k = 0; k < i; k++) {
+            again |= sampler->stop[k] == sampler->stop[i];
+        }
+        n_allowed -= !again && sample_allows(mask, sampler->stop[i]);
+    }
+    return n_allowed > 0;
+}
+
 static void sample_change_logits(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg,
-                                 uint32_t i_row, uint32_t position)
+                                 const uint32_t *mask, uint32_t i_row, uint32_t position)
 {
     const rt_sampler *sampler = seg->sampler;
+    bool stops_wait = i_row < seg->stop_wait && sample_may_go_on(scratch, mask, sampler);
     for (uint32_t id = 0; id < scratch->vocab; id++) {
-        scratch->logits[id] = isfinite(logits[id]) ? (double)logits[id] : -INFINITY;
+        bool possible = isfinite(logits[id]) && sample_allows(mask, id);
+        scratch->logits[id] = possible ? (double)logits[id] : -INFINITY;
     }
-    for (uint32_t i = 0; i < sampler->n_stop && i_row < seg->stop_wait; i++) {
+    for (uint32_t i = 0; i < sampler->n_stop && stops_wait; i++) {
         scratch->logits[sampler->stop[i]] = -INFINITY;
     }
     for (uint32_t i = 0; i < sampler->n_bias; i++) {
@@ -219,17 +247,17 @@ static uint32_t sample_draw(rt_sample_scratch *scratch, const rt_sampler *sample
 
 /* ---- log-probabilities ---- */
 
-static void sample_logprobs(rt_sample_scratch *scratch, const float *logits, uint32_t token, uint32_t n_top,
-                            rt_logprobs *out)
+static void sample_logprobs(rt_sample_scratch *scratch, const float *logits, const uint32_t *mask,
+                            uint32_t token, uint32_t n_top, rt_logprobs *out)
 {
     double max = -INFINITY, sum = 0;
     for (uint32_t id = 0; id < scratch->vocab; id++) {
-        double logit = isfinite(logits[id]) ? (double)logits[id] : -INFINITY;
+        double logit = isfinite(logits[id]) && sample_allows(mask, id) ? (double)logits[id] : -INFINITY;
         scratch->candidates[id] = (sample_candidate){logit, id};
         max = logit > max ? logit : max;
     }
     for (uint32_t id = 0; id < scratch->vocab; id++) {
-        sum += isfinite(logits[id]) ? kn_exp((double)logits[id] - max) : 0;
+        sum += scratch->candidates[id].p > -INFINITY ? kn_exp(scratch->candidates[id].p - max) : 0;
     }
     double zero = sum > 0 ? max + kn_log(sum) : 0;
     out->token = (float)(scratch->candidates[token].p - zero);
@@ -243,17 +271,31 @@ static void sample_logprobs(rt_sample_scratch *scratch, const float *logits, uin
     }
 }
 
+/* No logit is a number: the first id that may be. */
+static uint32_t sample_first(const rt_sample_scratch *scratch, const uint32_t *mask)
+{
+    for (uint32_t id = 0; id < scratch->vocab; id++) {
+        if (sample_allows(mask, id)) {
+            return id;
+        }
+    }
+    return 0;
+}
+
 uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg, uint32_t i)
 {
-    uint32_t position = seg->pos0 + seg->n_row - seg->n_draft + i;
-    sample_change_logits(scratch, logits, seg, i, position);
+    uint32_t position = seg->pos0 + seg->n_row - seg->n_draft + i, n_word = (scratch->vocab + 31) / 32;
+    const uint32_t *mask = seg->masks != NULL ? seg->masks + (size_t)i * n_word : NULL;
+    sample_change_logits(scratch, logits, seg, mask, i, position);
     uint32_t token = sample_greedy(scratch);
     bool any = scratch->logits[token] > -INFINITY;
     if (any && seg->sampler->temperature > 0) {
         token = sample_draw(scratch, seg->sampler, position, scratch->logits[token]);
+    } else if (!any) {
+        token = sample_first(scratch, mask);
     }
     if (seg->logprobs != NULL) {
-        sample_logprobs(scratch, logits, token, seg->sampler->n_top, &seg->logprobs[i]);
+        sample_logprobs(scratch, logits, mask, token, seg->sampler->n_top, &seg->logprobs[i]);
     }
     return token;
 }

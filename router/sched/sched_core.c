@@ -18,6 +18,7 @@ struct rt_seq {
     uint64_t age; /* arrival number: smaller is older */
     uint64_t deadline_ms;
     rt_sampler sampler;
+    rt_constraint *constraint; /* owned; NULL: none */
     uint32_t *log; /* [n_prompt + tokens_max] prompt, then all generated ids, then guesses; owned, with pages
                       and biases behind it */
     uint32_t n_prompt, n_log;
@@ -200,6 +201,7 @@ static void seq_free(rt_sched *sched, rt_seq *seq)
     if (!seq->cancelled) {
         keys_remove(sched, seq);
     }
+    rt_constraint_destroy(seq->constraint);
     cm_free(seq->log);
     cm_pool_put(&sched->seqs, seq);
     if (sched->seqs.n_used == 0) {
@@ -435,6 +437,7 @@ cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt_seq_request *
                             "the deadline passed before the sequence was opened");
     }
     CM_TRY(seq_create(sched, request, &seq, err));
+    seq->constraint = request->constraint;
     seq->age = sched->n_opened++;
     keys_add(sched, seq);
     TAILQ_INSERT_TAIL(&sched->waiting, seq, link);
@@ -674,6 +677,7 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
                              : 0,
             .log = sample ? seq->log : NULL,
             .n_prompt = sample ? seq->n_prompt : 0,
+            .constraint = sample ? seq->constraint : NULL,
             .logprobs = sample && seq->sampler.logprobs
                             ? &sched->logprobs[(size_t)i * (sched->limits.draft_max + 1)]
                             : NULL,
@@ -738,8 +742,9 @@ static rt_word *seq_take_token(rt_sched *sched, rt_seq *seq, const rt_step_seg *
     rt_word *word = word_add(sched, seq);
     CM_ASSERT_MSG(token < sched->limits.vocab, "token %u of %u", token, sched->limits.vocab);
     if (seq_stops_at(seq, token)) {
-        CM_ASSERT_MSG(seg->stop_wait <= i, "stop id %u after %u tokens of at least %u", token,
-                      seq_n_generated(seq), seq->sampler.tokens_min);
+        CM_ASSERT_MSG(seg->stop_wait <= i || seq->constraint != NULL,
+                      "stop id %u after %u tokens of at least %u", token, seq_n_generated(seq),
+                      seq->sampler.tokens_min);
         word->end = RT_END_STOP;
         word->stop_id = token;
         return word;

@@ -83,6 +83,10 @@ typedef struct rt_logprobs {
     float top[RT_LOGPROBS_TOP_MAX];
 } rt_logprobs;
 
+/* What the output must keep to: router/engine/constraint.h. The scheduler keeps it with its sequence. */
+typedef struct rt_constraint rt_constraint;
+void rt_constraint_destroy(rt_constraint *constraint); /* NULL is fine */
+
 typedef struct rt_seq_request {
     rt_seq_key key;
     const uint32_t *prompt; /* borrowed; copied */
@@ -90,7 +94,8 @@ typedef struct rt_seq_request {
     const uint32_t *emitted; /* generated before, elsewhere; borrowed; copied */
     uint32_t n_emitted;
     rt_sampler sampler;
-    uint64_t deadline_ms; /* on the clock of now_ms; UINT64_MAX = none */
+    rt_constraint *constraint; /* NULL: none; given when the sequence is opened, else still the caller's */
+    uint64_t deadline_ms;      /* on the clock of now_ms; UINT64_MAX = none */
 } rt_seq_request;
 
 rt_sched *rt_sched_create(const rt_sched_limits *limits);
@@ -125,7 +130,10 @@ typedef struct rt_step_seg {
     uint32_t stop_wait;        /* tokens to be drawn before a stop id may be */
     const uint32_t *log;       /* prompt, generated ids, guesses [pos0 + n_row]; borrowed likewise */
     uint32_t n_prompt;         /* of log */
-    rt_logprobs *logprobs;     /* [n_draft + 1], to be written by who samples; NULL: not asked for */
+    rt_constraint *constraint; /* NULL: none; whoever makes the masks follows the log with it */
+    const uint32_t *masks; /* [n_draft + 1][(vocab + 31) / 32] the ids allowed after each of those rows, set
+                              by who samples when there is a constraint; NULL: all */
+    rt_logprobs *logprobs; /* [n_draft + 1], to be written by who samples; NULL: not asked for */
 } rt_step_seg;
 
 typedef struct rt_step {

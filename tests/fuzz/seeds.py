@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import struct
 import sys
 
@@ -51,6 +52,16 @@ def field():
     for document in range(3):
         for how in range(1, 4):
             yield bytes([document, 5 * how, 0, how]) + b"dspark_x"
+
+
+def grammar():
+    """A kind, a seed, a source; see fuzz_grammar.c. The sources are those of the unit test's tables."""
+    text = read(os.path.join(ROOT, "tests", "unit", "test_grammar.c")).decode()
+    kinds = {"S": 1, "R": 2, "GM_CHOICE": 3, "GM_TOOLS": 4}
+    for kind, source in re.findall(r'\{(S|R|GM_CHOICE|GM_TOOLS),\s*"((?:[^"\\]|\\.)*)"', text):
+        source = re.sub(r"\\(.)", r"\1", source).encode()
+        for seed in range(2):
+            yield bytes([kinds[kind], seed]) + source
 
 
 def byte_symbols():
@@ -151,7 +162,7 @@ def surface():
 
 
 def main():
-    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, kserve, surface):
+    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, kserve, surface, grammar):
         folder = os.path.join(sys.argv[1], make.__name__)
         os.makedirs(folder)
         for i, seed in enumerate(make()):

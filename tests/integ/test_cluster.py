@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 
 import openai
 import pytest
@@ -146,22 +147,30 @@ def test_second_up_in_the_same_folder(cluster, bin_dir):
 
 
 def test_queue_full_is_429(start_cluster):
-    """Two slots, a queue of two: the fifth is told to come back."""
-    cluster = start_cluster("--workers", "1", env={"BALEEN_SEQUENCES_MAX": "2", "BALEEN_QUEUE_MAX": "2",
+    """Two slots, and room for two more that wait: the fifth is told to come back."""
+    cluster = start_cluster("--workers", "1", env={"BALEEN_SEQUENCES_MAX": "2", "BALEEN_STREAMS_MAX": "4",
                                                    "BALEEN_FAILPOINTS": "router_step_slow:10000"})  # none ends meanwhile
     client = client_of(cluster)
-    streams, refused = [], 0
+    over = threading.Event()
+
+    def hold():
+        with client.chat.completions.create(model="nano", messages=COUNT, stream=True, temperature=0,
+                                            extra_body={"ignore_eos": True, **CHAT}) as stream:
+            for _ in stream:
+                if over.is_set():
+                    return
+
+    holders = [threading.Thread(target=hold) for _ in range(4)]
+    for holder in holders:
+        holder.start()
     try:
-        for _ in range(12):
-            try:
-                streams.append(client.chat.completions.create(model="nano", messages=COUNT, stream=True, temperature=0,
-                                                              extra_body={"ignore_eos": True, **CHAT}))
-            except openai.RateLimitError as error:
-                refused += 1
-                assert error.response.headers.get("retry-after")
+        wait_for("four streams", lambda: sum(cluster.metrics()["baleen_streams"].values()) == 4)
+        with pytest.raises(openai.RateLimitError) as refused:
+            answer(cluster)
+        assert refused.value.response.headers.get("retry-after")
     finally:
-        for stream in streams:
-            stream.close()
-    assert refused >= 1
+        over.set()
+        for holder in holders:
+            holder.join()
     wait_for("the ledger to be zero", cluster.ledger_is_zero)
     assert answer(cluster)

@@ -140,6 +140,17 @@ static void draw_speculation(t_rng *rng, t_case *c)
     }
 }
 
+/* Last of all, so that a seed draws what it drew before there were any. */
+static void draw_constraints(t_rng *rng, t_case *c)
+{
+    for (uint32_t i = 0; i < c->n_all && c->geometry.vocab >= T_CONSTRAINT_VOCAB; i++) {
+        if (t_below(rng, 2) == 0) {
+            c->seqs[i].constraint = t_between(rng, 1, T_CONSTRAINTS);
+            c->seqs[i].thinking = t_below(rng, 8) == 0;
+        }
+    }
+}
+
 /* ---- the cluster ---- */
 
 static void draw_device(t_rng *rng, t_device *device_out)
@@ -217,6 +228,7 @@ void t_case_draw(uint64_t seed, t_case *c)
     draw_cluster(&rng, c);
     draw_epoch(&rng, c);
     draw_speculation(&rng, c);
+    draw_constraints(&rng, c);
 }
 
 void t_case_undisturbed(const t_case *c, t_case *out)

@@ -13,6 +13,8 @@ enum {
     T_PROMPT_MAX = 400,
     T_TOKENS_MAX = 192,
     T_MODELS = 5,
+    T_CONSTRAINTS = 4,        /* kinds that are drawn */
+    T_CONSTRAINT_VOCAB = 260, /* ids that a vocabulary for them has at least: every byte and control tokens */
 };
 
 extern const char *const t_model_names[T_MODELS];
@@ -27,9 +29,11 @@ typedef struct t_seq {
     uint32_t prompt[T_PROMPT_MAX],
         n_prompt; /* the first id is no other sequence's: it tells them apart in a step */
     rt_sampler sampler;
-    uint32_t arrival;   /* turn in which it is opened */
-    uint32_t cancel;    /* extras: turn in which it is cancelled */
-    bool cancel_flying; /* while the turn's step is computed, not before it */
+    uint32_t constraint; /* 0: none; else one of schedule_constraint.h's */
+    bool thinking;       /* it begins behind a </think> */
+    uint32_t arrival;    /* turn in which it is opened */
+    uint32_t cancel;     /* extras: turn in which it is cancelled */
+    bool cancel_flying;  /* while the turn's step is computed, not before it */
 } t_seq;
 
 typedef struct t_device {

@@ -11,6 +11,7 @@
 #include "common/base/rng.h"
 #include "common/base/stats.h"
 #include "tests/unit/schedule_cluster.h"
+#include "tests/unit/schedule_constraint.h"
 
 enum { TURNS_MAX = 100000, OWNER = 1 };
 
@@ -18,6 +19,7 @@ enum { TURNS_MAX = 100000, OWNER = 1 };
 typedef struct run_watch {
     const t_case *c;
     t_cluster *cluster;
+    t_constraints *constraints;
     t_trace *trace;
     t_outcome *out;
     const t_outcome *alone;           /* NULL in that run itself */
@@ -87,6 +89,7 @@ static void watch_open(run_watch *w, const t_case *c, t_trace *trace, t_outcome 
 {
     *w = (run_watch){.c = c,
                      .cluster = t_cluster_create(c),
+                     .constraints = t_constraints_create(c),
                      .trace = trace,
                      .out = out,
                      .switch_layer = c->geometry.n_layer};
@@ -106,9 +109,13 @@ static void run_one(run_watch *w, uint32_t seq, uint64_t *number)
         pages[i] = seq * n_page + i;
     }
     w->slot_seq[seq] = seq;
+    rt_constraint *constraint = t_constraint_make(w->constraints, s);
     while (n_log < s->n_prompt + s->sampler.tokens_max) {
         uint32_t n_row = n_log - n_done;
         rt_step_seg seg = {.slot = seq,
+                           .constraint = constraint,
+                           .log = log,
+                           .n_prompt = s->n_prompt,
                            .pos0 = n_done,
                            .n_row = n_row,
                            .tokens = log + n_done,
@@ -122,6 +129,7 @@ static void run_one(run_watch *w, uint32_t seq, uint64_t *number)
         assert_int_equal(rt_engine_step(t_cluster_engine(w->cluster), &step, &result), CM_OK);
         log[n_log++] = w->out->tokens[seq][w->out->n[seq]++] = result.tokens[0];
     }
+    rt_constraint_destroy(constraint);
 }
 
 void t_run_alone(const t_case *c, t_trace *trace, t_outcome *out)
@@ -135,6 +143,7 @@ void t_run_alone(const t_case *c, t_trace *trace, t_outcome *out)
         run_one(&w, i, &number);
     }
     t_cluster_destroy(w.cluster);
+    t_constraints_destroy(w.constraints);
 }
 
 /* ---- together ---- */
@@ -172,6 +181,7 @@ static void together_arrivals(together *t, uint32_t turn)
                                   .prompt = seq->prompt,
                                   .n_prompt = seq->n_prompt,
                                   .sampler = seq->sampler,
+                                  .constraint = t_constraint_make(t->watch.constraints, seq),
                                   .deadline_ms = UINT64_MAX};
         if (rt_sched_open(t->sched, turn, &request, &err) != CM_OK) {
             fail_msg("sequence %u: %s", i, err.text);
@@ -290,4 +300,5 @@ void t_run_together(const t_case *c, const t_outcome *alone, t_trace *trace, t_o
     events_out->n_retry = (uint64_t)(cm_stat_get(CM_STAT_exchange_retries) - retries);
     rt_sched_destroy(t.sched);
     t_cluster_destroy(t.watch.cluster);
+    t_constraints_destroy(t.watch.constraints);
 }

@@ -17,18 +17,21 @@
 #include "proto/pack.h"
 #include "router/gateways.h"
 
-enum { OPENS = 3000, CLUSTER = 5 };
+enum { OPENS = 3000, CLUSTER = 5, NANO_VOCAB = 4096 };
 
 typedef struct fixture {
     pc_loop *loop;
     rt_sched *sched;
     rt_gateways *gateways;
+    rt_constraints *constraints;
     net *n; /* the gateway's side */
     pc_netpump *pump;
     net_peer *peer;
     bool up, down;
     bool any_answer; /* whatever comes is fine */
-    uint32_t n_answers, n_refused, n_sending;
+    uint32_t n_answers, n_refused, n_sending, n_words;
+    int32_t last_status; /* of any answer */
+    char last_text[256];
     cm_arena arena;
 } fixture;
 
@@ -45,14 +48,22 @@ static void flush(void *arg)
 static void on_answers(fixture *f, const net_event *event)
 {
     Baleen__Engine__V1__StepTokens *step;
-    if (f->any_answer) {
+    cm_arena_reset(&f->arena);
+    if (f->any_answer && event->type != PR_MSG_STEP_TOKENS) {
         f->n_answers++;
         return;
     }
-    cm_arena_reset(&f->arena);
     assert_int_equal(pr_unpack(&baleen__engine__v1__step_tokens__descriptor, event->payload,
                                event->payload_bytes, &f->arena, (ProtobufCMessage **)&step),
                      CM_OK);
+    if (f->any_answer) {
+        const Baleen__Engine__V1__SeqTokens *last = step->seq[step->n_seq - 1];
+        f->n_answers++;
+        f->n_words += (uint32_t)step->n_seq;
+        f->last_status = last->has_status ? last->status : CM_OK;
+        snprintf(f->last_text, sizeof(f->last_text), "%s", last->text != NULL ? last->text : "");
+        return;
+    }
     for (size_t i = 0; i < step->n_seq; i++) {
         const Baleen__Engine__V1__SeqTokens *seq = step->seq[i];
         assert_int_equal(seq->stream, ++f->n_answers); /* in order, none twice, none lost */
@@ -115,7 +126,8 @@ static int setup(void **state)
     f->sched = rt_sched_create(&limits);
     rt_gateways_options gateways = {
         .gateway_max = 2,
-        .keep = {.live_max = 4 + 4096, .ended_max = 16, .bytes_max = 1 << 17, .grace_ms = 300}};
+        .keep = {.live_max = 4 + 4096, .ended_max = 16, .bytes_max = 1 << 17, .grace_ms = 300},
+        .constraints = f->constraints = rt_constraints_create(f->loop, BALEEN_NANO, NANO_VOCAB)};
     f->gateways = rt_gateways_create(f->loop, server, f->sched, &gateways, nothing, f);
     rt_gateways_identify(f->gateways, &(net_identity){CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, 1});
     pc_loop_before_sleep(f->loop, flush, f);
@@ -139,6 +151,7 @@ static int teardown(void **state)
     net_close(f->n);
     rt_gateways_destroy(f->gateways);
     rt_sched_destroy(f->sched);
+    rt_constraints_destroy(f->constraints);
     pc_loop_destroy(f->loop);
     cm_arena_fini(&f->arena);
     cm_free(f);
@@ -268,8 +281,20 @@ static Baleen__Engine__V1__SeqKey key_of(uint8_t id[16], uint64_t n)
     return key;
 }
 
+/* Good ones, of which some are known by now, one that does not compile, one of no known kind. */
+static void draw_constraint(Baleen__Engine__V1__Constraint *constraint, Baleen__Engine__V1__SeqOpen *open)
+{
+    static const char *const sources[] = {"a+", "a{3}b*", "[0-9]{4,}", "(a", "x"};
+    uint32_t i = below(5);
+    constraint->kind = i == 4 ? 99 : GM_REGEX;
+    constraint->source =
+        (ProtobufCBinaryData){.len = strlen(sources[i]), .data = (uint8_t *)(uintptr_t)sources[i]};
+    open->constraint = below(3) == 0 ? constraint : NULL;
+}
+
 static void say_open(fixture *f, uint64_t stream)
 {
+    Baleen__Engine__V1__Constraint constraint = BALEEN__ENGINE__V1__CONSTRAINT__INIT;
     static uint8_t resume[3000];
     uint8_t id[16];
     uint32_t prompt[2] = {1, below(10) == 0 ? 1000 : 2};
@@ -282,6 +307,7 @@ static void say_open(fixture *f, uint64_t stream)
     open.n_prompt = 2;
     open.sampler = &sampler;
     open.key = below(5) > 0 ? &key : NULL;
+    draw_constraint(&constraint, &open);
     open.has_resume = below(2) == 0;
     open.resume = (ProtobufCBinaryData){.len = below(sizeof(resume)), .data = resume};
     (void)send_message(f, PR_MSG_SEQ_OPEN, &open.base);
@@ -380,11 +406,71 @@ static void test_nothing_is_left_of_random_words(void **state)
     assert_int_equal(net_in_flight(f->n), 0);
 }
 
+/* ---- constraints ---- */
+
+static void open_constrained(fixture *f, uint64_t stream, uint32_t kind, const char *source)
+{
+    uint32_t prompt[2] = {1, 2};
+    Baleen__Engine__V1__SamplerParams sampler = BALEEN__ENGINE__V1__SAMPLER_PARAMS__INIT;
+    Baleen__Engine__V1__SeqOpen open = BALEEN__ENGINE__V1__SEQ_OPEN__INIT;
+    Baleen__Engine__V1__Constraint constraint = BALEEN__ENGINE__V1__CONSTRAINT__INIT;
+    sampler.tokens_max = 4;
+    constraint.kind = kind;
+    constraint.source = (ProtobufCBinaryData){.len = strlen(source), .data = (uint8_t *)(uintptr_t)source};
+    open.stream = stream;
+    open.prompt = prompt;
+    open.n_prompt = 2;
+    open.sampler = &sampler;
+    open.constraint = &constraint;
+    assert_true(send_message(f, PR_MSG_SEQ_OPEN, &open.base));
+}
+
+static void answer_to(fixture *f, uint64_t stream, uint32_t kind, const char *source)
+{
+    uint32_t n = f->n_words;
+    open_constrained(f, stream, kind, source);
+    while (f->n_words == n) {
+        pc_loop_run(f->loop);
+    }
+    assert_int_equal(f->n_words, n + 1);
+}
+
+static void test_constraints(void **state)
+{
+    fixture *f = *state;
+    f->any_answer = true;
+    /* cancelled while the vocabulary is read and it is compiled: no word about it; the word about the next
+     * one says that all is done */
+    uint64_t stream = 5;
+    Baleen__Engine__V1__SeqCancel cancel = BALEEN__ENGINE__V1__SEQ_CANCEL__INIT;
+    cancel.stream = &stream;
+    cancel.n_stream = 1;
+    open_constrained(f, stream, GM_REGEX, "never seen");
+    assert_true(send_message(f, PR_MSG_SEQ_CANCEL, &cancel.base));
+    answer_to(f, 6, GM_REGEX, "nor this");
+    assert_int_equal(f->last_status, CM_OK);
+    answer_to(f, 1, GM_REGEX, "a+");
+    assert_int_equal(f->last_status, CM_OK);
+    answer_to(f, 2, GM_REGEX, "a+"); /* known */
+    assert_int_equal(f->last_status, CM_OK);
+    answer_to(f, 2, GM_REGEX, "a+");
+    assert_int_equal(f->last_status, CM_E_EXISTS);
+    answer_to(f, 3, GM_REGEX, "(a");
+    assert_int_equal(f->last_status, CM_E_INVALID);
+    assert_non_null(strstr(f->last_text, "without its )"));
+    answer_to(f, 4, 99, "a");
+    assert_int_equal(f->last_status, CM_E_INVALID);
+    rt_sched_ledger ledger;
+    rt_sched_ledger_get(f->sched, &ledger);
+    assert_int_equal(ledger.n_seq, 3);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_every_open_is_answered, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_lost_gateway_leaves_nothing, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_constraints, setup, teardown),
         cmocka_unit_test_setup_teardown(test_nothing_is_left_of_random_words, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -358,9 +358,9 @@ static void test_chat_bad_fields(void **state)
     chat.sampling.temperature = NAN;
     expect_refused(CHAT, &chat.request, PC_CODE_INVALID_ARGUMENT, "sampling.temperature");
     simple_init(&chat);
-    chat.sampling.constraint_case = BALEEN__V1__SAMPLING__CONSTRAINT_REGEX;
-    chat.sampling.regex = "a+";
-    expect_refused(CHAT, &chat.request, PC_CODE_UNIMPLEMENTED, "sampling.constraint");
+    chat.sampling.constraint_case = BALEEN__V1__SAMPLING__CONSTRAINT_GRAMMAR;
+    chat.sampling.grammar = "root ::= x";
+    expect_refused(CHAT, &chat.request, PC_CODE_UNIMPLEMENTED, "sampling.grammar");
     chat.sampling.constraint_case = BALEEN__V1__SAMPLING__CONSTRAINT_JSON_SCHEMA;
     chat.sampling.json_schema = "[1";
     expect_refused(CHAT, &chat.request, PC_CODE_INVALID_ARGUMENT, "sampling.json_schema");

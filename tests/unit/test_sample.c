@@ -390,6 +390,61 @@ static void test_logprobs(void **state)
     (void)state;
 }
 
+static void mask_of(uint32_t mask[2], const uint32_t *ids, uint32_t n)
+{
+    mask[0] = mask[1] = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        mask[ids[i] / 32] |= 1u << ids[i] % 32;
+    }
+}
+
+/* What a constraint does not allow is not drawn, whatever speaks for it. */
+static void test_mask(void **state)
+{
+    float logits[VOCAB];
+    uint32_t masks[2][2];
+    rt_bias bias = {5, 100};
+    rt_logprobs told = {0};
+    rt_sampler s = {.seed = 3,
+                    .temperature = 1,
+                    .top_p = 0.5f,
+                    .top_k = 2,
+                    .n_bias = 1,
+                    .bias = &bias,
+                    .n_stop = 2,
+                    .stop = {7, 7}};
+    rt_step_seg seg = {.pos0 = 0, .n_row = 9, .n_draft = 1, .sampler = &s, .masks = masks[0], .stop_wait = 5};
+    rt_sample_scratch *scratch = rt_sample_scratch_create(VOCAB);
+    make_logits(77, logits);
+    logits[5] = 50;
+    mask_of(masks[0], (const uint32_t[]){7, 33, 40}, 3);
+    mask_of(masks[1], (const uint32_t[]){7}, 1);
+    for (uint32_t position = 0; position < 500; position++) {
+        seg.pos0 = position;
+        uint32_t token = rt_sample(scratch, logits, &seg, 0);
+        assert_true(token == 33 || token == 40);                  /* 7 has to wait */
+        assert_int_equal(rt_sample(scratch, logits, &seg, 1), 7); /* but not when nothing else is allowed */
+    }
+    s.temperature = 0;
+    assert_int_equal(rt_sample(scratch, logits, &seg, 0), logits[33] >= logits[40] ? 33 : 40);
+    for (uint32_t id = 0; id < VOCAB; id++) {
+        logits[id] = id == 5 ? 1 : NAN; /* nothing that is allowed has a number */
+    }
+    seg.stop_wait = 0;
+    assert_int_equal(rt_sample(scratch, logits, &seg, 0), 7);
+    /* log-probabilities: of what is allowed */
+    make_logits(78, logits);
+    seg.logprobs = &told;
+    s = (rt_sampler){.logprobs = true, .n_top = 3};
+    mask_of(masks[0], (const uint32_t[]){20, 30}, 2);
+    uint32_t best = rt_sample(scratch, logits, &seg, 0);
+    double p = exp((double)told.top[0]) + exp((double)told.top[1]);
+    assert_true(told.top_id[0] == best && told.top_id[1] == 50 - best && fabs(p - 1) < 1e-6);
+    assert_true(isinf(told.top[2]));
+    rt_sample_scratch_destroy(scratch);
+    (void)state;
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_greedy),
@@ -401,6 +456,7 @@ int main(void)
                                        cmocka_unit_test(test_order),
                                        cmocka_unit_test(test_bias),
                                        cmocka_unit_test(test_scratch_is_clean),
-                                       cmocka_unit_test(test_logprobs)};
+                                       cmocka_unit_test(test_logprobs),
+                                       cmocka_unit_test(test_mask)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

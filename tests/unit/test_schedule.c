@@ -1,8 +1,8 @@
 /* The determinism contract as a property: under random schedules (who else is in the batch, chunks, scarce
- * pages, workers, placement and its change, transport, CPU paths, cancels, speculation) every sequence's
- * logits and tokens are bit for bit those it has alone on one worker in one chunk. --seeds N runs seeds 1 ..
- * N, --seed S runs one again. And the one order that models' values hardly ever show: slots are summed by
- * expert id, wherever they stand. */
+ * pages, workers, placement and its change, transport, CPU paths, cancels, speculation, constraints on some)
+ * every sequence's logits and tokens are bit for bit those it has alone on one worker in one chunk. --seeds N
+ * runs seeds 1 .. N, --seed S runs one again. And the one order that models' values hardly ever show: slots
+ * are summed by expert id, wherever they stand. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -28,7 +28,7 @@ enum { ISA_MAX = 8 };
 
 typedef struct tally {
     uint64_t n_seed, model[T_MODELS], worker[T_WORKER_MAX + 1], ucx, isa[ISA_MAX], threads[4], n_seq, n_token,
-        greedy;
+        greedy, constrained;
     uint64_t epochs, preempted_seeds, speculating;
     t_events sum;
     uint64_t slowest_ns, total_ns;
@@ -59,6 +59,7 @@ static void tally_add(tally *all, const t_case *c, const t_events *events, uint6
         all->n_seq++;
         all->n_token += c->seqs[i].sampler.tokens_max;
         all->greedy += c->seqs[i].sampler.temperature == 0;
+        all->constrained += c->seqs[i].constraint != 0;
     }
     all->epochs += events->epoch_changed;
     all->preempted_seeds += events->n_preempted > 0;
@@ -93,15 +94,16 @@ static void tally_print(const tally *all)
     }
     print_message("; threads 1: %llu 2: %llu 3: %llu\n", (unsigned long long)all->threads[1],
                   (unsigned long long)all->threads[2], (unsigned long long)all->threads[3]);
-    print_message("%llu sequences (%llu greedy), %llu tokens, %llu steps, %llu chunks, %llu decode rows, "
+    print_message("%llu sequences (%llu greedy, %llu constrained), %llu tokens, %llu steps, %llu chunks, "
+                  "%llu decode rows, "
                   "%llu preemptions in %llu "
                   "seeds, %llu cancels, %llu placement changes, %llu layers asked again\n",
                   (unsigned long long)all->n_seq, (unsigned long long)all->greedy,
-                  (unsigned long long)all->n_token, (unsigned long long)all->sum.n_step,
-                  (unsigned long long)all->sum.n_chunk, (unsigned long long)all->sum.n_decode,
-                  (unsigned long long)all->sum.n_preempted, (unsigned long long)all->preempted_seeds,
-                  (unsigned long long)all->sum.n_cancelled, (unsigned long long)all->epochs,
-                  (unsigned long long)all->sum.n_retry);
+                  (unsigned long long)all->constrained, (unsigned long long)all->n_token,
+                  (unsigned long long)all->sum.n_step, (unsigned long long)all->sum.n_chunk,
+                  (unsigned long long)all->sum.n_decode, (unsigned long long)all->sum.n_preempted,
+                  (unsigned long long)all->preempted_seeds, (unsigned long long)all->sum.n_cancelled,
+                  (unsigned long long)all->epochs, (unsigned long long)all->sum.n_retry);
     print_message("%llu seeds with speculation, %llu guesses, %llu of them right\n",
                   (unsigned long long)all->speculating, (unsigned long long)all->sum.n_guess,
                   (unsigned long long)all->sum.n_right);

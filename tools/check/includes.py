@@ -11,6 +11,7 @@ ROOMS = {
     "common/base": ([], "status, log, assertions, memory, rng, clock, options, counters, failpoints; stands on libc alone"),
     "common/net": (["common/base"], "links between processes: the transport table, its layer, ucx and local"),
     "common/model": (["common/base"], "the checkpoint and its text: geometry, safetensors, tokenizer, chat encoding, parser"),
+    "common/grammar": (["common/base", "common/model"], "what a model may say: grammars and their masks over a vocabulary"),
     "common/proc": (["common/base", "common/net", "proto"], "what every process has: loop, gRPC server and client, membership"),
     "proto": (["common/base"], "messages, row frames, placement as a value"),
     "kernels": (["common/base"], "the operations of the model: table, oracle (ref), portable CPU path (cpu)"),
