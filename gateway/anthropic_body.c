@@ -32,6 +32,12 @@ static bool absent(const json_t *value)
     return value == NULL || json_is_null(value);
 }
 
+static bool is_type(const json_t *object, const char *type)
+{
+    const char *own = json_string_value(json_object_get(object, "type"));
+    return own != NULL && strcmp(own, type) == 0;
+}
+
 static cm_status refuse(gw_error *error, const char *param, const char *what)
 {
     gw_error_set(error, GW_CAUSE_INVALID, param, "%s %s", param, what);
@@ -69,20 +75,53 @@ static cm_status check_content(const json_t *content, const char *where, bool op
     return CM_OK;
 }
 
+/* What the system says is text. */
+static cm_status check_system(const json_t *content, const char *where, bool optional, gw_error *error)
+{
+    char at[96];
+    size_t i;
+    json_t *block;
+    CM_TRY(check_content(content, where, optional, error));
+    json_array_foreach(content, i, block)
+    {
+        if (!is_type(block, "text")) {
+            snprintf(at, sizeof(at), "%.70s[%zu]", where, i);
+            return refuse(error, at, "is no text block: this is a text-only model");
+        }
+    }
+    return CM_OK;
+}
+
+static cm_status check_block(const json_t *block, size_t i, size_t k, gw_error *error)
+{
+    char at[96];
+    const json_t *input = json_object_get(block, "input");
+    if (is_type(block, "tool_result")) {
+        snprintf(at, sizeof(at), "messages[%zu].content[%zu].content", i, k);
+        return check_content(json_object_get(block, "content"), at, true, error);
+    }
+    if (is_type(block, "tool_use") && !absent(input) && !json_is_object(input) && !json_is_string(input)) {
+        snprintf(at, sizeof(at), "messages[%zu].content[%zu].input", i, k);
+        return refuse(error, at, "must be an object");
+    }
+    return CM_OK;
+}
+
 static cm_status check_message(const json_t *message, size_t i, gw_error *error)
 {
     char at[96];
+    const char *role = json_string_value(json_object_get(message, "role"));
     const json_t *content = json_object_get(message, "content");
     size_t k;
     json_t *block;
     snprintf(at, sizeof(at), "messages[%zu].content", i);
+    if (role != NULL && strcmp(role, "system") == 0) {
+        return check_system(content, at, false, error);
+    }
     CM_TRY(check_content(content, at, false, error));
     json_array_foreach(content, k, block)
     {
-        if (strcmp(json_string_value(json_object_get(block, "type")), "tool_result") == 0) {
-            snprintf(at, sizeof(at), "messages[%zu].content[%zu].content", i, k);
-            CM_TRY(check_content(json_object_get(block, "content"), at, true, error));
-        }
+        CM_TRY(check_block(block, i, k, error));
     }
     return CM_OK;
 }
@@ -102,7 +141,7 @@ static cm_status check_shape(const json_t *given, gw_error *error)
     {
         CM_TRY(check_message(message, i, error));
     }
-    return check_content(json_object_get(given, "system"), "system", true, error);
+    return check_system(json_object_get(given, "system"), "system", true, error);
 }
 
 /* ---- fields that need turning around ---- */

@@ -272,7 +272,7 @@ static void keep_alive(void *arg)
 {
     gw_exchange *x = arg;
     send_head(x); /* a whole object may begin with empty lines */
-    if (x->sse && x->surface->writer.keep_alive != NULL) {
+    if (x->sse && x->surface->writer.keep_alive != NULL && x->n_started == x->n_choice) {
         cm_bytes event;
         cm_bytes_init(&event, 0);
         x->surface->writer.keep_alive(x->writer, &event);

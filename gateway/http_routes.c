@@ -254,6 +254,15 @@ static void route_ready(gw_http *http, struct evhttp_request *req, const char *r
     json_decref(reply);
 }
 
+/* For balancers that know vLLM: what this gateway has under way. */
+static void route_load(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    json_t *reply = json_pack("{s:I}", "server_load", (json_int_t)http->gateway->n_streams);
+    gw_reply_json(req, 200, reply);
+    json_decref(reply);
+}
+
 static void route_metrics(gw_http *http, struct evhttp_request *req, const char *rest)
 {
     (void)rest;
@@ -381,7 +390,11 @@ static const route ROUTES[] = {
     {"/detokenize", false, false, EVHTTP_REQ_POST, route_detokenize},
     {"/health", false, false, EVHTTP_REQ_GET, route_health},
     {"/ping", false, false, EVHTTP_REQ_GET, route_health},
+    {"/livez", false, false, EVHTTP_REQ_GET, route_health},
+    {"/healthz", false, false, EVHTTP_REQ_GET, route_health},
     {"/ready", false, false, EVHTTP_REQ_GET, route_ready},
+    {"/readyz", false, false, EVHTTP_REQ_GET, route_ready},
+    {"/load", false, false, EVHTTP_REQ_GET, route_load},
     {"/metrics", false, false, EVHTTP_REQ_GET, route_metrics},
     {"/version", false, false, EVHTTP_REQ_GET, route_version},
     {"/v2", false, false, EVHTTP_REQ_GET, gw_kserve_http_server},

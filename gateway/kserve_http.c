@@ -436,9 +436,9 @@ void gw_kserve_http_ask(gw_http *http, struct evhttp_request *req, const char *r
 /* ---- answers ---- */
 
 typedef struct kserve_writer {
-    gw_kserve_ask ask;
-    bool infer; /* the answer is a tensor */
-    char *id;   /* NULL: none was given */
+    bool infer;  /* the answer is a tensor */
+    bool stream; /* it comes piece by piece */
+    char *id;    /* NULL: none was given */
     char *model;
     cm_bytes text, out;
     gw_emit_fn emit;
@@ -448,13 +448,23 @@ typedef struct kserve_writer {
 static kserve_writer *writer_create(const json_t *given, gw_emit_fn emit, void *ctx, bool infer)
 {
     kserve_writer *w = cm_alloc(sizeof(*w));
+    gw_kserve_ask ask;
     gw_error error;
     const char *id = json_string_value(json_object_get(given, "id"));
-    *w = (kserve_writer){.infer = infer, .id = id != NULL ? cm_strdup(id) : NULL, .emit = emit, .ctx = ctx};
-    cm_status status = given_ask(given, &w->ask, &error);
+    cm_status status = given_ask(given, &ask, &error);
     CM_ASSERT(status == CM_OK); /* it was when the body was made */
+    *w = (kserve_writer){.infer = infer,
+                         .stream = ask.stream,
+                         .id = id != NULL ? cm_strdup(id) : NULL,
+                         .emit = emit,
+                         .ctx = ctx};
     cm_bytes_init(&w->text, 0);
     cm_bytes_init(&w->out, 0);
+    if (ask.echo) {
+        const json_t *prompt = json_object_get(ask.body, "prompt");
+        cm_bytes_append(&w->text, json_string_value(prompt), json_string_length(prompt));
+    }
+    gw_kserve_ask_fini(&ask);
     return w;
 }
 
@@ -473,7 +483,6 @@ static void *infer_create(const json_t *given, const char *fingerprint, gw_emit_
 static void writer_destroy(void *writer)
 {
     kserve_writer *w = writer;
-    gw_kserve_ask_fini(&w->ask);
     cm_bytes_fini(&w->text);
     cm_bytes_fini(&w->out);
     cm_free(w->id);
@@ -515,10 +524,6 @@ static void writer_started(void *ctx, const gw_start *start)
 {
     kserve_writer *w = ctx;
     w->model = cm_strdup(start->model);
-    if (w->ask.echo) {
-        const json_t *prompt = json_object_get(w->ask.body, "prompt");
-        cm_bytes_append(&w->text, json_string_value(prompt), json_string_length(prompt));
-    }
 }
 
 static void writer_piece(void *ctx, const md_piece *piece)
@@ -527,30 +532,11 @@ static void writer_piece(void *ctx, const md_piece *piece)
     if (piece->kind != MD_PIECE_CONTENT) {
         return;
     }
-    if (w->ask.stream) {
+    if (w->stream) {
         emit_text(w, piece->text, piece->n_bytes, false);
     } else {
         cm_bytes_append(&w->text, piece->text, piece->n_bytes);
     }
-}
-
-static void writer_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_t n)
-{
-    (void)ctx;
-    (void)offset;
-    (void)ids;
-    (void)n;
-}
-
-static void writer_logprobs(void *ctx, const gw_logprobs *logprobs)
-{
-    (void)ctx;
-    (void)logprobs;
-}
-
-static void writer_flush(void *ctx)
-{
-    (void)ctx;
 }
 
 static void writer_finished(void *ctx, const gw_finish *finish)
@@ -560,22 +546,12 @@ static void writer_finished(void *ctx, const gw_finish *finish)
     emit_text(w, cm_bytes_text(&w->text), w->text.len, true);
 }
 
-static void writer_failed(void *ctx, const gw_error *error)
-{
-    (void)ctx;
-    (void)error;
-}
-
 static const gw_stream_events *writer_events(void)
 {
     static const gw_stream_events events = {
         .started = writer_started,
         .piece = writer_piece,
-        .tokens = writer_tokens,
-        .logprobs = writer_logprobs,
-        .flush = writer_flush,
         .finished = writer_finished,
-        .failed = writer_failed,
     };
     return &events;
 }

@@ -13,14 +13,16 @@ typedef struct gw_responses {
     bool seals; /* reasoning goes out sealed, too */
     gw_emit_fn emit;
     void *ctx;
-    cm_bytes out; /* the object being written */
-    json_t *given;
+    cm_bytes out;  /* the object being written */
+    json_t *tools; /* the request's, and of it no more: it may be long */
     cm_bytes echo; /* of the request: the response object's other fields, and its end */
     uint32_t n_events;
 
     char *id, *model;
     int64_t created_s;
     gw_parts parts; /* output items */
+    gw_responses_tool
+        *tool; /* [parts.n] owned: what a call's item calls; looked for once, not at each piece */
 } gw_responses;
 
 /* What becomes of a response or of an item. */
@@ -90,7 +92,7 @@ static void *responses_create(const json_t *given, const char *fingerprint, gw_e
                              .seals = wants_sealed(given),
                              .emit = emit,
                              .ctx = ctx,
-                             .given = json_incref((json_t *)(uintptr_t)given)};
+                             .tools = json_incref(json_object_get(given, "tools"))};
     cm_bytes_init(&writer->out, 0);
     cm_bytes_init(&writer->echo, 0);
     dump_echo(given, &writer->echo);
@@ -101,8 +103,9 @@ static void responses_destroy(void *ctx)
 {
     gw_responses *writer = ctx;
     gw_parts_fini(&writer->parts);
+    cm_free(writer->tool);
     cm_bytes_fini(&writer->out);
-    json_decref(writer->given);
+    json_decref(writer->tools);
     cm_bytes_fini(&writer->echo);
     cm_free(writer->id);
     cm_free(writer->model);
@@ -127,18 +130,18 @@ static void put_bytes(cm_bytes *out, const cm_bytes *bytes)
     gw_json_string(out, cm_bytes_text(bytes), bytes->len);
 }
 
-static gw_responses_tool tool_of(const gw_responses *writer, const gw_part *part)
+/* The newest item's tool: one that the client does not have goes by the name that the model gave it. */
+static void find_tool(gw_responses *writer)
 {
-    gw_responses_tool tool;
-    if (!gw_responses_find_tool(writer->given, cm_bytes_text(&part->name), &tool)) {
-        tool = (gw_responses_tool){.name = cm_bytes_text(&part->name)};
+    uint32_t n = writer->parts.n;
+    const gw_part *part = &writer->parts.part[n - 1];
+    gw_responses_tool tool = {0};
+    if (part->kind == MD_PIECE_CALL &&
+        !gw_responses_find_tool(writer->tools, cm_bytes_text(&part->name), &tool)) {
+        tool.name = cm_bytes_text(&part->name);
     }
-    return tool;
-}
-
-static bool is_custom(const gw_responses *writer, const gw_part *part)
-{
-    return part->kind == MD_PIECE_CALL && tool_of(writer, part).is_custom;
+    writer->tool = cm_realloc(writer->tool, n * sizeof(*writer->tool));
+    writer->tool[n - 1] = tool;
 }
 
 static void put_item_id(const gw_responses *writer, uint32_t item, cm_bytes *out)
@@ -146,7 +149,7 @@ static void put_item_id(const gw_responses *writer, uint32_t item, cm_bytes *out
     const gw_part *part = &writer->parts.part[item];
     const char *prefix = part->kind == MD_PIECE_REASONING ? "rs_"
                          : part->kind == MD_PIECE_CONTENT ? "msg_"
-                         : is_custom(writer, part)        ? "ctc_"
+                         : writer->tool[item].is_custom   ? "ctc_"
                                                           : "fc_";
     char id[GW_PART_ID_BYTES];
     gw_part_id(prefix, writer->id, item, id);
@@ -169,7 +172,7 @@ static void put_custom_input(const gw_part *part, cm_bytes *out)
 static void put_call(const gw_responses *writer, uint32_t item, bool with_text, cm_bytes *out)
 {
     const gw_part *part = &writer->parts.part[item];
-    gw_responses_tool tool = tool_of(writer, part);
+    gw_responses_tool tool = writer->tool[item];
     char id[GW_PART_ID_BYTES];
     gw_part_id("call_", writer->id, item, id);
     cm_bytes_printf(out, ",\"call_id\":\"%s\",\"name\":", id);
@@ -218,11 +221,12 @@ static void put_content(const gw_responses *writer, const gw_part *part, bool wi
     }
 }
 
-static const char *item_type(const gw_responses *writer, const gw_part *part)
+static const char *item_type(const gw_responses *writer, uint32_t item)
 {
+    const gw_part *part = &writer->parts.part[item];
     return part->kind == MD_PIECE_REASONING ? "reasoning"
            : part->kind == MD_PIECE_CONTENT ? "message"
-           : is_custom(writer, part)        ? "custom_tool_call"
+           : writer->tool[item].is_custom   ? "custom_tool_call"
                                             : "function_call";
 }
 
@@ -232,7 +236,7 @@ static void put_item(const gw_responses *writer, uint32_t item, outcome status, 
     const gw_part *part = &writer->parts.part[item];
     cm_bytes_append_text(out, "{\"id\":");
     put_item_id(writer, item, out);
-    cm_bytes_printf(out, ",\"type\":\"%s\",\"status\":\"%s\"", item_type(writer, part), STATUS[status]);
+    cm_bytes_printf(out, ",\"type\":\"%s\",\"status\":\"%s\"", item_type(writer, item), STATUS[status]);
     if (part->kind == MD_PIECE_CALL) {
         put_call(writer, item, with_text, out);
     } else {
@@ -389,7 +393,7 @@ static void close_function(gw_responses *writer, uint32_t item)
     const gw_part *part = &writer->parts.part[item];
     begin_about(writer, "function_call_arguments.done", item, false);
     cm_bytes_append_text(&writer->out, ",\"name\":");
-    put_text(&writer->out, tool_of(writer, part).name);
+    put_text(&writer->out, writer->tool[item].name);
     cm_bytes_append_text(&writer->out, ",\"arguments\":");
     put_bytes(&writer->out, &part->text);
     emit(writer, false);
@@ -413,7 +417,7 @@ static void close_item(gw_responses *writer, uint32_t item, outcome status)
     const gw_part *part = &writer->parts.part[item];
     if (part->kind != MD_PIECE_CALL) {
         close_text(writer, item);
-    } else if (is_custom(writer, part)) {
+    } else if (writer->tool[item].is_custom) {
         close_custom(writer, item);
     } else {
         close_function(writer, item);
@@ -437,6 +441,9 @@ static void responses_piece(void *ctx, const md_piece *piece)
 {
     gw_responses *writer = ctx;
     bool fresh = gw_parts_add(&writer->parts, piece);
+    if (fresh) {
+        find_tool(writer);
+    }
     if (!writer->stream) {
         return;
     }
@@ -446,7 +453,7 @@ static void responses_piece(void *ctx, const md_piece *piece)
     if (fresh) {
         open_item(writer);
     }
-    bool waits = is_custom(writer, &writer->parts.part[last_item(writer)]);
+    bool waits = writer->tool[last_item(writer)].is_custom;
     if (piece->kind != MD_PIECE_CALL && !waits) {
         emit_delta(writer, piece);
     }
@@ -489,11 +496,24 @@ static void responses_keep_alive(const void *ctx, cm_bytes *out)
     cm_bytes_append_text(out, "}");
 }
 
+/* Of a stream without a response: it was queued, and only a keep-alive was told. */
+static void put_stream_error(const gw_error *error, cm_bytes *out)
+{
+    cm_bytes_printf(
+        out, "{\"type\":\"error\",\"sequence_number\":0,\"code\":\"%s\",\"message\":", gw_error_code(error));
+    put_text(out, error->message);
+    cm_bytes_append_text(out, ",\"param\":null}");
+}
+
 static void responses_failure(const void *ctx, const gw_error *error, cm_bytes *out)
 {
     const gw_responses *writer = ctx;
     if (!writer->stream) {
         gw_openai_error(error, out);
+        return;
+    }
+    if (writer->id == NULL) {
+        put_stream_error(error, out);
         return;
     }
     cm_bytes_printf(out,

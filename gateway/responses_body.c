@@ -199,9 +199,8 @@ static bool tool_is(const json_t *tool, const char *name_space, const char *show
     return is;
 }
 
-bool gw_responses_find_tool(const json_t *given, const char *shown, gw_responses_tool *tool_out)
+bool gw_responses_find_tool(const json_t *tools, const char *shown, gw_responses_tool *tool_out)
 {
-    const json_t *tools = json_object_get(given, "tools");
     for (size_t i = 0; i < json_array_size(tools); i++) {
         const json_t *tool = json_array_get(tools, i), *group = json_object_get(tool, "tools");
         const char *name_space = json_string_value(json_object_get(tool, "name"));
@@ -244,7 +243,8 @@ static cm_status put_tool_choice(const json_t *given, json_t *body, gw_error *er
 
 /* ---- input: calls of all kinds as calls of functions ---- */
 
-static cm_status check_part(const json_t *part, const char *where, gw_error *error)
+/* of_tool: what a tool gave may be of any type, the model is told which. */
+static cm_status check_part(const json_t *part, const char *where, bool of_tool, gw_error *error)
 {
     const char *type = json_string_value(json_object_get(part, "type"));
     bool is_text = type != NULL && (strcmp(type, "input_text") == 0 || strcmp(type, "output_text") == 0 ||
@@ -255,10 +255,15 @@ static cm_status check_part(const json_t *part, const char *where, gw_error *err
     if (is_text && !json_is_string(json_object_get(part, "text"))) {
         return refuse(error, where, "is a text part without text");
     }
+    if (!is_text && !of_tool) {
+        gw_error_set(error, GW_CAUSE_INVALID, where, "%s is of type '%.40s': this is a text-only model",
+                     where, type);
+        return CM_E_INVALID;
+    }
     return CM_OK;
 }
 
-static cm_status check_content(const json_t *content, const char *where, gw_error *error)
+static cm_status check_content(const json_t *content, const char *where, bool of_tool, gw_error *error)
 {
     char at[96];
     size_t i;
@@ -269,7 +274,7 @@ static cm_status check_content(const json_t *content, const char *where, gw_erro
     json_array_foreach(content, i, part)
     {
         snprintf(at, sizeof(at), "%.70s[%zu]", where, i);
-        CM_TRY(check_part(part, at, error));
+        CM_TRY(check_part(part, at, of_tool, error));
     }
     return CM_OK;
 }
@@ -299,6 +304,20 @@ static cm_status check_role(const json_t *item, size_t i, gw_error *error)
     return refuse(error, at, "must be user, assistant, system or developer");
 }
 
+static cm_status check_call(const json_t *item, const char *where, gw_error *error)
+{
+    const json_t *arguments = json_object_get(item, "arguments");
+    if (!json_is_string(json_object_get(item, "name"))) {
+        return refuse(error, where, "is a call without a name");
+    }
+    if (!absent(arguments) && !json_is_string(arguments) && !json_is_object(arguments)) {
+        return refuse(error, where, "is a call whose arguments are no string");
+    }
+    return CM_OK;
+}
+
+/* All that the chat encoder would find too, but under the index of a message: items that are none, and
+ * instructions that are one, make it another. */
 static cm_status check_item(const json_t *item, size_t i, gw_error *error)
 {
     char at[48];
@@ -309,11 +328,19 @@ static cm_status check_item(const json_t *item, size_t i, gw_error *error)
     if (is_message(item)) {
         CM_TRY(check_role(item, i, error));
         snprintf(at, sizeof(at), "input[%zu].content", i);
-        return check_content(json_object_get(item, "content"), at, error);
+        return check_content(json_object_get(item, "content"), at, false, error);
     }
     if (is_output(item)) {
         snprintf(at, sizeof(at), "input[%zu].output", i);
-        return check_content(json_object_get(item, "output"), at, error);
+        return check_content(json_object_get(item, "output"), at, true, error);
+    }
+    if (is_type(item, "function_call") || is_type(item, "custom_tool_call")) {
+        return check_call(item, at, error);
+    }
+    if (!is_type(item, "reasoning") && !is_hosted(item)) {
+        gw_error_set(error, GW_CAUSE_INVALID, at, "%s is of type '%.40s', which is unknown here", at,
+                     type_of(item));
+        return CM_E_INVALID;
     }
     return CM_OK;
 }

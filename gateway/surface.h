@@ -20,9 +20,11 @@ typedef struct gw_writer_ops {
     /* ctx of the events of one of the answers. */
     void *(*choice)(void *writer, uint32_t choice);
     const gw_stream_events *(*events)(void);
-    /* The object of an event that says nothing new; NULL: a comment is enough to keep a connection alive. */
+    /* The object of an event that says nothing new; NULL: a comment is enough to keep a connection alive.
+     * Not before started. */
     void (*keep_alive)(const void *writer, cm_bytes *out);
-    /* The last object of a stream that fails after its status was sent; NULL: that of error. */
+    /* The last object of a stream that fails after its status was sent, started or not; NULL: that of error.
+     */
     void (*failure)(const void *writer, const gw_error *error, cm_bytes *out);
 } gw_writer_ops;
 

@@ -275,6 +275,8 @@ static cm_status responses_item(json_t *messages, json_t *pending, json_t *item,
         set_content(message, json_object_get(item, "content"));
         if (strcmp(role, "assistant") == 0) {
             attach_reasoning(message, pending);
+        } else if (strcmp(role, "user") == 0) {
+            json_object_clear(pending); /* the turn was cut off: what it thought is not the next one's */
         }
     } else if (strcmp(type, "reasoning") == 0) {
         read_reasoning(pending, item);

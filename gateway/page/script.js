@@ -317,11 +317,11 @@ function number(id, convert) {
   return Number.isFinite(value) ? value : undefined;
 }
 
-function requestBody() {
+function requestBody(talk) {
   const system = $('system').value.trim();
   const body = {
     model,
-    messages: [...(system ? [{role: 'system', content: system}] : []), ...messages],
+    messages: [...(system ? [{role: 'system', content: system}] : []), ...talk],
     temperature: number('temperature', parseFloat),
     max_tokens: number('max-tokens', parseInt),
     seed: number('seed', parseInt),
@@ -332,12 +332,12 @@ function requestBody() {
   return body;
 }
 
-/** One answer of the model. false: it did not come to its end. */
-async function answerOnce() {
+/** One answer of the model, into talk: the messages it was asked with, even if others have begun. false: it did not come to its end. */
+async function answerOnce(talk) {
   const view = new AnswerView();
   $('log').append(view.element);
   toEnd();
-  running = new Answer(requestBody());
+  running = new Answer(requestBody(talk));
   let note = '';
   try {
     await running.run(chunk => view.take(chunk), () => { view.meta.textContent = 'connection lost, going on …'; });
@@ -350,12 +350,12 @@ async function answerOnce() {
   const answer = {role: 'assistant', content: view.content};
   if (view.reasoning) answer.reasoning_content = view.reasoning;
   if (view.calls.length && !note) answer.tool_calls = view.calls;
-  if (!note || view.content) messages.push(answer);
+  if (!note || view.content) talk.push(answer);
   if (!answer.tool_calls) return false;
   view.calls.forEach((call, i) => {
     const result = runTool(call);
     view.result(i, result);
-    messages.push({role: 'tool', tool_call_id: call.id, content: result});
+    talk.push({role: 'tool', tool_call_id: call.id, content: result});
   });
   return true;
 }
@@ -363,11 +363,12 @@ async function answerOnce() {
 async function say(text) {
   if (running) return;
   $('empty').hidden = true;
-  messages.push({role: 'user', content: text});
+  const talk = messages; // another once it was cleared
+  talk.push({role: 'user', content: text});
   $('log').append(make('div.said', text));
   $('send').hidden = true;
   $('stop').hidden = false;
-  for (let round = 0; round < MAX_TOOL_ROUNDS && await answerOnce(); round++);
+  for (let round = 0; round < MAX_TOOL_ROUNDS && await answerOnce(talk) && talk === messages; round++);
   running = null;
   $('send').hidden = false;
   $('stop').hidden = true;

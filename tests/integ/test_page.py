@@ -309,6 +309,32 @@ def test_stop(start_cluster, page):
     page.check_clean(cluster.http)
 
 
+def test_clear_while_answering(cluster, page):
+    """What is still said of a conversation that was cleared is no part of the next one."""
+    page.open(cluster.http + "/")
+    page.value("""(() => {
+      const chunk = content => `id: chatcmpl-1:1\\ndata: ${JSON.stringify({id: 'chatcmpl-1', choices: [{index: 0, delta: {content}}]})}\\n\\n`;
+      window.bodies = [];
+      window.fetch = async (path, options) => {
+        if (options.method === 'DELETE') return new Response('{}');
+        bodies.push(JSON.parse(options.body));
+        if (bodies.length > 1) return new Response(chunk('new') + 'data: [DONE]\\n\\n');
+        return new Response(new ReadableStream({start(stream) {
+          stream.enqueue(new TextEncoder().encode(chunk('old')));
+          options.signal.addEventListener('abort', () => stream.error(options.signal.reason));
+        }}));
+      };
+    })()""")
+    page.say("old question")
+    page.wait("document.querySelector('.answer .content')?.textContent === 'old'")
+    page.value("document.querySelector('#clear').click()")
+    page.wait("running === null")
+    page.say("new question")
+    page.answered(1)
+    assert page.value("bodies[1].messages") == [{"role": "user", "content": "new question"}]
+    page.check_clean(cluster.http)
+
+
 def painted(page):
     """How many different colours the heat map has."""
     return page.value("""(() => {

@@ -284,6 +284,15 @@ static void bodies_refused(void **state)
         {"{\"max_tokens\":9,\"messages\":[{\"role\":\"wizard\",\"content\":\"x\"}]}", "messages"},
         {"{" BODY ",\"system\":5}", "system"},
         {"{" BODY ",\"system\":[{\"type\":\"text\"}]}", "system[0]"},
+        /* where the client put it: the system's message does not count */
+        {"{" BODY ",\"system\":[{\"type\":\"text\",\"text\":\"s\"},{\"type\":\"image\"}]}", "system[1]"},
+        {"{\"max_tokens\":9,\"system\":\"s\",\"messages\":[{\"role\":\"system\",\"content\":[{\"type\":"
+         "\"image\"}]}]}",
+         "messages[0].content[0]"},
+        {"{\"max_tokens\":9,\"system\":\"s\",\"messages\":[{\"role\":\"assistant\",\"content\":[{\"type\":"
+         "\"tool_use\","
+         "\"name\":\"f\",\"input\":5}]}]}",
+         "messages[0].content[0].input"},
         {"{" BODY ",\"tools\":{}}", "tools"},
         {"{" BODY ",\"tools\":[{\"name\":\"f\"}]}", "tools"},
         {"{" BODY ",\"tool_choice\":{\"type\":\"maybe\"}}", "tool_choice"},

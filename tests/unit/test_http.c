@@ -348,6 +348,9 @@ static void too_many_streams(void **state)
     assert_int_equal(status, 429);
     assert_string_equal(rig_text_at(reply, "error.code"), "rate_limit_exceeded");
     json_decref(reply);
+    reply = rig_ask("GET", "/load", NULL, &status);
+    assert_int_equal(rig_int_at(reply, "server_load"), 1);
+    json_decref(reply);
     rig_close(client);
     rig_until(no_streams, NULL);
 }
@@ -621,8 +624,16 @@ static void operators(void **state)
     assert_int_equal(status, 503);
     assert_string_equal(rig_text_at(reply, "error.type"), "service_unavailable_error");
     json_decref(reply);
-    json_decref(rig_ask("GET", "/health", NULL, &status));
-    assert_int_equal(status, 200);
+    static const char *const live[] = {"/health", "/healthz", "/livez"};
+    for (size_t i = 0; i < sizeof(live) / sizeof(live[0]); i++) {
+        json_decref(rig_ask("GET", live[i], NULL, &status));
+        assert_int_equal(status, 200);
+    }
+    json_decref(rig_ask("GET", "/readyz", NULL, &status));
+    assert_int_equal(status, 503);
+    reply = rig_ask("GET", "/load", NULL, &status);
+    assert_int_equal(rig_int_at(reply, "server_load"), 0);
+    json_decref(reply);
 
     R.probe_fails = true;
     R.refuse_status = CM_E_UNAVAILABLE;

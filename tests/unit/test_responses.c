@@ -285,6 +285,15 @@ static void bodies(void **state)
          "{\"type\":\"function\",\"id\":\"2\",\"function\":{\"name\":\"p\",\"arguments\":\"{\\\"input\\\": "
          "\\\"a\\\\nb\\\"}\"}}]},{\"role\":\"tool\",\"tool_call_id\":\"1\",\"content\":\"o\"},"
          "{\"role\":\"tool\",\"tool_call_id\":\"2\",\"content\":[{\"type\":\"text\",\"text\":\"p\"}]}]}"},
+        /* a turn that was cut off while it thought */
+        {"{\"input\":[{\"role\":\"user\",\"content\":\"q\"},{\"type\":\"reasoning\",\"content\":[{\"type\":"
+         "\"reasoning_text\",\"text\":\"old\"}]},"
+         "{\"role\":\"user\",\"content\":\"r\"},{\"type\":\"reasoning\",\"content\":[{\"type\":\"reasoning_"
+         "text\",\"text\":\"new\"}]},"
+         "{\"role\":\"assistant\",\"content\":\"a\"},{\"role\":\"user\",\"content\":\"s\"}]}",
+         "{\"messages\":[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"user\",\"content\":\"r\"},"
+         "{\"role\":\"assistant\",\"content\":\"a\",\"reasoning_content\":\"new\"},{\"role\":\"user\","
+         "\"content\":\"s\"}]}"},
         /* sealed by somebody else: nothing to show */
         {"{\"input\":[{\"role\":\"user\",\"content\":\"q\"},{\"type\":\"reasoning\",\"summary\":[],"
          "\"encrypted_content\":\"gAAAA\"},{\"role\":\"assistant\",\"content\":\"a\"},{\"role\":\"user\","
@@ -335,7 +344,18 @@ static void bodies_refused(void **state)
         {"{\"input\":[{\"role\":\"wizard\",\"content\":\"x\"}]}", GW_CAUSE_INVALID, "input[0].role"},
         {"{\"input\":[{\"type\":\"function_call_output\",\"output\":5}]}", GW_CAUSE_INVALID,
          "input[0].output"},
-        {"{\"input\":[{\"type\":\"item_reference\",\"id\":\"x\"}]}", GW_CAUSE_INVALID, "input"},
+        /* where the client put it: instructions and what is left out do not count */
+        {"{\"instructions\":\"i\",\"input\":[{\"type\":\"web_search_call\"},{\"type\":\"item_reference\","
+         "\"id\":\"x\"}]}",
+         GW_CAUSE_INVALID, "input[1]"},
+        {"{\"instructions\":\"i\",\"input\":[{\"type\":\"web_search_call\"},{\"role\":\"user\",\"content\":[{"
+         "\"type\":\"input_image\"}]}]}",
+         GW_CAUSE_INVALID, "input[1].content[0]"},
+        {"{\"instructions\":\"i\",\"input\":[{\"type\":\"web_search_call\"},{\"type\":\"function_call\"}]}",
+         GW_CAUSE_INVALID, "input[1]"},
+        {"{\"instructions\":\"i\",\"input\":[{\"type\":\"web_search_call\"},{\"type\":\"function_call\","
+         "\"name\":\"f\",\"arguments\":5}]}",
+         GW_CAUSE_INVALID, "input[1]"},
         {"{" INPUT ",\"instructions\":5}", GW_CAUSE_INVALID, "instructions"},
         {"{" INPUT ",\"previous_response_id\":\"resp_1\"}", GW_CAUSE_UNSUPPORTED, "previous_response_id"},
         {"{" INPUT ",\"conversation\":\"c\"}", GW_CAUSE_UNSUPPORTED, "conversation"},

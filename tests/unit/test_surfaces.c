@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "common/base/stats.h"
+#include "gateway/surface.h"
 #include "tests/unit/gateway_rig.h"
 
 #define GOING_ON  BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON
@@ -606,6 +607,61 @@ static void keep_alive(void **state)
     }
 }
 
+/* Nothing has begun that an event could be about, and the client waits all the same. */
+static void keep_alive_while_queued(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *path, *body, *error;
+    } rows[] = {
+        {RESPONSES, ASK_RESPONSES(",\"stream\":true"),
+         "event: error\ndata: {\"type\":\"error\",\"sequence_number\":0,\"code\":\"aborted\",\"message\":"},
+        {MESSAGES, ASK_MESSAGES(",\"stream\":true"), "event: error\ndata: {\"type\":\"error\",\"error\":"},
+    };
+    rig_set("keep_alive_ms", "10");
+    rig_ready();
+    R.mode = RIG_MUTE;
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        gw_tenant *everybody;
+        gw_error none;
+        rig_client *client = rig_open("POST", rows[i].path, CLOSE, rows[i].body);
+        rig_wait_text(client, ": keep-alive\n\n");
+        assert_int_equal(gw_gateway_identify(R.gateway, NULL, NULL, &everybody, &none), CM_OK);
+        assert_int_equal(gw_stream_abort_all(R.gateway, everybody), 1);
+        rig_wait_closed(client);
+        assert_int_equal(rig_status(client), 200);
+        assert_non_null(strstr(cm_bytes_text(&client->in), rows[i].error));
+        rig_close(client);
+    }
+}
+
+/* ---- memory ---- */
+
+/* A writer lives as long as its answer, and a prompt may be many megabytes: it keeps none of it. */
+static void writers_keep_no_prompt(void **state)
+{
+    (void)state;
+    static const char *const rows[][2] = {
+        {"http chat", "messages"},      {"http completion", "prompt"},      {"http messages", "messages"},
+        {"http responses", "input"},    {"http infer", "input_ids"},        {"http infer chat", "messages"},
+        {"http generate", "input_ids"}, {"http generate chat", "messages"},
+    };
+    for (size_t i = 0; i < sizeof(rows) / sizeof(rows[0]); i++) {
+        const gw_surface *surface = gw_surface_find(rows[i][0]);
+        bool kserve = strncmp(rows[i][0], "http infer", 10) == 0 || strncmp(rows[i][0], "http gen", 8) == 0;
+        json_t *prompt = json_pack("[s]", "[]");
+        json_t *given = kserve ? json_pack("{s:b, s:{s:O}}", "stream", 1, "inputs", rows[i][1], prompt)
+                               : json_pack("{s:b, s:O}", "stream", 1, rows[i][1], prompt);
+        void *writer = surface->writer.create(given, "fp_0", NULL, NULL);
+        json_decref(given);
+        if (prompt->refcount != 1) {
+            fail_msg("%s keeps %s", rows[i][0], rows[i][1]);
+        }
+        surface->writer.destroy(writer);
+        json_decref(prompt);
+    }
+}
+
 /* ---- the rest ---- */
 
 /* The prompt that is counted is the prompt that is generated from. */
@@ -677,9 +733,20 @@ static void models(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(messages_stream),  TEST(responses_stream), TEST(same_events), TEST(ends),
-        TEST(one_call),         TEST(malformed),        TEST(refused),     TEST(router_refuses),
-        TEST(fails_on_the_way), TEST(keep_alive),       TEST(counted),     TEST(long_bursts),
+        TEST(messages_stream),
+        TEST(responses_stream),
+        TEST(same_events),
+        TEST(ends),
+        TEST(one_call),
+        TEST(malformed),
+        TEST(refused),
+        TEST(router_refuses),
+        TEST(fails_on_the_way),
+        TEST(keep_alive),
+        TEST(counted),
+        cmocka_unit_test(writers_keep_no_prompt),
+        TEST(keep_alive_while_queued),
+        TEST(long_bursts),
         TEST(models),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
