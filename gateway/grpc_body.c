@@ -67,19 +67,19 @@ static cm_status put_numbers(json_t *body, const Baleen__V1__Sampling *s, gw_err
     return CM_OK;
 }
 
-static void put_stops(json_t *body, const Baleen__V1__Sampling *s)
+void gw_grpc_put_stops(json_t *body, char *const *stop, size_t n_stop, const uint32_t *ids, size_t n_ids)
 {
-    if (s->n_stop > 0) {
+    if (n_stop > 0) {
         json_t *list = json_array();
-        for (size_t i = 0; i < s->n_stop; i++) {
-            json_array_append_new(list, json_string(s->stop[i]));
+        for (size_t i = 0; i < n_stop; i++) {
+            json_array_append_new(list, json_string(stop[i]));
         }
         json_object_set_new(body, "stop", list);
     }
-    if (s->n_stop_token_ids > 0) {
+    if (n_ids > 0) {
         json_t *list = json_array();
-        for (size_t i = 0; i < s->n_stop_token_ids; i++) {
-            json_array_append_new(list, json_integer(s->stop_token_ids[i]));
+        for (size_t i = 0; i < n_ids; i++) {
+            json_array_append_new(list, json_integer(ids[i]));
         }
         json_object_set_new(body, "stop_token_ids", list);
     }
@@ -169,7 +169,7 @@ static cm_status put_sampling(json_t *body, const Baleen__V1__Sampling *s, bool 
     } else {
         put_integer(body, "logprobs", s->has_top_logprobs, s->top_logprobs);
     }
-    put_stops(body, s);
+    gw_grpc_put_stops(body, s->stop, s->n_stop, s->stop_token_ids, s->n_stop_token_ids);
     CM_TRY(put_numbers(body, s, error));
     CM_TRY(put_logit_bias(body, s, error));
     return put_constraint(body, s, error);

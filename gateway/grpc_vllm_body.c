@@ -80,24 +80,6 @@ static cm_status put_numbers(json_t *body, const sampling_params *s, gw_error *e
     return CM_OK;
 }
 
-static void put_stops(json_t *body, const sampling_params *s)
-{
-    if (s->n_stop > 0) {
-        json_t *list = json_array();
-        for (size_t i = 0; i < s->n_stop; i++) {
-            json_array_append_new(list, json_string(s->stop[i]));
-        }
-        json_object_set_new(body, "stop", list);
-    }
-    if (s->n_stop_token_ids > 0) {
-        json_t *list = json_array();
-        for (size_t i = 0; i < s->n_stop_token_ids; i++) {
-            json_array_append_new(list, json_integer(s->stop_token_ids[i]));
-        }
-        json_object_set_new(body, "stop_token_ids", list);
-    }
-}
-
 static cm_status put_logit_bias(json_t *body, const sampling_params *s, gw_error *error)
 {
     if (s->n_logit_bias == 0) {
@@ -184,7 +166,7 @@ static cm_status put_sampling(json_t *body, const sampling_params *s, gw_error *
         json_object_set_new(body, "prompt_logprobs", json_integer(s->prompt_logprobs));
     }
     json_object_set_new(body, "ignore_eos", json_boolean(s->ignore_eos));
-    put_stops(body, s);
+    gw_grpc_put_stops(body, s->stop, s->n_stop, s->stop_token_ids, s->n_stop_token_ids);
     CM_TRY(put_numbers(body, s, error));
     CM_TRY(put_logit_bias(body, s, error));
     return put_constraint(body, s, error);

@@ -626,7 +626,8 @@ static cm_status mpi_open(const net_options *options, const net_upcalls *upcalls
     cm_pool_init(&mn->links, "mpi links", sizeof(net_backend_link), n_links);
     cm_pool_init(&mn->sends, "mpi sends", sizeof(mpi_send), n_sends);
     cm_pool_init(&mn->arrivals, "mpi receives", sizeof(mpi_arrival), options->receives_max);
-    requests_init(&mn->sending, n_sends);
+    requests_init(&mn->sending,
+                  2 * n_sends); /* what is done leaves after all have been told, who may send again */
     requests_init(&mn->fetching, options->receives_max);
     mn->sources = cm_alloc(sizeof(mpi_source) * (uint32_t)mpi_world_size());
     for (int i = 0; i < mpi_world_size(); i++) {
