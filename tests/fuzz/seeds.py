@@ -142,6 +142,21 @@ def kserve():
            + part(4, part(1, b"triton_enable_empty_final_response") + part(2, bytes([8, 1]))) + part(6, part(1, b"text_output")))
 
 
+def grpc():
+    """Requests of the three kinds; see proto/baleen_v1.proto and proto/vllm_engine.proto."""
+    yield bytes([0]) + part(1, b"nano") + part(2, part(1, b"user") + part(2, b"Hi"))
+    yield bytes([1]) + part(1, b"nano") + part(2, part(1, bytes([5, 6, 7])))
+    yield bytes([2]) + part(1, b"id") + part(2, part(1, b"Hi") + part(2, bytes([5, 6]))) + part(4, part(10, b"stop") + bytes([64, 4]))
+    yield bytes([2]) + part(1, b"id") + part(3, b"Hi") + part(4, part(17, b"a+"))
+
+
+def http():
+    yield b"chatcmpl-68f3228fcb53c46c57d401697200a74a:17"
+    yield b"cmpl-1:7.9.4"
+    yield b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    yield b"/v1/streams/a%2Fb%zz%4"
+
+
 def surface():
     for row in rows("encoding/prompts.jsonl"):
         if row["level"] == "request" and row["endpoint"] in ("messages", "responses"):
@@ -162,7 +177,7 @@ def surface():
 
 
 def main():
-    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, kserve, surface, grammar):
+    for make in (geometry, safetensors, field, tokenizer, dispatch, chat, parser, request, kserve, surface, grammar, grpc, http):
         folder = os.path.join(sys.argv[1], make.__name__)
         os.makedirs(folder)
         for i, seed in enumerate(make()):
