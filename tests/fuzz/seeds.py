@@ -143,9 +143,12 @@ def kserve():
 
 
 def grpc():
-    """Requests of the three kinds; see proto/baleen_v1.proto and proto/vllm_engine.proto."""
-    yield bytes([0]) + part(1, b"nano") + part(2, part(1, b"user") + part(2, b"Hi"))
-    yield bytes([1]) + part(1, b"nano") + part(2, part(1, bytes([5, 6, 7])))
+    """Requests of the three kinds; see fuzz_grpc.c, proto/baleen_v1.proto and proto/vllm_engine.proto."""
+    sampling = bytes([0x08, 4, 0x50, 7]) + part(11, b"stop") + part(12, bytes([9]))
+    for role in range(1, 6):
+        yield bytes([0]) + part(1, b"nano") + part(2, bytes([0x08, role]) + part(2, b"Hi")) + part(10, sampling)
+    yield bytes([1]) + part(1, b"nano") + part(3, part(1, bytes([5, 6, 7]))) + part(4, sampling)
+    yield bytes([1]) + part(2, b"Hi") + part(4, bytes([0x1d]) + struct.pack("<f", 0.5))
     yield bytes([2]) + part(1, b"id") + part(2, part(1, b"Hi") + part(2, bytes([5, 6]))) + part(4, part(10, b"stop") + bytes([64, 4]))
     yield bytes([2]) + part(1, b"id") + part(3, b"Hi") + part(4, part(17, b"a+"))
 
