@@ -9,7 +9,7 @@
 #include "common/base/mem.h"
 #include "common/grammar/build_private.h"
 
-enum { DIGITS = 15, WORDS_MAX = 4096, REMAINDERS_MAX = 10000 };
+enum { DIGITS = 15, WORDS_MAX = 4096, REMAINDERS_MAX = 1000 };
 #define WHOLE_MAX   999999999999999ull   /* DIGITS digits */
 #define INTEGER_MAX 999999999999999999ll /* when the schema's own bounds ask for more */
 
@@ -278,21 +278,21 @@ static void integer_words(gm_build *b, uint32_t from, uint32_t to, int64_t first
     cm_free(texts);
 }
 
-/* The number so far modulo m is the state. */
+/* Remainders of the digits so far, of one digit, of two and so on. */
 static void positive_multiples(gm_build *b, uint32_t from, uint32_t to, uint32_t m)
 {
     uint32_t first = b->n_state;
-    b->n_state += m;
+    b->n_state += m * DIGITS;
     for (uint32_t digit = 1; digit <= 9; digit++) {
         gm_byte(b, from, first + digit % m, (uint8_t)('0' + digit), (uint8_t)('0' + digit));
     }
-    for (uint32_t r = 0; r < m && b->status == CM_OK; r++) {
-        for (uint32_t digit = 0; digit <= 9; digit++) {
-            gm_byte(b, first + r, first + (r * 10 + digit) % m, (uint8_t)('0' + digit),
-                    (uint8_t)('0' + digit));
+    for (uint32_t n = 1; n <= DIGITS && b->status == CM_OK; n++, first += m) {
+        for (uint32_t i = 0; i < 10 * m && n < DIGITS; i++) { /* remainder i / 10, then digit i % 10 */
+            uint8_t digit = (uint8_t)('0' + i % 10);
+            gm_byte(b, first + i / 10, first + m + i % m, digit, digit);
         }
+        gm_empty(b, first, to);
     }
-    gm_empty(b, first, to);
 }
 
 static void put_multiples(gm_build *b, uint32_t from, uint32_t to, int64_t lo, int64_t hi, int64_t m,
@@ -313,15 +313,16 @@ static void put_multiples(gm_build *b, uint32_t from, uint32_t to, int64_t lo, i
                       (long long)m, REMAINDERS_MAX, WORDS_MAX);
         return;
     }
+    uint32_t rule = gm_rule_new(b, NULL), sign = gm_state_new(b);
+    positive_multiples(b, b->rules[rule].start, b->rules[rule].accept, (uint32_t)m);
+    gm_call(b, from, to, rule, 1, 1);
     if (lo < 0) {
-        uint32_t sign = gm_state_new(b);
         gm_byte(b, from, sign, '-', '-');
-        positive_multiples(b, sign, to, (uint32_t)m);
+        gm_call(b, sign, to, rule, 1, 1);
     }
     if (lo <= 0) {
         gm_byte(b, from, to, '0', '0');
     }
-    positive_multiples(b, from, to, (uint32_t)m);
 }
 
 void gm_integer(gm_build *b, uint32_t from, uint32_t to, const gm_bounds *is, int64_t multiple,

@@ -177,7 +177,8 @@ def check_schema(client, checker, seed):
     """How the answer ended."""
     of = schema(seed)
     jsonschema.Draft202012Validator.check_schema(of)
-    choice = ask(client, seed, response_format=format_of(of), max_tokens=1500).choices[0]
+    budget = 12000 if is_bounded(seed) else 1500
+    choice = ask(client, seed, response_format=format_of(of), max_tokens=budget).choices[0]
     if choice.finish_reason == "stop":
         try:
             jsonschema.Draft202012Validator(of, format_checker=checker).validate(json.loads(choice.message.content))
