@@ -43,6 +43,7 @@ struct gw_exchange {
     gw_event_id from;         /* the last event that it has, when it comes back */
     bool resumable;           /* its streams go on for a while if it goes away */
     bool sse;                 /* answered in events */
+    bool begun;               /* the writer told its first events before all was accepted */
     bool told_id;             /* some event was told with one */
     int status;               /* that was told; 0: none yet */
     bool head_sent;           /* status and headers are out: errors go into the body */
@@ -266,13 +267,27 @@ static void emit_object(void *ctx, uint32_t choice, const char *json, size_t n_b
     }
 }
 
+/* Some clients count events alone: they must hear one before a router has accepted the request, too. */
+static void begin_early(gw_exchange *x)
+{
+    const gw_writer_ops *writer = &x->surface->writer;
+    if (writer->begin != NULL && !x->begun && x->n_started < x->n_choice) {
+        x->begun = true;
+        writer->begin(x->writer, gw_origin_id(x->origin), x->http->gateway->model,
+                      gw_origin_created_s(x->origin));
+    }
+}
+
 /* An empty line ends an event: openai-python keeps the id of the last one and would make an event without
  * data of the comment. Before any id it makes none, and proxies may wait for the line. */
 static void keep_alive(void *arg)
 {
     gw_exchange *x = arg;
     send_head(x); /* a whole object may begin with empty lines */
-    if (x->sse && x->surface->writer.keep_alive != NULL && x->n_started == x->n_choice) {
+    if (x->sse) {
+        begin_early(x);
+    }
+    if (x->sse && x->surface->writer.keep_alive != NULL && (x->begun || x->n_started == x->n_choice)) {
         cm_bytes event;
         cm_bytes_init(&event, 0);
         x->surface->writer.keep_alive(x->writer, &event);

@@ -425,15 +425,23 @@ static void close_item(gw_responses *writer, uint32_t item, outcome status)
     emit_item(writer, "output_item.done", item, status);
 }
 
-static void responses_started(void *ctx, const gw_start *start)
+static void responses_begin(void *ctx, const char *request_id, const char *model, int64_t created_s)
 {
     gw_responses *writer = ctx;
-    writer->id = cm_strdup(start->request_id);
-    writer->model = cm_strdup(start->model);
-    writer->created_s = start->created_s;
+    writer->id = cm_strdup(request_id);
+    writer->model = cm_strdup(model);
+    writer->created_s = created_s;
     if (writer->stream) {
         emit_response(writer, "created", GOING_ON, NULL);
         emit_response(writer, "in_progress", GOING_ON, NULL);
+    }
+}
+
+static void responses_started(void *ctx, const gw_start *start)
+{
+    const gw_responses *writer = ctx;
+    if (writer->id == NULL) {
+        responses_begin(ctx, start->request_id, start->model, start->created_s);
     }
 }
 
@@ -496,24 +504,11 @@ static void responses_keep_alive(const void *ctx, cm_bytes *out)
     cm_bytes_append_text(out, "}");
 }
 
-/* Of a stream without a response: it was queued, and only a keep-alive was told. */
-static void put_stream_error(const gw_error *error, cm_bytes *out)
-{
-    cm_bytes_printf(
-        out, "{\"type\":\"error\",\"sequence_number\":0,\"code\":\"%s\",\"message\":", gw_error_code(error));
-    put_text(out, error->message);
-    cm_bytes_append_text(out, ",\"param\":null}");
-}
-
 static void responses_failure(const void *ctx, const gw_error *error, cm_bytes *out)
 {
     const gw_responses *writer = ctx;
     if (!writer->stream) {
         gw_openai_error(error, out);
-        return;
-    }
-    if (writer->id == NULL) {
-        put_stream_error(error, out);
         return;
     }
     cm_bytes_printf(out,
@@ -540,6 +535,7 @@ const gw_surface gw_surface_responses = {
                .destroy = responses_destroy,
                .choice = responses_choice,
                .events = responses_events,
+               .begin = responses_begin,
                .keep_alive = responses_keep_alive,
                .failure = responses_failure},
 };

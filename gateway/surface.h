@@ -20,11 +20,14 @@ typedef struct gw_writer_ops {
     /* ctx of the events of one of the answers. */
     void *(*choice)(void *writer, uint32_t choice);
     const gw_stream_events *(*events)(void);
+    /* Before started, when that takes long: tells the objects that need no more than this, which started then
+     * leaves out; at most once. NULL: there are none. */
+    void (*begin)(void *writer, const char *request_id, const char *model, int64_t created_s);
     /* The object of an event that says nothing new; NULL: a comment is enough to keep a connection alive.
-     * Not before started. */
+     * Not before begin or started. */
     void (*keep_alive)(const void *writer, cm_bytes *out);
-    /* The last object of a stream that fails after its status was sent, started or not; NULL: that of error.
-     */
+    /* The last object of a stream that fails after its status was sent, and begin or started came, if there
+     * is a begin; NULL: that of error. */
     void (*failure)(const void *writer, const gw_error *error, cm_bytes *out);
 } gw_writer_ops;
 

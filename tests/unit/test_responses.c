@@ -167,6 +167,20 @@ static void length(void **state)
     sink_close(&s);
 }
 
+/* Told early, the two first events are not told again. */
+static void begins_before_it_starts(void **state)
+{
+    (void)state;
+    sink s;
+    sink_open(&s, &gw_surface_responses, "{\"stream\":true}");
+    s.surface->writer.begin(s.writer, "r1", "m", 5);
+    assert_int_equal(s.n, 2);
+    sink_start(&s);
+    sink_finish(&s, GW_REASON_STOP, NULL, NULL);
+    SINK_EXPECT(&s, HEAD(ECHO), EVENT("completed", "2", "\"response\":" COMPLETED("", ECHO)));
+    sink_close(&s);
+}
+
 /* A heartbeat takes no number; a failure tells what there was. */
 static void heartbeat_and_failure(void **state)
 {
@@ -427,6 +441,7 @@ int main(void)
         cmocka_unit_test(custom_and_grouped_tools),
         cmocka_unit_test(length),
         cmocka_unit_test(heartbeat_and_failure),
+        cmocka_unit_test(begins_before_it_starts),
         cmocka_unit_test(whole),
         cmocka_unit_test(bodies),
         cmocka_unit_test(bodies_refused),

@@ -612,11 +612,13 @@ static void keep_alive_while_queued(void **state)
 {
     (void)state;
     static const struct {
-        const char *path, *body, *error;
+        const char *path, *body, *beat, *error;
     } rows[] = {
         {RESPONSES, ASK_RESPONSES(",\"stream\":true"),
-         "event: error\ndata: {\"type\":\"error\",\"sequence_number\":0,\"code\":\"aborted\",\"message\":"},
-        {MESSAGES, ASK_MESSAGES(",\"stream\":true"), "event: error\ndata: {\"type\":\"error\",\"error\":"},
+         ":2\nevent: response.in_progress\n", /* with an id; the next one is a beat */
+         "event: response.failed\ndata: {\"type\":\"response.failed\",\"sequence_number\":2,"},
+        {MESSAGES, ASK_MESSAGES(",\"stream\":true"), ": keep-alive\n\n",
+         "event: error\ndata: {\"type\":\"error\",\"error\":"},
     };
     rig_set("keep_alive_ms", "10");
     rig_ready();
@@ -625,7 +627,8 @@ static void keep_alive_while_queued(void **state)
         gw_tenant *everybody;
         gw_error none;
         rig_client *client = rig_open("POST", rows[i].path, CLOSE, rows[i].body);
-        rig_wait_text(client, ": keep-alive\n\n");
+        rig_wait_text(client, rows[i].beat);
+        rig_wait_text(client, i == 0 ? "\r\nevent: response.in_progress" : ": keep-alive\n\n");
         assert_int_equal(gw_gateway_identify(R.gateway, NULL, NULL, &everybody, &none), CM_OK);
         assert_int_equal(gw_stream_abort_all(R.gateway, everybody), 1);
         rig_wait_closed(client);
