@@ -175,7 +175,9 @@ cm_status rt_constraints_get(rt_constraints *c, uint32_t kind, const void *sourc
                  .fn = fn,
                  .ctx = ctx,
                  .done = {.fn = order_done, .arg = o}};
-    memcpy(o->source, source, n);
+    if (n > 0) { /* of JSON objects there is none */
+        memcpy(o->source, source, n);
+    }
     TAILQ_INSERT_TAIL(&c->orders, o, link);
     if (cm_jobs_submit(c->jobs, order_compile, o) != CM_OK) {
         order_free(o);

@@ -23,7 +23,7 @@ CITY = {"type": "object", "properties": {"name": {"type": "string", "maxLength":
 
 def pytest_generate_tests(metafunc):
     if "schema_seed" in metafunc.fixturenames:
-        first, n = (int(word) for word in os.environ.get("BALEEN_TEST_SCHEMAS", "1:60").split(":"))
+        first, n = (int(word) for word in os.environ.get("BALEEN_TEST_SCHEMAS", "1:24").split(":"))
         metafunc.parametrize("schema_seed", [(first, n)], ids=[f"seeds{first}to{first + n - 1}"])
 
 
