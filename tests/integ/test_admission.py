@@ -147,6 +147,7 @@ def in_background(fn):
 # ---- keys
 
 
+@pytest.mark.conformance(21)
 def test_keys(start_cluster, keys, pb):
     alice, root = keys.add("alice", "--name", "laptop"), keys.add("root", "--operator")
     cluster = start_cluster("--workers", "2", env={"BALEEN_KEY_FILE": keys.path})
@@ -217,6 +218,8 @@ def test_a_bad_key_file_is_refused_at_the_start(bin_dir, tmp_path):
 # ---- limits: what the clients' own retries make of them
 
 
+@pytest.mark.conformance(24)
+@pytest.mark.conformance(47)
 def test_retries_of_clients(start_cluster, keys, pb):
     alice = keys.add("alice", running_max=1, queue_max=0)
     root = keys.add("root", "--operator")
@@ -275,6 +278,7 @@ def test_retries_of_clients(start_cluster, keys, pb):
 # ---- turns
 
 
+@pytest.mark.conformance(26)
 def test_waiting_and_fairness(start_cluster, keys, pb):
     noisy, quiet, root = keys.add("noisy"), keys.add("quiet"), keys.add("root", "--operator")
     cluster = start_cluster("--workers", "2", env={"BALEEN_KEY_FILE": keys.path, "BALEEN_RUNNING_MAX": "1", "BALEEN_KEEP_ALIVE_MS": "20"})
@@ -365,6 +369,7 @@ def peer_serial(address, ca):
             return secured.getpeercert()["serialNumber"]
 
 
+@pytest.mark.conformance(42, part="TLS")
 def test_tls_on_both_ports(bin_dir, tmp_path, start_cluster, keys, pb):
     def certs(*options):
         made = subprocess.run([os.path.join(bin_dir, "baleen"), "certs", str(tmp_path / "certs"), *options], capture_output=True,
@@ -421,6 +426,7 @@ def test_tls_on_both_ports(bin_dir, tmp_path, start_cluster, keys, pb):
 # ---- signs of life
 
 
+@pytest.mark.conformance(53)
 def test_metrics_and_traces(start_cluster, keys, pb):
     alice = keys.add("alice")
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -499,6 +505,8 @@ def status_of(url):
         return error.code
 
 
+@pytest.mark.conformance(25)
+@pytest.mark.conformance(54)
 def test_alive_before_ready(bin_dir, tmp_path):
     """No coordinator yet: it lives, says so, and refuses with a time to try again."""
     log = tmp_path / "gateway.log"
@@ -517,6 +525,8 @@ def test_alive_before_ready(bin_dir, tmp_path):
         assert gateway.wait(WAIT_S) == 0
 
 
+@pytest.mark.conformance(25)
+@pytest.mark.conformance(54)
 def test_drain(start_cluster):
     cluster = start_cluster("--workers", "2", "--no-restart")
     client = openai.OpenAI(base_url=cluster.http + "/v1", api_key="none", max_retries=0)

@@ -5,9 +5,11 @@ import concurrent.futures
 import json
 import os
 import re
+import typing
 
 import jsonschema
 import openai
+import pydantic
 import pytest
 
 from conftest import wait_for
@@ -51,6 +53,7 @@ def test_json_schema(client):
         jsonschema.validate(json.loads(choice.message.content), CITY)
 
 
+@pytest.mark.conformance(12)
 def test_json_object(client):
     for seed in range(5):
         choice = ask(client, seed, max_tokens=300, response_format={"type": "json_object"}).choices[0]
@@ -102,6 +105,22 @@ def test_after_thinking(client):
     jsonschema.validate(json.loads(finished.message.content), CITY)
 
 
+class Weather(pydantic.BaseModel):
+    sky: typing.Literal["clear", "grey"]
+    wet: bool
+    parts: list[typing.Literal["day", "night"]] = pydantic.Field(min_length=1, max_length=2)
+
+
+@pytest.mark.conformance(13)
+def test_parse(client):
+    """The SDK's own schema of a class, and its own reading of the answer."""
+    for thinking in (CHAT, {}):
+        reply = client.chat.completions.parse(model="nano", messages=[{"role": "user", "content": "What is 72 - 38?"}], temperature=0,
+                                              response_format=Weather, max_tokens=3000, extra_body=thinking)
+        assert isinstance(reply.choices[0].message.parsed, Weather), reply
+        assert bool(getattr(reply.choices[0].message, "reasoning_content", None)) == (thinking == {})
+
+
 def test_streams_and_several_answers(client):
     whole = ask(client, 7, response_format=format_of(CITY), n=3)
     chunks = list(ask(client, 7, response_format=format_of(CITY), n=3, stream=True))
@@ -116,6 +135,7 @@ def tool(name, properties, **more):
                                              **more}}
 
 
+@pytest.mark.conformance(10)
 def test_tool_calls(client):
     tools = [tool("set", {"level": {"type": "integer", "minimum": 1, "maximum": 9}, "mode": {"enum": ["on", "off"]}}),
              tool("say", {"words": {"type": "string", "maxLength": 12}})]
