@@ -163,9 +163,9 @@ typedef struct gm_back {
     uint32_t *first, *edge;           /* [n_state + 1], [n_edge] */
     uint32_t *call_first, *call_edge; /* [n_rule + 1], [n_edge] */
     uint32_t *rule_at;                /* [n_state] the rule that starts here, else GM_NO_RULE */
-    uint32_t *todo;                   /* [n_todo] states to look at; a state may be in it once */
+    uint32_t *pending;                /* [n_pending] states to look at; a state may be in it once */
     uint8_t *queued;                  /* [n_state] */
-    uint32_t n_todo;
+    uint32_t n_pending;
 } gm_back;
 
 static void index_by(const gm_build *b, bool calls, uint32_t n_key, uint32_t *first, uint32_t *out)
@@ -198,7 +198,7 @@ static void back_init(const gm_build *b, gm_back *back)
         .call_first = cm_alloc(sizeof(uint32_t) * (b->n_rule + 1)),
         .call_edge = cm_alloc(sizeof(uint32_t) * (b->n_edge + 1)),
         .rule_at = cm_alloc(sizeof(uint32_t) * b->n_state),
-        .todo = cm_alloc(sizeof(uint32_t) * b->n_state),
+        .pending = cm_alloc(sizeof(uint32_t) * b->n_state),
         .queued = cm_alloc(b->n_state),
     };
     index_by(b, false, b->n_state, back->first, back->edge);
@@ -216,7 +216,7 @@ static void back_fini(gm_back *back)
     cm_free(back->call_first);
     cm_free(back->call_edge);
     cm_free(back->rule_at);
-    cm_free(back->todo);
+    cm_free(back->pending);
     cm_free(back->queued);
 }
 
@@ -224,13 +224,13 @@ static void back_queue(gm_back *back, uint32_t state)
 {
     if (!back->queued[state]) {
         back->queued[state] = 1;
-        back->todo[back->n_todo++] = state;
+        back->pending[back->n_pending++] = state;
     }
 }
 
 static uint32_t back_next(gm_back *back)
 {
-    uint32_t state = back->todo[--back->n_todo];
+    uint32_t state = back->pending[--back->n_pending];
     back->queued[state] = 0;
     return state;
 }
@@ -275,7 +275,7 @@ static uint16_t *settle(const gm_build *b, gm_back *back, gm_weigh_fn weigh)
         value[b->rules[i].accept] = 0;
         back_queue(back, b->rules[i].accept);
     }
-    while (back->n_todo > 0) {
+    while (back->n_pending > 0) {
         uint32_t state = back_next(back), rule = back->rule_at[state];
         for (uint32_t k = back->first[state]; k < back->first[state + 1]; k++) {
             settle_edge(b, back, weigh, back->edge[k], value);
@@ -300,14 +300,14 @@ typedef struct gm_walk {
 } gm_walk;
 
 /* Rules that may be called before anything was read in rule r, onto the stack. */
-static uint32_t walk_first_calls(gm_walk *w, uint32_t r, uint32_t n_stack, uint32_t *todo)
+static uint32_t walk_first_calls(gm_walk *w, uint32_t r, uint32_t n_stack, uint32_t *pending)
 {
-    uint32_t n_todo = 0;
+    uint32_t n_pending = 0;
     w->n_pass++;
-    todo[n_todo++] = w->b->rules[r].start;
-    w->seen[todo[0]] = w->n_pass;
-    while (n_todo > 0) {
-        uint32_t state = todo[--n_todo];
+    pending[n_pending++] = w->b->rules[r].start;
+    w->seen[pending[0]] = w->n_pass;
+    while (n_pending > 0) {
+        uint32_t state = pending[--n_pending];
         for (uint32_t i = w->first[state]; i < w->first[state + 1]; i++) {
             const gm_edge *e = &w->b->edges[i];
             bool call = e->kind == GM_EDGE_CALL;
@@ -317,7 +317,7 @@ static uint32_t walk_first_calls(gm_walk *w, uint32_t r, uint32_t n_stack, uint3
             bool through = e->kind == GM_EDGE_EMPTY || (call && w->empty[w->b->rules[e->rule].start] == 0);
             if (through && w->seen[e->to] != w->n_pass) {
                 w->seen[e->to] = w->n_pass;
-                todo[n_todo++] = e->to;
+                pending[n_pending++] = e->to;
             }
         }
     }
@@ -325,7 +325,7 @@ static uint32_t walk_first_calls(gm_walk *w, uint32_t r, uint32_t n_stack, uint3
 }
 
 /* A rule on a cycle of such calls, GM_NO_RULE: none. Depth first without recursion. */
-static uint32_t walk_find_cycle(gm_walk *w, uint32_t *todo)
+static uint32_t walk_find_cycle(gm_walk *w, uint32_t *pending)
 {
     for (uint32_t root = 0; root < w->b->n_rule; root++) {
         uint32_t n_stack = 0;
@@ -339,7 +339,7 @@ static uint32_t walk_find_cycle(gm_walk *w, uint32_t *todo)
             } else if (w->colour[top] == 0) {
                 w->colour[top] = 1;
                 w->stack[n_stack++] = ~top;
-                n_stack = walk_first_calls(w, top, n_stack, todo);
+                n_stack = walk_first_calls(w, top, n_stack, pending);
             }
         }
     }
@@ -354,13 +354,13 @@ static void check_left_recursion(gm_build *b, const uint32_t *first, const uint1
                  .colour = cm_alloc(b->n_rule),
                  .seen = cm_alloc(sizeof(uint32_t) * b->n_state),
                  .stack = cm_alloc(sizeof(uint32_t) * (2ull * b->n_rule + b->n_edge + 1))};
-    uint32_t *todo = cm_alloc(sizeof(*todo) * b->n_state);
-    uint32_t rule = walk_find_cycle(&w, todo);
+    uint32_t *pending = cm_alloc(sizeof(*pending) * b->n_state);
+    uint32_t rule = walk_find_cycle(&w, pending);
     if (rule != GM_NO_RULE) {
         gm_build_fail(b, CM_E_INVALID, b->rules[rule].path,
                       "a reference leads back to itself before anything was written: no text can satisfy it");
     }
-    cm_free(todo);
+    cm_free(pending);
     cm_free(w.colour);
     cm_free(w.seen);
     cm_free(w.stack);

@@ -14,6 +14,7 @@
 #include "common/base/log.h"
 #include "common/base/stats.h"
 #include "gateway/key_file.h"
+#include "tests/support/temp_folder.h"
 #include "tests/unit/gateway_rig.h"
 
 #define TRACE  "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -23,7 +24,7 @@
 #define CLOSE  "Connection: close\r\n"
 #define STREAM "{\"stream\":true," NO_THINKING "," USER("x") "}"
 
-static char g_path[64];
+static char g_folder[T_FOLDER_MAX], g_path[T_FOLDER_MAX + 16];
 static cm_bytes g_log; /* all lines */
 
 static void take_line(void *ctx, cm_log_level level, const char *text)
@@ -62,10 +63,8 @@ static void write_keys(const char *limits_a, const char *limits_b)
 
 static int begin(void **state)
 {
-    snprintf(g_path, sizeof(g_path), "/tmp/t_admission.XXXXXX");
-    int fd = mkstemp(g_path);
-    assert_true(fd >= 0);
-    close(fd);
+    t_folder_make(g_folder, "admission");
+    snprintf(g_path, sizeof(g_path), "%s/keys.json", g_folder);
     cm_bytes_init(&g_log, 0);
     cm_log_handler(take_line, NULL);
     return rig_setup(state);
@@ -76,7 +75,7 @@ static int finish(void **state)
     int failed = rig_teardown(state);
     cm_log_handler(NULL, NULL);
     cm_bytes_fini(&g_log);
-    unlink(g_path);
+    t_folder_remove(g_folder);
     return failed;
 }
 

@@ -16,6 +16,7 @@
 #include "gateway/telemetry.h"
 #include "gateway/tenants.h"
 #include "gateway/visit.h"
+#include "tests/support/temp_folder.h"
 
 #define SALT "00112233445566778899aabbccddeeff"
 #define HASH "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"
@@ -122,7 +123,7 @@ typedef struct world {
     pc_loop *loop;
     gw_turns turns;
     gw_tenants *tenants;
-    char path[64];
+    char folder[T_FOLDER_MAX], path[T_FOLDER_MAX + 16];
     char said[512]; /* the last line of the log */
 } world;
 static world W;
@@ -137,7 +138,7 @@ static void take_line(void *ctx, cm_log_level level, const char *text)
 static void write_file(const char *format, ...)
 {
     va_list args;
-    char temporary[80];
+    char temporary[T_FOLDER_MAX + 32];
     snprintf(temporary, sizeof(temporary), "%s.new", W.path);
     FILE *file = fopen(temporary, "w");
     assert_non_null(file);
@@ -151,10 +152,9 @@ static void write_file(const char *format, ...)
 static int begin(void **state)
 {
     (void)state;
-    snprintf(W.path, sizeof(W.path), "/tmp/t_tenants.XXXXXX");
-    int fd = mkstemp(W.path);
-    assert_true(fd >= 0 && pc_loop_create(&W.loop) == CM_OK);
-    close(fd);
+    t_folder_make(W.folder, "tenants");
+    snprintf(W.path, sizeof(W.path), "%s/keys.json", W.folder);
+    assert_int_equal(pc_loop_create(&W.loop), CM_OK);
     gw_turns_init(&W.turns, 100);
     cm_log_handler(take_line, NULL);
     return 0;
@@ -168,7 +168,7 @@ static int finish(void **state)
     W.tenants = NULL;
     gw_turns_fini(&W.turns);
     pc_loop_destroy(W.loop);
-    unlink(W.path);
+    t_folder_remove(W.folder);
     return 0;
 }
 

@@ -12,6 +12,7 @@
 #include <cmocka.h>
 
 #include "gateway/tokenizer_files.h"
+#include "tests/support/temp_folder.h"
 
 static void same_bytes(void **state)
 {
@@ -39,10 +40,10 @@ static void same_bytes(void **state)
 static void unreadable(void **state)
 {
     (void)state;
-    char dir[] = "/tmp/tokenizer_files.XXXXXX", path[64], hash[GW_SHA256_HEX];
+    char dir[T_FOLDER_MAX], path[T_FOLDER_MAX + 16], hash[GW_SHA256_HEX];
     cm_bytes zip;
     cm_error err;
-    assert_non_null(mkdtemp(dir));
+    t_folder_make(dir, "tokenizer_files");
     cm_bytes_init(&zip, 0);
     assert_int_equal(gw_tokenizer_zip(dir, &zip, hash, &err), CM_OK);
     cm_bytes_clear(&zip);
@@ -51,8 +52,7 @@ static void unreadable(void **state)
     assert_int_equal(gw_tokenizer_zip(dir, &zip, hash, &err), CM_E_IO);
     assert_non_null(strstr(err.text, "config.json"));
     cm_bytes_fini(&zip);
-    rmdir(path);
-    rmdir(dir);
+    t_folder_remove(dir);
 }
 
 int main(void)
