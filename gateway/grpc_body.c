@@ -67,6 +67,15 @@ static cm_status put_numbers(json_t *body, const Baleen__V1__Sampling *s, gw_err
     return CM_OK;
 }
 
+void gw_grpc_put_ids(json_t *body, const char *field, const uint32_t *ids, size_t n_ids)
+{
+    json_t *list = json_array();
+    for (size_t i = 0; i < n_ids; i++) {
+        json_array_append_new(list, json_integer(ids[i]));
+    }
+    json_object_set_new(body, field, list);
+}
+
 void gw_grpc_put_stops(json_t *body, char *const *stop, size_t n_stop, const uint32_t *ids, size_t n_ids)
 {
     if (n_stop > 0) {
@@ -77,11 +86,7 @@ void gw_grpc_put_stops(json_t *body, char *const *stop, size_t n_stop, const uin
         json_object_set_new(body, "stop", list);
     }
     if (n_ids > 0) {
-        json_t *list = json_array();
-        for (size_t i = 0; i < n_ids; i++) {
-            json_array_append_new(list, json_integer(ids[i]));
-        }
-        json_object_set_new(body, "stop_token_ids", list);
+        gw_grpc_put_ids(body, "stop_token_ids", ids, n_ids);
     }
 }
 
@@ -415,11 +420,7 @@ static cm_status fill_generate(json_t *body, const Baleen__V1__GenerateRequest *
     if (request->prompt_case == BALEEN__V1__GENERATE_REQUEST__PROMPT_TEXT) {
         put_string(body, "prompt", request->text);
     } else if (request->prompt_case == BALEEN__V1__GENERATE_REQUEST__PROMPT_TOKENS) {
-        json_t *ids = json_array();
-        for (size_t i = 0; i < request->tokens->n_ids; i++) {
-            json_array_append_new(ids, json_integer(request->tokens->ids[i]));
-        }
-        json_object_set_new(body, "prompt", ids);
+        gw_grpc_put_ids(body, "prompt", request->tokens->ids, request->tokens->n_ids);
     } else {
         return refuse(error, "prompt", "is missing: set text or tokens");
     }

@@ -195,6 +195,7 @@ void gw_grpc_logprobs_clear(gw_grpc_logprobs *list);
 void gw_grpc_logprobs_fini(gw_grpc_logprobs *list);
 
 /* ---- grpc_body.c ---- */
+void gw_grpc_put_ids(json_t *body, const char *field, const uint32_t *ids, size_t n_ids);
 /* Fields stop and stop_token_ids of a body; not those of which there are none. */
 void gw_grpc_put_stops(json_t *body, char *const *stop, size_t n_stop, const uint32_t *ids, size_t n_ids);
 /* JSON bodies for gw_stream_open; *body_out is a new reference. CM_E_INVALID, CM_E_UNSUPPORTED: error names

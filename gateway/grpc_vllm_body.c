@@ -196,11 +196,7 @@ static cm_status fill(json_t *body, const generate_request *request, gw_error *e
     if (request->input_case == VLLM__GRPC__ENGINE__GENERATE_REQUEST__INPUT_TEXT) {
         json_object_set_new(body, "prompt", json_string(request->text));
     } else if (request->input_case == VLLM__GRPC__ENGINE__GENERATE_REQUEST__INPUT_TOKENIZED) {
-        json_t *ids = json_array();
-        for (size_t i = 0; i < request->tokenized->n_input_ids; i++) {
-            json_array_append_new(ids, json_integer(request->tokenized->input_ids[i]));
-        }
-        json_object_set_new(body, "prompt", ids);
+        gw_grpc_put_ids(body, "prompt", request->tokenized->input_ids, request->tokenized->n_input_ids);
     } else {
         return refuse(error, GW_CAUSE_INVALID, "input", "is missing: set tokenized or text");
     }
