@@ -25,7 +25,7 @@ CITY = {"type": "object", "properties": {"name": {"type": "string", "maxLength":
 
 def pytest_generate_tests(metafunc):
     if "schema_seed" in metafunc.fixturenames:
-        first, n = (int(word) for word in os.environ.get("BALEEN_TEST_SCHEMAS", "1:24").split(":"))
+        first, n = (int(word) for word in os.environ.get("TEST_SCHEMAS", "1:24").split(":"))
         metafunc.parametrize("schema_seed", [(first, n)], ids=[f"seeds{first}to{first + n - 1}"])
 
 
@@ -208,7 +208,7 @@ def check_schema(client, checker, seed):
 
 
 def test_random_schemas(client, schema_seed):
-    """BALEEN_TEST_SCHEMAS=FIRST:N runs others."""
+    """TEST_SCHEMAS=FIRST:N runs others."""
     first, n = schema_seed
     checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
     with concurrent.futures.ThreadPoolExecutor(16) as pool:

@@ -216,7 +216,9 @@ static void test_file_refused(void **state)
 
 static void t_count_warnings(void *ctx, cm_log_level level, const char *text)
 {
-    *(int *)ctx += level == CM_LOG_WARN && strstr(text, "BALEEN_N_ROWS") != NULL ? 1 : 100;
+    if (strstr(text, "BALEEN_N_ROWS") != NULL) { /* whatever else stands in this environment is not ours */
+        *(int *)ctx += level == CM_LOG_WARN ? 1 : 100;
+    }
 }
 
 static void test_environment(void **state)
