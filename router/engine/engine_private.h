@@ -53,7 +53,6 @@ struct rt_engine {
     /* the step under way */
     const rt_step *step;
     kn_batch batch;
-    uint32_t layer;
     kn_seg *host_segs;             /* [slot_max] */
     uint32_t *host_pages;          /* [page_list_max] */
     uint32_t *host_ids, *host_pos; /* [row_max] */

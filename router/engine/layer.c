@@ -73,11 +73,11 @@ void rt_layer_attention(rt_engine *e, uint32_t layer)
     if (ratio != 0) {
         layer_compress(e, &w->main, b->ckv, b->cscore);
     }
-    rt_exchange_keepalive(e->exchange);
+    rt_exchange_poll(e->exchange);
     e->attn->attention(e->stream, &e->batch, &w->attn, b->q, b->rows, ratio == 4 ? b->picks : (kn_ptr){0},
                        b->o);
     e->attn->rope(e->stream, b->o, n, g->n_head, g->head_dim, g->rope_dim / 2, cs, true);
-    rt_exchange_keepalive(e->exchange);
+    rt_exchange_poll(e->exchange);
     e->dense->linear_grouped(e->stream, b->o, &w->wo_a, g->o_groups, n, b->t);
     e->dense->quant_act(e->stream, b->t, n, g->o_groups * g->o_rank, b->q8);
     e->dense->linear_q8(e->stream, b->q8, &w->wo_b, n, b->out);
@@ -94,16 +94,14 @@ void rt_layer_attention(rt_engine *e, uint32_t layer)
 /* ---- mixture of experts ---- */
 
 /* The shared expert, while rows fly. */
-static void layer_shared(void *ctx)
+static void layer_shared(rt_engine *e, const rt_layer *w)
 {
-    rt_engine *e = ctx;
     const md_geometry *g = e->geometry;
-    const rt_layer *w = &e->weights.layers[e->layer];
     rt_buffers *b = &e->buf;
     uint32_t n = e->batch.n_row;
     e->dense->linear_q8(e->stream, b->q8, &w->shared_w1, n, b->g);
     e->dense->linear_q8(e->stream, b->q8, &w->shared_w3, n, b->u);
-    rt_exchange_keepalive(e->exchange);
+    rt_exchange_poll(e->exchange);
     e->moe->swiglu(e->stream, b->g, b->u, (kn_ptr){0}, n, g->inner, g->swiglu_limit, b->h);
     e->dense->quant_act(e->stream, b->h, n, g->inner, b->q8_h);
     e->dense->linear_q8(e->stream, b->q8_h, &w->shared_w2, n, b->shared);
@@ -116,7 +114,6 @@ cm_status rt_layer_moe(rt_engine *e, uint32_t layer)
     rt_buffers *b = &e->buf;
     uint32_t n = e->batch.n_row;
 
-    e->layer = layer;
     e->moe->gate(e->stream, &w->gate, b->in, b->ids, n, b->experts, b->route);
     e->dense->quant_act(e->stream, b->in, n, g->d, b->q8);
     kn_copy_to_host(e->stream, e->host_experts, b->experts, 4ull * n * g->topk);
@@ -125,7 +122,7 @@ cm_status rt_layer_moe(rt_engine *e, uint32_t layer)
     rt_tap_at(e, layer, RT_TAP_EXPERTS, b->experts, 4ull * g->topk);
     rt_tap_at(e, layer, RT_TAP_ROUTE, b->route, 4ull * g->topk);
 
-    rt_exchange_layer exchange = {
+    rt_xcore_layer exchange = {
         .step = e->n_pass,
         .layer = layer,
         .n_row = n,
@@ -134,10 +131,10 @@ cm_status rt_layer_moe(rt_engine *e, uint32_t layer)
         .codes = kn_mem_host(e->device, b->q8.codes),
         .scales = kn_mem_host(e->device, b->q8.scales),
         .results = kn_mem_host(e->device, b->slots),
-        .overlap = layer_shared,
-        .overlap_ctx = e,
     };
-    CM_TRY(rt_exchange_run(e->exchange, &exchange));
+    rt_exchange_begin(e->exchange, 0, &exchange);
+    layer_shared(e, w);
+    CM_TRY(rt_exchange_finish(e->exchange, 0));
     e->moe->combine(e->stream, b->slots, b->experts, b->shared, n, g->topk, g->d, b->out);
     return CM_OK;
 }

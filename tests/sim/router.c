@@ -48,14 +48,15 @@ static void pass_begin_layer(sim *s, sim_router *r)
     memset(p->results, 0, sizeof(uint16_t) * p->step.n_row * topk * SIM_D);
     p->exchanging = true;
     s->counts.exchanges++;
-    rt_xcore_begin(r->exchange, &(rt_xcore_layer){.step = p->step.number,
-                                                  .layer = p->layer,
-                                                  .n_row = p->step.n_row,
-                                                  .experts = p->experts,
-                                                  .weights = p->weights,
-                                                  .codes = p->codes,
-                                                  .scales = p->scales,
-                                                  .results = p->results});
+    rt_xcore_begin(r->exchange, 0,
+                   &(rt_xcore_layer){.step = p->step.number,
+                                     .layer = p->layer,
+                                     .n_row = p->step.n_row,
+                                     .experts = p->experts,
+                                     .weights = p->weights,
+                                     .codes = p->codes,
+                                     .scales = p->scales,
+                                     .results = p->results});
 }
 
 static void pass_begin(sim *s, sim_router *r)
@@ -157,9 +158,9 @@ static void router_send(sim *s, sim_proc *proc, const rt_xact *act)
     sim_router *r = proc->state;
     pr_dispatch header;
     uint8_t *payload = r->staging + act->staged_at;
-    rt_xcore_pack(r->exchange, act->part, &header, payload);
+    rt_xcore_pack(r->exchange, act->flight, act->part, &header, payload);
     cm_status status = sim_send(s, act->handle, PR_MSG_DISPATCH, &header, sizeof(header), payload,
-                                rt_xcore_payload_bytes(r->exchange, act->part), ROUTER_STAGED);
+                                rt_xcore_payload_bytes(r->exchange, act->flight, act->part), ROUTER_STAGED);
     sim_trace(s, proc, "asks exchange %u of step %llu layer %u epoch %llu: %u slots of rank %u: %s",
               header.head.exchange, (unsigned long long)header.head.step, header.head.layer,
               (unsigned long long)header.head.epoch, header.n_slot, act->rank, cm_status_text(status));
@@ -384,7 +385,7 @@ static void router_sent(sim *s, sim_proc *proc, void *cookie)
     sim_router *r = proc->state;
     (void)s;
     CM_ASSERT(cookie == ROUTER_STAGED);
-    rt_xcore_left(r->exchange);
+    rt_xcore_left(r->exchange, 0);
 }
 
 static void router_check(sim *s, const sim_proc *proc)
