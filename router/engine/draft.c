@@ -38,7 +38,7 @@ static void draft_input(rt_engine *e, bool normed)
     const md_geometry *g = e->geometry;
     const rt_mtp *w = &e->weights.mtp;
     rt_buffers *b = &e->buf;
-    uint32_t n = e->batch.n_row;
+    uint32_t n = e->n_row;
     e->dense->embed(e->stream, &e->weights.embed, b->ids, n, 1, b->in);
     e->dense->rmsnorm(e->stream, b->in, w->enorm, n, g->d, g->norm_eps, b->in);
     e->dense->quant_act(e->stream, b->in, n, g->d, b->q8);
@@ -97,7 +97,7 @@ static void draft_draw(rt_engine *e, uint32_t k, rt_step_result *results)
         e->host_ids[n++] = token;
     }
     if (e->tap != NULL) {
-        e->tap(e->tap_ctx, k, RT_TAP_DRAFT_LOGITS, step, e->host_logits, 4ull * e->geometry->vocab, n);
+        e->tap(e->tap_ctx, k, RT_TAP_DRAFT_LOGITS, step, 0, e->host_logits, 4ull * e->geometry->vocab, n);
     }
 }
 
@@ -145,18 +145,18 @@ static cm_status draft_next_pass(rt_engine *e, uint32_t n)
     for (uint32_t i = 0; i < n; i++) {
         e->host_pos[i] = ++e->host_segs[i].pos0;
     }
-    rt_place_rows(e, n, n, 0);
+    rt_place_rows(e, n, n, 0, 1); /* a single layer: nothing to overlap it with */
     draft_input(e, true);
-    return rt_block(e, e->geometry->n_layer);
+    return rt_blocks(e, e->geometry->n_layer, e->geometry->n_layer + 1);
 }
 
 cm_status rt_draft(rt_engine *e, rt_step_result *results)
 {
     uint32_t n, most;
     draft_next_tokens(e, results);
-    kn_copy_to_device(e->stream, e->buf.ids, e->host_ids, 4ull * e->batch.n_row);
+    kn_copy_to_device(e->stream, e->buf.ids, e->host_ids, 4ull * e->n_row);
     draft_input(e, false);
-    CM_TRY(rt_block(e, e->geometry->n_layer));
+    CM_TRY(rt_blocks(e, e->geometry->n_layer, e->geometry->n_layer + 1));
     most = draft_wanted(e, results, &n);
     for (uint32_t k = 0; k < most; k++) {
         if (k == 1) {

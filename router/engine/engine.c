@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "common/base/assert.h"
+#include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "router/engine/engine_private.h"
@@ -143,6 +144,7 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->scratch = rt_sample_scratch_create(g->vocab);
     e->masks = rt_masks_create(rt_out_max(e), g->vocab);
     e->host_segs = cm_alloc(sizeof(kn_seg) * options->slot_max);
+    e->host_cut = cm_alloc(sizeof(kn_seg) * (options->slot_max + 1));
     e->host_pages = cm_alloc(sizeof(uint32_t) * e->page_list_max);
     e->host_ids = cm_alloc(sizeof(uint32_t) * options->row_max);
     e->host_pos = cm_alloc(sizeof(uint32_t) * options->row_max);
@@ -150,6 +152,7 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->host_route = cm_alloc(sizeof(float) * options->row_max * g->topk);
     e->host_logits = cm_alloc(sizeof(float) * (size_t)rt_out_max(e) * g->vocab);
     e->host_last = cm_alloc(sizeof(uint32_t) * options->slot_max);
+    rt_micro_core_init(&e->micro_core, options->micro_batches);
     engine_log_sizes(e);
     *engine_out = e;
     return CM_OK;
@@ -177,6 +180,7 @@ void rt_engine_destroy(rt_engine *e)
     rt_sample_scratch_destroy(e->scratch);
     rt_masks_destroy(e->masks);
     cm_free(e->host_segs);
+    cm_free(e->host_cut);
     cm_free(e->host_pages);
     cm_free(e->host_ids);
     cm_free(e->host_pos);
@@ -216,38 +220,80 @@ void rt_engine_set_tap(rt_engine *e, rt_tap_fn tap, void *ctx)
     e->tap_ctx = ctx;
 }
 
+void rt_engine_set_cut(rt_engine *e, rt_cut_fn cut, void *ctx)
+{
+    e->cut = cut;
+    e->cut_ctx = ctx;
+}
+
 const float *rt_engine_logits(const rt_engine *e)
 {
     return e->host_logits;
 }
 
-void rt_tap_at(rt_engine *e, uint32_t layer, rt_tap_point point, kn_ptr data, uint64_t row_bytes)
+void rt_tap_at(rt_engine *e, const rt_micro *m, uint32_t layer, rt_tap_point point, kn_ptr data,
+               uint64_t row_bytes)
 {
     if (__builtin_expect(e->tap != NULL, 0) &&
         layer < e->geometry->n_layer) { /* a guess is no state of the model's */
         cm_status status = kn_stream_sync(e->stream);
         CM_ASSERT(status == CM_OK);
-        e->tap(e->tap_ctx, layer, point, e->step, kn_mem_host(e->device, data), row_bytes, e->batch.n_row);
+        e->tap(e->tap_ctx, layer, point, e->step, m->row0, kn_mem_host(e->device, data), row_bytes,
+               m->batch.n_row);
     }
 }
 
 /* ---- the step ---- */
 
-void rt_place_rows(rt_engine *e, uint32_t n_seg, uint32_t n_row, uint32_t n_page)
+/* Rows row0 .. end - 1 of the step become a micro-batch; returns where the next one's segments go. */
+static uint32_t engine_cut(rt_engine *e, rt_micro *m, uint32_t n_seg, uint32_t row0, uint32_t end,
+                           uint32_t seg0)
 {
-    rt_buffers *b = &e->buf;
-    e->n_pass++;
-    kn_copy_to_device(e->stream, b->ids, e->host_ids, 4ull * n_row);
-    kn_copy_to_device(e->stream, b->pos, e->host_pos, 4ull * n_row);
-    kn_copy_to_device(e->stream, b->segs, e->host_segs, sizeof(kn_seg) * n_seg);
-    kn_copy_to_device(e->stream, b->pages, e->host_pages, 4ull * n_page);
-    e->batch = (kn_batch){.segs = b->segs,
-                          .pages = b->pages,
-                          .pos = b->pos,
+    uint32_t n = seg0;
+    for (uint32_t i = 0; i < n_seg; i++) {
+        kn_seg seg = e->host_segs[i];
+        uint32_t from = seg.row0 > row0 ? seg.row0 : row0,
+                 to = seg.row0 + seg.n_row < end ? seg.row0 + seg.n_row : end;
+        if (from < to) {
+            seg.pos0 += from - seg.row0;
+            seg.row0 = from - row0;
+            seg.n_row = to - from;
+            e->host_cut[n++] = seg;
+        }
+    }
+    rt_buffers_from(e, row0, &m->buf);
+    m->row0 = row0;
+    m->batch = (kn_batch){.segs = kn_at(e->buf.segs, sizeof(kn_seg) * seg0),
+                          .pages = m->buf.pages,
+                          .pos = m->buf.pos,
                           .page_pool = e->page_pool,
                           .page_bytes = e->kv.page_bytes,
-                          .n_seg = n_seg,
-                          .n_row = n_row};
+                          .n_seg = n - seg0,
+                          .n_row = end - row0};
+    m->host_experts = e->host_experts + (size_t)row0 * e->geometry->topk;
+    m->host_route = e->host_route + (size_t)row0 * e->geometry->topk;
+    return n;
+}
+
+void rt_place_rows(rt_engine *e, uint32_t n_seg, uint32_t n_row, uint32_t n_page, uint32_t n_micro)
+{
+    rt_buffers *b = &e->buf;
+    uint32_t cut = n_row, n_cut;
+    if (n_micro == 2) {
+        cut = e->cut != NULL ? e->cut(e->cut_ctx, e->host_segs, n_seg, n_row)
+                             : rt_micro_cut(e->host_segs, n_seg, n_row);
+    }
+    e->n_pass++;
+    e->n_micro = n_micro;
+    e->n_row = n_row;
+    n_cut = engine_cut(e, &e->micros[0], n_seg, 0, cut, 0);
+    if (n_micro == 2) {
+        n_cut = engine_cut(e, &e->micros[1], n_seg, cut, n_row, n_cut);
+    }
+    kn_copy_to_device(e->stream, b->ids, e->host_ids, 4ull * n_row);
+    kn_copy_to_device(e->stream, b->pos, e->host_pos, 4ull * n_row);
+    kn_copy_to_device(e->stream, b->segs, e->host_cut, sizeof(kn_seg) * n_cut);
+    kn_copy_to_device(e->stream, b->pages, e->host_pages, 4ull * n_page);
     e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, n_row,
                         b->cs_window);
     e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, n_row,
@@ -276,34 +322,62 @@ void rt_step_begin(rt_engine *e, const rt_step *step)
     }
     CM_ASSERT(row == step->n_row);
     e->step = step;
-    rt_place_rows(e, step->n_seg, row, page);
+    rt_place_rows(e, step->n_seg, row, page, rt_micro_core_count(&e->micro_core, row));
 }
 
-cm_status rt_block(rt_engine *e, uint32_t layer)
+static cm_status engine_block_begin(rt_engine *e, const rt_micro *m, uint32_t layer)
 {
     const md_geometry *g = e->geometry;
     const rt_layer *w = &e->weights.layers[layer];
-    rt_buffers *b = &e->buf;
-    uint32_t n = e->batch.n_row;
+    const rt_buffers *b = &m->buf;
+    uint32_t n = m->batch.n_row;
     uint64_t row_bytes = 2ull * g->d, stream_bytes = row_bytes * g->hc;
 
-    rt_tap_at(e, layer, RT_TAP_STREAMS_IN, b->x, stream_bytes);
+    rt_tap_at(e, m, layer, RT_TAP_STREAMS_IN, b->x, stream_bytes);
     e->dense->hc_pre(e->stream, &w->hc_attn, b->x, n, b->in, b->post, b->comb);
     e->dense->rmsnorm(e->stream, b->in, w->attn_norm, n, g->d, g->norm_eps, b->in);
-    rt_tap_at(e, layer, RT_TAP_ATTN_IN, b->in, row_bytes);
-    rt_layer_attention(e, layer);
-    rt_tap_at(e, layer, RT_TAP_ATTN_OUT, b->out, row_bytes);
+    rt_tap_at(e, m, layer, RT_TAP_ATTN_IN, b->in, row_bytes);
+    rt_layer_attention(e, m, layer);
+    rt_tap_at(e, m, layer, RT_TAP_ATTN_OUT, b->out, row_bytes);
     e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, n, b->x);
-    rt_tap_at(e, layer, RT_TAP_STREAMS_MID, b->x, stream_bytes);
+    rt_tap_at(e, m, layer, RT_TAP_STREAMS_MID, b->x, stream_bytes);
 
     e->dense->hc_pre(e->stream, &w->hc_ffn, b->x, n, b->in, b->post, b->comb);
     e->dense->rmsnorm(e->stream, b->in, w->ffn_norm, n, g->d, g->norm_eps, b->in);
-    rt_tap_at(e, layer, RT_TAP_FFN_IN, b->in, row_bytes);
-    CM_TRY(rt_layer_moe(e, layer));
-    rt_tap_at(e, layer, RT_TAP_FFN_OUT, b->out, row_bytes);
-    e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, n, b->x);
-    rt_tap_at(e, layer, RT_TAP_STREAMS_OUT, b->x, stream_bytes);
+    rt_tap_at(e, m, layer, RT_TAP_FFN_IN, b->in, row_bytes);
+    return rt_layer_moe_begin(e, m, layer);
+}
+
+static cm_status engine_block_finish(rt_engine *e, const rt_micro *m, uint32_t layer)
+{
+    const md_geometry *g = e->geometry;
+    const rt_buffers *b = &m->buf;
+    uint64_t row_bytes = 2ull * g->d;
+    CM_TRY(rt_layer_moe_finish(e, m));
+    rt_tap_at(e, m, layer, RT_TAP_FFN_OUT, b->out, row_bytes);
+    e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, m->batch.n_row, b->x);
+    rt_tap_at(e, m, layer, RT_TAP_STREAMS_OUT, b->x, row_bytes * g->hc);
     return CM_OK;
+}
+
+/* One micro-batch after another through every layer: those of a sequence that is cut keep its order, and
+ * while one's rows fly the other's are computed. */
+cm_status rt_blocks(rt_engine *e, uint32_t first, uint32_t end)
+{
+    cm_status status = CM_OK;
+    for (uint32_t l = first; l <= end && status == CM_OK; l++) {
+        for (uint32_t i = 0; i < e->n_micro && status == CM_OK; i++) {
+            const rt_micro *m = &e->micros[i];
+            status = l > first ? engine_block_finish(e, m, l - 1) : CM_OK;
+            if (status == CM_OK && l < end) {
+                status = engine_block_begin(e, m, l);
+            }
+        }
+    }
+    if (status != CM_OK) {
+        rt_exchange_drop(e->exchange);
+    }
+    return status;
 }
 
 cm_status rt_logits(rt_engine *e, kn_ptr norm, uint32_t n)
@@ -361,21 +435,17 @@ static void engine_sample(rt_engine *e, const rt_step *step, rt_step_result *res
     }
     CM_ASSERT(n == step->n_sample);
     if (e->tap != NULL) {
-        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, e->host_logits,
+        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, 0, e->host_logits,
                4ull * e->geometry->vocab, n_row);
     }
 }
 
-cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *results_out)
+static cm_status engine_compute(rt_engine *e, const rt_step *step, rt_step_result *results_out)
 {
-    cm_mem_guard_begin("a step");
     rt_masks_begin(e->masks, step);
     rt_step_begin(e, step);
     e->dense->embed(e->stream, &e->weights.embed, e->buf.ids, step->n_row, e->geometry->hc, e->buf.x);
-    cm_status status = CM_OK;
-    for (uint32_t l = 0; l < e->geometry->n_layer && status == CM_OK; l++) {
-        status = rt_block(e, l);
-    }
+    cm_status status = rt_blocks(e, 0, e->geometry->n_layer);
     if (status == CM_OK) {
         status = engine_head(e, step);
     }
@@ -384,6 +454,19 @@ cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *resu
         engine_sample(e, step, results_out);
         status = e->draft_max > 0 ? rt_draft(e, results_out) : CM_OK;
     }
+    return status;
+}
+
+cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *results_out)
+{
+    uint64_t start_ns = cm_now_ns(), waited_ns = rt_exchange_waited_ns(e->exchange);
+    uint32_t n_micro = rt_micro_core_count(&e->micro_core, step->n_row);
+    cm_mem_guard_begin("a step");
+    cm_status status = engine_compute(e, step, results_out);
     cm_mem_guard_end();
+    if (status == CM_OK) {
+        rt_micro_core_observe(&e->micro_core, step->n_row, n_micro, cm_now_ns() - start_ns,
+                              rt_exchange_waited_ns(e->exchange) - waited_ns);
+    }
     return status;
 }
