@@ -32,7 +32,7 @@ static uint32_t buffer_table(rt_engine *engine, buffer_row rows[BUFFER_ROWS])
     ROWS(b->ids, 4);
     ROWS(b->pos, 4);
     WHOLE(b->segs, sizeof(kn_seg) * (n_slot + 1));
-    WHOLE(b->pages, 4ull * engine->page_list_max);
+    WHOLE(b->pages, 4ull * engine->n_page);
     ROWS(b->x, 2 * g->hc * g->d);
     ROWS(b->in, 2 * g->d);
     ROWS(b->out, 2 * g->d);

@@ -53,7 +53,6 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
     rt_kv_layout_build(e->geometry, e->draft_max, &e->kv);
     rt_kv_sizes_get(e->geometry, e->draft_max, &sizes);
     CM_TRY(rt_kv_page_count(e->geometry, &sizes, e->options.kv_bytes, e->options.slot_max, &e->n_page, err));
-    e->page_list_max = e->n_page;
     return CM_OK;
 }
 
@@ -143,11 +142,7 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->moe = kn_moe(e->device);
     e->scratch = rt_sample_scratch_create(g->vocab);
     e->masks = rt_masks_create(rt_out_max(e), g->vocab);
-    e->host_segs = cm_alloc(sizeof(kn_seg) * options->slot_max);
-    e->host_cut = cm_alloc(sizeof(kn_seg) * (options->slot_max + 1));
-    e->host_pages = cm_alloc(sizeof(uint32_t) * e->page_list_max);
-    e->host_ids = cm_alloc(sizeof(uint32_t) * options->row_max);
-    e->host_pos = cm_alloc(sizeof(uint32_t) * options->row_max);
+    rt_batch_init(&e->host, options->slot_max, options->row_max, e->n_page);
     e->host_experts = cm_alloc(sizeof(int32_t) * options->row_max * g->topk);
     e->host_route = cm_alloc(sizeof(float) * options->row_max * g->topk);
     e->host_logits = cm_alloc(sizeof(float) * (size_t)rt_out_max(e) * g->vocab);
@@ -179,11 +174,7 @@ void rt_engine_destroy(rt_engine *e)
     kn_device_close(e->device);
     rt_sample_scratch_destroy(e->scratch);
     rt_masks_destroy(e->masks);
-    cm_free(e->host_segs);
-    cm_free(e->host_cut);
-    cm_free(e->host_pages);
-    cm_free(e->host_ids);
-    cm_free(e->host_pos);
+    rt_batch_fini(&e->host);
     cm_free(e->host_experts);
     cm_free(e->host_route);
     cm_free(e->host_logits);
@@ -245,55 +236,36 @@ void rt_tap_at(rt_engine *e, const rt_micro *m, uint32_t layer, rt_tap_point poi
 
 /* ---- the step ---- */
 
-/* Rows row0 .. end - 1 of the step become a micro-batch; returns where the next one's segments go. */
-static uint32_t engine_cut(rt_engine *e, rt_micro *m, uint32_t n_seg, uint32_t row0, uint32_t end,
-                           uint32_t seg0)
+static void engine_place_micro(rt_engine *e, const rt_batch_part *part, rt_micro *m)
 {
-    uint32_t n = seg0;
-    for (uint32_t i = 0; i < n_seg; i++) {
-        kn_seg seg = e->host_segs[i];
-        uint32_t from = seg.row0 > row0 ? seg.row0 : row0,
-                 to = seg.row0 + seg.n_row < end ? seg.row0 + seg.n_row : end;
-        if (from < to) {
-            seg.pos0 += from - seg.row0;
-            seg.row0 = from - row0;
-            seg.n_row = to - from;
-            e->host_cut[n++] = seg;
-        }
-    }
-    rt_buffers_from(e, row0, &m->buf);
-    m->row0 = row0;
-    m->batch = (kn_batch){.segs = kn_at(e->buf.segs, sizeof(kn_seg) * seg0),
-                          .pages = m->buf.pages,
+    rt_buffers_from(e, part->row0, &m->buf);
+    m->row0 = part->row0;
+    m->batch = (kn_batch){.segs = kn_at(e->buf.segs, sizeof(kn_seg) * part->seg0),
+                          .pages = e->buf.pages,
                           .pos = m->buf.pos,
                           .page_pool = e->page_pool,
                           .page_bytes = e->kv.page_bytes,
-                          .n_seg = n - seg0,
-                          .n_row = end - row0};
-    m->host_experts = e->host_experts + (size_t)row0 * e->geometry->topk;
-    m->host_route = e->host_route + (size_t)row0 * e->geometry->topk;
-    return n;
+                          .n_seg = part->n_seg,
+                          .n_row = part->n_row};
+    m->host_experts = e->host_experts + (size_t)part->row0 * e->geometry->topk;
+    m->host_route = e->host_route + (size_t)part->row0 * e->geometry->topk;
 }
 
-void rt_place_rows(rt_engine *e, uint32_t n_seg, uint32_t n_row, uint32_t n_page, uint32_t n_micro)
+void rt_place_rows(rt_engine *e, uint32_t n_micro)
 {
     rt_buffers *b = &e->buf;
-    uint32_t cut = n_row, n_cut;
-    if (n_micro == 2) {
-        cut = e->cut != NULL ? e->cut(e->cut_ctx, e->host_segs, n_seg, n_row)
-                             : rt_micro_cut(e->host_segs, n_seg, n_row);
-    }
+    rt_batch *host = &e->host;
+    uint32_t n_row = host->n_row;
     e->n_pass++;
-    e->n_micro = n_micro;
-    e->n_row = n_row;
-    n_cut = engine_cut(e, &e->micros[0], n_seg, 0, cut, 0);
-    if (n_micro == 2) {
-        n_cut = engine_cut(e, &e->micros[1], n_seg, cut, n_row, n_cut);
+    rt_batch_cut(host, n_micro, e->cut, e->cut_ctx);
+    for (uint32_t i = 0; i < n_micro; i++) {
+        engine_place_micro(e, &host->parts[i], &e->micros[i]);
     }
-    kn_copy_to_device(e->stream, b->ids, e->host_ids, 4ull * n_row);
-    kn_copy_to_device(e->stream, b->pos, e->host_pos, 4ull * n_row);
-    kn_copy_to_device(e->stream, b->segs, e->host_cut, sizeof(kn_seg) * n_cut);
-    kn_copy_to_device(e->stream, b->pages, e->host_pages, 4ull * n_page);
+    const rt_batch_part *last = &host->parts[n_micro - 1];
+    kn_copy_to_device(e->stream, b->ids, host->ids, 4ull * n_row);
+    kn_copy_to_device(e->stream, b->pos, host->pos, 4ull * n_row);
+    kn_copy_to_device(e->stream, b->segs, host->cut, sizeof(kn_seg) * (last->seg0 + last->n_seg));
+    kn_copy_to_device(e->stream, b->pages, host->pages, 4ull * host->n_page);
     e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, n_row,
                         b->cs_window);
     e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, n_row,
@@ -302,27 +274,9 @@ void rt_place_rows(rt_engine *e, uint32_t n_seg, uint32_t n_row, uint32_t n_page
 
 void rt_step_begin(rt_engine *e, const rt_step *step)
 {
-    uint32_t row = 0, page = 0;
-    CM_ASSERT_MSG(step->n_row > 0 && step->n_row <= e->options.row_max && step->n_seg <= e->options.slot_max,
-                  "step of %u rows and %u sequences", step->n_row, step->n_seg);
-    for (uint32_t i = 0; i < step->n_seg; i++) {
-        const rt_step_seg *seg = &step->segs[i];
-        CM_ASSERT(seg->slot < e->options.slot_max && page + seg->n_page <= e->page_list_max);
-        e->host_segs[i] = (kn_seg){.row0 = row,
-                                   .n_row = seg->n_row,
-                                   .pos0 = seg->pos0,
-                                   .page0 = page,
-                                   .slot = kn_at(e->slot_pool, seg->slot * e->kv.slot_bytes)};
-        for (uint32_t k = 0; k < seg->n_row; k++, row++) {
-            e->host_ids[row] = seg->tokens[k];
-            e->host_pos[row] = seg->pos0 + k;
-        }
-        memcpy(e->host_pages + page, seg->pages, sizeof(uint32_t) * seg->n_page);
-        page += seg->n_page;
-    }
-    CM_ASSERT(row == step->n_row);
     e->step = step;
-    rt_place_rows(e, step->n_seg, row, page, rt_micro_core_count(&e->micro_core, row));
+    rt_batch_fill(&e->host, step, e->slot_pool, e->kv.slot_bytes);
+    rt_place_rows(e, rt_micro_core_count(&e->micro_core, step->n_row));
 }
 
 static cm_status engine_block_begin(rt_engine *e, const rt_micro *m, uint32_t layer)
@@ -366,7 +320,7 @@ cm_status rt_blocks(rt_engine *e, uint32_t first, uint32_t end)
 {
     cm_status status = CM_OK;
     for (uint32_t l = first; l <= end && status == CM_OK; l++) {
-        for (uint32_t i = 0; i < e->n_micro && status == CM_OK; i++) {
+        for (uint32_t i = 0; i < e->host.n_part && status == CM_OK; i++) {
             const rt_micro *m = &e->micros[i];
             status = l > first ? engine_block_finish(e, m, l - 1) : CM_OK;
             if (status == CM_OK && l < end) {
@@ -401,7 +355,7 @@ static cm_status engine_head(rt_engine *e, const rt_step *step)
         const rt_step_seg *seg = &step->segs[i];
         if (seg->sample) {
             uint32_t n_out = seg->n_draft + 1;
-            uint64_t row = e->host_segs[i].row0 + seg->n_row - n_out;
+            uint64_t row = e->host.segs[i].row0 + seg->n_row - n_out;
             e->dense->hc_head(e->stream, &e->weights.hc_head, kn_at(b->x, 2 * row * g->hc * g->d), n_out,
                               kn_at(b->last, 2ull * n * g->d));
             n += n_out;

@@ -5,6 +5,7 @@
 #pragma once
 #include "common/model/checkpoint.h"
 #include "kernels/kn.h"
+#include "router/engine/batch.h"
 #include "router/engine/exchange.h"
 #include "router/engine/kv.h"
 #include "router/sched/sched_core.h"
@@ -31,8 +32,6 @@ typedef enum rt_tap_point {
  * row0 0. */
 typedef void (*rt_tap_fn)(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, uint32_t row0,
                           const void *data, uint64_t row_bytes, uint32_t n_row);
-/* Where a step is cut in two, as rt_micro_cut. */
-typedef uint32_t (*rt_cut_fn)(void *ctx, const kn_seg *segs, uint32_t n_seg, uint32_t n_row);
 
 typedef struct rt_engine_options {
     const md_checkpoint *checkpoint; /* kept */

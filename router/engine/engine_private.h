@@ -2,7 +2,6 @@
 #pragma once
 #include "router/engine/engine.h"
 #include "router/engine/masks.h"
-#include "router/engine/micro_core.h"
 #include "router/engine/sample.h"
 #include "router/engine/weights.h"
 
@@ -68,12 +67,7 @@ struct rt_engine {
     /* the step under way */
     const rt_step *step;
     rt_micro micros[RT_MICRO_MAX];
-    uint32_t n_micro, n_row;
-    kn_seg *host_segs;             /* [slot_max] */
-    kn_seg *host_cut;              /* [slot_max + 1] the same as the micro-batches have them */
-    uint32_t *host_pages;          /* [page_list_max] */
-    uint32_t *host_ids, *host_pos; /* [row_max] */
-    uint32_t page_list_max;
+    rt_batch host;         /* of the pass under way */
     int32_t *host_experts; /* [row_max][topk] */
     float *host_route;
     float *host_logits;  /* [rt_out_max][vocab] */
@@ -89,9 +83,8 @@ void rt_buffers_from(rt_engine *engine, uint32_t row0, rt_buffers *buffers_out);
 uint32_t rt_out_max(const rt_engine *engine);
 /* Puts a step's ids, positions, segments and pages on the device. */
 void rt_step_begin(rt_engine *engine, const rt_step *step);
-/* The rows are what host_segs, host_ids, host_pos and host_pages say, from here on, in n_micro micro-batches.
- */
-void rt_place_rows(rt_engine *engine, uint32_t n_seg, uint32_t n_row, uint32_t n_page, uint32_t n_micro);
+/* The rows are what `host` says, from here on, in n_micro micro-batches. */
+void rt_place_rows(rt_engine *engine, uint32_t n_micro);
 /* Blocks first .. end - 1 over all rows: streams in buf.x to streams in buf.x. */
 CM_MUST_CHECK cm_status rt_blocks(rt_engine *engine, uint32_t first, uint32_t end);
 /* Logits of the n rows in buf.last, already the output of an hc_head, behind `norm`, into host_logits. */
