@@ -301,8 +301,8 @@ static void exchange_send(rt_exchange *x, const rt_xact *act)
 /* All that can be done now; returns when to look again although nothing came in. */
 static uint64_t exchange_advance(rt_exchange *x)
 {
+    uint64_t now_ms = cm_now_ms();
     for (;;) {
-        uint64_t now_ms = cm_now_ms();
         rt_xact act = rt_xcore_next(x->core, now_ms);
         if (act.kind == RT_XACT_SEND) {
             exchange_send(x, &act);

@@ -43,10 +43,19 @@ enum {
     HOST_WAIT_MS = 60000,
 };
 
-typedef enum host_part { PART_SCHED, PART_TABLES, PART_ROUTING, PART_WORDS, PART_FRAMES, N_PART } host_part;
-static const char *const HOST_PARTS[N_PART] = {"scheduler: rows and pages", "ids, positions, block tables",
-                                               "routing tables, all layers", "scheduler: results, logs",
-                                               "token frames to gateways"};
+typedef enum host_part {
+    PART_SCHED,
+    PART_TABLES,
+    PART_PLAN,
+    PART_EXCHANGE,
+    PART_WORDS,
+    PART_FRAMES,
+    N_PART
+} host_part;
+static const char *const HOST_PARTS[N_PART] = {
+    "scheduler: rows and pages",  "ids, positions, block tables",
+    "routing tables, all layers", "frames to and from workers, all layers",
+    "scheduler: results, logs",   "token frames to gateways"};
 
 typedef struct host_routes {
     int32_t *experts; /* [layers][batch][HOST_TOPK] */
@@ -72,6 +81,8 @@ typedef struct host {
     uint8_t *codes, *scales;
     uint16_t *results;
     rt_step_result *tokens;
+    rt_plan *plan;
+    uint8_t *wanted; /* [batch][HOST_TOPK] all */
     uint64_t now_ms;
     double part_s[N_PART];
 } host;
@@ -223,13 +234,16 @@ static pc_epoch *host_epoch(const bench_config *config)
     return epoch;
 }
 
+static rt_plan_limits host_limits(const host *h, uint32_t d)
+{
+    return (rt_plan_limits){
+        .row_max = (uint32_t)h->config->batch, .topk = HOST_TOPK, .d = d, .frame_bytes_max = 64 << 20};
+}
+
 static cm_status host_open_exchange(host *h, uint32_t d, rt_exchange **exchange_out, cm_error *err)
 {
     net_options options;
-    rt_exchange_options x = {.limits = {.row_max = (uint32_t)h->config->batch,
-                                        .topk = HOST_TOPK,
-                                        .d = d,
-                                        .frame_bytes_max = 64 << 20},
+    rt_exchange_options x = {.limits = host_limits(h, d),
                              .n_layer = (uint32_t)h->config->layers,
                              .n_expert = HOST_EXPERTS,
                              .answer_ms = HOST_WAIT_MS,
@@ -237,6 +251,7 @@ static cm_status host_open_exchange(host *h, uint32_t d, rt_exchange **exchange_
     net_options_defaults(&options);
     options.peers_max = (uint32_t)h->config->ranks;
     options.message_bytes_max = x.limits.frame_bytes_max;
+    options.silence_ms = 600000; /* these workers say nothing unasked */
     bench_wire_use(&h->wire);
     CM_TRY(net_open_ops(&bench_wire_ops, &options, &x.rows, err));
     CM_TRY(rt_exchange_create(&x, exchange_out, err));
@@ -294,6 +309,23 @@ static void host_route(host *h, rt_exchange *exchange, const host_routes *routes
     CM_ASSERT(status == CM_OK);
 }
 
+/* The same tables once more by themselves: the exchange makes them inside. */
+static double host_plan_s(host *h, const host_routes *routes)
+{
+    rt_plan_limits limits = host_limits(h, HOST_D);
+    double start = bench_now(h->config);
+    for (uint32_t l = 0; l < h->config->layers; l++) {
+        size_t at = (size_t)l * h->config->batch * HOST_TOPK;
+        uint64_t avoid[PR_RANK_MAX / 64] = {0};
+        uint32_t expert;
+        cm_status status =
+            rt_plan_build(h->plan, &limits, h->epoch->placement, l, routes->experts + at,
+                          routes->weights + at, (uint32_t)h->config->batch, h->wanted, avoid, &expert);
+        CM_ASSERT(status == CM_OK);
+    }
+    return bench_now(h->config) - start;
+}
+
 /* Every slot of a layer was answered. */
 static bool host_check_routes(host *h, const host_routes *routes)
 {
@@ -332,7 +364,7 @@ static uint32_t host_step(host *h, const host_routes *routes)
     for (uint32_t l = 0; routes != NULL && l < h->config->layers; l++) {
         host_route(h, h->exchange, routes, l);
     }
-    host_lap(h, PART_ROUTING, &at);
+    host_lap(h, PART_EXCHANGE, &at);
     for (uint32_t i = 0; i < step.n_sample; i++) {
         h->tokens[i].n_token = 1;
         h->tokens[i].tokens[0] = cm_rng_at(HOST_SEED + 2, step.number, i).word[0] % HOST_VOCAB;
@@ -443,6 +475,9 @@ static void host_round(host *h, const host_routes routes[2], const host_beside *
     memset(h->part_s, 0, sizeof(h->part_s));
     for (uint32_t i = 0; i < HOST_STEPS; i++) {
         host_step(h, &routes[0]);
+        double plan = host_plan_s(h, &routes[0]);
+        h->part_s[PART_PLAN] += plan;
+        h->part_s[PART_EXCHANGE] -= plan;
     }
     for (uint32_t p = 0; p < N_PART; p++) {
         bench_add(&out->part[p], h->part_s[p] / HOST_STEPS);
@@ -450,11 +485,11 @@ static void host_round(host *h, const host_routes routes[2], const host_beside *
     }
     bench_add(&out->sum, sum);
     bench_add(&out->ratio, sum / floor);
-    h->part_s[PART_ROUTING] = 0;
+    h->part_s[PART_EXCHANGE] = 0;
     for (uint32_t i = 0; i < HOST_STEPS / 4; i++) {
         host_step(h, &routes[1]);
     }
-    bench_add(&out->popular, h->part_s[PART_ROUTING] / (HOST_STEPS / 4));
+    bench_add(&out->popular, h->part_s[PART_EXCHANGE] / (HOST_STEPS / 4));
     bench_add(&out->greedy, host_sample_s(h, beside, &greedy));
     bench_add(&out->drawn, host_sample_s(h, beside, &drawn));
     bench_add(&out->copy, host_copy_s(h, &routes[0]));
@@ -484,7 +519,7 @@ static void host_tell(const bench *b, const host *h, const host_samples *samples
     }
     host_row(report, "sum", &samples->sum, floor);
     printf("\nnot in the sum:\n");
-    host_row(report, "routing tables, popular experts", &samples->popular, floor);
+    host_row(report, "routing tables and frames, popular experts", &samples->popular, floor);
     host_row(report, "hand-over to the compute thread (wall)", &samples->hand_over, floor);
     host_row(report, "rows into frames and back, on this CPU", &samples->copy, floor);
     host_row(report, "sampling, greedy, on this CPU", &samples->greedy, floor);
@@ -516,6 +551,10 @@ static cm_status host_create(host *h, cm_error *err)
     h->scales = cm_alloc(batch * kn_blocks((uint32_t)d, KN_ACT_BLOCK));
     h->results = cm_alloc(sizeof(uint16_t) * batch * HOST_TOPK * d);
     h->tokens = cm_alloc(sizeof(rt_step_result) * batch);
+    rt_plan_limits plan = host_limits(h, HOST_D);
+    h->plan = rt_plan_create(&plan);
+    h->wanted = cm_alloc(batch * HOST_TOPK);
+    memset(h->wanted, 1, batch * HOST_TOPK);
     for (uint64_t i = 0; i < batch * d; i++) {
         h->codes[i] = (uint8_t)(i * 31);
     }
@@ -541,6 +580,8 @@ static void host_destroy(host *h)
     cm_free(h->scales);
     cm_free(h->results);
     cm_free(h->tokens);
+    rt_plan_destroy(h->plan);
+    cm_free(h->wanted);
 }
 
 static int run(const bench *b, const bench_config *config)
