@@ -68,7 +68,11 @@ static cm_status engine_open_exchange(rt_engine *e, cm_error *err)
                             "frame_bytes %llu cannot hold one row of this model: %llu needed",
                             (unsigned long long)e->options.rows.message_bytes_max, (unsigned long long)least);
     }
-    CM_TRY(net_open(&e->options.rows, &rows, err));
+    if (e->options.rows_ops != NULL) {
+        CM_TRY(net_open_ops(e->options.rows_ops, &e->options.rows, &rows, err));
+    } else {
+        CM_TRY(net_open(&e->options.rows, &rows, err));
+    }
     rt_exchange_options options = {
         .rows = rows,
         .limits = {.row_max = e->options.row_max,

@@ -37,6 +37,7 @@ typedef struct rt_engine_options {
     const md_checkpoint *checkpoint; /* kept */
     kn_device_options device;
     net_options rows;            /* the net object for expert ranks */
+    const net_ops *rows_ops;     /* benchmarks: its back-end; NULL: the one that rows names */
     uint32_t row_max;            /* rows of a step */
     uint32_t slot_max;           /* sequences at once */
     uint64_t kv_bytes;           /* memory for KV pages */

@@ -11,8 +11,8 @@
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
-static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill,
-                                       &bench_serve_stream, &bench_host_step};
+static const bench *const BENCHES[] = {&bench_fp4_gemv,     &bench_fp8_gemv,  &bench_moe_prefill,
+                                       &bench_serve_stream, &bench_host_step, &bench_step_overlap};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
@@ -38,7 +38,8 @@ static const cm_cfg_field g_fields[] = {
      "serve.stream: a step takes 20 ms, as a model's would; off: as fast as the script goes, so that a write "
      "may carry several events",
      CM_CFG_BOOL(bench_config, paced)},
-    {"model", "models/nano", "serve.stream: folder with a config.json and a tokenizer.json",
+    {"model", "models/nano",
+     "serve.stream: folder with a config.json and a tokenizer.json; step.overlap: with a checkpoint",
      CM_CFG_STRING(bench_config, model)},
 };
 

@@ -37,7 +37,6 @@ enum {
     HOST_STEPS = 20,     /* of a round */
     HOST_COPY_LAYERS = 4,
     HOST_SAMPLED = 8, /* rows sampled in a round */
-    HOST_CLUSTER = 7,
     HOST_SELF = 1,
     HOST_SEED = 20,
     HOST_WAIT_MS = 60000,
@@ -193,10 +192,10 @@ static cm_status host_open_gateway(host *h, cm_error *err)
                                              .grace_ms = 1000}};
     h->gateways = rt_gateways_create(h->loop, server, h->sched, &gateways, host_nothing, h);
     rt_gateways_identify(h->gateways,
-                         &(net_identity){HOST_CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, 1});
+                         &(net_identity){BENCH_WIRE_CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, 1});
     pc_loop_before_sleep(h->loop, host_flush, h);
     CM_TRY(net_open(&options, &h->n, err));
-    net_set_identity(h->n, &(net_identity){HOST_CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY, 2});
+    net_set_identity(h->n, &(net_identity){BENCH_WIRE_CLUSTER, BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY, 2});
     h->pump = pc_netpump_create(h->loop, h->n, host_on_event, h);
     cm_arena_init(&h->arena, "token frames", 1 << 16, 1 << 26);
     CM_TRY(net_connect(h->n, bound, &h->peer, err));
@@ -208,31 +207,6 @@ static cm_status host_open_gateway(host *h, cm_error *err)
 }
 
 /* ---- workers ---- */
-
-static pc_epoch *host_epoch(const bench_config *config)
-{
-    uint32_t n = (uint32_t)config->ranks;
-    uint32_t *members = cm_alloc(sizeof(uint32_t) * n);
-    uint64_t *capacity = cm_alloc(sizeof(uint64_t) * n);
-    cm_error err = {0};
-    pc_epoch *epoch = cm_alloc(sizeof(*epoch));
-    epoch->refs = 1;
-    epoch->number = 1;
-    epoch->cluster = HOST_CLUSTER;
-    epoch->n_member = n;
-    epoch->members = cm_alloc(sizeof(*epoch->members) * n);
-    for (uint32_t i = 0; i < n; i++) {
-        members[i] = epoch->members[i].id = HOST_SELF + 1 + i;
-        capacity[i] = UINT64_MAX;
-        epoch->members[i].data_address = cm_strdup("wire");
-    }
-    cm_status status = pr_placement_plan((uint32_t)config->layers, HOST_EXPERTS, members, n, capacity, NULL,
-                                         &epoch->placement, &err);
-    CM_ASSERT(status == CM_OK);
-    cm_free(members);
-    cm_free(capacity);
-    return epoch;
-}
 
 static rt_plan_limits host_limits(const host *h, uint32_t d)
 {
@@ -546,7 +520,7 @@ static cm_status host_create(host *h, cm_error *err)
                               .vocab = HOST_VOCAB};
     h->sched = rt_sched_create(&limits);
     rt_batch_init(&h->batch, batch, limits.row_max, n_page);
-    h->epoch = host_epoch(h->config);
+    h->epoch = bench_wire_epoch((uint32_t)h->config->layers, HOST_EXPERTS, (uint32_t)h->config->ranks);
     h->codes = cm_alloc(batch * d);
     h->scales = cm_alloc(batch * kn_blocks((uint32_t)d, KN_ACT_BLOCK));
     h->results = cm_alloc(sizeof(uint16_t) * batch * HOST_TOPK * d);

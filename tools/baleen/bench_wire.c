@@ -353,3 +353,27 @@ const net_ops bench_wire_ops = {
     .fd = wire_fd,
     .arm = wire_arm,
 };
+
+pc_epoch *bench_wire_epoch(uint32_t n_layer, uint32_t n_expert, uint32_t n_rank)
+{
+    uint32_t *members = cm_alloc(sizeof(uint32_t) * n_rank);
+    uint64_t *capacity = cm_alloc(sizeof(uint64_t) * n_rank);
+    cm_error err = {0};
+    pc_epoch *epoch = cm_alloc(sizeof(*epoch));
+    epoch->refs = 1;
+    epoch->number = 1;
+    epoch->cluster = BENCH_WIRE_CLUSTER;
+    epoch->n_member = n_rank;
+    epoch->members = cm_alloc(sizeof(*epoch->members) * n_rank);
+    for (uint32_t i = 0; i < n_rank; i++) {
+        members[i] = epoch->members[i].id = i + 2;
+        capacity[i] = UINT64_MAX;
+        epoch->members[i].data_address = cm_strdup("wire");
+    }
+    cm_status status =
+        pr_placement_plan(n_layer, n_expert, members, n_rank, capacity, NULL, &epoch->placement, &err);
+    CM_ASSERT(status == CM_OK);
+    cm_free(members);
+    cm_free(capacity);
+    return epoch;
+}

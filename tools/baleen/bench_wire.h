@@ -7,6 +7,9 @@
 #include <stdint.h>
 
 #include "common/net/net.h"
+#include "common/proc/member.h"
+
+enum { BENCH_WIRE_CLUSTER = 7 };
 
 typedef struct bench_wire {
     uint64_t latency_ns; /* each way */
@@ -19,3 +22,5 @@ typedef struct bench_wire {
 /* How the next object that is opened on this table does it; kept, may be changed meanwhile. */
 void bench_wire_use(bench_wire *wire);
 extern const net_ops bench_wire_ops;
+/* Epoch 1 of n_rank workers at the end of such a wire; every expert has one owner. */
+pc_epoch *bench_wire_epoch(uint32_t n_layer, uint32_t n_expert, uint32_t n_rank);
