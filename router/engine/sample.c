@@ -6,6 +6,8 @@
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
 
+enum { SAMPLE_SORTED = 64 }; /* likeliest tokens that are sorted at first */
+
 typedef struct sample_candidate {
     double p; /* not normalized, or a logit: larger is more likely */
     uint32_t id;
@@ -151,6 +153,13 @@ static void sample_copy(rt_sample_scratch *scratch, const float *logits, const u
     }
 }
 
+static bool sample_penalizes(const rt_sampler *sampler)
+{
+    bool repeats = sampler->repetition_penalty > 0 && sample_is_set(sampler->repetition_penalty, 1);
+    return repeats || sample_is_set(sampler->frequency_penalty, 0) ||
+           sample_is_set(sampler->presence_penalty, 0);
+}
+
 static void sample_change_logits(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg,
                                  const uint32_t *mask, uint32_t i_row, uint32_t position)
 {
@@ -163,9 +172,7 @@ static void sample_change_logits(rt_sample_scratch *scratch, const float *logits
     for (uint32_t i = 0; i < sampler->n_bias; i++) {
         scratch->logits[sampler->bias[i].id] += (double)sampler->bias[i].bias;
     }
-    bool repeats = sampler->repetition_penalty > 0 && sample_is_set(sampler->repetition_penalty, 1);
-    if (repeats || sample_is_set(sampler->frequency_penalty, 0) ||
-        sample_is_set(sampler->presence_penalty, 0)) {
+    if (sample_penalizes(sampler)) {
         sample_penalize(scratch, seg, position);
     }
 }
@@ -197,6 +204,42 @@ static uint32_t sample_greedy(const rt_sample_scratch *scratch)
     double max = sample_max(scratch->logits, scratch->vocab);
     uint32_t best = 0;
     while (scratch->logits[best] < max) {
+        best++;
+    }
+    return best;
+}
+
+/* The largest of the logits is the token, just as they came. */
+static bool sample_is_plain(const rt_step_seg *seg, const uint32_t *mask, uint32_t i_row)
+{
+    const rt_sampler *sampler = seg->sampler;
+    bool stops_wait = i_row < seg->stop_wait && sampler->n_stop > 0;
+    return !(sampler->temperature > 0) && mask == NULL && !stops_wait && sampler->n_bias == 0 &&
+           !sample_penalizes(sampler);
+}
+
+/* Likewise, without a copy of them. */
+static uint32_t sample_greedy_plain(const float *logits, uint32_t n)
+{
+    enum { LANES = 32 };
+    float lane[LANES], max = -INFINITY;
+    uint32_t i = 0, best = 0;
+    for (uint32_t l = 0; l < LANES; l++) {
+        lane[l] = -INFINITY;
+    }
+    for (; i + LANES <= n; i += LANES) {
+        for (uint32_t l = 0; l < LANES; l++) {
+            float x = logits[i + l] < INFINITY ? logits[i + l] : -INFINITY; /* no NaN is below */
+            lane[l] = x > lane[l] ? x : lane[l];
+        }
+    }
+    for (; i < n; i++) {
+        max = logits[i] > max && logits[i] < INFINITY ? logits[i] : max;
+    }
+    for (uint32_t l = 0; l < LANES; l++) {
+        max = lane[l] > max ? lane[l] : max;
+    }
+    while (max > -INFINITY && !(logits[best] >= max && logits[best] <= max)) {
         best++;
     }
     return best;
@@ -275,16 +318,22 @@ static double sample_sum(const sample_candidate *candidates, uint32_t n)
 }
 
 /* A token below (1 - top_p) * total / n cannot be in the nucleus (all such tokens together weigh less than
- * what it leaves out), so only the others are sorted. */
+ * what it leaves out), so only the others are looked at, and of these only as many
+ * sorted as it turns out to have. */
 static uint32_t sample_nucleus(sample_candidate *candidates, uint32_t n, double top_p, double total)
 {
-    double sum = 0;
-    uint32_t size = 0, kept = sample_keep_from(candidates, n, (1 - top_p) * total / n);
-    sample_front(candidates, kept, kept);
-    while (size < kept && sum < top_p * total) {
-        sum += candidates[size++].p;
+    uint32_t kept = sample_keep_from(candidates, n, (1 - top_p) * total / n), size, sorted = SAMPLE_SORTED;
+    for (;; sorted *= 8) {
+        double sum = 0;
+        sorted = sorted < kept ? sorted : kept;
+        sample_front(candidates, kept, sorted);
+        for (size = 0; size < sorted && sum < top_p * total; size++) {
+            sum += candidates[size].p;
+        }
+        if (sorted == kept || sum >= top_p * total) {
+            return size;
+        }
     }
-    return size;
 }
 
 static uint32_t sample_draw(rt_sample_scratch *scratch, const rt_sampler *sampler, uint32_t position,
@@ -354,18 +403,25 @@ static uint32_t sample_first(const rt_sample_scratch *scratch, const uint32_t *m
     return 0;
 }
 
+static uint32_t sample_changed(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg,
+                               const uint32_t *mask, uint32_t i_row, uint32_t position)
+{
+    sample_change_logits(scratch, logits, seg, mask, i_row, position);
+    uint32_t token = sample_greedy(scratch);
+    if (!(scratch->logits[token] > -INFINITY)) {
+        return sample_first(scratch, mask);
+    }
+    return seg->sampler->temperature > 0
+               ? sample_draw(scratch, seg->sampler, position, scratch->logits[token])
+               : token;
+}
+
 uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg, uint32_t i)
 {
     uint32_t position = seg->pos0 + seg->n_row - seg->n_draft + i, n_word = (scratch->vocab + 31) / 32;
     const uint32_t *mask = seg->masks != NULL ? seg->masks + (size_t)i * n_word : NULL;
-    sample_change_logits(scratch, logits, seg, mask, i, position);
-    uint32_t token = sample_greedy(scratch);
-    bool any = scratch->logits[token] > -INFINITY;
-    if (any && seg->sampler->temperature > 0) {
-        token = sample_draw(scratch, seg->sampler, position, scratch->logits[token]);
-    } else if (!any) {
-        token = sample_first(scratch, mask);
-    }
+    uint32_t token = sample_is_plain(seg, mask, i) ? sample_greedy_plain(logits, scratch->vocab)
+                                                   : sample_changed(scratch, logits, seg, mask, i, position);
     if (seg->logprobs != NULL) {
         sample_logprobs(scratch, logits, mask, token, seg->sampler->n_top, &seg->logprobs[i]);
     }
