@@ -50,6 +50,11 @@ pc_code gw_error_grpc(const gw_error *error)
     return ERROR_ROW[error->cause].grpc;
 }
 
+bool gw_error_is_final(const gw_error *error)
+{
+    return error->cause == GW_CAUSE_ABORTED;
+}
+
 void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char *fmt, ...)
 {
     va_list args;

@@ -770,9 +770,9 @@ static cm_status check_choices(const gw_request *request, const gw_ask *ask, gw_
     if (request->n_choice <= most) {
         return CM_OK;
     }
-    gw_error_set(error_out, GW_CAUSE_UNSUPPORTED, "n",
-                 "n must not be above %u here: ask again for more answers", most);
-    return CM_E_UNSUPPORTED;
+    gw_error_set(error_out, GW_CAUSE_INVALID, "n", "n must not be above %u here: ask again for more answers",
+                 most);
+    return CM_E_INVALID;
 }
 
 static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,
