@@ -52,7 +52,7 @@ pc_code gw_error_grpc(const gw_error *error)
 
 bool gw_error_is_final(const gw_error *error)
 {
-    return error->cause == GW_CAUSE_ABORTED;
+    return error->cause == GW_CAUSE_ABORTED || error->cause == GW_CAUSE_ENDS_ROUTERS;
 }
 
 void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char *fmt, ...)
