@@ -204,7 +204,9 @@ void gw_vllm_generate(gw_grpc_call *call, const ProtobufCMessage *message)
     json_t *body;
     gw_error error;
     call->grpc->vllm_received_us = cm_wall_us();
-    if (gw_vllm_body(request, &body, &error) != CM_OK) {
+    bool from_ids = request->input_case == VLLM__GRPC__ENGINE__GENERATE_REQUEST__INPUT_TOKENIZED;
+    if (gw_grpc_check_prompt(call, from_ids ? request->tokenized->n_input_ids : 0, &error) != CM_OK ||
+        gw_vllm_body(request, &body, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }
