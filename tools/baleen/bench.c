@@ -12,7 +12,7 @@
 #include "tools/baleen/verbs.h"
 
 static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill,
-                                       &bench_serve_stream};
+                                       &bench_serve_stream, &bench_serve_model};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
@@ -35,8 +35,20 @@ static const cm_cfg_field g_fields[] = {
      "serve.stream: a step takes 20 ms, as a model's would; off: as fast as the script goes, so that a write "
      "may carry several events",
      CM_CFG_BOOL(bench_config, paced)},
-    {"model", "models/nano", "serve.stream: folder with a config.json and a tokenizer.json",
+    {"model", "models/nano",
+     "serve.stream: folder with a config.json and a tokenizer.json; serve.model: a checkpoint",
      CM_CFG_STRING(bench_config, model)},
+    {"workers", "1", "serve.model: workers of the cluster", CM_CFG_UINT(bench_config, workers, 1, 64)},
+    {"batches", "1,8,32", "serve.model: streams at once in each measurement of decode, comma separated",
+     CM_CFG_STRING(bench_config, batches)},
+    {"steps", "24", "serve.model: steps of decode in each measurement",
+     CM_CFG_UINT(bench_config, steps, 1, 4096)},
+    {"prompt", "512", "serve.model: tokens of prefill, where the tokenizer has one for each byte",
+     CM_CFG_UINT(bench_config, prompt, 1, 65536)},
+    {"peer", "",
+     "serve.model: shell command run in every round that prints peer=NAME case=decode_b8 value=TOKENS_S "
+     "lines",
+     CM_CFG_STRING(bench_config, peer)},
 };
 
 static const cm_cfg_table g_table = {

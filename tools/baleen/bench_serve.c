@@ -141,7 +141,6 @@ static void serve_stop(serve *s)
 
 /* ---- what is measured ---- */
 
-/* An answer of so many words, at least as many tokens, of which so many are told. */
 static void write_body(const bench_config *config, bool endless, cm_bytes *body)
 {
     cm_bytes_printf(body,
@@ -155,18 +154,27 @@ static void write_body(const bench_config *config, bool endless, cm_bytes *body)
     cm_bytes_append_text(body, "\"}]}");
 }
 
+/* An answer of so many words, at least as many tokens, of which so many are told. */
+static void write_answer(void *ctx, uint32_t i, cm_bytes *body)
+{
+    (void)i;
+    write_body(((const serve *)ctx)->config, false, body);
+}
+
+static void write_endless(void *ctx, uint32_t i, cm_bytes *body)
+{
+    (void)i;
+    write_body(((const serve *)ctx)->config, true, body);
+}
+
 static cm_status begin_load(serve *s, uint32_t n, bool endless, cm_error *err)
 {
-    cm_bytes body;
-    cm_bytes_init(&body, 0);
-    write_body(s->config, endless, &body);
     stream_load_options options = {.loop = bench_cluster_loop(s->cluster),
                                    .address = cluster_http(bench_cluster_processes(s->cluster)),
-                                   .body = cm_bytes_text(&body),
-                                   .n = n};
-    cm_status status = stream_load_begin(&options, &s->load, err);
-    cm_bytes_fini(&body);
-    return status;
+                                   .n = n,
+                                   .write_body = endless ? write_endless : write_answer,
+                                   .ctx = s};
+    return stream_load_begin(&options, &s->load, err);
 }
 
 typedef struct serve_round {

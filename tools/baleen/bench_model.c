@@ -1,0 +1,323 @@
+/* serve.model: tokens a second of a whole cluster, from the client's side: gateway, one router, the workers,
+ * as `baleen up` starts them. Decode at several batches and prefill, each beside the floor that reading its
+ * weights once would take, and, with --peer, beside other programs that run the same in turn.
+ *
+ * A figure is the difference of two loads, one of few tokens and one of more, so that opening streams and
+ * ending them count for nothing. With one thread it is tokens by processor time of all of the cluster's
+ * processes but the coordinator; the time on the wall stands beside it. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "common/base/bytes.h"
+#include "common/base/clock.h"
+#include "common/base/mem.h"
+#include "common/base/rng.h"
+#include "common/model/checkpoint.h"
+#include "tools/baleen/bench.h"
+#include "tools/baleen/bench_cluster.h"
+#include "tools/baleen/bench_peer.h"
+#include "tools/baleen/cli.h"
+
+enum {
+    MODEL_CASES = 8,    /* batches, and prefill after them */
+    MODEL_FIRST = 4,    /* tokens of the short load */
+    MODEL_LETTERS = 16, /* a short prompt; tokens where every byte is one */
+    MODEL_PIDS = 64,
+    MODEL_READ_BYTES = 256 << 20,
+};
+
+typedef struct model_case {
+    char name[24];  /* what a peer calls it: decode_b8, prefill_p512 */
+    uint32_t batch; /* 0: prefill */
+    double n_bytes; /* weights that one step reads */
+    bench_samples cpu, wall, floor, of_floor;
+} model_case;
+
+typedef struct model_run {
+    const bench_config *config;
+    bench_cluster *cluster;
+    stream_load *load;
+    uint32_t n_stream, n_token, n_letter; /* of the load under way */
+    uint64_t n_drawn;
+    model_case cases[MODEL_CASES];
+    uint32_t n_case;
+    bench_peers *peers;
+    void *read_from;
+    bench_team *team;
+    char sequences[48];
+    const char *env[1];
+    bench_cluster_options options;
+    md_geometry geometry;
+} model_run;
+
+/* ---- what must be read ---- */
+
+/* Bytes of all weights of a step but the routed experts: everything but the embedding, of which a row is
+ * read. */
+static bool count_dense(void *ctx, const md_expect *e)
+{
+    double *sum = ctx;
+    if (strstr(e->name, ".experts.") == NULL && strcmp(e->name, "embed.weight") != 0 &&
+        strstr(e->name, "tid2eid") == NULL && strncmp(e->name, "mtp.", 4) != 0) {
+        *sum += (double)(e->dim[0] * (e->n_dim > 1 ? e->dim[1] : 1) * md_dtype_bytes(e->dtype));
+    }
+    return true;
+}
+
+/* Of n_expert experts those that n_row rows of topk each hit at least once, if all are as likely. */
+static double experts_hit(const md_geometry *g, double n_row)
+{
+    double missed = 1;
+    for (double r = 0; r < n_row; r++) {
+        missed *= 1 - (double)g->topk / g->n_expert;
+    }
+    return g->n_expert * (1 - missed);
+}
+
+static double step_bytes(const md_geometry *g, uint32_t n_row)
+{
+    double dense = 0;
+    md_expect_each(g, count_dense, &dense);
+    return dense + g->n_layer * experts_hit(g, n_row) * (double)md_expert_bytes(g);
+}
+
+/* ---- a load ---- */
+
+/* Random letters: no two prompts begin alike, so nothing of them is kept from another one. */
+static void write_body(void *ctx, uint32_t i, cm_bytes *body)
+{
+    model_run *m = ctx;
+    (void)i;
+    cm_bytes_printf(
+        body,
+        "{\"model\":\"bench\",\"stream\":true,\"thinking\":{\"type\":\"disabled\"},\"ignore_eos\":true,"
+        "\"seed\":%u,\"max_tokens\":%u,\"messages\":[{\"role\":\"user\",\"content\":\"",
+        i, m->n_token);
+    for (uint32_t k = 0; k < m->n_letter; k++) {
+        char letter = (char)('a' + cm_rng_at(1, m->n_drawn++, 0).word[0] % 26);
+        cm_bytes_append(body, &letter, 1);
+    }
+    cm_bytes_append_text(body, "\"}]}");
+}
+
+static bool all_answered(void *ctx)
+{
+    const model_run *m = ctx;
+    stream_load_counts counts = stream_load_get(m->load);
+    return counts.n_done + counts.n_failed == m->n_stream;
+}
+
+static double cluster_cpu_s(const model_run *m)
+{
+    uint32_t pids[MODEL_PIDS];
+    uint32_t n = cluster_serving_pids(bench_cluster_processes(m->cluster), pids, MODEL_PIDS);
+    double sum = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        sum += bench_process_cpu_s((int)pids[i]);
+    }
+    return sum;
+}
+
+typedef struct model_times {
+    double cpu_s, wall_s;
+} model_times;
+
+static cm_status run_load(model_run *m, uint32_t n_stream, uint32_t n_token, uint32_t n_letter,
+                          model_times *out, cm_error *err)
+{
+    stream_load_options options = {.loop = bench_cluster_loop(m->cluster),
+                                   .address = cluster_http(bench_cluster_processes(m->cluster)),
+                                   .n = n_stream,
+                                   .write_body = write_body,
+                                   .ctx = m};
+    m->n_stream = n_stream;
+    m->n_token = n_token;
+    m->n_letter = n_letter;
+    double cpu_s = cluster_cpu_s(m);
+    uint64_t start_ns = cm_now_ns();
+    CM_TRY(stream_load_begin(&options, &m->load, err));
+    cm_status status = bench_cluster_wait(m->cluster, all_answered, m, "all streams to end", err);
+    out->wall_s = 1e-9 * (double)(cm_now_ns() - start_ns);
+    out->cpu_s = cluster_cpu_s(m) - cpu_s;
+    uint32_t n_failed = stream_load_get(m->load).n_failed;
+    stream_load_end(m->load);
+    m->load = NULL;
+    CM_TRY(status);
+    return n_failed == 0 ? CM_OK
+                         : cm_error_set(err, CM_E_IO, NULL, "%u of %u streams failed", n_failed, n_stream);
+}
+
+/* ---- a round ---- */
+
+static cm_status measure_case(model_run *m, model_case *c, double bytes_s, cm_error *err)
+{
+    model_times few, more;
+    uint32_t steps = (uint32_t)m->config->steps, prompt = (uint32_t)m->config->prompt;
+    bool decode = c->batch != 0;
+    uint32_t n = decode ? c->batch : 1, first = decode ? MODEL_FIRST : 1;
+    CM_TRY(run_load(m, n, first, MODEL_LETTERS, &few, err));
+    CM_TRY(run_load(m, n, first + (decode ? steps : 0), MODEL_LETTERS + (decode ? 0 : prompt), &more, err));
+    double n_token = decode ? (double)n * steps : prompt, n_step = decode ? steps : 1;
+    double floor = n_token * bytes_s / (n_step * c->n_bytes);
+    bench_add(&c->cpu, n_token / (more.cpu_s - few.cpu_s));
+    bench_add(&c->wall, n_token / (more.wall_s - few.wall_s));
+    bench_add(&c->floor, floor);
+    bool by_cpu = m->config->threads == 1;
+    bench_add(&c->of_floor, (by_cpu ? c->cpu : c->wall).value[c->cpu.n - 1] / floor);
+    return CM_OK;
+}
+
+static cm_status take_round(model_run *m, cm_error *err)
+{
+    double start_s = bench_now(m->config);
+    bench_read(m->team, m->read_from, MODEL_READ_BYTES);
+    double bytes_s = MODEL_READ_BYTES / (bench_now(m->config) - start_s);
+    for (uint32_t i = 0; i < m->n_case; i++) {
+        CM_TRY(measure_case(m, &m->cases[i], bytes_s, err));
+    }
+    return m->peers != NULL ? bench_peers_run(m->peers, err) : CM_OK;
+}
+
+/* ---- the report ---- */
+
+static void print_peers(const model_run *m, const model_case *c, json_t *row)
+{
+    const bench_samples *ours = m->config->threads == 1 ? &c->cpu : &c->wall;
+    json_t *list = json_array();
+    for (uint32_t i = 0; m->peers != NULL && i < bench_peers_count(m->peers); i++) {
+        const bench_samples *theirs = bench_peers_case(m->peers, i, c->name);
+        bench_samples ratio = {0};
+        for (uint32_t r = 0; theirs != NULL && r < theirs->n && r < ours->n; r++) {
+            bench_add(&ratio, ours->value[r] / theirs->value[r]);
+        }
+        if (ratio.n > 0) {
+            bench_summary rate = bench_summarize(theirs), over = bench_summarize(&ratio);
+            printf("%14s %-16s %8.1f tok/s, of it %14.2f (%.2f .. %.2f)\n", "", bench_peers_name(m->peers, i),
+                   rate.median, over.median, over.min, over.max);
+            json_array_append_new(list, json_pack("{s:s, s:o, s:o}", "peer", bench_peers_name(m->peers, i),
+                                                  "tokens_s", bench_summary_json(rate), "ratio",
+                                                  bench_summary_json(over)));
+        }
+    }
+    json_object_set_new(row, "peers", list);
+}
+
+static void print_case(const model_run *m, const model_case *c, json_t *results)
+{
+    bench_summary cpu = bench_summarize(&c->cpu), wall = bench_summarize(&c->wall),
+                  floor = bench_summarize(&c->floor), ratio = bench_summarize(&c->of_floor);
+    printf("%-14s %8.1f (%.1f .. %.1f)  %8.1f (%.1f .. %.1f)  %8.0f  %5.2f (%.2f .. %.2f)\n", c->name,
+           cpu.median, cpu.min, cpu.max, wall.median, wall.min, wall.max, floor.median, ratio.median,
+           ratio.min, ratio.max);
+    json_t *row = json_pack(
+        "{s:s, s:I, s:f, s:o, s:o, s:o, s:o}", "case", c->name, "batch", (json_int_t)c->batch, "step_bytes",
+        c->n_bytes, "cpu_tokens_s", bench_summary_json(cpu), "wall_tokens_s", bench_summary_json(wall),
+        "floor_tokens_s", bench_summary_json(floor), "of_floor", bench_summary_json(ratio));
+    print_peers(m, c, row);
+    json_array_append_new(results, row);
+}
+
+/* ---- all ---- */
+
+static cm_status list_cases(model_run *m, cm_error *err)
+{
+    char *names = cm_strdup(m->config->batches), *rest = names;
+    cm_status status = CM_OK;
+    uint32_t most = 1;
+    for (char *word = strsep(&rest, ","); word != NULL && status == CM_OK; word = strsep(&rest, ",")) {
+        char *end;
+        unsigned long batch = strtoul(word, &end, 10);
+        if (*end != '\0' || batch < 1 || batch > 4096 || m->n_case == MODEL_CASES - 1) {
+            status = cm_error_set(err, CM_E_CONFIG, "batches",
+                                  "--batches %s: at most %d numbers from 1 to 4096, comma separated",
+                                  m->config->batches, MODEL_CASES - 1);
+            break;
+        }
+        model_case *c = &m->cases[m->n_case++];
+        c->batch = (uint32_t)batch;
+        c->n_bytes = step_bytes(&m->geometry, c->batch);
+        snprintf(c->name, sizeof(c->name), "decode_b%u", c->batch);
+        most = c->batch > most ? c->batch : most;
+    }
+    cm_free(names);
+    model_case *prefill = &m->cases[m->n_case++];
+    snprintf(prefill->name, sizeof(prefill->name), "prefill_p%u", (unsigned)m->config->prompt);
+    prefill->n_bytes = step_bytes(&m->geometry, (uint32_t)m->config->prompt);
+    snprintf(m->sequences, sizeof(m->sequences), "BALEEN_SEQUENCES_MAX=%u", most);
+    return status;
+}
+
+static cm_status model_prepare(model_run *m, cm_error *err)
+{
+    CM_TRY(md_geometry_load(m->config->model, &m->geometry, err));
+    CM_TRY(list_cases(m, err));
+    if (m->config->peer[0] != '\0') {
+        m->peers = bench_peers_create(m->config->peer);
+    }
+    m->read_from = mmap(NULL, MODEL_READ_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (m->read_from == MAP_FAILED) {
+        m->read_from = NULL;
+        return cm_error_set(err, CM_E_MEMORY, NULL, "no memory to read from");
+    }
+    (void)madvise(m->read_from, MODEL_READ_BYTES, MADV_HUGEPAGE); /* advice */
+    memset(m->read_from, 1, MODEL_READ_BYTES);
+    m->team = bench_team_create((uint32_t)m->config->threads);
+    m->env[0] = m->sequences;
+    m->options = (bench_cluster_options){.model = m->config->model,
+                                         .scripted_model = "",
+                                         .failpoints = "",
+                                         .workers = (uint32_t)m->config->workers,
+                                         .threads = (uint32_t)m->config->threads,
+                                         .env = m->env,
+                                         .n_env = 1};
+    cli_progress("starting a cluster");
+    return bench_cluster_start(&m->options, &m->cluster, err);
+}
+
+static cm_status model_measure(model_run *m, const bench *b, cm_error *err)
+{
+    model_times warm;
+    CM_TRY(model_prepare(m, err));
+    CM_TRY(run_load(m, 1, MODEL_FIRST, MODEL_LETTERS, &warm, err)); /* touches what is touched first */
+    for (uint32_t round = 0; round < m->config->rounds; round++) {
+        cli_progress("round %u of %u", round + 1, (unsigned)m->config->rounds);
+        CM_TRY(take_round(m, err));
+    }
+    cli_progress_clear();
+    json_t *report = bench_begin(b, m->config);
+    json_object_set_new(report, "workers", json_integer((json_int_t)m->config->workers));
+    printf("%s, %u worker%s, %u steps; tokens a second\n%-14s %-24s %-24s %8s  %s\n", m->config->model,
+           (unsigned)m->config->workers, m->config->workers == 1 ? "" : "s", (unsigned)m->config->steps, "",
+           "by processor time", "on the wall", "floor", "of it");
+    for (uint32_t i = 0; i < m->n_case; i++) {
+        print_case(m, &m->cases[i], json_object_get(report, "results"));
+    }
+    bench_end(report);
+    return CM_OK;
+}
+
+static int model_run_bench(const bench *b, const bench_config *config)
+{
+    model_run m = {.config = config};
+    cm_error err = {0};
+    cm_status status = model_measure(&m, b, &err);
+    stream_load_end(m.load);
+    bench_cluster_stop(m.cluster);
+    if (m.team != NULL) {
+        bench_team_destroy(m.team);
+    }
+    if (m.read_from != NULL) {
+        munmap(m.read_from, MODEL_READ_BYTES);
+    }
+    bench_peers_destroy(m.peers);
+    if (status != CM_OK) {
+        fprintf(stderr, "baleen bench: %s\n", err.text);
+    }
+    return status == CM_OK ? CLI_OK : CLI_FAILED;
+}
+
+const bench bench_serve_model = {
+    "serve.model", "a whole cluster: decode and prefill, against reading its weights once, and peers",
+    model_run_bench};
