@@ -43,7 +43,7 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_STRING(bench_config, batches)},
     {"steps", "24", "serve.model: steps of decode in each measurement",
      CM_CFG_UINT(bench_config, steps, 1, 4096)},
-    {"prompt", "512", "serve.model: tokens of prefill, where the tokenizer has one for each byte",
+    {"prompt", "512", "serve.model: letters of the prompt; with the tokenizer of baleen synth as many tokens",
      CM_CFG_UINT(bench_config, prompt, 1, 65536)},
     {"peer", "",
      "serve.model: shell command run in every round that prints peer=NAME case=decode_b8 value=TOKENS_S "

@@ -1,6 +1,7 @@
 /* serve.model: tokens a second of a whole cluster, from the client's side: gateway, one router, the workers,
- * as `baleen up` starts them. Decode at several batches and prefill, each beside the floor that reading its
- * weights once would take, and, with --peer, beside other programs that run the same in turn.
+ * as `baleen up` starts them. Decode at several batches, beside what reading a step's weights once would
+ * allow; prefill, beside what float32 multiply-adds would; with --peer, both beside other programs that run
+ * the same in turn.
  *
  * A figure is the difference of two loads, one of few tokens and one of more, so that opening streams and
  * ending them count for nothing. With one thread it is tokens by processor time of all of the cluster's
@@ -15,6 +16,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/model/checkpoint.h"
+#include "common/model/tokenizer.h"
 #include "tools/baleen/bench.h"
 #include "tools/baleen/bench_cluster.h"
 #include "tools/baleen/bench_peer.h"
@@ -29,10 +31,11 @@ enum {
 };
 
 typedef struct model_case {
-    char name[24];  /* what a peer calls it: decode_b8, prefill_p512 */
-    uint32_t batch; /* 0: prefill */
-    double n_bytes; /* weights that one step reads */
-    bench_samples cpu, wall, floor, of_floor;
+    char name[24];                            /* what a peer calls it: decode_b8, prefill_p512 */
+    uint32_t batch;                           /* 0: prefill */
+    double n_bytes;                           /* of decode: weights that one step reads */
+    double n_macs;                            /* of prefill: multiplications by weights for a token */
+    bench_samples cpu, wall, limit, of_limit; /* tokens a second; limit: by n_bytes or n_macs alone */
 } model_case;
 
 typedef struct model_run {
@@ -41,6 +44,8 @@ typedef struct model_run {
     stream_load *load;
     uint32_t n_stream, n_token, n_letter; /* of the load under way */
     uint64_t n_drawn;
+    md_tokenizer *tokenizer;
+    md_ids prompt; /* of the load under way */
     model_case cases[MODEL_CASES];
     uint32_t n_case;
     bench_peers *peers;
@@ -76,6 +81,25 @@ static double experts_hit(const md_geometry *g, double n_row)
     return g->n_expert * (1 - missed);
 }
 
+/* Without the head: a token of a prompt gives no logits. */
+static bool count_macs(void *ctx, const md_expect *e)
+{
+    double *sum = ctx;
+    bool weights = e->n_dim == 2 && e->dtype != MD_F8_E8M0 && e->dtype != MD_I64;
+    if (weights && strstr(e->name, ".experts.") == NULL && strcmp(e->name, "embed.weight") != 0 &&
+        strcmp(e->name, "head.weight") != 0 && strncmp(e->name, "mtp.", 4) != 0) {
+        *sum += (double)(e->dim[0] * e->dim[1]);
+    }
+    return true;
+}
+
+static double token_macs(const md_geometry *g)
+{
+    double dense = 0;
+    md_expect_each(g, count_macs, &dense);
+    return dense + 3.0 * g->n_layer * g->topk * g->inner * g->d;
+}
+
 static double step_bytes(const md_geometry *g, uint32_t n_row)
 {
     double dense = 0;
@@ -89,16 +113,17 @@ static double step_bytes(const md_geometry *g, uint32_t n_row)
 static void write_body(void *ctx, uint32_t i, cm_bytes *body)
 {
     model_run *m = ctx;
-    (void)i;
     cm_bytes_printf(
         body,
         "{\"model\":\"bench\",\"stream\":true,\"thinking\":{\"type\":\"disabled\"},\"ignore_eos\":true,"
         "\"seed\":%u,\"max_tokens\":%u,\"messages\":[{\"role\":\"user\",\"content\":\"",
         i, m->n_token);
+    size_t at = body->len;
     for (uint32_t k = 0; k < m->n_letter; k++) {
         char letter = (char)('a' + cm_rng_at(1, m->n_drawn++, 0).word[0] % 26);
         cm_bytes_append(body, &letter, 1);
     }
+    md_tokenizer_encode(m->tokenizer, cm_bytes_text(body) + at, m->n_letter, MD_TEXT_PLAIN, &m->prompt);
     cm_bytes_append_text(body, "\"}]}");
 }
 
@@ -122,7 +147,14 @@ static double cluster_cpu_s(const model_run *m)
 
 typedef struct model_times {
     double cpu_s, wall_s;
+    size_t n_prompt; /* tokens of all its prompts' letters */
 } model_times;
+
+/* What its figures go by. */
+static const bench_samples *model_rate(const model_run *m, const model_case *c)
+{
+    return m->config->threads == 1 ? &c->cpu : &c->wall;
+}
 
 static cm_status run_load(model_run *m, uint32_t n_stream, uint32_t n_token, uint32_t n_letter,
                           model_times *out, cm_error *err)
@@ -135,12 +167,14 @@ static cm_status run_load(model_run *m, uint32_t n_stream, uint32_t n_token, uin
     m->n_stream = n_stream;
     m->n_token = n_token;
     m->n_letter = n_letter;
+    m->prompt.n = 0;
     double cpu_s = cluster_cpu_s(m);
     uint64_t start_ns = cm_now_ns();
     CM_TRY(stream_load_begin(&options, &m->load, err));
     cm_status status = bench_cluster_wait(m->cluster, all_answered, m, "all streams to end", err);
     out->wall_s = 1e-9 * (double)(cm_now_ns() - start_ns);
     out->cpu_s = cluster_cpu_s(m) - cpu_s;
+    out->n_prompt = m->prompt.n;
     uint32_t n_failed = stream_load_get(m->load).n_failed;
     stream_load_end(m->load);
     m->load = NULL;
@@ -151,7 +185,22 @@ static cm_status run_load(model_run *m, uint32_t n_stream, uint32_t n_token, uin
 
 /* ---- a round ---- */
 
-static cm_status measure_case(model_run *m, model_case *c, double bytes_s, cm_error *err)
+typedef struct model_limits {
+    double bytes_s, macs_s;
+} model_limits;
+
+static model_limits probe_limits(const model_run *m)
+{
+    double start_s = bench_now(m->config);
+    bench_read(m->team, m->read_from, MODEL_READ_BYTES);
+    double read_s = bench_now(m->config);
+    bench_fma(m->team);
+    double end_s = bench_now(m->config);
+    return (model_limits){.bytes_s = MODEL_READ_BYTES / (read_s - start_s),
+                          .macs_s = (double)bench_fma_macs() * (double)m->config->threads / (end_s - read_s)};
+}
+
+static cm_status measure_case(model_run *m, model_case *c, model_limits limits, cm_error *err)
 {
     model_times few, more;
     uint32_t steps = (uint32_t)m->config->steps, prompt = (uint32_t)m->config->prompt;
@@ -159,23 +208,20 @@ static cm_status measure_case(model_run *m, model_case *c, double bytes_s, cm_er
     uint32_t n = decode ? c->batch : 1, first = decode ? MODEL_FIRST : 1;
     CM_TRY(run_load(m, n, first, MODEL_LETTERS, &few, err));
     CM_TRY(run_load(m, n, first + (decode ? steps : 0), MODEL_LETTERS + (decode ? 0 : prompt), &more, err));
-    double n_token = decode ? (double)n * steps : prompt, n_step = decode ? steps : 1;
-    double floor = n_token * bytes_s / (n_step * c->n_bytes);
+    double n_token = decode ? (double)n * steps : (double)more.n_prompt - (double)few.n_prompt;
+    double limit = decode ? n * limits.bytes_s / c->n_bytes : limits.macs_s / c->n_macs;
     bench_add(&c->cpu, n_token / (more.cpu_s - few.cpu_s));
     bench_add(&c->wall, n_token / (more.wall_s - few.wall_s));
-    bench_add(&c->floor, floor);
-    bool by_cpu = m->config->threads == 1;
-    bench_add(&c->of_floor, (by_cpu ? c->cpu : c->wall).value[c->cpu.n - 1] / floor);
+    bench_add(&c->limit, limit);
+    bench_add(&c->of_limit, model_rate(m, c)->value[c->cpu.n - 1] / limit);
     return CM_OK;
 }
 
 static cm_status take_round(model_run *m, cm_error *err)
 {
-    double start_s = bench_now(m->config);
-    bench_read(m->team, m->read_from, MODEL_READ_BYTES);
-    double bytes_s = MODEL_READ_BYTES / (bench_now(m->config) - start_s);
+    model_limits limits = probe_limits(m);
     for (uint32_t i = 0; i < m->n_case; i++) {
-        CM_TRY(measure_case(m, &m->cases[i], bytes_s, err));
+        CM_TRY(measure_case(m, &m->cases[i], limits, err));
     }
     return m->peers != NULL ? bench_peers_run(m->peers, err) : CM_OK;
 }
@@ -184,7 +230,7 @@ static cm_status take_round(model_run *m, cm_error *err)
 
 static void print_peers(const model_run *m, const model_case *c, json_t *row)
 {
-    const bench_samples *ours = m->config->threads == 1 ? &c->cpu : &c->wall;
+    const bench_samples *ours = model_rate(m, c);
     json_t *list = json_array();
     for (uint32_t i = 0; m->peers != NULL && i < bench_peers_count(m->peers); i++) {
         const bench_samples *theirs = bench_peers_case(m->peers, i, c->name);
@@ -207,14 +253,15 @@ static void print_peers(const model_run *m, const model_case *c, json_t *row)
 static void print_case(const model_run *m, const model_case *c, json_t *results)
 {
     bench_summary cpu = bench_summarize(&c->cpu), wall = bench_summarize(&c->wall),
-                  floor = bench_summarize(&c->floor), ratio = bench_summarize(&c->of_floor);
+                  limit = bench_summarize(&c->limit), ratio = bench_summarize(&c->of_limit);
     printf("%-14s %8.1f (%.1f .. %.1f)  %8.1f (%.1f .. %.1f)  %8.0f  %5.2f (%.2f .. %.2f)\n", c->name,
-           cpu.median, cpu.min, cpu.max, wall.median, wall.min, wall.max, floor.median, ratio.median,
+           cpu.median, cpu.min, cpu.max, wall.median, wall.min, wall.max, limit.median, ratio.median,
            ratio.min, ratio.max);
-    json_t *row = json_pack(
-        "{s:s, s:I, s:f, s:o, s:o, s:o, s:o}", "case", c->name, "batch", (json_int_t)c->batch, "step_bytes",
-        c->n_bytes, "cpu_tokens_s", bench_summary_json(cpu), "wall_tokens_s", bench_summary_json(wall),
-        "floor_tokens_s", bench_summary_json(floor), "of_floor", bench_summary_json(ratio));
+    json_t *row =
+        json_pack("{s:s, s:I, s:f, s:f, s:o, s:o, s:o, s:o}", "case", c->name, "batch", (json_int_t)c->batch,
+                  "step_bytes", c->n_bytes, "token_macs", c->n_macs, "cpu_tokens_s", bench_summary_json(cpu),
+                  "wall_tokens_s", bench_summary_json(wall), "limit_tokens_s", bench_summary_json(limit),
+                  "of_limit", bench_summary_json(ratio));
     print_peers(m, c, row);
     json_array_append_new(results, row);
 }
@@ -244,8 +291,19 @@ static cm_status list_cases(model_run *m, cm_error *err)
     cm_free(names);
     model_case *prefill = &m->cases[m->n_case++];
     snprintf(prefill->name, sizeof(prefill->name), "prefill_p%u", (unsigned)m->config->prompt);
-    prefill->n_bytes = step_bytes(&m->geometry, (uint32_t)m->config->prompt);
+    prefill->n_macs = token_macs(&m->geometry);
     snprintf(m->sequences, sizeof(m->sequences), "BALEEN_SEQUENCES_MAX=%u", most);
+    return status;
+}
+
+static cm_status open_tokenizer(model_run *m, cm_error *err)
+{
+    cm_bytes path;
+    cm_bytes_init(&path, 0);
+    cm_bytes_printf(&path, "%s/tokenizer.json", m->config->model);
+    cm_status status = md_tokenizer_open(cm_bytes_text(&path), m->geometry.vocab, &m->tokenizer, err);
+    cm_bytes_fini(&path);
+    md_ids_init(&m->prompt);
     return status;
 }
 
@@ -253,6 +311,7 @@ static cm_status model_prepare(model_run *m, cm_error *err)
 {
     CM_TRY(md_geometry_load(m->config->model, &m->geometry, err));
     CM_TRY(list_cases(m, err));
+    CM_TRY(open_tokenizer(m, err));
     if (m->config->peer[0] != '\0') {
         m->peers = bench_peers_create(m->config->peer);
     }
@@ -290,7 +349,7 @@ static cm_status model_measure(model_run *m, const bench *b, cm_error *err)
     json_object_set_new(report, "workers", json_integer((json_int_t)m->config->workers));
     printf("%s, %u worker%s, %u steps; tokens a second\n%-14s %-24s %-24s %8s  %s\n", m->config->model,
            (unsigned)m->config->workers, m->config->workers == 1 ? "" : "s", (unsigned)m->config->steps, "",
-           "by processor time", "on the wall", "floor", "of it");
+           "by processor time", "on the wall", "limit", "of it");
     for (uint32_t i = 0; i < m->n_case; i++) {
         print_case(m, &m->cases[i], json_object_get(report, "results"));
     }
@@ -311,6 +370,10 @@ static int model_run_bench(const bench *b, const bench_config *config)
     if (m.read_from != NULL) {
         munmap(m.read_from, MODEL_READ_BYTES);
     }
+    if (m.tokenizer != NULL) {
+        md_tokenizer_close(m.tokenizer);
+        md_ids_fini(&m.prompt);
+    }
     bench_peers_destroy(m.peers);
     if (status != CM_OK) {
         fprintf(stderr, "baleen bench: %s\n", err.text);
@@ -319,5 +382,6 @@ static int model_run_bench(const bench *b, const bench_config *config)
 }
 
 const bench bench_serve_model = {
-    "serve.model", "a whole cluster: decode and prefill, against reading its weights once, and peers",
+    "serve.model",
+    "a whole cluster: decode and prefill, against what weights and arithmetic allow, and peers",
     model_run_bench};
