@@ -11,8 +11,8 @@
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
-static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill,
-                                       &bench_serve_stream, &bench_serve_model};
+static const bench *const BENCHES[] = {&bench_fp4_gemv,     &bench_fp8_gemv,    &bench_moe_prefill,
+                                       &bench_serve_stream, &bench_serve_model, &bench_load_weights};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
@@ -36,7 +36,7 @@ static const cm_cfg_field g_fields[] = {
      "may carry several events",
      CM_CFG_BOOL(bench_config, paced)},
     {"model", "models/nano",
-     "serve.stream: folder with a config.json and a tokenizer.json; serve.model: a checkpoint",
+     "serve.stream: folder with a config.json and a tokenizer.json; serve.model, load.weights: a checkpoint",
      CM_CFG_STRING(bench_config, model)},
     {"workers", "1", "serve.model: workers of the cluster", CM_CFG_UINT(bench_config, workers, 1, 64)},
     {"batches", "1,8,32", "serve.model: streams at once in each measurement of decode, comma separated",

@@ -25,7 +25,8 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream, bench_serve_model;
+extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream, bench_serve_model,
+    bench_load_weights;
 
 /* ---- samples ---- */
 
