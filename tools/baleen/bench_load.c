@@ -116,7 +116,7 @@ static cm_status load_worker(const load_run *l, double *rate_out, cm_error *err)
     if (status != CM_OK) {
         goto err_device;
     }
-    status = wk_shard_create(checkpoint, device, &shard);
+    status = wk_shard_create(checkpoint, device, (uint32_t)l->config->threads, &shard);
     if (status == CM_OK) {
         status = wk_shard_load(shard, placement, 0, err);
         *rate_out =
