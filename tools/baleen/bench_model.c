@@ -1,7 +1,7 @@
-/* serve.model: tokens a second of a whole cluster, from the client's side: gateway, one router, the workers,
- * as `baleen up` starts them. Decode at several batches, beside what reading a step's weights once would
- * allow; prefill, beside what float32 multiply-adds would; with --peer, both beside other programs that run
- * the same in turn.
+/* serve.model and serve.workers: tokens a second of a whole cluster, from the client's side: gateway, one
+ * router, the workers, as `baleen up` starts them. Decode at several batches, beside what reading a step's
+ * weights once would allow; prefill, beside what float32 multiply-adds would; with --peer, both beside other
+ * programs that run the same in turn.
  *
  * A figure is the difference of two loads, one of few tokens and one of more, so that opening streams and
  * ending them count for nothing. With one thread it is tokens by processor time of all of the cluster's
@@ -9,18 +9,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "common/base/bytes.h"
 #include "common/base/clock.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
-#include "common/model/checkpoint.h"
 #include "common/model/tokenizer.h"
 #include "tools/baleen/bench.h"
+#include "tools/baleen/bench_bytes.h"
 #include "tools/baleen/bench_cluster.h"
 #include "tools/baleen/bench_peer.h"
 #include "tools/baleen/cli.h"
+#include "tools/baleen/svg.h"
 
 enum {
     MODEL_CASES = 8,    /* batches, and prefill after them */
@@ -56,56 +56,6 @@ typedef struct model_run {
     bench_cluster_options options;
     md_geometry geometry;
 } model_run;
-
-/* ---- what must be read ---- */
-
-/* Bytes of all weights of a step but the routed experts: everything but the embedding, of which a row is
- * read. */
-static bool count_dense(void *ctx, const md_expect *e)
-{
-    double *sum = ctx;
-    if (strstr(e->name, ".experts.") == NULL && strcmp(e->name, "embed.weight") != 0 &&
-        strstr(e->name, "tid2eid") == NULL && strncmp(e->name, "mtp.", 4) != 0) {
-        *sum += (double)(e->dim[0] * (e->n_dim > 1 ? e->dim[1] : 1) * md_dtype_bytes(e->dtype));
-    }
-    return true;
-}
-
-/* Of n_expert experts those that n_row rows of topk each hit at least once, if all are as likely. */
-static double experts_hit(const md_geometry *g, double n_row)
-{
-    double missed = 1;
-    for (double r = 0; r < n_row; r++) {
-        missed *= 1 - (double)g->topk / g->n_expert;
-    }
-    return g->n_expert * (1 - missed);
-}
-
-/* Without the head: a token of a prompt gives no logits. */
-static bool count_macs(void *ctx, const md_expect *e)
-{
-    double *sum = ctx;
-    bool weights = e->n_dim == 2 && e->dtype != MD_F8_E8M0 && e->dtype != MD_I64;
-    if (weights && strstr(e->name, ".experts.") == NULL && strcmp(e->name, "embed.weight") != 0 &&
-        strcmp(e->name, "head.weight") != 0 && strncmp(e->name, "mtp.", 4) != 0) {
-        *sum += (double)(e->dim[0] * e->dim[1]);
-    }
-    return true;
-}
-
-static double token_macs(const md_geometry *g)
-{
-    double dense = 0;
-    md_expect_each(g, count_macs, &dense);
-    return dense + 3.0 * g->n_layer * g->topk * g->inner * g->d;
-}
-
-static double step_bytes(const md_geometry *g, uint32_t n_row)
-{
-    double dense = 0;
-    md_expect_each(g, count_dense, &dense);
-    return dense + g->n_layer * experts_hit(g, n_row) * (double)md_expert_bytes(g);
-}
 
 /* ---- a load ---- */
 
@@ -250,6 +200,13 @@ static void print_peers(const model_run *m, const model_case *c, json_t *row)
     json_object_set_new(row, "peers", list);
 }
 
+static void print_heading(const model_run *m)
+{
+    printf("%s, %u worker%s, %u steps; tokens a second\n%-14s %-24s %-24s %8s  %s\n", m->config->model,
+           (unsigned)m->config->workers, m->config->workers == 1 ? "" : "s", (unsigned)m->config->steps, "",
+           "by processor time", "on the wall", "limit", "of it");
+}
+
 static void print_case(const model_run *m, const model_case *c, json_t *results)
 {
     bench_summary cpu = bench_summarize(&c->cpu), wall = bench_summarize(&c->wall),
@@ -257,11 +214,11 @@ static void print_case(const model_run *m, const model_case *c, json_t *results)
     printf("%-14s %8.1f (%.1f .. %.1f)  %8.1f (%.1f .. %.1f)  %8.0f  %5.2f (%.2f .. %.2f)\n", c->name,
            cpu.median, cpu.min, cpu.max, wall.median, wall.min, wall.max, limit.median, ratio.median,
            ratio.min, ratio.max);
-    json_t *row =
-        json_pack("{s:s, s:I, s:f, s:f, s:o, s:o, s:o, s:o}", "case", c->name, "batch", (json_int_t)c->batch,
-                  "step_bytes", c->n_bytes, "token_macs", c->n_macs, "cpu_tokens_s", bench_summary_json(cpu),
-                  "wall_tokens_s", bench_summary_json(wall), "limit_tokens_s", bench_summary_json(limit),
-                  "of_limit", bench_summary_json(ratio));
+    json_t *row = json_pack("{s:s, s:I, s:I, s:f, s:f, s:o, s:o, s:o, s:o}", "case", c->name, "workers",
+                            (json_int_t)m->config->workers, "batch", (json_int_t)c->batch, "step_bytes",
+                            c->n_bytes, "token_macs", c->n_macs, "cpu_tokens_s", bench_summary_json(cpu),
+                            "wall_tokens_s", bench_summary_json(wall), "limit_tokens_s",
+                            bench_summary_json(limit), "of_limit", bench_summary_json(ratio));
     print_peers(m, c, row);
     json_array_append_new(results, row);
 }
@@ -284,14 +241,14 @@ static cm_status list_cases(model_run *m, cm_error *err)
         }
         model_case *c = &m->cases[m->n_case++];
         c->batch = (uint32_t)batch;
-        c->n_bytes = step_bytes(&m->geometry, c->batch);
+        c->n_bytes = bench_step_bytes(&m->geometry, c->batch);
         snprintf(c->name, sizeof(c->name), "decode_b%u", c->batch);
         most = c->batch > most ? c->batch : most;
     }
     cm_free(names);
     model_case *prefill = &m->cases[m->n_case++];
     snprintf(prefill->name, sizeof(prefill->name), "prefill_p%u", (unsigned)m->config->prompt);
-    prefill->n_macs = token_macs(&m->geometry);
+    prefill->n_macs = bench_token_macs(&m->geometry);
     snprintf(m->sequences, sizeof(m->sequences), "BALEEN_SEQUENCES_MAX=%u", most);
     return status;
 }
@@ -315,13 +272,10 @@ static cm_status model_prepare(model_run *m, cm_error *err)
     if (m->config->peer[0] != '\0') {
         m->peers = bench_peers_create(m->config->peer);
     }
-    m->read_from = mmap(NULL, MODEL_READ_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (m->read_from == MAP_FAILED) {
-        m->read_from = NULL;
+    m->read_from = bench_read_alloc(MODEL_READ_BYTES);
+    if (m->read_from == NULL) {
         return cm_error_set(err, CM_E_MEMORY, NULL, "no memory to read from");
     }
-    (void)madvise(m->read_from, MODEL_READ_BYTES, MADV_HUGEPAGE); /* advice */
-    memset(m->read_from, 1, MODEL_READ_BYTES);
     m->team = bench_team_create((uint32_t)m->config->threads);
     m->env[0] = m->sequences;
     m->options = (bench_cluster_options){.model = m->config->model,
@@ -335,53 +289,152 @@ static cm_status model_prepare(model_run *m, cm_error *err)
     return bench_cluster_start(&m->options, &m->cluster, err);
 }
 
-static cm_status model_measure(model_run *m, const bench *b, cm_error *err)
+static cm_status take_rounds(model_run *m, cm_error *err)
 {
     model_times warm;
     CM_TRY(model_prepare(m, err));
     CM_TRY(run_load(m, 1, MODEL_FIRST, MODEL_LETTERS, &warm, err)); /* touches what is touched first */
     for (uint32_t round = 0; round < m->config->rounds; round++) {
-        cli_progress("round %u of %u", round + 1, (unsigned)m->config->rounds);
+        cli_progress("%u worker%s, round %u of %u", (unsigned)m->config->workers,
+                     m->config->workers == 1 ? "" : "s", round + 1, (unsigned)m->config->rounds);
         CM_TRY(take_round(m, err));
     }
     cli_progress_clear();
-    json_t *report = bench_begin(b, m->config);
-    json_object_set_new(report, "workers", json_integer((json_int_t)m->config->workers));
-    printf("%s, %u worker%s, %u steps; tokens a second\n%-14s %-24s %-24s %8s  %s\n", m->config->model,
-           (unsigned)m->config->workers, m->config->workers == 1 ? "" : "s", (unsigned)m->config->steps, "",
-           "by processor time", "on the wall", "limit", "of it");
-    for (uint32_t i = 0; i < m->n_case; i++) {
-        print_case(m, &m->cases[i], json_object_get(report, "results"));
-    }
-    bench_end(report);
     return CM_OK;
+}
+
+static void model_close(model_run *m)
+{
+    stream_load_end(m->load);
+    bench_cluster_stop(m->cluster);
+    if (m->team != NULL) {
+        bench_team_destroy(m->team);
+    }
+    bench_read_free(m->read_from, MODEL_READ_BYTES);
+    if (m->tokenizer != NULL) {
+        md_tokenizer_close(m->tokenizer);
+        md_ids_fini(&m->prompt);
+    }
+    bench_peers_destroy(m->peers);
+}
+
+static int model_end(cm_status status, const cm_error *err)
+{
+    if (status != CM_OK) {
+        fprintf(stderr, "baleen bench: %s\n", err->text);
+    }
+    return status == CM_OK ? CLI_OK : CLI_FAILED;
+}
+
+/* ---- serve.model ---- */
+
+static void add_point(svg_series *series, double x, const bench_samples *samples)
+{
+    bench_summary y = bench_summarize(samples);
+    series->points[series->n++] = (svg_point){.x = x, .y = y.median, .low = y.min, .high = y.max};
+}
+
+/* The decode cases by their batch. */
+static cm_status draw_batches(const model_run *m, cm_error *err)
+{
+    svg_chart chart = {.title = "Decode by batch",
+                       .x_label = "sequences in a step",
+                       .y_label = "tokens a second",
+                       .log_y = true,
+                       .series = {{.name = "by processor time"},
+                                  {.name = "on the wall"},
+                                  {.name = "reading the weights", .dashed = true}},
+                       .n = 3};
+    uint32_t n_peer = m->peers != NULL ? bench_peers_count(m->peers) : 0;
+    for (uint32_t p = 0; p < n_peer && chart.n < SVG_SERIES_MAX; p++) {
+        snprintf(chart.series[chart.n++].name, sizeof(chart.series[0].name), "%s",
+                 bench_peers_name(m->peers, p));
+    }
+    for (uint32_t i = 0; i < m->n_case && m->cases[i].batch != 0; i++) {
+        const model_case *c = &m->cases[i];
+        add_point(&chart.series[0], c->batch, &c->cpu);
+        add_point(&chart.series[1], c->batch, &c->wall);
+        add_point(&chart.series[2], c->batch, &c->limit);
+        for (uint32_t p = 3; p < chart.n; p++) {
+            const bench_samples *theirs = bench_peers_case(m->peers, p - 3, c->name);
+            if (theirs != NULL) {
+                add_point(&chart.series[p], c->batch, theirs);
+            }
+        }
+    }
+    return svg_write(&chart, m->config->svg, err);
 }
 
 static int model_run_bench(const bench *b, const bench_config *config)
 {
     model_run m = {.config = config};
     cm_error err = {0};
-    cm_status status = model_measure(&m, b, &err);
-    stream_load_end(m.load);
-    bench_cluster_stop(m.cluster);
-    if (m.team != NULL) {
-        bench_team_destroy(m.team);
+    cm_status status = take_rounds(&m, &err);
+    if (status == CM_OK) {
+        json_t *report = bench_begin(b, config);
+        print_heading(&m);
+        for (uint32_t i = 0; i < m.n_case; i++) {
+            print_case(&m, &m.cases[i], json_object_get(report, "results"));
+        }
+        bench_end(report);
+        status = config->svg[0] != '\0' ? draw_batches(&m, &err) : CM_OK;
     }
-    if (m.read_from != NULL) {
-        munmap(m.read_from, MODEL_READ_BYTES);
-    }
-    if (m.tokenizer != NULL) {
-        md_tokenizer_close(m.tokenizer);
-        md_ids_fini(&m.prompt);
-    }
-    bench_peers_destroy(m.peers);
-    if (status != CM_OK) {
-        fprintf(stderr, "baleen bench: %s\n", err.text);
-    }
-    return status == CM_OK ? CLI_OK : CLI_FAILED;
+    model_close(&m);
+    return model_end(status, &err);
 }
 
 const bench bench_serve_model = {
     "serve.model",
     "a whole cluster: decode and prefill, against what weights and arithmetic allow, and peers",
     model_run_bench};
+
+/* ---- serve.workers ---- */
+
+/* One cluster after another; the cases of all have the same places. */
+static cm_status measure_workers(const bench_config *config, svg_chart *chart, json_t *report, cm_error *err)
+{
+    model_run m = {.config = config};
+    cm_status status = take_rounds(&m, err);
+    if (status == CM_OK) {
+        print_heading(&m);
+    }
+    for (uint32_t i = 0; i < m.n_case && status == CM_OK; i++) {
+        const model_case *c = &m.cases[i];
+        print_case(&m, c, json_object_get(report, "results"));
+        if (c->batch != 0 && 2 * i + 1 < SVG_SERIES_MAX) {
+            svg_series *by_cpu = &chart->series[2 * i], *on_wall = by_cpu + 1;
+            snprintf(by_cpu->name, sizeof(by_cpu->name), "batch %u, by processor time", c->batch);
+            snprintf(on_wall->name, sizeof(on_wall->name), "batch %u, on the wall", c->batch);
+            add_point(by_cpu, (double)config->workers, &c->cpu);
+            add_point(on_wall, (double)config->workers, &c->wall);
+            chart->n = 2 * i + 2;
+        }
+    }
+    model_close(&m);
+    return status;
+}
+
+static int workers_run_bench(const bench *b, const bench_config *config)
+{
+    svg_chart chart = {.title = "Decode by workers on one machine",
+                       .x_label = "workers",
+                       .y_label = "tokens a second",
+                       .log_y = true};
+    cm_error err = {0};
+    cm_status status = CM_OK;
+    json_t *report = bench_begin(b, config);
+    for (uint64_t n = 1; n <= config->workers && status == CM_OK; n *= 2) {
+        bench_config of_n = *config;
+        of_n.workers = n;
+        status = measure_workers(&of_n, &chart, report, &err);
+    }
+    bench_end(report);
+    if (status == CM_OK && config->svg[0] != '\0') {
+        status = svg_write(&chart, config->svg, &err);
+    }
+    return model_end(status, &err);
+}
+
+const bench bench_serve_workers = {"serve.workers",
+                                   "serve.model with 1, 2, 4 .. --workers workers, one cluster after another",
+                                   workers_run_bench};
