@@ -21,7 +21,14 @@ enum {
     BF16_BLOCK_PAIRS = KN_FP4_BLOCK / 2,
     BF16_CHUNK_PAIRS = CPU_CHUNK / 2,
     BF16_STEP_PAIRS = FP4_STEP / 2,
-    BF16_TILES = 2,              /* tiles that share one reading of many rows of input */
+#ifndef PIECE
+#define PIECE 8
+#endif
+    BF16_PIECE = PIECE,
+#ifndef AHEAD
+#define AHEAD 8192
+#endif
+    BF16_AHEAD = AHEAD,
     BF16_WEIGHT_MAX = 12,        /* doubled */
     BF16_SUM_MAX = 1 << 24,      /* of a block in float32 */
     BF16_SUM_BITS = 31,          /* of a chunk in an integer */
@@ -78,6 +85,11 @@ static __m512i units_of(__m256i codes)
 static __m512i magnitudes(__m512i words)
 {
     return _mm512_and_si512(words, _mm512_set1_epi16(0x7fff));
+}
+
+static __mmask32 small_ones(__m512i words)
+{
+    return _mm512_cmplt_epu16_mask(magnitudes(words), _mm512_set1_epi16(BF16_SMALL));
 }
 
 /* Divides by 2^shift. */
@@ -151,9 +163,8 @@ static void load_chunk(const bf16_group *g, uint32_t r, uint32_t c, const bf16_c
     for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
         bool wide = chunk->sum[b] > BF16_SUM_MAX;
         uint32_t pairs[BF16_BLOCK_PAIRS];
-        __mmask32 small = _mm512_cmplt_epu16_mask(magnitudes(chunk->words[b]), _mm512_set1_epi16(BF16_SMALL));
-        _mm512_storeu_si512(pairs,
-                            paired(_mm512_maskz_mov_epi16(wide ? ~small : ~(__mmask32)0, chunk->words[b])));
+        __mmask32 taken = wide ? ~small_ones(chunk->words[b]) : ~(__mmask32)0;
+        _mm512_storeu_si512(pairs, paired(_mm512_maskz_mov_epi16(taken, chunk->words[b])));
         for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++) {
             g->pairs[((uint64_t)c * BF16_CHUNK_PAIRS + b * BF16_BLOCK_PAIRS + p) * g->n + r] = pairs[p];
         }
@@ -216,184 +227,83 @@ void KN_FN(kn_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
 
 /* ---- weights ---- */
 
-/* What a tile's scales say, chunk after chunk. */
+/* What the scales of a tile's chunk say. */
 typedef struct bf16_scales {
-    __m512i above;  /* of this chunk: by how much each exceeds the least of its output */
+    __m512i above;  /* by how much each exceeds the least of its output */
     __m512i exp[2]; /* that least one where doubles have their exponents, for both halves of the sums */
-    __m512i low, high;
 } bf16_scales;
 
-static bf16_scales scales_open(void)
+/* The least and the largest scale of a tile's outputs so far. */
+typedef struct bf16_range {
+    __m512i low, high;
+} bf16_range;
+
+static bf16_range range_open(void)
 {
-    return (bf16_scales){.low = _mm512_set1_epi8(-1), .high = _mm512_setzero_si512()};
+    return (bf16_range){.low = _mm512_set1_epi8(-1), .high = _mm512_setzero_si512()};
 }
 
-INLINED void scales_next(bf16_scales *s, __m512i scales)
+INLINED bf16_scales scales_of(__m512i scales, bf16_range *range)
 {
     __m512i least = _mm512_min_epu8(scales, _mm512_rol_epi32(scales, 16));
     least = _mm512_min_epu8(least, _mm512_rol_epi32(least, 8));
-    s->above = _mm512_sub_epi8(scales, least);
-    s->exp[0] = fp4_scale_exponents(least, 0, 0);
-    s->exp[1] = fp4_scale_exponents(least, 0, 2);
-    s->low = _mm512_min_epu8(s->low, least);
-    s->high = _mm512_max_epu8(s->high, scales);
+    range->low = _mm512_min_epu8(range->low, least);
+    range->high = _mm512_max_epu8(range->high, scales);
+    return (bf16_scales){.above = _mm512_sub_epi8(scales, least),
+                         .exp = {fp4_scale_exponents(least, 0, 0), fp4_scale_exponents(least, 0, 2)}};
 }
 
 /* The most by which two scales of one output differ; more than any double has bits if one is NaN. */
-static uint32_t scales_range(const bf16_scales *s)
+static uint32_t range_width(const bf16_range *range)
 {
-    __m512i high = _mm512_max_epu8(s->high, _mm512_rol_epi32(s->high, 16)), range;
+    __m512i high = _mm512_max_epu8(range->high, _mm512_rol_epi32(range->high, 16)), width;
     uint8_t bytes[64], most = 0;
     high = _mm512_max_epu8(high, _mm512_rol_epi32(high, 8));
-    range = _mm512_sub_epi8(high, s->low);
-    range = _mm512_mask_mov_epi8(range, _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8(-1)), high);
-    _mm512_storeu_si512(bytes, range);
+    width = _mm512_sub_epi8(high, range->low);
+    width = _mm512_mask_mov_epi8(width, _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8(-1)), high);
+    _mm512_storeu_si512(bytes, width);
     for (uint32_t i = 0; i < sizeof(bytes); i++) {
         most = bytes[i] > most ? bytes[i] : most;
     }
     return most;
 }
 
-/* What is to be added to the weights of block b: `above` where bfloat16 has its exponent. */
-INLINED __m512i above_exponents(__m512i above, uint32_t b)
+/* Of block b, as numbers. */
+INLINED __m512i above_of(__m512i above, uint32_t b)
 {
-    const __m512i high_bytes = _mm512_set4_epi32(0x0c800c80, 0x08800880, 0x04800480, 0x00800080);
-    __m512i from = _mm512_or_si512(high_bytes, _mm512_set1_epi16((int16_t)(b << 8)));
-    return _mm512_srli_epi16(_mm512_shuffle_epi8(above, from), 1);
+    const __m512i low_bytes =
+        _mm512_set4_epi32((int32_t)0x8080800c, (int32_t)0x80808008, (int32_t)0x80808004, (int32_t)0x80808000);
+    return _mm512_shuffle_epi8(above, _mm512_or_si512(low_bytes, _mm512_set1_epi32((int32_t)b)));
 }
 
-/* Pair i of a column, doubled weights times 2^above. Entries repeat every 16: what other nibbles leave in the
- * upper bits of an index does not matter. A zero becomes 2^(above - 127) and then far less than what a sum of
- * whole numbers is rounded to. */
-INLINED __m512bh pair_of(__m512i column, uint32_t i, __m512i above)
+/* Pair i of a column, doubled weights. Entries repeat every 16: what other nibbles leave in the upper bits of
+ * an index does not matter. */
+INLINED __m512i pair_of(__m512i column, uint32_t i)
 {
     const __m512i values = _mm512_broadcast_i64x4(_mm256_set_epi16(
         (int16_t)0xc140, (int16_t)0xc100, (int16_t)0xc0c0, (int16_t)0xc080, (int16_t)0xc040, (int16_t)0xc000,
         (int16_t)0xbf80, (int16_t)0x8000, 0x4140, 0x4100, 0x40c0, 0x4080, 0x4040, 0x4000, 0x3f80, 0));
-    __m512i code = _mm512_srli_epi32(column, 4 * i);
-    return (__m512bh)_mm512_add_epi16(_mm512_permutexvar_epi16(code, values), above);
+    return _mm512_permutexvar_epi16(_mm512_srli_epi32(column, 4 * i), values);
 }
 
 /* ---- sums of a chunk ---- */
 
-INLINED __m512 dot(__m512 acc, uint32_t pair, __m512bh weights)
+INLINED __m512 dot(__m512 acc, uint32_t pair, __m512i weights)
 {
-    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int32_t)pair), weights);
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int32_t)pair), (__m512bh)weights);
 }
 
-/* sum_out[r], plus 2^31: n rows with one tile, at_once blocks at a time so that there are sums enough to
- * overlap. */
-INLINED void few_sums(const fp4_chunk *chunk, __m512i above, const uint32_t *pairs, __m512i *sum_out,
-                      const uint32_t n, const uint32_t at_once)
-{
-    for (uint32_t r = 0; r < n; r++) {
-        sum_out[r] = _mm512_set1_epi32(INT32_MIN);
-    }
-    for (uint32_t b0 = 0; b0 < FP4_CHUNK_BLOCKS; b0 += at_once) {
-        __m512 sum[FP4_CHUNK_BLOCKS][VNNI_GROUP];
-        __m512i up[FP4_CHUNK_BLOCKS];
-        for (uint32_t b = 0; b < at_once; b++) {
-            up[b] = above_exponents(above, b0 + b);
-            for (uint32_t r = 0; r < n; r++) {
-                sum[b][r] = _mm512_setzero_ps();
-            }
-        }
-#pragma GCC unroll 16
-        for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++) {
-#pragma GCC unroll 4
-            for (uint32_t b = 0; b < at_once; b++) {
-                const __m512i *column = chunk->columns + (b0 + b) * FP4_BLOCK_STEPS + p / BF16_STEP_PAIRS;
-                __m512bh weights = pair_of(*column, p % BF16_STEP_PAIRS, up[b]);
-                for (uint32_t r = 0; r < n; r++) {
-                    sum[b][r] = dot(sum[b][r], pairs[((b0 + b) * BF16_BLOCK_PAIRS + p) * n + r], weights);
-                }
-            }
-        }
-        for (uint32_t b = 0; b < at_once; b++) {
-            for (uint32_t r = 0; r < n; r++) {
-                sum_out[r] = _mm512_add_epi32(sum_out[r], _mm512_cvtps_epi32(sum[b][r]));
-            }
-        }
-    }
-}
+/* sum_out[tile][row], plus 2^31. */
+typedef __m512i bf16_sums[FP4_TILES][VNNI_GROUP];
 
-/* The chunk of BF16_TILES tiles as bfloat16. */
-typedef __m512i bf16_pairs[BF16_CHUNK_PAIRS][BF16_TILES];
-
-static void unpack(const fp4_chunk *chunk, __m512i above, bf16_pairs out, uint32_t i_tile)
-{
-    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
-        __m512i up = above_exponents(above, b);
-        for (uint32_t s = 0; s < FP4_BLOCK_STEPS; s++) {
-#pragma GCC unroll 4
-            for (uint32_t i = 0; i < BF16_STEP_PAIRS; i++) {
-                out[b * BF16_BLOCK_PAIRS + s * BF16_STEP_PAIRS + i][i_tile] =
-                    (__m512i)pair_of(chunk->columns[b * FP4_BLOCK_STEPS + s], i, up);
-            }
-        }
-    }
-}
-
-/* sum_out[tile][r], plus 2^31: n rows with BF16_TILES tiles. */
-INLINED void many_sums(bf16_pairs weights, const uint32_t *pairs, __m512i (*sum_out)[VNNI_GROUP],
-                       const uint32_t n)
-{
-    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
-        __m512 sum[BF16_TILES][VNNI_GROUP];
-        for (uint32_t r = 0; r < n; r++) {
-            sum[0][r] = sum[1][r] = _mm512_setzero_ps();
-        }
-#pragma GCC unroll 16
-        for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++) {
-            __m512bh w0 = (__m512bh)weights[b * BF16_BLOCK_PAIRS + p][0],
-                     w1 = (__m512bh)weights[b * BF16_BLOCK_PAIRS + p][1];
-            for (uint32_t r = 0; r < n; r++) {
-                uint32_t pair = pairs[(b * BF16_BLOCK_PAIRS + p) * n + r];
-                sum[0][r] = dot(sum[0][r], pair, w0);
-                sum[1][r] = dot(sum[1][r], pair, w1);
-            }
-        }
-        for (uint32_t i = 0; i < BF16_TILES; i++) {
-            for (uint32_t r = 0; r < n; r++) {
-                __m512i before = b == 0 ? _mm512_set1_epi32(INT32_MIN) : sum_out[i][r];
-                sum_out[i][r] = _mm512_add_epi32(before, _mm512_cvtps_epi32(sum[i][r]));
-            }
-        }
-    }
-}
-
-/* Adds the products of the small inputs that are not in pairs, of row r and block b. */
-static __m512i add_small(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c, uint32_t r,
-                         uint32_t b, const fp4_chunk *chunk, __m512i above, __m512i sum)
-{
-    const uint8_t *codes = t->codes[g->row0 + r];
-    uint32_t shift = (uint32_t)(g->exponents[(uint64_t)c * g->n + r] >> 52) -
-                     (t->scales[g->row0 + r][c] + 1023u - 254 - FP4_UNIT_BITS);
-    __m512i words = shifted(units_of(load_block(codes, c * CPU_CHUNK + b * KN_FP4_BLOCK, k)), shift);
-    __mmask32 small = _mm512_cmplt_epu16_mask(magnitudes(words), _mm512_set1_epi16(BF16_SMALL));
-    __m512i pairs = paired(_mm512_maskz_mov_epi16(small, words)), up = above_exponents(above, b);
-    __mmask16 left = _mm512_test_epi32_mask(pairs, _mm512_set1_epi32(0x7fff7fff));
-    __m512 rest = _mm512_setzero_ps();
-    uint32_t pair[BF16_BLOCK_PAIRS];
-    _mm512_storeu_si512(pair, pairs);
-    for (; left != 0; left &= (__mmask16)(left - 1)) {
-        uint32_t p = (uint32_t)__builtin_ctz(left);
-        __m512i column = chunk->columns[b * FP4_BLOCK_STEPS + p / BF16_STEP_PAIRS];
-        rest = dot(rest, pair[p], pair_of(column, p % BF16_STEP_PAIRS, up));
-    }
-    return _mm512_add_epi32(sum, _mm512_cvtps_epi32(rest));
-}
-
-APART void add_smalls(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c,
-                      const fp4_chunk *chunk, __m512i above, __m512i *sum)
-{
-    for (uint32_t left = g->small[c]; left != 0; left &= left - 1) {
-        uint32_t bit = (uint32_t)__builtin_ctz(left), r = bit / FP4_CHUNK_BLOCKS;
-        sum[r] = add_small(t, k, g, c, r, bit % FP4_CHUNK_BLOCKS, chunk, above, sum[r]);
-    }
-}
-
-/* ---- sums of a row ---- */
+/* One chunk of FP4_TILES tiles, and what is still to be added of one: its sums are added to acc while the
+ * products of the next one are on their way. */
+typedef struct bf16_turn {
+    const fp4_chunk *chunk;
+    bf16_scales scales[FP4_TILES];
+    const uint64_t *exponents; /* of the group's rows */
+    bf16_sums sum;
+} bf16_turn;
 
 /* Adds sums, which are 2^31 too large, times 2^exponent. As the low dword of a double of exponent 2^52 an
  * integer is its value. An integer times a power of two is exact: one rounding, that of the addition. */
@@ -403,14 +313,97 @@ INLINED void add_scaled(double *acc, __m512i sums, __m512i exponent)
     _mm512_storeu_pd(acc, _mm512_fmadd_pd(sum, _mm512_castsi512_pd(exponent), _mm512_loadu_pd(acc)));
 }
 
-INLINED void add_chunk(const bf16_group *g, uint32_t c, const __m512i *sum, const bf16_scales *s,
-                       vnni_sums acc, const uint32_t n)
+INLINED void settle(const bf16_turn *turn, uint32_t k, uint32_t r, vnni_sums *acc)
 {
     const __m512i two52 = _mm512_set1_epi32(0x43300000);
+    __m512i exponent = _mm512_set1_epi64((int64_t)turn->exponents[r]), sum = turn->sum[k][r];
+    add_scaled(acc[k][r], _mm512_unpacklo_epi32(sum, two52),
+               _mm512_add_epi64(turn->scales[k].exp[0], exponent));
+    add_scaled(acc[k][r] + 8, _mm512_unpackhi_epi32(sum, two52),
+               _mm512_add_epi64(turn->scales[k].exp[1], exponent));
+}
+
+/* Multiplies n rows with a chunk, now->sum, and settles the one before. A sum of few rows is taken in n_part
+ * parts, so that there are enough of them to overlap. */
+INLINED void multiply(bf16_turn *now, const uint32_t *pairs, const bf16_turn *before, vnni_sums *acc,
+                      const uint32_t n, const uint32_t n_part)
+{
     for (uint32_t r = 0; r < n; r++) {
-        __m512i exponent = _mm512_set1_epi64((int64_t)g->exponents[(uint64_t)c * n + r]);
-        add_scaled(acc[r], _mm512_unpacklo_epi32(sum[r], two52), _mm512_add_epi64(s->exp[0], exponent));
-        add_scaled(acc[r] + 8, _mm512_unpackhi_epi32(sum[r], two52), _mm512_add_epi64(s->exp[1], exponent));
+        now->sum[0][r] = now->sum[1][r] = _mm512_set1_epi32(INT32_MIN);
+    }
+#pragma GCC unroll 1
+    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+        __m512 sum[FP4_TILES][BF16_STEP_PAIRS][VNNI_GROUP];
+        for (uint32_t i = 0; i < n_part; i++) {
+            for (uint32_t r = 0; r < n; r++) {
+                sum[0][i][r] = sum[1][i][r] = _mm512_setzero_ps();
+            }
+        }
+#pragma GCC unroll 16
+        for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++, pairs += n) {
+            const uint32_t i = p % BF16_STEP_PAIRS, s = p / BF16_STEP_PAIRS, part = i % n_part;
+            const uint32_t settled = b + s / 2 * FP4_CHUNK_BLOCKS;
+            __m512i w[FP4_TILES];
+            for (uint32_t k = 0; k < FP4_TILES; k++) {
+                const __m512i *column = &now->chunk->columns[b * FP4_BLOCK_STEPS + s][k];
+                if (i == 0) {
+                    _mm_prefetch((const char *)column + BF16_AHEAD, _MM_HINT_T0);
+                }
+                w[k] = pair_of(*column, i);
+            }
+            for (uint32_t r = 0; r < n; r++) {
+                sum[0][part][r] = dot(sum[0][part][r], pairs[r], w[0]);
+                sum[1][part][r] = dot(sum[1][part][r], pairs[r], w[1]);
+            }
+            if (i == 3 && settled < n) {
+                settle(before, s % 2, settled, acc);
+            }
+        }
+        for (uint32_t k = 0; k < FP4_TILES; k++) {
+            __m512i above = above_of(now->scales[k].above, b);
+            for (uint32_t r = 0; r < n; r++) {
+                for (uint32_t i = 1; i < n_part; i++) {
+                    sum[k][0][r] = _mm512_add_ps(sum[k][0][r], sum[k][i][r]);
+                }
+                now->sum[k][r] = _mm512_add_epi32(now->sum[k][r],
+                                                  _mm512_sllv_epi32(_mm512_cvtps_epi32(sum[k][0][r]), above));
+            }
+        }
+    }
+}
+
+/* The small inputs of row r and block b of chunk c, which are not in pairs. */
+static __m512i small_pairs(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c, uint32_t r,
+                           uint32_t b)
+{
+    uint32_t shift = (uint32_t)(g->exponents[(uint64_t)c * g->n + r] >> 52) -
+                     (t->scales[g->row0 + r][c] + 1023u - 254 - FP4_UNIT_BITS);
+    __m256i codes = load_block(t->codes[g->row0 + r], c * CPU_CHUNK + b * KN_FP4_BLOCK, k);
+    __m512i words = shifted(units_of(codes), shift);
+    return paired(_mm512_maskz_mov_epi16(small_ones(words), words));
+}
+
+/* Adds their products. */
+APART void add_smalls(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c, bf16_turn *turn)
+{
+    for (uint32_t left = g->small[c]; left != 0; left &= left - 1) {
+        uint32_t bit = (uint32_t)__builtin_ctz(left), r = bit / FP4_CHUNK_BLOCKS, b = bit % FP4_CHUNK_BLOCKS;
+        __m512i pairs = small_pairs(t, k, g, c, r, b);
+        __m512 sum[FP4_TILES] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        uint32_t pair[BF16_BLOCK_PAIRS];
+        _mm512_storeu_si512(pair, pairs);
+        for (uint32_t of = _mm512_test_epi32_mask(pairs, pairs); of != 0; of &= of - 1) {
+            uint32_t p = (uint32_t)__builtin_ctz(of);
+            const __m512i *column = turn->chunk->columns[b * FP4_BLOCK_STEPS + p / BF16_STEP_PAIRS];
+            for (uint32_t i = 0; i < FP4_TILES; i++) {
+                sum[i] = dot(sum[i], pair[p], pair_of(column[i], p % BF16_STEP_PAIRS));
+            }
+        }
+        for (uint32_t i = 0; i < FP4_TILES; i++) {
+            __m512i above = above_of(turn->scales[i].above, b);
+            turn->sum[i][r] =
+                _mm512_add_epi32(turn->sum[i][r], _mm512_sllv_epi32(_mm512_cvtps_epi32(sum[i]), above));
+        }
     }
 }
 
@@ -421,161 +414,122 @@ INLINED __mmask64 too_wide(const bf16_group *g, uint32_t c, const bf16_scales *s
     return _mm512_cmpgt_epu8_mask(s->above, _mm512_set1_epi8((int8_t)room));
 }
 
-/* ---- one group and one tile ---- */
+/* ---- rows and tiles ---- */
 
-typedef struct few_job {
+/* FP4_TILES tiles and all rows. wide[g][tile]: outputs of group g that may not be exact. */
+typedef struct bf16_tiles {
+    bf16_range range[FP4_TILES];
+    __mmask64 wide[VNNI_GROUPS_MAX][FP4_TILES];
+    vnni_sums acc[VNNI_GROUPS_MAX][FP4_TILES];
+} bf16_tiles;
+
+/* Those and chunks begin .. end - 1. */
+typedef struct bf16_job {
     const cpu_q8_tile *t;
     const kn_matrix *w;
-    uint32_t i_tile;
-    bf16_group g;
-} few_job;
+    uint32_t i_pair, begin, end;
+    bf16_tiles *tiles;
+} bf16_job;
 
-/* Returns whether the sums are exact. */
-INLINED bool few_rows(const few_job *j, vnni_sums acc, const uint32_t n, const uint32_t at_once)
+INLINED void take_turn(const bf16_job *j, const bf16_group *g, uint32_t i_group, uint32_t c,
+                       fp4_chunk *buffer, bf16_turn *turn)
 {
-    uint32_t n_chunk = kn_blocks(j->w->n_in, CPU_CHUNK);
-    bf16_scales scales = scales_open();
-    __mmask64 wide = 0;
-    memset(acc, 0, n * sizeof(acc[0]));
-    for (uint32_t c = 0; c < n_chunk; c++) {
-        fp4_chunk buffer;
-        const fp4_chunk *chunk = KN_FN(kn_fp4_chunks_at)(j->w, j->i_tile, c, 1, &buffer);
-        __m512i sum[VNNI_GROUP];
-        scales_next(&scales, chunk->scales);
-        wide |= too_wide(&j->g, c, &scales);
-        few_sums(chunk, scales.above, j->g.pairs + (uint64_t)c * BF16_CHUNK_PAIRS * n, sum, n, at_once);
-        if (j->g.small[c] != 0) {
-            add_smalls(j->t, j->w->n_in, &j->g, c, chunk, scales.above, sum);
-        }
-        add_chunk(&j->g, c, sum, &scales, acc, n);
+    turn->chunk = fp4_chunk_at(j->w, j->i_pair, c, buffer);
+    for (uint32_t k = 0; k < FP4_TILES; k++) {
+        turn->scales[k] = scales_of(turn->chunk->scales[k], &j->tiles->range[k]);
+        j->tiles->wide[i_group][k] |= too_wide(g, c, &turn->scales[k]);
     }
-    return wide == 0 && *j->g.total_bits + scales_range(&scales) <= BF16_TOTAL_BITS;
+    turn->exponents = g->exponents + (uint64_t)c * g->n;
 }
 
-#define FEW(n_, at_once_)                                                                                    \
-    case n_:                                                                                                 \
-        return few_rows(j, acc, n_, at_once_);
-
-static bool few(const few_job *j, vnni_sums acc)
+INLINED void group_rows(const bf16_job *j, uint32_t i_group, const uint32_t n, const uint32_t n_part)
 {
-    switch (j->g.n) {
-        FEW(1, 4)
-        FEW(2, 4)
-        FEW(3, 4)
-        FEW(4, 4)
-        FEW(5, 2)
-        FEW(6, 2)
-        FEW(7, 2)
-        FEW(8, 2)
-    }
-    return false;
-}
-
-static void few_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t begin, uint32_t end)
-{
-    few_job job = {.t = t, .w = w, .g = group_at(t, w->n_in, 0)};
-    for (job.i_tile = begin; job.i_tile < end; job.i_tile++) {
-        uint16_t nan[VNNI_OUTS] = {0};
-        vnni_sums acc;
-        if (!few(&job, acc)) {
-            KN_FN(kn_fp4_careful)(t, w, job.i_tile, 0, t->n, acc, nan);
-        }
-        KN_FN(kn_vnni_put)(t, w, job.i_tile * VNNI_OUTS, &acc, nan);
-    }
-}
-
-/* ---- many rows and BF16_TILES tiles ---- */
-
-/* Sums of one tile; wide[g]: outputs of group g that may not be exact. */
-typedef struct many_tile {
-    bf16_scales scales;
-    const fp4_chunk *chunk;
+    bf16_group g = group_at(j->t, j->w->n_in, i_group);
+    vnni_sums *acc = j->tiles->acc[i_group];
     fp4_chunk buffer;
-    vnni_sums acc[VNNI_GROUPS_MAX];
-    __mmask64 wide[VNNI_GROUPS_MAX];
-} many_tile;
-
-INLINED void many_rows(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t i_group, uint32_t c,
-                       many_tile *tiles, bf16_pairs weights, const uint32_t n)
-{
-    __m512i sum[BF16_TILES][VNNI_GROUP];
-    many_sums(weights, g->pairs + (uint64_t)c * BF16_CHUNK_PAIRS * n, sum, n);
-    for (uint32_t i = 0; i < BF16_TILES; i++) {
-        tiles[i].wide[i_group] |= too_wide(g, c, &tiles[i].scales);
-        if (g->small[c] != 0) {
-            add_smalls(t, k, g, c, tiles[i].chunk, tiles[i].scales.above, sum[i]);
+    bf16_turn turns[2];
+    for (uint32_t c = j->begin; c < j->end; c++) {
+        bf16_turn *now = &turns[c % 2], *before = &turns[1 - c % 2];
+        take_turn(j, &g, i_group, c, &buffer, now);
+        if (c == j->begin) { /* nothing is left of a chunk before: zeros */
+            *before = *now;
+            for (uint32_t r = 0; r < n; r++) {
+                before->sum[0][r] = before->sum[1][r] = _mm512_set1_epi32(INT32_MIN);
+            }
         }
-        add_chunk(g, c, sum[i], &tiles[i].scales, tiles[i].acc[i_group], n);
+        multiply(now, g.pairs + (uint64_t)c * BF16_CHUNK_PAIRS * n, before, acc, n, n_part);
+        if (g.small[c] != 0) {
+            add_smalls(j->t, j->w->n_in, &g, c, now);
+        }
     }
-}
-
-#define MANY(n_)                                                                                             \
-    case n_:                                                                                                 \
-        many_rows(t, k, &g, i, c, tiles, weights, n_);                                                       \
-        break;
-
-static void many_chunk(const cpu_q8_tile *t, uint32_t k, uint32_t c, many_tile *tiles, bf16_pairs weights)
-{
-    for (uint32_t i = 0; i < kn_blocks(t->n, VNNI_GROUP); i++) {
-        bf16_group g = group_at(t, k, i);
-        switch (g.n) {
-            MANY(1)
-            MANY(2)
-            MANY(3)
-            MANY(4)
-            MANY(5)
-            MANY(6)
-            MANY(7)
-            MANY(8)
+    for (uint32_t k = 0; k < FP4_TILES; k++) {
+        for (uint32_t r = 0; r < n; r++) {
+            settle(&turns[(j->end - 1) % 2], k, r, acc);
         }
     }
 }
 
-static void many_finish(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile, many_tile *tile)
+/* One copy for each number of rows. */
+typedef void (*group_fn)(const bf16_job *j, uint32_t i_group);
+#define GROUP(n_, n_part_)                                                                                   \
+    APART void group_rows_##n_(const bf16_job *j, uint32_t i_group)                                          \
+    {                                                                                                        \
+        group_rows(j, i_group, n_, n_part_);                                                                 \
+    }
+GROUP(1, 4)
+GROUP(2, 4)
+GROUP(3, 2)
+GROUP(4, 2)
+GROUP(5, 2)
+GROUP(6, 2)
+GROUP(7, 2)
+GROUP(8, 1)
+static const group_fn GROUP_ROWS[] = {NULL,         group_rows_1, group_rows_2, group_rows_3, group_rows_4,
+                                      group_rows_5, group_rows_6, group_rows_7, group_rows_8};
+
+static void put_tile(const bf16_job *j, uint32_t k)
 {
-    uint32_t range = scales_range(&tile->scales);
+    const bf16_tiles *tiles = j->tiles;
+    uint32_t width = range_width(&tiles->range[k]);
     uint16_t nan[VNNI_OUTS] = {0};
-    for (uint32_t i = 0; i < kn_blocks(t->n, VNNI_GROUP); i++) {
-        bf16_group g = group_at(t, w->n_in, i);
-        if (tile->wide[i] != 0 || *g.total_bits + range > BF16_TOTAL_BITS) {
-            KN_FN(kn_fp4_careful)(t, w, i_tile, g.row0, g.n, tile->acc[i], nan);
+    vnni_sums acc[VNNI_GROUPS_MAX];
+    for (uint32_t i = 0; i < kn_blocks(j->t->n, VNNI_GROUP); i++) {
+        bf16_group g = group_at(j->t, j->w->n_in, i);
+        if (tiles->wide[i][k] != 0 || *g.total_bits + width > BF16_TOTAL_BITS) {
+            KN_FN(kn_fp4_careful)(j->t, j->w, j->i_pair, k, g.row0, g.n, acc[i], nan);
+        } else {
+            memcpy(acc[i], tiles->acc[i][k], g.n * sizeof(acc[i][0]));
         }
     }
-    KN_FN(kn_vnni_put)(t, w, i_tile * VNNI_OUTS, tile->acc, nan);
+    KN_FN(kn_vnni_put)(j->t, j->w, j->i_pair * FP4_OUTS + k * VNNI_OUTS, acc, nan);
 }
 
-/* Tiles i_tile .. i_tile + n_tile - 1; where the second is missing the first stands in. */
-static void many_tiles(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile, uint32_t n_tile)
+/* A piece of the weights, which fits the first cache, is multiplied with all groups of rows before the next
+ * one. */
+static void pair_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_pair)
 {
-    uint32_t n_group = kn_blocks(t->n, VNNI_GROUP);
-    many_tile tiles[BF16_TILES];
-    bf16_pairs weights;
-    for (uint32_t i = 0; i < BF16_TILES; i++) {
-        tiles[i].scales = scales_open();
-        memset(tiles[i].acc, 0, n_group * sizeof(tiles[i].acc[0]));
-        memset(tiles[i].wide, 0, sizeof(tiles[i].wide));
-    }
-    for (uint32_t c = 0; c < kn_blocks(w->n_in, CPU_CHUNK); c++) {
-        for (uint32_t i = 0; i < BF16_TILES; i++) {
-            many_tile *tile = &tiles[i];
-            tile->chunk = KN_FN(kn_fp4_chunks_at)(w, i_tile + i % n_tile, c, 1, &tile->buffer);
-            scales_next(&tile->scales, tile->chunk->scales);
-            unpack(tile->chunk, tile->scales.above, weights, i);
+    uint32_t n_group = kn_blocks(t->n, VNNI_GROUP), n_chunk = kn_blocks(w->n_in, CPU_CHUNK);
+    uint32_t piece = n_group > 1 ? BF16_PIECE : n_chunk;
+    bf16_tiles tiles;
+    bf16_job job = {.t = t, .w = w, .i_pair = i_pair, .tiles = &tiles};
+    tiles.range[0] = tiles.range[1] = range_open();
+    memset(tiles.wide, 0, sizeof(tiles.wide));
+    memset(tiles.acc, 0, n_group * sizeof(tiles.acc[0]));
+    for (; job.begin < n_chunk; job.begin = job.end) {
+        job.end = n_chunk - job.begin < piece ? n_chunk : job.begin + piece;
+        for (uint32_t i = 0; i < n_group; i++) {
+            uint32_t left = t->n - i * VNNI_GROUP;
+            GROUP_ROWS[left < VNNI_GROUP ? left : VNNI_GROUP](&job, i);
         }
-        many_chunk(t, w->n_in, c, tiles, weights);
     }
-    for (uint32_t i = 0; i < n_tile; i++) {
-        many_finish(t, w, i_tile + i, &tiles[i]);
+    for (uint32_t k = 0; k < FP4_TILES && i_pair * FP4_OUTS + k * VNNI_OUTS < w->n_out; k++) {
+        put_tile(&job, k);
     }
 }
 
 void KN_FN(kn_fp4_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t begin, uint32_t end)
 {
-    if (t->n <= VNNI_GROUP) {
-        few_part(t, w, begin, end);
-        return;
-    }
-    for (uint32_t i = begin; i < end; i += BF16_TILES) {
-        many_tiles(t, w, i, end - i < BF16_TILES ? end - i : BF16_TILES);
+    for (uint32_t i = begin; i < end; i++) {
+        pair_part(t, w, i);
     }
 }

@@ -6,13 +6,13 @@ typedef struct careful_block {
     double scale[VNNI_OUTS];
 } careful_block;
 
-static void decode_block(const fp4_chunk *chunk, uint32_t b, careful_block *out)
+static void decode_block(const fp4_chunk *chunk, uint32_t k, uint32_t b, careful_block *out)
 {
-    const uint8_t *codes = (const uint8_t *)(chunk->columns + b * FP4_BLOCK_STEPS),
-                  *scales = (const uint8_t *)&chunk->scales;
+    const uint8_t *scales = (const uint8_t *)&chunk->scales[k];
     for (uint32_t i = 0; i < KN_FP4_BLOCK; i++) {
+        const uint8_t *column = (const uint8_t *)&chunk->columns[b * FP4_BLOCK_STEPS + i / FP4_STEP][k];
         for (uint32_t o = 0; o < VNNI_OUTS; o++) {
-            uint8_t pair = codes[(i / FP4_STEP * VNNI_OUTS + o) * (FP4_STEP / 2) + i % FP4_STEP / 2];
+            uint8_t pair = column[o * (FP4_STEP / 2) + i % FP4_STEP / 2];
             out->weights[i][o] = kn_e2m1_decode(i % 2 == 0 ? pair & 15 : pair >> 4);
         }
     }
@@ -36,17 +36,17 @@ static void add_block(const careful_block *block, const uint8_t *codes, uint32_t
     }
 }
 
-void KN_FN(kn_fp4_careful)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile, uint32_t row0,
-                           uint32_t n, vnni_sums acc, uint16_t nan[VNNI_OUTS])
+void KN_FN(kn_fp4_careful)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_pair, uint32_t k,
+                           uint32_t row0, uint32_t n, vnni_sums acc, uint16_t nan[VNNI_OUTS])
 {
     memset(acc, 0, sizeof(vnni_sums));
     for (uint32_t b = 0; b < kn_blocks(w->n_in, KN_FP4_BLOCK); b++) {
         uint32_t at = b * KN_FP4_BLOCK, len = w->n_in - at < KN_FP4_BLOCK ? w->n_in - at : KN_FP4_BLOCK;
         fp4_chunk buffer;
-        const fp4_chunk *chunk = KN_FN(kn_fp4_chunks_at)(w, i_tile, b / FP4_CHUNK_BLOCKS, 1, &buffer);
+        const fp4_chunk *chunk = fp4_chunk_at(w, i_pair, b / FP4_CHUNK_BLOCKS, &buffer);
         careful_block block;
-        KN_FN(kn_fp4_find_nans)(chunk, 1, nan);
-        decode_block(chunk, b % FP4_CHUNK_BLOCKS, &block);
+        fp4_find_nans(chunk->scales[k], nan);
+        decode_block(chunk, k, b % FP4_CHUNK_BLOCKS, &block);
         for (uint32_t r = 0; r < n; r++) {
             add_block(&block, t->codes[row0 + r] + at, len,
                       kn_e8m0_decode(t->scales[row0 + r][at / KN_ACT_BLOCK]), acc[r]);

@@ -133,8 +133,8 @@ INLINED __m512i dot(__m512i acc, __m512i columns, const uint8_t *x, uint32_t i)
 }
 
 /* sum_out[r]: integer sums of one block, in units of 8 without rest, else of 1. */
-INLINED void block_sums(const __m512i *columns, const fp4_group *g, uint32_t b, __m512i *sum_out,
-                        const uint32_t n)
+INLINED void block_sums(const __m512i (*columns)[FP4_TILES], uint32_t k, const fp4_group *g, uint32_t b,
+                        __m512i *sum_out, const uint32_t n)
 {
     const fp4_block *block = g->blocks + (uint64_t)b * n;
     const uint8_t *x = g->digits + (uint64_t)b * FP4_BLOCK_STEPS * n * 16;
@@ -145,7 +145,7 @@ INLINED void block_sums(const __m512i *columns, const fp4_group *g, uint32_t b, 
     }
 #pragma GCC unroll 4
     for (uint32_t s = 0; s < FP4_BLOCK_STEPS; s++) {
-        __m512i even = low_nibbles(columns[s]), odd = low_nibbles(_mm512_srli_epi32(columns[s], 4));
+        __m512i even = low_nibbles(columns[s][k]), odd = low_nibbles(_mm512_srli_epi32(columns[s][k], 4));
         for (uint32_t r = 0; r < n; r++, x += 16) {
             high[r] = dot(high[r], even, x, 0);
             low[r] = dot(low[r], even, x, 1);
@@ -158,7 +158,8 @@ INLINED void block_sums(const __m512i *columns, const fp4_group *g, uint32_t b, 
     }
 }
 
-INLINED void add_rest(const __m512i *columns, const fp4_group *g, uint32_t b, __m512i *sum, const uint32_t n)
+INLINED void add_rest(const __m512i (*columns)[FP4_TILES], uint32_t k, const fp4_group *g, uint32_t b,
+                      __m512i *sum, const uint32_t n)
 {
     const fp4_block *block = g->blocks + (uint64_t)b * n;
     const uint8_t *x = g->rest + (uint64_t)b * FP4_BLOCK_STEPS * n * 8;
@@ -167,7 +168,7 @@ INLINED void add_rest(const __m512i *columns, const fp4_group *g, uint32_t b, __
     }
 #pragma GCC unroll 4
     for (uint32_t s = 0; s < FP4_BLOCK_STEPS; s++) {
-        __m512i even = low_nibbles(columns[s]), odd = low_nibbles(_mm512_srli_epi32(columns[s], 4));
+        __m512i even = low_nibbles(columns[s][k]), odd = low_nibbles(_mm512_srli_epi32(columns[s][k], 4));
         for (uint32_t r = 0; r < n; r++, x += 8) {
             sum[r] = dot(sum[r], even, x, 0);
             sum[r] = dot(sum[r], odd, x, 1);
@@ -184,20 +185,20 @@ INLINED void add_scaled(double *acc, __m512i sums, __m512i exponent)
 }
 
 /* Chunks c0 .. c0 + n_chunk - 1 of one tile of outputs; n_block: of all inputs. */
-INLINED void group_chunks(const fp4_chunk *chunks, const fp4_group *g, uint32_t c0, uint32_t n_chunk,
-                          uint32_t n_block, vnni_sums acc, const uint32_t n)
+INLINED void group_chunks(const fp4_chunk *const *chunks, uint32_t k, const fp4_group *g, uint32_t c0,
+                          uint32_t n_chunk, uint32_t n_block, vnni_sums acc, const uint32_t n)
 {
     const __m512i two52 = _mm512_set1_epi32(0x43300000);
     uint32_t end = (c0 + n_chunk) * FP4_CHUNK_BLOCKS < n_block ? (c0 + n_chunk) * FP4_CHUNK_BLOCKS : n_block;
     for (uint32_t b = c0 * FP4_CHUNK_BLOCKS; b < end; b++) {
-        const fp4_chunk *chunk = &chunks[b / FP4_CHUNK_BLOCKS - c0];
-        const __m512i *columns = chunk->columns + b % FP4_CHUNK_BLOCKS * FP4_BLOCK_STEPS;
+        const fp4_chunk *chunk = chunks[b / FP4_CHUNK_BLOCKS - c0];
+        const __m512i(*columns)[FP4_TILES] = chunk->columns + b % FP4_CHUNK_BLOCKS * FP4_BLOCK_STEPS;
         const fp4_block *block = g->blocks + (uint64_t)b * n;
-        __m512i sum[VNNI_GROUP], w_low = fp4_scale_exponents(chunk->scales, b, 0),
-                                 w_high = fp4_scale_exponents(chunk->scales, b, 2);
-        block_sums(columns, g, b, sum, n);
+        __m512i sum[VNNI_GROUP], w_low = fp4_scale_exponents(chunk->scales[k], b, 0),
+                                 w_high = fp4_scale_exponents(chunk->scales[k], b, 2);
+        block_sums(columns, k, g, b, sum, n);
         if (g->with_rest[b]) {
-            add_rest(columns, g, b, sum, n);
+            add_rest(columns, k, g, b, sum, n);
         }
         for (uint32_t r = 0; r < n; r++) {
             __m512i exponent = _mm512_set1_epi64((int64_t)block[r].exponent);
@@ -209,11 +210,11 @@ INLINED void group_chunks(const fp4_chunk *chunks, const fp4_group *g, uint32_t 
 
 #define ROWS(n_)                                                                                             \
     case n_:                                                                                                 \
-        group_chunks(chunks, g, c0, n_chunk, n_block, acc, n_);                                              \
+        group_chunks(chunks, k, g, c0, n_chunk, n_block, acc, n_);                                           \
         break;
 
-static void group_piece(const fp4_chunk *chunks, const fp4_group *g, uint32_t c0, uint32_t n_chunk,
-                        uint32_t n_block, vnni_sums acc)
+static void group_piece(const fp4_chunk *const *chunks, uint32_t k, const fp4_group *g, uint32_t c0,
+                        uint32_t n_chunk, uint32_t n_block, vnni_sums acc)
 {
     switch (g->n) {
         ROWS(1)
@@ -229,15 +230,16 @@ static void group_piece(const fp4_chunk *chunks, const fp4_group *g, uint32_t c0
 
 /* ---- the tile of rows against tiles of outputs ---- */
 
-/* n_tile tiles, at most VNNI_TILES, and all rows: the digits of a group and piece are used for every tile,
- * the columns of a piece for every group, while both are in the first cache. */
+/* n_tile tiles from i_tile on, which is even, at most VNNI_TILES, and all rows: the digits of a group and
+ * piece are used for every tile, the columns of a piece for every group, while both are in the first cache.
+ */
 static void tiles_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile, uint32_t n_tile)
 {
     uint32_t n_group = kn_blocks(t->n, VNNI_GROUP), n_chunk = kn_blocks(w->n_in, CPU_CHUNK);
     uint32_t n_block = kn_blocks(w->n_in, KN_FP4_BLOCK);
     uint16_t nan[VNNI_TILES][VNNI_OUTS] = {0};
-    fp4_chunk buffer[VNNI_TILES][FP4_PIECE];
-    const fp4_chunk *piece[VNNI_TILES];
+    fp4_chunk buffer[VNNI_TILES / FP4_TILES][FP4_PIECE];
+    const fp4_chunk *piece[VNNI_TILES / FP4_TILES][FP4_PIECE];
     vnni_sums acc[VNNI_TILES][VNNI_GROUPS_MAX];
     for (uint32_t i = 0; i < n_tile; i++) {
         memset(acc[i], 0, n_group * sizeof(acc[i][0]));
@@ -245,13 +247,18 @@ static void tiles_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile
     for (uint32_t c = 0; c < n_chunk; c += FP4_PIECE) {
         uint32_t n = n_chunk - c < FP4_PIECE ? n_chunk - c : FP4_PIECE;
         for (uint32_t i = 0; i < n_tile; i++) {
-            piece[i] = KN_FN(kn_fp4_chunks_at)(w, i_tile + i, c, n, buffer[i]);
-            KN_FN(kn_fp4_find_nans)(piece[i], n, nan[i]);
+            for (uint32_t k = 0; k < n; k++) {
+                const fp4_chunk **chunk = &piece[i / FP4_TILES][k];
+                if (i % FP4_TILES == 0) {
+                    *chunk = fp4_chunk_at(w, (i_tile + i) / FP4_TILES, c + k, &buffer[i / FP4_TILES][k]);
+                }
+                fp4_find_nans((*chunk)->scales[i % FP4_TILES], nan[i]);
+            }
         }
         for (uint32_t g = 0; g < n_group; g++) {
             fp4_group group = group_at(t, w->n_in, g);
             for (uint32_t i = 0; i < n_tile; i++) {
-                group_piece(piece[i], &group, c, n, n_block, acc[i][g]);
+                group_piece(piece[i / FP4_TILES], i % FP4_TILES, &group, c, n, n_block, acc[i][g]);
             }
         }
     }
@@ -262,8 +269,9 @@ static void tiles_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile
 
 void KN_FN(kn_fp4_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t begin, uint32_t end)
 {
-    uint32_t at_once = t->n > VNNI_GROUP ? VNNI_TILES : 1;
-    for (uint32_t i = begin; i < end; i += at_once) {
+    uint32_t at_once = t->n > VNNI_GROUP ? VNNI_TILES : FP4_TILES, n_tile = kn_blocks(w->n_out, VNNI_OUTS);
+    end = end * FP4_TILES < n_tile ? end * FP4_TILES : n_tile;
+    for (uint32_t i = begin * FP4_TILES; i < end; i += at_once) {
         tiles_part(t, w, i, end - i < at_once ? end - i : at_once);
     }
 }
