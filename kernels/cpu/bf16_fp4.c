@@ -1,19 +1,20 @@
 /* E2M1 weights by vdpbf16ps, one product for each weight and row, and exact.
  *
- * Both operands are whole numbers with few digits: an input x is n 2^s in units of 2^-9 where s is the most
- * that all of its chunk allow, a doubled weight one of 0 1 2 3 4 6 8 12. bfloat16 holds either. A sum of
- * products of whole numbers is exact in float32, in any order, while the sum of their magnitudes stays up to
- * 2^24. So
- *   - a block (32 inputs) of a row is summed in float32 if 12 sum |n| <= 2^24. Hardly any is not: it takes
- *     magnitudes of up to 448 beside an odd multiple of 2^-9. Its small inputs are then multiplied apart;
- *   - the blocks of a chunk (128 inputs, one scale of the row) are added as 32-bit integers, each output's
- * weights being brought to the least of its four scales by adding to their exponents;
- *   - chunks are added in double. The contract adds blocks; both are exact, and so the same, while all sums
- * of a row and output are multiples of one power of two and less than 2^53 times that. What the last two need
- * is known of a row when it is loaded and of the weights when they have been read. Where it does not hold,
- * the outputs of eight rows and a tile are computed again with care (fp4_careful.c).
+ * Both operands are whole numbers of few digits: an input is n 2^s in units of 2^-9, where s is the most that
+ * all of its chunk allow, and a doubled weight one of 0 1 2 3 4 6 8 12. bfloat16 holds either, and float32 a
+ * sum of such products, in any order, while their magnitudes add up to at most 2^24. So
  *
- * Bound: for up to four rows the read bandwidth, beyond that the rate of vdpbf16ps. It is AMD's path: two of
+ *   - a block (32 inputs) of a row is summed in float32 if 12 sum |n| <= 2^24. Hardly any is not: it takes
+ *     magnitudes of up to 448 beside an odd multiple of 2^-9. Its small inputs are then multiplied apart.
+ *   - The blocks of a chunk (128 inputs, one scale of the row) are added as 32-bit integers, each shifted to
+ * the least of the output's four scales.
+ *   - Chunks are added in double. The contract adds blocks; both are exact, and so the same, while all sums
+ * of a row and output are multiples of one power of two and less than 2^53 times that.
+ *
+ * Whether the last two hold is known when a row has been loaded and a tile of weights read. Where they do
+ * not, the outputs of eight rows and a tile are computed again, with care (fp4_careful.c).
+ *
+ * Bound: for one or two rows the read bandwidth, from four on the rate of vdpbf16ps. It is AMD's path: two of
  * them a cycle there, while Intel's has but half the rate of float32. */
 #include "kernels/cpu/fp4_chunks.h"
 
@@ -21,18 +22,12 @@ enum {
     BF16_BLOCK_PAIRS = KN_FP4_BLOCK / 2,
     BF16_CHUNK_PAIRS = CPU_CHUNK / 2,
     BF16_STEP_PAIRS = FP4_STEP / 2,
-#ifndef PIECE
-#define PIECE 8
-#endif
-    BF16_PIECE = PIECE,
-#ifndef AHEAD
-#define AHEAD 8192
-#endif
-    BF16_AHEAD = AHEAD,
-    BF16_WEIGHT_MAX = 12,        /* doubled */
-    BF16_SUM_MAX = 1 << 24,      /* of a block in float32 */
-    BF16_SUM_BITS = 31,          /* of a chunk in an integer */
-    BF16_TOTAL_BITS = 53,        /* of a row in double */
+    BF16_PIECE = 8,         /* chunks multiplied with all rows before the next ones */
+    BF16_AHEAD = 8192,      /* bytes of weights asked for before they are needed; half of it is too late */
+    BF16_WEIGHT_MAX = 12,   /* doubled */
+    BF16_SUM_MAX = 1 << 24, /* of a block in float32 */
+    BF16_SUM_BITS = 31,     /* of a chunk in an integer */
+    BF16_TOTAL_BITS = 53,   /* of a row in double */
     BF16_SMALL = (127 + 9) << 7, /* the bfloat16 2^9: what is less is multiplied apart where it must be */
 };
 
