@@ -90,20 +90,6 @@ static void load_keys(const attn_job *j, const cpu_attn_scratch *t, uint32_t key
 
 /* ---- scores ---- */
 
-/* The last steps of the contract's fold: those inside a vector. */
-static inline double fold_vector(kn_vd v)
-{
-#if defined(__AVX512F__)
-    __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
-    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
-#elif defined(__AVX2__)
-    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
-#else
-    kn_vd two = v;
-#endif
-    return two[0] + two[1];
-}
-
 /* Vector v of the lane sums of every head and key of a tile. */
 INLINED void add_lanes(const double *q, const double *key, uint64_t row_width, uint32_t dim, uint32_t v,
                        kn_vd sum_out[TILE_HEADS][TILE_KEYS])
@@ -137,7 +123,7 @@ static void score_tile(const attn_job *j, const double *q, const double *key, do
                     part[v][h][n] += part[v + s][h][n];
                 }
             }
-            score[h * j->score_width + n] = fold_vector(part[0][h][n]) * scale;
+            score[h * j->score_width + n] = kn_vd_fold(part[0][h][n]) * scale;
         }
     }
 }

@@ -62,9 +62,9 @@ typedef struct cpu_stream {
     uint8_t *scales;     /* [CPU_ROWS][blocks of n_inner] */
     float *gate;         /* [n_row][n_expert] logits */
     float *biased;       /* [n_expert] for each thread */
-    float *index_score;  /* [n_index_row] */
-    int16_t *index_q;    /* [CPU_INDEX_MAX] doubled codes, [dim][heads] */
-    double *index_scale; /* [CPU_INDEX_MAX / KN_FP4_BLOCK] scales, [block][heads] */
+    float *index_score;  /* [CPU_INDEX_ROWS][n_index_row] */
+    uint8_t *index_q;    /* [CPU_INDEX_ROWS][CPU_INDEX_MAX * 2] codes of the queries */
+    double *index_scale; /* [CPU_INDEX_ROWS][CPU_INDEX_MAX / KN_FP4_BLOCK] their scales */
     cpu_attn_scratch *attn; /* one for each thread */
 } cpu_stream;
 

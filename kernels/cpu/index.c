@@ -1,90 +1,43 @@
-/* The indexer: scores of every visible key for one query at a time, and the best of them.
- * Codes are doubled into small integers and summed in 16 bits: 32 products of at most 144 fit. Heads stand
- * side by side, so that a key's value meets all of them at once and no sum across a vector is needed. */
+/* The indexer: scores of every visible key for the queries, a few at a time, and the best of them. */
+#include "kernels/cpu/index.h"
+
 #include <math.h>
 
 #include "common/base/assert.h"
-#include "kernels/cpu/isa.h"
-
-enum { HEAD_MAX = 256 };
 
 typedef struct index_job {
     cpu_stream *s;
     const kn_batch *b;
     const kn_seg *seg;
     const kn_kv_layout *layout;
-    uint32_t heads, width, dim; /* width: heads rounded up to CPU_INDEX_PAD */
-    float weight[HEAD_MAX];
+    uint32_t topk, row0; /* the first query's row */
+    int32_t *picks;      /* of row 0 */
+    cpu_index_scan scan;
 } index_job;
 
-/* Query rows [heads] of stored form -> codes [dim][width] and scales [blocks][width], zero past heads. */
-static void spread_query(const index_job *j, const uint8_t *rows)
+static uint32_t visible_of(const index_job *j, uint32_t row)
 {
-    uint32_t n_block = kn_blocks(j->dim, KN_FP4_BLOCK), row_bytes = kn_index_row_bytes(j->dim);
-    memset(j->s->index_q, 0, (uint64_t)j->dim * j->width * sizeof(int16_t));
-    memset(j->s->index_scale, 0, (uint64_t)n_block * j->width * sizeof(double));
-    for (uint32_t h = 0; h < j->heads; h++) {
-        const uint8_t *row = rows + (uint64_t)h * row_bytes;
-        for (uint32_t i = 0; i < j->dim; i++) {
-            uint8_t code = row[i / 2] >> (i % 2 * 4) & 15;
-            j->s->index_q[(uint64_t)i * j->width + h] = kn_e2m1_doubled(code);
-        }
-        for (uint32_t b = 0; b < n_block; b++) {
-            j->s->index_scale[(uint64_t)b * j->width + h] = kn_e8m0_decode(row[j->dim / 2 + b]);
-        }
-    }
+    return (j->seg->pos0 + (row - j->seg->row0) + 1) / j->layout->ratio;
 }
 
-/* Adds the block's dot products of KN_VS_WIDTH heads: dot[h] += (q . k) * (scale_q * scale_k). */
-static void add_block(const int16_t *q, uint32_t width, const int16_t *key, uint32_t n, const double *scale,
-                      double key_scale, double *dot)
+static float *scores_of(const index_job *j, uint32_t i)
 {
-    int16_t sums[KN_VS_WIDTH];
-    kn_vs acc = {0};
-    for (uint32_t i = 0; i < n; i++) {
-        kn_vs v;
-        memcpy(&v, q + (uint64_t)i * width, sizeof(v));
-        acc += v * key[i];
-    }
-    memcpy(sums, &acc, sizeof(sums));
-    for (uint32_t h = 0; h < KN_VS_WIDTH; h++) {
-        dot[h] += 0.25 * sums[h] * (scale[h] * key_scale); /* both factors were doubled */
-    }
-}
-
-static float score_key(const index_job *j, const uint8_t *stored)
-{
-    int16_t key[KN_DIM_MAX];
-    double dot[HEAD_MAX] = {0}, lane[KN_LANES] = {0};
-    for (uint32_t i = 0; i < j->dim / 2; i++) {
-        key[2 * i] = kn_e2m1_doubled(stored[i] & 15);
-        key[2 * i + 1] = kn_e2m1_doubled(stored[i] >> 4);
-    }
-    for (uint32_t b = 0, at = 0; at < j->dim; b++, at += KN_FP4_BLOCK) {
-        uint32_t n = j->dim - at < KN_FP4_BLOCK ? j->dim - at : KN_FP4_BLOCK;
-        double key_scale = kn_e8m0_decode(stored[j->dim / 2 + b]);
-        for (uint32_t h = 0; h < j->width; h += KN_VS_WIDTH) {
-            add_block(j->s->index_q + (uint64_t)at * j->width + h, j->width, key + at, n,
-                      j->s->index_scale + (uint64_t)b * j->width + h, key_scale, dot + h);
-        }
-    }
-    for (uint32_t h = 0; h < j->width; h += KN_LANES) {
-        for (uint32_t l = 0; l < KN_LANES; l++) {
-            double positive = dot[h + l] > 0 ? dot[h + l] : 0;
-            lane[l] += positive * j->weight[h + l];
-        }
-    }
-    return (float)kn_fold_lanes(lane);
+    return j->s->index_score + (uint64_t)i * j->s->limits.n_index_row;
 }
 
 static void score_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
+    enum { STEP = 96 };
     const index_job *j = arg;
     const kn_kv_layout *l = j->layout;
+    const uint8_t *keys[STEP];
     (void)i_thread;
-    for (uint32_t k = begin; k < end; k++) {
-        j->s->index_score[k] =
-            score_key(j, kn_page_row(j->b, j->seg, l->page_index, l->ratio, l->index_bytes, k));
+    for (uint32_t at = begin; at < end; at += STEP) {
+        uint32_t n = end - at < STEP ? end - at : STEP;
+        for (uint32_t k = 0; k < n; k++) {
+            keys[k] = kn_page_row(j->b, j->seg, l->page_index, l->ratio, l->index_bytes, at + k);
+        }
+        KN_FN(kn_cpu_index_score)(&j->scan, keys, n, scores_of(j, 0) + at, j->s->limits.n_index_row);
     }
 }
 
@@ -132,49 +85,71 @@ static void pick_best(const float *score, uint32_t n, uint32_t k, int32_t *picks
     }
 }
 
-static void pick_row(index_job *j, uint32_t visible, uint32_t topk, const uint8_t *q, const uint16_t *w,
-                     int32_t *picks)
+static void pick_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
-    uint32_t n = visible < topk ? visible : topk;
-    if (visible <= topk) {
-        for (uint32_t i = 0; i < n; i++) {
-            picks[i] = (int32_t)i;
-        }
-    } else {
-        float factor = (float)(1.0 / sqrt((double)j->dim * j->heads));
-        CM_ASSERT_MSG(visible <= j->s->limits.n_index_row, "rows %u limit %u", visible,
-                      j->s->limits.n_index_row);
-        for (uint32_t h = 0; h < j->width; h++) {
-            j->weight[h] = h < j->heads ? kn_bf16_decode(w[h]) * factor : 0;
-        }
-        spread_query(j, q);
-        kn_team_run(j->s->team, visible, (uint64_t)j->width * j->dim / 8, score_part, j);
-        pick_best(j->s->index_score, visible, n, picks);
+    const index_job *j = arg;
+    (void)i_thread;
+    for (uint32_t i = begin; i < end; i++) {
+        uint32_t row = j->row0 + i;
+        pick_best(scores_of(j, i), visible_of(j, row), j->topk, j->picks + (uint64_t)row * j->topk);
     }
-    for (uint32_t i = n; i < topk; i++) {
-        picks[i] = -1;
+}
+
+/* Picks of scan.n_row rows from row0 on, which see more than topk keys each. */
+static void pick_rows(index_job *j, const uint8_t *iq, const uint16_t *w)
+{
+    cpu_index_scan *scan = &j->scan;
+    uint32_t most = visible_of(j, j->row0 + scan->n_row - 1);
+    CM_ASSERT_MSG(most <= j->s->limits.n_index_row, "rows %u limit %u", most, j->s->limits.n_index_row);
+    for (uint32_t i = 0; i < scan->n_row; i++) {
+        uint64_t head = (uint64_t)(j->row0 + i) * scan->heads;
+        KN_FN(kn_cpu_index_load)(scan, iq + head * kn_index_row_bytes(scan->dim), w + head, &scan->query[i]);
+    }
+    kn_team_run(j->s->team, most, (uint64_t)scan->n_row * scan->width * scan->dim / 8, score_part, j);
+    kn_team_run(j->s->team, scan->n_row, 8ull * most, pick_part, j);
+}
+
+/* Row that sees no more keys than it may pick. */
+static void pick_all(const index_job *j, uint32_t row)
+{
+    uint32_t n = visible_of(j, row);
+    for (uint32_t i = 0; i < j->topk; i++) {
+        j->picks[(uint64_t)row * j->topk + i] = i < n ? (int32_t)i : -1;
+    }
+}
+
+static void pick_segment(index_job *j, const uint8_t *iq, const uint16_t *w)
+{
+    uint32_t row = j->seg->row0, end = row + j->seg->n_row;
+    for (; row < end && visible_of(j, row) <= j->topk; row++) {
+        pick_all(j, row);
+    }
+    for (; row < end; row += CPU_INDEX_ROWS) {
+        j->row0 = row;
+        j->scan.n_row = end - row < CPU_INDEX_ROWS ? end - row : CPU_INDEX_ROWS;
+        pick_rows(j, iq, w);
     }
 }
 
 void KN_FN(kn_cpu_index_topk)(kn_stream *base, const kn_batch *b, const kn_kv_layout *layout, uint32_t heads,
                               uint32_t dim, uint32_t topk, kn_ptr iq, kn_ptr w, kn_ptr picks_out)
 {
-    index_job job = {.s = (cpu_stream *)base,
-                     .b = b,
-                     .layout = layout,
-                     .heads = heads,
-                     .width = cpu_round_up(heads, CPU_INDEX_PAD),
-                     .dim = dim};
+    cpu_stream *s = (cpu_stream *)base;
+    index_job job = {.s = s, .b = b, .layout = layout, .topk = topk, .picks = kn_host(picks_out)};
+    uint32_t width = cpu_round_up(heads, CPU_INDEX_PAD);
     const kn_seg *segs = kn_host(b->segs);
-    CM_ASSERT_MSG(job.width <= HEAD_MAX && (uint64_t)job.width * dim <= CPU_INDEX_MAX && dim <= KN_DIM_MAX,
+    CM_ASSERT_MSG(width <= CPU_INDEX_HEADS && (uint64_t)width * dim <= CPU_INDEX_MAX && dim <= KN_DIM_MAX,
                   "heads %u dim %u", heads, dim);
+    job.scan.heads = heads;
+    job.scan.dim = dim;
+    job.scan.width = width;
+    job.scan.factor = (float)(1.0 / sqrt((double)dim * heads));
+    for (uint32_t i = 0; i < CPU_INDEX_ROWS; i++) {
+        job.scan.query[i].codes = s->index_q + i * 2ull * CPU_INDEX_MAX;
+        job.scan.query[i].scale = s->index_scale + (uint64_t)i * (CPU_INDEX_MAX / KN_FP4_BLOCK);
+    }
     for (uint32_t g = 0; g < b->n_seg; g++) {
         job.seg = &segs[g];
-        for (uint32_t r = segs[g].row0; r < segs[g].row0 + segs[g].n_row; r++) {
-            pick_row(&job, (segs[g].pos0 + (r - segs[g].row0) + 1) / layout->ratio, topk,
-                     (const uint8_t *)kn_host(iq) + (uint64_t)r * heads * kn_index_row_bytes(dim),
-                     (const uint16_t *)kn_host(w) + (uint64_t)r * heads,
-                     (int32_t *)kn_host(picks_out) + (uint64_t)r * topk);
-        }
+        pick_segment(&job, kn_host(iq), kn_host(w));
     }
 }
