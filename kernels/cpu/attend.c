@@ -23,6 +23,7 @@ enum {
     TILE_VECTORS = 2,
 #endif
     TILE_DIMS = TILE_VECTORS * KN_VD_WIDTH,
+    AHEAD = 8, /* rows prefetched before the one that is decoded */
 };
 static_assert(CPU_KEYS % TILE_KEYS == 0 && CPU_DIM_PAD % TILE_DIMS == 0, "tiles fit the scratch");
 
@@ -77,10 +78,19 @@ static uint32_t list_keys(const attn_job *j, uint32_t r, const uint8_t **row_out
     return n;
 }
 
+/* Rows stand anywhere in the pool: no prefetcher of the machine's can guess the next one. */
+static void prefetch_row(const uint8_t *row, uint32_t n_bytes)
+{
+    for (uint32_t at = 0; at < n_bytes; at += 64) {
+        __builtin_prefetch(row + at);
+    }
+}
+
 /* Decodes n keys, and zeros up to a whole tile. */
 static void load_keys(const attn_job *j, const cpu_attn_scratch *t, uint32_t key0, uint32_t n)
 {
     for (uint32_t k = 0; k < n; k++) {
+        prefetch_row(t->row[key0 + k + (k + AHEAD < n ? AHEAD : 0)], j->a->layout.row_bytes);
         KN_FN(kn_cpu_kv_unpack)(t->row[key0 + k], j->a->dim, j->a->rope, t->key + k * j->row_width);
     }
     for (uint32_t k = n; k < cpu_round_up(n, TILE_KEYS); k++) {

@@ -4,11 +4,11 @@
 
 /* A query as a form of the scan keeps it. */
 typedef struct cpu_index_query {
-    void *codes;                    /* scratch of CPU_INDEX_MAX * 2 bytes */
+    void *codes;                    /* scratch, 64-byte aligned, of CPU_INDEX_MAX * 2 bytes */
     double *scale;                  /* scratch [blocks][width] */
     double weight[CPU_INDEX_HEADS]; /* f32(w * factor), what else is in it is the form's; zero past heads */
-    int32_t start[CPU_INDEX_HEADS]; /* vnni's */
-    bool narrow;                    /* vnni's */
+    _Alignas(64) int32_t start[CPU_INDEX_HEADS]; /* vnni's */
+    bool narrow;                                 /* vnni's */
 } cpu_index_query;
 
 /* Up to CPU_INDEX_ROWS queries of one sequence that meet the same keys. */

@@ -9,6 +9,8 @@
  * opposite of. A key or a query whose scales differ by more is summed block by block.
  *
  * Bound: 64 multiplications an instruction, 128 instructions for a key and 64 heads of 128 dims. */
+#include <assert.h>
+
 #include "kernels/cpu/chunk.h"
 #include "kernels/cpu/index.h"
 
@@ -159,33 +161,54 @@ static inline void add_heads(__m512i dot, const double *weight, __m512d *low, __
                             _mm512_loadu_pd(weight + 8), *high);
 }
 
+/* sum += x . y, four products a lane. As an instruction, because GCC 12 copies and stores the sums around
+ * its own name for it. */
+INLINED void add_quads(__m512i *sum, __m512i x_unsigned, __m512i y)
+{
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(x_unsigned), "v"(y));
+}
+
+/* A name for each sum: as an array they would not stay in registers. */
+#define SIX(op)  op(0) op(1) op(2) op(3) op(4) op(5)
+#define START(k) __m512i a##k = start[0], b##k = start[1], c##k = start[2], d##k = start[3];
+#define ADD(k)                                                                                               \
+    memcpy(&quad, keys[k].codes + 4 * t, sizeof(quad));                                                      \
+    x = _mm512_set1_epi32(quad);                                                                             \
+    add_quads(&a##k, x, q[0]);                                                                               \
+    add_quads(&b##k, x, q[1]);                                                                               \
+    add_quads(&c##k, x, q[2]);                                                                               \
+    add_quads(&d##k, x, q[3]);
+#define STORE(k)                                                                                             \
+    dot_out[k][0] = a##k;                                                                                    \
+    dot_out[k][1] = b##k;                                                                                    \
+    dot_out[k][2] = c##k;                                                                                    \
+    dot_out[k][3] = d##k;
+static_assert(KEYS == 6 && GROUPS == 4, "as the names above");
+
+/* Dot products of KEYS keys with CPU_INDEX_PAD heads from head h on. */
+APART void dot_tile(const cpu_index_query *query, uint32_t h, uint32_t width, uint32_t n_quad,
+                    const key *keys, __m512i dot_out[KEYS][GROUPS])
+{
+    const __m512i *start = (const __m512i *)(query->start + h);
+    const int32_t *codes = (const int32_t *)query->codes + h;
+    SIX(START)
+    for (uint32_t t = 0; t < n_quad; t++, codes += width) {
+        const __m512i *q = (const __m512i *)codes;
+        __m512i x;
+        int32_t quad;
+        SIX(ADD)
+    }
+    SIX(STORE)
+}
+
 /* Scores of KEYS narrow keys for a narrow query. */
 static void score_tile(const cpu_index_scan *scan, const cpu_index_query *query, const key *keys,
                        float *score_out)
 {
     __m512d low[KEYS] = {0}, high[KEYS] = {0};
-    uint32_t n_quad = quads_of(scan->dim);
+    __m512i dot[KEYS][GROUPS];
     for (uint32_t h = 0; h < scan->width; h += CPU_INDEX_PAD) {
-        const int32_t *codes = (const int32_t *)query->codes + h;
-        __m512i dot[KEYS][GROUPS];
-        for (int k = 0; k < KEYS; k++) {
-            for (int g = 0; g < GROUPS; g++) {
-                dot[k][g] = _mm512_loadu_si512(query->start + h + 16 * g);
-            }
-        }
-        for (uint32_t t = 0; t < n_quad; t++, codes += scan->width) {
-            __m512i q[GROUPS];
-            for (int g = 0; g < GROUPS; g++) {
-                q[g] = _mm512_loadu_si512(codes + 16 * g);
-            }
-            for (int k = 0; k < KEYS; k++) {
-                int32_t quad;
-                memcpy(&quad, keys[k].codes + 4 * t, sizeof(quad));
-                for (int g = 0; g < GROUPS; g++) {
-                    dot[k][g] = _mm512_dpbusd_epi32(dot[k][g], _mm512_set1_epi32(quad), q[g]);
-                }
-            }
-        }
+        dot_tile(query, h, scan->width, quads_of(scan->dim), keys, dot);
         for (int k = 0; k < KEYS; k++) {
             for (int g = 0; g < GROUPS; g++) {
                 add_heads(dot[k][g], query->weight + h + 16 * g, &low[k], &high[k]);

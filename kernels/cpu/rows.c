@@ -91,19 +91,57 @@ void KN_FN(kn_cpu_kv_pack)(const uint16_t *x, uint32_t dim, uint32_t rope, uint8
     memset(row_out + used, 0, kn_kv_row_bytes(dim, rope) - used);
 }
 
+static void unpack_codes(const uint8_t *codes, uint32_t n, float scale, double *x_out)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        x_out[i] = kn_e4m3_decode(codes[i]) * scale;
+    }
+}
+
+#if defined(__AVX512F__)
+/* A block of KN_KV_BLOCK codes without NaN, of a scale that 2^8 does not drive out of range: a code moved
+ * into place is a half float of 2^-8 times its value, subnormals too. */
+static void unpack_block(const uint8_t *codes, float scale, double *x_out)
+{
+    const __m512 by = _mm512_set1_ps(256 * scale);
+    for (uint32_t i = 0; i < KN_KV_BLOCK; i += 32) {
+        __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(codes + i)));
+        __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16((int16_t)0xbf80));
+        __m512 x = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), by);
+        __m512 y = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), by);
+        _mm512_storeu_pd(x_out + i, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+        _mm512_storeu_pd(x_out + i + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+        _mm512_storeu_pd(x_out + i + 16, _mm512_cvtps_pd(_mm512_castps512_ps256(y)));
+        _mm512_storeu_pd(x_out + i + 24, _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)));
+    }
+}
+
+static bool is_plain(const uint8_t *codes, uint8_t scale)
+{
+    __m512i magnitude = _mm512_and_si512(_mm512_loadu_si512(codes), _mm512_set1_epi8(0x7f));
+    return scale < 246 && _mm512_cmpeq_epi8_mask(magnitude, _mm512_set1_epi8(0x7f)) == 0;
+}
+#endif
+
 void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, double *x_out)
 {
     uint32_t nope = dim - rope;
+    uint16_t wide[KN_DIM_MAX];
     const uint8_t *scales = row + nope + 2 * rope;
     for (uint32_t at = 0; at < nope; at += KN_KV_BLOCK) {
+        uint32_t n = nope - at < KN_KV_BLOCK ? nope - at : KN_KV_BLOCK;
         float scale = kn_e8m0_decode(scales[at / KN_KV_BLOCK]);
-        uint32_t end = at + KN_KV_BLOCK < nope ? at + KN_KV_BLOCK : nope;
-        for (uint32_t i = at; i < end; i++) {
-            x_out[i] = kn_e4m3_decode(row[i]) * scale;
+#if defined(__AVX512F__)
+        if (n == KN_KV_BLOCK && is_plain(row + at, scales[at / KN_KV_BLOCK])) {
+            unpack_block(row + at, scale, x_out + at);
+            continue;
         }
+#endif
+        unpack_codes(row + at, n, scale, x_out + at);
     }
+    memcpy(wide, row + nope, rope * sizeof(*wide));
     for (uint32_t i = 0; i < rope; i++) {
-        x_out[nope + i] = kn_bf16_decode(kn_u16_at(row + nope, i));
+        x_out[nope + i] = kn_bf16_decode(wide[i]);
     }
 }
 
