@@ -27,15 +27,17 @@ static float *scores_of(const index_job *j, uint32_t i)
 
 static void score_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
-    enum { STEP = 96 };
     const index_job *j = arg;
     const kn_kv_layout *l = j->layout;
-    const uint8_t *keys[STEP];
+    const uint8_t *keys[KN_PAGE_TOKENS];
+    uint32_t per_page = KN_PAGE_TOKENS / l->ratio, n;
     (void)i_thread;
-    for (uint32_t at = begin; at < end; at += STEP) {
-        uint32_t n = end - at < STEP ? end - at : STEP;
+    for (uint32_t at = begin; at < end; at += n) { /* a page at a time: its keys lie together */
+        const uint8_t *first = kn_page_row(j->b, j->seg, l->page_index, l->ratio, l->index_bytes, at);
+        n = per_page - at % per_page;
+        n = end - at < n ? end - at : n;
         for (uint32_t k = 0; k < n; k++) {
-            keys[k] = kn_page_row(j->b, j->seg, l->page_index, l->ratio, l->index_bytes, at + k);
+            keys[k] = first + (uint64_t)k * l->index_bytes;
         }
         KN_FN(kn_cpu_index_score)(&j->scan, keys, n, scores_of(j, 0) + at, j->s->limits.n_index_row);
     }

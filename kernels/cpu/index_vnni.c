@@ -46,7 +46,7 @@ typedef struct key {
 /* ---- stored rows ---- */
 
 /* Whether the n scales differ by 2^SHIFT_MAX at most, and the smallest. */
-static bool is_narrow(const uint8_t *scales, uint32_t n, uint8_t *least_out)
+INLINED bool is_narrow(const uint8_t *scales, uint32_t n, uint8_t *least_out)
 {
     uint8_t least = 255, most = 0;
     for (uint32_t b = 0; b < n; b++) {
@@ -137,13 +137,22 @@ void KN_FN(kn_cpu_index_load)(const cpu_index_scan *scan, const uint8_t *rows, c
 
 /* ---- keys ---- */
 
-static void load_key(const cpu_index_scan *scan, const uint8_t *stored, key *k)
+INLINED void load_key_of(uint32_t dim, const uint8_t *stored, key *k)
 {
     uint8_t least;
-    k->scales = stored + scan->dim / 2;
-    k->narrow = is_narrow(k->scales, kn_blocks(scan->dim, KN_FP4_BLOCK), &least);
+    k->scales = stored + dim / 2;
+    k->narrow = is_narrow(k->scales, kn_blocks(dim, KN_FP4_BLOCK), &least);
     k->scale = kn_e8m0_decode(least);
-    decode(stored, scan->dim, KEY_CODES, k->narrow, least, k->codes);
+    decode(stored, dim, KEY_CODES, k->narrow, least, k->codes);
+}
+
+static void load_key(const cpu_index_scan *scan, const uint8_t *stored, key *k)
+{
+    if (scan->dim == PART) { /* the same with its loops unrolled */
+        load_key_of(PART, stored, k);
+    } else {
+        load_key_of(scan->dim, stored, k);
+    }
 }
 
 /* The fold of a key's lanes: lanes 0 to 7 in low, 8 to 15 in high. */
@@ -201,22 +210,28 @@ APART void dot_tile(const cpu_index_query *query, uint32_t h, uint32_t width, ui
     SIX(STORE)
 }
 
-/* Scores of KEYS narrow keys for a narrow query. */
-static void score_tile(const cpu_index_scan *scan, const cpu_index_query *query, const key *keys,
-                       float *score_out)
+/* Score of a narrow key for a narrow query from its dot products. */
+INLINED float score_of(const cpu_index_query *query, const __m512i *dot, uint32_t width, double scale)
 {
-    __m512d low[KEYS] = {0}, high[KEYS] = {0};
-    __m512i dot[KEYS][GROUPS];
-    for (uint32_t h = 0; h < scan->width; h += CPU_INDEX_PAD) {
-        dot_tile(query, h, scan->width, quads_of(scan->dim), keys, dot);
-        for (int k = 0; k < KEYS; k++) {
-            for (int g = 0; g < GROUPS; g++) {
-                add_heads(dot[k][g], query->weight + h + 16 * g, &low[k], &high[k]);
-            }
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    for (uint32_t h = 0; h < width; h += CPU_INDEX_PAD, dot += KEYS * GROUPS) {
+        for (uint32_t g = 0; g < GROUPS; g++) {
+            add_heads(dot[g], query->weight + h + 16 * g, &low, &high);
         }
     }
+    return (float)(fold(low, high) * scale);
+}
+
+static void score_tile(const cpu_index_scan *scan, const cpu_index_query *query, const key *keys,
+                       float score_out[KEYS])
+{
+    __m512i dot[CPU_INDEX_HEADS / CPU_INDEX_PAD][KEYS][GROUPS];
+    for (uint32_t h = 0; h < scan->width; h += CPU_INDEX_PAD) {
+        dot_tile(query, h, scan->width, quads_of(scan->dim), keys, dot[h / CPU_INDEX_PAD]);
+    }
     for (int k = 0; k < KEYS; k++) {
-        score_out[k] = (float)(fold(low[k], high[k]) * keys[k].scale);
+        score_out[k] = scan->width == CPU_INDEX_PAD ? score_of(query, dot[0][k], CPU_INDEX_PAD, keys[k].scale)
+                                                    : score_of(query, dot[0][k], scan->width, keys[k].scale);
     }
 }
 
