@@ -146,7 +146,8 @@ static uint64_t lay_out(cpu_stream *s, uint8_t *block, uint32_t n_threads)
     s->scales = take(block, &at, (uint64_t)CPU_ROWS * kn_blocks(l->n_inner, KN_ACT_BLOCK));
     s->gate = take(block, &at, (uint64_t)l->n_row * l->n_expert * sizeof(float));
     s->biased = take(block, &at, (uint64_t)n_threads * l->n_expert * sizeof(float));
-    s->index_score = take(block, &at, (uint64_t)CPU_INDEX_ROWS * l->n_index_row * sizeof(float));
+    s->index_score = take(block, &at, CPU_INDEX_ROWS * cpu_index_width(l->n_index_row) * sizeof(float));
+    s->index_spare = take(block, &at, CPU_INDEX_ROWS * cpu_index_width(l->n_index_row) * sizeof(uint32_t));
     s->index_q = take(block, &at, CPU_INDEX_ROWS * 2 * index_max);
     s->index_scale = take(block, &at, CPU_INDEX_ROWS * index_max / KN_FP4_BLOCK * sizeof(double));
     for (uint32_t i = 0; i < n_threads; i++) {

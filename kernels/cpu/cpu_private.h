@@ -54,23 +54,30 @@ typedef struct cpu_stream {
     kn_stream base;
     kn_team *team;
     kn_limits limits;
-    kn_ptr block;        /* all that follows lies in it */
-    void *x_tile;        /* [n_in rounded up to CPU_CHUNK][CPU_X_BYTES], inputs as the products read them */
-    void *h_tile;        /* [n_inner rounded up][CPU_X_BYTES], expert inner values likewise */
-    uint16_t *inner;     /* [3][CPU_ROWS][n_inner]: g, u, h */
-    uint8_t *codes;      /* [CPU_ROWS][n_inner], h quantized */
-    uint8_t *scales;     /* [CPU_ROWS][blocks of n_inner] */
-    float *gate;         /* [n_row][n_expert] logits */
-    float *biased;       /* [n_expert] for each thread */
-    float *index_score;  /* [CPU_INDEX_ROWS][n_index_row] */
-    uint8_t *index_q;    /* [CPU_INDEX_ROWS][CPU_INDEX_MAX * 2] codes of the queries */
-    double *index_scale; /* [CPU_INDEX_ROWS][CPU_INDEX_MAX / KN_FP4_BLOCK] their scales */
+    kn_ptr block;          /* all that follows lies in it */
+    void *x_tile;          /* [n_in rounded up to CPU_CHUNK][CPU_X_BYTES], inputs as the products read them */
+    void *h_tile;          /* [n_inner rounded up][CPU_X_BYTES], expert inner values likewise */
+    uint16_t *inner;       /* [3][CPU_ROWS][n_inner]: g, u, h */
+    uint8_t *codes;        /* [CPU_ROWS][n_inner], h quantized */
+    uint8_t *scales;       /* [CPU_ROWS][blocks of n_inner] */
+    float *gate;           /* [n_row][n_expert] logits */
+    float *biased;         /* [n_expert] for each thread */
+    float *index_score;    /* [CPU_INDEX_ROWS] rows of cpu_index_width(n_index_row) */
+    uint32_t *index_spare; /* the same for those that may be picked */
+    uint8_t *index_q;      /* [CPU_INDEX_ROWS][CPU_INDEX_MAX * 2] codes of the queries */
+    double *index_scale;   /* [CPU_INDEX_ROWS][CPU_INDEX_MAX / KN_FP4_BLOCK] their scales */
     cpu_attn_scratch *attn; /* one for each thread */
 } cpu_stream;
 
 static inline uint32_t cpu_round_up(uint32_t n, uint32_t to)
 {
     return kn_blocks(n, to) * to;
+}
+
+/* Scores of a row: whole registers may be written behind the last. */
+static inline uint64_t cpu_index_width(uint32_t n_index_row)
+{
+    return n_index_row + 16ull;
 }
 
 /* Doubles from one row to the next: a cache line more than its dims, so that the same dim of several rows

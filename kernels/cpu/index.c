@@ -22,7 +22,17 @@ static uint32_t visible_of(const index_job *j, uint32_t row)
 
 static float *scores_of(const index_job *j, uint32_t i)
 {
-    return j->s->index_score + (uint64_t)i * j->s->limits.n_index_row;
+    return j->s->index_score + i * cpu_index_width(j->s->limits.n_index_row);
+}
+
+/* Pages stand anywhere in the pool: no prefetcher of the machine's can guess the next one. */
+static void prefetch_page(const index_job *j, uint32_t key, uint32_t n)
+{
+    const kn_kv_layout *l = j->layout;
+    const uint8_t *at = kn_page_row(j->b, j->seg, l->page_index, l->ratio, l->index_bytes, key);
+    for (uint64_t i = 0; i < (uint64_t)n * l->index_bytes; i += 64) {
+        __builtin_prefetch(at + i);
+    }
 }
 
 static void score_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
@@ -36,10 +46,14 @@ static void score_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
         const uint8_t *first = kn_page_row(j->b, j->seg, l->page_index, l->ratio, l->index_bytes, at);
         n = per_page - at % per_page;
         n = end - at < n ? end - at : n;
+        if (end - at - n >= per_page) {
+            prefetch_page(j, at + n, per_page);
+        }
         for (uint32_t k = 0; k < n; k++) {
             keys[k] = first + (uint64_t)k * l->index_bytes;
         }
-        KN_FN(kn_cpu_index_score)(&j->scan, keys, n, scores_of(j, 0) + at, j->s->limits.n_index_row);
+        KN_FN(kn_cpu_index_score)
+        (&j->scan, keys, n, scores_of(j, 0) + at, cpu_index_width(j->s->limits.n_index_row));
     }
 }
 
@@ -50,40 +64,111 @@ static uint32_t sortable(float x)
     return (u & 0x80000000u) ? ~u : u | 0x80000000u;
 }
 
-/* The k-th largest of score [n], 1 <= k <= n, as sortable bits; n_above_out: how many are larger. Three
- * passes of 11, 11 and 10 bits, each counting the scores that share the bits found so far. */
-static uint32_t kth_largest(const float *score, uint32_t n, uint32_t k, uint32_t *n_above_out)
+/* Puts sortable bits in the place of scores. */
+static uint32_t *make_sortable(float *score, uint32_t n)
 {
-    static const uint32_t shift[] = {21, 10, 0}, bits[] = {11, 11, 10};
-    uint32_t found = 0, mask = 0, above = 0;
-    for (int pass = 0; pass < 3; pass++) {
-        uint32_t count[1 << 11] = {0}, digit = (1u << bits[pass]) - 1;
-        for (uint32_t i = 0; i < n; i++) {
-            uint32_t u = sortable(score[i]);
-            count[u >> shift[pass] & digit] += (u & mask) == found;
-        }
-        while (above + count[digit] < k) {
-            above += count[digit--];
-        }
-        found |= digit << shift[pass];
-        mask |= ((1u << bits[pass]) - 1) << shift[pass];
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t u = sortable(score[i]);
+        memcpy(&score[i], &u, sizeof(u));
     }
-    *n_above_out = above;
-    return found;
+    return (uint32_t *)(void *)score;
 }
 
-/* The k best of score [n] in ascending index; among equals of the last place the lower ones. */
-static void pick_best(const float *score, uint32_t n, uint32_t k, int32_t *picks_out)
+enum { DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS, TABLES = 4 };
+
+/* Moves *digit_inout, a digit's largest value at first, to the one that the k-th largest has, and returns how
+ * many have a larger one, those of above among them. */
+static uint32_t find_digit(const uint32_t *count, uint32_t above, uint32_t k, uint32_t *digit_inout)
 {
-    uint32_t n_above, n_equal, n_pick = 0;
-    uint32_t last = kth_largest(score, n, k, &n_above);
-    n_equal = k - n_above;
-    for (uint32_t i = 0; n_pick < k; i++) {
-        uint32_t u = sortable(score[i]);
-        if (u > last || (u == last && n_equal > 0)) {
-            n_equal -= u == last;
-            picks_out[n_pick++] = (int32_t)i;
+    while (above + count[*digit_inout] < k) {
+        above += count[(*digit_inout)--];
+    }
+    return above;
+}
+
+/* How many of u [n] have each upper digit. Equal ones follow one another often, so they are counted in turns
+ * in tables of their own: adding to what was just stored has to wait. */
+static void count_upper(const uint32_t *u, uint32_t n, uint32_t *count_out)
+{
+    enum { SHIFT = 32 - DIGIT_BITS };
+    uint32_t count[TABLES][DIGITS] = {{0}}, i = 0;
+    for (; i + TABLES <= n; i += TABLES) {
+        for (uint32_t t = 0; t < TABLES; t++) {
+            count[t][u[i + t] >> SHIFT]++;
         }
+    }
+    for (; i < n; i++) {
+        count[0][u[i] >> SHIFT]++;
+    }
+    for (uint32_t d = 0; d < DIGITS; d++) {
+        count_out[d] = count[0][d] + count[1][d] + count[2][d] + count[3][d];
+    }
+}
+
+/* Keeps of u [n] those >= least, in their order, and where they stood; returns how many. Without branches:
+ * which ones are kept nobody can guess. */
+static uint32_t keep_upper(uint32_t *u, uint32_t n, uint32_t least, uint32_t *index_out)
+{
+    uint32_t n_kept = 0, i = 0;
+#if defined(__AVX512F__)
+    const __m512i step = _mm512_set1_epi32(16), limit = _mm512_set1_epi32((int32_t)least);
+    __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    for (; i + 16 <= n; i += 16) { /* what is written past the kept ones has been read, or is not used */
+        __m512i x = _mm512_loadu_si512(u + i);
+        __mmask16 kept = _mm512_cmpge_epu32_mask(x, limit);
+        _mm512_storeu_si512(u + n_kept, _mm512_maskz_compress_epi32(kept, x));
+        _mm512_storeu_si512(index_out + n_kept, _mm512_maskz_compress_epi32(kept, index));
+        n_kept += (uint32_t)__builtin_popcount(kept);
+        index = _mm512_add_epi32(index, step);
+    }
+#endif
+    for (; i < n; i++) {
+        uint32_t x = u[i];
+        u[n_kept] = x;
+        index_out[n_kept] = i;
+        n_kept += x >= least;
+    }
+    return n_kept;
+}
+
+/* The k-th largest of u [n], which is known to have the given upper digit; n_above: how many have a larger
+ * one. Returns how many are larger than it. */
+static uint32_t kth_of_kept(const uint32_t *u, uint32_t n, uint32_t k, uint32_t n_above, uint32_t upper,
+                            uint32_t *kth_out)
+{
+    static const uint32_t shifts[] = {10, 0}, bits[] = {11, 10};
+    uint32_t count[DIGITS], digit, found = upper, known = 32 - DIGIT_BITS, above = n_above;
+    for (int pass = 0; pass < 2; pass++) {
+        uint32_t most = (1u << bits[pass]) - 1;
+        memset(count, 0, sizeof(count));
+        for (uint32_t i = 0; i < n; i++) {
+            count[u[i] >> shifts[pass] & most] += u[i] >> known == found;
+        }
+        digit = most;
+        above = find_digit(count, above, k, &digit);
+        found = found << bits[pass] | digit;
+        known = shifts[pass];
+    }
+    *kth_out = found;
+    return above;
+}
+
+/* The k best of score [n], k <= n, in ascending index; among equals of the last place the lower ones. By the
+ * bits of the k-th: 11 of them counted among all, 11 and 10 among those that may be picked then. Changes
+ * score; spare [n + 16]. */
+static void pick_best(float *score, uint32_t n, uint32_t k, uint32_t *spare, int32_t *picks_out)
+{
+    uint32_t *u = make_sortable(score, n), count[DIGITS], upper = DIGITS - 1, n_above, n_equal, last,
+             n_pick = 0;
+    count_upper(u, n, count);
+    n_above = find_digit(count, 0, k, &upper);
+    n = keep_upper(u, n, upper << (32 - DIGIT_BITS), spare);
+    n_equal = k - kth_of_kept(u, n, k, n_above, upper, &last);
+    for (uint32_t i = 0; n_pick < k; i++) {
+        uint32_t equal = (u[i] == last) & (n_equal > 0);
+        picks_out[n_pick] = (int32_t)spare[i];
+        n_pick += (u[i] > last) | equal;
+        n_equal -= equal;
     }
 }
 
@@ -93,7 +178,8 @@ static void pick_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread
     (void)i_thread;
     for (uint32_t i = begin; i < end; i++) {
         uint32_t row = j->row0 + i;
-        pick_best(scores_of(j, i), visible_of(j, row), j->topk, j->picks + (uint64_t)row * j->topk);
+        uint32_t *spare = j->s->index_spare + i * cpu_index_width(j->s->limits.n_index_row);
+        pick_best(scores_of(j, i), visible_of(j, row), j->topk, spare, j->picks + (uint64_t)row * j->topk);
     }
 }
 

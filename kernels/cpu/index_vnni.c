@@ -36,12 +36,13 @@ static const int8_t QUERY_CODES[SHIFT_MAX + 1][16] = {LUT(0, 0), LUT(1, 0), LUT(
 static const uint8_t KEY_CODES[SHIFT_MAX + 1][16] = {LUT(0, OFFSET), LUT(1, OFFSET), LUT(2, OFFSET),
                                                      LUT(3, OFFSET)};
 
-typedef struct key {
-    _Alignas(64) uint8_t codes[KN_DIM_MAX]; /* unsigned, in the order of quads */
-    const uint8_t *scales;                  /* stored */
-    double scale;                           /* of all codes, where narrow */
-    bool narrow;                            /* one scale for all; if not, codes are not shifted */
-} key;
+/* KEYS keys as they meet the queries. Those whose scales differ too much are wide: not shifted. */
+typedef struct key_tile {
+    _Alignas(64) uint8_t codes[KEYS][KN_DIM_MAX]; /* unsigned, in the order of quads */
+    double scale[8];                              /* of all codes of a narrow key */
+    const uint8_t *scales[KEYS];                  /* stored */
+    uint32_t wide;                                /* bit k: key k is */
+} key_tile;
 
 /* ---- stored rows ---- */
 
@@ -137,37 +138,35 @@ void KN_FN(kn_cpu_index_load)(const cpu_index_scan *scan, const uint8_t *rows, c
 
 /* ---- keys ---- */
 
-INLINED void load_key_of(uint32_t dim, const uint8_t *stored, key *k)
+INLINED void load_keys_of(uint32_t dim, const uint8_t *const *stored, uint32_t n, key_tile *tile)
 {
-    uint8_t least;
-    k->scales = stored + dim / 2;
-    k->narrow = is_narrow(k->scales, kn_blocks(dim, KN_FP4_BLOCK), &least);
-    k->scale = kn_e8m0_decode(least);
-    decode(stored, dim, KEY_CODES, k->narrow, least, k->codes);
-}
-
-static void load_key(const cpu_index_scan *scan, const uint8_t *stored, key *k)
-{
-    if (scan->dim == PART) { /* the same with its loops unrolled */
-        load_key_of(PART, stored, k);
-    } else {
-        load_key_of(scan->dim, stored, k);
+    tile->wide = 0;
+    for (uint32_t k = 0; k < KEYS; k++) {
+        const uint8_t *row = stored[k < n ? k : n - 1], *scales = row + dim / 2; /* fills a short tile up */
+        uint8_t least;
+        bool narrow = is_narrow(scales, kn_blocks(dim, KN_FP4_BLOCK), &least);
+        tile->wide |= (uint32_t)!narrow << k;
+        tile->scale[k] = kn_e8m0_decode(least);
+        tile->scales[k] = scales;
+        decode(row, dim, KEY_CODES, narrow, least, tile->codes[k]);
     }
 }
 
-/* The fold of a key's lanes: lanes 0 to 7 in low, 8 to 15 in high. */
-static inline double fold(__m512d low, __m512d high)
+static void load_keys(const cpu_index_scan *scan, const uint8_t *const *stored, uint32_t n, key_tile *tile)
 {
-    return kn_vd_fold(_mm512_add_pd(low, high));
+    if (scan->dim == PART) { /* the same with its loops unrolled */
+        load_keys_of(PART, stored, n, tile);
+    } else {
+        load_keys_of(scan->dim, stored, n, tile);
+    }
 }
 
-/* Adds max(dot, 0) * weight of 16 heads to their lanes; the products are exact. */
-static inline void add_heads(__m512i dot, const double *weight, __m512d *low, __m512d *high)
+/* Adds dot * weight of 16 heads to their lanes; the products are exact. */
+static inline void add_heads(const __m512i *dot, const double *weight, __m512d *low, __m512d *high)
 {
-    dot = _mm512_max_epi32(dot, _mm512_setzero_si512());
-    *low = _mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_castsi512_si256(dot)), _mm512_loadu_pd(weight), *low);
-    *high = _mm512_fmadd_pd(_mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(dot, 1)),
-                            _mm512_loadu_pd(weight + 8), *high);
+    const __m256i *half = (const __m256i *)dot;
+    *low = _mm512_fmadd_pd(_mm512_cvtepi32_pd(half[0]), _mm512_loadu_pd(weight), *low);
+    *high = _mm512_fmadd_pd(_mm512_cvtepi32_pd(half[1]), _mm512_loadu_pd(weight + 8), *high);
 }
 
 /* sum += x . y, four products a lane. As an instruction, because GCC 12 copies and stores the sums around
@@ -181,24 +180,24 @@ INLINED void add_quads(__m512i *sum, __m512i x_unsigned, __m512i y)
 #define SIX(op)  op(0) op(1) op(2) op(3) op(4) op(5)
 #define START(k) __m512i a##k = start[0], b##k = start[1], c##k = start[2], d##k = start[3];
 #define ADD(k)                                                                                               \
-    memcpy(&quad, keys[k].codes + 4 * t, sizeof(quad));                                                      \
+    memcpy(&quad, tile->codes[k] + 4 * t, sizeof(quad));                                                     \
     x = _mm512_set1_epi32(quad);                                                                             \
     add_quads(&a##k, x, q[0]);                                                                               \
     add_quads(&b##k, x, q[1]);                                                                               \
     add_quads(&c##k, x, q[2]);                                                                               \
     add_quads(&d##k, x, q[3]);
 #define STORE(k)                                                                                             \
-    dot_out[k][0] = a##k;                                                                                    \
-    dot_out[k][1] = b##k;                                                                                    \
-    dot_out[k][2] = c##k;                                                                                    \
-    dot_out[k][3] = d##k;
+    dot_out[k][0] = _mm512_max_epi32(a##k, zero);                                                            \
+    dot_out[k][1] = _mm512_max_epi32(b##k, zero);                                                            \
+    dot_out[k][2] = _mm512_max_epi32(c##k, zero);                                                            \
+    dot_out[k][3] = _mm512_max_epi32(d##k, zero);
 static_assert(KEYS == 6 && GROUPS == 4, "as the names above");
 
-/* Dot products of KEYS keys with CPU_INDEX_PAD heads from head h on. */
+/* max(dot product, 0) of KEYS keys with CPU_INDEX_PAD heads from head h on. */
 APART void dot_tile(const cpu_index_query *query, uint32_t h, uint32_t width, uint32_t n_quad,
-                    const key *keys, __m512i dot_out[KEYS][GROUPS])
+                    const key_tile *tile, __m512i dot_out[KEYS][GROUPS])
 {
-    const __m512i *start = (const __m512i *)(query->start + h);
+    const __m512i zero = _mm512_setzero_si512(), *start = (const __m512i *)(query->start + h);
     const int32_t *codes = (const int32_t *)query->codes + h;
     SIX(START)
     for (uint32_t t = 0; t < n_quad; t++, codes += width) {
@@ -210,33 +209,60 @@ APART void dot_tile(const cpu_index_query *query, uint32_t h, uint32_t width, ui
     SIX(STORE)
 }
 
-/* Score of a narrow key for a narrow query from its dot products. */
-INLINED float score_of(const cpu_index_query *query, const __m512i *dot, uint32_t width, double scale)
+/* The contract's fold of the lanes of KEYS keys, lanes l and l + 8 added already: total k in element k. */
+static inline __m512d fold_keys(const __m512d s[KEYS])
 {
-    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
-    for (uint32_t h = 0; h < width; h += CPU_INDEX_PAD, dot += KEYS * GROUPS) {
-        for (uint32_t g = 0; g < GROUPS; g++) {
-            add_heads(dot[g], query->weight + h + 16 * g, &low, &high);
-        }
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 0, 0);
+    __m512d four[3], two[2];
+    for (int i = 0; i < 3; i++) {
+        __m512d x = s[2 * i], y = s[2 * i + 1];
+        four[i] = _mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x44), _mm512_shuffle_f64x2(x, y, 0xee));
     }
-    return (float)(fold(low, high) * scale);
+    for (int i = 0; i < 2; i++) {
+        __m512d x = four[2 * i], y = four[1 + i];
+        two[i] = _mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x88), _mm512_shuffle_f64x2(x, y, 0xdd));
+    }
+    /* two[0] has keys 0 to 3, two[1] has key 4, 5, 4, 5 */
+    return _mm512_permutexvar_pd(
+        order, _mm512_add_pd(_mm512_unpacklo_pd(two[0], two[1]), _mm512_unpackhi_pd(two[0], two[1])));
 }
 
-static void score_tile(const cpu_index_scan *scan, const cpu_index_query *query, const key *keys,
-                       float score_out[KEYS])
+/* Lanes of the sums over `width` heads: lanes l and l + 8 together. */
+INLINED void sum_heads(const cpu_index_query *query, const __m512i (*dot)[KEYS][GROUPS], uint32_t width,
+                       __m512d sum_out[KEYS])
+{
+#define SUM(k)                                                                                               \
+    low = high = _mm512_setzero_pd();                                                                        \
+    for (uint32_t h = 0; h < width; h += CPU_INDEX_PAD) {                                                    \
+        for (uint32_t g = 0; g < GROUPS; g++) {                                                              \
+            add_heads(&dot[h / CPU_INDEX_PAD][k][g], query->weight + h + 16 * g, &low, &high);               \
+        }                                                                                                    \
+    }                                                                                                        \
+    sum_out[k] = _mm512_add_pd(low, high);
+    __m512d low, high;
+    SIX(SUM)
+}
+
+/* Scores of narrow keys for a narrow query, the first n of them. */
+static void score_tile(const cpu_index_scan *scan, const cpu_index_query *query, const key_tile *tile,
+                       uint32_t n, float *score_out)
 {
     __m512i dot[CPU_INDEX_HEADS / CPU_INDEX_PAD][KEYS][GROUPS];
+    __m512d sum[KEYS];
     for (uint32_t h = 0; h < scan->width; h += CPU_INDEX_PAD) {
-        dot_tile(query, h, scan->width, quads_of(scan->dim), keys, dot[h / CPU_INDEX_PAD]);
+        dot_tile(query, h, scan->width, quads_of(scan->dim), tile, dot[h / CPU_INDEX_PAD]);
     }
-    for (int k = 0; k < KEYS; k++) {
-        score_out[k] = scan->width == CPU_INDEX_PAD ? score_of(query, dot[0][k], CPU_INDEX_PAD, keys[k].scale)
-                                                    : score_of(query, dot[0][k], scan->width, keys[k].scale);
+    if (scan->width == CPU_INDEX_PAD) { /* the same with its loops unrolled */
+        sum_heads(query, dot, CPU_INDEX_PAD, sum);
+    } else {
+        sum_heads(query, dot, scan->width, sum);
     }
+    _mm256_mask_storeu_ps(score_out, (__mmask8)((1u << n) - 1),
+                          _mm512_cvtpd_ps(_mm512_mul_pd(fold_keys(sum), _mm512_load_pd(tile->scale))));
 }
 
 /* Sum of a block's products for 16 heads: quads t0 and t0 + 16 on, the offset taken back. */
-static __m512i block_sum(const int32_t *codes, uint32_t width, const key *k, uint32_t t0)
+static __m512i block_sum(const int32_t *codes, uint32_t width, const uint8_t *key, uint32_t t0)
 {
     const __m512i offset = _mm512_set1_epi8(OFFSET);
     __m512i sum = _mm512_setzero_si512(), over = _mm512_setzero_si512();
@@ -244,7 +270,7 @@ static __m512i block_sum(const int32_t *codes, uint32_t width, const key *k, uin
         uint32_t t = t0 + i % BLOCK_QUADS + i / BLOCK_QUADS * (PART_QUADS / 2);
         __m512i q = _mm512_loadu_si512(codes + (uint64_t)t * width);
         int32_t quad;
-        memcpy(&quad, k->codes + 4 * t, sizeof(quad));
+        memcpy(&quad, key + 4 * t, sizeof(quad));
         sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(quad), q);
         over = _mm512_dpbusd_epi32(over, offset, q);
     }
@@ -258,16 +284,18 @@ static inline __m512d add_wide(__m512d dot, const double *weight, __m512d lane)
     return _mm512_add_pd(lane, _mm512_mul_pd(dot, _mm512_loadu_pd(weight)));
 }
 
-/* Score of any key for any query, block by block. */
-static float score_wide(const cpu_index_scan *scan, const cpu_index_query *query, const key *k)
+/* Score of key k for any query, block by block. */
+static float score_wide(const cpu_index_scan *scan, const cpu_index_query *query, const key_tile *tile,
+                        uint32_t k)
 {
     __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    bool narrow = (tile->wide >> k & 1) == 0;
     for (uint32_t h = 0; h < scan->width; h += 16) {
         __m512d dot_low = _mm512_setzero_pd(), dot_high = _mm512_setzero_pd();
         for (uint32_t b = 0; b < kn_blocks(scan->dim, KN_FP4_BLOCK); b++) {
             uint32_t t0 = b / PART_BLOCKS * PART_QUADS + b % PART_BLOCKS * BLOCK_QUADS;
-            __m512d by = _mm512_set1_pd(k->narrow ? k->scale : (double)kn_e8m0_decode(k->scales[b]));
-            __m512i sum = block_sum((const int32_t *)query->codes + h, scan->width, k, t0);
+            __m512d by = _mm512_set1_pd(narrow ? tile->scale[k] : (double)kn_e8m0_decode(tile->scales[k][b]));
+            __m512i sum = block_sum((const int32_t *)query->codes + h, scan->width, tile->codes[k], t0);
             const double *scale = query->scale + (uint64_t)b * scan->width + h;
             __m512d x = _mm512_cvtepi32_pd(_mm512_castsi512_si256(sum));
             __m512d y = _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(sum, 1));
@@ -279,25 +307,24 @@ static float score_wide(const cpu_index_scan *scan, const cpu_index_query *query
         low = add_wide(dot_low, query->weight + h, low);
         high = add_wide(dot_high, query->weight + h + 8, high);
     }
-    return (float)fold(low, high);
+    return (float)kn_vd_fold(_mm512_add_pd(low, high));
 }
 
 void KN_FN(kn_cpu_index_score)(const cpu_index_scan *scan, const uint8_t *const *stored, uint32_t n,
                                float *score, uint64_t stride)
 {
-    key keys[KEYS];
+    key_tile tile;
     for (uint32_t k0 = 0; k0 < n; k0 += KEYS) {
         uint32_t len = n - k0 < KEYS ? n - k0 : KEYS;
-        for (uint32_t k = 0; k < KEYS; k++) { /* a short tile is filled up with its last key */
-            load_key(scan, stored[k0 + (k < len ? k : len - 1)], &keys[k]);
-        }
+        load_keys(scan, stored + k0, len, &tile);
         for (uint32_t i = 0; i < scan->n_row; i++) {
             const cpu_index_query *query = &scan->query[i];
-            float tile[KEYS];
-            score_tile(scan, query, keys, tile);
-            for (uint32_t k = 0; k < len; k++) {
-                bool narrow = keys[k].narrow && query->narrow;
-                score[i * stride + k0 + k] = narrow ? tile[k] : score_wide(scan, query, &keys[k]);
+            uint32_t wide = query->narrow ? tile.wide : ~0u;
+            score_tile(scan, query, &tile, len, score + i * stride + k0);
+            for (uint32_t k = 0; wide != 0 && k < len; k++) {
+                if (wide >> k & 1) {
+                    score[i * stride + k0 + k] = score_wide(scan, query, &tile, k);
+                }
             }
         }
     }
