@@ -147,7 +147,7 @@ static void score_keys(const attn_job *j, const cpu_attn_scratch *t, uint32_t n_
         load_keys(j, t, key0, n);
         for (uint32_t k = 0; k < n; k += TILE_KEYS) {
             for (uint32_t h = 0; h < heads_padded; h += TILE_HEADS) {
-                score_tile(j, t->q + h * j->row_width, t->key + k * j->row_width, scale,
+                score_tile(j, t->rows + h * j->row_width, t->key + k * j->row_width, scale,
                            t->score + h * j->score_width + key0 + k);
             }
         }
@@ -197,13 +197,17 @@ static double soften(double *score, uint32_t n, double sink)
 
 /* ---- values ---- */
 
-/* o[h] += weight[h][k] * key[k], keys ascending, TILE_DIMS dims; the product is rounded before the sum. */
-INLINED void add_values(const attn_job *j, const double *key, uint32_t n_key, const double *weight, double *o)
+/* o[h] += weight[h][k] * key[k], keys ascending, TILE_DIMS dims; the product is rounded before the sum. o is
+ * not read where these keys are the first. */
+INLINED void add_values(const attn_job *j, const double *key, uint32_t n_key, bool first,
+                        const double *weight, double *o)
 {
-    kn_vd sum[TILE_HEADS][TILE_VECTORS];
-    for (int h = 0; h < TILE_HEADS; h++) {
-        for (int d = 0; d < TILE_VECTORS; d++) {
-            sum[h][d] = kn_vd_load(o + (uint64_t)h * j->row_width + d * KN_VD_WIDTH);
+    kn_vd sum[TILE_HEADS][TILE_VECTORS] = {0};
+    if (!first) {
+        for (int h = 0; h < TILE_HEADS; h++) {
+            for (int d = 0; d < TILE_VECTORS; d++) {
+                sum[h][d] = kn_vd_load(o + (uint64_t)h * j->row_width + d * KN_VD_WIDTH);
+            }
         }
     }
     for (uint32_t k = 0; k < n_key; k++) {
@@ -233,8 +237,8 @@ static void weigh_keys(const attn_job *j, const cpu_attn_scratch *t, uint32_t n_
         load_keys(j, t, key0, n);
         for (uint32_t d = 0; d < j->dim; d += TILE_DIMS) {
             for (uint32_t h = 0; h < heads_padded; h += TILE_HEADS) {
-                add_values(j, t->key + d, n, t->score + h * j->score_width + key0,
-                           t->o + h * j->row_width + d);
+                add_values(j, t->key + d, n, key0 == 0, t->score + h * j->score_width + key0,
+                           t->rows + h * j->row_width + d);
             }
         }
     }
@@ -242,18 +246,23 @@ static void weigh_keys(const attn_job *j, const cpu_attn_scratch *t, uint32_t n_
 
 /* ---- rows ---- */
 
-/* Queries of n_head heads, zeros past them and past their dims; zero outputs. */
+/* Queries of n_head heads; zeros past them, and past the dims of queries and keys. */
 static void load_queries(const attn_job *j, const cpu_attn_scratch *t, const uint16_t *q, uint32_t n_head,
                          uint32_t heads_padded)
 {
-    uint32_t dim = j->a->dim;
-    memset(t->q, 0, heads_padded * j->row_width * sizeof(double));
-    memset(t->o, 0, heads_padded * j->row_width * sizeof(double));
-    memset(t->key, 0, CPU_KEYS * j->row_width * sizeof(double));
+    uint32_t dim = j->a->dim, rest = j->dim - dim;
     for (uint32_t h = 0; h < n_head; h++) {
+        double *row = t->rows + h * j->row_width;
         for (uint32_t i = 0; i < dim; i++) {
-            t->q[h * j->row_width + i] = kn_bf16_decode(q[(uint64_t)h * dim + i]);
+            row[i] = kn_bf16_decode(q[(uint64_t)h * dim + i]);
         }
+        memset(row + dim, 0, rest * sizeof(double));
+    }
+    for (uint32_t h = n_head; h < heads_padded; h++) {
+        memset(t->rows + h * j->row_width, 0, j->dim * sizeof(double));
+    }
+    for (uint32_t k = 0; k < CPU_KEYS; k++) {
+        memset(t->key + k * j->row_width + dim, 0, rest * sizeof(double));
     }
 }
 
@@ -284,7 +293,7 @@ static void attend(const attn_job *j, const cpu_attn_scratch *t, uint32_t r, uin
     }
     weigh_keys(j, t, n_key, heads_padded);
     for (uint32_t h = 0; h < n_head; h++) {
-        write_row(t->o + h * j->row_width, den[h], dim, j->o + at + (uint64_t)h * dim);
+        write_row(t->rows + h * j->row_width, den[h], dim, j->o + at + (uint64_t)h * dim);
     }
 }
 

@@ -151,8 +151,7 @@ static uint64_t lay_out(cpu_stream *s, uint8_t *block, uint32_t n_threads)
     s->index_q = take(block, &at, CPU_INDEX_ROWS * 2 * index_max);
     s->index_scale = take(block, &at, CPU_INDEX_ROWS * index_max / KN_FP4_BLOCK * sizeof(double));
     for (uint32_t i = 0; i < n_threads; i++) {
-        cpu_attn_scratch t = {.q = take(block, &at, CPU_HEADS * row),
-                              .o = take(block, &at, CPU_HEADS * row),
+        cpu_attn_scratch t = {.rows = take(block, &at, CPU_HEADS * row),
                               .key = take(block, &at, CPU_KEYS * row),
                               .score = take(block, &at, CPU_HEADS * n_key * sizeof(double)),
                               .row = take(block, &at, n_key * sizeof(uint8_t *))};

@@ -44,8 +44,8 @@ typedef struct cpu_device {
 
 /* Attention scratch of one thread; rows of cpu_attn_row_width(head_dim). */
 typedef struct cpu_attn_scratch {
-    double *q, *o;       /* [CPU_HEADS] rows */
-    double *key;         /* [CPU_KEYS] rows */
+    double *rows;        /* [CPU_HEADS]: queries, and when all scores are there, outputs */
+    double *key;         /* [CPU_KEYS] rows: decoded keys */
     double *score;       /* [CPU_HEADS][n_key rounded up to CPU_KEYS] */
     const uint8_t **row; /* [n_key] stored keys of the query, in order */
 } cpu_attn_scratch;
