@@ -1,6 +1,6 @@
 /* E4M3 weights, both sides in digits: x = 8 (256 d1 + d0) + r, w = 8 (255 e1 + e0) + s. Four products of
  * digits give 64 (256 (255 e1 d1 + e0 d1) + 255 e1 d0 + e0 d0); what r and s add is computed only where there
- * are any: r by rows and blocks, s by columns. Base 255 because its digits reach from -127 to 127: the digits
+ * are any. Base 255 because its digits reach from -127 to 127: the digits
  * of -w are those of w negated, so a table has magnitudes only (128 bytes, one permutation of two registers)
  * and the sign is one masked subtraction. Weight digits are biased by 128 into unsigned bytes; sums start
  * below zero to make up for it. All is exact up to the block's sum.
@@ -36,12 +36,20 @@ typedef struct fp8_group {
     fp8_block *blocks; /* [K / 128][n] */
 } fp8_group;
 
+/* An s that is not zero. */
+typedef struct fp8_rest {
+    uint8_t out, input; /* of the 16 outputs, of the block's inputs */
+    int8_t s;
+} fp8_rest;
+
 /* The weights of one block and 16 outputs. */
 typedef struct fp8_weights {
     const __m512i *codes; /* [FP8_COLUMNS]: in a prepared matrix, or buffer */
     __m512i buffer[FP8_COLUMNS];
     __m512i e1[FP8_COLUMNS], e0[FP8_COLUMNS]; /* biased; filled where several groups of rows read them */
     uint32_t with_rest;                       /* bit j: column j has an s, or a NaN */
+    uint32_t n_rest;
+    fp8_rest rest[VNNI_OUTS * CPU_CHUNK]; /* all s of the block */
 } fp8_weights;
 
 static fp8_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t g)
@@ -225,18 +233,28 @@ static void decode_columns(fp8_weights *w)
     }
 }
 
-/* Notes the first NaN of each output. */
-static void find_nans(const fp8_weights *w, uint16_t nan[VNNI_OUTS])
+/* Notes what has a rest, and the first NaN of each output. */
+static void find_rests(fp8_weights *w, uint16_t nan[VNNI_OUTS])
 {
+    const __m512i magnitude = _mm512_set1_epi8(127);
+    w->n_rest = 0;
     for (uint32_t bits = w->with_rest; bits != 0; bits &= bits - 1) {
-        uint8_t code[VNNI_OUTS][4];
-        __m512i codes = w->codes[__builtin_ctz(bits)], magnitude = _mm512_set1_epi8(127);
-        uint64_t found = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, magnitude), magnitude);
+        uint32_t j = (uint32_t)__builtin_ctz(bits);
+        uint8_t code[4 * VNNI_OUTS];
+        int8_t s[4 * VNNI_OUTS];
+        __m512i codes = w->codes[j], rests = vnni_look_up(KN_FN(kn_vnni_digits).r, codes);
+        uint64_t with_s = _mm512_test_epi8_mask(rests, rests),
+                 found = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, magnitude), magnitude);
+        _mm512_storeu_si512(s, rests);
+        for (; with_s != 0; with_s &= with_s - 1) {
+            uint32_t at = (uint32_t)__builtin_ctzll(with_s);
+            w->rest[w->n_rest++] = (fp8_rest){(uint8_t)(at / 4), (uint8_t)(4 * j + at % 4), s[at]};
+        }
         _mm512_storeu_si512(code, codes);
         for (; found != 0; found &= found - 1) {
             uint32_t at = (uint32_t)__builtin_ctzll(found);
             if (nan[at / 4] == 0) {
-                nan[at / 4] = (uint16_t)(VNNI_NAN_CODE | (code[at / 4][at % 4] & 0x80) << 8);
+                nan[at / 4] = (uint16_t)(VNNI_NAN_CODE | (code[at] & 0x80) << 8);
             }
         }
     }
@@ -307,37 +325,37 @@ INLINED void main_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, uin
     }
 }
 
-/* Of one row what r and s add to a block's sum: 8 eights_out + ones_out. */
+/* An input of one row, in units of 2^-9; digits, rest: of the row's first column of a block. */
+INLINED int32_t input_units(const fp8_group *g, const uint8_t *digits, const uint8_t *rest, uint32_t input)
+{
+    uint32_t at = input / 4 * g->n, i = input % 4;
+    int32_t d1 = (int8_t)digits[8 * at + i], d0 = (int8_t)digits[8 * at + 4 + i],
+            r = (int8_t)rest[4 * at + i];
+    return 8 * (256 * d1 + d0) + r;
+}
+
+/* Of one row what r and s add to a block's sum: 8 eights_out + ones_out. The inputs' r go with all outputs;
+ * the few s of the weights are taken one by one, with the whole input. */
 static void rest_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r, __m512i *eights_out,
                       __m512i *ones_out)
 {
     const fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
-    const uint8_t *x = g->digits + ((uint64_t)b * FP8_COLUMNS * g->n + r) * 8;
-    const uint8_t *x_rest = g->rest + ((uint64_t)b * FP8_COLUMNS * g->n + r) * 4;
-    const __m512i bias = _mm512_set1_epi8((char)FP8_BIAS);
+    const uint8_t *digits = g->digits + ((uint64_t)b * FP8_COLUMNS * g->n + r) * 8;
+    const uint8_t *rest = g->rest + ((uint64_t)b * FP8_COLUMNS * g->n + r) * 4;
     fp8_tables tables = load_tables();
-    __m512i e1_r = _mm512_set1_epi32(-FP8_BIAS * block->sum_r), low = e1_r, s_d1 = _mm512_setzero_si512(),
-            less1 = s_d1, less0 = s_d1, s_r = s_d1, less_r = s_d1;
+    __m512i high = _mm512_set1_epi32(-FP8_BIAS * block->sum_r), low = high, ones = _mm512_setzero_si512();
     for (uint32_t bits = block->with_rest; bits != 0; bits &= bits - 1) {
         uint32_t j = (uint32_t)__builtin_ctz(bits);
-        e1_r = dot(e1_r, weight_digit(&tables, w->codes[j], 0), x_rest + 4 * j * g->n);
-        low = dot(low, weight_digit(&tables, w->codes[j], 1), x_rest + 4 * j * g->n);
+        high = dot(high, weight_digit(&tables, w->codes[j], 0), rest + 4 * j * g->n);
+        low = dot(low, weight_digit(&tables, w->codes[j], 1), rest + 4 * j * g->n);
     }
-    for (uint32_t bits = w->with_rest; bits != 0; bits &= bits - 1) {
-        uint32_t j = (uint32_t)__builtin_ctz(bits), at = j * g->n;
-        __m512i s = _mm512_xor_si512(vnni_look_up(KN_FN(kn_vnni_digits).r, w->codes[j]), bias);
-        s_d1 = dot(s_d1, s, x + 8 * at);
-        low = dot(low, s, x + 8 * at + 4);
-        s_r = dot(s_r, s, x_rest + 4 * at);
-        less1 = dot(less1, bias, x + 8 * at);
-        less0 = dot(less0, bias, x + 8 * at + 4);
-        less_r = dot(less_r, bias, x_rest + 4 * at);
+    for (const fp8_rest *at = w->rest; at < w->rest + w->n_rest; at++) {
+        __m512i term = _mm512_set1_epi32(at->s * input_units(g, digits, rest, at->input));
+        ones = _mm512_mask_add_epi32(ones, (__mmask16)(1u << at->out), ones, term);
     }
-    s_d1 = _mm512_slli_epi32(_mm512_sub_epi32(s_d1, less1), 8);
-    e1_r = _mm512_sub_epi32(_mm512_slli_epi32(e1_r, 8), e1_r); /* times 255 */
-    low = _mm512_sub_epi32(low, less0);
-    *eights_out = _mm512_add_epi32(_mm512_add_epi32(s_d1, e1_r), low);
-    *ones_out = _mm512_sub_epi32(s_r, less_r);
+    /* 255 e1 + e0 */
+    *eights_out = _mm512_add_epi32(_mm512_sub_epi32(_mm512_slli_epi32(high, 8), high), low);
+    *ones_out = ones;
 }
 
 /* The low (0) or high (1) dwords of every four, in the order of vnni_sums. */
@@ -366,7 +384,7 @@ INLINED void scale_row(const fp8_weights *w, const fp8_group *g, uint32_t b, uin
                        __m512i low, double w_scale, double *acc)
 {
     const fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
-    bool with_rest = (block->with_rest | w->with_rest) != 0;
+    bool with_rest = (block->with_rest | w->n_rest) != 0;
     __m512i eights, ones;
     if (with_rest) {
         rest_sums(w, g, b, r, &eights, &ones);
@@ -430,7 +448,7 @@ void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t 
             double scale = e4m3_scale(w, o, b);
             fp8_group group = group_at(t, w->n_in, 0);
             read_weights(w, o, b, &weights);
-            find_nans(&weights, nan);
+            find_rests(&weights, nan);
             if (t->n <= FP8_ROWS) {
                 few_rows_sums(&weights, &group, b, scale, acc[0]);
                 continue;
