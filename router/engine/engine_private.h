@@ -84,4 +84,6 @@ CM_MUST_CHECK cm_status rt_draft(rt_engine *engine, rt_step_result *results);
 void rt_layer_attention(rt_engine *engine, uint32_t layer);
 /* buf.in (ffn_norm-ed rows) -> buf.out. */
 CM_MUST_CHECK cm_status rt_layer_moe(rt_engine *engine, uint32_t layer);
+/* The shared expert of e->layer: quantized rows in buf.q8 -> buf.shared. */
+void rt_layer_shared(rt_engine *engine);
 void rt_tap_at(rt_engine *engine, uint32_t layer, rt_tap_point point, kn_ptr data, uint64_t row_bytes);

@@ -93,10 +93,8 @@ void rt_layer_attention(rt_engine *e, uint32_t layer)
 
 /* ---- mixture of experts ---- */
 
-/* The shared expert, while rows fly. */
-static void layer_shared(void *ctx)
+void rt_layer_shared(rt_engine *e)
 {
-    rt_engine *e = ctx;
     const md_geometry *g = e->geometry;
     const rt_layer *w = &e->weights.layers[e->layer];
     rt_buffers *b = &e->buf;
@@ -107,6 +105,12 @@ static void layer_shared(void *ctx)
     e->moe->swiglu(e->stream, b->g, b->u, (kn_ptr){0}, n, g->inner, g->swiglu_limit, b->h);
     e->dense->quant_act(e->stream, b->h, n, g->inner, b->q8_h);
     e->dense->linear_q8(e->stream, b->q8_h, &w->shared_w2, n, b->shared);
+}
+
+/* While rows fly. */
+static void layer_overlap(void *ctx)
+{
+    rt_layer_shared(ctx);
 }
 
 cm_status rt_layer_moe(rt_engine *e, uint32_t layer)
@@ -134,7 +138,7 @@ cm_status rt_layer_moe(rt_engine *e, uint32_t layer)
         .codes = kn_mem_host(e->device, b->q8.codes),
         .scales = kn_mem_host(e->device, b->q8.scales),
         .results = kn_mem_host(e->device, b->slots),
-        .overlap = layer_shared,
+        .overlap = layer_overlap,
         .overlap_ctx = e,
     };
     CM_TRY(rt_exchange_run(e->exchange, &exchange));

@@ -12,7 +12,7 @@
 #include "tools/baleen/verbs.h"
 
 static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill,
-                                       &bench_serve_stream};
+                                       &bench_layer_decode, &bench_serve_stream};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
