@@ -54,20 +54,17 @@ static void op_linear_grouped(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32
                               kn_ptr y_out)
 {
     cpu_stream *c = (cpu_stream *)s;
-    uint32_t k = w->n_in, stride = cpu_round_up(k, CPU_CHUNK), per_group = w->n_out / groups;
+    uint32_t k = w->n_in, per_group = w->n_out / groups;
     CM_ASSERT_MSG(k <= c->limits.n_in, "n_in %u limit %u", k, c->limits.n_in);
     for (uint32_t g = 0; g < groups; g++) {
-        for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
-            cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
-            for (uint32_t r = 0; r < tile.n; r++) {
-                uint64_t row = r0 + r;
-                KN_FN(kn_cpu_widen_bf16)
-                ((const uint16_t *)kn_host(x) + (row * groups + g) * k, k,
-                 (double *)c->x_tile + (uint64_t)r * stride);
-                tile.y[r] = (uint16_t *)kn_host(y_out) + row * w->n_out + g * per_group;
-            }
-            KN_FN(kn_cpu_product_lanes)(c->team, &tile, w, g * per_group, per_group);
-        }
+        cpu_rows rows = {.x = (const uint16_t *)kn_host(x) + (uint64_t)g * k,
+                         .y = (uint16_t *)kn_host(y_out) + (uint64_t)g * per_group,
+                         .x_stride = (uint64_t)groups * k,
+                         .y_stride = w->n_out,
+                         .n = n,
+                         .out0 = g * per_group,
+                         .n_out = per_group};
+        KN_FN(kn_cpu_scaled_product)(c->team, c->x_tile, &rows, w);
     }
 }
 
