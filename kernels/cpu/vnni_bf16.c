@@ -264,6 +264,14 @@ static void read_codes(const kn_matrix *m, uint32_t o, uint32_t at, uint8_t code
     }
 }
 
+/* In loops of their own, so that they become vector code. */
+APART void decode_weights(const uint8_t *codes, float scale, double *out)
+{
+    for (int i = 0; i < CPU_CHUNK; i++) {
+        out[i] = kn_bf16_decode(kn_bf16_encode(kn_e4m3_decode(codes[i]) * scale));
+    }
+}
+
 /* Output o of row r by its lane sum. */
 static uint16_t contract_output(const wide_job *j, uint32_t r, uint32_t o)
 {
@@ -273,12 +281,9 @@ static uint16_t contract_output(const wide_job *j, uint32_t r, uint32_t o)
         float scale = (float)e4m3_scale(j->w, o, at / CPU_CHUNK);
         double x[CPU_CHUNK], weight[CPU_CHUNK];
         uint8_t codes[CPU_CHUNK];
-        uint32_t len = chunk_len(j->w->n_in, at);
         read_codes(j->w, o, at, codes);
-        for (uint32_t i = 0; i < CPU_CHUNK; i++) {
-            x[i] = i < len ? kn_bf16_decode(row[at + i]) : 0;
-            weight[i] = i < len ? kn_bf16_decode(kn_bf16_encode(kn_e4m3_decode(codes[i]) * scale)) : 0;
-        }
+        decode_weights(codes, scale, weight);
+        KN_FN(kn_cpu_widen_bf16)(row + at, chunk_len(j->w->n_in, at), x);
         kn_lanes_add(lane, x, weight, CPU_CHUNK);
     }
     return kn_bf16_from_f64(kn_fold_lanes(lane));
@@ -298,16 +303,31 @@ static bool scales_are_plain(const kn_matrix *w, uint32_t o)
     return plain;
 }
 
+/* What both ends of the interval around each sum round to. */
+APART void round_ends(const double *sums, double bound, uint16_t low_out[VNNI_OUTS],
+                      uint16_t high_out[VNNI_OUTS])
+{
+    double sum[VNNI_OUTS];
+    for (uint32_t i = 0; i < VNNI_OUTS; i++) {
+        sum[i] = sums[i % 4 / 2 * 8 + i / 4 * 2 + i % 2];
+    }
+    for (uint32_t i = 0; i < VNNI_OUTS; i++) {
+        low_out[i] = kn_bf16_from_f64(sum[i] - bound);
+    }
+    for (uint32_t i = 0; i < VNNI_OUTS; i++) {
+        high_out[i] = kn_bf16_from_f64(sum[i] + bound);
+    }
+}
+
 /* Outputs o .. o + 15 of row r, as far as they are wanted; sums NULL: all as the contract says. */
 static void put_row(const wide_job *j, uint32_t r, uint32_t o, const double *sums, double bound,
                     const uint16_t nan[VNNI_OUTS])
 {
     const cpu_rows *rows = j->rows;
-    uint16_t *y = rows->y + (uint64_t)(j->row0 + r) * rows->y_stride, low[VNNI_OUTS], high[VNNI_OUTS];
-    for (uint32_t i = 0; i < VNNI_OUTS && sums != NULL; i++) {
-        double sum = sums[i % 4 / 2 * 8 + i / 4 * 2 + i % 2];
-        low[i] = kn_bf16_from_f64(sum - bound);
-        high[i] = kn_bf16_from_f64(sum + bound);
+    uint16_t *y = rows->y + (uint64_t)(j->row0 + r) * rows->y_stride, low[VNNI_OUTS] = {0},
+             high[VNNI_OUTS] = {0};
+    if (sums != NULL) {
+        round_ends(sums, bound, low, high);
     }
     for (uint32_t i = 0; i < VNNI_OUTS; i++) {
         uint32_t out = o + i;
