@@ -65,7 +65,7 @@ INLINED void add_inputs(const uint8_t *const *rows, const double *x, uint64_t st
             }
         }
         for (uint32_t j = 0; j < n_out && i % (64 / item) == 0; j++) {
-            _mm_prefetch((const char *)rows[j] + (uint64_t)i * item + LANES_AHEAD, _MM_HINT_T0);
+            _mm_prefetch((const char *)rows[j] + (uint64_t)i * item + LANES_AHEAD, _MM_HINT_T1);
         }
     }
     for (uint32_t j = 0; j < n_out; j++) {

@@ -11,8 +11,8 @@
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
-static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill,
-                                       &bench_layer_decode, &bench_serve_stream};
+static const bench *const BENCHES[] = {&bench_fp4_gemv,     &bench_fp8_gemv, &bench_moe_prefill,
+                                       &bench_layer_decode, &bench_dense,    &bench_serve_stream};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {

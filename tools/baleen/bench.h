@@ -24,7 +24,8 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_layer_decode, bench_serve_stream;
+extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_layer_decode, bench_dense,
+    bench_serve_stream;
 
 /* ---- samples ---- */
 
