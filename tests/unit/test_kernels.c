@@ -352,7 +352,7 @@ static void do_grouped_edges(rig *r, uint32_t cut, cm_bytes *out)
             codes[i] = i % k < k / 2 ? codes[i] : codes[i - k / 2] ^ 0x80;
         }
         for (uint32_t i = 0; i < kn_blocks(groups * per, KN_ACT_BLOCK) * n_block; i++) {
-            scales[i] = kind == WIDE_SCALES   ? (uint8_t)(i % 2 == 0 ? 4 : 246)
+            scales[i] = kind == WIDE_SCALES   ? (uint8_t)(i % 2 == 0 ? 1 : 250)
                         : kind == WIDE_CANCEL ? 120
                                               : scales[i];
         }
