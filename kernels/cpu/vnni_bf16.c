@@ -330,10 +330,10 @@ static void put_row(const wide_job *j, uint32_t r, uint32_t o, const double *sum
         round_ends(sums, bound, low, high);
     }
     for (uint32_t i = 0; i < VNNI_OUTS; i++) {
-        uint32_t out = o + i;
+        uint32_t at = o + i - rows->out0; /* far beyond n_out if before out0 */
         bool certain = sums != NULL && low[i] == high[i] && nan[i] == 0;
-        if (out >= rows->out0 && out - rows->out0 < rows->n_out) {
-            y[out - rows->out0] = certain ? low[i] : contract_output(j, r, out);
+        if (at < rows->n_out) {
+            y[at] = certain ? low[i] : contract_output(j, r, o + i);
         }
     }
 }

@@ -73,10 +73,10 @@ static void do_rows(rig *r, uint32_t cut, cm_bytes *out)
     keep(r, out, best, n * 4);
 }
 
-static void do_hc(rig *r, uint32_t cut, cm_bytes *out)
+static void hc_of(rig *r, uint32_t cut, uint32_t d, cm_bytes *out)
 {
     const kn_dense_ops *ops = kn_dense(r->device);
-    uint32_t n = 11, d = random_between(20, 20, 300), hc = random_between(21, 2, 5), n_mix = (2 + hc) * hc, b;
+    uint32_t n = 11, hc = random_between(21, 2, 5), n_mix = (2 + hc) * hc, b;
     uint64_t row = (uint64_t)hc * d;
     kn_hc p = {.fn = random_f32(r, 22, n_mix * row),
                .base = random_f32(r, 23, n_mix),
@@ -102,6 +102,12 @@ static void do_hc(rig *r, uint32_t cut, cm_bytes *out)
     keep(r, out, comb, n * hc * hc * 4);
     keep(r, out, head, n * d * 2);
     keep(r, out, x, n * row * 2);
+}
+
+static void do_hc(rig *r, uint32_t cut, cm_bytes *out)
+{
+    hc_of(r, cut, random_between(20, 20, 300), out);
+    hc_of(r, cut, random_between(27, 1025, 1200), out); /* more than a piece of a row */
 }
 
 static void do_linear(rig *r, uint32_t cut, cm_bytes *out)
@@ -776,7 +782,7 @@ static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
 /* ---- ref against every path ---- */
 
 static const kn_limits LIMITS = {.n_row = 1024,
-                                 .n_in = 2048,
+                                 .n_in = 6144,
                                  .n_inner = 320,
                                  .n_head = HEADS,
                                  .head_dim = 96,
