@@ -12,10 +12,13 @@
 enum { BENCH_ROUNDS_MAX = 99, BENCH_PATHS_MAX = 8 };
 
 typedef struct bench_config {
-    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens;
-    bool paced;  /* steps take their time */
-    char *isa;   /* paths, comma separated; each is measured in every round */
-    char *model; /* folder; its tokenizer is used, not its weights */
+    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens, batch, ranks, layers;
+    uint64_t workers, steps, prompt, context;
+    bool paced;           /* steps take their time */
+    char *isa;            /* paths, comma separated; each is measured in every round */
+    char *model;          /* folder; serve.stream uses its tokenizer, not its weights */
+    char *svg;            /* file that gets a chart; "": none */
+    char *batches, *peer; /* serve.model: numbers, comma separated; a shell command or "" */
 } bench_config;
 
 typedef struct bench bench;
@@ -24,8 +27,9 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_layer_decode, bench_dense,
-    bench_serve_stream;
+extern const bench bench_layer_decode, bench_dense, bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill,
+    bench_serve_stream, bench_serve_model, bench_load_weights, bench_serve_workers, bench_step_context,
+    bench_host_step, bench_step_overlap;
 
 /* ---- samples ---- */
 

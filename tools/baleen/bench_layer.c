@@ -289,17 +289,18 @@ static const kn_moe_ops TIMED_MOE = {
 static void run_experts(bench_engine *b, uint32_t layer)
 {
     rt_engine *e = b->engine;
+    const rt_micro *m = &e->micros[0];
     const md_geometry *g = e->geometry;
-    uint32_t n_slot = e->batch.n_row * g->topk, n_group = 0, n_item = 0;
+    uint32_t n_slot = m->batch.n_row * g->topk, n_group = 0, n_item = 0;
     kn_expert_group groups[LAYER_SEQUENCES * LAYER_TOPK_MAX];
     kn_expert_item items[LAYER_SEQUENCES * LAYER_TOPK_MAX];
-    kn_copy_to_host(e->stream, e->host_experts, e->buf.experts, 4ull * n_slot);
-    kn_copy_to_host(e->stream, e->host_route, e->buf.route, 4ull * n_slot);
+    kn_copy_to_host(e->stream, m->host_experts, m->buf.experts, 4ull * n_slot);
+    kn_copy_to_host(e->stream, m->host_route, m->buf.route, 4ull * n_slot);
     for (uint32_t x = 0; x < g->n_expert; x++) {
         kn_expert_group group = {&b->experts[layer * g->n_expert + x], n_item, 0};
         for (uint32_t i = 0; i < n_slot; i++) {
-            if (e->host_experts[i] == (int32_t)x) {
-                items[n_item++] = (kn_expert_item){.row = i / g->topk, .out = i, .weight = e->host_route[i]};
+            if (m->host_experts[i] == (int32_t)x) {
+                items[n_item++] = (kn_expert_item){.row = i / g->topk, .out = i, .weight = m->host_route[i]};
                 group.n_item++;
             }
         }
@@ -307,28 +308,28 @@ static void run_experts(bench_engine *b, uint32_t layer)
             groups[n_group++] = group;
         }
     }
-    e->moe->experts(e->stream, groups, n_group, items, e->buf.q8, g->swiglu_limit, e->buf.slots);
+    e->moe->experts(e->stream, groups, n_group, items, m->buf.q8, g->swiglu_limit, m->buf.slots);
 }
 
-/* rt_block and rt_layer_moe without the exchange. */
+/* One micro-batch through a block as the engine does it, but for the exchange. */
 static void run_layer(bench_engine *b, uint32_t layer)
 {
     rt_engine *e = b->engine;
     const md_geometry *g = e->geometry;
     const rt_layer *w = &e->weights.layers[layer];
-    rt_buffers *buf = &e->buf;
-    uint32_t n = e->batch.n_row;
-    e->layer = layer;
+    const rt_micro *m = &e->micros[0];
+    const rt_buffers *buf = &m->buf;
+    uint32_t n = m->batch.n_row;
     e->dense->hc_pre(e->stream, &w->hc_attn, buf->x, n, buf->in, buf->post, buf->comb);
     e->dense->rmsnorm(e->stream, buf->in, w->attn_norm, n, g->d, g->norm_eps, buf->in);
-    rt_layer_attention(e, layer);
+    rt_layer_attention(e, m, layer);
     e->dense->hc_post(e->stream, g->d, g->hc, buf->out, buf->x, buf->post, buf->comb, n, buf->x);
     e->dense->hc_pre(e->stream, &w->hc_ffn, buf->x, n, buf->in, buf->post, buf->comb);
     e->dense->rmsnorm(e->stream, buf->in, w->ffn_norm, n, g->d, g->norm_eps, buf->in);
     e->moe->gate(e->stream, &w->gate, buf->in, buf->ids, n, buf->experts, buf->route);
     e->dense->quant_act(e->stream, buf->in, n, g->d, buf->q8);
     run_experts(b, layer);
-    rt_layer_shared(e);
+    rt_layer_shared(e, m, w);
     e->moe->combine(e->stream, buf->slots, buf->experts, buf->shared, n, g->topk, g->d, buf->out);
     e->dense->hc_post(e->stream, g->d, g->hc, buf->out, buf->x, buf->post, buf->comb, n, buf->x);
 }
@@ -418,19 +419,23 @@ static void fill_kv(rt_engine *e)
 static void place_rows(rt_engine *e, uint32_t n)
 {
     uint16_t *x = kn_mem_host(e->device, e->buf.x);
+    uint32_t pages[LAYER_SEQUENCES][LAYER_PAGES], tokens[LAYER_SEQUENCES];
+    rt_step_seg segs[LAYER_SEQUENCES];
+    rt_step step = {.n_seg = n, .n_row = n, .segs = segs};
     for (uint32_t s = 0; s < n; s++) {
-        e->host_segs[s] = (kn_seg){.row0 = s,
-                                   .n_row = 1,
-                                   .pos0 = LAYER_CONTEXT - 1,
-                                   .page0 = s * LAYER_PAGES,
-                                   .slot = kn_at(e->slot_pool, s * e->kv.slot_bytes)};
-        e->host_ids[s] = s;
-        e->host_pos[s] = LAYER_CONTEXT - 1;
+        tokens[s] = s;
         for (uint32_t p = 0; p < LAYER_PAGES; p++) {
-            e->host_pages[s * LAYER_PAGES + p] = s * LAYER_PAGES + p;
+            pages[s][p] = s * LAYER_PAGES + p;
         }
+        segs[s] = (rt_step_seg){.slot = s,
+                                .pos0 = LAYER_CONTEXT - 1,
+                                .n_row = 1,
+                                .tokens = &tokens[s],
+                                .pages = pages[s],
+                                .n_page = LAYER_PAGES};
     }
-    rt_place_rows(e, n, n, n * LAYER_PAGES);
+    rt_batch_fill(&e->host, &step, e->slot_pool, e->kv.slot_bytes);
+    rt_place_rows(e, 1);
     for (uint64_t i = 0; i < (uint64_t)n * e->geometry->hc * e->geometry->d; i++) {
         x[i] = random_bf16(7, i);
     }
