@@ -152,6 +152,22 @@ void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out);
 void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                  uint32_t n_out);
 
+/* The same for BF16 and F32 with 512-bit registers (products_lanes512.c). */
+void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
+                                    uint32_t n_out);
+
+/* ---- products with scaled weights (products_q8.c, or vnni_bf16.c) ----
+ * Rows of BF16 inputs and where the outputs out0 .. out0 + n_out - 1 of each go. */
+typedef struct cpu_rows {
+    const uint16_t *x;
+    uint16_t *y; /* of output out0 */
+    uint64_t x_stride, y_stride;
+    uint32_t n, out0, n_out;
+} cpu_rows;
+
+/* Lane sums with w E4M3 taken as bf16(code * scale). scratch: as that of cpu_q8_tile. */
+void KN_FN(kn_cpu_scaled_product)(kn_team *team, void *scratch, const cpu_rows *rows, const kn_matrix *w);
+
 /* ---- rows (rows.c) ---- */
 void KN_FN(kn_cpu_quant_fp8)(const uint16_t *x, uint32_t k, uint32_t block, uint8_t *codes_out,
                              uint8_t *scales_out);

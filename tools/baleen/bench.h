@@ -27,9 +27,9 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream, bench_serve_model,
-    bench_load_weights, bench_serve_workers, bench_step_context, bench_host_step, bench_step_overlap,
-    bench_indexer_attn;
+#define BENCH(name) extern const bench bench_##name;
+#include "tools/baleen/benches.def"
+#undef BENCH
 
 /* ---- samples ---- */
 
