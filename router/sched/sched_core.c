@@ -10,6 +10,14 @@
 #include "common/base/mem.h"
 #include "router/sched/pages.h"
 
+enum { STATE_EVERY_PAGES = 32 }; /* of a long prompt: its pages are some five times as large as a state */
+
+/* A state being written in the step in flight. */
+typedef struct seq_save {
+    uint32_t pos, state;
+    bool passing;
+} seq_save;
+
 typedef struct rt_seq rt_seq;
 struct rt_seq {
     TAILQ_ENTRY(rt_seq) link; /* in running or waiting */
@@ -24,8 +32,17 @@ struct rt_seq {
     uint32_t n_prompt, n_log;
     uint32_t n_draft; /* guesses in log from n_log on; never reach the place of the last token */
     uint32_t n_done;  /* positions whose rows were computed into this slot and these pages */
-    uint32_t *pages;  /* [page_cap] */
-    uint32_t n_page, page_cap;
+    uint8_t salt[RT_SALT_BYTES];
+    uint32_t *pages; /* [page_cap] the first n_tree are complete and in the tree, the others private */
+    uint32_t n_page, n_tree, page_cap;
+    uint32_t n_start;  /* tokens that there were when it began to run */
+    uint32_t n_known;  /* of them: so many another had computed; a state there serves a third */
+    uint32_t begin;    /* state that its first rows go on from; RT_PREFIX_NONE: none, or done */
+    uint32_t passing;  /* page of its last passing state; RT_PREFIX_NONE: none */
+    uint32_t n_cached; /* tokens of the prompt that were not computed when it first began */
+    bool began;
+    uint32_t n_save;
+    seq_save saves[RT_SAVE_MAX];
     uint32_t slot;   /* while running */
     uint32_t n_step; /* rows in the step being made or in flight, guesses not counted */
     uint32_t n_try;  /* guesses among its rows in that step */
@@ -41,19 +58,21 @@ struct rt_sched {
     bool draining;
     cm_pool seqs;
     cm_map keys; /* hash of a key -> first of the sequences with that hash */
-    rt_pages pages, slots;
+    rt_prefix *prefix;
+    rt_pages slots;
     rt_seq_list running, waiting;
     uint32_t n_running, n_waiting;
-    uint64_t n_opened, n_preempted, n_cancelled;
+    uint64_t n_opened, n_preempted, n_cancelled, n_query_token, n_hit_token;
     uint64_t deadline_next; /* no sequence has an earlier one; may be too early after one is gone */
 
     uint64_t step_number;
     bool in_flight;
     uint32_t n_seg, n_row;
-    uint32_t draft_want;   /* guesses asked for in the step in flight */
-    rt_step_seg *segs;     /* [slot_max] */
-    rt_seq **seg_seqs;     /* [slot_max] whose seg it is */
-    rt_logprobs *logprobs; /* [slot_max][draft_max + 1] of segs */
+    uint32_t draft_want;          /* guesses asked for in the step in flight */
+    rt_step_seg *segs;            /* [slot_max] */
+    rt_seq **seg_seqs;            /* [slot_max] whose seg it is */
+    rt_step_state *loads, *saves; /* [slot_max], [slot_max][RT_SAVE_MAX] */
+    rt_logprobs *logprobs;        /* [slot_max][draft_max + 1] of segs */
 
     rt_word *words; /* [word_max] not told yet */
     uint32_t n_word, word_max, step_word_max;
@@ -74,13 +93,16 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     sched->limits = *limits;
     cm_pool_init(&sched->seqs, "sequences", sizeof(rt_seq), n_seq_max);
     cm_map_init(&sched->keys, n_seq_max);
-    rt_pages_init(&sched->pages, "kv pages", limits->page_max);
+    sched->prefix = rt_prefix_create(&(rt_prefix_limits){
+        .page_max = limits->page_max, .page_tokens = limits->page_tokens, .state_max = limits->state_max});
     rt_pages_init(&sched->slots, "state slots", limits->slot_max);
     TAILQ_INIT(&sched->running);
     TAILQ_INIT(&sched->waiting);
     sched->deadline_next = UINT64_MAX;
     sched->segs = cm_alloc(sizeof(rt_step_seg) * limits->slot_max);
     sched->seg_seqs = cm_alloc(sizeof(rt_seq *) * limits->slot_max);
+    sched->loads = cm_alloc(sizeof(rt_step_state) * limits->slot_max);
+    sched->saves = cm_alloc(sizeof(rt_step_state) * limits->slot_max * RT_SAVE_MAX);
     sched->logprobs = cm_alloc(sizeof(rt_logprobs) * limits->slot_max * seg_token_max);
     sched->step_word_max = limits->slot_max * seg_token_max;
     sched->word_max = n_seq_max + sched->step_word_max; /* every deadline, then every word of a step */
@@ -172,15 +194,28 @@ static uint32_t seq_page_goal(const rt_sched *sched, const rt_seq *seq)
 
 static void seq_put_pages(rt_sched *sched, rt_seq *seq, uint32_t n_kept)
 {
+    CM_ASSERT(n_kept >= seq->n_tree);
     while (seq->n_page > n_kept) {
-        rt_pages_put(&sched->pages, seq->pages[--seq->n_page]);
+        rt_prefix_page_put(sched->prefix, seq->pages[--seq->n_page]);
     }
 }
 
-/* From running to nowhere: pages and slot go back, what was computed or guessed is forgotten. */
+/* The last of its pages in the tree. */
+static uint32_t seq_tree_page(const rt_seq *seq)
+{
+    return seq->n_tree > 0 ? seq->pages[seq->n_tree - 1] : RT_PREFIX_NONE;
+}
+
+/* From running to nowhere: pages and slot go back, what was computed or guessed is forgotten, but by the
+ * tree. */
 static void seq_stop_running(rt_sched *sched, rt_seq *seq)
 {
-    seq_put_pages(sched, seq, 0);
+    for (; seq->n_save > 0; seq->n_save--) {
+        rt_prefix_state_put(sched->prefix, seq->saves[seq->n_save - 1].state);
+    }
+    seq_put_pages(sched, seq, seq->n_tree);
+    rt_prefix_release(sched->prefix, seq_tree_page(seq));
+    seq->n_page = seq->n_tree = 0;
     rt_pages_put(&sched->slots, seq->slot);
     seq->n_done = 0;
     seq->n_draft = 0;
@@ -219,9 +254,11 @@ void rt_sched_destroy(rt_sched *sched)
     }
     cm_pool_fini(&sched->seqs);
     cm_map_fini(&sched->keys);
-    rt_pages_fini(&sched->pages);
+    rt_prefix_destroy(sched->prefix);
     rt_pages_fini(&sched->slots);
     cm_free(sched->segs);
+    cm_free(sched->loads);
+    cm_free(sched->saves);
     cm_free(sched->seg_seqs);
     cm_free(sched->logprobs);
     cm_free(sched->words);
@@ -234,7 +271,7 @@ static rt_word *word_add(rt_sched *sched, const rt_seq *seq)
 {
     CM_ASSERT(sched->n_word < sched->word_max);
     rt_word *word = &sched->words[sched->n_word++];
-    *word = (rt_word){.key = seq->key, .offset = seq_n_generated(seq)};
+    *word = (rt_word){.key = seq->key, .offset = seq_n_generated(seq), .n_cached = seq->n_cached};
     return word;
 }
 
@@ -411,6 +448,7 @@ static cm_status seq_create(rt_sched *sched, const rt_seq_request *request, rt_s
         memcpy(bias, request->sampler.bias, sizeof(rt_bias) * seq->sampler.n_bias);
     }
     seq->sampler.bias = bias;
+    memcpy(seq->salt, request->salt, RT_SALT_BYTES);
     seq->n_prompt = request->n_prompt;
     seq->n_log = request->n_prompt + request->n_emitted;
     memcpy(seq->log, request->prompt, sizeof(uint32_t) * request->n_prompt);
@@ -549,7 +587,7 @@ static void seq_take_pages(rt_sched *sched, rt_seq *seq, uint32_t n_token)
     uint32_t n_page = pages_for(sched, n_token);
     CM_ASSERT_MSG(n_page <= seq->page_cap, "%u pages of %u", n_page, seq->page_cap);
     while (seq->n_page < n_page) {
-        if (rt_pages_take(&sched->pages, &seq->pages[seq->n_page])) {
+        if (rt_prefix_page_take(sched->prefix, &seq->pages[seq->n_page])) {
             seq->n_page++;
             continue;
         }
@@ -600,6 +638,33 @@ static uint64_t sched_promised(const rt_sched *sched)
     return n;
 }
 
+/* What others computed of its tokens, as far as it can go on from there. */
+static void seq_find(const rt_sched *sched, const rt_seq *seq, rt_prefix_hit *hit_out)
+{
+    *hit_out = (rt_prefix_hit){.page = RT_PREFIX_NONE, .state = RT_PREFIX_NONE};
+    if (sched->limits.state_max > 0) {
+        rt_prefix_find(sched->prefix, seq->salt, seq->log, seq->n_log, hit_out);
+    }
+}
+
+/* It runs from here on, behind what was found. */
+static void seq_begin(rt_sched *sched, rt_seq *seq, const rt_prefix_hit *hit)
+{
+    rt_prefix_hold(sched->prefix, hit, seq->pages);
+    seq->n_page = seq->n_tree = hit->n_page;
+    seq->n_done = hit->n_page * sched->limits.page_tokens;
+    seq->n_known = hit->n_known * sched->limits.page_tokens;
+    seq->n_start = seq->n_log;
+    seq->begin = hit->state;
+    seq->passing = RT_PREFIX_NONE;
+    if (!seq->began) {
+        seq->began = true;
+        seq->n_cached = seq->n_done < seq->n_prompt ? seq->n_done : seq->n_prompt;
+        sched->n_query_token += sched->limits.state_max > 0 ? seq->n_prompt : 0;
+        sched->n_hit_token += seq->n_cached;
+    }
+}
+
 static void sched_admit(rt_sched *sched)
 {
     /* Promised pages are not given away: a sequence that is preempted right after its prefill has worked for
@@ -608,7 +673,13 @@ static void sched_admit(rt_sched *sched)
     rt_seq *seq;
     while (sched->n_row < sched->limits.row_max && (seq = TAILQ_FIRST(&sched->waiting)) != NULL) {
         uint32_t goal = seq_page_goal(sched, seq);
-        if (sched->pages.n_free < n_promised + goal || !rt_pages_take(&sched->slots, &seq->slot)) {
+        rt_prefix_hit hit;
+        if (sched->slots.n_free == 0) {
+            break;
+        }
+        seq_find(sched, seq, &hit);
+        if (rt_prefix_page_room(sched->prefix) - hit.n_kept < n_promised + goal - hit.n_page ||
+            !rt_pages_take(&sched->slots, &seq->slot)) {
             break;
         }
         TAILQ_REMOVE(&sched->waiting, seq, link);
@@ -616,6 +687,7 @@ static void sched_admit(rt_sched *sched)
         TAILQ_INSERT_TAIL(&sched->running, seq, link);
         sched->n_running++;
         seq->running = true;
+        seq_begin(sched, seq, &hit);
         seq_take_rows(sched, seq);
         n_promised += goal - seq->n_page;
     }
@@ -632,8 +704,8 @@ static void sched_take_guesses(rt_sched *sched)
         }
         uint32_t goal = seq_page_goal(sched, seq);
         if (pages_for(sched, (uint64_t)seq->n_log + n) > seq->n_page && seq->n_page < goal &&
-            sched->pages.n_free > n_promised - (goal - seq->n_page)) {
-            bool taken = rt_pages_take(&sched->pages, &seq->pages[seq->n_page++]);
+            rt_prefix_page_room(sched->prefix) > n_promised - (goal - seq->n_page)) {
+            bool taken = rt_prefix_page_take(sched->prefix, &seq->pages[seq->n_page++]);
             CM_ASSERT(taken);
             n_promised--;
         }
@@ -687,6 +759,69 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
     }
 }
 
+/* ---- states ----
+ * Kept for others: where the prompt's last page ends, since the same prompt may come again, with more behind
+ * it; where what others had computed ends, since a third may begin like both; now and then in between. For
+ * whoever goes on with this answer, the last page's end before its end: each is written as it is passed, and
+ * goes when the next one is there. */
+
+/* The last end of a page in (after, until], of every n pages; 0: none. */
+static uint32_t page_end_between(const rt_sched *sched, uint32_t after, uint32_t until, uint32_t n)
+{
+    uint32_t end = until - until % (n * sched->limits.page_tokens);
+    return end > after ? end : 0;
+}
+
+static void seq_save_at(rt_sched *sched, rt_seq *seq, uint32_t pos, bool passing)
+{
+    uint32_t state;
+    for (uint32_t i = 0; i < seq->n_save; i++) {
+        if (seq->saves[i].pos == pos) {
+            return;
+        }
+    }
+    if (rt_prefix_state_take(sched->prefix, &state)) {
+        seq->saves[seq->n_save++] = (seq_save){pos, state, passing};
+    }
+}
+
+static void seq_save_passed(rt_sched *sched, rt_seq *seq, const rt_step_seg *seg)
+{
+    uint32_t end = seg->pos0 + seg->n_row, sure = end - seg->n_draft;
+    uint32_t prompt = page_end_between(sched, 0, seq->n_start - 1, 1);
+    uint32_t passed = page_end_between(sched, seg->pos0, end, 1);
+    uint32_t sparse = page_end_between(sched, seg->pos0, sure, STATE_EVERY_PAGES);
+    if (prompt > seg->pos0 && prompt <= sure) {
+        seq_save_at(sched, seq, prompt, false);
+    }
+    if (seq->n_known > seg->pos0 && seq->n_known <= sure) {
+        seq_save_at(sched, seq, seq->n_known, false);
+    }
+    if (sparse != 0) {
+        seq_save_at(sched, seq, sparse, false);
+    }
+    if (passed > prompt) {
+        seq_save_at(sched, seq, passed, true);
+    }
+}
+
+static void sched_add_states(rt_sched *sched, rt_step *step)
+{
+    for (uint32_t i = 0; i < step->n_seg && sched->limits.state_max > 0; i++) {
+        rt_seq *seq = sched->seg_seqs[i];
+        if (seq->begin != RT_PREFIX_NONE) {
+            step->loads[step->n_load++] =
+                (rt_step_state){.seg = i, .pos = step->segs[i].pos0, .state = seq->begin};
+            seq->begin = RT_PREFIX_NONE;
+        }
+        seq_save_passed(sched, seq, &step->segs[i]);
+        for (uint32_t k = 0; k < seq->n_save; k++) {
+            step->saves[step->n_save++] =
+                (rt_step_state){.seg = i, .pos = seq->saves[k].pos, .state = seq->saves[k].state};
+        }
+    }
+}
+
 static void sched_want_guesses(rt_sched *sched, const rt_step *step)
 {
     sched->draft_want = sched->limits.draft_always ? sched->limits.draft_max
@@ -710,10 +845,12 @@ bool rt_sched_next(rt_sched *sched, uint64_t now_ms, rt_step *step_out)
                       sched->n_waiting);
         return false;
     }
-    rt_step step = {.number = ++sched->step_number, .segs = sched->segs};
+    rt_step step = {
+        .number = ++sched->step_number, .segs = sched->segs, .loads = sched->loads, .saves = sched->saves};
     sched_take_guesses(sched);
     sched_add_segs(sched, true, &step);
     sched_add_segs(sched, false, &step);
+    sched_add_states(sched, &step);
     sched_want_guesses(sched, &step);
     CM_ASSERT_MSG(step.n_row == sched->n_row && step.n_row <= sched->limits.row_max, "%u rows of %u",
                   step.n_row, sched->limits.row_max);
@@ -774,8 +911,8 @@ static rt_word *seq_take_result(rt_sched *sched, rt_seq *seq, const rt_step_seg 
         word = seq_take_token(sched, seq, seg, i, result->tokens[i]);
         i++;
     } while (word->end == RT_GOING_ON && i < result->n_token);
+    seq->n_done += i - 1;
     if (word->end == RT_GOING_ON) {
-        seq->n_done += i - 1;
         CM_ASSERT(seq_decodes(seq));
         seq->n_draft = min_u32(result->n_draft, seq->sampler.tokens_max - seq_n_generated(seq) - 1);
         for (i = 0; i < seq->n_draft; i++) {
@@ -785,6 +922,32 @@ static rt_word *seq_take_result(rt_sched *sched, rt_seq *seq, const rt_step_seg 
         seq_put_pages(sched, seq, min_u32(seq->n_page, pages_for(sched, seq->n_log)));
     }
     return word;
+}
+
+/* Pages that are complete now go to the tree, with the states that were written; of the page itself perhaps
+ * another one, with the same bytes, since two may compute the same at once. */
+static void seq_share(rt_sched *sched, rt_seq *seq)
+{
+    uint32_t page_tokens = sched->limits.page_tokens;
+    while (sched->limits.state_max > 0 && (seq->n_tree + 1) * page_tokens <= seq->n_done) {
+        seq->pages[seq->n_tree] =
+            rt_prefix_add(sched->prefix, seq->salt, seq_tree_page(seq), seq->pages[seq->n_tree],
+                          seq->log + (size_t)seq->n_tree * page_tokens);
+        seq->n_tree++;
+    }
+    for (; seq->n_save > 0; seq->n_save--) {
+        const seq_save *save = &seq->saves[seq->n_save - 1];
+        if (save->pos > seq->n_done) { /* behind a wrong guess */
+            rt_prefix_state_put(sched->prefix, save->state);
+            continue;
+        }
+        uint32_t page = seq->pages[save->pos / page_tokens - 1];
+        rt_prefix_state_set(sched->prefix, page, save->state, save->passing);
+        if (save->passing) {
+            rt_prefix_state_pass(sched->prefix, seq->passing);
+            seq->passing = page;
+        }
+    }
 }
 
 /* The step is over for seq, whose newest word, if it has one, is given: ends it or lets it run on. */
@@ -842,6 +1005,7 @@ void rt_sched_complete(rt_sched *sched, uint64_t now_ms, uint64_t took_ns, const
         if (result != NULL) {
             word = seq_take_result(sched, seq, seg, result);
         }
+        seq_share(sched, seq);
         seq_settle(sched, seq, now_ms, word);
     }
     sched->in_flight = false;
@@ -870,13 +1034,20 @@ void rt_sched_fail_step(rt_sched *sched, uint64_t now_ms, cm_status status, cons
 
 void rt_sched_ledger_get(const rt_sched *sched, rt_sched_ledger *ledger_out)
 {
+    rt_prefix_ledger prefix;
+    rt_prefix_ledger_get(sched->prefix, &prefix);
     *ledger_out = (rt_sched_ledger){
         .n_seq = sched->seqs.n_used,
         .n_running = sched->n_running,
         .n_waiting = sched->n_waiting,
         .n_slot = sched->slots.n_max - sched->slots.n_free,
-        .n_page = sched->pages.n_max - sched->pages.n_free,
-        .page_max = sched->pages.n_max,
+        .n_page = prefix.n_held,
+        .page_max = sched->limits.page_max,
+        .n_page_kept = prefix.n_kept,
+        .n_state = prefix.n_state,
+        .n_state_writing = prefix.n_writing,
+        .n_query_token = sched->n_query_token,
+        .n_hit_token = sched->n_hit_token,
         .n_preempted = sched->n_preempted,
         .n_cancelled = sched->n_cancelled,
         .n_draft = sched->n_draft,
