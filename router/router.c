@@ -271,6 +271,7 @@ static cm_status router_create_engine(rt_router *r, rt_sched_limits *limits_out,
         .row_max = (uint32_t)config->rows_max,
         .slot_max = (uint32_t)config->sequences_max,
         .kv_bytes = config->kv_bytes,
+        .prefix_bytes = config->prefix_bytes,
         .draft_max = (uint32_t)config->drafts_max,
         .answer_ms = (uint32_t)config->answer_ms,
         .wait_ms = (uint32_t)config->wait_ms,
@@ -291,7 +292,8 @@ static cm_status router_create_script(rt_router *r, rt_sched_limits *limits_out,
     rt_script_options options = {.dir = config->model,
                                  .row_max = (uint32_t)config->rows_max,
                                  .slot_max = (uint32_t)config->sequences_max,
-                                 .kv_bytes = config->kv_bytes};
+                                 .kv_bytes = config->kv_bytes,
+                                 .prefix_bytes = config->prefix_bytes};
     rt_exchange_options exchange = {.limits = {.row_max = 1, .topk = 1, .d = 1},
                                     .answer_ms = (uint32_t)config->answer_ms,
                                     .wait_ms = (uint32_t)config->wait_ms};

@@ -64,6 +64,7 @@ static uint32_t buffer_table(rt_engine *engine, buffer_row rows[BUFFER_ROWS])
     BUFFER(b->last, 2ull * rt_out_max(engine) * g->d);
     BUFFER(b->logits, 4ull * rt_out_max(engine) * g->vocab);
     BUFFER(engine->slot_pool, n_slot * engine->kv.slot_bytes);
+    BUFFER(engine->kept_pool, engine->n_state * engine->kv.kept_bytes);
     BUFFER(engine->page_pool, engine->n_page * engine->kv.page_bytes);
 #undef BUFFER
     return k;
@@ -83,7 +84,7 @@ cm_status rt_buffers_create(rt_engine *engine, cm_error *err)
             rt_buffers_destroy(engine);
             return cm_error_set(err, status, "rows_max",
                                 "no device memory for %llu bytes of buffers: lower rows_max (%u), "
-                                "sequences_max (%u) or kv_bytes",
+                                "sequences_max (%u), kv_bytes or prefix_bytes",
                                 (unsigned long long)total, engine->options.row_max, engine->options.slot_max);
         }
     }

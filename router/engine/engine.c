@@ -51,8 +51,13 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
     rt_kv_sizes sizes;
     rt_kv_layout_build(e->geometry, e->draft_max, &e->kv);
     rt_kv_sizes_get(e->geometry, e->draft_max, &sizes);
-    CM_TRY(rt_kv_page_count(e->geometry, &sizes, e->options.kv_bytes, e->options.slot_max, &e->n_page, err));
-    e->page_list_max = e->n_page;
+    rt_kv_budget budget = {.kv_bytes = e->options.kv_bytes,
+                           .prefix_bytes = e->options.prefix_bytes,
+                           .slot_max = e->options.slot_max};
+    CM_TRY(rt_kv_count(e->geometry, &sizes, &budget, &e->n_page, &e->n_state, err));
+    /* sequences that share a page each list it */
+    uint32_t n_seg = e->options.slot_max < e->options.row_max ? e->options.slot_max : e->options.row_max;
+    e->page_list_max = e->n_state == 0 ? e->n_page : rt_kv_seq_pages(e->geometry->context) * n_seg;
     return CM_OK;
 }
 
@@ -98,6 +103,7 @@ static void engine_log_sizes(const rt_engine *e)
             kn_device_name(e->device), kn_device_isa(e->device),
             (unsigned long long)(e->weights.n_bytes >> 20), e->n_page, (unsigned long long)kv.page_bytes,
             e->options.slot_max, (unsigned long long)kv.slot_bytes);
+    cm_info("%u states of %llu bytes to go on from", e->n_state, (unsigned long long)kv.kept_bytes);
     cm_info("a token of context takes %.2f bytes, a sequence of %u tokens %u pages and %.2f MB with its slot",
             (double)kv.row_bytes / KN_PAGE_TOKENS, e->geometry->context,
             rt_kv_seq_pages(e->geometry->context),
@@ -194,6 +200,7 @@ void rt_engine_sched_limits(const rt_engine *e, rt_sched_limits *limits_out)
         .row_max = e->options.row_max,
         .page_max = e->n_page,
         .page_tokens = KN_PAGE_TOKENS,
+        .state_max = e->n_state,
         .context = e->geometry->context,
         .vocab = e->geometry->vocab,
         .draft_max = e->draft_max,
@@ -237,6 +244,7 @@ void rt_place_rows(rt_engine *e, uint32_t n_seg, uint32_t n_row, uint32_t n_page
 {
     rt_buffers *b = &e->buf;
     e->n_pass++;
+    e->n_save = 0;
     kn_copy_to_device(e->stream, b->ids, e->host_ids, 4ull * n_row);
     kn_copy_to_device(e->stream, b->pos, e->host_pos, 4ull * n_row);
     kn_copy_to_device(e->stream, b->segs, e->host_segs, sizeof(kn_seg) * n_seg);
@@ -277,6 +285,7 @@ void rt_step_begin(rt_engine *e, const rt_step *step)
     CM_ASSERT(row == step->n_row);
     e->step = step;
     rt_place_rows(e, step->n_seg, row, page);
+    rt_states_load(e, step);
 }
 
 cm_status rt_block(rt_engine *e, uint32_t layer)

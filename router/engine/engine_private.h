@@ -38,8 +38,8 @@ struct rt_engine {
     const kn_moe_ops *moe;
     rt_weights weights;
     rt_kv_layout kv;
-    kn_ptr page_pool, slot_pool;
-    uint32_t n_page;
+    kn_ptr page_pool, slot_pool, kept_pool;
+    uint32_t n_page, n_state;
     rt_buffers buf;
     rt_exchange *exchange;
     rt_sample_scratch *scratch;
@@ -52,6 +52,7 @@ struct rt_engine {
 
     /* the step under way */
     const rt_step *step;
+    uint32_t n_save; /* of its saves, while the batch is the step's rows; then 0 */
     kn_batch batch;
     uint32_t layer;
     kn_seg *host_segs;             /* [slot_max] */
@@ -66,6 +67,11 @@ struct rt_engine {
 
 CM_MUST_CHECK cm_status rt_buffers_create(rt_engine *engine, cm_error *err);
 void rt_buffers_destroy(rt_engine *engine);
+
+/* What a sequence goes on from besides its pages (states.c). Load: the step's, before its first layer. Save:
+ * one layer's part of the step's, after compress and before the commits. */
+void rt_states_load(rt_engine *engine, const rt_step *step);
+void rt_states_save(rt_engine *engine, uint32_t layer);
 
 /* Rows of a step that give a token, at most. */
 uint32_t rt_out_max(const rt_engine *engine);

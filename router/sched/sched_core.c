@@ -735,6 +735,7 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
         uint32_t i = step->n_seg++;
         sched->seg_seqs[i] = seq;
         step->segs[i] = (rt_step_seg){
+            .key = seq->key,
             .slot = seq->slot,
             .pos0 = seq->n_done,
             .n_row = seq->n_step + seq->n_try,

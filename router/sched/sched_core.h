@@ -123,6 +123,7 @@ void rt_sched_drain(rt_sched *sched);
 /* ---- the step ---- */
 
 typedef struct rt_step_seg {
+    rt_seq_key key;       /* whose rows these are */
     uint32_t slot;        /* state slot 0 .. slot_max - 1 */
     uint32_t pos0, n_row; /* positions pos0 .. pos0 + n_row - 1 */
     const uint32_t
