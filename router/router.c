@@ -75,6 +75,10 @@ static void router_show_ledger(rt_router *r)
     cm_stat_set(CM_STAT_seq_running, ledger.n_running);
     cm_stat_set(CM_STAT_seq_waiting, ledger.n_waiting);
     cm_stat_set(CM_STAT_kv_pages_total, ledger.page_max);
+    cm_stat_set(CM_STAT_kv_pages_kept, ledger.n_page_kept);
+    cm_stat_set(CM_STAT_prefix_states, ledger.n_state);
+    router_count(CM_STAT_prefix_queries, ledger.n_query_token);
+    router_count(CM_STAT_prefix_hits, ledger.n_hit_token);
     router_count(CM_STAT_preemptions, ledger.n_preempted);
     router_count(CM_STAT_seq_cancelled, ledger.n_cancelled);
     router_count(CM_STAT_drafts, ledger.n_draft);
