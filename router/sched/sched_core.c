@@ -689,6 +689,8 @@ static void sched_admit(rt_sched *sched)
         seq->running = true;
         seq_begin(sched, seq, &hit);
         seq_take_rows(sched, seq);
+        CM_ASSERT_MSG(seq->n_step > 0, "%u pages of room and none for it",
+                      rt_prefix_page_room(sched->prefix)); /* what it goes on from is not kept for it */
         n_promised += goal - seq->n_page;
     }
 }
