@@ -31,7 +31,7 @@ static const cm_cfg_field g_fields[] = {
     {"kv_bytes", "1g", "memory for KV pages, those of running sequences and those kept to be used again",
      CM_CFG_BYTES(rt_config, kv_bytes, 1, UINT64_MAX)},
     {"prefix_bytes", "128m",
-     "memory for what sequences leave at a page's end besides pages (5.6 MB of the largest model, each "
+     "memory for what sequences leave at a page's end besides pages (5.8 MB of the largest model, each "
      "time), so "
      "that prompts which begin alike are not computed again; 0 = every prompt from its beginning",
      CM_CFG_BYTES(rt_config, prefix_bytes, 0, UINT64_MAX)},

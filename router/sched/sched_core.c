@@ -10,7 +10,7 @@
 #include "common/base/mem.h"
 #include "router/sched/pages.h"
 
-enum { STATE_EVERY_PAGES = 32 }; /* of a long prompt: its pages are some five times as large as a state */
+enum { STATE_EVERY_PAGES = 32 }; /* of a long prompt: its pages are four times as large as a state */
 
 /* A state being written in the step in flight. */
 typedef struct seq_save {
