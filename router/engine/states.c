@@ -34,7 +34,9 @@ static uint32_t state_compress(const rt_compressor *c, uint64_t kept, kn_ptr kv,
     return 2;
 }
 
-static uint32_t state_parts(const rt_engine *e, uint32_t layer, state_part parts[STATE_PARTS])
+/* rows: those of buf. */
+static uint32_t state_parts(const rt_engine *e, const rt_buffers *buf, uint32_t layer,
+                            state_part parts[STATE_PARTS])
 {
     const rt_layer *w = &e->weights.layers[layer];
     const rt_kv_kept *kept = &e->kv.kept[layer];
@@ -45,10 +47,10 @@ static uint32_t state_parts(const rt_engine *e, uint32_t layer, state_part parts
                               .n_ring = layout->ring,
                               .n_back = e->geometry->window,
                               .entry_bytes = layout->row_bytes,
-                              .rows = e->buf.rows};
+                              .rows = buf->rows};
     if (layout->ratio == 4) {
-        n += state_compress(&w->main, kept->main, e->buf.ckv, e->buf.cscore, parts + n);
-        n += state_compress(&w->index, kept->index, e->buf.ikv, e->buf.iscore, parts + n);
+        n += state_compress(&w->main, kept->main, buf->ckv, buf->cscore, parts + n);
+        n += state_compress(&w->index, kept->index, buf->ikv, buf->iscore, parts + n);
     }
     return n;
 }
@@ -81,9 +83,9 @@ void rt_states_load(rt_engine *e, const rt_step *step)
                           load->pos % KN_PAGE_TOKENS == 0,
                       "state %u of %u at position %u", load->state, e->n_state, load->pos);
         for (uint32_t l = 0; l < e->kv.n_layer; l++) {
-            uint32_t n = state_parts(e, l, parts);
+            uint32_t n = state_parts(e, &e->buf, l, parts);
             for (uint32_t k = 0; k < n; k++) {
-                ring_copy(e, &parts[k], kn_at(e->host_segs[load->seg].slot, parts[k].slot),
+                ring_copy(e, &parts[k], kn_at(e->host.segs[load->seg].slot, parts[k].slot),
                           state_first(&parts[k], load->pos), load->pos, kn_at(kept, parts[k].kept), true);
             }
         }
@@ -101,20 +103,32 @@ static void state_save_part(rt_engine *e, const state_part *part, const kn_seg *
             kn_at(part->rows, row * part->entry_bytes), (pos - middle) * part->entry_bytes);
 }
 
-void rt_states_save(rt_engine *e, uint32_t layer)
+/* The micro-batch's piece of a segment that holds the row before pos; NULL: the other one has it. */
+static const kn_seg *state_piece(const rt_engine *e, const rt_micro *m, const rt_step_state *save)
+{
+    const rt_batch_part *part = &e->host.parts[m - e->micros];
+    for (uint32_t i = 0; i < part->n_seg; i++) {
+        const kn_seg *piece = &e->host.cut[part->seg0 + i];
+        if (piece->slot.addr == e->host.segs[save->seg].slot.addr && save->pos > piece->pos0 &&
+            save->pos <= piece->pos0 + piece->n_row) {
+            return piece;
+        }
+    }
+    return NULL;
+}
+
+void rt_states_save(rt_engine *e, const rt_micro *m, uint32_t layer)
 {
     state_part parts[STATE_PARTS];
-    uint32_t n = e->n_save > 0 ? state_parts(e, layer, parts) : 0;
+    uint32_t n = e->n_save > 0 ? state_parts(e, &m->buf, layer, parts) : 0;
     for (uint32_t i = 0; i < e->n_save; i++) {
         const rt_step_state *save = &e->step->saves[i];
-        const kn_seg *seg = &e->host_segs[save->seg];
-        CM_ASSERT_MSG(save->state < e->n_state && save->pos % KN_PAGE_TOKENS == 0 && save->pos > seg->pos0 &&
-                          save->pos <= seg->pos0 + seg->n_row,
-                      "state %u of %u at position %u, rows %u from %u", save->state, e->n_state, save->pos,
-                      seg->n_row, seg->pos0);
-        for (uint32_t k = 0; k < n; k++) {
+        const kn_seg *piece = state_piece(e, m, save);
+        CM_ASSERT_MSG(save->state < e->n_state && save->pos % KN_PAGE_TOKENS == 0,
+                      "state %u of %u at position %u", save->state, e->n_state, save->pos);
+        for (uint32_t k = 0; k < n && piece != NULL; k++) {
             kn_ptr kept = kn_at(e->kept_pool, save->state * e->kv.kept_bytes + parts[k].kept);
-            state_save_part(e, &parts[k], seg, save->pos, kept);
+            state_save_part(e, &parts[k], piece, save->pos, kept);
         }
     }
 }

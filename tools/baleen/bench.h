@@ -12,7 +12,7 @@
 enum { BENCH_ROUNDS_MAX = 99, BENCH_PATHS_MAX = 8 };
 
 typedef struct bench_config {
-    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens;
+    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens, batch, ranks, layers;
     bool paced;  /* steps take their time */
     char *isa;   /* paths, comma separated; each is measured in every round */
     char *model; /* folder; its tokenizer is used, not its weights */
@@ -24,7 +24,8 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream;
+extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream, bench_host_step,
+    bench_step_overlap;
 
 /* ---- samples ---- */
 
