@@ -1,7 +1,5 @@
 #include "router/sched/sched_core.h"
 
-#include <float.h>
-#include <math.h>
 #include <string.h>
 #include <sys/queue.h>
 
@@ -9,14 +7,8 @@
 #include "common/base/map.h"
 #include "common/base/mem.h"
 #include "router/sched/pages.h"
-
-enum { STATE_EVERY_PAGES = 32 }; /* of a long prompt: its pages are four times as large as a state */
-
-/* A state being written in the step in flight. */
-typedef struct seq_save {
-    uint32_t pos, state;
-    bool passing;
-} seq_save;
+#include "router/sched/request.h"
+#include "router/sched/saves.h"
 
 typedef struct rt_seq rt_seq;
 struct rt_seq {
@@ -35,14 +27,10 @@ struct rt_seq {
     uint8_t salt[RT_SALT_BYTES];
     uint32_t *pages; /* [page_cap] the first n_tree are complete and in the tree, the others private */
     uint32_t n_page, n_tree, page_cap;
-    uint32_t n_start;  /* tokens that there were when it began to run */
-    uint32_t n_known;  /* of them: so many another had computed; a state there serves a third */
     uint32_t begin;    /* state that its first rows go on from; RT_PREFIX_NONE: none, or done */
-    uint32_t passing;  /* page of its last passing state; RT_PREFIX_NONE: none */
     uint32_t n_cached; /* tokens of the prompt that were not computed when it first began */
     bool began;
-    uint32_t n_save;
-    seq_save saves[RT_SAVE_MAX];
+    rt_saves saves;  /* what it leaves for others to go on from */
     uint32_t slot;   /* while running */
     uint32_t n_step; /* rows in the step being made or in flight, guesses not counted */
     uint32_t n_try;  /* guesses among its rows in that step */
@@ -210,9 +198,7 @@ static uint32_t seq_tree_page(const rt_seq *seq)
  * tree. */
 static void seq_stop_running(rt_sched *sched, rt_seq *seq)
 {
-    for (; seq->n_save > 0; seq->n_save--) {
-        rt_prefix_state_put(sched->prefix, seq->saves[seq->n_save - 1].state);
-    }
+    rt_saves_drop(&seq->saves, sched->prefix);
     seq_put_pages(sched, seq, seq->n_tree);
     rt_prefix_release(sched->prefix, seq_tree_page(seq));
     seq->n_page = seq->n_tree = 0;
@@ -311,116 +297,6 @@ static void words_forget(rt_sched *sched, rt_seq_key key)
 
 /* ---- open, cancel, drain ---- */
 
-static cm_status request_ids_check(const rt_sched *sched, const char *field, const uint32_t *ids, uint32_t n,
-                                   cm_error *err)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        if (ids[i] >= sched->limits.vocab) {
-            return cm_error_set(err, CM_E_INVALID, field,
-                                "%s: id %u at %u is not below the vocabulary size %u", field, ids[i], i,
-                                sched->limits.vocab);
-        }
-    }
-    return CM_OK;
-}
-
-static cm_status request_penalty_check(const char *field, float penalty, float least, cm_error *err)
-{
-    if (!isfinite(penalty) || penalty < least) {
-        return cm_error_set(err, CM_E_INVALID, field, "%s %g is not a number that can be used", field,
-                            (double)penalty);
-    }
-    return CM_OK;
-}
-
-static cm_status request_bias_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
-{
-    if (sampler->n_bias > RT_BIAS_MAX) {
-        return cm_error_set(err, CM_E_INVALID, "bias", "%u biases, at most %d", sampler->n_bias, RT_BIAS_MAX);
-    }
-    for (uint32_t i = 0; i < sampler->n_bias; i++) {
-        CM_TRY(request_ids_check(sched, "bias", &sampler->bias[i].id, 1, err));
-        CM_TRY(request_penalty_check("bias", sampler->bias[i].bias, -FLT_MAX, err));
-    }
-    return CM_OK;
-}
-
-/* What changes the logits, and what is told about them. */
-static cm_status request_logits_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
-{
-    if (!(sampler->min_p >= 0 && sampler->min_p <= 1)) {
-        return cm_error_set(err, CM_E_INVALID, "min_p", "min_p %g is not from 0 to 1",
-                            (double)sampler->min_p);
-    }
-    CM_TRY(request_penalty_check("repetition_penalty", sampler->repetition_penalty, 0, err));
-    CM_TRY(request_penalty_check("frequency_penalty", sampler->frequency_penalty, -FLT_MAX, err));
-    CM_TRY(request_penalty_check("presence_penalty", sampler->presence_penalty, -FLT_MAX, err));
-    if (sampler->n_top > RT_LOGPROBS_TOP_MAX) {
-        return cm_error_set(err, CM_E_INVALID, "top_logprobs", "%u log-probabilities a token, at most %d",
-                            sampler->n_top, RT_LOGPROBS_TOP_MAX);
-    }
-    return request_bias_check(sched, sampler, err);
-}
-
-static cm_status request_sampler_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
-{
-    if (!isfinite(sampler->temperature) || sampler->temperature < 0) {
-        return cm_error_set(err, CM_E_INVALID, "temperature", "temperature %g is not a number from 0 up",
-                            (double)sampler->temperature);
-    }
-    if (!(sampler->top_p > 0 && sampler->top_p <= 1)) {
-        return cm_error_set(err, CM_E_INVALID, "top_p", "top_p %g is not above 0 and at most 1",
-                            (double)sampler->top_p);
-    }
-    if (sampler->tokens_max == 0) {
-        return cm_error_set(err, CM_E_INVALID, "tokens_max", "tokens_max is 0: nothing to generate");
-    }
-    if (sampler->tokens_min > sampler->tokens_max) {
-        return cm_error_set(err, CM_E_INVALID, "tokens_min", "tokens_min %u is above tokens_max %u",
-                            sampler->tokens_min, sampler->tokens_max);
-    }
-    if (sampler->n_stop > RT_STOP_MAX) {
-        return cm_error_set(err, CM_E_INVALID, "stop", "%u stop ids, at most %d", sampler->n_stop,
-                            RT_STOP_MAX);
-    }
-    CM_TRY(request_logits_check(sched, sampler, err));
-    return request_ids_check(sched, "stop", sampler->stop, sampler->n_stop, err);
-}
-
-static cm_status request_check(const rt_sched *sched, const rt_seq_request *request, cm_error *err)
-{
-    if (request->key.owner == 0) {
-        return cm_error_set(err, CM_E_INVALID, "owner", "owner 0 is not used");
-    }
-    if (request->n_prompt == 0) {
-        return cm_error_set(err, CM_E_INVALID, "prompt", "the prompt is empty");
-    }
-    CM_TRY(request_sampler_check(sched, &request->sampler, err));
-    if (request->n_emitted >= request->sampler.tokens_max) {
-        return cm_error_set(err, CM_E_INVALID, "emitted",
-                            "%u tokens were generated before, tokens_max is %u: none is left",
-                            request->n_emitted, request->sampler.tokens_max);
-    }
-    uint64_t n_token = (uint64_t)request->n_prompt + request->sampler.tokens_max;
-    if (n_token > sched->limits.context) {
-        return cm_error_set(
-            err, CM_E_TOO_LONG, "tokens_max",
-            "a prompt of %u tokens and up to %u generated are more than the context of %u: shorten the "
-            "prompt or ask for fewer tokens",
-            request->n_prompt, request->sampler.tokens_max, sched->limits.context);
-    }
-    if (pages_for(sched, n_token) > sched->limits.page_max) {
-        return cm_error_set(
-            err, CM_E_TOO_LONG, "tokens_max",
-            "a prompt of %u tokens and up to %u generated need %u KV pages of %u tokens, this router has "
-            "%u: shorten the prompt, ask for fewer tokens or give the router more KV memory",
-            request->n_prompt, request->sampler.tokens_max, pages_for(sched, n_token),
-            sched->limits.page_tokens, sched->limits.page_max);
-    }
-    CM_TRY(request_ids_check(sched, "prompt", request->prompt, request->n_prompt, err));
-    return request_ids_check(sched, "emitted", request->emitted, request->n_emitted, err);
-}
-
 static cm_status seq_create(rt_sched *sched, const rt_seq_request *request, rt_seq **seq_out, cm_error *err)
 {
     uint32_t n_token = request->n_prompt + request->sampler.tokens_max, page_cap = pages_for(sched, n_token);
@@ -465,7 +341,7 @@ cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt_seq_request *
     if (sched->draining) {
         return cm_error_set(err, CM_E_REFUSED, NULL, "this router is being drained: ask another one");
     }
-    CM_TRY(request_check(sched, request, err));
+    CM_TRY(rt_request_check(&sched->limits, request, err));
     if (keys_find(sched, request->key) != NULL) {
         return cm_error_set(err, CM_E_EXISTS, "stream", "stream %llu of this gateway is open already",
                             (unsigned long long)request->key.stream);
@@ -653,10 +529,8 @@ static void seq_begin(rt_sched *sched, rt_seq *seq, const rt_prefix_hit *hit)
     rt_prefix_hold(sched->prefix, hit, seq->pages);
     seq->n_page = seq->n_tree = hit->n_page;
     seq->n_done = hit->n_page * sched->limits.page_tokens;
-    seq->n_known = hit->n_known * sched->limits.page_tokens;
-    seq->n_start = seq->n_log;
+    rt_saves_begin(&seq->saves, seq->n_log, hit->n_known * sched->limits.page_tokens);
     seq->begin = hit->state;
-    seq->passing = RT_PREFIX_NONE;
     if (!seq->began) {
         seq->began = true;
         seq->n_cached = seq->n_done < seq->n_prompt ? seq->n_done : seq->n_prompt;
@@ -762,52 +636,6 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
     }
 }
 
-/* ---- states ----
- * Kept for others: where the prompt's last page ends, since the same prompt may come again, with more behind
- * it; where what others had computed ends, since a third may begin like both; now and then in between. For
- * whoever goes on with this answer, the last page's end before its end: each is written as it is passed, and
- * goes when the next one is there. */
-
-/* The last end of a page in (after, until], of every n pages; 0: none. */
-static uint32_t page_end_between(const rt_sched *sched, uint32_t after, uint32_t until, uint32_t n)
-{
-    uint32_t end = until - until % (n * sched->limits.page_tokens);
-    return end > after ? end : 0;
-}
-
-static void seq_save_at(rt_sched *sched, rt_seq *seq, uint32_t pos, bool passing)
-{
-    uint32_t state;
-    for (uint32_t i = 0; i < seq->n_save; i++) {
-        if (seq->saves[i].pos == pos) {
-            return;
-        }
-    }
-    if (rt_prefix_state_take(sched->prefix, &state)) {
-        seq->saves[seq->n_save++] = (seq_save){pos, state, passing};
-    }
-}
-
-static void seq_save_passed(rt_sched *sched, rt_seq *seq, const rt_step_seg *seg)
-{
-    uint32_t end = seg->pos0 + seg->n_row, sure = end - seg->n_draft;
-    uint32_t prompt = page_end_between(sched, 0, seq->n_start - 1, 1);
-    uint32_t passed = page_end_between(sched, seg->pos0, end, 1);
-    uint32_t sparse = page_end_between(sched, seg->pos0, sure, STATE_EVERY_PAGES);
-    if (prompt > seg->pos0 && prompt <= sure) {
-        seq_save_at(sched, seq, prompt, false);
-    }
-    if (seq->n_known > seg->pos0 && seq->n_known <= sure) {
-        seq_save_at(sched, seq, seq->n_known, false);
-    }
-    if (sparse != 0) {
-        seq_save_at(sched, seq, sparse, false);
-    }
-    if (passed > prompt) {
-        seq_save_at(sched, seq, passed, true);
-    }
-}
-
 static void sched_add_states(rt_sched *sched, rt_step *step)
 {
     for (uint32_t i = 0; i < step->n_seg && sched->limits.state_max > 0; i++) {
@@ -817,10 +645,13 @@ static void sched_add_states(rt_sched *sched, rt_step *step)
                 (rt_step_state){.seg = i, .pos = step->segs[i].pos0, .state = seq->begin};
             seq->begin = RT_PREFIX_NONE;
         }
-        seq_save_passed(sched, seq, &step->segs[i]);
-        for (uint32_t k = 0; k < seq->n_save; k++) {
+        const rt_step_seg *seg = &step->segs[i];
+        uint32_t end = seg->pos0 + seg->n_row;
+        rt_saves_choose(&seq->saves, sched->prefix, sched->limits.page_tokens, seg->pos0, end - seg->n_draft,
+                        end);
+        for (uint32_t k = 0; k < seq->saves.n; k++) {
             step->saves[step->n_save++] =
-                (rt_step_state){.seg = i, .pos = seq->saves[k].pos, .state = seq->saves[k].state};
+                (rt_step_state){.seg = i, .pos = seq->saves.at[k].pos, .state = seq->saves.at[k].state};
         }
     }
 }
@@ -938,19 +769,7 @@ static void seq_share(rt_sched *sched, rt_seq *seq)
                           seq->log + (size_t)seq->n_tree * page_tokens);
         seq->n_tree++;
     }
-    for (; seq->n_save > 0; seq->n_save--) {
-        const seq_save *save = &seq->saves[seq->n_save - 1];
-        if (save->pos > seq->n_done) { /* behind a wrong guess */
-            rt_prefix_state_put(sched->prefix, save->state);
-            continue;
-        }
-        uint32_t page = seq->pages[save->pos / page_tokens - 1];
-        rt_prefix_state_set(sched->prefix, page, save->state, save->passing);
-        if (save->passing) {
-            rt_prefix_state_pass(sched->prefix, seq->passing);
-            seq->passing = page;
-        }
-    }
+    rt_saves_hang(&seq->saves, sched->prefix, page_tokens, seq->pages, seq->n_done);
 }
 
 /* The step is over for seq, whose newest word, if it has one, is given: ends it or lets it run on. */

@@ -145,8 +145,6 @@ typedef struct rt_step_seg {
     rt_logprobs *logprobs; /* [n_draft + 1], to be written by who samples; NULL: not asked for */
 } rt_step_seg;
 
-enum { RT_SAVE_MAX = 4 }; /* states written of one sequence in one step */
-
 /* A state and a segment. Load: before anything else of the step the state is copied into the slot; pos is the
  * segment's first row. Save: what the slot would be with the rows below pos and no other is written into the
  * state; pos is a page's end among the segment's rows or behind the last of them. */
