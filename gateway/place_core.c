@@ -1,14 +1,18 @@
 #include "gateway/place_core.h"
 
+#include <xxhash.h>
+
 #include "common/base/assert.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 
 enum { BACKOFF_MIN_MS = 100, BACKOFF_DOUBLINGS = 4, DEATHS_SUSPECT = 2 };
+/* What a computed prompt is worth: so many sequences more than at the idlest router, and a part of those. */
+enum { MORE_MIN = 2, MORE_PART = 4 };
 
 struct gw_place_router {
     TAILQ_ENTRY(gw_place_router) link;
-    uint64_t number;
+    uint64_t number, name;
     bool up;
     gw_place_standing standing;
     uint64_t n_sequences; /* as it said last */
@@ -52,7 +56,7 @@ static gw_place_router *router_of(gw_place *place, uint64_t number)
     CM_ASSERT(number != 0);
     if (router == NULL) {
         router = cm_alloc(sizeof(*router));
-        router->number = number;
+        router->number = router->name = number;
         TAILQ_INIT(&router->here);
         TAILQ_INIT(&router->lost);
         TAILQ_INSERT_TAIL(&place->routers, router, link);
@@ -234,6 +238,11 @@ static void router_give_away(gw_place *place, uint64_t now_ms, gw_place_router *
 }
 
 /* ---- what happens to routers ---- */
+
+void gw_place_name(gw_place *place, uint64_t number, uint64_t name)
+{
+    router_of(place, number)->name = name;
+}
 
 void gw_place_up(gw_place *place, uint64_t number)
 {
@@ -564,9 +573,14 @@ static bool next_back(gw_place *place, uint64_t now_ms, gw_place_action *action_
     return false;
 }
 
+static uint64_t router_load(const gw_place_router *router)
+{
+    return router->n_sequences + router->n_asked;
+}
+
 /* The one with the fewest sequences, the earliest among equals. fresh: a client's new stream is asked for at
  * once, wherever there is a router; whether it is too much is the router's to say. */
-static gw_place_router *pick(const gw_place *place, uint64_t now_ms, bool fresh)
+static gw_place_router *pick_idlest(const gw_place *place, uint64_t now_ms, bool fresh)
 {
     gw_place_router *router, *best = NULL;
     bool best_takes = false;
@@ -576,10 +590,33 @@ static gw_place_router *pick(const gw_place *place, uint64_t now_ms, bool fresh)
             (best_takes && !takes)) {
             continue;
         }
-        if (best == NULL || (takes && !best_takes) ||
-            router->n_sequences + router->n_asked < best->n_sequences + best->n_asked) {
+        if (best == NULL || (takes && !best_takes) || router_load(router) < router_load(best)) {
             best = router;
             best_takes = takes;
+        }
+    }
+    return best;
+}
+
+/* Of two routers an affinity prefers the one with the higher rank. */
+static uint64_t router_rank(const gw_place_router *router, uint64_t affinity)
+{
+    const uint64_t pair[2] = {affinity, router->name};
+    return XXH3_64bits(pair, sizeof(pair));
+}
+
+/* The one that its affinity prefers of those with hardly more to do than the idlest. */
+static gw_place_router *pick(const gw_place *place, uint64_t now_ms, const gw_spot *spot)
+{
+    gw_place_router *router, *best = pick_idlest(place, now_ms, spot_is_fresh(spot));
+    if (best == NULL || spot->affinity == 0 || !router_takes(place, best, now_ms)) {
+        return best;
+    }
+    uint64_t most = router_load(best) + router_load(best) / MORE_PART + MORE_MIN;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router_takes(place, router, now_ms) && router_load(router) <= most &&
+            router_rank(router, spot->affinity) > router_rank(best, spot->affinity)) {
+            best = router;
         }
     }
     return best;
@@ -591,7 +628,7 @@ static gw_place_router *pick_apart(const gw_place *place, uint64_t now_ms)
     gw_place_router *router, *best = NULL;
     TAILQ_FOREACH (router, &place->routers, link) {
         if (router_takes(place, router, now_ms) && router->n_tried == 0 &&
-            (best == NULL || router->n_sequences + router->n_asked < best->n_sequences + best->n_asked)) {
+            (best == NULL || router_load(router) < router_load(best))) {
             best = router;
         }
     }
@@ -611,7 +648,7 @@ static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *acti
         if (!resume && spot_is_suspect(place, spot)) {
             router = pick_apart(place, now_ms); /* none: it holds up nobody */
         } else if (!resume) {
-            router = full ? NULL : pick(place, now_ms, spot_is_fresh(spot));
+            router = full ? NULL : pick(place, now_ms, spot);
             full = router == NULL;
         }
         if (router != NULL) {

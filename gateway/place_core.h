@@ -11,6 +11,11 @@
  * a while that doubles with every refusal. A new stream passes no queue: it is told at once that all are
  * full.
  *
+ * A prompt that begins as an earlier one did is best computed where that was: of the routers that have hardly
+ * more to do than the one with the least, a stream goes to the one that its affinity chooses (rendezvous
+ * hashing, over names that all gateways have in common, so that gateways agree and a router that comes or
+ * goes moves only its own).
+ *
  * A request may be what ends its routers. A router that is lost while it has a stream, and does not come back
  * with it, counts as a death under that stream until its next token: after deaths_max the stream is refused
  * for good. Those that merely were there are cleared by their next token, and from DEATHS_SUSPECT on a stream
@@ -45,6 +50,8 @@ typedef struct gw_spot {
     uint64_t
         left; /* a router that may still have it, or did: it goes on there if it can; its number; 0: none */
     uint64_t copy;     /* another one, whose copy nobody needs: in the list of those; 0: none */
+    uint64_t affinity; /* given by the owner: equal for streams that are best computed at the same router; 0:
+                          whichever has the least to do */
     bool once;         /* given by the owner: not tried again */
     bool accepted;     /* by any router, ever */
     bool resuming;     /* ASKED by a resume */
@@ -80,6 +87,8 @@ void gw_place_init(gw_place *place, const gw_place_limits *limits);
 void gw_place_fini(gw_place *place); /* all spots have ended */
 
 /* ---- routers; number: given by the caller, never 0, one for each life of a router process ---- */
+/* What all gateways know it by; its number until then. */
+void gw_place_name(gw_place *place, uint64_t number, uint64_t name);
 void gw_place_up(gw_place *place, uint64_t number);
 void gw_place_down(gw_place *place, uint64_t now_ms, uint64_t number);
 void gw_place_unreachable(gw_place *place, uint64_t number); /* an attempt to link it again has failed */
