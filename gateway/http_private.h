@@ -65,7 +65,8 @@ bool gw_event_id_parse(const char *text, gw_event_id *out);
 /* ---- http_generate.c ---- */
 /* A client comes back. id: of the stream; NULL: that of its Last-Event-ID, which must be there. */
 void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id);
-/* A client has enough of a stream that it, or whoever told it the id, reads from this gateway. */
+/* A client has enough of a stream that it, or whoever told it the id, reads from this gateway. id: also the
+ * request's x-request-id, so that it can be ended before the stream's id was told. */
 void gw_http_end(gw_http *http, struct evhttp_request *req, const char *id);
 void gw_http_generate(gw_http *http, struct evhttp_request *req, const gw_surface *surface);
 /* The same with the client's request read already, in the surface's form; borrowed for the call. */
