@@ -177,6 +177,28 @@ static void no_id_no_return(void **state)
     assert_int_equal(cm_stat_get(CM_STAT_ledger_streams), 0);
 }
 
+/* Who came back has the id, though nothing was told on this connection yet. */
+static void gone_again(void **state)
+{
+    (void)state;
+    static events got;
+    rig_ready();
+    rig_reply("one two");
+    R.mode = RIG_HOLD;
+    R.keeps = true;
+    R.n_found = 1;
+    rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n", ASK KEEPING);
+    rig_wait_text(client, "assistant");
+    read_events(client, &got);
+    rig_close(client);
+    wait_detached(1);
+    client = come_back("POST", CHAT, got.id[got.n - 1]);
+    wait_resumes(1);
+    rig_close(client);
+    wait_detached(2);
+    assert_int_equal(R.n_cancels, 0);
+}
+
 /* Before the stream's id is known there is the request's, which its client chose. */
 static void ended_by_the_request_id(void **state)
 {
@@ -361,10 +383,11 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
     const struct CMUnitTest tests[] = {
-        TEST(from_every_event), TEST(disconnect_cancels),
-        TEST(no_id_no_return),  TEST(ended_by_the_request_id),
-        TEST(refused),          TEST(before_routers),
-        TEST(two_answers),      TEST(one_of_two_is_gone),
+        TEST(from_every_event),        TEST(disconnect_cancels),
+        TEST(no_id_no_return),         TEST(gone_again),
+        TEST(ended_by_the_request_id), TEST(refused),
+        TEST(before_routers),          TEST(two_answers),
+        TEST(one_of_two_is_gone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
