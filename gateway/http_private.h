@@ -52,6 +52,12 @@ void gw_http_root(struct evhttp_request *req);
 void gw_http_cluster(gw_http *http, struct evhttp_request *req);
 void gw_http_cluster_experts(gw_http *http, struct evhttp_request *req);
 
+/* ---- http_info.c ---- */
+void gw_http_model_info(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_http_server_info(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_http_get_load(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_http_loads(gw_http *http, struct evhttp_request *req, const char *rest);
+
 /* ---- http_event_id.c ---- */
 /* "ID:N", with several answers "ID:N.N.N": the stream, and how many events of each answer were sent with this
  * one. Answers mix as they come, but the events of one are always the same. */
