@@ -28,7 +28,7 @@ def script(scripted):
 
 
 def post(cluster, path, body):
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body))
     reply = connection.getresponse()
     text = reply.read()
@@ -249,7 +249,7 @@ def test_come_back(scripted):
     def events(reply):
         return [event for event in reply.read().decode().split("\n\n") if event]
 
-    connection = http.client.HTTPConnection(scripted.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(scripted.info["http"], timeout=300)
     connection.request("POST", "/v1/responses", json.dumps({"model": "scripted", "stream": True, "input": "hm</think>So:" + ALL, "tools": TOOLS,
                                                             "include": ["reasoning.encrypted_content"]}))
     whole = events(connection.getresponse())
