@@ -43,13 +43,13 @@ typedef enum gw_spot_state {
 
 /* One stream's place; embedded in the stream, zeroed before gw_place_begin. */
 typedef struct gw_spot {
-    TAILQ_ENTRY(gw_spot) link; /* in the list of its state */
-    TAILQ_ENTRY(gw_spot) copy_link;
+    TAILQ_ENTRY(gw_spot) link;      /* in the list of its state */
+    TAILQ_ENTRY(gw_spot) copy_link; /* in its copy's router's */
     gw_spot_state state;
     gw_place_router *router; /* ASKED, RUNNING, LOST */
     uint64_t
         left; /* a router that may still have it, or did: it goes on there if it can; its number; 0: none */
-    uint64_t copy;     /* another one, whose copy nobody needs: in the list of those; 0: none */
+    uint64_t copy;     /* another one, whose copy nobody needs; 0: none */
     uint64_t affinity; /* given by the owner: equal for streams that are best computed at the same router; 0:
                           whichever has the least to do */
     bool once;         /* given by the owner: not tried again */
@@ -78,7 +78,12 @@ typedef struct gw_place {
     gw_place_limits limits;
     TAILQ_HEAD(, gw_place_router) routers; /* in the order they came */
     gw_spot_list waiting, failed;
-    gw_spot_list copied; /* by copy_link */
+    gw_spot *next;       /* of waiting: those before it can go nowhere for now; NULL: all were seen */
+    bool full;           /* likewise: one before it waits for whichever router takes it */
+    bool changed;        /* something happened since */
+    uint64_t look_ms;    /* when a router that rests can be asked again: they are looked at anew */
+    uint64_t n_copied;   /* spots with a copy */
+    uint64_t n_looks;    /* spots looked at so far: what all of it costs */
     uint64_t give_up_ms; /* nobody waiting or lost is to be given up before */
     uint64_t n_drawn;    /* of the jitter */
 } gw_place;
