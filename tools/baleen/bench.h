@@ -77,9 +77,12 @@ bench_team *bench_team_create(uint32_t n_threads);
 void bench_team_destroy(bench_team *team);
 /* Reads all bytes once with the team; n_bytes a multiple of 4096. */
 void bench_read(bench_team *team, const void *data, uint64_t n_bytes);
-/* Multiplications in one call of the two probes below, and whether this CPU has the instruction. */
+/* Multiplications in one call of the probes below, and whether this CPU has the instruction. */
 uint64_t bench_fma_macs(void);
 uint64_t bench_vnni_macs(void);
+uint64_t bench_bf16_macs(void);
 bool bench_has_vnni(void);
+bool bench_has_bf16(void);
 void bench_fma(bench_team *team);  /* float32 fused multiply-adds in the widest registers */
 void bench_vnni(bench_team *team); /* vpdpbusd in 512-bit registers */
+void bench_bf16(bench_team *team); /* vdpbf16ps in 512-bit registers */
