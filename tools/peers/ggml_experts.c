@@ -115,10 +115,14 @@ static void say_nothing(enum ggml_log_level level, const char *text, void *arg)
 
 int main(int argc, char **argv)
 {
-    peer_args args = peer_args_of(argc, argv);
-    ggml_backend_t cpu = ggml_backend_cpu_init();
+    peer_args args;
+    ggml_backend_t cpu;
     weights w;
+    if (!peer_args_of(argc, argv, &args)) {
+        return 2;
+    }
     ggml_log_set(say_nothing, NULL);
+    cpu = ggml_backend_cpu_init();
     w = make_weights(&args);
     ggml_backend_cpu_set_n_threads(cpu, (int)args.threads);
     for (uint32_t i = 0; i < args.n_rows; i++) {

@@ -1,9 +1,8 @@
 /* oneDNN: bf16 weights, expanded to four times the bytes, in whatever order it likes best. Its threads are
  * those of OMP_NUM_THREADS. */
 #include <dnnl.h>
-#include <stdio.h>
-#include <stdlib.h>
 
+#include "common/base/assert.h"
 #include "common/base/mem.h"
 #include "tools/peers/peer.h"
 
@@ -12,10 +11,7 @@ static dnnl_stream_t g_stream;
 
 static void must(dnnl_status_t status, const char *what)
 {
-    if (status != dnnl_success) {
-        fprintf(stderr, "onednn: %s failed with %d\n", what, (int)status);
-        exit(1);
-    }
+    CM_ASSERT_MSG(status == dnnl_success, "%s failed with %d", what, (int)status);
 }
 
 /* About normal values of size one, and zeros where the library wants padding. */
@@ -74,7 +70,10 @@ static double product(const peer_args *args, uint32_t n, uint32_t n_in, uint32_t
 
 int main(int argc, char **argv)
 {
-    peer_args args = peer_args_of(argc, argv);
+    peer_args args;
+    if (!peer_args_of(argc, argv, &args)) {
+        return 2;
+    }
     must(dnnl_engine_create(&g_engine, dnnl_cpu, 0), "engine");
     must(dnnl_stream_create(&g_stream, g_engine, dnnl_stream_default_flags), "stream");
     for (uint32_t i = 0; i < args.n_rows; i++) {

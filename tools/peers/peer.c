@@ -7,7 +7,7 @@
 #include "common/base/clock.h"
 #include "common/base/rng.h"
 
-peer_args peer_args_of(int argc, char **argv)
+bool peer_args_of(int argc, char **argv, peer_args *args_out)
 {
     peer_args args = {0};
     const char *rows = argc == 5 ? argv[4] : "";
@@ -24,9 +24,10 @@ peer_args peer_args_of(int argc, char **argv)
     if (args.threads == 0 || args.d % 128 != 0 || args.inner % 128 != 0 || args.n_rows == 0 ||
         args.rows[0] == 0) {
         fprintf(stderr, "usage: %s THREADS D INNER ROWS[,ROWS..]; D and INNER multiples of 128\n", argv[0]);
-        exit(2);
+        return false;
     }
-    return args;
+    *args_out = args;
+    return true;
 }
 
 uint32_t peer_random(uint64_t i)
