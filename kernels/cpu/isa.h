@@ -81,6 +81,20 @@ static inline double kn_fold_lanes(const double *lane)
     return sum[0];
 }
 
+/* The last steps of that fold, those inside a vector. */
+static inline double kn_vd_fold(kn_vd v)
+{
+#if defined(__AVX512F__)
+    __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+#elif defined(__AVX2__)
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+#else
+    kn_vd two = v;
+#endif
+    return two[0] + two[1];
+}
+
 /* Adds x[i] * w[i] into the lanes, i < n, n a multiple of KN_LANES; both widened from float32 or narrower. */
 static inline void kn_lanes_add(double *lane, const double *x, const double *w, uint32_t n)
 {
@@ -165,7 +179,9 @@ void KN_FN(kn_cpu_kv_pack)(const uint16_t *x, uint32_t dim, uint32_t rope, uint8
 void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, double *x_out);
 void KN_FN(kn_cpu_index_pack)(const uint16_t *x, uint32_t dim, uint8_t *row_out);
 
-/* Operations that have files of their own: compress.c, index.c. */
+/* Operations that have files of their own: attend.c, compress.c, index.c. */
+void KN_FN(kn_cpu_attention)(kn_stream *s, const kn_batch *b, const kn_attn *a, kn_ptr q, kn_ptr chunk_rows,
+                             kn_ptr picks, kn_ptr o_out);
 void KN_FN(kn_cpu_compress)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score);
 void KN_FN(kn_cpu_compress_commit)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv,
                                    kn_ptr score);
