@@ -94,7 +94,6 @@ void rt_layer_attention(rt_engine *e, const rt_micro *m, uint32_t layer)
 
 /* ---- mixture of experts ---- */
 
-
 void rt_layer_shared(rt_engine *e, const rt_micro *m, const rt_layer *w)
 {
     const md_geometry *g = e->geometry;
