@@ -11,9 +11,11 @@
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
-static const bench *const BENCHES[] = {&bench_fp4_gemv,      &bench_fp8_gemv,    &bench_moe_prefill,
-                                       &bench_serve_stream,  &bench_serve_model, &bench_load_weights,
-                                       &bench_serve_workers, &bench_step_context};
+static const bench *const BENCHES[] = {
+    &bench_fp4_gemv,     &bench_fp8_gemv,     &bench_moe_prefill,                        /* experts */
+    &bench_step_context, &bench_step_overlap, &bench_host_step,                          /* a router's step */
+    &bench_serve_stream, &bench_serve_model,  &bench_serve_workers, &bench_load_weights, /* processes */
+};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
@@ -32,12 +34,15 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_UINT(bench_config, streams, 1, 16384)},
     {"stream_tokens", "256", "serve.stream: tokens of each",
      CM_CFG_UINT(bench_config, stream_tokens, 8, 4096)},
+    {"batch", "256", "host.step: sequences that decode", CM_CFG_UINT(bench_config, batch, 1, 4096)},
+    {"ranks", "16", "host.step: workers", CM_CFG_UINT(bench_config, ranks, 1, 256)},
+    {"layers", "61", "host.step: layers", CM_CFG_UINT(bench_config, layers, 1, 1024)},
     {"paced", "on",
      "serve.stream: a step takes 20 ms, as a model's would; off: as fast as the script goes, so that a write "
      "may carry several events",
      CM_CFG_BOOL(bench_config, paced)},
     {"model", "models/nano",
-     "serve.stream: folder with a config.json and a tokenizer.json; the others: a checkpoint",
+     "serve.stream: folder with a config.json and a tokenizer.json; the others: with a checkpoint",
      CM_CFG_STRING(bench_config, model)},
     {"workers", "1", "serve.model: workers of the cluster; serve.workers: of the largest one",
      CM_CFG_UINT(bench_config, workers, 1, 64)},

@@ -12,7 +12,8 @@
 enum { BENCH_ROUNDS_MAX = 99, BENCH_PATHS_MAX = 8 };
 
 typedef struct bench_config {
-    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens, workers, steps, prompt, context;
+    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens, batch, ranks, layers;
+    uint64_t workers, steps, prompt, context;
     bool paced;           /* steps take their time */
     char *isa;            /* paths, comma separated; each is measured in every round */
     char *model;          /* folder; serve.stream uses its tokenizer, not its weights */
@@ -27,7 +28,7 @@ struct bench {
 };
 
 extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream, bench_serve_model,
-    bench_load_weights, bench_serve_workers, bench_step_context;
+    bench_load_weights, bench_serve_workers, bench_step_context, bench_host_step, bench_step_overlap;
 
 /* ---- samples ---- */
 
