@@ -129,7 +129,8 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
     /* whatever fits a frame can be computed: its answer has two bytes a value */
     uint32_t frame_rows = (uint32_t)(options->rows.message_bytes_max / (2ull * e->geometry->d));
     e->options.row_max = options->row_max > frame_rows ? options->row_max : frame_rows;
-    cm_status status = kn_device_open(&options->device, &e->device, err);
+    e->device = options->opened;
+    cm_status status = e->device == NULL ? kn_device_open(&options->device, &e->device, err) : CM_OK;
     if (status != CM_OK) {
         goto err_free;
     }
@@ -547,6 +548,7 @@ static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer
         cm_status status = kn_stream_sync(e->stream);
         CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
                       layer);
+        cm_stat_add(CM_STAT_worker_expert_bytes, (int64_t)((n > 0 ? n : 1) * md_expert_bytes(e->geometry)));
         if (n == 0) {
             groups[0].item0 += slice;
             groups[0].n_item -= slice;

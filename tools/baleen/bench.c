@@ -11,8 +11,8 @@
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
-static const bench *const BENCHES[] = {&bench_fp4_gemv, &bench_fp8_gemv, &bench_moe_prefill,
-                                       &bench_serve_stream};
+static const bench *const BENCHES[] = {&bench_fp4_gemv,     &bench_fp8_gemv,    &bench_moe_prefill,
+                                       &bench_serve_stream, &bench_ep_exchange, &bench_ep_latency};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
@@ -35,6 +35,12 @@ static const cm_cfg_field g_fields[] = {
      "serve.stream: a step takes 20 ms, as a model's would; off: as fast as the script goes, so that a write "
      "may carry several events",
      CM_CFG_BOOL(bench_config, paced)},
+    {"net", "ucx,local", "ep: transports to measure in turn, comma separated: ucx, local",
+     CM_CFG_STRING(bench_config, net)},
+    {"ranks", "2,4,8", "ep.exchange: processes, one of them the router; comma separated",
+     CM_CFG_STRING(bench_config, ranks)},
+    {"keyed", "on", "ep: messages carry tags, as they do between the processes of a cluster",
+     CM_CFG_BOOL(bench_config, keyed)},
     {"model", "models/nano", "serve.stream: folder with a config.json and a tokenizer.json",
      CM_CFG_STRING(bench_config, model)},
 };

@@ -14,6 +14,9 @@ enum { BENCH_ROUNDS_MAX = 99, BENCH_PATHS_MAX = 8 };
 typedef struct bench_config {
     uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens;
     bool paced;  /* steps take their time */
+    bool keyed;  /* messages carry tags */
+    char *net;   /* transports, comma separated */
+    char *ranks; /* processes of an exchange, the router one of them; comma separated */
     char *isa;   /* paths, comma separated; each is measured in every round */
     char *model; /* folder; its tokenizer is used, not its weights */
 } bench_config;
@@ -25,6 +28,7 @@ struct bench {
 };
 
 extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream;
+extern const bench bench_ep_exchange, bench_ep_latency;
 
 /* ---- samples ---- */
 
