@@ -465,14 +465,19 @@ static void engine_on_event(wk_engine *e, const net_event *event)
     }
 }
 
-static uint32_t engine_poll(wk_engine *e)
+static uint32_t engine_poll_awake(wk_engine *e, uint64_t awake_us)
 {
     net_event events[ENGINE_EVENTS];
-    uint32_t n = net_poll(e->rows, events, ENGINE_EVENTS);
+    uint32_t n = net_poll_awake(e->rows, events, ENGINE_EVENTS, awake_us);
     for (uint32_t i = 0; i < n; i++) {
         engine_on_event(e, &events[i]);
     }
     return n;
+}
+
+static uint32_t engine_poll(wk_engine *e)
+{
+    return engine_poll_awake(e, 0);
 }
 
 /* ---- compute ---- */
@@ -620,7 +625,7 @@ static uint64_t engine_work(wk_engine *e)
 
 static void engine_sleep(wk_engine *e, uint64_t wait_us)
 {
-    if (!net_arm(e->rows)) {
+    if (engine_poll_awake(e, wait_us) > 0 || !net_arm(e->rows)) {
         return;
     }
     uint64_t timer_us = (uint64_t)net_next_timer_ms(e->rows) * 1000;

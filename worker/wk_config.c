@@ -11,7 +11,7 @@ static const cm_cfg_field g_fields[] = {
     {"device", "cpu", "where experts are computed", CM_CFG_CHOICE(wk_config, device, "cpu|ref")},
     {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(wk_config, cpu_isa)},
     {"threads", "1", "compute threads", CM_CFG_UINT(wk_config, threads, 1, 1024)},
-    {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|mpi|local")},
+    {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|shm|mpi|local")},
     {"rows_max", "4096", "rows (one per chosen expert) computed together",
      CM_CFG_UINT(wk_config, rows_max, 16, 1u << 20)},
     {"frames_max", "16", "frames waiting or being answered; more are refused",

@@ -35,7 +35,7 @@ static const cm_cfg_field g_fields[] = {
      "serve.stream: a step takes 20 ms, as a model's would; off: as fast as the script goes, so that a write "
      "may carry several events",
      CM_CFG_BOOL(bench_config, paced)},
-    {"net", "ucx,local", "ep: transports to measure in turn, comma separated: ucx, local",
+    {"net", "ucx,shm,local", "ep: transports to measure in turn, comma separated: ucx, shm, local",
      CM_CFG_STRING(bench_config, net)},
     {"ranks", "2,4,8", "ep.exchange: processes, one of them the router; comma separated",
      CM_CFG_STRING(bench_config, ranks)},

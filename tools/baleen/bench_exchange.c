@@ -18,7 +18,7 @@ enum {
     N_EXPERT = 384,
     TOPK = 6,
     INNER = 32,
-    RUNS_MAX = 12,
+    RUNS_MAX = 16,
     COPY_BYTES = 32 << 20,
     BLOCK_MS = 25, /* of one size in one round */
 };
