@@ -620,6 +620,7 @@ static uint64_t engine_work(wk_engine *e)
     cm_mem_guard_begin("expert compute");
     engine_compute(e, frames, n, group);
     cm_mem_guard_end();
+    wk_gather_computed(e->gather, cm_now_ns() / 1000);
     return 0;
 }
 

@@ -17,7 +17,10 @@ static const cm_cfg_field g_fields[] = {
     {"frames_max", "16", "frames waiting or being answered; more are refused",
      CM_CFG_UINT(wk_config, frames_max, 1, WK_FRAMES_MAX)},
     {"routers_max", "64", "routers linked at once", CM_CFG_UINT(wk_config, routers_max, 1, 4096)},
-    {"window_us", "200", "longest wait, in microseconds, for other routers' rows of the same layer",
+    {"window_us", "200",
+     "longest wait, in microseconds, for rows of the same layer from a router whose pace is not known; one "
+     "whose is, is "
+     "waited for while that saves time",
      CM_CFG_UINT(wk_config, window_us, 0, 1000000)},
     {"answer_ms", "10000", "an answer that cannot leave for so long costs the link",
      CM_CFG_MS(wk_config, answer_ms, 100, 600000)},

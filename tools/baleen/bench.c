@@ -12,7 +12,8 @@
 #include "tools/baleen/verbs.h"
 
 static const bench *const BENCHES[] = {&bench_fp4_gemv,     &bench_fp8_gemv,    &bench_moe_prefill,
-                                       &bench_serve_stream, &bench_ep_exchange, &bench_ep_latency};
+                                       &bench_serve_stream, &bench_ep_exchange, &bench_ep_latency,
+                                       &bench_ep_routers};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {

@@ -28,7 +28,7 @@ struct bench {
 };
 
 extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream;
-extern const bench bench_ep_exchange, bench_ep_latency;
+extern const bench bench_ep_exchange, bench_ep_latency, bench_ep_routers;
 
 /* ---- samples ---- */
 

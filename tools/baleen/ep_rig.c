@@ -97,12 +97,11 @@ static cm_status worker_open(ep_rig *rig, uint32_t i, cm_error *err)
     return CM_OK;
 }
 
-static void worker_count(const ep_rig *rig, ep_counts *counts_out)
+static void worker_count(ep_counts *counts_out)
 {
     counts_out->rows = cm_stat_get(CM_STAT_worker_rows);
     counts_out->batches = cm_stat_get(CM_STAT_worker_batches);
     counts_out->expert_bytes = cm_stat_get(CM_STAT_worker_expert_bytes);
-    (void)rig;
 }
 
 /* The worker's process: tells its address, then answers questions until the pipe ends. */
@@ -115,7 +114,7 @@ _Noreturn static void worker_process(ep_rig *rig, uint32_t i, int ask, int answe
     if (worker_open(rig, i, &err) == CM_OK) {
         bool ok = write(answer, rig->workers[i].address, NET_ADDRESS_BYTES) == NET_ADDRESS_BYTES;
         while (ok && read(ask, &question, 1) == 1) {
-            worker_count(rig, &counts);
+            worker_count(&counts);
             ok = write(answer, &counts, sizeof(counts)) == sizeof(counts);
         }
     } else {
@@ -260,13 +259,18 @@ const pr_placement *ep_rig_placement(const ep_rig *rig)
     return rig->epoch->placement;
 }
 
+uint64_t ep_rig_expert_bytes(const ep_rig *rig)
+{
+    return md_expert_bytes(md_checkpoint_geometry(rig->checkpoint));
+}
+
 cm_status ep_rig_counts(const ep_rig *rig, ep_counts *counts_out, cm_error *err)
 {
     ep_counts sum = {0}, one = {0};
     for (uint32_t i = 0; i < rig->n_worker; i++) {
         ep_worker w = rig->workers[i];
         if (w.pid == 0) {
-            worker_count(rig, counts_out); /* all threads count together */
+            worker_count(counts_out); /* all threads count together */
             return CM_OK;
         }
         if (write(w.ask, "?", 1) != 1) {

@@ -30,6 +30,7 @@ void ep_rig_destroy(ep_rig *rig);
 CM_MUST_CHECK cm_status ep_rig_router(const ep_rig *rig, uint32_t id, uint32_t row_max, uint32_t topk,
                                       rt_exchange **exchange_out, cm_error *err);
 const pr_placement *ep_rig_placement(const ep_rig *rig);
+uint64_t ep_rig_expert_bytes(const ep_rig *rig); /* of one expert */
 
 typedef struct ep_counts {
     int64_t rows, batches, expert_bytes;
