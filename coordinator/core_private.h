@@ -36,9 +36,12 @@ typedef struct co_member {
     bool leaving;                                    /* by its own wish or an operator's */
     bool drained;                                    /* leaving by an operator's wish: its id is in drains */
     bool told_drain;                                 /* in this session */
-    bool cut_off;                                    /* a worker left out because routers cannot reach it */
-    bool cut_noted;                                  /* that it should be and cannot */
+    bool blind;     /* a router that misses more than half of the workers; as of the step */
+    bool cut_off;   /* a worker left out because routers cannot reach it */
+    bool cut_noted; /* that it should be and cannot */
     uint64_t cut_until_ms, cut_hold_ms; /* when it is tried again; how long that was; 0 = never left out */
+    bool cut_drained;                   /* a worker for whose sake a router was drained */
+    uint64_t cut_drained_ms;            /* when, the last time */
     uint64_t drain_ticket;              /* of the operator who waits for its end; 0 = none */
     bool removed;                       /* goes at the end of the step; nothing finds it any more */
     uint32_t n_stats;
@@ -76,6 +79,8 @@ struct co_core {
 
     co_cut *cuts; /* [n_cuts] at most one of a router and a worker */
     uint32_t n_cuts, cuts_cap;
+    bool blind, blind_noted; /* no router sees the workers; that it was said */
+    uint64_t blind_ms;       /* since when */
 
     co_phase phase;
     co_epoch *epoch;      /* in force; NULL before the first */

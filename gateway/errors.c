@@ -50,6 +50,11 @@ pc_code gw_error_grpc(const gw_error *error)
     return ERROR_ROW[error->cause].grpc;
 }
 
+bool gw_error_is_final(const gw_error *error)
+{
+    return error->cause == GW_CAUSE_ABORTED || error->cause == GW_CAUSE_ENDS_ROUTERS;
+}
+
 void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char *fmt, ...)
 {
     va_list args;
@@ -58,6 +63,16 @@ void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char
     va_start(args, fmt);
     vsnprintf(error->message, sizeof(error->message), fmt, args);
     va_end(args);
+}
+
+void gw_error_too_long(gw_error *error, const char *param, uint64_t n_prompt, uint32_t context)
+{
+    gw_error_set(error, GW_CAUSE_CONTEXT, param,
+                 "This model's maximum context length is %u tokens. However, your prompt has %llu tokens. "
+                 "Please shorten it.",
+                 context, (unsigned long long)n_prompt);
+    error->tokens = n_prompt < UINT32_MAX ? (uint32_t)n_prompt : UINT32_MAX;
+    error->tokens_max = context - 1;
 }
 
 void gw_openai_error(const gw_error *error, cm_bytes *out)

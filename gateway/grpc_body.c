@@ -67,6 +67,17 @@ static cm_status put_numbers(json_t *body, const Baleen__V1__Sampling *s, gw_err
     return CM_OK;
 }
 
+cm_status gw_grpc_check_prompt(const gw_grpc_call *call, size_t n_ids, gw_error *error_out)
+{
+    gw_info info;
+    gw_gateway_info(call->grpc->gateway, &info);
+    if (n_ids < info.context) {
+        return CM_OK;
+    }
+    gw_error_too_long(error_out, "prompt", n_ids, info.context);
+    return CM_E_TOO_LONG;
+}
+
 void gw_grpc_put_ids(json_t *body, const char *field, const uint32_t *ids, size_t n_ids)
 {
     json_t *list = json_array();
@@ -80,13 +91,13 @@ void gw_grpc_put_stops(json_t *body, char *const *stop, size_t n_stop, const uin
 {
     if (n_stop > 0) {
         json_t *list = json_array();
-        for (size_t i = 0; i < n_stop; i++) {
+        for (size_t i = 0; i < n_stop && i <= GW_STOP_MAX; i++) {
             json_array_append_new(list, json_string(stop[i]));
         }
         json_object_set_new(body, "stop", list);
     }
     if (n_ids > 0) {
-        gw_grpc_put_ids(body, "stop_token_ids", ids, n_ids);
+        gw_grpc_put_ids(body, "stop_token_ids", ids, n_ids <= GW_STOP_IDS_MAX ? n_ids : GW_STOP_IDS_MAX + 1);
     }
 }
 

@@ -125,7 +125,8 @@ void gw_grpc_fail(gw_grpc_call *call, const gw_error *error)
     if (call->visit->end == NULL) {
         call->visit->end = gw_error_code(&e);
     }
-    pc_call_finish(call->call, gw_error_grpc(&e), e.message, packed.data, packed.len, e.retry_ms);
+    pc_call_finish(call->call, gw_error_grpc(&e), e.message, packed.data, packed.len,
+                   gw_error_is_final(&e) ? PC_RETRY_NEVER : (int64_t)e.retry_ms);
     cm_bytes_fini(&packed);
     for (size_t i = 0; i < status.n_details; i++) {
         cm_bytes_fini(&values[i]);

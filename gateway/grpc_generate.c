@@ -127,7 +127,9 @@ void gw_grpc_generate_ask(gw_grpc_call *call, const ProtobufCMessage *message)
         gw_grpc_seek(call, request->routing, request->resume_offset);
         return;
     }
-    if (gw_grpc_generate_body(request, &body, &error) != CM_OK) {
+    bool from_ids = request->prompt_case == BALEEN__V1__GENERATE_REQUEST__PROMPT_TOKENS;
+    if (gw_grpc_check_prompt(call, from_ids ? request->tokens->n_ids : 0, &error) != CM_OK ||
+        gw_grpc_generate_body(request, &body, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }

@@ -314,6 +314,37 @@ static bool wants_empty_final(const infer_request *request)
     return false;
 }
 
+/* Elements that a typed tensor would become. */
+static size_t count_elements(gw_kserve_type type, const Inference__InferTensorContents *c)
+{
+    if (c == NULL) {
+        return 0;
+    }
+    return type == GW_KSERVE_BYTES   ? c->n_bytes_contents
+           : type == GW_KSERVE_INT32 ? c->n_int_contents
+                                     : c->n_bool_contents;
+}
+
+/* Before any of it becomes JSON: only the ids may be many. */
+static cm_status check_sizes(const gw_grpc_call *call, const infer_request *request, gw_error *error)
+{
+    for (size_t i = 0; i < request->n_inputs; i++) {
+        const Inference__ModelInferRequest__InferInputTensor *input = request->inputs[i];
+        gw_kserve_name name;
+        CM_TRY(gw_kserve_find(input->name, input->datatype, &name, error));
+        size_t n = count_elements(gw_kserve_inputs[name].type, input->contents);
+        if (name == GW_KSERVE_IDS) {
+            size_t n_raw = i < request->n_raw_input_contents ? request->raw_input_contents[i].len / 4 : 0;
+            CM_TRY(gw_grpc_check_prompt(call, n > n_raw ? n : n_raw, error));
+        } else if (n > (size_t)gw_kserve_inputs[name].n) {
+            gw_error_set(error, GW_CAUSE_INVALID, input->name, "%s has %zu elements, not one", input->name,
+                         n);
+            return CM_E_INVALID;
+        }
+    }
+    return CM_OK;
+}
+
 static cm_status infer_open(gw_grpc_infer *infer, const infer_request *request, gw_error *error)
 {
     static const gw_stream_events events = {
@@ -327,6 +358,7 @@ static cm_status infer_open(gw_grpc_infer *infer, const infer_request *request, 
     };
     gw_grpc_call *call = infer->call;
     CM_TRY(gw_kserve_check_model(call->grpc->gateway, request->model_name, request->model_version, error));
+    CM_TRY(check_sizes(call, request, error));
     CM_TRY(gw_kserve_read_grpc(request, &infer->ask, error));
     if (infer->ask.stream && !is_streaming(call)) {
         gw_error_set(error, GW_CAUSE_INVALID, "stream", "stream needs ModelStreamInfer");

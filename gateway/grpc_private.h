@@ -7,6 +7,7 @@
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
 #include "gateway/grpc.h"
+#include "gateway/request.h"
 #include "gateway/visit.h"
 #include "proto/baleen_v1.pb-c.h"
 #include "proto/health.pb-c.h"
@@ -195,8 +196,12 @@ void gw_grpc_logprobs_clear(gw_grpc_logprobs *list);
 void gw_grpc_logprobs_fini(gw_grpc_logprobs *list);
 
 /* ---- grpc_body.c ---- */
+/* A list of ids is counted before it becomes JSON, which takes ten times its memory, and a second for the
+ * longest that a message can hold. */
+CM_MUST_CHECK cm_status gw_grpc_check_prompt(const gw_grpc_call *call, size_t n_ids, gw_error *error_out);
 void gw_grpc_put_ids(json_t *body, const char *field, const uint32_t *ids, size_t n_ids);
-/* Fields stop and stop_token_ids of a body; not those of which there are none. */
+/* Fields stop and stop_token_ids of a body; not those of which there are none, and no more than it takes for
+ * too many to be refused. */
 void gw_grpc_put_stops(json_t *body, char *const *stop, size_t n_stop, const uint32_t *ids, size_t n_ids);
 /* JSON bodies for gw_stream_open; *body_out is a new reference. CM_E_INVALID, CM_E_UNSUPPORTED: error names
  * the proto's field. */

@@ -177,9 +177,9 @@ static cm_status begin(gw_grpc_call *call, const Vllm__Grpc__Engine__GenerateReq
         CM_TRY(gw_grpc_check_id("request_id", id, error_out));
     }
     if (s != NULL && s->n > info.choices_max) {
-        gw_error_set(error_out, GW_CAUSE_UNSUPPORTED, "n", "n must not be above %u here: ask again for more",
+        gw_error_set(error_out, GW_CAUSE_INVALID, "n", "n must not be above %u here: ask again for more",
                      info.choices_max);
-        return CM_E_UNSUPPORTED;
+        return CM_E_INVALID;
     }
     vllm->stream = request->stream;
     vllm->n_choice = s != NULL && s->n > 1 ? s->n : 1;
@@ -204,7 +204,9 @@ void gw_vllm_generate(gw_grpc_call *call, const ProtobufCMessage *message)
     json_t *body;
     gw_error error;
     call->grpc->vllm_received_us = cm_wall_us();
-    if (gw_vllm_body(request, &body, &error) != CM_OK) {
+    bool from_ids = request->input_case == VLLM__GRPC__ENGINE__GENERATE_REQUEST__INPUT_TOKENIZED;
+    if (gw_grpc_check_prompt(call, from_ids ? request->tokenized->n_input_ids : 0, &error) != CM_OK ||
+        gw_vllm_body(request, &body, &error) != CM_OK) {
         gw_grpc_fail(call, &error);
         return;
     }

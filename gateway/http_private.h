@@ -40,8 +40,10 @@ void gw_reply_error(struct evhttp_request *req, const gw_error *error);
 /* Before any answer: x-request-id, traceparent, CORS. */
 void gw_reply_headers(struct evhttp_request *req, const gw_visit *visit);
 const char *gw_reply_request_id(struct evhttp_request *req); /* the one among them */
-/* retry-after and retry-after-ms when the error says so. */
+/* Whether and when to try again, when the error says so: retry-after, retry-after-ms, x-should-retry. */
 void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
+
+/* ---- http_body.c: what clients send ---- */
 /* The body as a JSON object; NULL: an error was answered. */
 json_t *gw_request_json(gw_http *http, struct evhttp_request *req);
 

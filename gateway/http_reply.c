@@ -19,6 +19,7 @@ static const char *reason_phrase(int code)
         {405, "Method Not Allowed"},
         {409, "Conflict"},
         {413, "Payload Too Large"},
+        {415, "Unsupported Media Type"},
         {429, "Too Many Requests"},
         {503, "Service Unavailable"},
         {504, "Gateway Timeout"},
@@ -92,6 +93,8 @@ void gw_reply_retry(struct evhttp_request *req, const gw_error *error)
         snprintf(text, sizeof(text), "%u", error->retry_ms);
         evhttp_add_header(out, "retry-after-ms", text);
         evhttp_add_header(out, "x-should-retry", "true");
+    } else if (gw_error_is_final(error)) {
+        evhttp_add_header(out, "x-should-retry", "false");
     }
 }
 
@@ -129,36 +132,4 @@ void gw_reply_error(struct evhttp_request *req, const gw_error *error)
     gw_reply(req, anthropic ? gw_error_anthropic_http(error) : gw_error_http(error), "application/json",
              body.data, body.len);
     cm_bytes_fini(&body);
-}
-
-json_t *gw_request_json(gw_http *http, struct evhttp_request *req)
-{
-    struct evbuffer *input = evhttp_request_get_input_buffer(req);
-    size_t n = evbuffer_get_length(input);
-    gw_error error;
-    if (n > http->gateway->config->request_bytes_max) {
-        gw_error_set(&error, GW_CAUSE_TOO_LARGE, NULL,
-                     "the request body has %zu bytes, at most %llu are accepted", n,
-                     (unsigned long long)http->gateway->config->request_bytes_max);
-        gw_reply_error(req, &error);
-        return NULL;
-    }
-    json_error_t where;
-    const char *text = n > 0 ? (const char *)evbuffer_pullup(input, -1) : "";
-    json_t *body = json_loadb(text, n, JSON_ALLOW_NUL, &where);
-    if (body == NULL) {
-        gw_error_set(&error, GW_CAUSE_BAD_JSON, NULL,
-                     "the request body is not valid JSON: %s (line %d, column %d)", where.text, where.line,
-                     where.column);
-        gw_reply_error(req, &error);
-        return NULL;
-    }
-    evbuffer_drain(input, n);
-    if (!json_is_object(body)) {
-        json_decref(body);
-        gw_error_set(&error, GW_CAUSE_INVALID, NULL, "the request body must be a JSON object");
-        gw_reply_error(req, &error);
-        return NULL;
-    }
-    return body;
 }

@@ -4,7 +4,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 
-enum { BACKOFF_MIN_MS = 100, BACKOFF_DOUBLINGS = 4 };
+enum { BACKOFF_MIN_MS = 100, BACKOFF_DOUBLINGS = 4, DEATHS_SUSPECT = 2 };
 
 struct gw_place_router {
     TAILQ_ENTRY(gw_place_router) link;
@@ -14,6 +14,7 @@ struct gw_place_router {
     uint64_t n_sequences; /* as it said last */
     uint64_t n_asked;     /* by us since */
     uint32_t n_unanswered;
+    uint32_t n_tried;    /* of those here, on trial */
     uint32_t n_refused;  /* in a row */
     uint64_t backoff_ms; /* no reopen before */
     uint64_t hold_ms;    /* down: its streams wait until then */
@@ -99,6 +100,20 @@ static void spot_answered(gw_spot *spot)
     }
 }
 
+static bool spot_is_suspect(const gw_place *place, const gw_spot *spot)
+{
+    return place->limits.deaths_max > 0 && spot->n_deaths >= DEATHS_SUSPECT;
+}
+
+static void spot_end_trial(gw_spot *spot)
+{
+    if (spot->tried) {
+        CM_ASSERT(spot->router->n_tried > 0);
+        spot->router->n_tried--;
+        spot->tried = false;
+    }
+}
+
 static void spot_drop_copy(gw_place *place, gw_spot *spot)
 {
     if (spot->copy != 0) {
@@ -127,6 +142,7 @@ static void spot_leave(gw_place *place, gw_spot *spot)
     case GW_SPOT_ASKED:
     case GW_SPOT_RUNNING:
         spot_answered(spot);
+        spot_end_trial(spot);
         TAILQ_REMOVE(&spot->router->here, spot, link);
         break;
     case GW_SPOT_LOST:
@@ -198,10 +214,22 @@ static void spot_lose(gw_place *place, uint64_t now_ms, gw_spot *spot)
     TAILQ_INSERT_TAIL(&router->lost, spot, link);
 }
 
+static bool spot_is_condemned(const gw_place *place, const gw_spot *spot)
+{
+    return place->limits.deaths_max > 0 && spot->n_deaths >= place->limits.deaths_max;
+}
+
+/* It has died, as far as anybody here can tell. */
 static void router_give_away(gw_place *place, uint64_t now_ms, gw_place_router *router)
 {
-    while (!TAILQ_EMPTY(&router->lost)) {
-        spot_wait(place, now_ms, TAILQ_FIRST(&router->lost), false);
+    gw_spot *spot;
+    while ((spot = TAILQ_FIRST(&router->lost)) != NULL) {
+        spot->n_deaths++;
+        if (spot_is_condemned(place, spot)) {
+            spot_fail(place, spot, CM_E_RESET);
+        } else {
+            spot_wait(place, now_ms, spot, false);
+        }
     }
 }
 
@@ -331,6 +359,8 @@ void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
     }
     if (tokens) {
         spot->told_ms = now_ms;
+        spot->n_deaths = 0;
+        spot_end_trial(spot);
         /* words of a router that it is to leave: no place yet, but no standstill either */
         spot->stalled_ms = spot->state == GW_SPOT_RUNNING ? UINT64_MAX : now_ms;
     }
@@ -399,11 +429,26 @@ uint32_t gw_place_end(gw_place *place, gw_spot *spot, uint64_t routers_out[GW_PL
 
 /* ---- what to do ---- */
 
+/* Another one is on trial, and it may be that one's turn to be cleared or to fall. */
+static bool any_trial(const gw_place *place)
+{
+    const gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router->n_tried > 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* Streams that wait in vain. What is left says when to look again. */
 static void place_expire(gw_place *place, uint64_t now_ms, gw_spot_list *list)
 {
     for (gw_spot *spot = TAILQ_FIRST(list), *next; spot != NULL; spot = next) {
         next = TAILQ_NEXT(spot, link);
+        if (list == &place->waiting && spot_is_suspect(place, spot) && any_trial(place)) {
+            spot->stalled_ms = now_ms;
+        }
         if (now_ms >= spot->stalled_ms + place->limits.reopen_ms) {
             spot_fail(place, spot, spot->status);
         } else {
@@ -464,7 +509,9 @@ static void spot_ask(gw_place *place, uint64_t now_ms, gw_spot *spot, gw_place_r
     spot->resuming = resume;
     spot->counted = true;
     spot->told_ms = now_ms;
+    spot->tried = spot_is_suspect(place, spot);
     router->n_unanswered++;
+    router->n_tried += spot->tried;
     router->n_asked += !resume;
     TAILQ_INSERT_TAIL(&router->here, spot, link);
     *action_out = (gw_place_action){
@@ -477,7 +524,10 @@ static bool next_failed(gw_place *place, gw_place_action *action_out)
     if (spot == NULL) {
         return false;
     }
-    *action_out = (gw_place_action){.act = GW_PLACE_GIVE_UP, .spot = spot, .status = spot->status};
+    *action_out =
+        (gw_place_action){.act = spot_is_condemned(place, spot) ? GW_PLACE_CONDEMN : GW_PLACE_GIVE_UP,
+                          .spot = spot,
+                          .status = spot->status};
     spot_leave(place, spot);
     return true;
 }
@@ -535,6 +585,19 @@ static gw_place_router *pick(const gw_place *place, uint64_t now_ms, bool fresh)
     return best;
 }
 
+/* For one that is tried apart. */
+static gw_place_router *pick_apart(const gw_place *place, uint64_t now_ms)
+{
+    gw_place_router *router, *best = NULL;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router_takes(place, router, now_ms) && router->n_tried == 0 &&
+            (best == NULL || router->n_sequences + router->n_asked < best->n_sequences + best->n_asked)) {
+            best = router;
+        }
+    }
+    return best;
+}
+
 static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *action_out)
 {
     gw_spot *spot;
@@ -545,7 +608,9 @@ static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *acti
         if (resume && router->n_unanswered >= place->limits.opens_max) {
             continue;
         }
-        if (!resume) {
+        if (!resume && spot_is_suspect(place, spot)) {
+            router = pick_apart(place, now_ms); /* none: it holds up nobody */
+        } else if (!resume) {
             router = full ? NULL : pick(place, now_ms, spot_is_fresh(spot));
             full = router == NULL;
         }

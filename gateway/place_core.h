@@ -11,6 +11,12 @@
  * a while that doubles with every refusal. A new stream passes no queue: it is told at once that all are
  * full.
  *
+ * A request may be what ends its routers. A router that is lost while it has a stream, and does not come back
+ * with it, counts as a death under that stream until its next token: after deaths_max the stream is refused
+ * for good. Those that merely were there are cleared by their next token, and from DEATHS_SUSPECT on a stream
+ * is tried apart: one such stream at a router at a time, until a token clears it, so that who is refused was
+ * with none of its like at the last. Waiting for that costs it none of reopen_ms.
+ *
  *   NONE -> WAITING -> ASKED -> RUNNING ;  ASKED, RUNNING -> LOST -> WAITING ;  any -> NONE */
 #pragma once
 #include <stdbool.h>
@@ -38,11 +44,13 @@ typedef struct gw_spot {
     gw_place_router *router; /* ASKED, RUNNING, LOST */
     uint64_t
         left; /* a router that may still have it, or did: it goes on there if it can; its number; 0: none */
-    uint64_t copy; /* another one, whose copy nobody needs: in the list of those; 0: none */
-    bool once;     /* given by the owner: not tried again */
-    bool accepted; /* by any router, ever */
-    bool resuming; /* ASKED by a resume */
-    bool counted;  /* ASKED and among its router's unanswered */
+    uint64_t copy;     /* another one, whose copy nobody needs: in the list of those; 0: none */
+    bool once;         /* given by the owner: not tried again */
+    bool accepted;     /* by any router, ever */
+    bool resuming;     /* ASKED by a resume */
+    bool counted;      /* ASKED and among its router's unanswered */
+    bool tried;        /* at its router on trial */
+    uint32_t n_deaths; /* of routers that had it, since its newest token */
     uint64_t
         stalled_ms; /* since when it has been without a router that gives it tokens; UINT64_MAX: it has one */
     uint64_t told_ms; /* its newest token, or its place */
@@ -51,11 +59,12 @@ typedef struct gw_spot {
 typedef TAILQ_HEAD(gw_spot_list, gw_spot) gw_spot_list;
 
 typedef struct gw_place_limits {
-    uint64_t reopen_ms; /* a stream is given up after so long without a token from any router */
-    uint64_t rebind_ms; /* a lost link's streams wait for it so long */
-    uint64_t leave_ms;  /* streams of a router that left the epoch move on after so long without a token */
-    uint32_t opens_max; /* unanswered reopens at one router */
-    uint64_t seed;      /* of the jitter */
+    uint64_t reopen_ms;  /* a stream is given up after so long without a token from any router */
+    uint64_t rebind_ms;  /* a lost link's streams wait for it so long */
+    uint64_t leave_ms;   /* streams of a router that left the epoch move on after so long without a token */
+    uint32_t opens_max;  /* unanswered reopens at one router */
+    uint32_t deaths_max; /* of routers under one stream without a token; 0: never too many */
+    uint64_t seed;       /* of the jitter */
 } gw_place_limits;
 
 typedef struct gw_place {
@@ -107,6 +116,7 @@ typedef enum gw_place_act {
     GW_PLACE_FORGET,  /* the router has a copy that nobody needs: spot runs elsewhere */
     GW_PLACE_GIVE_UP, /* spot has no place any more, gw_place_end is next; status: why it was refused last,
                          CM_OK: no router was there */
+    GW_PLACE_CONDEMN, /* likewise, because deaths_max routers died under it */
 } gw_place_act;
 typedef struct gw_place_action {
     gw_place_act act;

@@ -553,14 +553,7 @@ cm_status gw_request_budget(const gw_request *request, bool thinking, uint32_t n
                             uint32_t *tokens_max_out, gw_error *error_out)
 {
     if (n_prompt >= context) {
-        const char *param = request->kind == GW_ASK_CHAT ? "messages" : "prompt";
-        gw_error_set(
-            error_out, GW_CAUSE_CONTEXT, param,
-            "This model's maximum context length is %u tokens. However, your prompt has %u tokens. Please "
-            "shorten it.",
-            context, n_prompt);
-        error_out->tokens = n_prompt;
-        error_out->tokens_max = context - 1;
+        gw_error_too_long(error_out, request->kind == GW_ASK_CHAT ? "messages" : "prompt", n_prompt, context);
         return CM_E_TOO_LONG;
     }
     uint32_t wanted = request->tokens_max;

@@ -16,6 +16,7 @@ enum {
     REBIND_MS = 300, /* longer than a refused connection takes, shorter than anyone minds */
     LEAVE_MS = 5000,
     REOPENS_MAX = 32,
+    DEATHS_MAX = 3, /* each of them costs every stream of a router a pause */
 };
 
 /* ---- ends ---- */
@@ -492,6 +493,19 @@ static void give_up(gw_stream *stream, cm_status status)
     gw_stream_fail(stream, &error);
 }
 
+static void condemn(gw_stream *stream)
+{
+    gw_error error;
+    cm_error_log("request %s: %d routers died one after the other while they had it; it is refused",
+                 gw_stream_id(stream), DEATHS_MAX);
+    cm_stat_add(CM_STAT_streams_condemned, 1);
+    gw_error_set(
+        &error, GW_CAUSE_ENDS_ROUTERS, NULL,
+        "%d routers failed one after the other while they computed this request: it is not tried again",
+        DEATHS_MAX);
+    gw_stream_fail(stream, &error);
+}
+
 static void place_do(const gw_place_action *action)
 {
     gw_stream *stream = stream_of(action->spot);
@@ -512,6 +526,9 @@ static void place_do(const gw_place_action *action)
         break;
     case GW_PLACE_GIVE_UP:
         give_up(stream, action->status);
+        break;
+    case GW_PLACE_CONDEMN:
+        condemn(stream);
         break;
     }
 }
@@ -604,6 +621,7 @@ void gw_streams_init(gw_gateway *gateway)
                               .rebind_ms = REBIND_MS,
                               .leave_ms = LEAVE_MS,
                               .opens_max = REOPENS_MAX,
+                              .deaths_max = DEATHS_MAX,
                               .seed = cm_random_u64()};
     TAILQ_INIT(&gateway->streams);
     cm_map_init(&gateway->by_number, (uint32_t)gateway->config->streams_max + 1);
@@ -770,9 +788,9 @@ static cm_status check_choices(const gw_request *request, const gw_ask *ask, gw_
     if (request->n_choice <= most) {
         return CM_OK;
     }
-    gw_error_set(error_out, GW_CAUSE_UNSUPPORTED, "n",
-                 "n must not be above %u here: ask again for more answers", most);
-    return CM_E_UNSUPPORTED;
+    gw_error_set(error_out, GW_CAUSE_INVALID, "n", "n must not be above %u here: ask again for more answers",
+                 most);
+    return CM_E_INVALID;
 }
 
 static cm_status stream_start(gw_gateway *gateway, const gw_ask *ask, const gw_stream_events *events,

@@ -36,6 +36,11 @@ const char *gw_error_type(const gw_error *error);
 const char *gw_error_code(const gw_error *error);
 int gw_error_anthropic_http(const gw_error *error);
 pc_code gw_error_grpc(const gw_error *error);
+/* Asked again the same would come of it, or is not wanted: clients that try again by themselves are told not
+ * to. */
+bool gw_error_is_final(const gw_error *error);
+/* A prompt that fills the context. */
+void gw_error_too_long(gw_error *error, const char *param, uint64_t n_prompt, uint32_t context);
 void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char *fmt, ...) CM_PRINTF(4, 5);
 
 typedef enum gw_ask_kind {

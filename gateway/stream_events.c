@@ -147,7 +147,8 @@ static void fail_by_router(gw_stream *stream, const Baleen__Engine__V1__SeqToken
     }
     gw_error error;
     bool has_text = frame->text != NULL && frame->text[0] != 0;
-    gw_error_set(&error, cause, NULL, "%s", has_text ? frame->text : cm_status_text(status));
+    gw_error_set(&error, cause, NULL, "%s%s", has_text ? "" : "the router could not go on with it: ",
+                 has_text ? frame->text : cm_status_text(status));
     error.retry_ms = retry_ms;
     gw_stream_fail(stream, &error);
 }

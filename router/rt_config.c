@@ -1,3 +1,4 @@
+#include "router/engine/micro_core.h"
 #include "router/router.h"
 #include "router/sched/sched_core.h"
 
@@ -28,6 +29,10 @@ static const cm_cfg_field g_fields[] = {
      "tokens guessed ahead by the checkpoint's MTP block, checked in one step; fewer or none while that does "
      "not pay; 0 = never",
      CM_CFG_UINT(rt_config, drafts_max, 0, RT_DRAFT_MAX)},
+    {"micro_batches", "0",
+     "parts of a step, 1 or 2: while the rows of one are with the workers, the other is computed; 0 = what "
+     "turns out to be faster",
+     CM_CFG_UINT(rt_config, micro_batches, 0, RT_MICRO_MAX)},
     {"kv_bytes", "1g", "memory for KV pages", CM_CFG_BYTES(rt_config, kv_bytes, 1, UINT64_MAX)},
     {"answer_ms", "10000",
      "a worker that has not answered a frame by then is dropped and asked again elsewhere",

@@ -1,10 +1,12 @@
 #include "router/script.h"
 
 #include <math.h>
+#include <signal.h>
 #include <string.h>
 
 #include "common/base/assert.h"
 #include "common/base/bytes.h"
+#include "common/base/failpoint.h"
 #include "common/base/mem.h"
 #include "common/model/geometry.h"
 #include "common/model/tokenizer.h"
@@ -118,6 +120,9 @@ static void learn(rt_script *s, slot_script *slot, const uint32_t *prompt, uint3
     const char *text = cm_bytes_text(&s->text);
     size_t n_text = s->text.len;
     cut_last_message(&text, &n_text);
+    if (strncmp(text, "poison", 6) == 0 && cm_failpoint_fires(CM_FAILPOINT_router_script_ends_it)) {
+        raise(SIGKILL);
+    }
     md_tokenizer_encode(s->tokenizer, text, n_text, MD_TEXT_CONTROL, &slot->script);
 }
 

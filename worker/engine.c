@@ -151,7 +151,7 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
     if (status != CM_OK) {
         goto err_fd; /* device memory goes with the device */
     }
-    status = wk_shard_create(options->checkpoint, e->device, &e->shard);
+    status = wk_shard_create(options->checkpoint, e->device, options->device.n_threads, &e->shard);
     CM_ASSERT(status == CM_OK);
     e->gather = wk_gather_create(&(wk_gather_limits){.router_max = options->router_max,
                                                      .frame_max = options->frame_max,

@@ -5,7 +5,7 @@
 
 enum {
     GATHER_FADE = 32,   /* groups after which what was learned of one has faded to a third */
-    GATHER_LEAST = 4,   /* a group less saves at least such a part of one */
+    GATHER_LEAST = 2,   /* a group less saves at least such a part of one */
     GATHER_SPREAD = 64, /* variance of rows, by the square of their mean, that a line can be drawn through */
 };
 
@@ -200,7 +200,8 @@ static uint64_t gather_due_back(const wk_gather *g, const gather_router *r, uint
     if (r->id == 0 || !r->active || r->n_waiting > 0 || r->answered_us == 0 || r->return_us == 0) {
         return 0;
     }
-    uint64_t likely_us = r->answered_us + r->return_us, latest_us = likely_us + r->return_us / 2 + 1;
+    uint64_t late_us = r->return_us / 2 < g->saves_us ? r->return_us / 2 : g->saves_us;
+    uint64_t likely_us = r->answered_us + r->return_us, latest_us = likely_us + late_us + 1;
     return now_us < latest_us && likely_us < now_us + g->saves_us ? latest_us : 0;
 }
 

@@ -10,8 +10,9 @@
 
 typedef struct wk_shard wk_shard;
 
+/* n_threads: so many read and lay out experts together until a load has been complete once. */
 CM_MUST_CHECK cm_status wk_shard_create(const md_checkpoint *checkpoint, kn_device *device,
-                                        wk_shard **shard_out);
+                                        uint32_t n_threads, wk_shard **shard_out);
 void wk_shard_destroy(wk_shard *shard);
 
 /* Reads and checks every expert of `rank` that is not held yet. CM_E_CORRUPT names the tensor. Progress goes

@@ -162,20 +162,14 @@ static void link_free(net_backend_link *link)
     cm_pool_put(&s->links, link);
 }
 
-/* The other side sleeps or waits. A bell that cannot be rung any louder is heard. */
-static void link_wake(const net_backend_link *link)
-{
-    uint64_t one = 1;
-    if (link->bell >= 0) {
-        ssize_t n = write(link->bell, &one, sizeof(one));
-        (void)n;
-    }
-}
-
+/* The other side sleeps or waits, and is told so once. Its flag stays as long as we have no bell of it: that
+ * rings when its greeting comes. One that cannot be rung any louder is heard. */
 static void wake_if(const net_backend_link *link, _Atomic uint32_t *flag)
 {
-    if (atomic_load(flag) != 0 && atomic_exchange(flag, 0) != 0) {
-        link_wake(link);
+    uint64_t one = 1;
+    if (link->bell >= 0 && atomic_load(flag) != 0 && atomic_exchange(flag, 0) != 0) {
+        ssize_t n = write(link->bell, &one, sizeof(one));
+        (void)n;
     }
 }
 
@@ -232,7 +226,6 @@ static cm_status link_greet(net_backend_link *link)
     memcpy(CMSG_DATA(head), fds, sizeof(fds));
     ssize_t n = sendmsg(link->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     close(fds[0]);
-    /* what was put there before the peer had our bell: it looks when it hears this */
     return n == sizeof(greeting) ? CM_OK : CM_E_RESET;
 }
 
@@ -296,6 +289,7 @@ static void link_on_socket(net_backend_link *link)
         if (status != CM_OK) {
             return;
         }
+        wake_if(link, &link->tx.segment->receiver_sleeps); /* over what it was sent before we had its bell */
     }
     char byte;
     ssize_t n = recv(link->fd, &byte, sizeof(byte), MSG_DONTWAIT);

@@ -614,7 +614,7 @@ uint64_t pc_call_queued_bytes(const pc_call *call)
 }
 
 void pc_call_finish(pc_call *call, pc_code code, const char *message, const void *details, size_t n_details,
-                    uint32_t retry_ms)
+                    int64_t retry_ms)
 {
     if (call->over || call->finishing) {
         return;
@@ -627,9 +627,9 @@ void pc_call_finish(pc_call *call, pc_code code, const char *message, const void
         trailer->key = grpc_slice_from_static_string("grpc-status-details-bin");
         trailer->value = grpc_slice_from_copied_buffer(details, n_details);
     }
-    if (retry_ms > 0) {
-        char text[16];
-        snprintf(text, sizeof(text), "%u", retry_ms);
+    if (retry_ms != 0) {
+        char text[24];
+        snprintf(text, sizeof(text), "%lld", (long long)retry_ms);
         grpc_metadata *trailer = &call->trailers[call->n_trailers++];
         trailer->key = grpc_slice_from_static_string("grpc-retry-pushback-ms");
         trailer->value = grpc_slice_from_copied_string(text);

@@ -97,6 +97,8 @@ CM_MUST_CHECK cm_status pc_call_send(pc_call *call, const void *data, size_t n_b
 void pc_call_send_whole(pc_call *call, const void *data, size_t n_bytes);
 uint64_t pc_call_queued_bytes(const pc_call *call);
 /* After what is queued. details (may be NULL): packed google.rpc.Status for grpc-status-details-bin. retry_ms
- * > 0: trailer grpc-retry-pushback-ms. closed follows. A second finish is ignored. */
+ * not 0: trailer grpc-retry-pushback-ms; PC_RETRY_NEVER: clients must not try again by themselves. closed
+ * follows. A second finish is ignored. */
+enum { PC_RETRY_NEVER = -1 };
 void pc_call_finish(pc_call *call, pc_code code, const char *message, const void *details, size_t n_details,
-                    uint32_t retry_ms);
+                    int64_t retry_ms);

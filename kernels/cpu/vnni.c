@@ -110,7 +110,7 @@ void KN_FN(kn_vnni_put)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t o, vn
         const double *sum = acc[r / VNNI_GROUP][r % VNNI_GROUP];
         uint16_t poison = vnni_poison(t)[r], y[VNNI_OUTS];
         for (uint32_t i = 0; i < VNNI_OUTS; i++) {
-            uint16_t value = kn_bf16_from_f64(sum[i % 4 / 2 * 8 + i / 4 * 2 + i % 2]);
+            uint16_t value = kn_bf16_from_f64(sum[vnni_sum_at(i)]);
             y[i] = poison != 0 ? poison : nan[i] != 0 ? nan[i] : value;
         }
         memcpy(t->y[r] + o, y, n_out * sizeof(y[0]));
@@ -122,7 +122,7 @@ void KN_FN(kn_cpu_q8_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k, k
     poison_job job = {.tile = tile, .k = k};
     kn_team_run(team, tile->n, k / 8, poison_part, &job);
     if (w == KN_E2M1) {
-        KN_FN(kn_vnni_fp4_load)(team, tile, k);
+        KN_FN(kn_fp4_load)(team, tile, k);
     } else {
         KN_FN(kn_vnni_fp8_load)(team, tile, k);
     }
@@ -138,7 +138,7 @@ static void product_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
     const product_job *j = arg;
     (void)i_thread;
     if (j->w->dtype == KN_E2M1) {
-        KN_FN(kn_vnni_fp4_part)(j->tile, j->w, begin, end);
+        KN_FN(kn_fp4_part)(j->tile, j->w, begin, end);
     } else {
         KN_FN(kn_vnni_fp8_part)(j->tile, j->w, begin, end);
     }
@@ -148,14 +148,15 @@ void KN_FN(kn_cpu_q8_product)(kn_team *team, const cpu_q8_tile *tile, const kn_m
 {
     product_job job = {.tile = tile, .w = w};
     CM_ASSERT(w->dtype == KN_E4M3 || (w->dtype == KN_E2M1 && w->n_in % 2 == 0));
-    kn_team_run(team, kn_blocks(w->n_out, VNNI_OUTS), (uint64_t)w->n_in * tile->n, product_part, &job);
+    kn_team_run(team, kn_blocks(w->n_out, w->dtype == KN_E2M1 ? FP4_OUTS : VNNI_OUTS),
+                (uint64_t)w->n_in * tile->n, product_part, &job);
 }
 
 /* ---- preparing ---- */
 
 static uint64_t prepared_bytes(const kn_matrix *w)
 {
-    return w->dtype == KN_E2M1   ? KN_FN(kn_vnni_fp4_bytes)(w)
+    return w->dtype == KN_E2M1   ? KN_FN(kn_fp4_bytes)(w)
            : w->dtype == KN_E4M3 ? KN_FN(kn_vnni_fp8_bytes)(w)
                                  : 0;
 }
@@ -163,7 +164,7 @@ static uint64_t prepared_bytes(const kn_matrix *w)
 static void prepare(const kn_matrix *w, void *out)
 {
     if (w->dtype == KN_E2M1) {
-        KN_FN(kn_vnni_fp4_prepare)(w, out);
+        KN_FN(kn_fp4_prepare)(w, out);
     } else {
         KN_FN(kn_vnni_fp8_prepare)(w, out);
     }

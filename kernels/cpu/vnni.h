@@ -17,6 +17,8 @@ enum {
     VNNI_GROUP = 8, /* rows multiplied together */
     VNNI_GROUPS_MAX = CPU_Q8_ROWS / VNNI_GROUP,
     VNNI_TILES = 4, /* tiles that share one reading of many rows of input */
+    FP4_TILES = 2,  /* of E2M1 weights that stand side by side */
+    FP4_OUTS = FP4_TILES * VNNI_OUTS,
 };
 
 /* What is left of a NaN in bf16, by where it came from; a code's sign is added. */
@@ -76,19 +78,24 @@ void KN_FN(kn_vnni_columns)(const vnni_rows *rows, uint32_t at, uint32_t n_bytes
 
 /* Sums of one group and one tile of outputs, in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15. */
 typedef double vnni_sums[VNNI_GROUP][VNNI_OUTS];
+static inline uint32_t vnni_sum_at(uint32_t output)
+{
+    return output % 4 / 2 * 8 + output / 4 * 2 + output % 2;
+}
 
 /* Rounds the sums of all groups into outputs o .. o + 15. A row with a NaN code or scale gives the first one
  * it holds; otherwise nan[i], unless 0, is what output o + i is. */
 void KN_FN(kn_vnni_put)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t o, vnni_sums *acc,
                         const uint16_t nan[VNNI_OUTS]);
 
-/* The files of one weight format each. x: the tile's scratch; outputs in tiles begin .. end - 1. */
-void KN_FN(kn_vnni_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k);
-void KN_FN(kn_vnni_fp4_part)(const cpu_q8_tile *tile, const kn_matrix *w, uint32_t begin, uint32_t end);
+/* The files of one weight format each. x: the tile's scratch; outputs in tiles begin .. end - 1, of E2M1 in
+ * pairs of them. */
+void KN_FN(kn_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k);
+void KN_FN(kn_fp4_part)(const cpu_q8_tile *tile, const kn_matrix *w, uint32_t begin, uint32_t end);
 void KN_FN(kn_vnni_fp8_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k);
 void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *tile, const kn_matrix *w, uint32_t begin, uint32_t end);
 /* The stored matrix in the order of the products, into that many bytes. */
-uint64_t KN_FN(kn_vnni_fp4_bytes)(const kn_matrix *w);
-void KN_FN(kn_vnni_fp4_prepare)(const kn_matrix *w, void *out);
+uint64_t KN_FN(kn_fp4_bytes)(const kn_matrix *w);
+void KN_FN(kn_fp4_prepare)(const kn_matrix *w, void *out);
 uint64_t KN_FN(kn_vnni_fp8_bytes)(const kn_matrix *w);
 void KN_FN(kn_vnni_fp8_prepare)(const kn_matrix *w, void *out);

@@ -3,25 +3,13 @@
  *
  * Bound: for up to two rows the read bandwidth; from four rows on the dot products, two for every four
  * weights and row, and a third for blocks that hold small values. */
-#include "kernels/cpu/vnni.h"
+#include "kernels/cpu/fp4_chunks.h"
 
 enum {
-    FP4_STEP = 8, /* inputs in a dword of weights: even ones low nibbles, odd ones high */
-    FP4_BLOCK_STEPS = KN_FP4_BLOCK / FP4_STEP,
-    FP4_CHUNK_BLOCKS = CPU_CHUNK / KN_FP4_BLOCK,
-    FP4_CHUNK_BYTES = CPU_CHUNK / 2, /* of each row */
-    FP4_PIECE = 4,                   /* chunks multiplied with all rows before the next ones */
+    FP4_PIECE = 4, /* chunks multiplied with all rows before the next ones */
     FP4_BIAS = 12,
     FP4_OFFSET = 1 << 30, /* keeps sums positive; times 8 it leaves a dword */
-    FP4_UNIT_BITS = 10,   /* sums count units of 2^-10: 2^-9 by the input, 2^-1 by the doubled weight */
 };
-
-/* CPU_CHUNK inputs of 16 outputs. Prepared weights are these, [tile of outputs][chunk], zero past the matrix.
- */
-typedef struct fp4_chunk {
-    __m512i columns[FP4_CHUNK_BYTES / 4];
-    __m512i scales; /* [output][block of the chunk] */
-} fp4_chunk;
 
 /* One row of inputs and block. */
 typedef struct fp4_block {
@@ -120,7 +108,7 @@ static void load_group(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
     }
 }
 
-void KN_FN(kn_vnni_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
+void KN_FN(kn_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
 {
     load_job job = {.tile = tile, .k = k};
     kn_team_run(team, kn_blocks(tile->n, VNNI_GROUP), (uint64_t)VNNI_GROUP * k, load_group, &job);
@@ -145,8 +133,8 @@ INLINED __m512i dot(__m512i acc, __m512i columns, const uint8_t *x, uint32_t i)
 }
 
 /* sum_out[r]: integer sums of one block, in units of 8 without rest, else of 1. */
-INLINED void block_sums(const __m512i *columns, const fp4_group *g, uint32_t b, __m512i *sum_out,
-                        const uint32_t n)
+INLINED void block_sums(const __m512i (*columns)[FP4_TILES], uint32_t k, const fp4_group *g, uint32_t b,
+                        __m512i *sum_out, const uint32_t n)
 {
     const fp4_block *block = g->blocks + (uint64_t)b * n;
     const uint8_t *x = g->digits + (uint64_t)b * FP4_BLOCK_STEPS * n * 16;
@@ -157,7 +145,7 @@ INLINED void block_sums(const __m512i *columns, const fp4_group *g, uint32_t b, 
     }
 #pragma GCC unroll 4
     for (uint32_t s = 0; s < FP4_BLOCK_STEPS; s++) {
-        __m512i even = low_nibbles(columns[s]), odd = low_nibbles(_mm512_srli_epi32(columns[s], 4));
+        __m512i even = low_nibbles(columns[s][k]), odd = low_nibbles(_mm512_srli_epi32(columns[s][k], 4));
         for (uint32_t r = 0; r < n; r++, x += 16) {
             high[r] = dot(high[r], even, x, 0);
             low[r] = dot(low[r], even, x, 1);
@@ -170,7 +158,8 @@ INLINED void block_sums(const __m512i *columns, const fp4_group *g, uint32_t b, 
     }
 }
 
-INLINED void add_rest(const __m512i *columns, const fp4_group *g, uint32_t b, __m512i *sum, const uint32_t n)
+INLINED void add_rest(const __m512i (*columns)[FP4_TILES], uint32_t k, const fp4_group *g, uint32_t b,
+                      __m512i *sum, const uint32_t n)
 {
     const fp4_block *block = g->blocks + (uint64_t)b * n;
     const uint8_t *x = g->rest + (uint64_t)b * FP4_BLOCK_STEPS * n * 8;
@@ -179,22 +168,12 @@ INLINED void add_rest(const __m512i *columns, const fp4_group *g, uint32_t b, __
     }
 #pragma GCC unroll 4
     for (uint32_t s = 0; s < FP4_BLOCK_STEPS; s++) {
-        __m512i even = low_nibbles(columns[s]), odd = low_nibbles(_mm512_srli_epi32(columns[s], 4));
+        __m512i even = low_nibbles(columns[s][k]), odd = low_nibbles(_mm512_srli_epi32(columns[s][k], 4));
         for (uint32_t r = 0; r < n; r++, x += 8) {
             sum[r] = dot(sum[r], even, x, 0);
             sum[r] = dot(sum[r], odd, x, 1);
         }
     }
-}
-
-/* The scale bytes of block b % 4 where doubles have their exponents, for the outputs that unpacking the low
- * (0) or high (2) dwords of every four brings: 0 1 4 5 8 9 .. or 2 3 6 7 10 11 .. */
-INLINED __m512i scale_exponents(__m512i scales, uint32_t b, int high)
-{
-    const __m512i byte = _mm512_set_epi64(52, 48, 36, 32, 20, 16, 4, 0);
-    __m512i from = _mm512_add_epi64(byte, _mm512_set1_epi64(4 * high + (int)(b % 4)));
-    __m512i byte6 = _mm512_maskz_permutexvar_epi8(0x4040404040404040, _mm512_slli_epi64(from, 48), scales);
-    return _mm512_slli_epi64(byte6, 4);
 }
 
 /* Adds sums, which are FP4_OFFSET too large, times 2^exponent. As the low dword of a double of exponent 2^52
@@ -206,20 +185,20 @@ INLINED void add_scaled(double *acc, __m512i sums, __m512i exponent)
 }
 
 /* Chunks c0 .. c0 + n_chunk - 1 of one tile of outputs; n_block: of all inputs. */
-INLINED void group_chunks(const fp4_chunk *chunks, const fp4_group *g, uint32_t c0, uint32_t n_chunk,
-                          uint32_t n_block, vnni_sums acc, const uint32_t n)
+INLINED void group_chunks(const fp4_chunk *const *chunks, uint32_t k, const fp4_group *g, uint32_t c0,
+                          uint32_t n_chunk, uint32_t n_block, vnni_sums acc, const uint32_t n)
 {
     const __m512i two52 = _mm512_set1_epi32(0x43300000);
     uint32_t end = (c0 + n_chunk) * FP4_CHUNK_BLOCKS < n_block ? (c0 + n_chunk) * FP4_CHUNK_BLOCKS : n_block;
     for (uint32_t b = c0 * FP4_CHUNK_BLOCKS; b < end; b++) {
-        const fp4_chunk *chunk = &chunks[b / FP4_CHUNK_BLOCKS - c0];
-        const __m512i *columns = chunk->columns + b % FP4_CHUNK_BLOCKS * FP4_BLOCK_STEPS;
+        const fp4_chunk *chunk = chunks[b / FP4_CHUNK_BLOCKS - c0];
+        const __m512i(*columns)[FP4_TILES] = chunk->columns + b % FP4_CHUNK_BLOCKS * FP4_BLOCK_STEPS;
         const fp4_block *block = g->blocks + (uint64_t)b * n;
-        __m512i sum[VNNI_GROUP], w_low = scale_exponents(chunk->scales, b, 0),
-                                 w_high = scale_exponents(chunk->scales, b, 2);
-        block_sums(columns, g, b, sum, n);
+        __m512i sum[VNNI_GROUP], w_low = fp4_scale_exponents(chunk->scales[k], b, 0),
+                                 w_high = fp4_scale_exponents(chunk->scales[k], b, 2);
+        block_sums(columns, k, g, b, sum, n);
         if (g->with_rest[b]) {
-            add_rest(columns, g, b, sum, n);
+            add_rest(columns, k, g, b, sum, n);
         }
         for (uint32_t r = 0; r < n; r++) {
             __m512i exponent = _mm512_set1_epi64((int64_t)block[r].exponent);
@@ -231,11 +210,11 @@ INLINED void group_chunks(const fp4_chunk *chunks, const fp4_group *g, uint32_t 
 
 #define ROWS(n_)                                                                                             \
     case n_:                                                                                                 \
-        group_chunks(chunks, g, c0, n_chunk, n_block, acc, n_);                                              \
+        group_chunks(chunks, k, g, c0, n_chunk, n_block, acc, n_);                                           \
         break;
 
-static void group_piece(const fp4_chunk *chunks, const fp4_group *g, uint32_t c0, uint32_t n_chunk,
-                        uint32_t n_block, vnni_sums acc)
+static void group_piece(const fp4_chunk *const *chunks, uint32_t k, const fp4_group *g, uint32_t c0,
+                        uint32_t n_chunk, uint32_t n_block, vnni_sums acc)
 {
     switch (g->n) {
         ROWS(1)
@@ -249,60 +228,18 @@ static void group_piece(const fp4_chunk *chunks, const fp4_group *g, uint32_t c0
     }
 }
 
-/* ---- chunks of weights ---- */
-
-/* Reads n_chunk chunks of the tile at output o from the stored form. */
-static void read_chunks(const kn_matrix *w, uint32_t o, uint32_t c0, uint32_t n_chunk, fp4_chunk *chunks_out)
-{
-    uint32_t row_bytes = w->n_in / 2, n_scale = kn_blocks(w->n_in, KN_FP4_BLOCK);
-    vnni_rows codes = vnni_rows_at(kn_host(w->data), row_bytes, o, w->n_out);
-    vnni_rows scales = vnni_rows_at(kn_host(w->scale), n_scale, o, w->n_out);
-    for (uint32_t c = c0; c < c0 + n_chunk; c++, chunks_out++) {
-        uint32_t at = c * FP4_CHUNK_BLOCKS,
-                 n = n_scale - at < FP4_CHUNK_BLOCKS ? n_scale - at : FP4_CHUNK_BLOCKS;
-        uint8_t bytes[VNNI_OUTS][FP4_CHUNK_BLOCKS] = {0};
-        KN_FN(kn_vnni_columns)(&codes, c * FP4_CHUNK_BYTES, row_bytes, chunks_out->columns);
-        for (uint32_t i = 0; i < VNNI_OUTS; i++) {
-            memcpy(bytes[i], scales.row[i] + at, n);
-        }
-        chunks_out->scales = _mm512_loadu_si512(bytes);
-    }
-}
-
-/* The chunks themselves, or a copy in buffer. */
-static const fp4_chunk *piece_at(const kn_matrix *w, uint32_t i_tile, uint32_t c0, uint32_t n_chunk,
-                                 fp4_chunk *buffer)
-{
-    if (w->prepared) {
-        return (const fp4_chunk *)kn_host(w->data) + (uint64_t)i_tile * kn_blocks(w->n_in, CPU_CHUNK) + c0;
-    }
-    read_chunks(w, i_tile * VNNI_OUTS, c0, n_chunk, buffer);
-    return buffer;
-}
-
-/* Notes outputs whose scales hold the byte of NaN. */
-static void find_nans(const fp4_chunk *chunks, uint32_t n_chunk, uint16_t nan[VNNI_OUTS])
-{
-    uint64_t found = 0;
-    for (uint32_t c = 0; c < n_chunk; c++) {
-        found |= _mm512_cmpeq_epi8_mask(chunks[c].scales, _mm512_set1_epi8(-1));
-    }
-    for (; found != 0; found &= found - 1) {
-        nan[__builtin_ctzll(found) / FP4_CHUNK_BLOCKS] = VNNI_NAN_SCALE;
-    }
-}
-
 /* ---- the tile of rows against tiles of outputs ---- */
 
-/* n_tile tiles, at most VNNI_TILES, and all rows: the digits of a group and piece are used for every tile,
- * the columns of a piece for every group, while both are in the first cache. */
+/* n_tile tiles from i_tile on, which is even, at most VNNI_TILES, and all rows: the digits of a group and
+ * piece are used for every tile, the columns of a piece for every group, while both are in the first cache.
+ */
 static void tiles_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile, uint32_t n_tile)
 {
     uint32_t n_group = kn_blocks(t->n, VNNI_GROUP), n_chunk = kn_blocks(w->n_in, CPU_CHUNK);
     uint32_t n_block = kn_blocks(w->n_in, KN_FP4_BLOCK);
     uint16_t nan[VNNI_TILES][VNNI_OUTS] = {0};
-    fp4_chunk buffer[VNNI_TILES][FP4_PIECE];
-    const fp4_chunk *piece[VNNI_TILES];
+    fp4_chunk buffer[VNNI_TILES / FP4_TILES][FP4_PIECE];
+    const fp4_chunk *piece[VNNI_TILES / FP4_TILES][FP4_PIECE];
     vnni_sums acc[VNNI_TILES][VNNI_GROUPS_MAX];
     for (uint32_t i = 0; i < n_tile; i++) {
         memset(acc[i], 0, n_group * sizeof(acc[i][0]));
@@ -310,13 +247,18 @@ static void tiles_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile
     for (uint32_t c = 0; c < n_chunk; c += FP4_PIECE) {
         uint32_t n = n_chunk - c < FP4_PIECE ? n_chunk - c : FP4_PIECE;
         for (uint32_t i = 0; i < n_tile; i++) {
-            piece[i] = piece_at(w, i_tile + i, c, n, buffer[i]);
-            find_nans(piece[i], n, nan[i]);
+            for (uint32_t k = 0; k < n; k++) {
+                const fp4_chunk **chunk = &piece[i / FP4_TILES][k];
+                if (i % FP4_TILES == 0) {
+                    *chunk = fp4_chunk_at(w, (i_tile + i) / FP4_TILES, c + k, &buffer[i / FP4_TILES][k]);
+                }
+                fp4_find_nans((*chunk)->scales[i % FP4_TILES], nan[i]);
+            }
         }
         for (uint32_t g = 0; g < n_group; g++) {
             fp4_group group = group_at(t, w->n_in, g);
             for (uint32_t i = 0; i < n_tile; i++) {
-                group_piece(piece[i], &group, c, n, n_block, acc[i][g]);
+                group_piece(piece[i / FP4_TILES], i % FP4_TILES, &group, c, n, n_block, acc[i][g]);
             }
         }
     }
@@ -325,26 +267,11 @@ static void tiles_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile
     }
 }
 
-void KN_FN(kn_vnni_fp4_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t begin, uint32_t end)
+void KN_FN(kn_fp4_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t begin, uint32_t end)
 {
-    uint32_t at_once = t->n > VNNI_GROUP ? VNNI_TILES : 1;
-    for (uint32_t i = begin; i < end; i += at_once) {
+    uint32_t at_once = t->n > VNNI_GROUP ? VNNI_TILES : FP4_TILES, n_tile = kn_blocks(w->n_out, VNNI_OUTS);
+    end = end * FP4_TILES < n_tile ? end * FP4_TILES : n_tile;
+    for (uint32_t i = begin * FP4_TILES; i < end; i += at_once) {
         tiles_part(t, w, i, end - i < at_once ? end - i : at_once);
-    }
-}
-
-/* ---- preparing ---- */
-
-uint64_t KN_FN(kn_vnni_fp4_bytes)(const kn_matrix *w)
-{
-    return (uint64_t)kn_blocks(w->n_out, VNNI_OUTS) * kn_blocks(w->n_in, CPU_CHUNK) * sizeof(fp4_chunk);
-}
-
-void KN_FN(kn_vnni_fp4_prepare)(const kn_matrix *w, void *out)
-{
-    uint32_t n_chunk = kn_blocks(w->n_in, CPU_CHUNK);
-    fp4_chunk *chunks = out;
-    for (uint32_t o = 0; o < w->n_out; o += VNNI_OUTS, chunks += n_chunk) {
-        read_chunks(w, o, 0, n_chunk, chunks);
     }
 }

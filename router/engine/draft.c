@@ -19,7 +19,7 @@ static void draft_next_tokens(rt_engine *e, const rt_step_result *results)
     const rt_step *step = e->step;
     for (uint32_t i = 0, i_sample = 0; i < step->n_seg; i++) {
         const rt_step_seg *seg = &step->segs[i];
-        uint32_t *next = e->host_ids + e->host_segs[i].row0;
+        uint32_t *next = e->host.ids + e->host.segs[i].row0;
         for (uint32_t k = 0; k + 1 < seg->n_row; k++) {
             next[k] = seg->tokens[k + 1];
         }
@@ -38,7 +38,7 @@ static void draft_input(rt_engine *e, bool normed)
     const md_geometry *g = e->geometry;
     const rt_mtp *w = &e->weights.mtp;
     rt_buffers *b = &e->buf;
-    uint32_t n = e->batch.n_row;
+    uint32_t n = e->host.n_row;
     e->dense->embed(e->stream, &e->weights.embed, b->ids, n, 1, b->in);
     e->dense->rmsnorm(e->stream, b->in, w->enorm, n, g->d, g->norm_eps, b->in);
     e->dense->quant_act(e->stream, b->in, n, g->d, b->q8);
@@ -94,10 +94,10 @@ static void draft_draw(rt_engine *e, uint32_t k, rt_step_result *results)
             result->drafts[k] = token;
             result->n_draft = k + 1;
         }
-        e->host_ids[n++] = token;
+        e->host.ids[n++] = token;
     }
     if (e->tap != NULL) {
-        e->tap(e->tap_ctx, k, RT_TAP_DRAFT_LOGITS, step, e->host_logits, 4ull * e->geometry->vocab, n);
+        e->tap(e->tap_ctx, k, RT_TAP_DRAFT_LOGITS, step, 0, e->host_logits, 4ull * e->geometry->vocab, n);
     }
 }
 
@@ -115,7 +115,7 @@ static uint32_t draft_wanted(rt_engine *e, const rt_step_result *results, uint32
         if (seg->draft_want > 0) {
             CM_ASSERT_MSG(seg->draft_want <= e->draft_max, "%u guesses wanted, %u at most", seg->draft_want,
                           e->draft_max);
-            e->host_last[n++] = e->host_segs[i].row0 + seg->n_row - seg->n_draft + result->n_token - 2;
+            e->host_last[n++] = e->host.segs[i].row0 + seg->n_row - seg->n_draft + result->n_token - 2;
             most = seg->draft_want > most ? seg->draft_want : most;
         }
     }
@@ -128,14 +128,14 @@ static void draft_shrink_batch(rt_engine *e, uint32_t n)
 {
     for (uint32_t i = 0, at = 0; i < n; i++) {
         uint32_t row = e->host_last[i];
-        while (row >= e->host_segs[at].row0 + e->host_segs[at].n_row) {
+        while (row >= e->host.segs[at].row0 + e->host.segs[at].n_row) {
             at++;
         }
-        kn_ptr slot = e->host_segs[at].slot;
-        uint32_t pos = e->host_segs[at].pos0 + row - e->host_segs[at].row0;
+        kn_ptr slot = e->host.segs[at].slot;
+        uint32_t pos = e->host.segs[at].pos0 + row - e->host.segs[at].row0;
         CM_ASSERT(at >= i);
-        e->host_segs[i] = (kn_seg){.row0 = i, .n_row = 1, .pos0 = pos, .slot = slot};
-        e->host_pos[i] = pos;
+        e->host.segs[i] = (kn_seg){.row0 = i, .n_row = 1, .pos0 = pos, .slot = slot};
+        e->host.pos[i] = pos;
         e->host_last[i] = i;
     }
 }
@@ -143,20 +143,22 @@ static void draft_shrink_batch(rt_engine *e, uint32_t n)
 static cm_status draft_next_pass(rt_engine *e, uint32_t n)
 {
     for (uint32_t i = 0; i < n; i++) {
-        e->host_pos[i] = ++e->host_segs[i].pos0;
+        e->host.pos[i] = ++e->host.segs[i].pos0;
     }
-    rt_place_rows(e, n, n, 0);
+    e->host.n_seg = e->host.n_row = n;
+    e->host.n_page = 0;
+    rt_place_rows(e, 1); /* a single layer: nothing to overlap it with */
     draft_input(e, true);
-    return rt_block(e, e->geometry->n_layer);
+    return rt_blocks(e, e->geometry->n_layer, e->geometry->n_layer + 1);
 }
 
 cm_status rt_draft(rt_engine *e, rt_step_result *results)
 {
     uint32_t n, most;
     draft_next_tokens(e, results);
-    kn_copy_to_device(e->stream, e->buf.ids, e->host_ids, 4ull * e->batch.n_row);
+    kn_copy_to_device(e->stream, e->buf.ids, e->host.ids, 4ull * e->host.n_row);
     draft_input(e, false);
-    CM_TRY(rt_block(e, e->geometry->n_layer));
+    CM_TRY(rt_blocks(e, e->geometry->n_layer, e->geometry->n_layer + 1));
     most = draft_wanted(e, results, &n);
     for (uint32_t k = 0; k < most; k++) {
         if (k == 1) {

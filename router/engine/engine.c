@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "common/base/assert.h"
+#include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "router/engine/engine_private.h"
@@ -52,7 +53,6 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
     rt_kv_layout_build(e->geometry, e->draft_max, &e->kv);
     rt_kv_sizes_get(e->geometry, e->draft_max, &sizes);
     CM_TRY(rt_kv_page_count(e->geometry, &sizes, e->options.kv_bytes, e->options.slot_max, &e->n_page, err));
-    e->page_list_max = e->n_page;
     return CM_OK;
 }
 
@@ -68,7 +68,11 @@ static cm_status engine_open_exchange(rt_engine *e, cm_error *err)
                             "frame_bytes %llu cannot hold one row of this model: %llu needed",
                             (unsigned long long)e->options.rows.message_bytes_max, (unsigned long long)least);
     }
-    CM_TRY(net_open(&e->options.rows, &rows, err));
+    if (e->options.rows_ops != NULL) {
+        CM_TRY(net_open_ops(e->options.rows_ops, &e->options.rows, &rows, err));
+    } else {
+        CM_TRY(net_open(&e->options.rows, &rows, err));
+    }
     rt_exchange_options options = {
         .rows = rows,
         .limits = {.row_max = e->options.row_max,
@@ -142,14 +146,12 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->moe = kn_moe(e->device);
     e->scratch = rt_sample_scratch_create(g->vocab);
     e->masks = rt_masks_create(rt_out_max(e), g->vocab);
-    e->host_segs = cm_alloc(sizeof(kn_seg) * options->slot_max);
-    e->host_pages = cm_alloc(sizeof(uint32_t) * e->page_list_max);
-    e->host_ids = cm_alloc(sizeof(uint32_t) * options->row_max);
-    e->host_pos = cm_alloc(sizeof(uint32_t) * options->row_max);
+    rt_batch_init(&e->host, options->slot_max, options->row_max, e->n_page);
     e->host_experts = cm_alloc(sizeof(int32_t) * options->row_max * g->topk);
     e->host_route = cm_alloc(sizeof(float) * options->row_max * g->topk);
     e->host_logits = cm_alloc(sizeof(float) * (size_t)rt_out_max(e) * g->vocab);
     e->host_last = cm_alloc(sizeof(uint32_t) * options->slot_max);
+    rt_micro_core_init(&e->micro_core, options->micro_batches);
     engine_log_sizes(e);
     *engine_out = e;
     return CM_OK;
@@ -176,10 +178,7 @@ void rt_engine_destroy(rt_engine *e)
     kn_device_close(e->device);
     rt_sample_scratch_destroy(e->scratch);
     rt_masks_destroy(e->masks);
-    cm_free(e->host_segs);
-    cm_free(e->host_pages);
-    cm_free(e->host_ids);
-    cm_free(e->host_pos);
+    rt_batch_fini(&e->host);
     cm_free(e->host_experts);
     cm_free(e->host_route);
     cm_free(e->host_logits);
@@ -216,38 +215,61 @@ void rt_engine_set_tap(rt_engine *e, rt_tap_fn tap, void *ctx)
     e->tap_ctx = ctx;
 }
 
+void rt_engine_set_cut(rt_engine *e, rt_cut_fn cut, void *ctx)
+{
+    e->cut = cut;
+    e->cut_ctx = ctx;
+}
+
 const float *rt_engine_logits(const rt_engine *e)
 {
     return e->host_logits;
 }
 
-void rt_tap_at(rt_engine *e, uint32_t layer, rt_tap_point point, kn_ptr data, uint64_t row_bytes)
+void rt_tap_at(rt_engine *e, const rt_micro *m, uint32_t layer, rt_tap_point point, kn_ptr data,
+               uint64_t row_bytes)
 {
     if (__builtin_expect(e->tap != NULL, 0) &&
         layer < e->geometry->n_layer) { /* a guess is no state of the model's */
         cm_status status = kn_stream_sync(e->stream);
         CM_ASSERT(status == CM_OK);
-        e->tap(e->tap_ctx, layer, point, e->step, kn_mem_host(e->device, data), row_bytes, e->batch.n_row);
+        e->tap(e->tap_ctx, layer, point, e->step, m->row0, kn_mem_host(e->device, data), row_bytes,
+               m->batch.n_row);
     }
 }
 
 /* ---- the step ---- */
 
-void rt_place_rows(rt_engine *e, uint32_t n_seg, uint32_t n_row, uint32_t n_page)
+static void engine_place_micro(rt_engine *e, const rt_batch_part *part, rt_micro *m)
 {
-    rt_buffers *b = &e->buf;
-    e->n_pass++;
-    kn_copy_to_device(e->stream, b->ids, e->host_ids, 4ull * n_row);
-    kn_copy_to_device(e->stream, b->pos, e->host_pos, 4ull * n_row);
-    kn_copy_to_device(e->stream, b->segs, e->host_segs, sizeof(kn_seg) * n_seg);
-    kn_copy_to_device(e->stream, b->pages, e->host_pages, 4ull * n_page);
-    e->batch = (kn_batch){.segs = b->segs,
-                          .pages = b->pages,
-                          .pos = b->pos,
+    rt_buffers_from(e, part->row0, &m->buf);
+    m->row0 = part->row0;
+    m->batch = (kn_batch){.segs = kn_at(e->buf.segs, sizeof(kn_seg) * part->seg0),
+                          .pages = e->buf.pages,
+                          .pos = m->buf.pos,
                           .page_pool = e->page_pool,
                           .page_bytes = e->kv.page_bytes,
-                          .n_seg = n_seg,
-                          .n_row = n_row};
+                          .n_seg = part->n_seg,
+                          .n_row = part->n_row};
+    m->host_experts = e->host_experts + (size_t)part->row0 * e->geometry->topk;
+    m->host_route = e->host_route + (size_t)part->row0 * e->geometry->topk;
+}
+
+void rt_place_rows(rt_engine *e, uint32_t n_micro)
+{
+    rt_buffers *b = &e->buf;
+    rt_batch *host = &e->host;
+    uint32_t n_row = host->n_row;
+    e->n_pass++;
+    rt_batch_cut(host, n_micro, e->cut, e->cut_ctx);
+    for (uint32_t i = 0; i < n_micro; i++) {
+        engine_place_micro(e, &host->parts[i], &e->micros[i]);
+    }
+    const rt_batch_part *last = &host->parts[n_micro - 1];
+    kn_copy_to_device(e->stream, b->ids, host->ids, 4ull * n_row);
+    kn_copy_to_device(e->stream, b->pos, host->pos, 4ull * n_row);
+    kn_copy_to_device(e->stream, b->segs, host->cut, sizeof(kn_seg) * (last->seg0 + last->n_seg));
+    kn_copy_to_device(e->stream, b->pages, host->pages, 4ull * host->n_page);
     e->attn->rope_table(e->stream, e->weights.inv_freq_window, e->geometry->rope_dim / 2, b->pos, n_row,
                         b->cs_window);
     e->attn->rope_table(e->stream, e->weights.inv_freq_compress, e->geometry->rope_dim / 2, b->pos, n_row,
@@ -256,54 +278,64 @@ void rt_place_rows(rt_engine *e, uint32_t n_seg, uint32_t n_row, uint32_t n_page
 
 void rt_step_begin(rt_engine *e, const rt_step *step)
 {
-    uint32_t row = 0, page = 0;
-    CM_ASSERT_MSG(step->n_row > 0 && step->n_row <= e->options.row_max && step->n_seg <= e->options.slot_max,
-                  "step of %u rows and %u sequences", step->n_row, step->n_seg);
-    for (uint32_t i = 0; i < step->n_seg; i++) {
-        const rt_step_seg *seg = &step->segs[i];
-        CM_ASSERT(seg->slot < e->options.slot_max && page + seg->n_page <= e->page_list_max);
-        e->host_segs[i] = (kn_seg){.row0 = row,
-                                   .n_row = seg->n_row,
-                                   .pos0 = seg->pos0,
-                                   .page0 = page,
-                                   .slot = kn_at(e->slot_pool, seg->slot * e->kv.slot_bytes)};
-        for (uint32_t k = 0; k < seg->n_row; k++, row++) {
-            e->host_ids[row] = seg->tokens[k];
-            e->host_pos[row] = seg->pos0 + k;
-        }
-        memcpy(e->host_pages + page, seg->pages, sizeof(uint32_t) * seg->n_page);
-        page += seg->n_page;
-    }
-    CM_ASSERT(row == step->n_row);
     e->step = step;
-    rt_place_rows(e, step->n_seg, row, page);
+    rt_batch_fill(&e->host, step, e->slot_pool, e->kv.slot_bytes);
+    rt_place_rows(e, rt_micro_core_count(&e->micro_core, step->n_row));
 }
 
-cm_status rt_block(rt_engine *e, uint32_t layer)
+static cm_status engine_block_begin(rt_engine *e, const rt_micro *m, uint32_t layer)
 {
     const md_geometry *g = e->geometry;
     const rt_layer *w = &e->weights.layers[layer];
-    rt_buffers *b = &e->buf;
-    uint32_t n = e->batch.n_row;
+    const rt_buffers *b = &m->buf;
+    uint32_t n = m->batch.n_row;
     uint64_t row_bytes = 2ull * g->d, stream_bytes = row_bytes * g->hc;
 
-    rt_tap_at(e, layer, RT_TAP_STREAMS_IN, b->x, stream_bytes);
+    rt_tap_at(e, m, layer, RT_TAP_STREAMS_IN, b->x, stream_bytes);
     e->dense->hc_pre(e->stream, &w->hc_attn, b->x, n, b->in, b->post, b->comb);
     e->dense->rmsnorm(e->stream, b->in, w->attn_norm, n, g->d, g->norm_eps, b->in);
-    rt_tap_at(e, layer, RT_TAP_ATTN_IN, b->in, row_bytes);
-    rt_layer_attention(e, layer);
-    rt_tap_at(e, layer, RT_TAP_ATTN_OUT, b->out, row_bytes);
+    rt_tap_at(e, m, layer, RT_TAP_ATTN_IN, b->in, row_bytes);
+    rt_layer_attention(e, m, layer);
+    rt_tap_at(e, m, layer, RT_TAP_ATTN_OUT, b->out, row_bytes);
     e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, n, b->x);
-    rt_tap_at(e, layer, RT_TAP_STREAMS_MID, b->x, stream_bytes);
+    rt_tap_at(e, m, layer, RT_TAP_STREAMS_MID, b->x, stream_bytes);
 
     e->dense->hc_pre(e->stream, &w->hc_ffn, b->x, n, b->in, b->post, b->comb);
     e->dense->rmsnorm(e->stream, b->in, w->ffn_norm, n, g->d, g->norm_eps, b->in);
-    rt_tap_at(e, layer, RT_TAP_FFN_IN, b->in, row_bytes);
-    CM_TRY(rt_layer_moe(e, layer));
-    rt_tap_at(e, layer, RT_TAP_FFN_OUT, b->out, row_bytes);
-    e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, n, b->x);
-    rt_tap_at(e, layer, RT_TAP_STREAMS_OUT, b->x, stream_bytes);
+    rt_tap_at(e, m, layer, RT_TAP_FFN_IN, b->in, row_bytes);
+    return rt_layer_moe_begin(e, m, layer);
+}
+
+static cm_status engine_block_finish(rt_engine *e, const rt_micro *m, uint32_t layer)
+{
+    const md_geometry *g = e->geometry;
+    const rt_buffers *b = &m->buf;
+    uint64_t row_bytes = 2ull * g->d;
+    CM_TRY(rt_layer_moe_finish(e, m));
+    rt_tap_at(e, m, layer, RT_TAP_FFN_OUT, b->out, row_bytes);
+    e->dense->hc_post(e->stream, g->d, g->hc, b->out, b->x, b->post, b->comb, m->batch.n_row, b->x);
+    rt_tap_at(e, m, layer, RT_TAP_STREAMS_OUT, b->x, row_bytes * g->hc);
     return CM_OK;
+}
+
+/* One micro-batch after another through every layer: those of a sequence that is cut keep its order, and
+ * while one's rows fly the other's are computed. */
+cm_status rt_blocks(rt_engine *e, uint32_t first, uint32_t end)
+{
+    cm_status status = CM_OK;
+    for (uint32_t l = first; l <= end && status == CM_OK; l++) {
+        for (uint32_t i = 0; i < e->host.n_part && status == CM_OK; i++) {
+            const rt_micro *m = &e->micros[i];
+            status = l > first ? engine_block_finish(e, m, l - 1) : CM_OK;
+            if (status == CM_OK && l < end) {
+                status = engine_block_begin(e, m, l);
+            }
+        }
+    }
+    if (status != CM_OK) {
+        rt_exchange_drop(e->exchange);
+    }
+    return status;
 }
 
 cm_status rt_logits(rt_engine *e, kn_ptr norm, uint32_t n)
@@ -327,7 +359,7 @@ static cm_status engine_head(rt_engine *e, const rt_step *step)
         const rt_step_seg *seg = &step->segs[i];
         if (seg->sample) {
             uint32_t n_out = seg->n_draft + 1;
-            uint64_t row = e->host_segs[i].row0 + seg->n_row - n_out;
+            uint64_t row = e->host.segs[i].row0 + seg->n_row - n_out;
             e->dense->hc_head(e->stream, &e->weights.hc_head, kn_at(b->x, 2 * row * g->hc * g->d), n_out,
                               kn_at(b->last, 2ull * n * g->d));
             n += n_out;
@@ -361,21 +393,17 @@ static void engine_sample(rt_engine *e, const rt_step *step, rt_step_result *res
     }
     CM_ASSERT(n == step->n_sample);
     if (e->tap != NULL) {
-        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, e->host_logits,
+        e->tap(e->tap_ctx, e->geometry->n_layer, RT_TAP_LOGITS, step, 0, e->host_logits,
                4ull * e->geometry->vocab, n_row);
     }
 }
 
-cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *results_out)
+static cm_status engine_compute(rt_engine *e, const rt_step *step, rt_step_result *results_out)
 {
-    cm_mem_guard_begin("a step");
     rt_masks_begin(e->masks, step);
     rt_step_begin(e, step);
     e->dense->embed(e->stream, &e->weights.embed, e->buf.ids, step->n_row, e->geometry->hc, e->buf.x);
-    cm_status status = CM_OK;
-    for (uint32_t l = 0; l < e->geometry->n_layer && status == CM_OK; l++) {
-        status = rt_block(e, l);
-    }
+    cm_status status = rt_blocks(e, 0, e->geometry->n_layer);
     if (status == CM_OK) {
         status = engine_head(e, step);
     }
@@ -384,6 +412,19 @@ cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *resu
         engine_sample(e, step, results_out);
         status = e->draft_max > 0 ? rt_draft(e, results_out) : CM_OK;
     }
+    return status;
+}
+
+cm_status rt_engine_step(rt_engine *e, const rt_step *step, rt_step_result *results_out)
+{
+    uint64_t start_ns = cm_now_ns(), waited_ns = rt_exchange_waited_ns(e->exchange);
+    uint32_t n_micro = rt_micro_core_count(&e->micro_core, step->n_row);
+    cm_mem_guard_begin("a step");
+    cm_status status = engine_compute(e, step, results_out);
     cm_mem_guard_end();
+    if (status == CM_OK) {
+        rt_micro_core_observe(&e->micro_core, step->n_row, n_micro, cm_now_ns() - start_ns,
+                              rt_exchange_waited_ns(e->exchange) - waited_ns);
+    }
     return status;
 }

@@ -15,7 +15,6 @@
 #include "common/base/mem.h"
 #include "common/base/stats.h"
 #include "proto/messages.h"
-#include "router/engine/exchange_core.h"
 
 enum {
     EXCHANGE_EVENTS = 64,
@@ -23,14 +22,24 @@ enum {
     EXCHANGE_OWNERS = 4,    /* of an expert, named when none can be asked */
 };
 
+/* What a flight came to. */
+typedef struct exchange_flight {
+    rt_xcore_layer layer;
+    bool over;
+    cm_status status;
+    uint32_t expert; /* with CM_E_NO_OWNER */
+} exchange_flight;
+
 /* The machine decides; this file owns the links and the bytes of frames on their way. */
 struct rt_exchange {
     rt_exchange_options options;
     net *rows;
     rt_xcore *core;
-    uint8_t *staging;   /* payloads of the round's frames; the machine says when they may be overwritten */
+    uint8_t *staging; /* payloads of the round's frames; the machine says when they may be overwritten */
+    exchange_flight flights[RT_FLIGHTS];
     uint64_t n_retries; /* of the machine, already counted */
-    char why[320];      /* rt_exchange_why */
+    uint64_t waited_ns;
+    char why[320]; /* rt_exchange_why */
 
     pthread_mutex_t lock; /* protects offered, offered_self */
     pc_epoch *offered;
@@ -41,8 +50,11 @@ struct rt_exchange {
     _Atomic uint32_t *picks; /* [n_layer][n_expert]; written by the compute thread alone */
 };
 
-/* In NET_EV_SENT, for frames whose payload stands in staging. */
-#define EXCHANGE_STAGED ((void *)1)
+/* In NET_EV_SENT, for frames whose payload stands in staging: which flight's. */
+static void *exchange_cookie(uint32_t flight)
+{
+    return (void *)(uintptr_t)(flight + 1);
+}
 
 cm_status rt_exchange_create(const rt_exchange_options *options, rt_exchange **exchange_out, cm_error *err)
 {
@@ -228,8 +240,8 @@ static void exchange_on_event(rt_exchange *x, const net_event *event)
         net_release(x->rows, event);
         break;
     case NET_EV_SENT:
-        if (event->cookie == EXCHANGE_STAGED) {
-            rt_xcore_left(x->core);
+        if (event->cookie != NULL) {
+            rt_xcore_left(x->core, (uint32_t)(uintptr_t)event->cookie - 1);
         }
         break;
     }
@@ -273,23 +285,43 @@ static void exchange_wait(rt_exchange *x, uint32_t sleep_ms)
     exchange_poll(x);
 }
 
-/* ---- one layer ---- */
+/* ---- layers ---- */
 
 static void exchange_send(rt_exchange *x, const rt_xact *act)
 {
     pr_dispatch header;
     uint8_t *payload = x->staging + act->staged_at;
-    rt_xcore_pack(x->core, act->part, &header, payload);
+    rt_xcore_pack(x->core, act->flight, act->part, &header, payload);
     net_message message = {
         .type = PR_MSG_DISPATCH,
         .header = &header,
         .header_bytes = sizeof(header),
-        .iov = {{payload, rt_xcore_payload_bytes(x->core, act->part)}},
+        .iov = {{payload, rt_xcore_payload_bytes(x->core, act->flight, act->part)}},
         .n_iov = 1,
         .deadline_ms = x->options.answer_ms,
-        .cookie = EXCHANGE_STAGED,
+        .cookie = exchange_cookie(act->flight),
     };
     rt_xcore_sent(x->core, net_send(act->handle, &message));
+}
+
+/* All that can be done now; returns when to look again although nothing came in. */
+static uint64_t exchange_advance(rt_exchange *x)
+{
+    uint64_t now_ms = cm_now_ms();
+    for (;;) {
+        rt_xact act = rt_xcore_next(x->core, now_ms);
+        if (act.kind == RT_XACT_SEND) {
+            exchange_send(x, &act);
+        } else if (act.kind == RT_XACT_DONE) {
+            x->flights[act.flight].over = true;
+            x->flights[act.flight].status = act.status;
+            x->flights[act.flight].expert = act.expert;
+        } else if (act.until_ms > now_ms) {
+            return act.until_ms;
+        } else {
+            exchange_do_chores(x); /* another epoch comes into force */
+        }
+    }
 }
 
 static void exchange_sleep_until(rt_exchange *x, uint64_t until_ms)
@@ -312,11 +344,11 @@ static void exchange_count_retries(rt_exchange *x)
 }
 
 /* Once per layer, however often it is sent. One writer: no locked instruction for each slot. */
-static void exchange_count(rt_exchange *x, const rt_exchange_layer *layer, uint32_t n_slot)
+static void exchange_count(rt_exchange *x, const rt_xcore_layer *layer)
 {
     CM_ASSERT(layer->layer < x->options.n_layer); /* experts were checked by the plan */
     _Atomic uint32_t *picks = x->picks + (size_t)layer->layer * x->options.n_expert;
-    for (uint32_t i = 0; i < n_slot; i++) {
+    for (uint32_t i = 0; i < layer->n_row * x->options.limits.topk; i++) {
         uint32_t n = atomic_load_explicit(&picks[layer->experts[i]], memory_order_relaxed);
         atomic_store_explicit(&picks[layer->experts[i]], n + 1, memory_order_relaxed);
     }
@@ -352,37 +384,61 @@ const char *rt_exchange_why(const rt_exchange *x)
     return x->why;
 }
 
-cm_status rt_exchange_run(rt_exchange *x, const rt_exchange_layer *layer)
+void rt_exchange_begin(rt_exchange *x, uint32_t flight, const rt_xcore_layer *layer)
 {
-    rt_xact act;
+    x->flights[flight] = (exchange_flight){.layer = *layer};
     exchange_follow_epoch(x);
-    rt_xcore_begin(x->core, &(rt_xcore_layer){layer->step, layer->layer, layer->n_row, layer->experts,
-                                              layer->weights, layer->codes, layer->scales, layer->results});
-    while ((act = rt_xcore_next(x->core, cm_now_ms())).kind != RT_XACT_DONE) {
-        if (act.kind == RT_XACT_SEND) {
-            exchange_send(x, &act);
-        } else if (act.kind == RT_XACT_OVERLAP) {
-            exchange_poll(x);
-            layer->overlap(layer->overlap_ctx);
-        } else {
-            exchange_sleep_until(x, act.until_ms);
-        }
+    rt_xcore_begin(x->core, flight, layer);
+    exchange_advance(x);
+    exchange_poll(x); /* what was sent leaves by progress */
+}
+
+void rt_exchange_poll(rt_exchange *x)
+{
+    exchange_poll(x);
+    exchange_advance(x);
+}
+
+/* What has arrived is looked at before anybody is given up for not having answered: a step may have computed
+ * for longer than that. */
+static void exchange_await(rt_exchange *x, const exchange_flight *flight)
+{
+    uint64_t start_ns = cm_now_ns();
+    exchange_poll(x);
+    uint64_t until_ms = exchange_advance(x);
+    while (!flight->over) {
+        exchange_sleep_until(x, until_ms);
+        until_ms = exchange_advance(x);
     }
-    if (act.status == CM_E_NO_OWNER) {
-        exchange_explain(x, layer->layer, act.expert);
+    x->waited_ns += cm_now_ns() - start_ns;
+}
+
+cm_status rt_exchange_finish(rt_exchange *x, uint32_t flight)
+{
+    const exchange_flight *f = &x->flights[flight];
+    exchange_await(x, f);
+    if (f->status == CM_E_NO_OWNER) {
+        exchange_explain(x, f->layer.layer, f->expert);
         cm_error_log("%s", x->why);
     }
     exchange_count_retries(x);
-    if (act.status == CM_OK) {
-        exchange_count(x, layer, layer->n_row * x->options.limits.topk);
+    if (f->status == CM_OK) {
+        exchange_count(x, &f->layer);
     }
     cm_stat_set(CM_STAT_ledger_frames, (int64_t)net_in_flight(x->rows));
-    return act.status;
+    return f->status;
 }
 
-void rt_exchange_keepalive(rt_exchange *x)
+void rt_exchange_drop(rt_exchange *x)
 {
-    exchange_poll(x);
+    for (uint32_t i = 0; i < RT_FLIGHTS; i++) {
+        rt_xcore_drop(x->core, i);
+    }
+}
+
+uint64_t rt_exchange_waited_ns(const rt_exchange *x)
+{
+    return x->waited_ns;
 }
 
 void rt_exchange_announce_idle(rt_exchange *x, uint64_t step)

@@ -1,13 +1,16 @@
-/* Rows to experts and back: one MoE layer of one step. Plans slots by the placement in force, sends one copy
- * of a row per rank, collects one result row per slot, and goes on over losses: what a dead, silent or stale
- * worker did not answer is planned again on the placement of a newer epoch (or on another owner at once). An
- * expert is never skipped. Thread: the compute thread's; only rt_exchange_offer_epoch may be called from the
- * loop thread. */
+/* Rows to experts and back: one MoE layer of one micro-batch of a step. Plans slots by the placement in
+ * force, sends one copy of a row per rank, collects one result row per slot, and goes on over losses: what a
+ * dead, silent or stale worker did not answer is planned again on the placement of a newer epoch (or on
+ * another owner at once). An expert is never skipped.
+ *
+ *   rt_exchange_begin -> { compute something else ; rt_exchange_poll }* -> rt_exchange_finish
+ *
+ * Two flights may be under way at once, one for each micro-batch: while one's rows fly, the other's are
+ * computed. Whatever is called, both go on. Thread: the compute thread's but for the calls marked "any". */
 #pragma once
 #include "common/net/net.h"
 #include "common/proc/member.h"
-#include "kernels/kn.h"
-#include "router/plan/plan.h"
+#include "router/engine/exchange_core.h"
 
 typedef struct rt_exchange rt_exchange;
 
@@ -34,29 +37,24 @@ void rt_exchange_retire_keys(rt_exchange *exchange, uint64_t oldest);
 /* Any thread: ends a sleep of rt_exchange_idle. */
 void rt_exchange_wake(rt_exchange *exchange);
 
-typedef struct rt_exchange_layer {
-    uint64_t step;
-    uint32_t layer, n_row;
-    const int32_t *experts;     /* [n_row][topk], host */
-    const float *weights;       /* [n_row][topk], host */
-    const uint8_t *codes;       /* [n_row][d], host view of the quantized rows */
-    const uint8_t *scales;      /* [n_row][ceil(d/128)] */
-    uint16_t *results;          /* BF16 [n_row][topk][d], host view; every slot is written */
-    void (*overlap)(void *ctx); /* work to do while rows fly; called once */
-    void *overlap_ctx;
-} rt_exchange_layer;
-
-/* CM_E_NO_OWNER: wait_ms passed without an epoch in which every expert has a live owner. CM_E_CANCELLED: the
- * exchange was told to stop. */
-CM_MUST_CHECK cm_status rt_exchange_run(rt_exchange *exchange, const rt_exchange_layer *layer);
+/* Sends what can be sent at once. flight: below RT_FLIGHTS and at rest. What layer names is borrowed until
+ * rt_exchange_finish or rt_exchange_drop. */
+void rt_exchange_begin(rt_exchange *exchange, uint32_t flight, const rt_xcore_layer *layer);
+/* Between long operations: heartbeats go out, answers come in, what can be sent is sent, although nobody
+ * waits. */
+void rt_exchange_poll(rt_exchange *exchange);
+/* Waits for the flight's rows. CM_E_NO_OWNER: wait_ms passed without an epoch in which every expert has a
+ * live owner. CM_E_CANCELLED: the exchange was told to stop. */
+CM_MUST_CHECK cm_status rt_exchange_finish(rt_exchange *exchange, uint32_t flight);
+/* The step has failed: its flights end at once, whatever is still on its way. */
+void rt_exchange_drop(rt_exchange *exchange);
+/* Nanoseconds that rt_exchange_finish has waited, ever. */
+uint64_t rt_exchange_waited_ns(const rt_exchange *exchange);
 
 /* After CM_E_NO_OWNER: which expert, and what is with the workers that have it. Compute thread, or whoever
  * hears from it before the next step. */
 const char *rt_exchange_why(const rt_exchange *exchange);
 
-/* Inside a step, between long operations: heartbeats go out and answers come in although nobody waits for
- * them. */
-void rt_exchange_keepalive(rt_exchange *exchange);
 /* Tells all workers that nothing will come for a while, so that they do not wait for us. */
 void rt_exchange_announce_idle(rt_exchange *exchange, uint64_t step);
 /* Between steps: keeps links alive and follows epochs; sleeps until something happens, rt_exchange_wake, or
@@ -64,6 +62,6 @@ void rt_exchange_announce_idle(rt_exchange *exchange, uint64_t step);
 void rt_exchange_idle(rt_exchange *exchange, uint32_t sleep_ms);
 /* Any thread: rows asked of (layer, expert) since the start, modulo 2^32. */
 uint32_t rt_exchange_picks(const rt_exchange *exchange, uint32_t layer, uint32_t expert);
-/* Any thread: rt_exchange_run ends soon with CM_E_CANCELLED; for shutdown. */
+/* Any thread: rt_exchange_finish ends soon with CM_E_CANCELLED; for shutdown. */
 void rt_exchange_stop(rt_exchange *exchange);
 bool rt_exchange_ready(const rt_exchange *exchange); /* a placement is in force and its workers are linked */

@@ -43,16 +43,33 @@ typedef enum xcore_phase {
     XCORE_OVER,    /* DONE is still to be said */
 } xcore_phase;
 
-struct rt_xcore {
-    rt_xcore_options options;
+/* One layer of one micro-batch under way. */
+typedef struct xcore_flight {
     rt_plan *plan;
     uint8_t *wanted; /* [row_max * topk] slots without a result */
-    uint64_t *avoid; /* bit per rank: no link up */
     xcore_part *parts;
     uint32_t n_part;
     uint32_t first_exchange; /* number of part 0 of the round; the others follow */
+    uint32_t n_sending;      /* frames that have not left */
+
+    xcore_phase phase;
+    rt_xcore_layer layer;
+    uint32_t n_wanted;
+    uint32_t at;         /* sending: next part */
+    uint64_t staged;     /* sending: bytes before it */
+    bool sending, again; /* a SEND is out; the next one repeats it */
+    bool full;           /* there was no room: wait first */
+    bool news, progress;
+    uint32_t expert;                  /* the first without a row, when the layer is given up */
+    uint64_t retry_at_ms, give_up_ms; /* give_up_ms 0: not stuck */
+    cm_status status;                 /* of the layer, with XCORE_OVER */
+} xcore_flight;
+
+struct rt_xcore {
+    rt_xcore_options options;
+    xcore_flight flights[RT_FLIGHTS];
+    uint64_t *avoid; /* bit per rank: no link up */
     uint32_t next_exchange;
-    uint32_t n_sending; /* frames that have not left */
 
     pc_epoch *offered; /* NULL: none waits */
     uint32_t offered_self;
@@ -66,18 +83,8 @@ struct rt_xcore {
     xcore_link *old_links; /* of the epoch before; those with a handle are to be ended */
     uint32_t n_old;
 
-    xcore_phase phase;
-    rt_xcore_layer layer;
-    uint32_t n_wanted;
-    uint32_t at;         /* sending: next part */
-    uint64_t staged;     /* sending: bytes before it */
-    bool sending, again; /* a SEND is out; the next one repeats it */
-    bool full;           /* there was no room: wait first */
-    bool overlap_done, news, progress, stopping;
-    uint32_t expert;                  /* the first without a row, when the layer is given up */
-    uint64_t retry_at_ms, give_up_ms; /* give_up_ms 0: not stuck */
+    bool stopping;
     uint64_t n_retries;
-    cm_status status; /* of the layer, with XCORE_OVER */
 };
 
 rt_xcore *rt_xcore_create(const rt_xcore_options *options)
@@ -85,10 +92,13 @@ rt_xcore *rt_xcore_create(const rt_xcore_options *options)
     const rt_plan_limits *limits = &options->limits;
     rt_xcore *x = cm_alloc(sizeof(*x));
     x->options = *options;
-    x->plan = rt_plan_create(limits);
-    x->wanted = cm_alloc((uint64_t)limits->row_max * limits->topk);
     x->avoid = cm_alloc(PR_RANK_MAX / 8);
-    x->parts = cm_alloc(sizeof(xcore_part) * x->plan->part_max);
+    for (uint32_t i = 0; i < RT_FLIGHTS; i++) {
+        xcore_flight *f = &x->flights[i];
+        f->plan = rt_plan_create(limits);
+        f->wanted = cm_alloc((uint64_t)limits->row_max * limits->topk);
+        f->parts = cm_alloc(sizeof(xcore_part) * f->plan->part_max);
+    }
     return x;
 }
 
@@ -96,10 +106,12 @@ void rt_xcore_destroy(rt_xcore *x)
 {
     pc_epoch_release(x->offered);
     pc_epoch_release(x->epoch);
-    rt_plan_destroy(x->plan);
-    cm_free(x->wanted);
+    for (uint32_t i = 0; i < RT_FLIGHTS; i++) {
+        rt_plan_destroy(x->flights[i].plan);
+        cm_free(x->flights[i].wanted);
+        cm_free(x->flights[i].parts);
+    }
     cm_free(x->avoid);
-    cm_free(x->parts);
     cm_free(x->offered_links);
     cm_free(x->links);
     cm_free(x->old_links);
@@ -111,11 +123,18 @@ static uint32_t xcore_blocks(const rt_xcore *x)
     return x->options.limits.d / 128 + (x->options.limits.d % 128 != 0);
 }
 
-uint64_t rt_xcore_staging_bytes(const rt_xcore *x)
+static uint64_t xcore_flight_bytes(const rt_xcore *x)
 {
     const rt_plan_limits *limits = &x->options.limits;
     uint64_t row_bytes = (uint64_t)limits->d + xcore_blocks(x) + sizeof(pr_slot);
-    return (uint64_t)limits->row_max * limits->topk * row_bytes + (uint64_t)x->plan->part_max * 3 * 64;
+    uint64_t n = (uint64_t)limits->row_max * limits->topk * row_bytes +
+                 (uint64_t)x->flights[0].plan->part_max * 3 * 64;
+    return (n + 63) / 64 * 64;
+}
+
+uint64_t rt_xcore_staging_bytes(const rt_xcore *x)
+{
+    return RT_FLIGHTS * xcore_flight_bytes(x);
 }
 
 /* ---- epochs ---- */
@@ -153,6 +172,14 @@ static xcore_link *xcore_find_member(xcore_link *links, uint32_t n, uint32_t mem
     return NULL;
 }
 
+/* Something about links has changed: a layer that is stuck may be planned again. */
+static void xcore_tell_news(rt_xcore *x)
+{
+    for (uint32_t i = 0; i < RT_FLIGHTS; i++) {
+        x->flights[i].news = true;
+    }
+}
+
 /* Takes over the links of workers that stay; those that left are ended. */
 static void xcore_adopt(rt_xcore *x)
 {
@@ -182,12 +209,17 @@ static void xcore_adopt(rt_xcore *x)
     x->offered = NULL;
     x->offered_links = NULL;
     x->adopted = true;
-    x->news = true;
+    xcore_tell_news(x);
 }
 
 static bool xcore_between_rounds(const rt_xcore *x)
 {
-    return x->phase == XCORE_REST || x->phase == XCORE_PLANNING || x->phase == XCORE_BLOCKED;
+    bool between = true;
+    for (uint32_t i = 0; i < RT_FLIGHTS; i++) {
+        xcore_phase phase = x->flights[i].phase;
+        between &= phase == XCORE_REST || phase == XCORE_PLANNING || phase == XCORE_BLOCKED;
+    }
+    return between;
 }
 
 /* ---- links ---- */
@@ -210,10 +242,13 @@ static void xcore_lose(rt_xcore *x, uint64_t now_ms, uint32_t rank, cm_status st
     link->up = false;
     xcore_tell_lost(link, now_ms, status);
     link->retry_at_ms = now_ms + XCORE_RECONNECT_MS;
-    x->news = true;
-    for (uint32_t i = 0; i < x->n_part; i++) {
-        if (x->plan->parts[i].rank == rank && x->parts[i].state == PART_OPEN) {
-            x->parts[i].state = PART_FAILED;
+    xcore_tell_news(x);
+    for (uint32_t k = 0; k < RT_FLIGHTS; k++) {
+        xcore_flight *f = &x->flights[k];
+        for (uint32_t i = 0; i < f->n_part; i++) {
+            if (f->plan->parts[i].rank == rank && f->parts[i].state == PART_OPEN) {
+                f->parts[i].state = PART_FAILED;
+            }
         }
     }
 }
@@ -305,7 +340,7 @@ void rt_xcore_up(rt_xcore *x, const void *handle)
         link->tell = link->told_status != CM_OK;
         link->told_status = CM_OK;
         link->told_again = false;
-        x->news = true;
+        xcore_tell_news(x);
     }
 }
 
@@ -363,15 +398,26 @@ uint32_t rt_xcore_self(const rt_xcore *x)
 
 /* ---- frames ---- */
 
-uint64_t rt_xcore_payload_bytes(const rt_xcore *x, uint32_t i)
+static const xcore_flight *xcore_flight_at(const rt_xcore *x, uint32_t flight)
 {
-    const rt_part *part = &x->plan->parts[i];
+    CM_ASSERT(flight < RT_FLIGHTS);
+    return &x->flights[flight];
+}
+
+static uint64_t xcore_payload_bytes(const rt_xcore *x, const rt_part *part)
+{
     return pr_dispatch_bytes(part->n_slot, part->n_row, x->options.limits.d, xcore_blocks(x));
 }
 
-void rt_xcore_pack(const rt_xcore *x, uint32_t i, pr_dispatch *header_out, uint8_t *payload)
+uint64_t rt_xcore_payload_bytes(const rt_xcore *x, uint32_t flight, uint32_t i)
 {
-    const rt_part *part = &x->plan->parts[i];
+    return xcore_payload_bytes(x, &xcore_flight_at(x, flight)->plan->parts[i]);
+}
+
+void rt_xcore_pack(const rt_xcore *x, uint32_t flight, uint32_t i, pr_dispatch *header_out, uint8_t *payload)
+{
+    const xcore_flight *f = xcore_flight_at(x, flight);
+    const rt_part *part = &f->plan->parts[i];
     uint32_t d = x->options.limits.d, n_block = xcore_blocks(x);
     *header_out = (pr_dispatch){
         .head = {.version = PR_FRAME_VERSION,
@@ -379,9 +425,9 @@ void rt_xcore_pack(const rt_xcore *x, uint32_t i, pr_dispatch *header_out, uint8
                  .router = x->self,
                  .cluster = x->epoch->cluster,
                  .epoch = x->epoch->number,
-                 .step = x->layer.step,
-                 .layer = x->layer.layer,
-                 .exchange = x->first_exchange + i},
+                 .step = f->layer.step,
+                 .layer = f->layer.layer,
+                 .exchange = f->first_exchange + i},
         .d = d,
         .n_row = part->n_row,
         .n_slot = part->n_slot,
@@ -389,51 +435,58 @@ void rt_xcore_pack(const rt_xcore *x, uint32_t i, pr_dispatch *header_out, uint8
     };
     uint8_t *codes = payload + pr_dispatch_codes_at(part->n_slot);
     uint8_t *scales = payload + pr_dispatch_scales_at(part->n_slot, part->n_row, d);
-    memcpy(payload, x->plan->slots + part->slot0, sizeof(pr_slot) * part->n_slot);
+    memcpy(payload, f->plan->slots + part->slot0, sizeof(pr_slot) * part->n_slot);
     for (uint32_t k = 0; k < part->n_row; k++) {
-        uint32_t row = x->plan->rows[part->row0 + k];
-        memcpy(codes + (size_t)k * d, x->layer.codes + (size_t)row * d, d);
-        memcpy(scales + (size_t)k * n_block, x->layer.scales + (size_t)row * n_block, n_block);
+        uint32_t row = f->plan->rows[part->row0 + k];
+        memcpy(codes + (size_t)k * d, f->layer.codes + (size_t)row * d, d);
+        memcpy(scales + (size_t)k * n_block, f->layer.scales + (size_t)row * n_block, n_block);
     }
 }
 
-/* The round's part a frame answers, n_part if none: an answer to an earlier round, or nonsense. */
-static uint32_t xcore_part_of(const rt_xcore *x, const pr_frame_head *head, const void *handle)
+/* The open part that a frame answers; NULL if none: an answer to an earlier round, or nonsense. */
+static xcore_flight *xcore_part_of(rt_xcore *x, const pr_frame_head *head, const void *handle,
+                                   uint32_t *part_out)
 {
-    uint32_t i = head->exchange - x->first_exchange;
-    if (i >= x->n_part || x->parts[i].state != PART_OPEN ||
-        x->links[x->plan->parts[i].rank].handle != handle || head->step != x->layer.step ||
-        head->layer != x->layer.layer || head->cluster != x->epoch->cluster ||
+    xcore_flight *f = x->flights;
+    while (f < x->flights + RT_FLIGHTS && head->exchange - f->first_exchange >= f->n_part) {
+        f++;
+    }
+    uint32_t i = f < x->flights + RT_FLIGHTS ? head->exchange - f->first_exchange : 0;
+    if (f == x->flights + RT_FLIGHTS || f->parts[i].state != PART_OPEN ||
+        x->links[f->plan->parts[i].rank].handle != handle || head->step != f->layer.step ||
+        head->layer != f->layer.layer || head->cluster != x->epoch->cluster ||
         head->epoch != x->epoch->number) {
-        return x->n_part;
+        return NULL;
     }
-    return i;
+    *part_out = i;
+    return f;
 }
 
-static void xcore_take_results(rt_xcore *x, uint32_t i, const uint16_t *rows)
+static void xcore_take_results(rt_xcore *x, xcore_flight *f, uint32_t i, const uint16_t *rows)
 {
-    const rt_part *part = &x->plan->parts[i];
+    const rt_part *part = &f->plan->parts[i];
     uint32_t d = x->options.limits.d;
     for (uint32_t s = 0; s < part->n_slot; s++) {
-        uint32_t target = x->plan->targets[part->slot0 + s];
-        memcpy(x->layer.results + (size_t)target * d, rows + (size_t)s * d, sizeof(uint16_t) * d);
-        x->wanted[target] = 0;
+        uint32_t target = f->plan->targets[part->slot0 + s];
+        memcpy(f->layer.results + (size_t)target * d, rows + (size_t)s * d, sizeof(uint16_t) * d);
+        f->wanted[target] = 0;
     }
-    x->n_wanted -= part->n_slot;
-    x->parts[i].state = PART_DONE;
-    x->progress = true;
+    f->n_wanted -= part->n_slot;
+    f->parts[i].state = PART_DONE;
+    f->progress = true;
 }
 
 cm_status rt_xcore_combine(rt_xcore *x, const void *handle, const void *header, uint32_t header_bytes,
                            const void *payload, uint64_t payload_bytes, cm_error *err)
 {
     const pr_combine *frame = header;
+    uint32_t i = 0;
     CM_TRY(pr_combine_check(header, header_bytes, payload_bytes, x->options.limits.d, err));
-    uint32_t i = xcore_part_of(x, &frame->head, handle);
-    if (i == x->n_part || frame->n_slot != x->plan->parts[i].n_slot) {
+    xcore_flight *f = xcore_part_of(x, &frame->head, handle, &i);
+    if (f == NULL || frame->n_slot != f->plan->parts[i].n_slot) {
         return cm_error_set(err, CM_E_PROTOCOL, "exchange", "it answers nothing that is open");
     }
-    xcore_take_results(x, i, payload);
+    xcore_take_results(x, f, i, payload);
     return CM_OK;
 }
 
@@ -441,26 +494,34 @@ cm_status rt_xcore_refuse(rt_xcore *x, const void *handle, const void *header, u
                           cm_error *err)
 {
     const pr_refuse *frame = header;
-    uint32_t i = header_bytes == sizeof(*frame) ? xcore_part_of(x, &frame->head, handle) : x->n_part;
-    if (i == x->n_part) {
+    uint32_t i = 0;
+    xcore_flight *f = header_bytes == sizeof(*frame) ? xcore_part_of(x, &frame->head, handle, &i) : NULL;
+    if (f == NULL) {
         return cm_error_set(err, CM_E_PROTOCOL, "exchange", "it answers nothing that is open");
     }
-    x->parts[i].state = PART_FAILED;
+    f->parts[i].state = PART_FAILED;
     return CM_OK;
 }
 
 /* ---- one layer: rounds of frames until every slot has its row ---- */
 
-void rt_xcore_begin(rt_xcore *x, const rt_xcore_layer *layer)
+void rt_xcore_begin(rt_xcore *x, uint32_t flight, const rt_xcore_layer *layer)
 {
-    CM_ASSERT(x->phase == XCORE_REST);
-    x->layer = *layer;
-    x->n_wanted = layer->n_row * x->options.limits.topk;
-    memset(x->wanted, 1, x->n_wanted);
-    x->overlap_done = false;
-    x->give_up_ms = 0;
-    x->expert = 0;
-    x->phase = XCORE_PLANNING;
+    CM_ASSERT(flight < RT_FLIGHTS && x->flights[flight].phase == XCORE_REST);
+    xcore_flight *f = &x->flights[flight];
+    f->layer = *layer;
+    f->n_wanted = layer->n_row * x->options.limits.topk;
+    memset(f->wanted, 1, f->n_wanted);
+    f->give_up_ms = 0;
+    f->expert = 0;
+    f->phase = XCORE_PLANNING;
+}
+
+void rt_xcore_drop(rt_xcore *x, uint32_t flight)
+{
+    CM_ASSERT(flight < RT_FLIGHTS && !x->flights[flight].sending);
+    x->flights[flight].n_part = 0;
+    x->flights[flight].phase = XCORE_REST;
 }
 
 void rt_xcore_stop(rt_xcore *x)
@@ -468,14 +529,14 @@ void rt_xcore_stop(rt_xcore *x)
     x->stopping = true;
 }
 
-static void xcore_finish(rt_xcore *x, cm_status status)
+static void flight_finish(xcore_flight *f, cm_status status)
 {
-    x->status = status;
-    x->n_part = 0;
-    x->phase = XCORE_OVER;
+    f->status = status;
+    f->n_part = 0;
+    f->phase = XCORE_OVER;
 }
 
-static cm_status xcore_plan(rt_xcore *x)
+static cm_status flight_plan(rt_xcore *x, xcore_flight *f)
 {
     if (x->epoch == NULL || x->epoch->placement == NULL) {
         return CM_E_NO_OWNER;
@@ -486,65 +547,8 @@ static cm_status xcore_plan(rt_xcore *x)
             x->avoid[r / 64] |= 1ull << (r % 64);
         }
     }
-    return rt_plan_build(x->plan, &x->options.limits, x->epoch->placement, x->layer.layer, x->layer.experts,
-                         x->layer.weights, x->layer.n_row, x->wanted, x->avoid, &x->expert);
-}
-
-static void xcore_begin_round(rt_xcore *x)
-{
-    if (x->n_wanted == 0) {
-        xcore_finish(x, CM_OK);
-        return;
-    }
-    x->news = false;
-    if (xcore_plan(x) != CM_OK) {
-        x->n_part = 0;
-        x->phase = XCORE_WAITING; /* for nobody: the round is over at once */
-        return;
-    }
-    x->n_part = x->plan->n_part;
-    x->first_exchange = x->next_exchange;
-    x->next_exchange += x->n_part;
-    for (uint32_t i = 0; i < x->n_part; i++) {
-        x->parts[i] = (xcore_part){.state = PART_FAILED};
-    }
-    x->at = 0;
-    x->staged = 0;
-    x->sending = x->again = x->full = false;
-    x->phase = XCORE_DRAINING;
-}
-
-static bool xcore_settled(const rt_xcore *x)
-{
-    for (uint32_t i = 0; i < x->n_part; i++) {
-        if (x->parts[i].state == PART_OPEN) {
-            return false;
-        }
-    }
-    return true;
-}
-
-static void xcore_expire(rt_xcore *x, uint64_t now_ms)
-{
-    for (uint32_t i = 0; i < x->n_part; i++) {
-        uint32_t rank = x->plan->parts[i].rank;
-        if (x->parts[i].state == PART_OPEN && now_ms >= x->parts[i].deadline_ms) {
-            x->links[rank].leaving = true;
-            xcore_lose(x, now_ms, rank, CM_E_DEADLINE);
-        }
-    }
-}
-
-/* A round ended and slots are left: wait for news, but not for ever. Results that came push the end away. */
-static void xcore_block(rt_xcore *x, uint64_t now_ms)
-{
-    if (x->give_up_ms == 0 || x->progress) {
-        x->progress = false;
-        x->give_up_ms = now_ms + x->options.wait_ms;
-        x->n_retries++;
-    }
-    x->retry_at_ms = now_ms + XCORE_RETRY_MS;
-    x->phase = XCORE_BLOCKED;
+    return rt_plan_build(f->plan, &x->options.limits, x->epoch->placement, f->layer.layer, f->layer.experts,
+                         f->layer.weights, f->layer.n_row, f->wanted, x->avoid, &f->expert);
 }
 
 static rt_xact xcore_wait(uint64_t until_ms)
@@ -552,81 +556,143 @@ static rt_xact xcore_wait(uint64_t until_ms)
     return (rt_xact){.kind = RT_XACT_WAIT, .until_ms = until_ms};
 }
 
-/* false: the state has changed, look again. */
-static bool xcore_send(rt_xcore *x, uint64_t now_ms, rt_xact *act_out)
+/* false, here and below: the state has changed, look again. */
+static bool flight_begin_round(rt_xcore *x, xcore_flight *f, uint64_t now_ms, rt_xact *act_out)
 {
-    if (x->at == x->n_part) {
-        x->phase = XCORE_WAITING;
-        if (x->overlap_done) {
-            return false;
-        }
-        x->overlap_done = true;
-        *act_out = (rt_xact){.kind = RT_XACT_OVERLAP};
-        return true;
-    }
-    const xcore_link *link = &x->links[x->plan->parts[x->at].rank];
-    if (link->handle == NULL || !link->up) { /* lost since it was planned for */
-        x->staged += rt_xcore_payload_bytes(x, x->at++);
-        x->again = x->full = false;
+    if (f->n_wanted == 0) {
+        flight_finish(f, CM_OK);
         return false;
     }
-    if (x->full) {
-        x->full = false;
+    if (x->offered != NULL) { /* the epoch first: by a chore, which may have to wait for the other flight */
+        *act_out = xcore_wait(xcore_between_rounds(x) ? now_ms : UINT64_MAX);
+        return true;
+    }
+    f->news = false;
+    if (flight_plan(x, f) != CM_OK) {
+        f->n_part = 0;
+        f->phase = XCORE_WAITING; /* for nobody: the round is over at once */
+        return false;
+    }
+    f->n_part = f->plan->n_part;
+    f->first_exchange = x->next_exchange;
+    x->next_exchange += f->n_part;
+    for (uint32_t i = 0; i < f->n_part; i++) {
+        f->parts[i] = (xcore_part){.state = PART_FAILED};
+    }
+    f->at = 0;
+    f->staged = (uint64_t)(f - x->flights) * xcore_flight_bytes(x);
+    f->again = f->full = false;
+    f->phase = XCORE_DRAINING;
+    return false;
+}
+
+static bool flight_settled(const xcore_flight *f)
+{
+    for (uint32_t i = 0; i < f->n_part; i++) {
+        if (f->parts[i].state == PART_OPEN) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void flight_expire(rt_xcore *x, xcore_flight *f, uint64_t now_ms)
+{
+    for (uint32_t i = 0; i < f->n_part; i++) {
+        uint32_t rank = f->plan->parts[i].rank;
+        if (f->parts[i].state == PART_OPEN && now_ms >= f->parts[i].deadline_ms) {
+            x->links[rank].leaving = true;
+            xcore_lose(x, now_ms, rank, CM_E_DEADLINE);
+        }
+    }
+}
+
+/* A round ended and slots are left: wait for news, but not for ever. Results that came push the end away. */
+static void flight_block(rt_xcore *x, xcore_flight *f, uint64_t now_ms)
+{
+    if (f->give_up_ms == 0 || f->progress) {
+        f->progress = false;
+        f->give_up_ms = now_ms + x->options.wait_ms;
+        x->n_retries++;
+    }
+    f->retry_at_ms = now_ms + XCORE_RETRY_MS;
+    f->phase = XCORE_BLOCKED;
+}
+
+static bool flight_send(rt_xcore *x, xcore_flight *f, uint64_t now_ms, rt_xact *act_out)
+{
+    if (f->at == f->n_part) {
+        f->phase = XCORE_WAITING;
+        return false;
+    }
+    const rt_part *part = &f->plan->parts[f->at];
+    const xcore_link *link = &x->links[part->rank];
+    if (link->handle == NULL || !link->up) { /* lost since it was planned for */
+        f->staged += xcore_payload_bytes(x, part);
+        f->at++;
+        f->again = f->full = false;
+        return false;
+    }
+    if (f->full) {
+        f->full = false;
         *act_out = xcore_wait(now_ms + XCORE_RETRY_MS);
         return true;
     }
-    if (!x->again) {
-        x->parts[x->at].deadline_ms = now_ms + x->options.answer_ms;
+    if (!f->again) {
+        f->parts[f->at].deadline_ms = now_ms + x->options.answer_ms;
     }
-    x->sending = true;
+    f->sending = true;
     *act_out = (rt_xact){.kind = RT_XACT_SEND,
-                         .part = x->at,
-                         .rank = x->plan->parts[x->at].rank,
+                         .part = f->at,
+                         .rank = part->rank,
                          .handle = link->handle,
-                         .staged_at = x->staged,
-                         .again = x->again};
+                         .staged_at = f->staged,
+                         .again = f->again};
     return true;
 }
 
 void rt_xcore_sent(rt_xcore *x, cm_status status)
 {
-    CM_ASSERT(x->phase == XCORE_SENDING && x->sending);
-    x->sending = false;
-    x->again = x->full = status == CM_AGAIN;
+    xcore_flight *f = x->flights;
+    while (f < x->flights + RT_FLIGHTS && !f->sending) {
+        f++;
+    }
+    CM_ASSERT(f < x->flights + RT_FLIGHTS && f->phase == XCORE_SENDING);
+    f->sending = false;
+    f->again = f->full = status == CM_AGAIN;
     if (status == CM_AGAIN) {
         return;
     }
-    x->parts[x->at].state = status == CM_OK ? PART_OPEN : PART_FAILED;
-    x->n_sending += status == CM_OK;
-    x->staged += rt_xcore_payload_bytes(x, x->at++);
+    f->parts[f->at].state = status == CM_OK ? PART_OPEN : PART_FAILED;
+    f->n_sending += status == CM_OK;
+    f->staged += xcore_payload_bytes(x, &f->plan->parts[f->at++]);
 }
 
-void rt_xcore_left(rt_xcore *x)
+void rt_xcore_left(rt_xcore *x, uint32_t flight)
 {
-    CM_ASSERT(x->n_sending > 0);
-    x->n_sending--;
+    CM_ASSERT(flight < RT_FLIGHTS && x->flights[flight].n_sending > 0);
+    x->flights[flight].n_sending--;
 }
 
-/* false: the state has changed, look again. */
-static bool xcore_await(rt_xcore *x, uint64_t now_ms, rt_xact *act_out)
+static bool flight_await(rt_xcore *x, xcore_flight *f, uint64_t now_ms, rt_xact *act_out)
 {
-    xcore_expire(x, now_ms);
-    if (xcore_settled(x)) {
-        if (x->n_wanted == 0) {
-            xcore_finish(x, CM_OK);
+    flight_expire(x, f, now_ms);
+    if (flight_settled(f)) {
+        if (f->n_wanted == 0) {
+            flight_finish(f, CM_OK);
         } else {
-            xcore_block(x, now_ms);
+            flight_block(x, f, now_ms);
         }
         return false;
     }
     if (x->stopping) {
-        xcore_finish(x, CM_E_CANCELLED);
+        flight_finish(f, CM_E_CANCELLED);
         return false;
     }
     uint64_t until_ms = UINT64_MAX;
-    for (uint32_t i = 0; i < x->n_part; i++) {
-        if (x->parts[i].state == PART_OPEN && x->parts[i].deadline_ms < until_ms) {
-            until_ms = x->parts[i].deadline_ms;
+    for (uint32_t i = 0; i < f->n_part; i++) {
+        if (f->parts[i].state == PART_OPEN && f->parts[i].deadline_ms < until_ms) {
+            until_ms = f->parts[i].deadline_ms;
         }
     }
     *act_out = xcore_wait(until_ms);
@@ -634,65 +700,79 @@ static bool xcore_await(rt_xcore *x, uint64_t now_ms, rt_xact *act_out)
 }
 
 /* Nobody whom it could be asked of has computed it. */
-static void xcore_give_up(rt_xcore *x)
+static void flight_give_up(xcore_flight *f)
 {
     uint32_t i = 0;
-    while (!x->wanted[i]) {
+    while (!f->wanted[i]) {
         i++;
     }
-    x->expert = (uint32_t)x->layer.experts[i];
-    xcore_finish(x, CM_E_NO_OWNER);
+    f->expert = (uint32_t)f->layer.experts[i];
+    flight_finish(f, CM_E_NO_OWNER);
 }
 
-static bool xcore_unblock(rt_xcore *x, uint64_t now_ms, rt_xact *act_out)
+static bool flight_unblock(rt_xcore *x, xcore_flight *f, uint64_t now_ms, rt_xact *act_out)
 {
     if (x->stopping) {
-        xcore_finish(x, CM_E_CANCELLED);
-    } else if (now_ms >= x->give_up_ms) {
-        xcore_give_up(x);
-    } else if (x->news || now_ms >= x->retry_at_ms) {
-        x->phase = XCORE_PLANNING;
+        flight_finish(f, CM_E_CANCELLED);
+    } else if (now_ms >= f->give_up_ms) {
+        flight_give_up(f);
+    } else if (f->news || now_ms >= f->retry_at_ms) {
+        f->phase = XCORE_PLANNING;
     } else {
-        *act_out = xcore_wait(x->retry_at_ms < x->give_up_ms ? x->retry_at_ms : x->give_up_ms);
+        *act_out = xcore_wait(f->retry_at_ms < f->give_up_ms ? f->retry_at_ms : f->give_up_ms);
         return true;
     }
     return false;
 }
 
-rt_xact rt_xcore_next(rt_xcore *x, uint64_t now_ms)
+static rt_xact flight_next(rt_xcore *x, xcore_flight *f, uint64_t now_ms)
 {
     rt_xact act;
     for (;;) {
         bool said = false;
-        switch (x->phase) {
+        switch (f->phase) {
         case XCORE_REST:
             return xcore_wait(UINT64_MAX);
         case XCORE_PLANNING:
-            xcore_begin_round(x);
+            said = flight_begin_round(x, f, now_ms, &act);
             break;
         case XCORE_BLOCKED:
-            said = xcore_unblock(x, now_ms, &act);
+            said = flight_unblock(x, f, now_ms, &act);
             break;
         case XCORE_DRAINING:
-            if (x->n_sending > 0) {
+            if (f->n_sending > 0) {
                 return xcore_wait(now_ms + XCORE_RETRY_MS);
             }
-            x->phase = XCORE_SENDING;
+            f->phase = XCORE_SENDING;
             break;
         case XCORE_SENDING:
-            said = xcore_send(x, now_ms, &act);
+            said = flight_send(x, f, now_ms, &act);
             break;
         case XCORE_WAITING:
-            said = xcore_await(x, now_ms, &act);
+            said = flight_await(x, f, now_ms, &act);
             break;
         case XCORE_OVER:
-            x->phase = XCORE_REST;
-            return (rt_xact){.kind = RT_XACT_DONE, .status = x->status, .expert = x->expert};
+            f->phase = XCORE_REST;
+            return (rt_xact){.kind = RT_XACT_DONE, .status = f->status, .expert = f->expert};
         }
         if (said) {
             return act;
         }
     }
+}
+
+rt_xact rt_xcore_next(rt_xcore *x, uint64_t now_ms)
+{
+    uint64_t until_ms = UINT64_MAX;
+    for (uint32_t i = 0; i < RT_FLIGHTS; i++) {
+        rt_xact act = flight_next(x, &x->flights[i], now_ms);
+        act.flight = i;
+        if (act.kind != RT_XACT_WAIT) {
+            return act;
+        }
+        until_ms = act.until_ms < until_ms ? act.until_ms : until_ms;
+    }
+    return xcore_wait(until_ms);
 }
 
 uint64_t rt_xcore_n_retries(const rt_xcore *x)
@@ -702,9 +782,13 @@ uint64_t rt_xcore_n_retries(const rt_xcore *x)
 
 uint32_t rt_xcore_n_open(const rt_xcore *x)
 {
-    uint32_t n = x->n_sending;
-    for (uint32_t i = 0; i < x->n_part; i++) {
-        n += x->parts[i].state == PART_OPEN;
+    uint32_t n = 0;
+    for (uint32_t k = 0; k < RT_FLIGHTS; k++) {
+        const xcore_flight *f = &x->flights[k];
+        n += f->n_sending;
+        for (uint32_t i = 0; i < f->n_part; i++) {
+            n += f->parts[i].state == PART_OPEN;
+        }
     }
     return n;
 }

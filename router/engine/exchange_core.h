@@ -3,7 +3,11 @@
  * on a newer epoch and when it cannot be computed at all. No I/O, no clock: its owner connects, sends and
  * tells what happened. Used by exchange.c over net and by the simulator.
  *
- *   rt_xcore_begin -> { rt_xcore_chore* ; rt_xcore_next -> SEND, OVERLAP, WAIT ... } -> DONE
+ *   rt_xcore_begin -> { rt_xcore_chore* ; rt_xcore_next -> SEND, WAIT ... } -> DONE
+ *
+ * Two flights, one for each micro-batch of a step, may be under way at once, each with a layer and rows of
+ * its own; links and the epoch are common. An epoch comes into force when no flight is inside a round: while
+ * one waits, no flight begins a round.
  *
  * A link is the owner's: the machine knows it by its handle and never looks into it. Memory: everything is
  * taken at create and when an epoch is offered; a layer allocates nothing. Thread: one at a time. */
@@ -16,6 +20,8 @@
 #include "router/plan/plan.h"
 
 typedef struct rt_xcore rt_xcore;
+
+enum { RT_FLIGHTS = 2 };
 
 typedef struct rt_xcore_options {
     rt_plan_limits limits;
@@ -41,15 +47,14 @@ typedef enum rt_xact_kind {
     RT_XACT_REPORT,  /* rank, status: its link was lost (again: and still is), or CM_OK: it is up once more */
     RT_XACT_CONNECT, /* rank: begin; answer with rt_xcore_connecting */
     /* of rt_xcore_next */
-    RT_XACT_SEND,    /* part, staged_at, again: a frame; answer with rt_xcore_sent */
-    RT_XACT_OVERLAP, /* all frames of the first round are on their way: work to do meanwhile */
-    RT_XACT_WAIT,    /* until_ms: nothing to do before something comes in */
-    RT_XACT_DONE,    /* status, and with CM_E_NO_OWNER expert, one that has no row; the layer is over */
+    RT_XACT_SEND, /* flight, part, staged_at, again: a frame; answer with rt_xcore_sent */
+    RT_XACT_WAIT, /* until_ms: nothing to do for any flight before something comes in; now: a chore is due */
+    RT_XACT_DONE, /* flight, status, and with CM_E_NO_OWNER expert, one that has no row; the layer is over */
 } rt_xact_kind;
 
 typedef struct rt_xact {
     rt_xact_kind kind;
-    uint32_t rank, part, expert;
+    uint32_t flight, rank, part, expert;
     uint64_t staged_at; /* offset of the frame in memory of rt_xcore_staging_bytes */
     bool again;         /* the same frame as before, for which there was no room; the same loss as before */
     void *handle;
@@ -59,11 +64,12 @@ typedef struct rt_xact {
 
 rt_xcore *rt_xcore_create(const rt_xcore_options *options);
 void rt_xcore_destroy(rt_xcore *core);
-uint64_t rt_xcore_staging_bytes(const rt_xcore *core); /* most bytes the frames of one round take together */
+uint64_t rt_xcore_staging_bytes(
+    const rt_xcore *core); /* most bytes the frames of a round of each flight take together */
 
 /* ---- epochs and links ---- */
 
-/* The epoch to switch to between two rounds; held. self: our member id. */
+/* The epoch to switch to between two rounds of both flights; held. self: our member id. */
 void rt_xcore_offer(rt_xcore *core, pc_epoch *epoch, uint32_t self);
 /* What is to be done about links; false: nothing. To be asked before rt_xcore_next, until it says so. */
 bool rt_xcore_chore(rt_xcore *core, uint64_t now_ms, rt_xact *act_out);
@@ -89,17 +95,21 @@ uint64_t rt_xcore_chore_ms(const rt_xcore *core);
 
 /* ---- a layer ---- */
 
-void rt_xcore_begin(rt_xcore *core, const rt_xcore_layer *layer);
+void rt_xcore_begin(rt_xcore *core, uint32_t flight, const rt_xcore_layer *layer);
 rt_xact rt_xcore_next(rt_xcore *core, uint64_t now_ms);
+/* The layer is no longer wanted: what it borrowed is free on return, answers to it count no more, no DONE
+ * follows. A flight at rest stays so. */
+void rt_xcore_drop(rt_xcore *core, uint32_t flight);
 /* Waiting ends with CM_E_CANCELLED from now on. */
 void rt_xcore_stop(rt_xcore *core);
 /* How the RT_XACT_SEND went. CM_OK: rt_xcore_left follows when its memory is free again; CM_AGAIN: no room.
  */
 void rt_xcore_sent(rt_xcore *core, cm_status status);
-void rt_xcore_left(rt_xcore *core);
+void rt_xcore_left(rt_xcore *core, uint32_t flight);
 /* Header and payload of a part's frame; payload has rt_xcore_payload_bytes. */
-uint64_t rt_xcore_payload_bytes(const rt_xcore *core, uint32_t part);
-void rt_xcore_pack(const rt_xcore *core, uint32_t part, pr_dispatch *header_out, uint8_t *payload);
+uint64_t rt_xcore_payload_bytes(const rt_xcore *core, uint32_t flight, uint32_t part);
+void rt_xcore_pack(const rt_xcore *core, uint32_t flight, uint32_t part, pr_dispatch *header_out,
+                   uint8_t *payload);
 /* A combine frame, as it came: its rows go to where they belong. CM_E_PROTOCOL: it is none, or it answers
  * nothing that is open (err says which); nothing has changed. */
 CM_MUST_CHECK cm_status rt_xcore_combine(rt_xcore *core, const void *handle, const void *header,

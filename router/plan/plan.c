@@ -8,11 +8,23 @@
 /* What the caller sees and, behind it, the work space of a build. */
 typedef struct plan_memory {
     rt_plan plan;
-    uint16_t *slot_rank;      /* [slot_max] of each slot of the batch; PLAN_UNWANTED: none */
+    uint16_t *slot_rank; /* [slot_max] of each slot of the batch; PLAN_UNWANTED: none, PLAN_ANY: not yet */
     uint32_t at[PR_RANK_MAX]; /* where the rank's next slot goes; after scattering, its end */
 } plan_memory;
 
-enum { PLAN_UNWANTED = UINT16_MAX };
+enum { PLAN_UNWANTED = UINT16_MAX, PLAN_ANY = UINT16_MAX - 1 };
+
+/* What is planned, as given. */
+typedef struct plan_task {
+    const rt_plan_limits *limits;
+    const pr_placement *placement;
+    const int32_t *experts;
+    const float *weights;
+    const uint32_t *first; /* of the layer: placement->first */
+    uint32_t n_row;
+    const uint8_t *wanted;
+    const uint64_t *avoid;
+} plan_task;
 
 static bool plan_fits(const rt_plan_limits *limits, uint32_t n_slot, uint32_t n_row)
 {
@@ -87,53 +99,79 @@ static uint16_t plan_least_loaded(const plan_memory *memory, const uint16_t *own
     return best;
 }
 
-/* Chooses a rank for every wanted slot and counts them per rank: first where there is no choice, then where
- * there is.
- */
-static cm_status plan_choose(plan_memory *memory, const pr_placement *placement, uint32_t layer,
-                             const int32_t *experts, const float *weights, uint32_t n_slot,
-                             const uint8_t *wanted, const uint64_t *avoid, uint32_t *expert_out)
+/* Slots with several owners, when those without a choice are counted. */
+static cm_status plan_choose_any(plan_memory *memory, const plan_task *t, uint32_t *expert_out)
 {
-    memset(memory->at, 0, sizeof(memory->at));
+    uint32_t n_slot = t->n_row * t->limits->topk;
     for (uint32_t i = 0; i < n_slot; i++) {
-        memory->slot_rank[i] = PLAN_UNWANTED;
-    }
-    for (uint32_t pass = 0; pass < 2; pass++) {
-        for (uint32_t i = 0; i < n_slot; i++) {
-            uint32_t n_owner;
-            if (wanted != NULL && !wanted[i]) {
-                continue;
-            }
-            CM_ASSERT_MSG(experts[i] >= 0 && (uint32_t)experts[i] < placement->n_expert,
-                          "slot %u: expert %d of %u", i, experts[i], placement->n_expert);
-            const uint16_t *owners = pr_placement_owners(placement, layer, (uint32_t)experts[i], &n_owner);
-            if ((n_owner > 1) != (pass == 1)) {
-                continue;
-            }
-            uint16_t rank = plan_least_loaded(memory, owners, n_owner, avoid, weights[i]);
-            if (rank == PLAN_UNWANTED) {
-                *expert_out = (uint32_t)experts[i];
-                return CM_E_NO_OWNER;
-            }
-            memory->slot_rank[i] = rank;
-            memory->at[rank]++;
+        if (memory->slot_rank[i] != PLAN_ANY) {
+            continue;
         }
+        const uint32_t *first = t->first + t->experts[i];
+        uint16_t rank = plan_least_loaded(memory, t->placement->owner + first[0], first[1] - first[0],
+                                          t->avoid, t->weights[i]);
+        if (rank == PLAN_UNWANTED) {
+            *expert_out = (uint32_t)t->experts[i];
+            return CM_E_NO_OWNER;
+        }
+        memory->slot_rank[i] = rank;
+        memory->at[rank]++;
     }
     return CM_OK;
 }
 
-/* Sorts the slots of the batch by rank into plan->targets; within a rank they stay ordered by (row, slot). */
-static void plan_scatter(plan_memory *memory, uint32_t n_rank, uint32_t n_slot)
+/* Chooses a rank for every wanted slot and counts them per rank: first where there is no choice, then where
+ * there is. A layer of a large step has thousands of slots and there are dozens of layers: the loops over
+ * slots here and below divide nothing and call nothing. */
+static cm_status plan_choose(plan_memory *memory, const plan_task *t, uint32_t *expert_out)
 {
-    uint32_t n_before = 0;
-    for (uint32_t rank = 0; rank < n_rank; rank++) {
-        uint32_t n = memory->at[rank];
-        memory->at[rank] = n_before;
+    uint32_t n_slot = t->n_row * t->limits->topk, n_expert = t->placement->n_expert, n_any = 0;
+    uint32_t *at = memory->at;
+    memset(at, 0, sizeof(at[0]) * t->placement->n_rank);
+    for (uint32_t i = 0; i < n_slot; i++) {
+        uint32_t expert = (uint32_t)t->experts[i];
+        if (t->wanted != NULL && !t->wanted[i]) {
+            memory->slot_rank[i] = PLAN_UNWANTED;
+            continue;
+        }
+        CM_ASSERT_MSG(expert < n_expert, "slot %u: expert %d of %u", i, t->experts[i], n_expert);
+        uint32_t first = t->first[expert], n_owner = t->first[expert + 1] - first;
+        if (n_owner > 1) {
+            memory->slot_rank[i] = PLAN_ANY;
+            n_any++;
+            continue;
+        }
+        if (n_owner == 0 || !plan_may_ask(t->avoid, t->placement->owner[first])) {
+            *expert_out = expert;
+            return CM_E_NO_OWNER;
+        }
+        uint16_t rank = t->placement->owner[first];
+        memory->slot_rank[i] = rank;
+        at[rank]++;
+    }
+    return n_any > 0 ? plan_choose_any(memory, t, expert_out) : CM_OK;
+}
+
+/* Sorts the slots of the batch by rank into plan->targets and plan->slots; within a rank they stay ordered by
+ * (row, slot). Rows are the batch's as yet. */
+static void plan_scatter(plan_memory *memory, const plan_task *t)
+{
+    uint32_t n_before = 0, topk = t->limits->topk;
+    uint32_t *at = memory->at, *targets = memory->plan.targets;
+    pr_slot *slots = memory->plan.slots;
+    for (uint32_t rank = 0; rank < t->placement->n_rank; rank++) {
+        uint32_t n = at[rank];
+        at[rank] = n_before;
         n_before += n;
     }
-    for (uint32_t i = 0; i < n_slot; i++) {
-        if (memory->slot_rank[i] != PLAN_UNWANTED) {
-            memory->plan.targets[memory->at[memory->slot_rank[i]]++] = i;
+    for (uint32_t row = 0, i = 0; row < t->n_row; row++) {
+        for (uint32_t k = 0; k < topk; k++, i++) {
+            uint16_t rank = memory->slot_rank[i];
+            if (rank != PLAN_UNWANTED) {
+                uint32_t to = at[rank]++;
+                targets[to] = i;
+                slots[to] = (pr_slot){row, (uint32_t)t->experts[i], t->weights[i]};
+            }
         }
     }
     memory->plan.n_slot = n_before;
@@ -147,26 +185,31 @@ static rt_part *plan_part_add(rt_plan *plan, uint32_t rank, uint32_t slot0)
     return part;
 }
 
-/* Cuts one rank's slots, targets slot0 .. end - 1, into frames. A row's slots stay together. */
-static void plan_cut(rt_plan *plan, const rt_plan_limits *limits, const int32_t *experts,
-                     const float *weights, uint32_t rank, uint32_t slot0, uint32_t end)
+/* Cuts one rank's slots, slot0 .. end - 1, into frames. A row's slots stay together. */
+static void plan_cut(rt_plan *plan, const rt_plan_limits *limits, uint32_t rank, uint32_t slot0, uint32_t end)
 {
-    rt_part *part = NULL;
+    pr_slot *slots = plan->slots;
+    uint32_t *rows = plan->rows, n_all = end - slot0;
+    bool whole = plan_fits(limits, n_all, n_all); /* surely: a row has at least one slot */
     for (uint32_t i = slot0; i < end;) {
-        uint32_t row = plan->targets[i] / limits->topk, n = 1;
-        while (i + n < end && plan->targets[i + n] / limits->topk == row) {
-            n++;
+        rt_part *part = plan_part_add(plan, rank, i);
+        uint32_t row0 = plan->n_row, n_row = row0, from = i;
+        while (i < end) {
+            uint32_t row = slots[i].row, next = i + 1;
+            while (next < end && slots[next].row == row) {
+                next++;
+            }
+            if (!whole && n_row > row0 && !plan_fits(limits, next - from, n_row - row0 + 1)) {
+                break;
+            }
+            for (; i < next; i++) {
+                slots[i].row = n_row - row0;
+            }
+            rows[n_row++] = row;
         }
-        if (part == NULL || !plan_fits(limits, part->n_slot + n, part->n_row + 1)) {
-            part = plan_part_add(plan, rank, i);
-        }
-        for (uint32_t k = 0; k < n; k++, i++) {
-            uint32_t target = plan->targets[i];
-            plan->slots[i] = (pr_slot){part->n_row, (uint32_t)experts[target], weights[target]};
-        }
-        plan->rows[plan->n_row++] = row;
-        part->n_row++;
-        part->n_slot += n;
+        plan->n_row = n_row;
+        part->n_row = n_row - row0;
+        part->n_slot = i - from;
     }
 }
 
@@ -179,12 +222,19 @@ cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_pl
                   "%u rows of %u, %u slots", n_row, limits->row_max, plan->slot_max);
     CM_ASSERT_MSG(layer < placement->n_layer && placement->n_rank <= PR_RANK_MAX, "layer %u of %u, %u ranks",
                   layer, placement->n_layer, placement->n_rank);
-    uint32_t n_slot = n_row * limits->topk;
+    plan_task task = {.limits = limits,
+                      .placement = placement,
+                      .experts = experts,
+                      .weights = weights,
+                      .first = placement->first + (size_t)layer * placement->n_expert,
+                      .n_row = n_row,
+                      .wanted = wanted,
+                      .avoid = avoid};
     plan->n_part = plan->n_row = plan->n_slot = 0;
-    CM_TRY(plan_choose(memory, placement, layer, experts, weights, n_slot, wanted, avoid, expert_out));
-    plan_scatter(memory, placement->n_rank, n_slot);
+    CM_TRY(plan_choose(memory, &task, expert_out));
+    plan_scatter(memory, &task);
     for (uint32_t rank = 0, slot0 = 0; rank < placement->n_rank; rank++) {
-        plan_cut(plan, limits, experts, weights, rank, slot0, memory->at[rank]);
+        plan_cut(plan, limits, rank, slot0, memory->at[rank]);
         slot0 = memory->at[rank];
     }
     return CM_OK;

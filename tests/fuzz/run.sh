@@ -16,9 +16,8 @@ mkdir -p build/fuzz/found
 targets=("$@")
 [ ${#targets[@]} -gt 0 ] || for folder in "$corpus"/*; do targets+=("$(basename "$folder")"); done
 
-failed=0
-for target in "${targets[@]}"; do
-    log=$corpus/$target.log
+run_one() {
+    local target=$1 log=$corpus/$1.log
     if LSAN_OPTIONS=suppressions=tests/lsan.supp:print_suppressions=0 build/fuzz/bin/f_"$target" "$corpus/$target" \
         -max_total_time="$seconds" -max_len=16384 -timeout=20 -rss_limit_mb=2048 -print_final_stats=1 \
         -artifact_prefix="build/fuzz/found/$target-" >"$log" 2>&1; then
@@ -28,7 +27,9 @@ for target in "${targets[@]}"; do
     else
         echo "f_$target: FAILED, $(grep -m 1 -o 'Seed: .*' "$log")"
         tail -n 60 "$log"
-        failed=1
+        return 1
     fi
-done
-exit $failed
+}
+export -f run_one
+export corpus seconds
+printf '%s\n' "${targets[@]}" | xargs -P 2 -I {} bash -c 'run_one {}'

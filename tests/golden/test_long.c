@@ -43,8 +43,8 @@ typedef struct schedule {
     pthread_barrier_t *gate;
 } schedule;
 
-static void see_picks(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data,
-                      uint64_t row_bytes, uint32_t n_row)
+static void see_picks(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, uint32_t row0,
+                      const void *data, uint64_t row_bytes, uint32_t n_row)
 {
     picks_seen *seen = ctx;
     (void)layer;
@@ -53,7 +53,7 @@ static void see_picks(void *ctx, uint32_t layer, rt_tap_point point, const rt_st
     }
     for (uint32_t r = 0; r < n_row; r++) {
         const int32_t *picks = (const int32_t *)(const void *)((const uint8_t *)data + r * row_bytes);
-        uint32_t visible = (step->segs[0].pos0 + r + 1) / 4;
+        uint32_t visible = (step->segs[0].pos0 + row0 + r + 1) / 4;
         if (visible <= TOPK) {
             continue;
         }

@@ -194,7 +194,7 @@ static void check_attention(layer_case *c)
     const md_geometry *g = c->e->geometry;
     begin_rows(c, &seg, &step, tokens, LAYER_ROWS, NULL);
     memcpy(host(c, c->e->buf.in), golden(c, "attn_in_all"), 2ull * LAYER_ROWS * g->d);
-    rt_layer_attention(c->e, c->layer);
+    rt_layer_attention(c->e, &c->e->micros[0], c->layer);
     assert_int_equal(kn_stream_sync(c->e->stream), CM_OK);
     for (uint32_t i = 0; i < c->n; i++) {
         memcpy(chosen + (size_t)i * g->d, (uint16_t *)host(c, c->e->buf.out) + (size_t)c->pos[i] * g->d,
@@ -237,7 +237,8 @@ static void check_sites(layer_case *c)
     e->dense->rmsnorm(e->stream, b->in, w->ffn_norm, c->n, g->d, g->norm_eps, b->in);
     compare_rows(c->tol, "ffn_in", c->layer, host(c, b->in), golden(c, "ffn_in"), c->n, g->d, c->w);
     memcpy(host(c, b->in), golden(c, "ffn_in"), row * c->n);
-    assert_int_equal(rt_layer_moe(e, c->layer), CM_OK);
+    assert_int_equal(rt_layer_moe_begin(e, &e->micros[0], c->layer), CM_OK);
+    assert_int_equal(rt_layer_moe_finish(e, &e->micros[0]), CM_OK);
     compare_rows(c->tol, "ffn_out", c->layer, host(c, b->out), golden(c, "ffn_out"), c->n, g->d, c->w);
     check_gate(c);
     memcpy(host(c, b->out), golden(c, "ffn_out"), row * c->n);
@@ -293,12 +294,13 @@ static uint32_t read_ids(const json_t *list, uint32_t *ids)
 }
 
 static uint16_t g_streams[8][8 * 8 * 1024]; /* per layer: BF16 [5][hc][d] of the last prompt of five tokens */
-static void tap_streams(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data,
-                        uint64_t row_bytes, uint32_t n_row)
+static void tap_streams(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, uint32_t row0,
+                        const void *data, uint64_t row_bytes, uint32_t n_row)
 {
     (void)ctx;
     if (point == RT_TAP_STREAMS_OUT && layer < 8) {
-        memcpy((uint8_t *)g_streams[layer] + step->segs[0].pos0 * row_bytes, data, row_bytes * n_row);
+        memcpy((uint8_t *)g_streams[layer] + (step->segs[0].pos0 + row0) * row_bytes, data,
+               row_bytes * n_row);
     }
 }
 

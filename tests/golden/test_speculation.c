@@ -53,11 +53,12 @@ typedef struct golden {
     float logits[DRAFTS][1024]; /* of the last step's guesses */
 } golden;
 
-static void golden_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data,
-                       uint64_t row_bytes, uint32_t n_row)
+static void golden_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, uint32_t row0,
+                       const void *data, uint64_t row_bytes, uint32_t n_row)
 {
     golden *g = ctx;
     (void)step;
+    (void)row0;
     if (point == RT_TAP_DRAFT_LOGITS) {
         assert_int_equal(n_row, 1);
         assert_in_range(layer, 0, DRAFTS - 1);

@@ -24,7 +24,7 @@ def client(cluster):
 
 
 def post(cluster, path, body, headers=None):
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body), headers or {})
     reply = connection.getresponse()
     text = reply.read()
@@ -317,7 +317,7 @@ def test_malformed_json_and_routes(cluster):
     assert reply.status == 404 and error["error"]["type"] == "not_found_error"
     reply, error = post(cluster, "/api/event_logging/batch", {})
     assert reply.status == 404
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     connection.request("GET", "/v1/messages")
     assert connection.getresponse().status == 405
 
@@ -358,7 +358,7 @@ def test_failure_on_the_way(start_cluster):
 
 def test_pings_during_a_long_prompt(start_cluster):
     cluster = start_cluster("--workers", "1", env={"BALEEN_KEEP_ALIVE_MS": "20"})
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=120)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     body = {"model": "nano", "max_tokens": 3, "stream": True, "messages": [{"role": "user", "content": "word " * 1500}]}
     connection.request("POST", "/v1/messages", json.dumps(body))
     events = connection.getresponse().read().decode().split("\n\n")
@@ -369,7 +369,7 @@ def test_pings_during_a_long_prompt(start_cluster):
 
 def test_disconnect_frees_everything(cluster):
     cancelled = cluster.cancelled()
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     body = {"model": "nano", "max_tokens": 4000, "stream": True, "ignore_eos": True, "messages": QUESTION}
     connection.request("POST", "/v1/messages", json.dumps(body))
     reply = connection.getresponse()
@@ -384,7 +384,7 @@ def test_come_back(cluster):
     def events(reply):
         return [event for event in reply.read().decode().split("\n\n") if event]
 
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     body = {"model": "nano", "max_tokens": 60, "stream": True, "stream_options": {"resumable": True}, "temperature": 0,
             "messages": SUM, "output_config": {"effort": "low"}}
     connection.request("POST", "/v1/messages", json.dumps(body))

@@ -32,7 +32,7 @@ def ask(client, text, **fields):
 
 
 def post(cluster, path, body, headers=None):
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("POST", path, data, {"Content-Type": "application/json", **(headers or {})})
     reply = connection.getresponse()
@@ -110,7 +110,7 @@ def test_stream(client, scripted):
     assert all(chunk.choices[0].delta.role is None for chunk in chunks[1:] if chunk.choices)
     assert len({(chunk.id, chunk.created, chunk.model) for chunk in chunks}) == 1
     assert Joined(chunks).content == ask(client, "one two three").choices[0].message.content == "one two three"
-    connection = http.client.HTTPConnection(scripted.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(scripted.info["http"], timeout=300)
     connection.request("POST", "/v1/chat/completions", json.dumps({"model": "scripted", "messages": user("x"), "stream": True, **CHAT}),
                        {"Content-Type": "application/json"})
     reply = connection.getresponse()
@@ -267,7 +267,7 @@ def test_streams_are_told_again_byte_for_byte(client, scripted):
     """Call ids too: a client that comes back must not hear of another call."""
     body = {"model": "scripted", "messages": user("x" + calls(invoke("f", a="1"), invoke("g"))), "tools": TOOLS, "stream": True, **CHAT,
             "stream_options": {"resumable": True}}
-    connection = http.client.HTTPConnection(scripted.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(scripted.info["http"], timeout=300)
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     first = connection.getresponse().read().decode()
     name = first.split("id: ", 1)[1].split(":", 1)[0]
@@ -501,7 +501,7 @@ def test_a_client_goes_away(scripted):
     body = {"model": "scripted", "messages": user("word " * 500), "stream": True, "ignore_eos": True, "max_tokens": 8000, **CHAT}
     aborted = sum(scripted.metrics()["baleen_requests_aborted_total"].values())
     cancelled = scripted.cancelled()
-    connection = http.client.HTTPConnection(scripted.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(scripted.info["http"], timeout=300)
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     reply = connection.getresponse()
     reply.read(300)
@@ -516,7 +516,7 @@ def test_a_client_goes_away(scripted):
 @pytest.mark.conformance(41, client="Open WebUI's requests over plain HTTP")
 def test_how_open_webui_asks(scripted):
     """Models on load without /v1, a stream with usage, titles in parallel; reasoning as its own field; it aborts by closing."""
-    connection = http.client.HTTPConnection(scripted.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(scripted.info["http"], timeout=300)
     connection.request("GET", "/models", headers={"Authorization": "Bearer x"})
     listed = json.loads(connection.getresponse().read())
     assert listed["object"] == "list" and listed["data"][0]["id"] == "scripted"
@@ -549,7 +549,7 @@ def test_pipelined_and_chunked(scripted):
     host, port = scripted.info["http"].split(":")
     body = json.dumps({"model": "scripted", "messages": user("the first"), **CHAT}).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n".encode()
-    with socket.create_connection((host, int(port)), timeout=60) as connection, connection.makefile("rb") as replies:
+    with socket.create_connection((host, int(port)), timeout=300) as connection, connection.makefile("rb") as replies:
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         pieces = [body[:20].replace(b"first", b"other"), body[20:].replace(b"first", b"other")]
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n" + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces)

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import NANO, ROOT, wait_for
 
-TIMEOUT_S = 60
+TIMEOUT_S = 300  # for a call that hangs, not for a slow machine
 CLIENT = "grpcio " + grpc.__version__
 REFLECTION = "grpcio-reflection " + importlib.metadata.version("grpcio-reflection")
 PARIS = "The capital of France is Paris."
@@ -172,9 +172,11 @@ def test_bad_input(engine, channel, pb, paris):
     assert error.code() == invalid and "context" in error.details()
     error = refused(engine.Generate(pb.vllm.GenerateRequest(), timeout=TIMEOUT_S))
     assert error.code() == invalid and b"input" in details(error)
+    error = refused(engine.Generate(request(pb, paris, n=100), timeout=TIMEOUT_S))
+    assert error.code() == invalid and b"sampling_params.n" in details(error)
     error = refused(engine.Generate(request(pb, paris, request_id="no spaces"), timeout=TIMEOUT_S))
     assert error.code() == invalid and b"request_id" in details(error)
-    for wrong in ({"prompt_logprobs": 1}, {"truncate_prompt_tokens": 5}, {"n": 100}, {"kv_transfer_params_json": "{}"}):
+    for wrong in ({"prompt_logprobs": 1}, {"truncate_prompt_tokens": 5}, {"kv_transfer_params_json": "{}"}):
         assert refused(engine.Generate(request(pb, paris, **wrong), timeout=TIMEOUT_S)).code() == unimplemented
     with pytest.raises(grpc.RpcError) as unknown:
         channel.unary_unary("/vllm.grpc.engine.VllmEngine/NoSuch")(b"", timeout=TIMEOUT_S)

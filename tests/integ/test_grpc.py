@@ -10,7 +10,7 @@ import pytest
 
 from conftest import ROOT, wait_for
 
-TIMEOUT_S = 60
+TIMEOUT_S = 300  # for a call that hangs, not for a slow machine
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_chat_json_n_answers(stub, pb):
     assert streamed == texts
     with pytest.raises(grpc.RpcError) as refused:
         ask(n=17)
-    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED and "16" in refused.value.details()
+    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT and "16" in refused.value.details()
 
 
 def test_generate_ids(stub, pb):

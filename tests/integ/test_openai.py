@@ -20,7 +20,7 @@ def client(cluster):
 
 def post(cluster, path, body, headers=None):
     """A raw request: (status, parsed body). body may be bytes that are no JSON."""
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("POST", path, data, {"Content-Type": "application/json", **(headers or {})})
     reply = connection.getresponse()
@@ -316,7 +316,7 @@ def test_control_spellings_stay_text(cluster):
 
 
 def test_routes(cluster):
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     for method, path, want in [("GET", "/health", 200), ("GET", "/ready", 200), ("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405),
                                ("HEAD", "/", 200), ("OPTIONS", "/v1/chat/completions", None)]:
         connection.request(method, path)
@@ -328,7 +328,7 @@ def test_routes(cluster):
 
 @pytest.mark.conformance(27)
 def test_disconnect_frees_everything(cluster):
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     body = {"model": "nano", "stream": True, "temperature": 0, "thinking": {"type": "disabled"},
             "messages": [{"role": "user", "content": "Count from 1 to 100."}]}
     aborted = sum(cluster.metrics()["baleen_requests_aborted_total"].values())

@@ -28,7 +28,7 @@ def script(scripted):
 
 
 def post(cluster, path, body):
-    connection = http.client.HTTPConnection(cluster.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
     connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body))
     reply = connection.getresponse()
     text = reply.read()
@@ -195,7 +195,7 @@ def test_what_coding_agents_send(script):
 ])
 def test_wrong_fields(cluster, field, value):
     status, reply = post(cluster, "/v1/responses", {"model": "nano", "input": "x", "max_output_tokens": 2, field: value})
-    assert status == 400 and reply["error"]["code"] in ("invalid_request_error", "unsupported"), reply
+    assert status == 400 and reply["error"]["code"] == "invalid_request_error", reply
     assert field in reply["error"]["message"]
 
 
@@ -249,7 +249,7 @@ def test_come_back(scripted):
     def events(reply):
         return [event for event in reply.read().decode().split("\n\n") if event]
 
-    connection = http.client.HTTPConnection(scripted.info["http"], timeout=60)
+    connection = http.client.HTTPConnection(scripted.info["http"], timeout=300)
     connection.request("POST", "/v1/responses", json.dumps({"model": "scripted", "stream": True, "input": "hm</think>So:" + ALL, "tools": TOOLS,
                                                             "include": ["reasoning.encrypted_content"]}))
     whole = events(connection.getresponse())

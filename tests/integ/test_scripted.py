@@ -91,6 +91,34 @@ def test_goes_on_at_another_router(start_cluster):
     assert sum(running.metrics()["baleen_streams_reopened_total"].values()) >= 1
 
 
+def test_a_request_that_ends_its_routers(start_cluster):
+    """It is refused after three of them, and clients are told not to send it again; streams that were there with it lose nothing."""
+    running = start_cluster("--scripted-model", "scripted", "--routers", "2", "--failpoints", "router_step_slow:10000,router_script_ends_it:10000")
+    client = openai.OpenAI(base_url=running.http + "/v1", api_key="none", max_retries=2)
+    words = [" ".join(f"{i}:{k}" for k in range(60)) for i in range(6)]
+    got = [""] * len(words)
+
+    def read(i):
+        for chunk in ask(client, words[i], stream=True):
+            got[i] += chunk.choices[0].delta.content or "" if chunk.choices else ""
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(len(words))]
+    for thread in threads:
+        thread.start()
+    wait_for("all streams to say something", lambda: all(len(text) > 20 for text in got))
+    with pytest.raises(openai.InternalServerError) as refused:
+        ask(client, "poison, and more")
+    assert refused.value.code == "internal_error" and "3 routers failed" in refused.value.message
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    for thread in threads:
+        thread.join()
+    assert got == words
+    assert sum(running.metrics()["baleen_streams_condemned_total"].values()) == 1  # retried by nobody
+    with open(os.path.join(running.run, "up.err")) as file:
+        assert file.read().count("signal 9") == 3
+    assert ask(client, "and on").choices[0].message.content == "and on"
+
+
 def test_many_streams_keep_apart(client, scripted):
     """More than there are slots, each its own words."""
     answers = {}

@@ -345,6 +345,7 @@ void sim_gateway_start(sim *s, sim_proc *proc)
                                                 .rebind_ms = s->shape.rebind_ms,
                                                 .leave_ms = s->shape.leave_ms,
                                                 .opens_max = s->shape.opens_max,
+                                                .deaths_max = 3,
                                                 .seed = sim_mix(s->seed, proc->id)});
     cm_arena_init(&g->arena, "sim tokens", 16 << 10, 4 << 20);
     cm_bytes_init(&g->packed, 0);

@@ -8,9 +8,6 @@
 #include "tests/sim/router.h"
 
 enum { ROUTER_DOORS_MS = 100, ROUTER_DRAIN_MS = 6000 };
-
-#define ROUTER_STAGED ((void *)1) /* cookie of frames that stand in staging */
-
 /* ---- a step ---- */
 
 static uint64_t *router_kv(sim *s, sim_router *r, const rt_step_seg *seg, uint32_t position, uint32_t layer)
@@ -21,6 +18,34 @@ static uint64_t *router_kv(sim *s, sim_router *r, const rt_step_seg *seg, uint32
     }
     size_t row = (size_t)seg->pages[position / per_page] * per_page + position % per_page;
     return &r->kv[row * s->shape.n_layer + layer];
+}
+
+static void pass_begin_flight(sim *s, sim_router *r, uint32_t flight, uint32_t row0, uint32_t n_row)
+{
+    sim_pass *p = &r->pass;
+    uint32_t slot0 = row0 * s->shape.topk;
+    rt_xcore_begin(r->exchange, flight,
+                   &(rt_xcore_layer){.step = p->step.number,
+                                     .layer = p->layer,
+                                     .n_row = n_row,
+                                     .experts = p->experts + slot0,
+                                     .weights = p->weights + slot0,
+                                     .codes = p->codes + (size_t)row0 * SIM_D,
+                                     .scales = p->scales + row0,
+                                     .results = p->results + (size_t)slot0 * SIM_D});
+    p->n_flying++;
+}
+
+/* In one flight or two, cut anywhere: by the step and the layer, so that no other draw is moved by it. */
+static void pass_fly(sim *s, sim_router *r)
+{
+    uint32_t n_row = r->pass.step.n_row, cut = n_row,
+             what = (uint32_t)r->pass.step.number * 31 + r->pass.layer * 7;
+    if (n_row > 1 && what % 3 != 0) {
+        cut = 1 + what % (n_row - 1);
+        pass_begin_flight(s, r, 1, cut, n_row - cut);
+    }
+    pass_begin_flight(s, r, 0, 0, cut);
 }
 
 /* Attention and gate of all rows; then their experts are asked. */
@@ -48,14 +73,7 @@ static void pass_begin_layer(sim *s, sim_router *r)
     memset(p->results, 0, sizeof(uint16_t) * p->step.n_row * topk * SIM_D);
     p->exchanging = true;
     s->counts.exchanges++;
-    rt_xcore_begin(r->exchange, &(rt_xcore_layer){.step = p->step.number,
-                                                  .layer = p->layer,
-                                                  .n_row = p->step.n_row,
-                                                  .experts = p->experts,
-                                                  .weights = p->weights,
-                                                  .codes = p->codes,
-                                                  .scales = p->scales,
-                                                  .results = p->results});
+    pass_fly(s, r);
 }
 
 static void pass_begin(sim *s, sim_router *r)
@@ -109,8 +127,15 @@ static void pass_layer_done(sim *s, sim_proc *proc, cm_status status, uint32_t e
 {
     sim_router *r = proc->state;
     sim_pass *p = &r->pass;
+    p->n_flying--;
+    if (status == CM_OK && p->n_flying > 0) {
+        return;
+    }
     p->exchanging = false;
     if (status != CM_OK) {
+        rt_xcore_drop(r->exchange, 0);
+        rt_xcore_drop(r->exchange, 1);
+        p->n_flying = 0;
         sim_trace(s, proc, "step %llu failed: layer %u expert %u: %s", (unsigned long long)p->step.number,
                   p->layer, expert, cm_status_text(status));
         p->busy = false;
@@ -157,9 +182,11 @@ static void router_send(sim *s, sim_proc *proc, const rt_xact *act)
     sim_router *r = proc->state;
     pr_dispatch header;
     uint8_t *payload = r->staging + act->staged_at;
-    rt_xcore_pack(r->exchange, act->part, &header, payload);
-    cm_status status = sim_send(s, act->handle, PR_MSG_DISPATCH, &header, sizeof(header), payload,
-                                rt_xcore_payload_bytes(r->exchange, act->part), ROUTER_STAGED);
+    rt_xcore_pack(r->exchange, act->flight, act->part, &header, payload);
+    cm_status status =
+        sim_send(s, act->handle, PR_MSG_DISPATCH, &header, sizeof(header), payload,
+                 rt_xcore_payload_bytes(r->exchange, act->flight, act->part),
+                 (void *)(uintptr_t)(act->flight + 1)); /* which flight's memory it stands in */
     sim_trace(s, proc, "asks exchange %u of step %llu layer %u epoch %llu: %u slots of rank %u: %s",
               header.head.exchange, (unsigned long long)header.head.step, header.head.layer,
               (unsigned long long)header.head.epoch, header.n_slot, act->rank, cm_status_text(status));
@@ -383,8 +410,7 @@ static void router_sent(sim *s, sim_proc *proc, void *cookie)
 {
     sim_router *r = proc->state;
     (void)s;
-    CM_ASSERT(cookie == ROUTER_STAGED);
-    rt_xcore_left(r->exchange);
+    rt_xcore_left(r->exchange, (uint32_t)(uintptr_t)cookie - 1);
 }
 
 static void router_check(sim *s, const sim_proc *proc)

@@ -18,6 +18,7 @@ typedef struct sim_pass {
     rt_step step;
     uint32_t layer;
     bool exchanging;
+    uint32_t n_flying; /* flights of the layer that are not done */
     uint64_t compute_until_us;
     uint64_t *hidden; /* [row_max] */
     uint8_t *codes, *scales;

@@ -176,7 +176,7 @@ static void ask_at(sim *s, sim_gateway *g, sim_gw_stream *stream, uint64_t route
 
 static void place_do(sim *s, sim_proc *proc, const gw_place_action *action)
 {
-    static const char *const names[] = {"opens", "resumes", "forgets the copy of", "gives up"};
+    static const char *const names[] = {"opens", "resumes", "forgets the copy of", "gives up", "condemns"};
     sim_gateway *g = proc->state;
     sim_gw_stream *stream = (sim_gw_stream *)((char *)action->spot - offsetof(sim_gw_stream, spot));
     bool full = action->status == CM_E_CAPACITY && !stream->spot.accepted;
@@ -200,6 +200,9 @@ static void place_do(sim *s, sim_proc *proc, const gw_place_action *action)
     case GW_PLACE_GIVE_UP:
         stream_fail(s, g, stream, full ? CM_E_CAPACITY : CM_E_UNAVAILABLE,
                     full ? "all routers are full" : "no router could go on");
+        break;
+    case GW_PLACE_CONDEMN:
+        stream_fail(s, g, stream, CM_E_UNAVAILABLE, "routers died under it, one after the other");
         break;
     }
 }

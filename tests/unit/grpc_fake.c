@@ -342,12 +342,6 @@ cm_status gw_gateway_identify(const gw_gateway *gateway, const char *authorizati
     return CM_OK;
 }
 
-const char *gw_error_code(const gw_error *error)
-{
-    (void)error;
-    return "code";
-}
-
 const md_tokenizer *gw_gateway_tokenizer(const gw_gateway *gateway)
 {
     return gateway->tokenizer;
@@ -381,26 +375,6 @@ cm_status gw_model_check(const gw_gateway *gateway, const char *name, gw_error *
     }
     gw_error_set(error_out, GW_CAUSE_MODEL_NOT_FOUND, "model", "there is no model %s here", name);
     return CM_E_NOT_FOUND;
-}
-
-pc_code gw_error_grpc(const gw_error *error)
-{
-    static const pc_code codes[] = {
-#define GW_ERROR(name, http, type, code, grpc, anthropic_http, anthropic_type) [GW_CAUSE_##name] = (grpc),
-#include "gateway/errors.def"
-#undef GW_ERROR
-    };
-    return codes[error->cause];
-}
-
-void gw_error_set(gw_error *error, gw_cause cause, const char *param, const char *fmt, ...)
-{
-    va_list args;
-    *error = (gw_error){.cause = cause};
-    snprintf(error->param, sizeof(error->param), "%s", param != NULL ? param : "");
-    va_start(args, fmt);
-    vsnprintf(error->message, sizeof(error->message), fmt, args);
-    va_end(args);
 }
 
 /* ---- a writer of simple objects: start, one per piece, finish and usage; or all text in one ---- */

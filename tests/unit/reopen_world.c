@@ -481,6 +481,9 @@ static void gateway_place(w_world *world, uint32_t g)
             world->n_refused++;
             stream_end(world, stream);
             break;
+        case GW_PLACE_CONDEMN:
+            fail_msg("none of these ends its routers");
+            break;
         }
     }
     check_pace(world, g);

@@ -140,7 +140,7 @@ static void draw_speculation(t_rng *rng, t_case *c)
     }
 }
 
-/* Last of all, so that a seed draws what it drew before there were any. */
+/* Behind all that was drawn before there were any, so that a seed draws the same as then. */
 static void draw_constraints(t_rng *rng, t_case *c)
 {
     for (uint32_t i = 0; i < c->n_all && c->geometry.vocab >= T_CONSTRAINT_VOCAB; i++) {
@@ -149,6 +149,14 @@ static void draw_constraints(t_rng *rng, t_case *c)
             c->seqs[i].thinking = t_below(rng, 8) == 0;
         }
     }
+}
+
+/* Likewise. */
+static void draw_micro_batches(t_rng *rng, t_case *c)
+{
+    c->micro_batches = t_below(rng, 3) != 0 ? 2 : 1;
+    c->cut_anywhere = t_below(rng, 2) == 0;
+    c->epoch_late = c->micro_batches == 2 && t_below(rng, 2) == 0;
 }
 
 /* ---- the cluster ---- */
@@ -229,6 +237,7 @@ void t_case_draw(uint64_t seed, t_case *c)
     draw_epoch(&rng, c);
     draw_speculation(&rng, c);
     draw_constraints(&rng, c);
+    draw_micro_batches(&rng, c);
 }
 
 void t_case_undisturbed(const t_case *c, t_case *out)
@@ -257,16 +266,18 @@ void t_case_undisturbed(const t_case *c, t_case *out)
     out->whole = true;
     out->draft_max = 0;
     out->epoch_turn = 0;
+    out->micro_batches = 1;
 }
 
 void t_case_print(const t_case *c)
 {
     print_message("seed %llu: %s, %u sequences and %u cancelled, rows %u, chunk %u, pages %u, slots %u, up "
-                  "to %u guesses, %u "
+                  "to %u guesses, %u micro-batches%s, %u "
                   "workers over %s, frames "
                   "%llu bytes, router %s x%u",
                   (unsigned long long)c->seed, t_model_names[c->model], c->n_seq, c->n_all - c->n_seq,
-                  c->row_max, c->chunk_max, c->page_max, c->slot_max, c->draft_max, c->n_worker, c->transport,
+                  c->row_max, c->chunk_max, c->page_max, c->slot_max, c->draft_max, c->micro_batches,
+                  c->cut_anywhere ? " cut anywhere" : "", c->n_worker, c->transport,
                   (unsigned long long)c->frame_bytes, c->router.isa, c->router.n_threads);
     for (uint32_t i = 0; i < c->n_worker; i++) {
         print_message(", %s x%u", c->workers[i].isa, c->workers[i].n_threads);

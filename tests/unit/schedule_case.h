@@ -49,8 +49,10 @@ typedef struct t_case {
     t_seq seqs[T_ALL_MAX]; /* the judged ones first */
     uint32_t n_seq, n_all;
     uint32_t slot_max, row_max, chunk_max, page_max;
-    uint32_t draft_max; /* 0: no speculation */
-    uint32_t hint;      /* so many in 4 guesses are made right ones: a random model's hardly ever are */
+    uint32_t draft_max;     /* 0: no speculation */
+    uint32_t micro_batches; /* of a step: 1 or 2 */
+    bool cut_anywhere;      /* not where the engine would cut */
+    uint32_t hint;          /* so many in 4 guesses are made right ones: a random model's hardly ever are */
     uint32_t n_worker;
     const char *transport;
     uint64_t frame_bytes; /* largest message: small ones make many frames of one layer */
@@ -59,6 +61,7 @@ typedef struct t_case {
     bool whole;           /* every worker owns every expert; else owners are random */
     uint32_t epoch_turn;  /* turn in whose step the second placement comes; 0: none */
     uint32_t epoch_layer; /* just before this layer's experts */
+    bool epoch_late;      /* of the second micro-batch */
     bool router_first;    /* the router hears of it before the workers do */
     bool retire;          /* the first is refused at once by the workers */
 } t_case;

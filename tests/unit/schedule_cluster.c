@@ -177,6 +177,17 @@ static void cluster_start_worker(t_cluster *cluster, uint32_t i)
     assert_int_equal(pthread_create(&worker->thread, NULL, worker_thread, worker->engine), 0);
 }
 
+/* The same for the same rows: the step that fails is cut there again. */
+static uint32_t cluster_cut(void *ctx, const kn_seg *segs, uint32_t n_seg, uint32_t n_row)
+{
+    const t_case *c = ctx;
+    uint64_t what = 0;
+    for (uint32_t i = 0; i < n_seg; i++) {
+        what = what * 31 + segs[i].pos0 + segs[i].n_row;
+    }
+    return 1 + cm_rng_at(c->seed, what, n_row).word[0] % (n_row - 1);
+}
+
 static void cluster_create_router(t_cluster *cluster)
 {
     const t_case *c = cluster->c;
@@ -190,12 +201,16 @@ static void cluster_create_router(t_cluster *cluster)
         .slot_max = c->slot_max,
         .kv_bytes = c->page_max * kv.page_bytes,
         .draft_max = c->draft_max,
+        .micro_batches = c->micro_batches,
         .answer_ms = WAIT_MS,
         .wait_ms = WAIT_MS,
     };
     rows_options(c, &options.rows);
     if (rt_engine_create(&options, &cluster->engine, &err) != CM_OK) {
         fail_msg("router: %s", err.text);
+    }
+    if (c->cut_anywhere) {
+        rt_engine_set_cut(cluster->engine, cluster_cut, (void *)c);
     }
 }
 

@@ -45,10 +45,11 @@ static uint32_t watch_real(const run_watch *w, const rt_step_seg *seg, uint32_t 
     return n;
 }
 
-static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const rt_step *step,
-                       const uint8_t *data, uint64_t row_bytes)
+/* data: n_row rows of those that the point is about, from row0 on. */
+static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const rt_step *step, uint32_t row0,
+                       const uint8_t *data, uint64_t row_bytes, uint32_t n_row)
 {
-    uint64_t row = 0;
+    uint32_t row = 0;
     for (uint32_t i = 0; i < step->n_seg; i++) {
         const rt_step_seg *seg = &step->segs[i];
         uint32_t seq = w->slot_seq[seg->slot],
@@ -58,10 +59,10 @@ static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const r
         }
         uint32_t n_real = seq < w->c->n_seq ? watch_real(w, seg, seq) : 0;
         for (uint32_t k = skip; k < seg->n_row; k++, row++) {
-            if (k >= n_real) {
+            if (k >= n_real || row < row0 || row - row0 >= n_row) {
                 continue;
             }
-            uint64_t hash = XXH3_64bits(data + row * row_bytes, row_bytes);
+            uint64_t hash = XXH3_64bits(data + (row - row0) * row_bytes, row_bytes);
             if (point == RT_TAP_LOGITS) {
                 watch_logits(w, seq, seg->pos0 + k, hash);
             }
@@ -72,16 +73,17 @@ static void watch_rows(run_watch *w, uint32_t layer, rt_tap_point point, const r
     }
 }
 
-static void watch_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, const void *data,
-                      uint64_t row_bytes, uint32_t n_row)
+static void watch_tap(void *ctx, uint32_t layer, rt_tap_point point, const rt_step *step, uint32_t row0,
+                      const void *data, uint64_t row_bytes, uint32_t n_row)
 {
     run_watch *w = ctx;
-    (void)n_row;
     if (point == RT_TAP_LOGITS || (w->trace != NULL && point < RT_TAP_LOGITS)) {
-        watch_rows(w, layer, point, step, data, row_bytes);
+        watch_rows(w, layer, point, step, row0, data, row_bytes, n_row);
     }
-    if (point == RT_TAP_FFN_IN && layer == w->switch_layer) {
+    bool late = w->c->epoch_late && n_row < step->n_row;
+    if (point == RT_TAP_FFN_IN && layer == w->switch_layer && (row0 > 0) == late) {
         t_cluster_switch(w->cluster);
+        w->switch_layer = w->c->geometry.n_layer;
     }
 }
 

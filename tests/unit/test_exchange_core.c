@@ -21,7 +21,8 @@ typedef struct rig {
     float weights[ROWS * TOPK];
     uint16_t results[ROWS * TOPK * D];
     pr_dispatch sent[16]; /* frames of the layer, in order */
-    uint32_t sent_rank[16], n_sent;
+    uint64_t staged_at[16];
+    uint32_t sent_rank[16], sent_flight[16], n_sent;
     uint32_t n_adopted, n_disconnect, n_report, reported;
     cm_status reported_status;
     bool reported_again;
@@ -108,18 +109,25 @@ static void rig_fini(rig *r)
     cm_free(r->staging);
 }
 
+/* Rows row0 .. row0 + n_row - 1. */
+static void begin_flight(rig *r, uint32_t flight, uint32_t row0, uint32_t n_row)
+{
+    rt_xcore_begin(r->core, flight,
+                   &(rt_xcore_layer){.step = 7,
+                                     .layer = 0,
+                                     .n_row = n_row,
+                                     .experts = r->experts + row0 * TOPK,
+                                     .weights = r->weights + row0 * TOPK,
+                                     .codes = r->codes + row0 * D,
+                                     .scales = r->scales + row0,
+                                     .results = r->results + row0 * TOPK * D});
+}
+
 static void begin(rig *r)
 {
     memset(r->results, 0xee, sizeof(r->results));
     r->n_sent = 0;
-    rt_xcore_begin(r->core, &(rt_xcore_layer){.step = 7,
-                                              .layer = 0,
-                                              .n_row = ROWS,
-                                              .experts = r->experts,
-                                              .weights = r->weights,
-                                              .codes = r->codes,
-                                              .scales = r->scales,
-                                              .results = r->results});
+    begin_flight(r, 0, 0, ROWS);
 }
 
 /* Sends what there is to send, then waits or is done. */
@@ -130,9 +138,11 @@ static rt_xact go(rig *r)
         rt_xact act = rt_xcore_next(r->core, r->now);
         if (act.kind == RT_XACT_SEND) {
             r->sent_rank[r->n_sent] = act.rank;
-            rt_xcore_pack(r->core, act.part, &r->sent[r->n_sent++], r->staging + act.staged_at);
+            r->sent_flight[r->n_sent] = act.flight;
+            r->staged_at[r->n_sent] = act.staged_at;
+            rt_xcore_pack(r->core, act.flight, act.part, &r->sent[r->n_sent++], r->staging + act.staged_at);
             rt_xcore_sent(r->core, CM_OK);
-        } else if (act.kind != RT_XACT_OVERLAP) {
+        } else if (act.kind != RT_XACT_WAIT || act.until_ms > r->now) {
             return act;
         }
     }
@@ -155,7 +165,7 @@ static void *link_of(const rig *r, uint32_t rank)
 static void left(rig *r, uint32_t n)
 {
     while (n-- > 0) {
-        rt_xcore_left(r->core);
+        rt_xcore_left(r->core, 0);
     }
 }
 
@@ -394,6 +404,158 @@ static void test_another_name_greets_anew(void **state)
     rig_fini(&r);
 }
 
+/* ---- two flights ---- */
+
+/* Both halves of the rows, all frames sent. */
+static void begin_two(rig *r)
+{
+    memset(r->results, 0xee, sizeof(r->results));
+    r->n_sent = 0;
+    begin_flight(r, 0, 0, ROWS / 2);
+    assert_int_equal(go(r).kind, RT_XACT_WAIT);
+    begin_flight(r, 1, ROWS / 2, ROWS / 2);
+    assert_int_equal(go(r).kind, RT_XACT_WAIT);
+    assert_int_equal(r->n_sent, 4);
+}
+
+static void left_two(rig *r, uint32_t n)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        rt_xcore_left(r->core, 0);
+        rt_xcore_left(r->core, 1);
+    }
+}
+
+static cm_status answer_own(rig *r, uint32_t i)
+{
+    return answer(r, i, link_of(r, r->sent_rank[i]));
+}
+
+static void test_two_flights_keep_apart(void **state)
+{
+    rig r;
+    (void)state;
+    rig_init(&r);
+    begin_two(&r);
+    for (uint32_t i = 0; i < 4; i++) {
+        assert_int_equal(r.sent_flight[i], i / 2);
+        for (uint32_t k = 0; k < i; k++) { /* nobody's memory is another's */
+            assert_int_not_equal(r.sent[i].head.exchange, r.sent[k].head.exchange);
+            assert_true(r.staged_at[i] > r.staged_at[k]);
+        }
+    }
+    assert_int_equal(answer_own(&r, 3), CM_OK);
+    assert_int_equal(answer_own(&r, 2), CM_OK); /* the second is done first */
+    rt_xact done = go(&r);
+    assert_int_equal(done.kind, RT_XACT_DONE);
+    assert_int_equal(done.flight, 1);
+    assert_int_equal(done.status, CM_OK);
+    for (uint32_t i = 0; i < ROWS * TOPK * D; i++) { /* its rows, and no others */
+        assert_int_equal(r.results[i] != 0xeeee, i >= ROWS / 2 * TOPK * D);
+    }
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    assert_int_equal(answer_own(&r, 0), CM_OK);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT); /* not before all its slots have come */
+    assert_int_equal(answer_own(&r, 1), CM_OK);
+    done = go(&r);
+    assert_int_equal(done.kind, RT_XACT_DONE);
+    assert_int_equal(done.flight, 0);
+    all_written(&r);
+    left_two(&r, 2);
+    assert_int_equal(rt_xcore_n_open(r.core), 0);
+    rig_fini(&r);
+}
+
+static void test_a_lost_link_fails_both_flights(void **state)
+{
+    rig r;
+    (void)state;
+    rig_init(&r);
+    begin_two(&r);
+    left_two(&r, 2);
+    uint32_t n_lost = 0;
+    for (uint32_t i = 0; i < 4; i++) {
+        n_lost += r.sent[i].n_slot * (r.sent_rank[i] == 1);
+        assert_int_equal(r.sent_rank[i] == 0 ? answer_own(&r, i) : CM_OK, CM_OK);
+    }
+    const uint32_t ids[] = {1};
+    rt_xcore_down(r.core, r.now, link_of(&r, 1), CM_E_RESET);
+    offer(&r, 2, ids, 1);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    assert_int_equal(r.n_sent, 6); /* each asks again for what it lost */
+    assert_int_equal(r.sent[4].n_slot + r.sent[5].n_slot, n_lost);
+    assert_int_not_equal(r.sent_flight[4], r.sent_flight[5]);
+    assert_int_equal(answer_own(&r, 4), CM_OK);
+    assert_int_equal(go(&r).kind, RT_XACT_DONE);
+    assert_int_equal(answer_own(&r, 5), CM_OK);
+    assert_int_equal(go(&r).kind, RT_XACT_DONE);
+    all_written(&r);
+    left_two(&r, 1);
+    rig_fini(&r);
+}
+
+/* Rounds under way end on the epoch they began with; no new one begins before the next epoch is in force. */
+static void test_an_epoch_waits_for_both_flights(void **state)
+{
+    rig r;
+    (void)state;
+    rig_init(&r);
+    begin_two(&r);
+    left_two(&r, 2);
+    const uint32_t ids[] = {2, 1};
+    offer(&r, 2, ids, 2);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    assert_int_equal(r.n_adopted, 1);
+    assert_int_equal(answer_own(&r, 0), CM_OK);
+    assert_int_equal(answer_own(&r, 1), CM_OK);
+    assert_int_equal(go(&r).kind, RT_XACT_DONE);
+    begin_flight(&r, 0, 0, ROWS / 2); /* the next layer of the first micro-batch */
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    assert_int_equal(r.n_sent, 4); /* held back */
+    assert_int_equal(r.n_adopted, 1);
+    assert_int_equal(answer_own(&r, 2), CM_OK);
+    assert_int_equal(answer_own(&r, 3), CM_OK);
+    rt_xact act = go(&r);
+    assert_int_equal(act.kind, RT_XACT_DONE);
+    assert_int_equal(act.flight, 1);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    assert_int_equal(r.n_adopted, 2);
+    assert_int_equal(r.n_sent, 6);
+    assert_int_equal(r.sent[4].head.epoch, 2);
+    assert_int_equal(answer_own(&r, 4), CM_OK);
+    assert_int_equal(answer_own(&r, 5), CM_OK);
+    assert_int_equal(go(&r).status, CM_OK);
+    all_written(&r);
+    left(&r, 2);
+    rig_fini(&r);
+}
+
+static void test_a_dropped_flight_hears_nothing(void **state)
+{
+    rig r;
+    (void)state;
+    rig_init(&r);
+    begin_two(&r);
+    rt_xcore_drop(r.core, 0);
+    rt_xcore_drop(r.core, 1);
+    assert_int_equal(answer_own(&r, 0), CM_E_PROTOCOL);
+    assert_int_equal(answer_own(&r, 3), CM_E_PROTOCOL);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    assert_int_equal(rt_xcore_n_open(r.core), 4); /* leaving */
+    r.n_sent = 0;
+    begin_flight(&r, 1, 0, ROWS / 2);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    assert_int_equal(r.n_sent, 0); /* its memory is not free */
+    left_two(&r, 2);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    assert_int_equal(r.n_sent, 2);
+    rt_xcore_drop(r.core, 1);
+    rt_xcore_left(r.core, 1);
+    rt_xcore_left(r.core, 1);
+    assert_int_equal(rt_xcore_n_open(r.core), 0);
+    rig_fini(&r);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -405,6 +567,10 @@ int main(void)
         cmocka_unit_test(test_waiting_has_an_end),
         cmocka_unit_test(test_a_cut_is_told_until_it_is_over),
         cmocka_unit_test(test_another_name_greets_anew),
+        cmocka_unit_test(test_two_flights_keep_apart),
+        cmocka_unit_test(test_a_lost_link_fails_both_flights),
+        cmocka_unit_test(test_an_epoch_waits_for_both_flights),
+        cmocka_unit_test(test_a_dropped_flight_hears_nothing),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -264,10 +264,10 @@ static void test_waits_while_it_saves(void **state)
 {
     (void)state;
     assert_true(waits_for_one_away(THINK_US, 0));
-    assert_true(waits_for_one_away(COST_US / 2, 0));
+    assert_true(waits_for_one_away(3 * COST_US / 4, 0));
     assert_false(waits_for_one_away(3 * COST_US, 0));
     /* groups that cost what their rows cost, and as much as those above: one less saves little */
-    assert_false(waits_for_one_away(COST_US / 2, COST_US / 10));
+    assert_false(waits_for_one_away(3 * COST_US / 4, COST_US / 10));
 }
 
 int main(void)

@@ -184,7 +184,7 @@ static void test_refused(void **state)
     simple(&r);
     r.sampling.has_n = true;
     r.sampling.n = 5;
-    expect_refused(VLLM("Generate"), &r.request, PC_CODE_UNIMPLEMENTED, "sampling_params.n");
+    expect_refused(VLLM("Generate"), &r.request, PC_CODE_INVALID_ARGUMENT, "sampling_params.n");
     simple(&r);
     r.sampling.has_temperature = true;
     r.sampling.temperature = NAN;

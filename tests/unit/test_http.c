@@ -196,13 +196,13 @@ static void refused(void **state)
         int status;
         const char *code, *param;
     } asks[] = {
-        {CHAT, "{\"messages\":", 400, "invalid_json", "(none)"},
-        {CHAT, "", 400, "invalid_json", "(none)"},
+        {CHAT, "{\"messages\":", 400, "invalid_request_error", "(none)"},
+        {CHAT, "", 400, "invalid_request_error", "(none)"},
         {CHAT, "[1]", 400, "invalid_request_error", "(none)"},
         {CHAT, "{\"messages\":[]}", 400, "invalid_request_error", "messages"},
         {CHAT, "{}", 400, "invalid_request_error", "messages"},
         {CHAT, "{" USER("x") ",\"temperature\":\"x\"}", 400, "invalid_request_error", "temperature"},
-        {CHAT, "{" USER("x") ",\"n\":17}", 400, "unsupported", "n"},
+        {CHAT, "{" USER("x") ",\"n\":17}", 400, "invalid_request_error", "n"},
         {CHAT, "{" USER("x") ",\"model\":\"gpt-4\"}", 404, "model_not_found", "model"},
         {CHAT, "{" USER("x") ",\"reasoning_effort\":\"extreme\"}", 400, "invalid_request_error",
          "reasoning_effort"},

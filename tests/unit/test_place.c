@@ -7,216 +7,172 @@
 
 #include <cmocka.h>
 
-#include "gateway/place_core.h"
+#include "tests/unit/place_rig.h"
 
 enum { A = 1, B = 2 };
 
-static uint64_t g_now_ms;
-
-static void begin(gw_place *place, uint32_t opens_max)
-{
-    gw_place_limits limits = {
-        .reopen_ms = 60000, .rebind_ms = 300, .leave_ms = 5000, .opens_max = opens_max, .seed = 1};
-    g_now_ms = 1000;
-    gw_place_init(place, &limits);
-}
-
-static void expect_act(gw_place *place, gw_place_act act, const gw_spot *spot, uint64_t router)
-{
-    gw_place_action action;
-    assert_true(gw_place_next(place, g_now_ms, &action));
-    assert_int_equal(action.act, act);
-    assert_ptr_equal(action.spot, spot);
-    assert_int_equal(action.router, router);
-}
-
-static void expect_rest(gw_place *place)
-{
-    gw_place_action action;
-    assert_false(gw_place_next(place, g_now_ms, &action));
-}
-
-static void expect_end(gw_place *place, gw_spot *spot, uint64_t router)
-{
-    uint64_t routers[GW_PLACE_COPIES];
-    uint32_t n = gw_place_end(place, spot, routers);
-    assert_int_equal(n, router != 0);
-    if (n > 0) {
-        assert_int_equal(routers[0], router);
-    }
-}
-
 /* Runs at A, its link is lost and A is not reached: asked for at B. */
-static void move_to_b(gw_place *place, gw_spot *spot)
+static void move_to_b(gw_spot *spot)
 {
-    gw_place_up(place, A);
-    gw_place_begin(place, g_now_ms, spot, 0);
-    expect_act(place, GW_PLACE_OPEN, spot, A);
-    gw_place_word(place, g_now_ms, spot, true);
-    gw_place_up(place, B);
-    gw_place_down(place, g_now_ms, A);
-    gw_place_unreachable(place, A);
-    expect_act(place, GW_PLACE_OPEN, spot, B);
+    gw_place_up(&P.place, A);
+    p_ask(spot);
+    p_expect(GW_PLACE_OPEN, spot, A);
+    p_word(spot, true);
+    gw_place_up(&P.place, B);
+    gw_place_down(&P.place, P.now_ms, A);
+    gw_place_unreachable(&P.place, A);
+    p_expect(GW_PLACE_OPEN, spot, B);
 }
 
 static void a_copy_is_forgotten(void **state)
 {
-    gw_place place;
     gw_spot spot = {0};
     (void)state;
-    begin(&place, 4);
-    move_to_b(&place, &spot);
-    gw_place_word(&place, g_now_ms, &spot, false);
-    expect_rest(&place); /* A may come back */
-    gw_place_up(&place, A);
-    expect_act(&place, GW_PLACE_FORGET, &spot, A);
-    expect_rest(&place);
-    expect_end(&place, &spot, 0);
-    gw_place_fini(&place);
+    p_begin(4, 0);
+    move_to_b(&spot);
+    p_word(&spot, false);
+    p_expect_rest(); /* A may come back */
+    gw_place_up(&P.place, A);
+    p_expect(GW_PLACE_FORGET, &spot, A);
+    p_expect_rest();
+    p_expect_end(&spot, 0);
+    p_end();
 }
 
 /* Its client goes away before B has answered: A computes it for nobody. */
 static void who_ends_leaves_a_copy(void **state)
 {
-    gw_place place;
     gw_spot spot = {0};
     (void)state;
-    begin(&place, 4);
-    move_to_b(&place, &spot);
-    gw_place_up(&place, A);
-    expect_end(&place, &spot, A);
-    expect_rest(&place);
-    gw_place_fini(&place);
+    p_begin(4, 0);
+    move_to_b(&spot);
+    gw_place_up(&P.place, A);
+    p_expect_end(&spot, A);
+    p_expect_rest();
+    p_end();
 }
 
 /* B accepts and ends it in one frame, before anybody asked what to do. */
 static void who_ends_at_once_leaves_a_copy(void **state)
 {
-    gw_place place;
     gw_spot spot = {0};
     (void)state;
-    begin(&place, 4);
-    move_to_b(&place, &spot);
-    gw_place_up(&place, A);
-    gw_place_word(&place, g_now_ms, &spot, true);
-    expect_end(&place, &spot, A);
-    gw_place_fini(&place);
+    p_begin(4, 0);
+    move_to_b(&spot);
+    gw_place_up(&P.place, A);
+    p_word(&spot, true);
+    p_expect_end(&spot, A);
+    p_end();
 }
 
 static void who_is_not_linked_is_not_told(void **state)
 {
-    gw_place place;
     gw_spot spot = {0};
     (void)state;
-    begin(&place, 4);
-    move_to_b(&place, &spot);
-    expect_end(&place, &spot, 0);
-    gw_place_fini(&place);
+    p_begin(4, 0);
+    move_to_b(&spot);
+    p_expect_end(&spot, 0);
+    p_end();
 }
 
 /* B is lost as well: the copy at A still has to go once the stream runs elsewhere. */
 static void a_copy_outlives_the_next_loss(void **state)
 {
-    gw_place place;
     gw_spot spot = {0};
     (void)state;
-    begin(&place, 4);
-    move_to_b(&place, &spot);
-    gw_place_word(&place, g_now_ms, &spot, true);
-    gw_place_down(&place, g_now_ms, B);
-    expect_rest(&place); /* B may be back in a moment */
-    gw_place_up(&place, B);
-    expect_act(&place, GW_PLACE_RESUME, &spot, B);
-    gw_place_word(&place, g_now_ms, &spot, true);
-    gw_place_up(&place, A);
-    expect_act(&place, GW_PLACE_FORGET, &spot, A);
-    expect_end(&place, &spot, 0);
-    gw_place_fini(&place);
+    p_begin(4, 0);
+    move_to_b(&spot);
+    p_word(&spot, true);
+    gw_place_down(&P.place, P.now_ms, B);
+    p_expect_rest(); /* B may be back in a moment */
+    gw_place_up(&P.place, B);
+    p_expect(GW_PLACE_RESUME, &spot, B);
+    p_word(&spot, true);
+    gw_place_up(&P.place, A);
+    p_expect(GW_PLACE_FORGET, &spot, A);
+    p_expect_end(&spot, 0);
+    p_end();
 }
 
 /* A has it already and rests for saying so; meanwhile A is to be drained: it is still where the stream goes
  * on. */
 static void a_rest_ends_also_at_who_is_drained(void **state)
 {
-    gw_place place;
     gw_spot spot = {0};
     (void)state;
-    begin(&place, 4);
-    gw_place_up(&place, A);
-    gw_place_begin(&place, g_now_ms, &spot, 0);
-    expect_act(&place, GW_PLACE_OPEN, &spot, A);
-    assert_true(gw_place_refused(&place, g_now_ms, &spot, CM_E_EXISTS));
-    gw_place_stands(&place, g_now_ms, A, GW_PLACE_DRAINING);
-    expect_rest(&place);
-    uint64_t due_ms = gw_place_due(&place, g_now_ms);
-    assert_in_range(due_ms, g_now_ms + 1, g_now_ms + 1000);
-    g_now_ms = due_ms;
-    expect_act(&place, GW_PLACE_RESUME, &spot, A);
-    expect_end(&place, &spot, 0);
-    gw_place_fini(&place);
+    p_begin(4, 0);
+    gw_place_up(&P.place, A);
+    p_ask(&spot);
+    p_expect(GW_PLACE_OPEN, &spot, A);
+    assert_true(gw_place_refused(&P.place, P.now_ms, &spot, CM_E_EXISTS));
+    gw_place_stands(&P.place, P.now_ms, A, GW_PLACE_DRAINING);
+    p_expect_rest();
+    uint64_t due_ms = gw_place_due(&P.place, P.now_ms);
+    assert_in_range(due_ms, P.now_ms + 1, P.now_ms + 1000);
+    P.now_ms = due_ms;
+    p_expect(GW_PLACE_RESUME, &spot, A);
+    p_expect_end(&spot, 0);
+    p_end();
 }
 
 /* B fails it: A has it still, and it goes on there. */
 static void a_copy_is_gone_back_to(void **state)
 {
-    gw_place place;
     gw_spot spot = {0};
     (void)state;
-    begin(&place, 4);
-    move_to_b(&place, &spot);
-    gw_place_word(&place, g_now_ms, &spot, true);
-    expect_rest(&place);
-    assert_true(gw_place_refused(&place, g_now_ms, &spot, CM_E_UNAVAILABLE));
-    gw_place_up(&place, A);
-    expect_act(&place, GW_PLACE_RESUME, &spot, A);
-    expect_end(&place, &spot, 0);
-    gw_place_fini(&place);
+    p_begin(4, 0);
+    move_to_b(&spot);
+    p_word(&spot, true);
+    p_expect_rest();
+    assert_true(gw_place_refused(&P.place, P.now_ms, &spot, CM_E_UNAVAILABLE));
+    gw_place_up(&P.place, A);
+    p_expect(GW_PLACE_RESUME, &spot, A);
+    p_expect_end(&spot, 0);
+    p_end();
 }
 
 /* Many clients come back for streams at A, whose answers take their time: others go to B meanwhile. */
 static void a_turn_at_one_router_holds_up_nobody(void **state)
 {
-    gw_place place;
     gw_spot first = {0}, second = {0}, third = {0};
     (void)state;
-    begin(&place, 1);
-    gw_place_up(&place, A);
-    gw_place_up(&place, B);
-    gw_place_begin(&place, g_now_ms, &first, A);
-    gw_place_begin(&place, g_now_ms, &second, A);
-    gw_place_begin(&place, g_now_ms, &third, 0);
-    expect_act(&place, GW_PLACE_RESUME, &first, A);
-    expect_act(&place, GW_PLACE_OPEN, &third, B);
-    expect_rest(&place);
-    gw_place_word(&place, g_now_ms, &first, true);
-    expect_act(&place, GW_PLACE_RESUME, &second, A);
-    expect_end(&place, &first, 0);
-    expect_end(&place, &second, 0);
-    expect_end(&place, &third, 0);
-    gw_place_fini(&place);
+    p_begin(1, 0);
+    gw_place_up(&P.place, A);
+    gw_place_up(&P.place, B);
+    gw_place_begin(&P.place, P.now_ms, &first, A);
+    gw_place_begin(&P.place, P.now_ms, &second, A);
+    p_ask(&third);
+    p_expect(GW_PLACE_RESUME, &first, A);
+    p_expect(GW_PLACE_OPEN, &third, B);
+    p_expect_rest();
+    p_word(&first, true);
+    p_expect(GW_PLACE_RESUME, &second, A);
+    p_expect_end(&first, 0);
+    p_expect_end(&second, 0);
+    p_expect_end(&third, 0);
+    p_end();
 }
 
 /* No router takes the first; the second has one that has it. */
 static void a_queue_holds_up_no_resume(void **state)
 {
-    gw_place place;
     gw_spot first = {0}, second = {0}, third = {0};
     (void)state;
-    begin(&place, 1);
-    gw_place_begin(&place, g_now_ms, &first, 0);
-    gw_place_begin(&place, g_now_ms, &second, A);
-    gw_place_begin(&place, g_now_ms, &third, 0);
-    gw_place_stands(&place, g_now_ms, A, GW_PLACE_DRAINING);
-    gw_place_up(&place, A);
-    expect_act(&place, GW_PLACE_RESUME, &second, A);
-    expect_rest(&place);
-    gw_place_up(&place, B);
-    expect_act(&place, GW_PLACE_OPEN, &first, B); /* first come, first served */
-    expect_act(&place, GW_PLACE_OPEN, &third, B);
-    expect_end(&place, &first, 0);
-    expect_end(&place, &second, 0);
-    expect_end(&place, &third, 0);
-    gw_place_fini(&place);
+    p_begin(1, 0);
+    p_ask(&first);
+    gw_place_begin(&P.place, P.now_ms, &second, A);
+    p_ask(&third);
+    gw_place_stands(&P.place, P.now_ms, A, GW_PLACE_DRAINING);
+    gw_place_up(&P.place, A);
+    p_expect(GW_PLACE_RESUME, &second, A);
+    p_expect_rest();
+    gw_place_up(&P.place, B);
+    p_expect(GW_PLACE_OPEN, &first, B); /* first come, first served */
+    p_expect(GW_PLACE_OPEN, &third, B);
+    p_expect_end(&first, 0);
+    p_expect_end(&second, 0);
+    p_expect_end(&third, 0);
+    p_end();
 }
 
 int main(void)

@@ -121,7 +121,7 @@ static int setup(void **state)
     options.message_bytes_max = 1 << 20;
     options.silence_ms = 60000;
     wk_engine_options engine = {.checkpoint = f->checkpoint,
-                                .device = {.backend = "cpu", .isa = "auto", .n_threads = 1},
+                                .device = {.backend = "cpu", .isa = "auto", .n_threads = 3},
                                 .rows = options,
                                 .address = "t_worker",
                                 .row_max = 64,
@@ -320,6 +320,43 @@ static void test_comes_back(void **state)
     test_answers(state);
 }
 
+/* Several threads at one load: the first that goes wrong is its error, and what they lay out is what one
+ * would. */
+static void test_load_together(void **state)
+{
+    fixture *f = *state;
+    kn_device *device;
+    wk_shard *shard;
+    cm_error err = {0};
+    const wk_shard *other = wk_engine_shard(f->engine);
+    assert_int_equal(kn_device_open(&(kn_device_options){.isa = "auto", .n_threads = 1}, &device, &err),
+                     CM_OK);
+    assert_int_equal(wk_shard_create(f->checkpoint, device, 4, &shard), CM_OK);
+    assert_int_equal(cm_failpoints_arm("worker_load_fails:10000", 1, &err), CM_OK);
+    assert_int_equal(wk_shard_load(shard, f->epoch->placement, 0, &err), CM_E_IO);
+    assert_non_null(strstr(err.text, "failpoint"));
+    assert_int_equal(wk_shard_count(shard), 0);
+    assert_int_equal(cm_failpoints_arm("worker_load_fails:0", 1, &err), CM_OK);
+    assert_int_equal(wk_shard_load(shard, f->epoch->placement, 0, &err), CM_OK);
+    assert_int_equal(wk_shard_count(shard), wk_shard_count(other));
+    for (uint32_t layer = 0; layer < f->g->n_layer; layer++) {
+        for (uint32_t e = 0; e < f->g->n_expert; e++) {
+            const kn_expert *mine = wk_shard_expert(shard, layer, e),
+                            *theirs = wk_shard_expert(other, layer, e);
+            assert_int_equal(mine == NULL, theirs == NULL);
+            if (mine != NULL) {
+                kn_matrix stored = mine->w2;
+                stored.prepared = false;
+                uint64_t n = kn_prepared_bytes(device, &stored);
+                assert_memory_equal(kn_mem_host(device, mine->w2.data), kn_mem_host(device, theirs->w2.data),
+                                    n);
+            }
+        }
+    }
+    wk_shard_destroy(shard);
+    kn_device_close(device);
+}
+
 static void expect_refusal(fixture *f, cm_status status)
 {
     net_event event = await(f, NET_EV_MESSAGE);
@@ -493,6 +530,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
         cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_load_together, setup, teardown_armed),
         cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),
         cmocka_unit_test_setup_teardown(test_no_room, setup, teardown),
         cmocka_unit_test_setup_teardown(test_epochs, setup, teardown),

@@ -11,9 +11,11 @@
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 
-static const bench *const BENCHES[] = {&bench_fp4_gemv,     &bench_fp8_gemv,    &bench_moe_prefill,
-                                       &bench_serve_stream, &bench_ep_exchange, &bench_ep_latency,
-                                       &bench_ep_routers};
+static const bench *const BENCHES[] = {
+#define BENCH(name) &bench_##name,
+#include "tools/baleen/benches.def"
+#undef BENCH
+};
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 
 static const cm_cfg_field g_fields[] = {
@@ -32,18 +34,38 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_UINT(bench_config, streams, 1, 16384)},
     {"stream_tokens", "256", "serve.stream: tokens of each",
      CM_CFG_UINT(bench_config, stream_tokens, 8, 4096)},
+    {"batch", "256", "host.step: sequences that decode", CM_CFG_UINT(bench_config, batch, 1, 4096)},
+    {"ranks", "16", "host.step: workers", CM_CFG_UINT(bench_config, ranks, 1, 256)},
+    {"layers", "61", "host.step: layers", CM_CFG_UINT(bench_config, layers, 1, 1024)},
     {"paced", "on",
      "serve.stream: a step takes 20 ms, as a model's would; off: as fast as the script goes, so that a write "
      "may carry several events",
      CM_CFG_BOOL(bench_config, paced)},
     {"net", "ucx,shm,local", "ep: transports to measure in turn, comma separated: ucx, shm, local",
      CM_CFG_STRING(bench_config, net)},
-    {"ranks", "2,4,8", "ep.exchange: processes, one of them the router; comma separated",
-     CM_CFG_STRING(bench_config, ranks)},
+    {"processes", "2,4,8", "ep.exchange: processes, one of them the router; comma separated",
+     CM_CFG_STRING(bench_config, processes)},
     {"keyed", "on", "ep: messages carry tags, as they do between the processes of a cluster",
      CM_CFG_BOOL(bench_config, keyed)},
-    {"model", "models/nano", "serve.stream: folder with a config.json and a tokenizer.json",
+    {"model", "models/nano",
+     "serve.stream: folder with a config.json and a tokenizer.json; the others: with a checkpoint",
      CM_CFG_STRING(bench_config, model)},
+    {"workers", "1", "serve.model: workers of the cluster; serve.workers: of the largest one",
+     CM_CFG_UINT(bench_config, workers, 1, 64)},
+    {"batches", "1,8,32", "serve.model: streams at once in each measurement of decode, comma separated",
+     CM_CFG_STRING(bench_config, batches)},
+    {"steps", "24", "serve.model: steps of decode in each measurement",
+     CM_CFG_UINT(bench_config, steps, 1, 4096)},
+    {"prompt", "512", "serve.model: letters of the prompt; with the tokenizer of baleen synth as many tokens",
+     CM_CFG_UINT(bench_config, prompt, 1, 65536)},
+    {"context", "16384", "step.context: tokens of the longest sequence, a power of two",
+     CM_CFG_UINT(bench_config, context, 1024, 1 << 20)},
+    {"svg", "", "serve.model, serve.workers, step.context: file to draw a chart into",
+     CM_CFG_STRING(bench_config, svg)},
+    {"peer", "",
+     "serve.model: shell command run in every round that prints peer=NAME case=decode_b8 value=TOKENS_S "
+     "lines",
+     CM_CFG_STRING(bench_config, peer)},
 };
 
 static const cm_cfg_table g_table = {

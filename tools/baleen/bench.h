@@ -12,13 +12,16 @@
 enum { BENCH_ROUNDS_MAX = 99, BENCH_PATHS_MAX = 8 };
 
 typedef struct bench_config {
-    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens;
-    bool paced;  /* steps take their time */
-    bool keyed;  /* messages carry tags */
-    char *net;   /* transports, comma separated */
-    char *ranks; /* processes of an exchange, the router one of them; comma separated */
-    char *isa;   /* paths, comma separated; each is measured in every round */
-    char *model; /* folder; its tokenizer is used, not its weights */
+    uint64_t threads, rounds, weight_bytes, d, inner, streams, stream_tokens, batch, ranks, layers;
+    uint64_t workers, steps, prompt, context;
+    bool paced;           /* steps take their time */
+    char *isa;            /* paths, comma separated; each is measured in every round */
+    char *model;          /* folder; serve.stream uses its tokenizer, not its weights */
+    char *svg;            /* file that gets a chart; "": none */
+    char *batches, *peer; /* serve.model: numbers, comma separated; a shell command or "" */
+    bool keyed;           /* messages carry tags */
+    char *net;            /* transports, comma separated */
+    char *processes;      /* of an exchange, the router one of them; comma separated */
 } bench_config;
 
 typedef struct bench bench;
@@ -27,8 +30,9 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream;
-extern const bench bench_ep_exchange, bench_ep_latency, bench_ep_routers;
+#define BENCH(name) extern const bench bench_##name;
+#include "tools/baleen/benches.def"
+#undef BENCH
 
 /* ---- samples ---- */
 
@@ -77,9 +81,11 @@ bench_team *bench_team_create(uint32_t n_threads);
 void bench_team_destroy(bench_team *team);
 /* Reads all bytes once with the team; n_bytes a multiple of 4096. */
 void bench_read(bench_team *team, const void *data, uint64_t n_bytes);
-/* Multiplications in one call of the two probes below, and whether this CPU has the instruction. */
+/* Multiplications in one call of the probes below, and whether this CPU has the instruction. */
 uint64_t bench_fma_macs(void);
+uint64_t bench_fma64_macs(void);
 uint64_t bench_vnni_macs(void);
 bool bench_has_vnni(void);
-void bench_fma(bench_team *team);  /* float32 fused multiply-adds in the widest registers */
-void bench_vnni(bench_team *team); /* vpdpbusd in 512-bit registers */
+void bench_fma(bench_team *team);   /* float32 fused multiply-adds in the widest registers */
+void bench_fma64(bench_team *team); /* the same in double */
+void bench_vnni(bench_team *team);  /* vpdpbusd in 512-bit registers */

@@ -233,7 +233,7 @@ static uint32_t list_runs(const bench_config *config, exchange_run runs_out[RUNS
 {
     uint32_t n = 0;
     bool ok = true;
-    char *words = cm_strdup(config->ranks), *rest = words;
+    char *words = cm_strdup(config->processes), *rest = words;
     for (char *word = strsep(&rest, ","); word != NULL && ok; word = strsep(&rest, ",")) {
         int n_rank = atoi(word);
         char *names = cm_strdup(config->net), *left = names;
@@ -248,8 +248,8 @@ static uint32_t list_runs(const bench_config *config, exchange_run runs_out[RUNS
     }
     cm_free(words);
     if (!ok) {
-        fprintf(stderr, "ranks: '%s' are no numbers from 2 to %d, or too many with so many transports\n",
-                config->ranks, EP_RANKS_MAX);
+        fprintf(stderr, "processes: '%s' are no numbers from 2 to %d, or too many with so many transports\n",
+                config->processes, EP_RANKS_MAX);
     }
     return ok ? n : 0;
 }
@@ -390,7 +390,7 @@ static int latency_main(const bench *b, const bench_config *config)
     cm_error err = {0};
     bench_ucx *peer = NULL;
     two.threads = 2; /* several processes: nothing but the wall clock */
-    two.ranks = (char[]){"2"};
+    two.processes = (char[]){"2"};
     json_t *report = bench_begin(b, &two);
     uint32_t n = list_runs(&two, heads);
     for (uint32_t i = 0; i < n; i++) {

@@ -5,104 +5,48 @@
 #include <event2/buffer.h>
 #include <event2/http.h>
 #include <jansson.h>
-#include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 #include "common/base/bytes.h"
 #include "common/base/clock.h"
 #include "common/base/mem.h"
 #include "tools/baleen/bare_send.h"
 #include "tools/baleen/bench.h"
+#include "tools/baleen/bench_cluster.h"
 #include "tools/baleen/cli.h"
-#include "tools/baleen/cluster.h"
-#include "tools/baleen/run_folder.h"
-#include "tools/baleen/stream_load.h"
 
 enum {
     SERVE_TICK_MS = 20,
-    SERVE_WAIT_MS = 120000, /* of every wait: longer means that something is broken */
+    SERVE_WAIT_MS = 120000, /* for what /metrics must say in the end */
     SERVE_DROPS = 20,       /* clients that go away */
     SERVE_SENDS = 20,       /* of the bare loop, on each connection */
     SERVE_VARIABLES = 8,
 };
 
-extern char **environ;
-
-typedef struct serve serve;
-typedef bool (*serve_until_fn)(const serve *s);
-
-struct serve {
+typedef struct serve {
     const bench_config *config;
-    pc_loop *loop;
-    up_config up;
-    cluster_options options;
-    cluster *cluster;
-    run_folder folder;
-    char *bin_dir, *store_dir, *model_dir;
-    char **env;
+    bench_cluster *cluster;
     char variables[SERVE_VARIABLES][64];
+    const char *env[SERVE_VARIABLES];
+    bench_cluster_options options;
     struct evhttp_connection *http; /* for /metrics */
     stream_load *load;
-    pc_timer *tick, *late;
-    serve_until_fn until;
-    bool ready, ended, is_late;
+    pc_timer *tick;
     uint64_t rss, rss_quiet, rss_most; /* of the gateway: before the first stream, with all open and quiet,
                                           and while all talked */
     double all_drop_s;                 /* all clients go away at once */
     uint32_t n_at_once;                /* streams that talked at one time, at most */
     double counted;                    /* baleen_requests_aborted_total; < 0: not answered yet */
-};
+} serve;
 
-/* ---- the gateway's figures, from /proc ---- */
-
-static bool read_proc(int pid, const char *what, char *out, size_t cap)
+static int gateway_pid(const serve *s)
 {
-    char path[64];
-    snprintf(path, sizeof(path), "/proc/%d/%s", pid, what);
-    FILE *file = fopen(path, "re");
-    size_t n = file != NULL ? fread(out, 1, cap - 1, file) : 0;
-    out[n] = '\0';
-    if (file != NULL) {
-        fclose(file);
-    }
-    return n > 0;
-}
-
-static double gateway_cpu_s(const serve *s)
-{
-    char text[1024];
-    unsigned long long user = 0, system = 0;
-    if (!read_proc(cluster_gateway_pid(s->cluster), "stat", text, sizeof(text)) ||
-        strrchr(text, ')') == NULL ||
-        sscanf(strrchr(text, ')') + 1, " %*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %llu %llu", &user,
-               &system) != 2) {
-        return 0;
-    }
-    return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
-}
-
-static uint64_t gateway_rss(const serve *s)
-{
-    char text[4096];
-    unsigned long long kb = 0;
-    const char *at = read_proc(cluster_gateway_pid(s->cluster), "status", text, sizeof(text))
-                         ? strstr(text, "VmRSS:")
-                         : NULL;
-    return at != NULL && sscanf(at, "VmRSS: %llu", &kb) == 1 ? kb * 1024 : 0;
+    return cluster_gateway_pid(bench_cluster_processes(s->cluster));
 }
 
 /* ---- waiting ---- */
-
-static void serve_turn(void *arg)
-{
-    serve *s = arg;
-    if (s->until != NULL && s->until(s)) {
-        pc_loop_stop(s->loop);
-    }
-}
 
 static void serve_tick(void *arg)
 {
@@ -110,189 +54,97 @@ static void serve_tick(void *arg)
     if (s->load != NULL) {
         stream_load_counts counts = stream_load_get(s->load);
         s->n_at_once = counts.n_talking > s->n_at_once ? counts.n_talking : s->n_at_once;
-        uint64_t rss = gateway_rss(s);
+        uint64_t rss = bench_process_rss(gateway_pid(s));
         s->rss_most = rss > s->rss_most ? rss : s->rss_most;
     }
     pc_timer_set(s->tick, SERVE_TICK_MS);
 }
 
-static void serve_late(void *arg)
+static cm_status wait_until(serve *s, bench_until_fn until, const char *what, cm_error *err)
 {
-    serve *s = arg;
-    s->is_late = true;
-    pc_loop_stop(s->loop);
+    return bench_cluster_wait(s->cluster, until, s, what, err);
 }
 
-static cm_status wait_until(serve *s, serve_until_fn until, const char *what, cm_error *err)
+static bool all_answered(void *ctx)
 {
-    s->until = until;
-    s->is_late = false;
-    pc_timer_set(s->late, SERVE_WAIT_MS);
-    pc_loop_run(s->loop);
-    pc_timer_clear(s->late);
-    s->until = NULL;
-    if (s->is_late) {
-        return cm_error_set(err, CM_E_DEADLINE, NULL, "waited in vain for %s; the logs are in %s", what,
-                            s->folder.path);
-    }
-    return s->ended ? cm_error_set(err, CM_E_UNAVAILABLE, NULL, "the cluster ended; the logs are in %s",
-                                   s->folder.path)
-                    : CM_OK;
-}
-
-static bool is_ready(const serve *s)
-{
-    return s->ready || s->ended;
-}
-
-static bool is_ended(const serve *s)
-{
-    return s->ended;
-}
-
-static bool all_answered(const serve *s)
-{
+    const serve *s = ctx;
     stream_load_counts counts = stream_load_get(s->load);
-    return s->ended || counts.n_done + counts.n_failed == s->config->streams;
+    return counts.n_done + counts.n_failed == s->config->streams;
 }
 
-static bool one_talks(const serve *s)
+static bool one_talks(void *ctx)
 {
-    return s->ended || stream_load_get(s->load).n_talking > 0 || stream_load_get(s->load).n_failed > 0;
+    const serve *s = ctx;
+    return stream_load_get(s->load).n_talking > 0 || stream_load_get(s->load).n_failed > 0;
 }
 
-static bool all_talk(const serve *s)
+static bool all_talk(void *ctx)
 {
+    const serve *s = ctx;
     stream_load_counts counts = stream_load_get(s->load);
-    return s->ended || counts.n_talking + counts.n_done + counts.n_failed == s->config->streams;
+    return counts.n_talking + counts.n_done + counts.n_failed == s->config->streams;
 }
 
-static bool is_counted(const serve *s)
+static bool is_counted(void *ctx)
 {
-    return s->ended || s->counted >= 0;
+    return ((const serve *)ctx)->counted >= 0;
 }
 
 /* ---- the cluster ---- */
 
-static void on_ready(void *ctx)
-{
-    ((serve *)ctx)->ready = true;
-}
-
-static void on_changed(void *ctx)
-{
-    (void)ctx;
-}
-
-static void on_ended(void *ctx, int code)
-{
-    serve *s = ctx;
-    (void)code;
-    s->ended = true;
-    pc_loop_stop(s->loop);
-}
-
-/* Bounds of the servers that would be in the way; what else is set for them is another cluster's. */
+/* Bounds of the servers that would be in the way. */
 static void serve_set_env(serve *s)
 {
-    size_t n = 0, kept = 0;
     unsigned long long most = s->config->streams + 16;
     static const char *const names[] = {"STREAMS_MAX", "CONNECTIONS_MAX", "SEQUENCES_MAX", "QUEUE_MAX",
                                         "ROWS_MAX"};
     enum { N_NAMES = sizeof(names) / sizeof(names[0]) };
-    while (environ[n] != NULL) {
-        n++;
-    }
-    s->env = cm_alloc(sizeof(*s->env) * (n + N_NAMES + 1));
-    for (size_t i = 0; i < n; i++) {
-        if (strncmp(environ[i], "BALEEN_", 7) != 0) {
-            s->env[kept++] = environ[i];
-        }
-    }
     for (size_t i = 0; i < N_NAMES; i++) {
         snprintf(s->variables[i], sizeof(s->variables[i]), "BALEEN_%s=%llu", names[i],
                  i + 1 == N_NAMES ? 4 * most : most);
-        s->env[kept++] = s->variables[i];
+        s->env[i] = s->variables[i];
     }
+    s->options.env = s->env;
+    s->options.n_env = N_NAMES;
 }
 
 static cm_status serve_start(serve *s, cm_error *err)
 {
-    char real[PATH_MAX];
-    if (realpath(s->config->model, real) == NULL) {
-        return cm_error_set(err, CM_E_NOT_FOUND, "model", "no folder %s: give one with --model DIR",
-                            s->config->model);
-    }
-    s->model_dir = cm_strdup(real);
-    CM_TRY(cluster_find_programs(&s->bin_dir, err));
-    CM_TRY(run_folder_open("", &s->folder, err));
-    CM_TRY(run_folder_empty(&s->folder, "store", &s->store_dir, err));
+    s->options = (bench_cluster_options){.model = s->config->model,
+                                         .scripted_model = "bench",
+                                         .failpoints = s->config->paced ? "router_step_slow:10000" : "",
+                                         .workers = 1, /* none is started: a script has no experts */
+                                         .threads = 1};
     serve_set_env(s);
-    s->up = (up_config){.model = s->model_dir,
-                        .scripted_model = "scripted",
-                        .http = "127.0.0.1:0",
-                        .grpc = "127.0.0.1:0",
-                        .device = "cpu",
-                        .log_level = "warn",
-                        .failpoints = s->config->paced ? "router_step_slow:10000" : "",
-                        .tls = "",
-                        .workers = 1, /* none is started: a script has no experts */
-                        .routers = 1,
-                        .threads = 1,
-                        .ready_ms = SERVE_WAIT_MS / 2,
-                        .drain_ms = 5000,
-                        .no_restart = true};
-    s->options = (cluster_options){.config = &s->up,
-                                   .run_dir = s->folder.path,
-                                   .store_dir = s->store_dir,
-                                   .bin_dir = s->bin_dir,
-                                   .model_dir = s->model_dir,
-                                   .model_name = "scripted",
-                                   .tls_dir = "",
-                                   .env = s->env,
-                                   .ready = on_ready,
-                                   .changed = on_changed,
-                                   .ended = on_ended,
-                                   .ctx = s};
-    CM_TRY(cluster_create(s->loop, &s->options, &s->cluster, err));
-    CM_TRY(wait_until(s, is_ready, "the cluster to be ready", err));
+    CM_TRY(bench_cluster_start(&s->options, &s->cluster, err));
     int port = 0;
-    const char *colon = strrchr(cluster_http(s->cluster), ':');
+    const char *colon = strrchr(cluster_http(bench_cluster_processes(s->cluster)), ':');
     s->http = colon != NULL && sscanf(colon + 1, "%d", &port) == 1
-                  ? evhttp_connection_base_new(pc_loop_base(s->loop), NULL, "127.0.0.1", (uint16_t)port)
+                  ? evhttp_connection_base_new(pc_loop_base(bench_cluster_loop(s->cluster)), NULL,
+                                               "127.0.0.1", (uint16_t)port)
                   : NULL;
     return s->http != NULL ? CM_OK : cm_error_set(err, CM_E_IO, NULL, "no connection to the gateway");
 }
 
 static void serve_stop(serve *s)
 {
-    cm_error err = {0};
     if (s->http != NULL) {
         evhttp_connection_free(s->http);
     }
     stream_load_end(s->load);
     s->load = NULL;
-    if (s->cluster != NULL) {
-        cluster_drain(s->cluster);
-        while (!s->ended && wait_until(s, is_ended, "the cluster to end", &err) == CM_E_DEADLINE) {
-            cluster_kill(s->cluster);
-        }
-        cluster_destroy(s->cluster);
+    if (s->tick != NULL) {
+        pc_timer_destroy(s->tick);
     }
-    run_folder_close(&s->folder);
-    cm_free(s->env);
-    cm_free(s->model_dir);
-    cm_free(s->store_dir);
-    cm_free(s->bin_dir);
+    bench_cluster_stop(s->cluster);
 }
 
 /* ---- what is measured ---- */
 
-/* An answer of so many words, at least as many tokens, of which so many are told. */
 static void write_body(const bench_config *config, bool endless, cm_bytes *body)
 {
     cm_bytes_printf(body,
-                    "{\"model\":\"scripted\",\"stream\":true,\"thinking\":{\"type\":\"disabled\"},"
+                    "{\"model\":\"bench\",\"stream\":true,\"thinking\":{\"type\":\"disabled\"},"
                     "\"ignore_eos\":%s,\"max_tokens\":%llu,\"messages\":[{\"role\":\"user\",\"content\":\"",
                     endless ? "true" : "false",
                     endless ? 8192ull : (unsigned long long)config->stream_tokens);
@@ -302,16 +154,27 @@ static void write_body(const bench_config *config, bool endless, cm_bytes *body)
     cm_bytes_append_text(body, "\"}]}");
 }
 
+/* An answer of so many words, at least as many tokens, of which so many are told. */
+static void write_answer(void *ctx, uint32_t i, cm_bytes *body)
+{
+    (void)i;
+    write_body(((const serve *)ctx)->config, false, body);
+}
+
+static void write_endless(void *ctx, uint32_t i, cm_bytes *body)
+{
+    (void)i;
+    write_body(((const serve *)ctx)->config, true, body);
+}
+
 static cm_status begin_load(serve *s, uint32_t n, bool endless, cm_error *err)
 {
-    cm_bytes body;
-    cm_bytes_init(&body, 0);
-    write_body(s->config, endless, &body);
-    stream_load_options options = {
-        .loop = s->loop, .address = cluster_http(s->cluster), .body = cm_bytes_text(&body), .n = n};
-    cm_status status = stream_load_begin(&options, &s->load, err);
-    cm_bytes_fini(&body);
-    return status;
+    stream_load_options options = {.loop = bench_cluster_loop(s->cluster),
+                                   .address = cluster_http(bench_cluster_processes(s->cluster)),
+                                   .n = n,
+                                   .write_body = endless ? write_endless : write_answer,
+                                   .ctx = s};
+    return stream_load_begin(&options, &s->load, err);
 }
 
 typedef struct serve_round {
@@ -322,13 +185,13 @@ typedef struct serve_round {
 static cm_status measure_streams(serve *s, serve_round *round_out, cm_error *err)
 {
     double tokens = (double)s->config->streams * (double)s->config->stream_tokens;
-    double cpu_s = gateway_cpu_s(s);
+    double cpu_s = bench_process_cpu_s(gateway_pid(s));
     uint64_t start_ns = cm_now_ns();
     CM_TRY(begin_load(s, (uint32_t)s->config->streams, false, err));
     CM_TRY(wait_until(s, all_answered, "all streams to end", err));
     uint64_t end_ns = cm_now_ns();
     stream_load_counts counts = stream_load_get(s->load);
-    round_out->cpu_s = (gateway_cpu_s(s) - cpu_s) / tokens;
+    round_out->cpu_s = (bench_process_cpu_s(gateway_pid(s)) - cpu_s) / tokens;
     round_out->wall_s = (double)(end_ns - start_ns) * 1e-9 / tokens;
     round_out->event_bytes = (uint32_t)((double)counts.n_bytes / tokens);
     stream_load_end(s->load);
@@ -385,7 +248,7 @@ static cm_status measure_quiet(serve *s, cm_error *err)
     double before;
     CM_TRY(begin_load(s, (uint32_t)s->config->streams, true, err));
     CM_TRY(wait_until(s, all_talk, "all streams to begin", err));
-    s->rss_quiet = gateway_rss(s);
+    s->rss_quiet = bench_process_rss(gateway_pid(s));
     if (stream_load_get(s->load).n_talking != s->config->streams) {
         return cm_error_set(err, CM_E_IO, NULL, "only %u of %u streams were open at once",
                             stream_load_get(s->load).n_talking, (unsigned)s->config->streams);
@@ -426,7 +289,7 @@ static cm_status take_rounds(serve *s, serve_samples *out, cm_error *err)
     if (s->config->paced) { /* else the first have ended before the last begin */
         CM_TRY(measure_quiet(s, err));
     }
-    CM_TRY(bare_send_open(s->loop, (uint32_t)s->config->streams, &bare, err));
+    CM_TRY(bare_send_open(bench_cluster_loop(s->cluster), (uint32_t)s->config->streams, &bare, err));
     cm_status status = CM_OK;
     for (uint32_t round = 0; round < s->config->rounds && status == CM_OK; round++) {
         serve_round r = {0};
@@ -498,7 +361,8 @@ static cm_status serve_measure(serve *s, const bench *b, cm_error *err)
 {
     serve_samples samples = {0};
     CM_TRY(serve_start(s, err));
-    s->rss = gateway_rss(s);
+    s->rss = bench_process_rss(gateway_pid(s));
+    s->tick = pc_timer_create(bench_cluster_loop(s->cluster), serve_tick, s);
     pc_timer_set(s->tick, SERVE_TICK_MS);
     json_t *report = bench_begin(b, s->config);
     cm_status status = take_rounds(s, &samples, err);
@@ -513,20 +377,10 @@ static cm_status serve_measure(serve *s, const bench *b, cm_error *err)
 
 static int serve_run(const bench *b, const bench_config *config)
 {
-    serve s = {.config = config, .folder = {.lock = -1}};
+    serve s = {.config = config};
     cm_error err = {0};
-    if (pc_loop_create(&s.loop) != CM_OK) {
-        return CLI_FAILED;
-    }
-    s.tick = pc_timer_create(s.loop, serve_tick, &s);
-    s.late = pc_timer_create(s.loop, serve_late, &s);
-    pc_loop_before_sleep(s.loop, serve_turn, &s);
     cm_status status = serve_measure(&s, b, &err);
-    pc_timer_clear(s.tick);
     serve_stop(&s);
-    pc_timer_destroy(s.tick);
-    pc_timer_destroy(s.late);
-    pc_loop_destroy(s.loop);
     if (status != CM_OK) {
         fprintf(stderr, "baleen bench: %s\n", err.text);
     }

@@ -682,6 +682,18 @@ uint32_t cluster_worker_pids(const cluster *self, uint32_t *pids_out, uint32_t n
     return n;
 }
 
+uint32_t cluster_serving_pids(const cluster *self, uint32_t *pids_out, uint32_t n_max)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < self->n_children && n < n_max; i++) {
+        const cluster_child *child = self->children[i];
+        if (child->role != CLUSTER_COORDINATOR && child->pid != 0) {
+            pids_out[n++] = (uint32_t)child->pid;
+        }
+    }
+    return n;
+}
+
 int cluster_gateway_pid(const cluster *self)
 {
     for (uint32_t i = 0; i < self->n_children; i++) {

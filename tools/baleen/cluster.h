@@ -59,6 +59,8 @@ const char *cluster_grpc(const cluster *self);
 const char *cluster_coordinator(const cluster *self);
 /* Process ids of the workers; how many there are, at most n_max. */
 uint32_t cluster_worker_pids(const cluster *self, uint32_t *pids_out, uint32_t n_max);
+/* Of all that serve: routers, workers, gateway. */
+uint32_t cluster_serving_pids(const cluster *self, uint32_t *pids_out, uint32_t n_max);
 int cluster_gateway_pid(const cluster *self); /* 0: it does not run */
 /* Appends what goes into cluster.json: addresses, model, the processes that live. */
 void cluster_describe(const cluster *self, cm_bytes *json);

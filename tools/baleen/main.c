@@ -26,6 +26,7 @@ static const main_verb g_verbs[] = {
     {"logits", verb_logits,
      "logits and greedy tokens of given token ids, to compare with other implementations"},
     {"bench", verb_bench, "measure kernels and a gateway against what this machine can do"},
+    {"synth", verb_synth, "a checkpoint of random weights from a config.json, to measure with"},
     {"tokenize", verb_tokenize, "a filter of JSON lines: text to token ids, and back"},
     {"encode", verb_encode, "a filter of JSON lines: requests to prompts"},
     {"parse", verb_parse, "a filter of JSON lines: completions to reasoning, content and tool calls"},

@@ -40,7 +40,8 @@ void solo_options_defaults(solo_options *options)
                               .n_threads = 1,
                               .row_max = 256,
                               .slot_max = 1,
-                              .kv_bytes = 1ull << 30};
+                              .kv_bytes = 1ull << 30,
+                              .micro_batches = 1};
 }
 
 static void *solo_worker_thread(void *arg)
@@ -117,6 +118,7 @@ static cm_status solo_create_router(solo *s, cm_error *err)
         .slot_max = s->options.slot_max,
         .kv_bytes = s->options.kv_bytes,
         .draft_max = s->options.draft_max,
+        .micro_batches = s->options.micro_batches,
         .answer_ms = 600000,
         .wait_ms = SOLO_LINK_MS,
     };

@@ -15,7 +15,8 @@ typedef struct solo_options {
     uint32_t n_threads;    /* of each engine */
     uint32_t row_max, slot_max;
     uint64_t kv_bytes;
-    uint32_t draft_max; /* 0: no speculation */
+    uint32_t draft_max;     /* 0: no speculation */
+    uint32_t micro_batches; /* as rt_engine_options */
 } solo_options;
 void solo_options_defaults(solo_options *options);
 

@@ -102,21 +102,26 @@ cm_status stream_load_begin(const stream_load_options *options, stream_load **lo
     if (evutil_parse_sockaddr_port(options->address, (struct sockaddr *)&to, &n_to) != 0) {
         return cm_error_set(err, CM_E_INVALID, "address", "%s is no IPv4:port", options->address);
     }
-    cm_bytes request;
+    cm_bytes body, request;
+    cm_bytes_init(&body, 0);
     cm_bytes_init(&request, 0);
-    cm_bytes_printf(&request,
-                    "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n"
-                    "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
-                    strlen(options->body), options->body);
     stream_load *load = cm_alloc(sizeof(*load));
     load->n = options->n;
     load->streams = cm_alloc(sizeof(*load->streams) * options->n);
     cm_status status = CM_OK;
     for (uint32_t i = 0; i < options->n && status == CM_OK; i++) {
         load->streams[i].load = load;
+        cm_bytes_clear(&body);
+        cm_bytes_clear(&request);
+        options->write_body(options->ctx, i, &body);
+        cm_bytes_printf(&request,
+                        "POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nConnection: close\r\n"
+                        "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                        body.len, cm_bytes_text(&body));
         status = stream_open(&load->streams[i], pc_loop_base(options->loop), (struct sockaddr *)&to, n_to,
                              &request, err);
     }
+    cm_bytes_fini(&body);
     cm_bytes_fini(&request);
     if (status != CM_OK) {
         stream_load_end(load);

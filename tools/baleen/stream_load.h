@@ -1,9 +1,10 @@
-/* Many streamed HTTP requests at once, as clients make them: what `baleen bench serve.stream` loads a gateway
- * with. Answers are counted and thrown away. Thread: the loop's. */
+/* Many streamed HTTP requests at once, as clients make them: what `baleen bench serve.stream` and serve.model
+ * load a gateway with. Answers are counted and thrown away. Thread: the loop's. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "common/base/bytes.h"
 #include "common/base/status.h"
 #include "common/proc/loop.h"
 
@@ -11,9 +12,10 @@ typedef struct stream_load stream_load;
 
 typedef struct stream_load_options {
     pc_loop *loop;
-    const char *address; /* "IPv4:port" of the gateway */
-    const char *body;    /* of each request; borrowed for the call */
-    uint32_t n;          /* requests */
+    const char *address;                                       /* "IPv4:port" of the gateway */
+    uint32_t n;                                                /* requests */
+    void (*write_body)(void *ctx, uint32_t i, cm_bytes *body); /* of the i-th; called within begin */
+    void *ctx;
 } stream_load_options;
 
 typedef struct stream_load_counts {

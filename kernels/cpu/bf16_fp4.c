@@ -1,0 +1,530 @@
+/* E2M1 weights by vdpbf16ps, one product for each weight and row, and exact.
+ *
+ * Both operands are whole numbers of few digits: an input is n 2^s in units of 2^-9, where s is the most that
+ * all of its chunk allow, and a doubled weight one of 0 1 2 3 4 6 8 12. bfloat16 holds either, and float32 a
+ * sum of such products, in any order, while their magnitudes add up to at most 2^24. So
+ *
+ *   - a block (32 inputs) of a row is summed in float32 if 12 sum |n| <= 2^24. Hardly any is not: it takes
+ *     magnitudes of up to 448 beside an odd multiple of 2^-9. Its small inputs are then multiplied apart.
+ *   - The blocks of a chunk (128 inputs, one scale of the row) are added as 32-bit integers, each shifted to
+ * the least of the output's four scales.
+ *   - Chunks are added in double. The contract adds blocks; both are exact, and so the same, while all sums
+ * of a row and output are multiples of one power of two and less than 2^53 times that.
+ *
+ * Whether the last two hold is known when a row has been loaded and a tile of weights read. Where they do
+ * not, the outputs of eight rows and a tile are computed again, with care (fp4_careful.c).
+ *
+ * Bound: for one or two rows the read bandwidth, from four on the rate of vdpbf16ps. It is AMD's path: two of
+ * them a cycle there, while Intel's has but half the rate of float32. */
+#include "kernels/cpu/fp4_chunks.h"
+
+enum {
+    BF16_BLOCK_PAIRS = KN_FP4_BLOCK / 2,
+    BF16_CHUNK_PAIRS = CPU_CHUNK / 2,
+    BF16_STEP_PAIRS = FP4_STEP / 2,
+    BF16_PIECE = 8,         /* chunks multiplied with all rows before the next ones */
+    BF16_AHEAD = 8192,      /* bytes of weights asked for before they are needed; half of it is too late */
+    BF16_WEIGHT_MAX = 12,   /* doubled */
+    BF16_SUM_MAX = 1 << 24, /* of a block in float32 */
+    BF16_SUM_BITS = 31,     /* of a chunk in an integer */
+    BF16_TOTAL_BITS = 53,   /* of a row in double */
+    BF16_SMALL = (127 + 9) << 7, /* the bfloat16 2^9: what is less is multiplied apart where it must be */
+};
+
+/* Where the rows of one group stand in the scratch of a tile; K is k rounded up to CPU_CHUNK. */
+typedef struct bf16_group {
+    uint32_t row0, n;    /* rows */
+    uint32_t *pairs;     /* [K / 2][n]: inputs i and i + 4 of every eight */
+    uint64_t *exponents; /* [K / 128][n]: of the double that scales a chunk's sums, less the weights' */
+    uint32_t *small;     /* [K / 128]: bit 4 r + b: row r's small inputs of block b are not in pairs */
+    uint8_t *bits; /* [K / 128]: sums of any row are less than 2^bits if the weights' scales are equal */
+    uint8_t *total_bits; /* likewise of the sum of all chunks, in units of the row's finest */
+} bf16_group;
+
+static bf16_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t i)
+{
+    uint64_t n_chunk = kn_blocks(k, CPU_CHUNK), row0 = (uint64_t)i * VNNI_GROUP;
+    uint8_t *pairs = (uint8_t *)t->x + VNNI_HEAD_BYTES;
+    uint8_t *exponents = pairs + n_chunk * BF16_CHUNK_PAIRS * sizeof(uint32_t) * t->n;
+    uint8_t *small = exponents + n_chunk * sizeof(uint64_t) * t->n;
+    uint8_t *bits = small + n_chunk * sizeof(uint32_t) * VNNI_GROUPS_MAX;
+    bf16_group g = {.row0 = (uint32_t)row0,
+                    .n = t->n - (uint32_t)row0 < VNNI_GROUP ? t->n - (uint32_t)row0 : VNNI_GROUP,
+                    .pairs = (uint32_t *)(void *)pairs + n_chunk * BF16_CHUNK_PAIRS * row0,
+                    .exponents = (uint64_t *)(void *)exponents + n_chunk * row0,
+                    .small = (uint32_t *)(void *)small + n_chunk * i,
+                    .bits = bits + (n_chunk + 1) * i};
+    g.total_bits = g.bits + n_chunk;
+    return g;
+}
+
+/* ---- loading ---- */
+
+/* 32 codes in units of 2^-9; NaN as zero. */
+static __m512i units_of(__m256i codes)
+{
+    const __m512i whole = _mm512_set_epi16(0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0x40e0,
+                                           0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0x40e0, 0x40c0,
+                                           0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0, 0x40e0, 0x40c0, 0x40a0,
+                                           0x4080, 0x4040, 0x4000, 0x3f80, 0); /* 7 .. 0, four times */
+    const __m512i rebias = _mm512_set1_epi16((127 - 7 + 9) << 7);
+    __m512i code = _mm512_cvtepu8_epi16(codes), magnitude = _mm512_and_si512(code, _mm512_set1_epi16(0x7f));
+    __m512i sign = _mm512_slli_epi16(_mm512_and_si512(code, _mm512_set1_epi16(0x80)), 8);
+    __mmask32 tiny = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(8));
+    __m512i value = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 4), rebias);
+    value = _mm512_mask_permutexvar_epi16(value, tiny, magnitude, whole);
+    value = _mm512_or_si512(value, sign);
+    return _mm512_maskz_mov_epi16(_mm512_cmpneq_epu16_mask(magnitude, _mm512_set1_epi16(0x7f)), value);
+}
+
+static __m512i magnitudes(__m512i words)
+{
+    return _mm512_and_si512(words, _mm512_set1_epi16(0x7fff));
+}
+
+static __mmask32 small_ones(__m512i words)
+{
+    return _mm512_cmplt_epu16_mask(magnitudes(words), _mm512_set1_epi16(BF16_SMALL));
+}
+
+/* Divides by 2^shift. */
+static __m512i shifted(__m512i words, uint32_t shift)
+{
+    __mmask32 not_zero = _mm512_test_epi16_mask(words, _mm512_set1_epi16(0x7fff));
+    return _mm512_mask_sub_epi16(words, not_zero, words, _mm512_set1_epi16((int16_t)(shift << 7)));
+}
+
+/* In every eight, inputs 0 4, 1 5, 2 6, 3 7. */
+static __m512i paired(__m512i words)
+{
+    const __m512i order = _mm512_set_epi16(31, 27, 30, 26, 29, 25, 28, 24, 23, 19, 22, 18, 21, 17, 20, 16, 15,
+                                           11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+    return _mm512_permutexvar_epi16(order, words);
+}
+
+static __m256i load_block(const uint8_t *codes, uint32_t at, uint32_t k)
+{
+    uint32_t left = at < k ? k - at : 0;
+    return _mm256_maskz_loadu_epi8(left >= 32 ? ~0u : (1u << left) - 1, codes + at);
+}
+
+/* What is known of one row's chunk. */
+typedef struct bf16_chunk {
+    __m512i words[FP4_CHUNK_BLOCKS]; /* units of 2^(shift - 9) */
+    uint32_t sum[FP4_CHUNK_BLOCKS];  /* most that products with doubled weights can add up to */
+    uint32_t shift;
+} bf16_chunk;
+
+static bf16_chunk read_chunk(const uint8_t *codes, uint32_t at, uint32_t k)
+{
+    bf16_chunk chunk = {.shift = 0};
+    __m512i any = _mm512_setzero_si512();
+    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+        __m512i words = units_of(load_block(codes, at + b * KN_FP4_BLOCK, k)), size = magnitudes(words);
+        __m512i even = _mm512_cvttps_epi32(_mm512_castsi512_ps(_mm512_slli_epi32(size, 16))),
+                odd = _mm512_cvttps_epi32(
+                    _mm512_castsi512_ps(_mm512_and_si512(size, _mm512_set1_epi32((int32_t)0xffff0000))));
+        any = _mm512_or_si512(any, _mm512_or_si512(even, odd));
+        chunk.words[b] = words;
+        chunk.sum[b] = BF16_WEIGHT_MAX * (uint32_t)_mm512_reduce_add_epi32(_mm512_add_epi32(even, odd));
+    }
+    if (_mm512_test_epi32_mask(any, any) != 0) {
+        chunk.shift = (uint32_t)__builtin_ctz((uint32_t)_mm512_reduce_or_epi32(any));
+    }
+    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+        chunk.words[b] = shifted(chunk.words[b], chunk.shift);
+        chunk.sum[b] >>= chunk.shift;
+    }
+    return chunk;
+}
+
+/* Bits of a number: the least b with n < 2^b. */
+static uint32_t bits_of(uint32_t n)
+{
+    return n == 0 ? 0 : 32 - (uint32_t)__builtin_clz(n);
+}
+
+/* A row's sums over all chunks: at most `most`, in units of 2^finest. */
+typedef struct bf16_total {
+    double most;
+    uint32_t finest;
+} bf16_total;
+
+static void load_chunk(const bf16_group *g, uint32_t r, uint32_t c, const bf16_chunk *chunk, uint8_t scale,
+                       bf16_total *total)
+{
+    uint32_t sum = chunk->sum[0] + chunk->sum[1] + chunk->sum[2] + chunk->sum[3], bits = bits_of(sum);
+    uint32_t exponent = scale + chunk->shift;
+    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+        bool wide = chunk->sum[b] > BF16_SUM_MAX;
+        uint32_t pairs[BF16_BLOCK_PAIRS];
+        __mmask32 taken = wide ? ~small_ones(chunk->words[b]) : ~(__mmask32)0;
+        _mm512_storeu_si512(pairs, paired(_mm512_maskz_mov_epi16(taken, chunk->words[b])));
+        for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++) {
+            g->pairs[((uint64_t)c * BF16_CHUNK_PAIRS + b * BF16_BLOCK_PAIRS + p) * g->n + r] = pairs[p];
+        }
+        g->small[c] |= (uint32_t)wide << (r * FP4_CHUNK_BLOCKS + b);
+    }
+    /* Both scales have a bias of 127. */
+    g->exponents[(uint64_t)c * g->n + r] = (uint64_t)(exponent + 1023 - 254 - FP4_UNIT_BITS) << 52;
+    g->bits[c] = (uint8_t)(bits > g->bits[c] ? bits : g->bits[c]);
+    if (sum != 0) {
+        total->most += (double)sum * kn_f64_from_bits((uint64_t)(exponent + 1023) << 52);
+        total->finest = exponent < total->finest ? exponent : total->finest;
+    }
+}
+
+/* The sum of the chunks was rounded: one bit more. */
+static uint8_t total_bits(const bf16_total *total)
+{
+    uint64_t bits;
+    uint32_t n;
+    if (total->most == 0) {
+        return 0;
+    }
+    memcpy(&bits, &total->most, sizeof(bits));
+    n = (uint32_t)(bits >> 52) - 1023 + 2 - total->finest;
+    return (uint8_t)(n < UINT8_MAX ? n : UINT8_MAX);
+}
+
+typedef struct load_job {
+    const cpu_q8_tile *tile;
+    uint32_t k;
+} load_job;
+
+static void load_group(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    const load_job *j = arg;
+    uint32_t n_chunk = kn_blocks(j->k, CPU_CHUNK);
+    (void)i_thread;
+    for (uint32_t i = begin; i < end; i++) {
+        bf16_group g = group_at(j->tile, j->k, i);
+        memset(g.small, 0, n_chunk * sizeof(g.small[0]));
+        memset(g.bits, 0, n_chunk + 1);
+        for (uint32_t r = 0; r < g.n; r++) {
+            bf16_total total = {.finest = UINT32_MAX};
+            uint8_t bits;
+            for (uint32_t c = 0; c < n_chunk; c++) {
+                bf16_chunk chunk = read_chunk(j->tile->codes[g.row0 + r], c * CPU_CHUNK, j->k);
+                load_chunk(&g, r, c, &chunk, j->tile->scales[g.row0 + r][c], &total);
+            }
+            bits = total_bits(&total);
+            *g.total_bits = bits > *g.total_bits ? bits : *g.total_bits;
+        }
+    }
+}
+
+void KN_FN(kn_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
+{
+    load_job job = {.tile = tile, .k = k};
+    kn_team_run(team, kn_blocks(tile->n, VNNI_GROUP), (uint64_t)VNNI_GROUP * k, load_group, &job);
+}
+
+/* ---- weights ---- */
+
+/* What the scales of a tile's chunk say. */
+typedef struct bf16_scales {
+    __m512i above;  /* by how much each exceeds the least of its output */
+    __m512i exp[2]; /* that least one where doubles have their exponents, for both halves of the sums */
+} bf16_scales;
+
+/* The least and the largest scale of a tile's outputs so far. */
+typedef struct bf16_range {
+    __m512i low, high;
+} bf16_range;
+
+static bf16_range range_open(void)
+{
+    return (bf16_range){.low = _mm512_set1_epi8(-1), .high = _mm512_setzero_si512()};
+}
+
+INLINED bf16_scales scales_of(__m512i scales, bf16_range *range)
+{
+    __m512i least = _mm512_min_epu8(scales, _mm512_rol_epi32(scales, 16));
+    least = _mm512_min_epu8(least, _mm512_rol_epi32(least, 8));
+    range->low = _mm512_min_epu8(range->low, least);
+    range->high = _mm512_max_epu8(range->high, scales);
+    return (bf16_scales){.above = _mm512_sub_epi8(scales, least),
+                         .exp = {fp4_scale_exponents(least, 0, 0), fp4_scale_exponents(least, 0, 2)}};
+}
+
+/* The most by which two scales of one output differ; more than any double has bits if one is NaN. */
+static uint32_t range_width(const bf16_range *range)
+{
+    __m512i high = _mm512_max_epu8(range->high, _mm512_rol_epi32(range->high, 16)), width;
+    uint8_t bytes[64], most = 0;
+    high = _mm512_max_epu8(high, _mm512_rol_epi32(high, 8));
+    width = _mm512_sub_epi8(high, range->low);
+    width = _mm512_mask_mov_epi8(width, _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8(-1)), high);
+    _mm512_storeu_si512(bytes, width);
+    for (uint32_t i = 0; i < sizeof(bytes); i++) {
+        most = bytes[i] > most ? bytes[i] : most;
+    }
+    return most;
+}
+
+/* Of block b, as numbers. */
+INLINED __m512i above_of(__m512i above, uint32_t b)
+{
+    const __m512i low_bytes =
+        _mm512_set4_epi32((int32_t)0x8080800c, (int32_t)0x80808008, (int32_t)0x80808004, (int32_t)0x80808000);
+    return _mm512_shuffle_epi8(above, _mm512_or_si512(low_bytes, _mm512_set1_epi32((int32_t)b)));
+}
+
+/* Pair i of a column, doubled weights. Entries repeat every 16: what other nibbles leave in the upper bits of
+ * an index does not matter. */
+INLINED __m512i pair_of(__m512i column, uint32_t i)
+{
+    const __m512i values = _mm512_broadcast_i64x4(_mm256_set_epi16(
+        (int16_t)0xc140, (int16_t)0xc100, (int16_t)0xc0c0, (int16_t)0xc080, (int16_t)0xc040, (int16_t)0xc000,
+        (int16_t)0xbf80, (int16_t)0x8000, 0x4140, 0x4100, 0x40c0, 0x4080, 0x4040, 0x4000, 0x3f80, 0));
+    return _mm512_permutexvar_epi16(_mm512_srli_epi32(column, 4 * i), values);
+}
+
+/* ---- sums of a chunk ---- */
+
+INLINED __m512 dot(__m512 acc, uint32_t pair, __m512i weights)
+{
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int32_t)pair), (__m512bh)weights);
+}
+
+/* sum_out[tile][row], plus 2^31. */
+typedef __m512i bf16_sums[FP4_TILES][VNNI_GROUP];
+
+/* One chunk of FP4_TILES tiles, and what is still to be added of one: its sums are added to acc while the
+ * products of the next one are on their way. */
+typedef struct bf16_turn {
+    const fp4_chunk *chunk;
+    bf16_scales scales[FP4_TILES];
+    const uint64_t *exponents; /* of the group's rows */
+    bf16_sums sum;
+} bf16_turn;
+
+/* Adds sums, which are 2^31 too large, times 2^exponent. As the low dword of a double of exponent 2^52 an
+ * integer is its value. An integer times a power of two is exact: one rounding, that of the addition. */
+INLINED void add_scaled(double *acc, __m512i sums, __m512i exponent)
+{
+    __m512d sum = _mm512_sub_pd(_mm512_castsi512_pd(sums), _mm512_set1_pd(0x1p52 + 0x1p31));
+    _mm512_storeu_pd(acc, _mm512_fmadd_pd(sum, _mm512_castsi512_pd(exponent), _mm512_loadu_pd(acc)));
+}
+
+INLINED void settle(const bf16_turn *turn, uint32_t k, uint32_t r, vnni_sums *acc)
+{
+    const __m512i two52 = _mm512_set1_epi32(0x43300000);
+    __m512i exponent = _mm512_set1_epi64((int64_t)turn->exponents[r]), sum = turn->sum[k][r];
+    add_scaled(acc[k][r], _mm512_unpacklo_epi32(sum, two52),
+               _mm512_add_epi64(turn->scales[k].exp[0], exponent));
+    add_scaled(acc[k][r] + 8, _mm512_unpackhi_epi32(sum, two52),
+               _mm512_add_epi64(turn->scales[k].exp[1], exponent));
+}
+
+/* Multiplies n rows with a chunk, now->sum, and settles the one before. A sum of few rows is taken in n_part
+ * parts, so that there are enough of them to overlap. */
+INLINED void multiply(bf16_turn *now, const uint32_t *pairs, const bf16_turn *before, vnni_sums *acc,
+                      const uint32_t n, const uint32_t n_part)
+{
+    for (uint32_t r = 0; r < n; r++) {
+        now->sum[0][r] = now->sum[1][r] = _mm512_set1_epi32(INT32_MIN);
+    }
+#pragma GCC unroll 1
+    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+        __m512 sum[FP4_TILES][BF16_STEP_PAIRS][VNNI_GROUP];
+        for (uint32_t i = 0; i < n_part; i++) {
+            for (uint32_t r = 0; r < n; r++) {
+                sum[0][i][r] = sum[1][i][r] = _mm512_setzero_ps();
+            }
+        }
+#pragma GCC unroll 16
+        for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++, pairs += n) {
+            const uint32_t i = p % BF16_STEP_PAIRS, s = p / BF16_STEP_PAIRS, part = i % n_part;
+            const uint32_t settled = b + s / 2 * FP4_CHUNK_BLOCKS;
+            __m512i w[FP4_TILES];
+            for (uint32_t k = 0; k < FP4_TILES; k++) {
+                const __m512i *column = &now->chunk->columns[b * FP4_BLOCK_STEPS + s][k];
+                if (i == 0) {
+                    _mm_prefetch((const char *)column + BF16_AHEAD, _MM_HINT_T0);
+                }
+                w[k] = pair_of(*column, i);
+            }
+            for (uint32_t r = 0; r < n; r++) {
+                sum[0][part][r] = dot(sum[0][part][r], pairs[r], w[0]);
+                sum[1][part][r] = dot(sum[1][part][r], pairs[r], w[1]);
+            }
+            if (i == 3 && settled < n) {
+                settle(before, s % 2, settled, acc);
+            }
+        }
+        for (uint32_t k = 0; k < FP4_TILES; k++) {
+            __m512i above = above_of(now->scales[k].above, b);
+            for (uint32_t r = 0; r < n; r++) {
+                for (uint32_t i = 1; i < n_part; i++) {
+                    sum[k][0][r] = _mm512_add_ps(sum[k][0][r], sum[k][i][r]);
+                }
+                now->sum[k][r] = _mm512_add_epi32(now->sum[k][r],
+                                                  _mm512_sllv_epi32(_mm512_cvtps_epi32(sum[k][0][r]), above));
+            }
+        }
+    }
+}
+
+/* The small inputs of row r and block b of chunk c, which are not in pairs. */
+static __m512i small_pairs(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c, uint32_t r,
+                           uint32_t b)
+{
+    uint32_t shift = (uint32_t)(g->exponents[(uint64_t)c * g->n + r] >> 52) -
+                     (t->scales[g->row0 + r][c] + 1023u - 254 - FP4_UNIT_BITS);
+    __m256i codes = load_block(t->codes[g->row0 + r], c * CPU_CHUNK + b * KN_FP4_BLOCK, k);
+    __m512i words = shifted(units_of(codes), shift);
+    return paired(_mm512_maskz_mov_epi16(small_ones(words), words));
+}
+
+/* Adds their products. */
+APART void add_smalls(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c, bf16_turn *turn)
+{
+    for (uint32_t left = g->small[c]; left != 0; left &= left - 1) {
+        uint32_t bit = (uint32_t)__builtin_ctz(left), r = bit / FP4_CHUNK_BLOCKS, b = bit % FP4_CHUNK_BLOCKS;
+        __m512i pairs = small_pairs(t, k, g, c, r, b);
+        __m512 sum[FP4_TILES] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        uint32_t pair[BF16_BLOCK_PAIRS];
+        _mm512_storeu_si512(pair, pairs);
+        for (uint32_t of = _mm512_test_epi32_mask(pairs, pairs); of != 0; of &= of - 1) {
+            uint32_t p = (uint32_t)__builtin_ctz(of);
+            const __m512i *column = turn->chunk->columns[b * FP4_BLOCK_STEPS + p / BF16_STEP_PAIRS];
+            for (uint32_t i = 0; i < FP4_TILES; i++) {
+                sum[i] = dot(sum[i], pair[p], pair_of(column[i], p % BF16_STEP_PAIRS));
+            }
+        }
+        for (uint32_t i = 0; i < FP4_TILES; i++) {
+            __m512i above = above_of(turn->scales[i].above, b);
+            turn->sum[i][r] =
+                _mm512_add_epi32(turn->sum[i][r], _mm512_sllv_epi32(_mm512_cvtps_epi32(sum[i]), above));
+        }
+    }
+}
+
+/* Outputs whose sums of the chunk may not fit. */
+INLINED __mmask64 too_wide(const bf16_group *g, uint32_t c, const bf16_scales *s)
+{
+    int room = BF16_SUM_BITS - g->bits[c];
+    return _mm512_cmpgt_epu8_mask(s->above, _mm512_set1_epi8((int8_t)room));
+}
+
+/* ---- rows and tiles ---- */
+
+/* FP4_TILES tiles and all rows. wide[g][tile]: outputs of group g that may not be exact. */
+typedef struct bf16_tiles {
+    bf16_range range[FP4_TILES];
+    __mmask64 wide[VNNI_GROUPS_MAX][FP4_TILES];
+    vnni_sums acc[VNNI_GROUPS_MAX][FP4_TILES];
+} bf16_tiles;
+
+/* Those and chunks begin .. end - 1. */
+typedef struct bf16_job {
+    const cpu_q8_tile *t;
+    const kn_matrix *w;
+    uint32_t i_pair, begin, end;
+    bf16_tiles *tiles;
+} bf16_job;
+
+INLINED void take_turn(const bf16_job *j, const bf16_group *g, uint32_t i_group, uint32_t c,
+                       fp4_chunk *buffer, bf16_turn *turn)
+{
+    turn->chunk = fp4_chunk_at(j->w, j->i_pair, c, buffer);
+    for (uint32_t k = 0; k < FP4_TILES; k++) {
+        turn->scales[k] = scales_of(turn->chunk->scales[k], &j->tiles->range[k]);
+        j->tiles->wide[i_group][k] |= too_wide(g, c, &turn->scales[k]);
+    }
+    turn->exponents = g->exponents + (uint64_t)c * g->n;
+}
+
+INLINED void group_rows(const bf16_job *j, uint32_t i_group, const uint32_t n, const uint32_t n_part)
+{
+    bf16_group g = group_at(j->t, j->w->n_in, i_group);
+    vnni_sums *acc = j->tiles->acc[i_group];
+    fp4_chunk buffer;
+    bf16_turn turns[2];
+    for (uint32_t c = j->begin; c < j->end; c++) {
+        bf16_turn *now = &turns[c % 2], *before = &turns[1 - c % 2];
+        take_turn(j, &g, i_group, c, &buffer, now);
+        if (c == j->begin) { /* nothing is left of a chunk before: zeros */
+            *before = *now;
+            for (uint32_t r = 0; r < n; r++) {
+                before->sum[0][r] = before->sum[1][r] = _mm512_set1_epi32(INT32_MIN);
+            }
+        }
+        multiply(now, g.pairs + (uint64_t)c * BF16_CHUNK_PAIRS * n, before, acc, n, n_part);
+        if (g.small[c] != 0) {
+            add_smalls(j->t, j->w->n_in, &g, c, now);
+        }
+    }
+    for (uint32_t k = 0; k < FP4_TILES; k++) {
+        for (uint32_t r = 0; r < n; r++) {
+            settle(&turns[(j->end - 1) % 2], k, r, acc);
+        }
+    }
+}
+
+/* One copy for each number of rows. */
+typedef void (*group_fn)(const bf16_job *j, uint32_t i_group);
+#define GROUP(n_, n_part_)                                                                                   \
+    APART void group_rows_##n_(const bf16_job *j, uint32_t i_group)                                          \
+    {                                                                                                        \
+        group_rows(j, i_group, n_, n_part_);                                                                 \
+    }
+GROUP(1, 4)
+GROUP(2, 4)
+GROUP(3, 2)
+GROUP(4, 2)
+GROUP(5, 2)
+GROUP(6, 2)
+GROUP(7, 2)
+GROUP(8, 1)
+static const group_fn GROUP_ROWS[] = {NULL,         group_rows_1, group_rows_2, group_rows_3, group_rows_4,
+                                      group_rows_5, group_rows_6, group_rows_7, group_rows_8};
+
+static void put_tile(const bf16_job *j, uint32_t k)
+{
+    const bf16_tiles *tiles = j->tiles;
+    uint32_t width = range_width(&tiles->range[k]);
+    uint16_t nan[VNNI_OUTS] = {0};
+    vnni_sums acc[VNNI_GROUPS_MAX];
+    for (uint32_t i = 0; i < kn_blocks(j->t->n, VNNI_GROUP); i++) {
+        bf16_group g = group_at(j->t, j->w->n_in, i);
+        if (tiles->wide[i][k] != 0 || *g.total_bits + width > BF16_TOTAL_BITS) {
+            KN_FN(kn_fp4_careful)(j->t, j->w, j->i_pair, k, g.row0, g.n, acc[i], nan);
+        } else {
+            memcpy(acc[i], tiles->acc[i][k], g.n * sizeof(acc[i][0]));
+        }
+    }
+    KN_FN(kn_vnni_put)(j->t, j->w, j->i_pair * FP4_OUTS + k * VNNI_OUTS, acc, nan);
+}
+
+/* A piece of the weights, which fits the first cache, is multiplied with all groups of rows before the next
+ * one. */
+static void pair_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_pair)
+{
+    uint32_t n_group = kn_blocks(t->n, VNNI_GROUP), n_chunk = kn_blocks(w->n_in, CPU_CHUNK);
+    uint32_t piece = n_group > 1 ? BF16_PIECE : n_chunk;
+    bf16_tiles tiles;
+    bf16_job job = {.t = t, .w = w, .i_pair = i_pair, .tiles = &tiles};
+    tiles.range[0] = tiles.range[1] = range_open();
+    memset(tiles.wide, 0, sizeof(tiles.wide));
+    memset(tiles.acc, 0, n_group * sizeof(tiles.acc[0]));
+    for (; job.begin < n_chunk; job.begin = job.end) {
+        job.end = n_chunk - job.begin < piece ? n_chunk : job.begin + piece;
+        for (uint32_t i = 0; i < n_group; i++) {
+            uint32_t left = t->n - i * VNNI_GROUP;
+            GROUP_ROWS[left < VNNI_GROUP ? left : VNNI_GROUP](&job, i);
+        }
+    }
+    for (uint32_t k = 0; k < FP4_TILES && i_pair * FP4_OUTS + k * VNNI_OUTS < w->n_out; k++) {
+        put_tile(&job, k);
+    }
+}
+
+void KN_FN(kn_fp4_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t begin, uint32_t end)
+{
+    for (uint32_t i = begin; i < end; i++) {
+        pair_part(t, w, i);
+    }
+}
