@@ -365,22 +365,18 @@ void ep_rows_fini(ep_rows *r)
     cm_free(r->results);
 }
 
-static void no_overlap(void *ctx)
-{
-    (void)ctx;
-}
-
 cm_status ep_rows_run(ep_rows *r, rt_exchange *exchange, uint64_t step, uint32_t layer)
 {
-    return rt_exchange_run(exchange, &(rt_exchange_layer){.step = step,
-                                                          .layer = layer,
-                                                          .n_row = r->n_row,
-                                                          .experts = r->experts,
-                                                          .weights = r->weights,
-                                                          .codes = r->codes,
-                                                          .scales = r->scales,
-                                                          .results = r->results,
-                                                          .overlap = no_overlap});
+    rt_xcore_layer rows = {.step = step,
+                           .layer = layer,
+                           .n_row = r->n_row,
+                           .experts = r->experts,
+                           .weights = r->weights,
+                           .codes = r->codes,
+                           .scales = r->scales,
+                           .results = r->results};
+    rt_exchange_begin(exchange, 0, &rows);
+    return rt_exchange_finish(exchange, 0);
 }
 
 void ep_rows_poison(ep_rows *r)
