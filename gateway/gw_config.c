@@ -21,7 +21,7 @@ static const cm_cfg_field FIELDS[] = {
      CM_CFG_STRING(gw_config, model_aliases)},
     {"scripted_model", "", "tests only: the same option of the routers; also the name clients ask for",
      CM_CFG_STRING(gw_config, scripted_model)},
-    {"net", "ucx", "transport to the routers", CM_CFG_CHOICE(gw_config, net, "ucx|mpi|local")},
+    {"net", "ucx", "transport to the routers", CM_CFG_CHOICE(gw_config, net, "ucx|shm|mpi|local")},
     {"reasoning_replay", "lenient",
      "tool calls in the history of a chat in thinking mode that come without their reasoning_content: "
      "lenient takes it as empty, strict refuses them, as DeepSeek does",

@@ -129,7 +129,8 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
     /* whatever fits a frame can be computed: its answer has two bytes a value */
     uint32_t frame_rows = (uint32_t)(options->rows.message_bytes_max / (2ull * e->geometry->d));
     e->options.row_max = options->row_max > frame_rows ? options->row_max : frame_rows;
-    cm_status status = kn_device_open(&options->device, &e->device, err);
+    e->device = options->opened;
+    cm_status status = e->device == NULL ? kn_device_open(&options->device, &e->device, err) : CM_OK;
     if (status != CM_OK) {
         goto err_free;
     }
@@ -464,14 +465,19 @@ static void engine_on_event(wk_engine *e, const net_event *event)
     }
 }
 
-static uint32_t engine_poll(wk_engine *e)
+static uint32_t engine_poll_awake(wk_engine *e, uint64_t awake_us)
 {
     net_event events[ENGINE_EVENTS];
-    uint32_t n = net_poll(e->rows, events, ENGINE_EVENTS);
+    uint32_t n = net_poll_awake(e->rows, events, ENGINE_EVENTS, awake_us);
     for (uint32_t i = 0; i < n; i++) {
         engine_on_event(e, &events[i]);
     }
     return n;
+}
+
+static uint32_t engine_poll(wk_engine *e)
+{
+    return engine_poll_awake(e, 0);
 }
 
 /* ---- compute ---- */
@@ -547,6 +553,7 @@ static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer
         cm_status status = kn_stream_sync(e->stream);
         CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
                       layer);
+        cm_stat_add(CM_STAT_worker_expert_bytes, (int64_t)((n > 0 ? n : 1) * md_expert_bytes(e->geometry)));
         if (n == 0) {
             groups[0].item0 += slice;
             groups[0].n_item -= slice;
@@ -613,12 +620,13 @@ static uint64_t engine_work(wk_engine *e)
     cm_mem_guard_begin("expert compute");
     engine_compute(e, frames, n, group);
     cm_mem_guard_end();
+    wk_gather_computed(e->gather, cm_now_ns() / 1000);
     return 0;
 }
 
 static void engine_sleep(wk_engine *e, uint64_t wait_us)
 {
-    if (!net_arm(e->rows)) {
+    if (engine_poll_awake(e, wait_us) > 0 || !net_arm(e->rows)) {
         return;
     }
     uint64_t timer_us = (uint64_t)net_next_timer_ms(e->rows) * 1000;

@@ -14,6 +14,7 @@ typedef struct wk_engine wk_engine;
 typedef struct wk_engine_options {
     const md_checkpoint *checkpoint; /* kept */
     kn_device_options device;
+    kn_device *opened;   /* used instead, given; NULL: device says which one to open */
     net_options rows;    /* message_bytes_max bounds a frame */
     const char *address; /* to listen on */
     uint32_t row_max;    /* slots computed together */

@@ -3,11 +3,21 @@
 #include "common/base/assert.h"
 #include "common/base/mem.h"
 
+enum {
+    GATHER_FADE = 32,   /* groups after which what was learned of one has faded to a third */
+    GATHER_LEAST = 2,   /* a group less saves at least such a part of one */
+    GATHER_SPREAD = 64, /* variance of rows, by the square of their mean, that a line can be drawn through */
+};
+
 typedef struct gather_router {
     uint32_t id; /* 0: free */
     bool active;
     uint64_t last_us;
     uint32_t n_waiting;
+    uint32_t layer;       /* of its newest frame */
+    bool computing;       /* the group given out has a frame of it */
+    uint64_t answered_us; /* it has been answered and has not come back; 0: else */
+    uint64_t return_us;   /* from an answer to its next frame, as learned; 0: not yet */
 } gather_router;
 
 typedef struct gather_frame {
@@ -17,12 +27,23 @@ typedef struct gather_frame {
     void *frame;
 } gather_frame;
 
+/* Fading means of groups' rows and times, for the line through them. */
+typedef struct gather_cost {
+    double rows, us, rows2, rows_us;
+} gather_cost;
+
 struct wk_gather {
     wk_gather_limits limits;
     gather_router *routers;
     gather_frame *frames; /* [n_frame] in order of arrival */
     uint32_t n_frame;
     uint32_t window_us;
+    uint64_t taken_us; /* when the newest group was given out */
+    uint32_t taken_rows;
+    gather_cost cost;
+    uint64_t cost_us;  /* of a group, as learned; 0: not yet */
+    uint64_t saves_us; /* of that what does not grow with its rows: what a group less saves */
+    uint32_t n_layer;  /* seen so far */
 };
 
 wk_gather *wk_gather_create(const wk_gather_limits *limits)
@@ -52,6 +73,13 @@ static uint32_t gather_find_router(const wk_gather *g, uint32_t id)
     return i;
 }
 
+/* Never 0, which is for what is not known. */
+static uint64_t gather_learn(uint64_t known_us, uint64_t seen_us)
+{
+    uint64_t next_us = known_us == 0 ? seen_us : (3 * known_us + seen_us) / 4;
+    return next_us > 0 ? next_us : 1;
+}
+
 cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint32_t layer, uint32_t n_row,
                             void *frame)
 {
@@ -64,6 +92,12 @@ cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint
         return CM_E_CAPACITY;
     }
     gather_router *r = &g->routers[i];
+    if (r->answered_us != 0) {
+        r->return_us = gather_learn(r->return_us, now_us - r->answered_us);
+        r->answered_us = 0;
+    }
+    r->layer = layer;
+    g->n_layer = layer >= g->n_layer ? layer + 1 : g->n_layer;
     r->id = router;
     r->active = true;
     r->last_us = now_us;
@@ -77,6 +111,45 @@ void wk_gather_idle(wk_gather *g, uint32_t router)
     uint32_t i = gather_find_router(g, router);
     if (i < g->limits.router_max) {
         g->routers[i].active = false;
+    }
+}
+
+static void gather_fade(double *mean, double seen, bool first)
+{
+    *mean = first ? seen : *mean + (seen - *mean) / GATHER_FADE;
+}
+
+/* The part of a group's time that its rows do not explain is the experts' weights. Groups of one size only
+ * say nothing about that: then what was known stays, and at first all of it counts. */
+static void gather_learn_cost(wk_gather *g, double rows, double us)
+{
+    gather_cost *c = &g->cost;
+    bool first = g->cost_us == 0;
+    gather_fade(&c->rows, rows, first);
+    gather_fade(&c->us, us, first);
+    gather_fade(&c->rows2, rows * rows, first);
+    gather_fade(&c->rows_us, rows * us, first);
+    double spread = c->rows2 - c->rows * c->rows;
+    g->cost_us = 1 + (uint64_t)c->us;
+    if (first) {
+        g->saves_us = g->cost_us;
+    } else if (spread > c->rows * c->rows / GATHER_SPREAD) {
+        double fixed = c->us - (c->rows_us - c->rows * c->us) / spread * c->rows;
+        double least =
+            c->us / GATHER_LEAST; /* to be wrong about that costs little, to read weights again much */
+        g->saves_us = fixed <= least ? (uint64_t)least : fixed >= c->us ? g->cost_us : (uint64_t)fixed;
+    }
+}
+
+void wk_gather_computed(wk_gather *g, uint64_t now_us)
+{
+    gather_learn_cost(g, g->taken_rows, (double)(now_us - g->taken_us));
+    for (uint32_t i = 0; i < g->limits.router_max; i++) {
+        gather_router *r = &g->routers[i];
+        if (r->computing) {
+            r->computing = false;
+            r->answered_us = now_us;
+        }
     }
 }
 
@@ -118,11 +191,89 @@ static bool gather_may_wait(const wk_gather *g, uint64_t now_us)
     return false;
 }
 
-/* Takes the oldest frame's layer out. The lag of its last other router teaches the window. */
-static uint32_t gather_take_layer(wk_gather *g, void **frames_out, uint32_t frames_max)
+/* ---- who is behind ---- */
+
+/* When a router is back at the latest that is likely to be back within the time of a group; 0: none that is.
+ */
+static uint64_t gather_due_back(const wk_gather *g, const gather_router *r, uint64_t now_us)
 {
-    uint32_t layer = g->frames[0].layer, n = 0, n_row = 0, first_router = g->frames[0].router;
-    uint64_t first_us = g->frames[0].arrived_us, lag_us = 0;
+    if (r->id == 0 || !r->active || r->n_waiting > 0 || r->answered_us == 0 || r->return_us == 0) {
+        return 0;
+    }
+    uint64_t late_us = r->return_us / 2 < g->saves_us ? r->return_us / 2 : g->saves_us;
+    uint64_t likely_us = r->answered_us + r->return_us, latest_us = likely_us + late_us + 1;
+    return now_us < latest_us && likely_us < now_us + g->saves_us ? latest_us : 0;
+}
+
+/* The layer that a router waits with or will come back with; false: it is not to be reckoned with. */
+static bool gather_place(const wk_gather *g, uint32_t router, uint64_t now_us, uint32_t *layer_out)
+{
+    const gather_router *r = &g->routers[router];
+    for (uint32_t f = 0; f < g->n_frame && r->n_waiting > 0; f++) {
+        if (g->frames[f].router == router) {
+            *layer_out = g->frames[f].layer;
+            return true;
+        }
+    }
+    *layer_out = (r->layer + 1) % g->n_layer;
+    return gather_due_back(g, r, now_us) != 0;
+}
+
+/* Steps of one layer from another one up, around the end of a pass. */
+static uint32_t gather_ahead(const wk_gather *g, uint32_t from, uint32_t to)
+{
+    return (to + g->n_layer - from) % g->n_layer;
+}
+
+/* How far the next router before this layer is: the last of all has the widest gap before it. */
+static uint32_t gather_gap_before(const wk_gather *g, uint64_t now_us, uint32_t layer)
+{
+    uint32_t gap = g->n_layer, at;
+    for (uint32_t i = 0; i < g->limits.router_max; i++) {
+        if (gather_place(g, i, now_us, &at) && at != layer && gather_ahead(g, at, layer) < gap) {
+            gap = gather_ahead(g, at, layer);
+        }
+    }
+    return gap;
+}
+
+static uint32_t gather_last_layer(const wk_gather *g, uint64_t now_us)
+{
+    uint32_t last = g->frames[0].layer, widest = 0, at;
+    for (uint32_t i = 0; i < g->limits.router_max; i++) {
+        if (!gather_place(g, i, now_us, &at)) {
+            continue;
+        }
+        uint32_t gap = gather_gap_before(g, now_us, at);
+        if (gap > widest || (gap == widest && at == g->frames[0].layer)) {
+            widest = gap;
+            last = at;
+        }
+    }
+    return last;
+}
+
+/* Until when to wait for routers that will be back with this layer; now_us: for none. */
+static uint64_t gather_wait_for(const wk_gather *g, uint64_t now_us, uint32_t layer)
+{
+    uint64_t until_us = now_us;
+    for (uint32_t i = 0; i < g->limits.router_max; i++) {
+        const gather_router *r = &g->routers[i];
+        uint64_t back_us = gather_due_back(g, r, now_us);
+        if (back_us > until_us && (r->layer + 1) % g->n_layer == layer) {
+            until_us = back_us;
+        }
+    }
+    return until_us;
+}
+
+/* ---- groups ---- */
+
+/* Takes a layer's frames out. The lag of its last other router teaches the window. */
+static uint32_t gather_take_layer(wk_gather *g, uint32_t layer, void **frames_out, uint32_t frames_max)
+{
+    uint32_t n = 0, n_row = 0, first_router = 0;
+    uint64_t first_us = 0, lag_us = 0;
     for (uint32_t i = 0; i < g->n_frame && n < frames_max;) {
         gather_frame *frame = &g->frames[i];
         if (frame->layer != layer) {
@@ -132,9 +283,13 @@ static uint32_t gather_take_layer(wk_gather *g, void **frames_out, uint32_t fram
         if (n > 0 && n_row + frame->n_row > g->limits.row_max) {
             break;
         }
-        if (frame->router != first_router) {
+        if (n == 0) {
+            first_router = frame->router;
+            first_us = frame->arrived_us;
+        } else if (frame->router != first_router) {
             lag_us = frame->arrived_us - first_us;
         }
+        g->routers[frame->router].computing = true;
         n_row += frame->n_row;
         frames_out[n++] = gather_take(g, i);
     }
@@ -145,7 +300,15 @@ static uint32_t gather_take_layer(wk_gather *g, void **frames_out, uint32_t fram
              : aim_us < g->limits.window_max_us ? aim_us
                                                 : g->limits.window_max_us;
     g->window_us = (uint32_t)((g->window_us * 7ull + aim_us) / 8);
+    g->taken_rows = n_row;
     return n;
+}
+
+/* A frame that waits for those behind it has waited long enough. */
+static bool gather_held_too_long(const wk_gather *g, uint64_t now_us)
+{
+    uint64_t pass_us = g->n_layer * g->cost_us, most_us = pass_us < GATHER_HOLD_US ? pass_us : GATHER_HOLD_US;
+    return now_us - g->frames[0].arrived_us >= most_us;
 }
 
 uint32_t wk_gather_next(wk_gather *g, uint64_t now_us, void **frames_out, uint32_t frames_max,
@@ -155,13 +318,23 @@ uint32_t wk_gather_next(wk_gather *g, uint64_t now_us, void **frames_out, uint32
         *wait_us_out = UINT64_MAX;
         return 0;
     }
+    uint32_t layer = g->frames[0].layer;
     uint64_t due_us = g->frames[0].arrived_us + g->window_us;
+    if (g->cost_us != 0 && !gather_held_too_long(g, now_us)) {
+        layer = gather_last_layer(g, now_us);
+        uint64_t back_us = gather_wait_for(g, now_us, layer);
+        if (back_us > now_us) {
+            *wait_us_out = back_us - now_us;
+            return 0;
+        }
+    }
     if (now_us < due_us && gather_may_wait(g, now_us)) {
         *wait_us_out = due_us - now_us;
         return 0;
     }
     *wait_us_out = 0;
-    return gather_take_layer(g, frames_out, frames_max);
+    g->taken_us = now_us;
+    return gather_take_layer(g, layer, frames_out, frames_max);
 }
 
 uint32_t wk_gather_waiting(const wk_gather *g)

@@ -6,13 +6,23 @@
  * frame since it last said it was idle, and its last frame is younger than the window's maximum) has a frame
  * waiting, for this layer or another, or when the window has passed. The window adapts between a sixteenth of
  * window_max_us and all of it: it grows towards the lag at which other routers' frames for the same layer
- * really came, and shrinks when waiting brought nobody. It never changes results. Thread: the compute
- * thread's. */
+ * really came, and shrinks when waiting brought nobody.
+ *
+ * That alone leaves routers out of step that once are: each finds the others' frames being computed. So the
+ * machine learns how long a group takes, how much of that is the same however few its rows (the weights), and
+ * how long each router takes from an answer to its next frame. It lets the routers that are ahead wait for
+ * those behind them in the order of the layers, as long as each wait for a frame to come is shorter than what
+ * a group less saves. Once together they stay together. A frame is held so for GATHER_HOLD_US, or for as many
+ * groups as there are layers, at most.
+ *
+ * None of it ever changes results. Thread: the compute thread's. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "common/base/status.h"
+
+enum { GATHER_HOLD_US = 1000000 };
 
 typedef struct wk_gather wk_gather;
 
@@ -31,6 +41,8 @@ void wk_gather_destroy(wk_gather *gather);
 CM_MUST_CHECK cm_status wk_gather_arrived(wk_gather *gather, uint64_t now_us, uint32_t router, uint32_t layer,
                                           uint32_t n_row, void *frame);
 void wk_gather_idle(wk_gather *gather, uint32_t router);
+/* The group that wk_gather_next gave out has been computed and answered. */
+void wk_gather_computed(wk_gather *gather, uint64_t now_us);
 /* The router's link is gone: its frames come out, one per call, until NULL. */
 void *wk_gather_gone(wk_gather *gather, uint32_t router);
 /* The next group: up to frames_max frames of one layer, oldest first, at most row_max rows together (one

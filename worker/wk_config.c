@@ -11,13 +11,16 @@ static const cm_cfg_field g_fields[] = {
     {"device", "cpu", "where experts are computed", CM_CFG_CHOICE(wk_config, device, "cpu|ref")},
     {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(wk_config, cpu_isa)},
     {"threads", "1", "compute threads", CM_CFG_UINT(wk_config, threads, 1, 1024)},
-    {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|mpi|local")},
+    {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|shm|mpi|local")},
     {"rows_max", "4096", "rows (one per chosen expert) computed together",
      CM_CFG_UINT(wk_config, rows_max, 16, 1u << 20)},
     {"frames_max", "16", "frames waiting or being answered; more are refused",
      CM_CFG_UINT(wk_config, frames_max, 1, WK_FRAMES_MAX)},
     {"routers_max", "64", "routers linked at once", CM_CFG_UINT(wk_config, routers_max, 1, 4096)},
-    {"window_us", "200", "longest wait, in microseconds, for other routers' rows of the same layer",
+    {"window_us", "200",
+     "longest wait, in microseconds, for rows of the same layer from a router whose pace is not known; one "
+     "whose is, is "
+     "waited for while that saves time",
      CM_CFG_UINT(wk_config, window_us, 0, 1000000)},
     {"answer_ms", "10000", "an answer that cannot leave for so long costs the link",
      CM_CFG_MS(wk_config, answer_ms, 100, 600000)},

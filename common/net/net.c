@@ -10,6 +10,9 @@
 
 /* A poll ends after so many turns even if the back-end has more: the caller's other work comes around. */
 enum { NET_POLL_TURNS = 256 };
+/* net_poll_awake: about what it costs to sleep and be woken, and how rare looks in vain become: one of 64
+ * calls. */
+enum { NET_AWAKE_US = 20, NET_VAIN_MAX = 6 };
 /* The layer's own messages of one link: hello, heartbeat, refusal, goodbye, lists of keys. */
 enum { NET_NOTES_PER_PEER = 4 + NET_KEYS_NOTES_MAX };
 
@@ -489,6 +492,26 @@ uint32_t net_poll(net *n, net_event *events_out, uint32_t events_max)
     while (n_out < events_max && n->n_events > 0) {
         net_event_pop(n, &events_out[n_out++]);
     }
+    return n_out;
+}
+
+/* A look in vain is repeated after 1, 3, 7 ... calls only. */
+uint32_t net_poll_awake(net *n, net_event *events_out, uint32_t events_max, uint64_t at_most_us)
+{
+    uint32_t n_out = net_poll(n, events_out, events_max);
+    if (n_out > 0 || at_most_us == 0) {
+        return n_out;
+    }
+    if (n->n_rest > 0) {
+        n->n_rest--;
+        return 0;
+    }
+    uint64_t until_ns = cm_now_ns() + 1000 * (at_most_us < NET_AWAKE_US ? at_most_us : NET_AWAKE_US);
+    while (n_out == 0 && cm_now_ns() < until_ns) {
+        n_out = net_poll(n, events_out, events_max);
+    }
+    n->n_vain = n_out > 0 ? 0 : n->n_vain < NET_VAIN_MAX ? n->n_vain + 1 : NET_VAIN_MAX;
+    n->n_rest = (1u << n->n_vain) - 1;
     return n_out;
 }
 

@@ -1,6 +1,6 @@
-/* Links between processes for rows and token ids: a small table of back-ends (ucx, mpi, local; tests add a
- * simulated one) under one layer that adds what every back-end needs alike: the greeting that tells strangers
- * apart, heartbeats, a deadline on every message, bounds on everything queued. Nothing here blocks.
+/* Links between processes for rows and token ids: a small table of back-ends (ucx, shm, mpi, local; tests add
+ * a simulated one) under one layer that adds what every back-end needs alike: the greeting that tells
+ * strangers apart, heartbeats, a deadline on every message, bounds on everything queued. Nothing here blocks.
  *
  *   net_open -> net_identity -> net_listen / net_connect -> { net_poll -> events ; net_send }* -> net_close
  *
@@ -32,7 +32,7 @@ enum {
 };
 
 typedef struct net_options {
-    const char *backend;   /* "ucx", "mpi", "local"; a test's own table by net_open_ops */
+    const char *backend;   /* "ucx", "shm", "mpi", "local"; a test's own table by net_open_ops */
     uint32_t peers_max;    /* links at once; more are refused */
     uint32_t sends_max;    /* messages on their way per link (the smaller of both sides'); then CM_AGAIN */
     uint32_t receives_max; /* received messages not yet released, all links; then senders wait */
@@ -62,9 +62,10 @@ const char *net_backend(const net *n);
 /* ---- keys ----
  * Whoever has a key may speak for anybody who has it; the owner hands the same ones to all members and a new
  * one to those that stay. A message with a wrong tag, under a key that is not held, of another link or one
- * that came before is refused: counted, logged, without effect on anything else. Links greet and wait without
- * a key for silence_ms, so both ends may hear of one in any order. Messages are not encrypted. Thread: any;
- * the owner's thread has to be woken. */
+ * that came before is refused: counted, logged, without effect on anything else (shm: the kernel keeps others
+ * off a link, and a key is asked for once, when it comes up). Links greet and wait without a key for
+ * silence_ms, so both ends may hear of one in any order. Messages are not encrypted. Thread: any; the owner's
+ * thread has to be woken. */
 /* generation: of a cluster's keys, ascending (its epochs). Known ones are ignored. Beyond NET_KEYS_MAX the
  * oldest is forgotten. */
 void net_key_add(net *n, uint64_t cluster, uint64_t generation, const uint8_t key[NET_KEY_BYTES]);
@@ -73,9 +74,10 @@ void net_key_add(net *n, uint64_t cluster, uint64_t generation, const uint8_t ke
 void net_key_retire(net *n, uint64_t oldest);
 
 /* ucx: "host:port", IPv4, port 0 = any free one; host may be a name (looked up: may block, start-up only).
- * mpi: any text, a rank is reached by its number. local: a name unique in this process. Once per object.
- * bound_out: the address others can connect to; for a wildcard host this machine's first outside address.
- * CM_E_EXISTS when it is taken, CM_E_INVALID when it cannot be read, CM_E_UNSUPPORTED: IPv6. */
+ * shm: a name unique on this machine, links are for processes of one user; what ends in ":0" is any free
+ * name. mpi: any text, a rank is reached by its number. local: a name unique in this process. Once per
+ * object. bound_out: the address others can connect to; for a wildcard host this machine's first outside
+ * address. CM_E_EXISTS when it is taken, CM_E_INVALID when it cannot be read, CM_E_UNSUPPORTED: IPv6. */
 CM_MUST_CHECK cm_status net_listen(net *n, const char *address, char bound_out[NET_ADDRESS_BYTES],
                                    cm_error *err);
 /* Begins to connect; NET_EV_UP or NET_EV_DOWN follows. Sending before UP is our bug. ucx: the host is
@@ -137,6 +139,10 @@ typedef struct net_event {
 
 /* Progress; up to events_max events. Never blocks. Call until it returns 0 before sleeping. */
 uint32_t net_poll(net *n, net_event *events_out, uint32_t events_max);
+/* The same, but looks again for some microseconds, at_most_us of them, before it says 0: an answer that comes
+ * soon is then not slept for. Only as long as that has paid lately, so that one who waits long, or whose peer
+ * needs this very core, loses little. */
+uint32_t net_poll_awake(net *n, net_event *events_out, uint32_t events_max, uint64_t at_most_us);
 /* Gives back the memory of a NET_EV_MESSAGE; header and payload are invalid after it. May be called later,
  * from the same thread, also after the peer is gone. */
 void net_release(net *n, const net_event *event);
@@ -176,6 +182,8 @@ typedef struct net_upcalls {
 typedef struct net_ops {
     uint32_t version; /* NET_PROTOCOL */
     const char *name;
+    bool vouches; /* nobody but the peer can put a message on a link: once it has shown a key, its messages
+                     need no tags. Both ends have the same table */
     cm_status (*open)(const net_options *options, const net_upcalls *upcalls, void *ctx, void **backend_out,
                       cm_error *err);
     void (*close)(void *backend);

@@ -107,8 +107,18 @@ static void tag_make(EVP_MAC_CTX *ctx, const sealed_head *head, const void *head
     CM_ASSERT_MSG(ok && n_tag == NET_TAG_BYTES, "tag of a message of type %u", head->type);
 }
 
+/* The layer's own always have one: they show the key. */
+static bool tag_wanted(const net_peer *peer, uint16_t type)
+{
+    bool vouched = peer->net->ops->vouches && peer->proven && type < NET_TYPE_INTERNAL;
+    return peer->net->options.keyed && !vouched;
+}
+
 void net_seal(const net_peer *peer, const net_message *message, uint64_t payload_bytes, net_prefix *prefix)
 {
+    if (peer->net->options.keyed && !tag_wanted(peer, message->type)) {
+        return;
+    }
     const net_link_key *link_key = net_peer_sender(peer);
     if (link_key == NULL) { /* no keys here, or a list of ours that goes out before there is one in common */
         CM_ASSERT(!peer->net->options.keyed || message->type == NET_TYPE_KEYS);
@@ -143,7 +153,7 @@ const char *net_unseal(const net_peer *peer, const net_event *message, net_prefi
         return "it is too short";
     }
     memcpy(prefix_out, message->header, sizeof(*prefix_out));
-    if (!peer->net->options.keyed) {
+    if (!tag_wanted(peer, message->type)) {
         return NULL;
     }
     for (uint32_t i = 0; i < peer->n_link_keys; i++) {

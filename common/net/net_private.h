@@ -180,6 +180,7 @@ struct net {
     uint64_t now_ms;   /* of the poll in progress */
     uint64_t timer_ms; /* no timer is due before it; UINT64_MAX = none */
     uint32_t n_in_flight;
+    uint32_t n_vain, n_rest; /* net_poll_awake: looks in vain in a row; calls that do not look again */
 };
 
 /* net.c */
@@ -231,6 +232,7 @@ void net_sending_tell(net_sending *sending, cm_status status);
 CM_MUST_CHECK cm_status net_ops_find(const char *name, const net_ops **ops_out, cm_error *err);
 extern const net_ops net_ucx_ops;
 extern const net_ops net_local_ops;
+extern const net_ops net_shm_ops;
 
 /* ---- net_buffers.c: payload buffers of a back-end ----
  * n buffers of n_bytes, 64-byte aligned, in one anonymous mapping: a page costs memory from its first use on

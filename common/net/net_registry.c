@@ -3,7 +3,7 @@
 #include "common/net/net_mpi.h"
 #include "common/net/net_private.h"
 
-static const net_ops *const g_tables[] = {&net_ucx_ops, &net_local_ops};
+static const net_ops *const g_tables[] = {&net_ucx_ops, &net_shm_ops, &net_local_ops};
 
 cm_status net_ops_find(const char *name, const net_ops **ops_out, cm_error *err)
 {

@@ -247,10 +247,11 @@ static void exchange_on_event(rt_exchange *x, const net_event *event)
     }
 }
 
-static bool exchange_poll(rt_exchange *x)
+/* Looks for awake_us before it finds nothing. */
+static bool exchange_poll_awake(rt_exchange *x, uint64_t awake_us)
 {
     net_event events[EXCHANGE_EVENTS];
-    uint32_t n = net_poll(x->rows, events, EXCHANGE_EVENTS);
+    uint32_t n = net_poll_awake(x->rows, events, EXCHANGE_EVENTS, awake_us);
     for (uint32_t i = 0; i < n; i++) {
         exchange_on_event(x, &events[i]);
     }
@@ -261,10 +262,15 @@ static bool exchange_poll(rt_exchange *x)
     return n > 0;
 }
 
+static bool exchange_poll(rt_exchange *x)
+{
+    return exchange_poll_awake(x, 0);
+}
+
 /* Polls until something happened or sleep_ms passed. */
 static void exchange_wait(rt_exchange *x, uint32_t sleep_ms)
 {
-    if (exchange_poll(x) || !net_arm(x->rows)) {
+    if (exchange_poll_awake(x, 1000 * (uint64_t)sleep_ms) || !net_arm(x->rows)) {
         return;
     }
     uint32_t timer_ms = net_next_timer_ms(x->rows);

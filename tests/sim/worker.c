@@ -395,6 +395,7 @@ static void worker_computed(sim *s, void *arg, uint64_t tag)
     for (uint32_t i = 0; i < n; i++) {
         worker_answer(s, proc, w->computing[i]);
     }
+    wk_gather_computed(w->gather, s->now_us);
     sim_go(s, proc);
 }
 

@@ -20,12 +20,19 @@
     {                                                                                                        \
         "", NULL, NULL, NULL                                                                                 \
     }
+#define SHM_CASE                                                                                             \
+    "shm", "127.0.0.1:0", "t_net nobody",                                                                    \
+    {                                                                                                        \
+        "", NULL, NULL, NULL                                                                                 \
+    }
 const backend_case g_mpi = {"mpi", "%u", "mpi:0:15", {"127.0.0.1:1", "mpi:7:0", "mpi:0:16", "mpi:0"},
-                            false, true};
-const backend_case g_ucx = {UCX_CASE, false, false};
-const backend_case g_local = {LOCAL_CASE, false, false};
-const backend_case g_ucx_keyed = {UCX_CASE, true, false};
-const backend_case g_local_keyed = {LOCAL_CASE, true, false};
+                            false, true, false};
+const backend_case g_ucx = {UCX_CASE, false, false, false};
+const backend_case g_local = {LOCAL_CASE, false, false, false};
+const backend_case g_ucx_keyed = {UCX_CASE, true, false, false};
+const backend_case g_local_keyed = {LOCAL_CASE, true, false, false};
+const backend_case g_shm = {SHM_CASE, false, false, true};
+const backend_case g_shm_keyed = {SHM_CASE, true, false, true};
 
 uint8_t *g_source;
 /* links that a failed test left open are not the next one's fault */

@@ -23,9 +23,10 @@ typedef struct backend_case {
     const char *unreadable[4];
     bool keyed;            /* sides begin with key 1 */
     bool listens_anywhere; /* whatever the address says */
+    bool copies;           /* a payload is the sender's again at once, whatever its size */
 } backend_case;
 
-extern const backend_case g_ucx, g_local, g_mpi, g_ucx_keyed, g_local_keyed;
+extern const backend_case g_ucx, g_local, g_mpi, g_ucx_keyed, g_local_keyed, g_shm, g_shm_keyed;
 extern uint8_t *g_source; /* payloads are pieces of it, so that a receiver can check any of them */
 
 typedef struct side {

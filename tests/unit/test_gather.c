@@ -156,9 +156,125 @@ static void test_random(void **state)
     (void)state;
 }
 
+/* ---- in step ---- */
+
+enum { COST_US = 2500, THINK_US = 400, STEPS = 60 };
+
+typedef struct walker {
+    uint64_t comes_us; /* with its next frame; UINT64_MAX: it waits for an answer */
+    uint32_t layer, n_steps, think_us;
+} walker;
+
+/* Routers that begin out of step, walking through layers until the first has made its steps; how many groups
+ * a layer of its steps took, in hundredths, in the second half. */
+static uint32_t walk(walker *w, uint32_t n, uint64_t seed)
+{
+    wk_gather *g = wk_gather_create(&g_limits);
+    uint64_t now = 0, free_us = 0, wait = 0, draw = 0;
+    uint32_t n_group = 0, from_group = 0;
+    bool computing = false;
+    void *out[FRAMES];
+    uint32_t n_out = 0;
+    while (w[0].n_steps < STEPS) {
+        if (computing && now >= free_us) {
+            computing = false;
+            wk_gather_computed(g, now);
+            for (uint32_t k = 0; k < n_out; k++) {
+                walker *back = out[k];
+                back->layer = (back->layer + 1) % LAYERS;
+                back->n_steps += back->layer == 0;
+                back->comes_us = now + back->think_us * (90 + cm_rng_at(seed, draw++, 0).word[0] % 21) / 100;
+            }
+            from_group = w[0].n_steps < STEPS / 2 ? n_group : from_group;
+        }
+        for (uint32_t i = 0; i < n; i++) {
+            if (w[i].comes_us <= now) {
+                w[i].comes_us = UINT64_MAX;
+                assert_int_equal(wk_gather_arrived(g, now, 1 + i, w[i].layer, 5, &w[i]), CM_OK);
+            }
+        }
+        if (!computing && (n_out = wk_gather_next(g, now, out, FRAMES, &wait)) > 0) {
+            computing = true;
+            free_us = now + COST_US;
+            n_group++;
+        }
+        now += 10;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        while (wk_gather_gone(g, 1 + i) != NULL) {
+        }
+    }
+    wk_gather_destroy(g);
+    return 100 * (n_group - from_group) / (STEPS / 2 * LAYERS);
+}
+
+/* However many routers there are and wherever they begin, a layer is computed once for all of them. */
+static void test_in_step(void **state)
+{
+    uint64_t seed = cm_random_u64();
+    (void)state;
+    print_message("seed %llu\n", (unsigned long long)seed);
+    for (uint64_t round = 0; round < 50; round++) {
+        for (uint32_t n = 1; n <= ROUTERS; n++) {
+            walker w[ROUTERS];
+            for (uint32_t i = 0; i < n; i++) {
+                cm_rng_block r = cm_rng_at(seed, round, i);
+                w[i] = (walker){
+                    .comes_us = r.word[0] % 20000, .layer = r.word[1] % LAYERS, .think_us = THINK_US};
+            }
+            uint32_t hundredths = walk(w, n, seed + round);
+            if (hundredths > 115) {
+                fail_msg("round %llu: %u routers took %u hundredths of a group for a layer",
+                         (unsigned long long)round, n, hundredths);
+            }
+        }
+    }
+}
+
+/* Router 2 has a frame, router 1 is just answered and would be back with the same layer after away_us: is it
+ * waited for? */
+static bool waits_for_one_away(uint32_t away_us, uint32_t row_us)
+{
+    void *out[FRAMES];
+    uint64_t wait = 0, now = 0;
+    wk_gather *g = wk_gather_create(&g_limits);
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        uint32_t n_row = 5 + 10 * (layer % 2);
+        assert_int_equal(wk_gather_arrived(g, now, 1, layer, n_row, &g_frames[0]), CM_OK);
+        assert_int_equal(next(g, now, out, &wait), 1);
+        if (layer == LAYERS - 1) {
+            assert_int_equal(wk_gather_arrived(g, now + 10, 2, 0, 5, &g_frames[1]), CM_OK);
+        }
+        wk_gather_computed(g, now += row_us != 0 ? n_row * row_us : COST_US);
+        now += layer < LAYERS - 1 ? away_us : 0;
+    }
+    bool waits = next(g, now, out, &wait) == 0;
+    if (waits) {
+        assert_true(wait > away_us && wait < 2 * away_us);
+        assert_int_equal(next(g, now + wait, out, &wait), 1); /* it did not come: no longer */
+    }
+    wk_gather_computed(g, now + 2 * COST_US);
+    wk_gather_destroy(g);
+    return waits;
+}
+
+/* One that takes longer than a group from an answer to its next frame is not waited for: it costs more than
+ * it saves. */
+static void test_waits_while_it_saves(void **state)
+{
+    (void)state;
+    assert_true(waits_for_one_away(THINK_US, 0));
+    assert_true(waits_for_one_away(3 * COST_US / 4, 0));
+    assert_false(waits_for_one_away(3 * COST_US, 0));
+    /* groups that cost what their rows cost, and as much as those above: one less saves little */
+    assert_false(waits_for_one_away(3 * COST_US / 4, COST_US / 10));
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_in_step),
+        cmocka_unit_test(test_waits_while_it_saves),
         cmocka_unit_test(test_alone_at_once),
         cmocka_unit_test(test_waits_for_the_active),
         cmocka_unit_test(test_idle_and_gone_are_not_waited_for),

@@ -411,8 +411,8 @@ static void test_peer_close(void **state)
     side_close(a); /* never took it */
     WAIT(&t, b->n_down == 1);
     assert_int_equal(b->n_sent, 1);
-    assert_int_equal(b->n_failed, 1);
-    assert_int_equal(b->failed_status, CM_E_RESET);
+    assert_int_equal(b->n_failed, backend->copies ? 0 : 1);
+    assert_int_equal(b->failed_status, backend->copies ? CM_OK : CM_E_RESET);
     assert_int_equal(b->down_status, CM_E_RESET);
     pair_close(&t);
 }
@@ -487,12 +487,14 @@ static void test_deadline(void **state)
     net_test t = pair_open(backend, &options, &options);
     side *a = &t.sides[0], *b = &t.sides[1];
     a->frozen = true;
-    for (uint32_t i = 0; i < 3; i++) {
-        assert_int_equal(send_piece(b, i, 0, 1 << 20, 3, i == 1 ? 200 : 600000), CM_OK);
+    /* half a window is reported before the peer took it, where the payload is free */
+    uint32_t n_free = backend->copies ? options.sends_max / 2 : 0, n = n_free + 3;
+    for (uint32_t i = 0; i < n; i++) {
+        assert_int_equal(send_piece(b, i, 0, 1 << 20, 3, i == n_free + 1 ? 200 : 600000), CM_OK);
     }
     WAIT(&t, b->n_down == 1);
     assert_int_equal(b->down_status, CM_E_DEADLINE);
-    assert_int_equal(b->n_sent, 3);
+    assert_int_equal(b->n_sent, n);
     assert_int_equal(b->n_failed, 3);
     assert_int_equal(b->failed_status, CM_E_DEADLINE);
     a->frozen = false;
@@ -696,7 +698,8 @@ static void test_options(void **state)
 }
 
 /* with and without keys: nothing else changes */
-#define EACH_TAKING_BACK(test_) BOTH(test_), ONE(ucx_keyed, test_), ONE(local_keyed, test_)
+#define EACH_TAKING_BACK(test_)                                                                              \
+    BOTH(test_), ONE(shm, test_), ONE(ucx_keyed, test_), ONE(local_keyed, test_), ONE(shm_keyed, test_)
 #if BALEEN_MPI /* this process is a world of one */
 #define EACH(test_) EACH_TAKING_BACK(test_), ONE(mpi, test_)
 #else

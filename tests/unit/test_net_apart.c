@@ -102,12 +102,12 @@ static void test_two_threads(void **state)
     }
 }
 
-/* ---- ucx only: another process ---- */
+/* ---- another process ---- */
 
 /* The other process: connects and idles, or sends big messages without end. Ends only by a signal. */
 static int child_main(const char *address, bool sends)
 {
-    net_options options = small_options(&g_ucx);
+    net_options options = small_options(strncmp(address, "shm-", 4) == 0 ? &g_shm : &g_ucx);
     net *n;
     net_peer *peer;
     cm_error err;
@@ -279,6 +279,8 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         ONE(local, test_two_threads),  ONE(local_keyed, test_two_threads),
         ONE(ucx, test_killed),         ONE(ucx, test_stopped),
+        ONE(shm, test_two_threads),    ONE(shm_keyed, test_two_threads),
+        ONE(shm, test_killed),         ONE(shm, test_stopped),
         ONE(ucx, test_ipv6),           ONE(ucx, test_wildcard),
         ONE(ucx, test_settings_reach),
     };

@@ -755,15 +755,17 @@ static void test_no_allocation(void **state)
     pair_close(&t);
 }
 
-#define KEYED(test_) ONE(ucx_keyed, test_), ONE(local_keyed, test_)
+#define TAGGED(test_) ONE(ucx_keyed, test_), ONE(local_keyed, test_)
+#define KEYED(test_)  TAGGED(test_), ONE(shm_keyed, test_) /* whose messages have tags until a key was shown \
+                                                            */
 
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        KEYED(test_flipped),         KEYED(test_cut),           KEYED(test_replayed),
-        KEYED(test_redirected),      KEYED(test_forged_notes),  KEYED(test_lost),
+        TAGGED(test_flipped),        TAGGED(test_cut),          TAGGED(test_replayed),
+        TAGGED(test_redirected),     KEYED(test_forged_notes),  KEYED(test_lost),
         KEYED(test_stranger),        KEYED(test_one_keyed),     KEYED(test_pending),
-        KEYED(test_pending_in_vain), KEYED(test_rolling),       KEYED(test_ended_key),
+        KEYED(test_pending_in_vain), KEYED(test_rolling),       TAGGED(test_ended_key),
         KEYED(test_put_out),         KEYED(test_other_cluster), KEYED(test_no_allocation),
     };
     if (CRYPTO_set_mem_functions(counted_alloc, counted_realloc, counted_free) != 1) {

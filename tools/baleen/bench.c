@@ -41,6 +41,12 @@ static const cm_cfg_field g_fields[] = {
      "serve.stream: a step takes 20 ms, as a model's would; off: as fast as the script goes, so that a write "
      "may carry several events",
      CM_CFG_BOOL(bench_config, paced)},
+    {"net", "ucx,shm,local", "ep: transports to measure in turn, comma separated: ucx, shm, local",
+     CM_CFG_STRING(bench_config, net)},
+    {"processes", "2,4,8", "ep.exchange: processes, one of them the router; comma separated",
+     CM_CFG_STRING(bench_config, processes)},
+    {"keyed", "on", "ep: messages carry tags, as they do between the processes of a cluster",
+     CM_CFG_BOOL(bench_config, keyed)},
     {"model", "models/nano",
      "serve.stream: folder with a config.json and a tokenizer.json; the others: with a checkpoint",
      CM_CFG_STRING(bench_config, model)},

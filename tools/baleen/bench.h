@@ -19,6 +19,9 @@ typedef struct bench_config {
     char *model;          /* folder; serve.stream uses its tokenizer, not its weights */
     char *svg;            /* file that gets a chart; "": none */
     char *batches, *peer; /* serve.model: numbers, comma separated; a shell command or "" */
+    bool keyed;           /* messages carry tags */
+    char *net;            /* transports, comma separated */
+    char *processes;      /* of an exchange, the router one of them; comma separated */
 } bench_config;
 
 typedef struct bench bench;
