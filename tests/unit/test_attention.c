@@ -291,8 +291,10 @@ static void do_attention_cancelling(rig *r, uint32_t cut, cm_bytes *out)
 {
     enum { HEADS = 9, DIM = 64, N = 40, STEP = 5 };
     uint32_t row = kn_kv_row_bytes(DIM, DIM);
+    static const float sink[HEADS] = {1,     0.5f, 2,     0.75f, 1.5f,
+                                      0.25f, 3,    1.25f, 0.1f}; /* weights that are not 1 */
     kn_attn a = {.layout = {.ring = N, .row_bytes = row},
-                 .sink = rig_new(r, 4 * HEADS),
+                 .sink = rig_up(r, sink, sizeof(sink)),
                  .n_head = HEADS,
                  .dim = DIM,
                  .rope = DIM,
@@ -306,12 +308,12 @@ static void do_attention_cancelling(rig *r, uint32_t cut, cm_bytes *out)
             uint32_t k = i / DIM, d = i % DIM, u = random_u32(5001, i);
             uint32_t other = undone == 0 ? k * DIM + (d + STEP) % (DIM / 2) : (k * 7 + 3) % (N / 2) * DIM + d;
             bool second = undone == 0 ? d >= DIM / 2 : k >= N / 2;
-            x[i] = second ? x[other] ^ 0x8000 : (uint16_t)((u & 0x807f) | (127 + (u >> 16) % 28) << 7);
+            x[i] = second ? x[other] ^ 0x8000 : (uint16_t)((u & 0x807f) | (127 + (u >> 16) % 40) << 7);
         }
         for (uint32_t i = 0; i < N * HEADS * DIM; i++) {
             uint32_t d = i % DIM, h = i / DIM;
             y[i] = undone == 1 ? 0 : d >= DIM / 2 ? y[h * DIM + (d + STEP) % (DIM / 2)] : y[i];
-            y[i] = undone == 0 && d < DIM / 2 ? (uint16_t)((y[i] & 0x807f) | (150 + (uint32_t)d % 7) << 7)
+            y[i] = undone == 0 && d < DIM / 2 ? (uint16_t)((y[i] & 0x807f) | (140 + (uint32_t)d % 7) << 7)
                                               : y[i];
         }
         for (uint32_t at = 0; at < N; at += b) {
