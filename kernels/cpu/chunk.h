@@ -40,3 +40,15 @@ static inline double e4m3_scale(const kn_matrix *w, uint32_t o, uint32_t block)
     return w->scale_dtype == KN_F32 ? kn_f32_at(kn_host(w->scale), at)
                                     : kn_e8m0_decode(((const uint8_t *)kn_host(w->scale))[at]);
 }
+
+/* The sum of output o, counted from the first that is wanted, and row r. */
+static inline void put_sum(const cpu_tile *t, uint32_t r, uint32_t o, double sum)
+{
+    if (t->y[r] != NULL) {
+        t->y[r][o] = kn_bf16_from_f64(sum);
+    } else if (t->y32[r] != NULL) {
+        t->y32[r][o] = (float)sum;
+    } else {
+        t->y64[r][o] = sum;
+    }
+}

@@ -140,7 +140,8 @@ static void *take(uint8_t *block, uint64_t *at, uint64_t n_bytes)
 static uint64_t lay_out(cpu_stream *s, uint8_t *block, uint32_t n_threads)
 {
     const kn_limits *l = &s->limits;
-    uint64_t at = 0, dim = cpu_round_up(l->head_dim, KN_LANES), n_key = cpu_round_up(l->n_key, KN_LANES);
+    uint64_t at = 0, row = cpu_attn_row_width(l->head_dim) * sizeof(double);
+    uint64_t n_key = cpu_round_up(l->n_key, CPU_KEYS);
     uint64_t index_max = l->n_index_row > 0 ? CPU_INDEX_MAX : 0;
     s->attn = take(block, &at, n_threads * sizeof(*s->attn));
     s->x_tile = take(block, &at, (uint64_t)CPU_X_BYTES * cpu_round_up(l->n_in, CPU_CHUNK));
@@ -150,13 +151,13 @@ static uint64_t lay_out(cpu_stream *s, uint8_t *block, uint32_t n_threads)
     s->scales = take(block, &at, (uint64_t)CPU_ROWS * kn_blocks(l->n_inner, KN_ACT_BLOCK));
     s->gate = take(block, &at, (uint64_t)l->n_row * l->n_expert * sizeof(float));
     s->biased = take(block, &at, (uint64_t)n_threads * l->n_expert * sizeof(float));
-    s->index_score = take(block, &at, (uint64_t)l->n_index_row * sizeof(float));
-    s->index_q = take(block, &at, index_max * sizeof(int16_t));
-    s->index_scale = take(block, &at, index_max / KN_FP4_BLOCK * sizeof(double));
+    s->index_score = take(block, &at, CPU_INDEX_ROWS * cpu_index_width(l->n_index_row) * sizeof(float));
+    s->index_spare = take(block, &at, CPU_INDEX_ROWS * cpu_index_width(l->n_index_row) * sizeof(uint32_t));
+    s->index_q = take(block, &at, CPU_INDEX_ROWS * 2 * index_max);
+    s->index_scale = take(block, &at, CPU_INDEX_ROWS * index_max / KN_FP4_BLOCK * sizeof(double));
     for (uint32_t i = 0; i < n_threads; i++) {
-        cpu_attn_scratch t = {.q = take(block, &at, CPU_HEADS * dim * sizeof(double)),
-                              .o = take(block, &at, CPU_HEADS * dim * sizeof(double)),
-                              .key = take(block, &at, dim * sizeof(double)),
+        cpu_attn_scratch t = {.rows = take(block, &at, CPU_HEADS * row),
+                              .key = take(block, &at, CPU_KEYS * row),
                               .score = take(block, &at, CPU_HEADS * n_key * sizeof(double)),
                               .row = take(block, &at, n_key * sizeof(uint8_t *))};
         if (block != NULL) {

@@ -54,20 +54,17 @@ static void op_linear_grouped(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32
                               kn_ptr y_out)
 {
     cpu_stream *c = (cpu_stream *)s;
-    uint32_t k = w->n_in, stride = cpu_round_up(k, CPU_CHUNK), per_group = w->n_out / groups;
+    uint32_t k = w->n_in, per_group = w->n_out / groups;
     CM_ASSERT_MSG(k <= c->limits.n_in, "n_in %u limit %u", k, c->limits.n_in);
     for (uint32_t g = 0; g < groups; g++) {
-        for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
-            cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
-            for (uint32_t r = 0; r < tile.n; r++) {
-                uint64_t row = r0 + r;
-                KN_FN(kn_cpu_widen_bf16)
-                ((const uint16_t *)kn_host(x) + (row * groups + g) * k, k,
-                 (double *)c->x_tile + (uint64_t)r * stride);
-                tile.y[r] = (uint16_t *)kn_host(y_out) + row * w->n_out + g * per_group;
-            }
-            KN_FN(kn_cpu_product_lanes)(c->team, &tile, w, g * per_group, per_group);
-        }
+        cpu_rows rows = {.x = (const uint16_t *)kn_host(x) + (uint64_t)g * k,
+                         .y = (uint16_t *)kn_host(y_out) + (uint64_t)g * per_group,
+                         .x_stride = (uint64_t)groups * k,
+                         .y_stride = w->n_out,
+                         .n = n,
+                         .out0 = g * per_group,
+                         .n_out = per_group};
+        KN_FN(kn_cpu_scaled_product)(c->team, c->x_tile, &rows, w);
     }
 }
 
@@ -197,38 +194,49 @@ static void op_argmax(kn_stream *s, kn_ptr logits, uint32_t n, uint32_t vocab, k
 
 /* ---- hyper-connections ---- */
 
+/* Work on a row that has no sums over it is cut in pieces, so that a team shares even one row. */
+enum { HC_PIECE = 1024 };
+
 typedef struct hc_job {
     const kn_hc *p;
-    const uint16_t *x;
-    const double *wide; /* [rows][stride], the same values */
+    const double *wide; /* [rows][stride], the values of the streams */
     uint64_t stride;
     double mix[CPU_TILE][(2 + KN_HC_MAX) * KN_HC_MAX];
+    float pre[CPU_TILE][KN_HC_MAX];
     uint32_t n_mix;
     uint16_t *x_out;
     float *post, *comb; /* both NULL: the head's variant */
 } hc_job;
 
-/* x = bf16(sum_j pre[j] X[j]) */
-static void collapse(const double *wide, uint32_t d, uint32_t hc, const float *pre, uint16_t *x_out)
+/* x = bf16(sum_j pre[j] X[j]), piece i % pieces of row i / pieces. */
+static void collapse_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
     enum { STEP = 64 };
-    for (uint32_t at = 0; at < d; at += STEP) {
-        double sum[STEP] = {0};
-        uint32_t n = d - at < STEP ? d - at : STEP;
-        for (uint32_t j = 0; j < hc; j++) {
-            const double *from = wide + (uint64_t)j * d + at;
-            double weight = pre[j];
-            for (uint32_t i = 0; i < n; i++) {
-                sum[i] += weight * from[i];
+    const hc_job *job = arg;
+    uint32_t d = job->p->d, n_piece = kn_blocks(d, HC_PIECE);
+    (void)i_thread;
+    for (uint32_t item = begin; item < end; item++) {
+        uint32_t r = item / n_piece, from = item % n_piece * HC_PIECE;
+        uint32_t to = d - from < HC_PIECE ? d : from + HC_PIECE;
+        uint16_t *x_out = job->x_out + (uint64_t)r * d;
+        for (uint32_t at = from; at < to; at += STEP) {
+            double sum[STEP] = {0};
+            uint32_t n = to - at < STEP ? to - at : STEP;
+            for (uint32_t j = 0; j < job->p->hc; j++) {
+                const double *x = job->wide + r * job->stride + (uint64_t)j * d + at;
+                double weight = job->pre[r][j];
+                for (uint32_t i = 0; i < n; i++) {
+                    sum[i] += weight * x[i];
+                }
             }
-        }
-        for (uint32_t i = 0; i < n; i++) {
-            x_out[at + i] = kn_bf16_from_f64(sum[i]);
+            for (uint32_t i = 0; i < n; i++) {
+                x_out[at + i] = kn_bf16_from_f64(sum[i]);
+            }
         }
     }
 }
 
-static void hc_rows_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+static void coefficients_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
     hc_job *j = arg;
     uint32_t hc = j->p->hc, width = hc * j->p->d;
@@ -236,7 +244,6 @@ static void hc_rows_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
     for (uint32_t r = begin; r < end; r++) {
         const double *wide = j->wide + r * j->stride;
         double lane[KN_LANES] = {0}, s;
-        float pre[KN_HC_MAX];
         kn_lanes_add(lane, wide, wide, (uint32_t)j->stride);
         s = 1.0 / sqrt(kn_fold_lanes(lane) / width + j->p->norm_eps);
         for (uint32_t k = 0; k < j->n_mix; k++) {
@@ -244,13 +251,12 @@ static void hc_rows_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
         }
         if (j->post == NULL) {
             kn_hc_head_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->hc_eps,
-                                    pre);
+                                    j->pre[r]);
         } else {
             kn_hc_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->sinkhorn_iters,
-                               j->p->hc_eps, pre, j->post + (uint64_t)r * hc,
+                               j->p->hc_eps, j->pre[r], j->post + (uint64_t)r * hc,
                                j->comb + (uint64_t)r * hc * hc);
         }
-        collapse(wide, j->p->d, hc, pre, j->x_out + (uint64_t)r * j->p->d);
     }
 }
 
@@ -274,7 +280,9 @@ static void hc_run(cpu_stream *c, const kn_hc *p, const uint16_t *x, uint32_t n,
         job.x_out = x_out + (uint64_t)r0 * p->d;
         job.post = post != NULL ? post + (uint64_t)r0 * p->hc : NULL;
         job.comb = comb != NULL ? comb + (uint64_t)r0 * p->hc * p->hc : NULL;
-        kn_team_run(c->team, tile.n, 3ull * width, hc_rows_part, &job);
+        kn_team_run(c->team, tile.n, 3ull * width, coefficients_part, &job);
+        kn_team_run(c->team, tile.n * kn_blocks(p->d, HC_PIECE), (uint64_t)HC_PIECE * p->hc, collapse_part,
+                    &job);
     }
 }
 
@@ -297,40 +305,48 @@ typedef struct hc_post_job {
     uint32_t d, hc;
 } hc_post_job;
 
+/* Values at .. at + n - 1 of all streams of row r; n at most HC_STEP. */
+enum { HC_STEP = 64 };
+static void post_step(const hc_post_job *j, uint64_t r, uint32_t at, uint32_t n)
+{
+    uint32_t d = j->d, hc = j->hc;
+    const float *post = j->post + r * hc, *comb = j->comb + r * hc * hc;
+    double from[KN_HC_MAX][HC_STEP], y[HC_STEP]; /* read whole before writing: out may be x */
+    for (uint32_t i = 0; i < n; i++) {
+        y[i] = kn_bf16_decode(j->y[r * d + at + i]);
+    }
+    for (uint32_t k = 0; k < hc; k++) {
+        for (uint32_t i = 0; i < n; i++) {
+            from[k][i] = kn_bf16_decode(j->x[(r * hc + k) * d + at + i]);
+        }
+    }
+    for (uint32_t k = 0; k < hc; k++) {
+        double sum[HC_STEP], scale = post[k];
+        for (uint32_t i = 0; i < n; i++) {
+            sum[i] = scale * y[i];
+        }
+        for (uint32_t m = 0; m < hc; m++) {
+            double weight = comb[m * hc + k];
+            for (uint32_t i = 0; i < n; i++) {
+                sum[i] += weight * from[m][i];
+            }
+        }
+        for (uint32_t i = 0; i < n; i++) {
+            j->out[(r * hc + k) * d + at + i] = kn_bf16_from_f64(sum[i]);
+        }
+    }
+}
+
+/* Piece i % pieces of row i / pieces. */
 static void hc_post_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
-    enum { STEP = 64 };
     const hc_post_job *j = arg;
-    uint32_t d = j->d, hc = j->hc;
+    uint32_t n_piece = kn_blocks(j->d, HC_PIECE);
     (void)i_thread;
-    for (uint64_t r = begin; r < end; r++) {
-        const float *post = j->post + r * hc, *comb = j->comb + r * hc * hc;
-        for (uint32_t at = 0; at < d; at += STEP) {
-            double from[KN_HC_MAX][STEP], y[STEP]; /* read whole before writing: out may be x */
-            uint32_t n = d - at < STEP ? d - at : STEP;
-            for (uint32_t i = 0; i < n; i++) {
-                y[i] = kn_bf16_decode(j->y[r * d + at + i]);
-            }
-            for (uint32_t k = 0; k < hc; k++) {
-                for (uint32_t i = 0; i < n; i++) {
-                    from[k][i] = kn_bf16_decode(j->x[(r * hc + k) * d + at + i]);
-                }
-            }
-            for (uint32_t k = 0; k < hc; k++) {
-                double sum[STEP], scale = post[k];
-                for (uint32_t i = 0; i < n; i++) {
-                    sum[i] = scale * y[i];
-                }
-                for (uint32_t m = 0; m < hc; m++) {
-                    double weight = comb[m * hc + k];
-                    for (uint32_t i = 0; i < n; i++) {
-                        sum[i] += weight * from[m][i];
-                    }
-                }
-                for (uint32_t i = 0; i < n; i++) {
-                    j->out[(r * hc + k) * d + at + i] = kn_bf16_from_f64(sum[i]);
-                }
-            }
+    for (uint32_t item = begin; item < end; item++) {
+        uint32_t from = item % n_piece * HC_PIECE, to = j->d - from < HC_PIECE ? j->d : from + HC_PIECE;
+        for (uint32_t at = from; at < to; at += HC_STEP) {
+            post_step(j, item / n_piece, at, to - at < HC_STEP ? to - at : HC_STEP);
         }
     }
 }
@@ -346,7 +362,7 @@ static void op_hc_post(kn_stream *s, uint32_t d, uint32_t hc, kn_ptr y, kn_ptr x
                        .d = d,
                        .hc = hc};
     CM_ASSERT(hc <= KN_HC_MAX);
-    kn_team_run(team_of(s), n, (uint64_t)d * hc * hc, hc_post_part, &job);
+    kn_team_run(team_of(s), n * kn_blocks(d, HC_PIECE), (uint64_t)HC_PIECE * hc * hc, hc_post_part, &job);
 }
 
 const kn_dense_ops KN_FN(kn_cpu_dense) = {

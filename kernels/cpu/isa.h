@@ -81,6 +81,20 @@ static inline double kn_fold_lanes(const double *lane)
     return sum[0];
 }
 
+/* The last steps of that fold, those inside a vector. */
+static inline double kn_vd_fold(kn_vd v)
+{
+#if defined(__AVX512F__)
+    __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(v), _mm512_extractf64x4_pd(v, 1));
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+#elif defined(__AVX2__)
+    __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+#else
+    kn_vd two = v;
+#endif
+    return two[0] + two[1];
+}
+
 /* Adds x[i] * w[i] into the lanes, i < n, n a multiple of KN_LANES; both widened from float32 or narrower. */
 static inline void kn_lanes_add(double *lane, const double *x, const double *w, uint32_t n)
 {
@@ -138,6 +152,22 @@ void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out);
 void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                  uint32_t n_out);
 
+/* The same for BF16 and F32 with 512-bit registers (products_lanes512.c). */
+void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
+                                    uint32_t n_out);
+
+/* ---- products with scaled weights (products_q8.c, or vnni_bf16.c) ----
+ * Rows of BF16 inputs and where the outputs out0 .. out0 + n_out - 1 of each go. */
+typedef struct cpu_rows {
+    const uint16_t *x;
+    uint16_t *y; /* of output out0 */
+    uint64_t x_stride, y_stride;
+    uint32_t n, out0, n_out;
+} cpu_rows;
+
+/* Lane sums with w E4M3 taken as bf16(code * scale). scratch: as that of cpu_q8_tile. */
+void KN_FN(kn_cpu_scaled_product)(kn_team *team, void *scratch, const cpu_rows *rows, const kn_matrix *w);
+
 /* ---- rows (rows.c) ---- */
 void KN_FN(kn_cpu_quant_fp8)(const uint16_t *x, uint32_t k, uint32_t block, uint8_t *codes_out,
                              uint8_t *scales_out);
@@ -149,7 +179,9 @@ void KN_FN(kn_cpu_kv_pack)(const uint16_t *x, uint32_t dim, uint32_t rope, uint8
 void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, double *x_out);
 void KN_FN(kn_cpu_index_pack)(const uint16_t *x, uint32_t dim, uint8_t *row_out);
 
-/* Operations that have files of their own: compress.c, index.c. */
+/* Operations that have files of their own: attend.c, compress.c, index.c. */
+void KN_FN(kn_cpu_attention)(kn_stream *s, const kn_batch *b, const kn_attn *a, kn_ptr q, kn_ptr chunk_rows,
+                             kn_ptr picks, kn_ptr o_out);
 void KN_FN(kn_cpu_compress)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score);
 void KN_FN(kn_cpu_compress_commit)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv,
                                    kn_ptr score);

@@ -57,17 +57,6 @@ static void decode_chunk(const kn_matrix *w, uint32_t o, uint32_t at, double *we
     }
 }
 
-static void put_sum(const cpu_tile *t, uint32_t r, uint32_t o, double sum)
-{
-    if (t->y[r] != NULL) {
-        t->y[r][o] = kn_bf16_from_f64(sum);
-    } else if (t->y32[r] != NULL) {
-        t->y32[r][o] = (float)sum;
-    } else {
-        t->y64[r][o] = sum;
-    }
-}
-
 INLINED void product_lanes_outs(const product_job *job, uint32_t o, uint32_t n_out)
 {
     const cpu_tile *t = job->tile;
@@ -111,6 +100,12 @@ void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_m
                                  uint32_t n_out)
 {
     product_job job = {.tile = tile, .w = w, .out0 = out0};
+#if defined(__AVX512F__)
+    if (w->dtype != KN_E4M3) {
+        KN_FN(kn_cpu_product_lanes512)(team, tile, w, out0, n_out);
+        return;
+    }
+#endif
     CM_ASSERT(w->dtype == KN_BF16 || w->dtype == KN_F32 || (w->dtype == KN_E4M3 && !w->prepared));
     kn_team_run(team, n_out, (uint64_t)w->n_in * tile->n, product_lanes_part, &job);
 }

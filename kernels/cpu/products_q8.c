@@ -1,5 +1,5 @@
-/* Quantized products where the CPU has no 8-bit dot products: both sides widened to double, exact sums inside
- * a scale block. */
+/* Products with quantized weights where the CPU has no 8-bit dot products: both sides widened to double,
+ * exact sums inside a scale block. */
 #include "common/base/assert.h"
 #include "kernels/cpu/chunk.h"
 
@@ -228,6 +228,21 @@ void KN_FN(kn_cpu_q8_product)(kn_team *team, const cpu_q8_tile *tile, const kn_m
     product_job job = {.tile = tile, .w = w};
     CM_ASSERT(w->dtype == KN_E4M3 || (w->dtype == KN_E2M1 && w->n_in % 2 == 0));
     kn_team_run(team, w->n_out, (uint64_t)w->n_in * tile->n, product_q8_part, &job);
+}
+
+void KN_FN(kn_cpu_scaled_product)(kn_team *team, void *scratch, const cpu_rows *rows, const kn_matrix *w)
+{
+    uint64_t stride = cpu_round_up(w->n_in, CPU_CHUNK);
+    for (uint32_t r0 = 0; r0 < rows->n; r0 += CPU_TILE) {
+        cpu_tile tile = {
+            .x = scratch, .stride = stride, .n = rows->n - r0 < CPU_TILE ? rows->n - r0 : CPU_TILE};
+        for (uint32_t r = 0; r < tile.n; r++) {
+            KN_FN(kn_cpu_widen_bf16)
+            (rows->x + (r0 + r) * rows->x_stride, w->n_in, (double *)scratch + r * stride);
+            tile.y[r] = rows->y + (r0 + r) * rows->y_stride;
+        }
+        KN_FN(kn_cpu_product_lanes)(team, &tile, w, rows->out0, rows->n_out);
+    }
 }
 
 /* ---- preparing ---- */

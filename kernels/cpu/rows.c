@@ -91,20 +91,80 @@ void KN_FN(kn_cpu_kv_pack)(const uint16_t *x, uint32_t dim, uint32_t rope, uint8
     memset(row_out + used, 0, kn_kv_row_bytes(dim, rope) - used);
 }
 
-void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, double *x_out)
+static void unpack_codes(const uint8_t *codes, uint32_t n, float scale, double *x_out)
 {
-    uint32_t nope = dim - rope;
-    const uint8_t *scales = row + nope + 2 * rope;
-    for (uint32_t at = 0; at < nope; at += KN_KV_BLOCK) {
-        float scale = kn_e8m0_decode(scales[at / KN_KV_BLOCK]);
-        uint32_t end = at + KN_KV_BLOCK < nope ? at + KN_KV_BLOCK : nope;
-        for (uint32_t i = at; i < end; i++) {
-            x_out[i] = kn_e4m3_decode(row[i]) * scale;
+    for (uint32_t i = 0; i < n; i++) {
+        x_out[i] = kn_e4m3_decode(codes[i]) * scale;
+    }
+}
+
+#if defined(__AVX512F__)
+enum { PLAIN_SCALE_MAX = 245 };
+
+/* Codes without NaN of a scale that 2^8 does not drive out of range: a code moved into place is a half float
+ * of 2^-8 times its value, subnormals too. */
+static inline void unpack_32(const uint8_t *codes, __m512 by, double *x_out)
+{
+    __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)codes));
+    __m512i half = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16((int16_t)0xbf80));
+    __m512 x = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), by);
+    __m512 y = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), by);
+    _mm512_storeu_pd(x_out, _mm512_cvtps_pd(_mm512_castps512_ps256(x)));
+    _mm512_storeu_pd(x_out + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+    _mm512_storeu_pd(x_out + 16, _mm512_cvtps_pd(_mm512_castps512_ps256(y)));
+    _mm512_storeu_pd(x_out + 24, _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)));
+}
+
+/* Whole blocks; false, with nothing that counts written, where a code is NaN or a scale too large. */
+static bool unpack_plain(const uint8_t *codes, const uint8_t *scales, uint32_t n, double *x_out)
+{
+    const __m512i nan = _mm512_set1_epi8(0x7f);
+    __mmask64 odd = 0;
+    uint8_t most = 0;
+    for (uint32_t at = 0; at < n; at += KN_KV_BLOCK, scales++) {
+        __m512 by = _mm512_set1_ps(256 * kn_e8m0_decode(*scales));
+        most = *scales > most ? *scales : most;
+        odd |= _mm512_cmpeq_epi8_mask(_mm512_and_si512(_mm512_loadu_si512(codes + at), nan), nan);
+        unpack_32(codes + at, by, x_out + at);
+        unpack_32(codes + at + 32, by, x_out + at + 32);
+    }
+    return odd == 0 && most <= PLAIN_SCALE_MAX;
+}
+#else
+static bool unpack_plain(const uint8_t *codes, const uint8_t *scales, uint32_t n, double *x_out)
+{
+    (void)codes;
+    (void)scales;
+    (void)x_out;
+    return n == 0;
+}
+#endif
+
+static void unpack_bf16(const uint8_t *from, uint32_t n, double *x_out)
+{
+    enum { STEP = 16 };
+    uint16_t part[STEP];
+    for (; n >= STEP; n -= STEP, from += sizeof(part), x_out += STEP) {
+        memcpy(part, from, sizeof(part));
+        for (uint32_t i = 0; i < STEP; i++) {
+            x_out[i] = kn_bf16_decode(part[i]);
         }
     }
-    for (uint32_t i = 0; i < rope; i++) {
-        x_out[nope + i] = kn_bf16_decode(kn_u16_at(row + nope, i));
+    for (uint32_t i = 0; i < n; i++) {
+        x_out[i] = kn_bf16_decode(kn_u16_at(from, i));
     }
+}
+
+void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, double *x_out)
+{
+    uint32_t nope = dim - rope, whole = nope / KN_KV_BLOCK * KN_KV_BLOCK;
+    const uint8_t *scales = row + nope + 2 * rope;
+    uint32_t at = unpack_plain(row, scales, whole, x_out) ? whole : 0;
+    for (; at < nope; at += KN_KV_BLOCK) {
+        uint32_t n = nope - at < KN_KV_BLOCK ? nope - at : KN_KV_BLOCK;
+        unpack_codes(row + at, n, kn_e8m0_decode(scales[at / KN_KV_BLOCK]), x_out + at);
+    }
+    unpack_bf16(row + nope, rope, x_out + nope);
 }
 
 /* ---- indexer rows ---- */

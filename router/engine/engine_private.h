@@ -97,6 +97,8 @@ CM_MUST_CHECK cm_status rt_draft(rt_engine *engine, rt_step_result *results);
 void rt_layer_attention(rt_engine *engine, const rt_micro *micro, uint32_t layer);
 /* buf.in (ffn_norm-ed rows) go to the experts and through the shared one. */
 CM_MUST_CHECK cm_status rt_layer_moe_begin(rt_engine *engine, const rt_micro *micro, uint32_t layer);
+/* The shared expert, while rows fly: quantized rows in buf.q8 -> buf.shared. */
+void rt_layer_shared(rt_engine *engine, const rt_micro *micro, const rt_layer *layer);
 /* The experts' rows -> buf.out. */
 CM_MUST_CHECK cm_status rt_layer_moe_finish(rt_engine *engine, const rt_micro *micro);
 void rt_tap_at(rt_engine *engine, const rt_micro *micro, uint32_t layer, rt_tap_point point, kn_ptr data,

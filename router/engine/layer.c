@@ -93,8 +93,8 @@ void rt_layer_attention(rt_engine *e, const rt_micro *m, uint32_t layer)
 
 /* ---- mixture of experts ---- */
 
-/* The shared expert, while rows fly. */
-static void layer_shared(rt_engine *e, const rt_micro *m, const rt_layer *w)
+
+void rt_layer_shared(rt_engine *e, const rt_micro *m, const rt_layer *w)
 {
     const md_geometry *g = e->geometry;
     const rt_buffers *b = &m->buf;
@@ -138,7 +138,7 @@ cm_status rt_layer_moe_begin(rt_engine *e, const rt_micro *m, uint32_t layer)
                           .scales = kn_mem_host(e->device, b->q8.scales),
                           .results = kn_mem_host(e->device, b->slots),
                       });
-    layer_shared(e, m, w);
+    rt_layer_shared(e, m, w);
     return CM_OK;
 }
 

@@ -2,18 +2,29 @@
 
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "common/base/assert.h"
 #include "common/base/mem.h"
 #include "kernels/kn_math.h"
 #include "router/engine/kv.h"
 
+/* A matrix that the device has an order of its own for. */
+typedef struct weight_better {
+    kn_matrix *matrix;
+    const md_tensor *tensor;
+    uint64_t n_bytes; /* of the copy, whole cache lines */
+} weight_better;
+
 /* Binding stops at the first error and keeps it: calls after it do nothing, one check at the end suffices. */
 typedef struct weight_binder {
     const md_checkpoint *checkpoint;
     rt_weights *weights;
-    const char *prefix; /* "layers.3." */
-    uint32_t ahead;     /* spare entries of compressor states */
+    const char *prefix;    /* "layers.3." */
+    uint32_t ahead;        /* spare entries of compressor states */
+    weight_better *better; /* [n_better] */
+    uint32_t n_better;
     cm_status status;
     cm_error *err;
 } weight_binder;
@@ -60,6 +71,15 @@ static void weight_vector(weight_binder *binder, const char *name, kn_ptr *ptr_o
     weight_place(binder, weight_tensor(binder, name, ""), ptr_out);
 }
 
+static void weight_note_better(weight_binder *binder, kn_matrix *matrix, const md_tensor *tensor)
+{
+    uint64_t n_bytes = (kn_prepared_bytes(binder->weights->device, matrix) + 63) / 64 * 64;
+    if (n_bytes > 0) {
+        binder->better = cm_realloc(binder->better, sizeof(weight_better) * (binder->n_better + 1));
+        binder->better[binder->n_better++] = (weight_better){matrix, tensor, n_bytes};
+    }
+}
+
 static void weight_matrix(weight_binder *binder, const char *name, kn_matrix *matrix_out)
 {
     const md_tensor *tensor = weight_tensor(binder, name, ".weight");
@@ -71,6 +91,45 @@ static void weight_matrix(weight_binder *binder, const char *name, kn_matrix *ma
         const md_tensor *scale = weight_tensor(binder, name, ".scale");
         matrix_out->scale_dtype = weight_dtype(scale->dtype);
         weight_place(binder, scale, &matrix_out->scale);
+    }
+    if (binder->status == CM_OK) {
+        weight_note_better(binder, matrix_out, tensor);
+    }
+}
+
+/* The mapping's pages of what has been copied can go: read again from the file should anyone ask. */
+static void weight_forget(const md_tensor *tensor)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t from = ((uintptr_t)tensor->data + page - 1) / page * page;
+    uintptr_t to = ((uintptr_t)tensor->data + tensor->n_bytes) / page * page;
+    if (from < to) {
+        (void)madvise((void *)from, to - from, MADV_DONTNEED); /* advice */
+    }
+}
+
+/* All is bound: matrices move into one block of device memory, in the device's order. */
+static void weight_prepare(weight_binder *binder)
+{
+    kn_device *device = binder->weights->device;
+    uint64_t n_bytes = 0, at = 0;
+    for (uint32_t i = 0; i < binder->n_better; i++) {
+        n_bytes += binder->better[i].n_bytes;
+    }
+    if (binder->status != CM_OK || n_bytes == 0) {
+        return;
+    }
+    binder->status = kn_mem_alloc(device, n_bytes, &binder->weights->prepared);
+    if (binder->status != CM_OK) {
+        cm_error_set(binder->err, binder->status, "",
+                     "no memory for %llu bytes of dense weights in the order of the kernels",
+                     (unsigned long long)n_bytes);
+        return;
+    }
+    for (uint32_t i = 0; i < binder->n_better; i++) {
+        kn_prepare(device, binder->better[i].matrix, kn_at(binder->weights->prepared, at));
+        weight_forget(binder->better[i].tensor);
+        at += binder->better[i].n_bytes;
     }
 }
 
@@ -225,6 +284,8 @@ cm_status rt_weights_open(const md_checkpoint *checkpoint, const rt_kv_layout *k
     if (binder.status == CM_OK && kv->n_layer > g->n_layer) {
         weight_mtp(&binder, &weights.mtp); /* its prefix is the last one's */
     }
+    weight_prepare(&binder);
+    cm_free(binder.better);
     if (binder.status != CM_OK) {
         rt_weights_close(&weights);
         return binder.status;
@@ -235,6 +296,7 @@ cm_status rt_weights_open(const md_checkpoint *checkpoint, const rt_kv_layout *k
 
 void rt_weights_close(rt_weights *weights)
 {
+    kn_mem_free(weights->device, weights->prepared);
     kn_mem_free(weights->device, weights->inv_freq_window);
     kn_mem_free(weights->device, weights->inv_freq_compress);
     for (uint32_t i = 0; i < weights->n_copies; i++) {

@@ -1,6 +1,8 @@
 /* The dense weights of a checkpoint, bound by meaning once: after this no name is looked up and no shape is
- * doubted. Weights stay in the checkpoint's mapping, in their stored formats. Thread: any after open
- * (read-only). */
+ * doubted. Weights stay in the checkpoint's mapping, in their stored formats, except matrices that the device
+ * reads faster in an order of its own (kn_prepare): of those it has a copy of the same size, and the
+ * mapping's pages are given back, so that what is resident is one copy. Several routers on one machine share
+ * the pages of a mapping, not the copies. Thread: any after open (read-only). */
 #pragma once
 #include "common/model/checkpoint.h"
 #include "kernels/kn.h"
@@ -41,7 +43,8 @@ typedef struct rt_weights {
     kn_ptr inv_freq_window, inv_freq_compress; /* F32 [rope / 2]; owned */
     rt_layer *layers;                          /* [kv->n_layer] */
     rt_mtp mtp;                                /* when the MTP block is among them */
-    void **copies; /* owned; tensors whose place in the file is not aligned for their type */
+    kn_ptr prepared; /* owned; all matrices in the device's order; none if it has none */
+    void **copies;   /* owned; tensors whose place in the file is not aligned for their type */
     uint32_t n_copies;
     uint64_t n_bytes; /* of all dense weights */
 } rt_weights;

@@ -73,10 +73,10 @@ static void do_rows(rig *r, uint32_t cut, cm_bytes *out)
     keep(r, out, best, n * 4);
 }
 
-static void do_hc(rig *r, uint32_t cut, cm_bytes *out)
+static void hc_of(rig *r, uint32_t cut, uint32_t d, cm_bytes *out)
 {
     const kn_dense_ops *ops = kn_dense(r->device);
-    uint32_t n = 11, d = random_between(20, 20, 300), hc = random_between(21, 2, 5), n_mix = (2 + hc) * hc, b;
+    uint32_t n = 11, hc = random_between(21, 2, 5), n_mix = (2 + hc) * hc, b;
     uint64_t row = (uint64_t)hc * d;
     kn_hc p = {.fn = random_f32(r, 22, n_mix * row),
                .base = random_f32(r, 23, n_mix),
@@ -102,6 +102,12 @@ static void do_hc(rig *r, uint32_t cut, cm_bytes *out)
     keep(r, out, comb, n * hc * hc * 4);
     keep(r, out, head, n * d * 2);
     keep(r, out, x, n * row * 2);
+}
+
+static void do_hc(rig *r, uint32_t cut, cm_bytes *out)
+{
+    hc_of(r, cut, random_between(20, 20, 300), out);
+    hc_of(r, cut, random_between(27, 1025, 1200), out); /* more than a piece of a row */
 }
 
 static void do_linear(rig *r, uint32_t cut, cm_bytes *out)
@@ -276,12 +282,112 @@ static void do_grouped(rig *r, uint32_t cut, cm_bytes *out)
                  per = random_between(102 + f, 5, 90), b;
         kn_matrix w = random_matrix(r, 104 + f, groups * per, k, KN_E4M3, f == 0 ? KN_E8M0 : KN_F32);
         kn_ptr x = random_bf16(r, 106, n * groups * k), y = rig_new(r, n * groups * per * 2);
+        if (cut % 2 == 1) {
+            w = prepared(r, w);
+        }
         for (uint32_t at = 0; at < n; at += b) {
             b = next_cut(cut, at, n);
             kn_dense(r->device)->linear_grouped(r->stream, kn_at(x, at * groups * k * 2), &w, groups, b,
                                                 kn_at(y, at * groups * per * 2));
         }
         keep(r, out, y, n * groups * per * 2);
+    }
+}
+
+/* What inputs a case of do_grouped_edges has. */
+typedef enum wide_kind {
+    WIDE_PLAIN,
+    WIDE_SPREAD,    /* over far more than 2^22 in every block: integers of 22 bits lose some */
+    WIDE_CANCEL,    /* sums that are zero but for rounding: certain of nothing */
+    WIDE_ZERO,      /* rows and blocks of zeros, of both signs */
+    WIDE_TINY,      /* subnormal or nearly */
+    WIDE_HUGE,      /* near the largest; sums overflow */
+    WIDE_ODD,       /* an infinity in one row, a NaN in another */
+    WIDE_TINY_CODE, /* many weights below 2^-3 of the code's unit */
+    WIDE_NAN_CODE,  /* one weight that is NaN */
+    WIDE_SCALES,    /* scales at the ends of their range */
+    WIDE_N
+} wide_kind;
+
+static uint16_t wide_input(wide_kind kind, uint64_t key, uint32_t i, uint32_t k)
+{
+    uint32_t u = random_u32(key, i);
+    uint16_t plain = kn_bf16_encode(random_value(key, i));
+    switch (kind) {
+    case WIDE_SPREAD:
+        return (uint16_t)((u & 0x807f) | (100 + (u >> 8) % 60) << 7);
+    case WIDE_ZERO:
+        return (uint16_t)(i / k % 3 == 0 || i % k / 128 == 1 ? (u & 0x8000) : plain);
+    case WIDE_TINY:
+        return (uint16_t)((u & 0x807f) | ((u >> 8) % 3) << 7);
+    case WIDE_HUGE:
+        return (uint16_t)((u & 0x807f) | (252 + (u >> 8) % 3) << 7);
+    case WIDE_ODD:
+        return i == 5 ? 0x7f80 : i == 2 * k + 7 ? 0xffc1 : plain;
+    default:
+        return plain;
+    }
+}
+
+/* Both ways of the grouped projection, in one call from 1 to 70 rows and by parts: what its fast way may
+ * keep, and what it has to compute again. */
+static void do_grouped_edges(rig *r, uint32_t cut, cm_bytes *out)
+{
+    for (uint32_t f = 0; f < 2 * WIDE_N; f++) {
+        wide_kind kind = f / 2;
+        uint32_t n = random_between(820 + f, 1, f % 2 == 0 ? 6 : 70), groups = 2, b;
+        uint32_t k = kind == WIDE_CANCEL ? 256 : random_between(840 + f, 20, 420);
+        uint32_t per = random_between(860 + f, 5, 70), n_block = kn_blocks(k, KN_ACT_BLOCK);
+        kn_matrix w = random_matrix(r, 880 + f, groups * per, k, KN_E4M3, KN_E8M0);
+        kn_ptr x = rig_new(r, 2ull * n * groups * k), y = rig_new(r, 2ull * n * groups * per);
+        uint16_t *inputs = kn_mem_host(r->device, x);
+        uint8_t *codes = kn_mem_host(r->device, w.data), *scales = kn_mem_host(r->device, w.scale);
+        for (uint32_t i = 0; i < n * groups * k; i++) {
+            inputs[i] = wide_input(kind, 900 + f, i, k);
+        }
+        for (uint32_t i = 0; i < groups * per * k; i++) {
+            codes[i] = kind == WIDE_TINY_CODE ? edge_code(EDGE_TINY, 920 + f, i) : codes[i];
+        }
+        if (kind == WIDE_NAN_CODE) {
+            codes[groups * per * k / 2] = f % 2 == 0 ? 0x7f : 0xff;
+        }
+        for (uint32_t i = 0; kind == WIDE_CANCEL && i < n * groups * k; i++) {
+            inputs[i] = i % k < k / 2 ? inputs[i] : inputs[i - k / 2];
+        }
+        for (uint32_t i = 0; kind == WIDE_CANCEL && i < groups * per * k; i++) {
+            codes[i] = i % k < k / 2 ? codes[i] : codes[i - k / 2] ^ 0x80;
+        }
+        for (uint32_t i = 0; i < kn_blocks(groups * per, KN_ACT_BLOCK) * n_block; i++) {
+            scales[i] = kind == WIDE_SCALES   ? (uint8_t)(i % 2 == 0 ? 1 : 250)
+                        : kind == WIDE_CANCEL ? 120
+                                              : scales[i];
+        }
+        if (cut % 2 == 1) {
+            w = prepared(r, w);
+        }
+        for (uint32_t at = 0; at < n; at += b) {
+            b = next_cut(cut, at, n);
+            kn_dense(r->device)->linear_grouped(r->stream, kn_at(x, 2ull * at * groups * k), &w, groups, b,
+                                                kn_at(y, 2ull * at * groups * per));
+        }
+        keep(r, out, y, 2ull * n * groups * per);
+    }
+}
+
+/* Every number of rows and many of outputs, rows of weights that end anywhere, for both kinds of outputs. */
+static void do_lanes(rig *r, uint32_t cut, cm_bytes *out)
+{
+    for (uint32_t n = 1; n <= 17; n++) {
+        uint32_t k = n % 3 == 0 ? 16 * random_between(940 + n, 1, 80) : random_between(940 + n, 1, 1300), b;
+        uint32_t o = random_between(960 + n, 1, 150), item = n % 2 == 0 ? 4 : 2;
+        kn_matrix w = random_matrix(r, 980 + n, o, k, KN_BF16, KN_NONE);
+        kn_ptr x = random_bf16(r, 1000 + n, (uint64_t)n * k), y = rig_new(r, 4ull * n * o);
+        for (uint32_t at = 0; at < n; at += b) {
+            b = next_cut(cut, at, n);
+            kn_dense(r->device)->linear_bf16(r->stream, kn_at(x, 2ull * at * k), &w, b,
+                                             item == 4 ? KN_F32 : KN_BF16, kn_at(y, (uint64_t)at * o * item));
+        }
+        keep(r, out, y, (uint64_t)n * o * item);
     }
 }
 
@@ -676,7 +782,7 @@ static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
 /* ---- ref against every path ---- */
 
 static const kn_limits LIMITS = {.n_row = 1024,
-                                 .n_in = 2048,
+                                 .n_in = 6144,
                                  .n_inner = 320,
                                  .n_head = HEADS,
                                  .head_dim = 96,
@@ -747,6 +853,8 @@ PATH_TEST(q8_edges)
 PATH_TEST(q8_many)
 PATH_TEST(cancelling)
 PATH_TEST(grouped)
+PATH_TEST(grouped_edges)
+PATH_TEST(lanes)
 PATH_TEST(gate)
 PATH_TEST(experts)
 PATH_TEST(swiglu_combine)
@@ -809,7 +917,8 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_experts),      cmocka_unit_test(test_swiglu_combine),
         cmocka_unit_test(test_layer_window), cmocka_unit_test(test_layer_4),
         cmocka_unit_test(test_layer_128),    cmocka_unit_test(test_index_ties),
-        cmocka_unit_test(test_ref_cuts),
+        cmocka_unit_test(test_ref_cuts),     cmocka_unit_test(test_grouped_edges),
+        cmocka_unit_test(test_lanes),
     };
     if (argc > 1) {
         random_seed = strtoull(argv[1], NULL, 0);

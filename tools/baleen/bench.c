@@ -12,9 +12,9 @@
 #include "tools/baleen/verbs.h"
 
 static const bench *const BENCHES[] = {
-    &bench_fp4_gemv,     &bench_fp8_gemv,     &bench_moe_prefill,                        /* experts */
-    &bench_step_context, &bench_step_overlap, &bench_host_step,                          /* a router's step */
-    &bench_serve_stream, &bench_serve_model,  &bench_serve_workers, &bench_load_weights, /* processes */
+#define BENCH(name) &bench_##name,
+#include "tools/baleen/benches.def"
+#undef BENCH
 };
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
 

@@ -27,8 +27,9 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-extern const bench bench_fp4_gemv, bench_fp8_gemv, bench_moe_prefill, bench_serve_stream, bench_serve_model,
-    bench_load_weights, bench_serve_workers, bench_step_context, bench_host_step, bench_step_overlap;
+#define BENCH(name) extern const bench bench_##name;
+#include "tools/baleen/benches.def"
+#undef BENCH
 
 /* ---- samples ---- */
 
@@ -79,10 +80,12 @@ void bench_team_destroy(bench_team *team);
 void bench_read(bench_team *team, const void *data, uint64_t n_bytes);
 /* Multiplications in one call of the probes below, and whether this CPU has the instruction. */
 uint64_t bench_fma_macs(void);
+uint64_t bench_fma64_macs(void);
 uint64_t bench_vnni_macs(void);
 uint64_t bench_bf16_macs(void);
 bool bench_has_vnni(void);
 bool bench_has_bf16(void);
-void bench_fma(bench_team *team);  /* float32 fused multiply-adds in the widest registers */
-void bench_vnni(bench_team *team); /* vpdpbusd in 512-bit registers */
-void bench_bf16(bench_team *team); /* vdpbf16ps in 512-bit registers */
+void bench_fma(bench_team *team);   /* float32 fused multiply-adds in the widest registers */
+void bench_fma64(bench_team *team); /* the same in double */
+void bench_vnni(bench_team *team);  /* vpdpbusd in 512-bit registers */
+void bench_bf16(bench_team *team);  /* vdpbf16ps in 512-bit registers */

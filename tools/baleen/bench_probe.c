@@ -9,6 +9,7 @@
 #include "tools/baleen/bench.h"
 
 enum {
+    PROBE_AHEAD = 8192,    /* bytes that are asked for before they are read: a fifth more than without */
     PROBE_PIECE = 4096,    /* bytes a thread reads at a time */
     PROBE_LOOPS = 1 << 20, /* rounds of the arithmetic probes */
     PROBE_CHAINS = 12,     /* independent sums: more than latency times issue rate */
@@ -54,6 +55,7 @@ static void read_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread
     for (; from < to; from += sizeof(sum)) {
         for (int i = 0; i < N; i++) {
             probe_vector v;
+            __builtin_prefetch(from + i * (int)sizeof(v) + PROBE_AHEAD);
             memcpy(&v, from + i * (int)sizeof(v), sizeof(v));
             sum[i] ^= v;
         }
@@ -102,6 +104,28 @@ __attribute__((target("avx2,fma"))) static void fma_256(void)
 #undef FMA
 }
 
+__attribute__((target("avx512f"))) static void fma64_512(void)
+{
+    __m512d acc[PROBE_CHAINS] = {0}, x = _mm512_set1_pd(0.5), w = _mm512_set1_pd(0.25);
+#define FMA(i) acc[i] = _mm512_fmadd_pd(x, w, acc[i]);
+    for (uint32_t n = 0; n < PROBE_LOOPS; n++) {
+        TWELVE(FMA)
+        TWELVE(KEEP)
+    }
+#undef FMA
+}
+
+__attribute__((target("avx2,fma"))) static void fma64_256(void)
+{
+    __m256d acc[PROBE_CHAINS] = {0}, x = _mm256_set1_pd(0.5), w = _mm256_set1_pd(0.25);
+#define FMA(i) acc[i] = _mm256_fmadd_pd(x, w, acc[i]);
+    for (uint32_t n = 0; n < PROBE_LOOPS; n++) {
+        TWELVE(FMA)
+        TWELVE(KEEP)
+    }
+#undef FMA
+}
+
 __attribute__((target("avx512f,avx512vnni"))) static void vnni_512(void)
 {
     __m512i acc[PROBE_CHAINS] = {0}, x = _mm512_set1_epi8(1), w = _mm512_set1_epi8(2);
@@ -139,6 +163,15 @@ static void fma_loop(void)
     }
 }
 
+static void fma64_loop(void)
+{
+    if (fma_width() == 16) {
+        fma64_512();
+    } else if (fma_width() == 8) {
+        fma64_256();
+    }
+}
+
 bool bench_has_vnni(void)
 {
     return __builtin_cpu_supports("avx512vnni");
@@ -155,6 +188,10 @@ static uint32_t fma_width(void)
 }
 
 static void fma_loop(void)
+{
+}
+
+static void fma64_loop(void)
 {
 }
 
@@ -186,6 +223,15 @@ static void fma_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
     }
 }
 
+static void fma64_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    (void)arg;
+    (void)i_thread;
+    for (uint32_t i = begin; i < end; i++) {
+        fma64_loop();
+    }
+}
+
 static void vnni_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
     (void)arg;
@@ -209,6 +255,11 @@ uint64_t bench_fma_macs(void)
     return (uint64_t)PROBE_LOOPS * PROBE_CHAINS * fma_width();
 }
 
+uint64_t bench_fma64_macs(void)
+{
+    return bench_fma_macs() / 2;
+}
+
 uint64_t bench_vnni_macs(void)
 {
     return (uint64_t)PROBE_LOOPS * PROBE_CHAINS * 64;
@@ -222,6 +273,11 @@ uint64_t bench_bf16_macs(void)
 void bench_fma(bench_team *t)
 {
     kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, fma_part, NULL);
+}
+
+void bench_fma64(bench_team *t)
+{
+    kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, fma64_part, NULL);
 }
 
 void bench_vnni(bench_team *t)

@@ -1,0 +1,178 @@
+/* Products by lane sums in registers of 512 bits: weights are decoded into registers and used for all rows of
+ * a tile at once. A lane keeps its order, element i after element i - 16; which outputs and rows are computed
+ * together changes nothing.
+ *
+ * Bound: for a row or two the memory (BF16: two bytes for a multiply-add of eight that a core does twice a
+ * cycle); from four rows on the multiply-adds. */
+#include "common/base/assert.h"
+#include "kernels/cpu/chunk.h"
+
+enum {
+    LANES_STEP = 512,   /* inputs for which the rows of a tile stay in the first cache */
+    LANES_OUTS = 64,    /* outputs between two of these steps */
+    LANES_AHEAD = 2048, /* bytes of a weight row that are asked for before they are needed */
+};
+
+typedef struct lanes_job {
+    const cpu_tile *tile;
+    const kn_matrix *w;
+    uint32_t out0, item;
+} lanes_job;
+
+/* 16 weights. */
+typedef struct lanes_weights {
+    __m512d half[2];
+} lanes_weights;
+
+INLINED lanes_weights from_floats(__m512 v)
+{
+    return (lanes_weights){
+        {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))}};
+}
+
+/* The first `item` bytes of a weight say what it is: 2 BF16, 4 F32. */
+INLINED lanes_weights decode_16(const uint8_t *at, const uint32_t item)
+{
+    if (item == 2) {
+        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)at));
+        return from_floats(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+    }
+    return from_floats(_mm512_loadu_ps(at));
+}
+
+typedef double lanes_sum[KN_LANES];
+
+/* Inputs at .. at + n - 1, n a multiple of KN_LANES, of n_out outputs from `rows` and n_row rows from x into
+ * sums [n_out][CPU_TILE]. */
+INLINED void add_inputs(const uint8_t *const *rows, const double *x, uint64_t stride, uint32_t n,
+                        lanes_sum (*sums)[CPU_TILE], const uint32_t item, const uint32_t n_out,
+                        const uint32_t n_row)
+{
+    __m512d acc[CPU_OUTS][CPU_TILE][2];
+    for (uint32_t j = 0; j < n_out; j++) {
+        for (uint32_t r = 0; r < n_row; r++) {
+            acc[j][r][0] = _mm512_loadu_pd(sums[j][r]);
+            acc[j][r][1] = _mm512_loadu_pd(sums[j][r] + 8);
+        }
+    }
+    for (uint32_t i = 0; i < n; i += KN_LANES) {
+        for (uint32_t j = 0; j < n_out; j++) {
+            lanes_weights w = decode_16(rows[j] + (uint64_t)i * item, item);
+            for (uint32_t r = 0; r < n_row; r++) {
+                const double *from = x + r * stride + i;
+                acc[j][r][0] = _mm512_fmadd_pd(_mm512_loadu_pd(from), w.half[0], acc[j][r][0]);
+                acc[j][r][1] = _mm512_fmadd_pd(_mm512_loadu_pd(from + 8), w.half[1], acc[j][r][1]);
+            }
+        }
+        for (uint32_t j = 0; j < n_out && i % (64 / item) == 0; j++) {
+            _mm_prefetch((const char *)rows[j] + (uint64_t)i * item + LANES_AHEAD, _MM_HINT_T1);
+        }
+    }
+    for (uint32_t j = 0; j < n_out; j++) {
+        for (uint32_t r = 0; r < n_row; r++) {
+            _mm512_storeu_pd(sums[j][r], acc[j][r][0]);
+            _mm512_storeu_pd(sums[j][r] + 8, acc[j][r][1]);
+        }
+    }
+}
+
+/* ---- by numbers of rows and outputs ---- */
+
+typedef void (*add_fn)(const uint8_t *const *rows, const double *x, uint64_t stride, uint32_t n,
+                       lanes_sum (*sums)[CPU_TILE]);
+
+#define ADD(item_, outs_, rows_)                                                                             \
+    static void add_##item_##_##outs_##_##rows_(const uint8_t *const *rows, const double *x,                 \
+                                                uint64_t stride, uint32_t n, lanes_sum(*sums)[CPU_TILE])     \
+    {                                                                                                        \
+        add_inputs(rows, x, stride, n, sums, item_, outs_, rows_);                                           \
+    }
+#define ADD_ITEM(item_)                                                                                      \
+    ADD(item_, 4, 1)                                                                                         \
+    ADD(item_, 4, 2)                                                                                         \
+    ADD(item_, 4, 3)                                                                                         \
+    ADD(item_, 3, 4)                                                                                         \
+    ADD(item_, 1, 1)                                                                                         \
+    ADD(item_, 1, 2)                                                                                         \
+    ADD(item_, 1, 3)                                                                                         \
+    ADD(item_, 1, 4)                                                                                         \
+    ADD(item_, 1, 5)                                                                                         \
+    ADD(item_, 1, 6)                                                                                         \
+    ADD(item_, 1, 7)                                                                                         \
+    ADD(item_, 1, 8)
+ADD_ITEM(2)
+ADD_ITEM(4)
+
+/* How many outputs go together, and their function; [rows - 1], for one output alone second. */
+typedef struct lanes_way {
+    uint32_t n_out;
+    add_fn many, one;
+} lanes_way;
+
+#define WAYS(item_)                                                                                          \
+    {                                                                                                        \
+        {4, add_##item_##_4_1, add_##item_##_1_1}, {4, add_##item_##_4_2, add_##item_##_1_2},                \
+            {4, add_##item_##_4_3, add_##item_##_1_3}, {3, add_##item_##_3_4, add_##item_##_1_4},            \
+            {1, add_##item_##_1_5, add_##item_##_1_5}, {1, add_##item_##_1_6, add_##item_##_1_6},            \
+            {1, add_##item_##_1_7, add_##item_##_1_7}, {1, add_##item_##_1_8, add_##item_##_1_8},            \
+    }
+static const lanes_way LANES_WAYS[2][CPU_TILE] = {WAYS(2), WAYS(4)};
+
+/* Inputs begin .. end - 1 of n outputs from o on. The last ones of a row, if they are no whole KN_LANES, are
+ * filled up with zeros, as the inputs of a tile are. */
+static void add_piece(const lanes_job *job, uint32_t o, uint32_t n, uint32_t begin, uint32_t end,
+                      lanes_sum (*sums)[CPU_TILE])
+{
+    const cpu_tile *t = job->tile;
+    const lanes_way *way = &LANES_WAYS[job->item == 4][t->n - 1];
+    add_fn add = n == way->n_out ? way->many : way->one;
+    uint32_t whole = (end - begin) / KN_LANES * KN_LANES, rest = end - begin - whole;
+    uint8_t spare[CPU_OUTS][KN_LANES * sizeof(float)] = {0};
+    const uint8_t *rows[CPU_OUTS], *tails[CPU_OUTS];
+    for (uint32_t j = 0; j < n; j++) {
+        rows[j] = (const uint8_t *)kn_host(job->w->data) +
+                  ((uint64_t)(job->out0 + o + j) * job->w->n_in + begin) * job->item;
+        memcpy(spare[j], rows[j] + (uint64_t)whole * job->item, rest * job->item);
+        tails[j] = spare[j];
+    }
+    add(rows, t->x + begin, t->stride, whole, sums);
+    if (rest > 0) {
+        add(tails, t->x + begin + whole, t->stride, KN_LANES, sums);
+    }
+}
+
+static void lanes_outs(const lanes_job *job, uint32_t o, uint32_t n_out)
+{
+    const cpu_tile *t = job->tile;
+    uint32_t together = LANES_WAYS[0][t->n - 1].n_out, n_in = job->w->n_in, n;
+    /* One row of weights after another is read fastest; many rows of inputs should be read only once. */
+    uint32_t step = t->n <= CPU_TILE / 2 ? n_in : LANES_STEP;
+    lanes_sum sums[LANES_OUTS][CPU_TILE] = {0};
+    for (uint32_t at = 0; at < n_in; at += step) {
+        for (uint32_t i = 0; i < n_out; i += n) {
+            n = n_out - i < together ? 1 : together;
+            add_piece(job, o + i, n, at, n_in - at < step ? n_in : at + step, sums + i);
+        }
+    }
+    for (uint32_t r = 0; r < t->n; r++) {
+        for (uint32_t i = 0; i < n_out; i++) {
+            put_sum(t, r, o + i, kn_fold_lanes(sums[i][r]));
+        }
+    }
+}
+
+static void lanes_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    (void)i_thread;
+    for (uint32_t o = begin; o < end; o += LANES_OUTS) {
+        lanes_outs(arg, o, end - o < LANES_OUTS ? end - o : LANES_OUTS);
+    }
+}
+
+void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
+                                    uint32_t n_out)
+{
+    lanes_job job = {.tile = tile, .w = w, .out0 = out0, .item = w->dtype == KN_BF16 ? 2 : 4};
+    CM_ASSERT(w->dtype == KN_BF16 || w->dtype == KN_F32);
+    kn_team_run(team, n_out, (uint64_t)w->n_in * tile->n, lanes_part, &job);
+}
