@@ -17,7 +17,7 @@ static void chat_started(void *ctx, const gw_start *start)
     out.model = (char *)start->model;
     out.created_s = start->created_s;
     out.prompt_tokens = start->prompt_tokens;
-    out.has_cached_tokens = true;
+    out.has_cached_tokens = start->cached_tokens > 0;
     out.cached_tokens = start->cached_tokens;
     event.event_case = BALEEN__V1__CHAT_EVENT__EVENT_START;
     event.start = &out;

@@ -8,7 +8,7 @@ static void generate_started(void *ctx, const gw_start *start)
     Baleen__V1__GenerateEvent event = BALEEN__V1__GENERATE_EVENT__INIT;
     out.request_id = (char *)start->request_id;
     out.prompt_tokens = start->prompt_tokens;
-    out.has_cached_tokens = true;
+    out.has_cached_tokens = start->cached_tokens > 0;
     out.cached_tokens = start->cached_tokens;
     event.event_case = BALEEN__V1__GENERATE_EVENT__EVENT_START;
     event.start = &out;

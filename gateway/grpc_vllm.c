@@ -5,7 +5,8 @@
 
 struct gw_vllm_choice {
     gw_grpc_call *call;
-    gw_stream *stream; /* NULL: it has ended */
+    gw_stream *stream;     /* NULL: it has ended */
+    const gw_usage *usage; /* the stream's, NULL: nobody counts */
     uint32_t index, prompt_tokens, cached_tokens;
     md_ids ids;                /* all that were generated */
     size_t n_sent;             /* of these, in chunks */
@@ -17,6 +18,7 @@ struct gw_vllm_choice {
 static void vllm_started(void *ctx, const gw_start *start)
 {
     gw_vllm_choice *choice = ctx;
+    choice->usage = start->usage;
     choice->prompt_tokens = start->prompt_tokens;
     choice->cached_tokens = start->cached_tokens;
 }
@@ -31,6 +33,9 @@ static void vllm_tokens(void *ctx, uint64_t offset, const uint32_t *ids, uint32_
 {
     gw_vllm_choice *choice = ctx;
     (void)offset;
+    if (choice->usage != NULL) {
+        choice->cached_tokens = choice->usage->cached_tokens;
+    }
     for (uint32_t i = 0; i < n; i++) {
         md_ids_push(&choice->ids, ids[i]);
     }

@@ -45,6 +45,7 @@ struct gw_exchange {
     bool sse;                 /* answered in events */
     bool begun;               /* the writer told its first events before all was accepted */
     bool told_id;             /* some event was told with one */
+    bool returns;             /* its client came back: it has the id */
     int status;               /* that was told; 0: none yet */
     bool head_sent;           /* status and headers are out: errors go into the body */
     struct evbuffer *pending; /* of this step, not yet given to the connection */
@@ -114,8 +115,8 @@ static void exchange_free(gw_exchange *x)
     if (x->seek != NULL) {
         gw_seek_cancel(x->seek);
     }
-    if (x->resumable) {
-        detach_streams(x);
+    if (x->resumable && (x->told_id || x->returns)) {
+        detach_streams(x); /* who was told no id cannot come back */
     }
     cancel_streams(x);
     gw_visit_end(x->visit, x->status != 0 ? x->status : GONE_STATUS);
@@ -631,13 +632,14 @@ static void on_found(void *ctx, const gw_found *found, const gw_error *error)
     refuse(x, &wrong);
 }
 
+/* id: the stream's, or that of the request as its client chose it, which it has before it is told any. */
 static bool is_running(const gw_exchange *x, const char *id)
 {
     bool any = false;
     for (uint32_t i = 0; i < x->n_choice; i++) {
         any |= x->choices[i].stream != NULL;
     }
-    return any && strcmp(gw_origin_id(x->origin), id) == 0;
+    return any && (strcmp(gw_origin_id(x->origin), id) == 0 || strcmp(x->visit->id, id) == 0);
 }
 
 void gw_http_end(gw_http *http, struct evhttp_request *req, const char *id)
@@ -680,5 +682,6 @@ void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id)
     }
     gw_exchange *x = exchange_make(http, req);
     x->from = from;
+    x->returns = true;
     x->seek = gw_seek_begin(http->gateway, x->visit->tenant, id != NULL ? id : from.id, on_found, x);
 }

@@ -52,6 +52,12 @@ void gw_http_root(struct evhttp_request *req);
 void gw_http_cluster(gw_http *http, struct evhttp_request *req);
 void gw_http_cluster_experts(gw_http *http, struct evhttp_request *req);
 
+/* ---- http_info.c ---- */
+void gw_http_model_info(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_http_server_info(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_http_get_load(gw_http *http, struct evhttp_request *req, const char *rest);
+void gw_http_loads(gw_http *http, struct evhttp_request *req, const char *rest);
+
 /* ---- http_event_id.c ---- */
 /* "ID:N", with several answers "ID:N.N.N": the stream, and how many events of each answer were sent with this
  * one. Answers mix as they come, but the events of one are always the same. */
@@ -65,7 +71,8 @@ bool gw_event_id_parse(const char *text, gw_event_id *out);
 /* ---- http_generate.c ---- */
 /* A client comes back. id: of the stream; NULL: that of its Last-Event-ID, which must be there. */
 void gw_http_resume(gw_http *http, struct evhttp_request *req, const char *id);
-/* A client has enough of a stream that it, or whoever told it the id, reads from this gateway. */
+/* A client has enough of a stream that it, or whoever told it the id, reads from this gateway. id: also the
+ * request's x-request-id, so that it can be ended before the stream's id was told. */
 void gw_http_end(gw_http *http, struct evhttp_request *req, const char *id);
 void gw_http_generate(gw_http *http, struct evhttp_request *req, const gw_surface *surface);
 /* The same with the client's request read already, in the surface's form; borrowed for the call. */

@@ -83,6 +83,8 @@ static void render_clients(gw_gateway *gateway, cm_bytes *out)
         .waiting = gateway->turns.n_held - gateway->turns.n_running,
         .kv_used = info.kv_used,
         .preemptions = gw_member_stats_sum(gateway, 'R', CM_STAT_preemptions),
+        .prefix_queries = gw_member_stats_sum(gateway, 'R', CM_STAT_prefix_queries),
+        .prefix_hits = gw_member_stats_sum(gateway, 'R', CM_STAT_prefix_hits),
         .drafts = gw_member_stats_sum(gateway, 'R', CM_STAT_drafts),
         .draft_tokens = gw_member_stats_sum(gateway, 'R', CM_STAT_draft_tokens),
         .accepted_tokens = gw_member_stats_sum(gateway, 'R', CM_STAT_accepted_tokens),

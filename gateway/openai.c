@@ -439,11 +439,12 @@ static void openai_flush(void *ctx)
     (void)ctx;
 }
 
-/* Every choice has the same prompt. */
+/* Every choice has the same prompt: what one of them computed was computed. */
 static void add_usage(gw_openai *writer, const gw_usage *usage)
 {
+    bool fewest = writer->n_finished == 0 || usage->cached_tokens < writer->usage.cached_tokens;
     writer->usage.prompt_tokens = usage->prompt_tokens;
-    writer->usage.cached_tokens = usage->cached_tokens;
+    writer->usage.cached_tokens = fewest ? usage->cached_tokens : writer->usage.cached_tokens;
     writer->usage.completion_tokens += usage->completion_tokens;
     writer->usage.reasoning_tokens += usage->reasoning_tokens;
 }

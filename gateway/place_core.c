@@ -1,14 +1,18 @@
 #include "gateway/place_core.h"
 
+#include <xxhash.h>
+
 #include "common/base/assert.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 
 enum { BACKOFF_MIN_MS = 100, BACKOFF_DOUBLINGS = 4, DEATHS_SUSPECT = 2 };
+/* What a computed prompt is worth: so many sequences more than at the idlest router, and a part of those. */
+enum { MORE_MIN = 2, MORE_PART = 4 };
 
 struct gw_place_router {
     TAILQ_ENTRY(gw_place_router) link;
-    uint64_t number;
+    uint64_t number, name;
     bool up;
     gw_place_standing standing;
     uint64_t n_sequences; /* as it said last */
@@ -19,18 +23,19 @@ struct gw_place_router {
     uint64_t backoff_ms; /* no reopen before */
     uint64_t hold_ms;    /* down: its streams wait until then */
     uint64_t left_ms;    /* when it left the epoch */
+    uint64_t leaver_ms;  /* OUT: nobody here moves on before */
     gw_spot_list here;   /* ASKED and RUNNING */
     gw_spot_list lost;
+    TAILQ_HEAD(, gw_spot) copies; /* that are here for nobody */
 };
 
 void gw_place_init(gw_place *place, const gw_place_limits *limits)
 {
     CM_ASSERT(limits->opens_max > 0);
-    *place = (gw_place){.limits = *limits, .give_up_ms = UINT64_MAX};
+    *place = (gw_place){.limits = *limits, .give_up_ms = UINT64_MAX, .changed = true};
     TAILQ_INIT(&place->routers);
     TAILQ_INIT(&place->waiting);
     TAILQ_INIT(&place->failed);
-    TAILQ_INIT(&place->copied);
 }
 
 /* ---- routers ---- */
@@ -52,9 +57,10 @@ static gw_place_router *router_of(gw_place *place, uint64_t number)
     CM_ASSERT(number != 0);
     if (router == NULL) {
         router = cm_alloc(sizeof(*router));
-        router->number = number;
+        router->number = router->name = number;
         TAILQ_INIT(&router->here);
         TAILQ_INIT(&router->lost);
+        TAILQ_INIT(&router->copies);
         TAILQ_INSERT_TAIL(&place->routers, router, link);
     }
     return router;
@@ -62,14 +68,19 @@ static gw_place_router *router_of(gw_place *place, uint64_t number)
 
 static void router_free(gw_place *place, gw_place_router *router)
 {
+    gw_spot *spot;
     CM_ASSERT(TAILQ_EMPTY(&router->here) && TAILQ_EMPTY(&router->lost));
+    TAILQ_FOREACH (spot, &router->copies, copy_link) {
+        spot->copy = 0;
+        place->n_copied--;
+    }
     TAILQ_REMOVE(&place->routers, router, link);
     cm_free(router);
 }
 
 void gw_place_fini(gw_place *place)
 {
-    CM_ASSERT(TAILQ_EMPTY(&place->waiting) && TAILQ_EMPTY(&place->failed) && TAILQ_EMPTY(&place->copied));
+    CM_ASSERT(TAILQ_EMPTY(&place->waiting) && TAILQ_EMPTY(&place->failed) && place->n_copied == 0);
     while (!TAILQ_EMPTY(&place->routers)) {
         router_free(place, TAILQ_FIRST(&place->routers));
     }
@@ -117,17 +128,22 @@ static void spot_end_trial(gw_spot *spot)
 static void spot_drop_copy(gw_place *place, gw_spot *spot)
 {
     if (spot->copy != 0) {
-        TAILQ_REMOVE(&place->copied, spot, copy_link);
+        TAILQ_REMOVE(&router_find(place, spot->copy)->copies, spot, copy_link);
         spot->copy = 0;
+        place->n_copied--;
     }
 }
 
 /* There is room for one: a copy that is forgotten for a newer one goes in its router's time. */
 static void spot_leave_copy(gw_place *place, gw_spot *spot, uint64_t number)
 {
+    gw_place_router *router = router_find(place, number);
     spot_drop_copy(place, spot);
-    spot->copy = number;
-    TAILQ_INSERT_TAIL(&place->copied, spot, copy_link);
+    if (router != NULL) {
+        spot->copy = number;
+        place->n_copied++;
+        TAILQ_INSERT_TAIL(&router->copies, spot, copy_link);
+    }
 }
 
 /* Out of the list of its state. */
@@ -137,6 +153,7 @@ static void spot_leave(gw_place *place, gw_spot *spot)
     case GW_SPOT_NONE:
         break;
     case GW_SPOT_WAITING:
+        place->next = place->next == spot ? TAILQ_NEXT(spot, link) : place->next;
         TAILQ_REMOVE(&place->waiting, spot, link);
         break;
     case GW_SPOT_ASKED:
@@ -188,6 +205,7 @@ static void spot_wait(gw_place *place, uint64_t now_ms, gw_spot *spot, bool firs
         TAILQ_INSERT_HEAD(&place->waiting, spot, link);
     } else {
         TAILQ_INSERT_TAIL(&place->waiting, spot, link);
+        place->next = place->next == NULL ? spot : place->next; /* not seen yet */
     }
 }
 
@@ -235,8 +253,14 @@ static void router_give_away(gw_place *place, uint64_t now_ms, gw_place_router *
 
 /* ---- what happens to routers ---- */
 
+void gw_place_name(gw_place *place, uint64_t number, uint64_t name)
+{
+    router_of(place, number)->name = name;
+}
+
 void gw_place_up(gw_place *place, uint64_t number)
 {
+    place->changed = true;
     gw_place_router *router = router_of(place, number);
     CM_ASSERT(!router->up);
     router->up = true;
@@ -246,6 +270,7 @@ void gw_place_up(gw_place *place, uint64_t number)
 
 void gw_place_down(gw_place *place, uint64_t now_ms, uint64_t number)
 {
+    place->changed = true;
     gw_place_router *router = router_of(place, number);
     router->up = false;
     router->hold_ms = now_ms + place->limits.rebind_ms;
@@ -257,14 +282,17 @@ void gw_place_down(gw_place *place, uint64_t now_ms, uint64_t number)
 
 void gw_place_unreachable(gw_place *place, uint64_t number)
 {
+    place->changed = true;
     router_of(place, number)->hold_ms = 0;
 }
 
 void gw_place_stands(gw_place *place, uint64_t now_ms, uint64_t number, gw_place_standing standing)
 {
+    place->changed = true;
     gw_place_router *router = router_of(place, number);
     router->standing = standing;
     router->left_ms = now_ms;
+    router->leaver_ms = 0;
 }
 
 void gw_place_gone(gw_place *place, uint64_t now_ms, uint64_t number)
@@ -277,6 +305,7 @@ void gw_place_gone(gw_place *place, uint64_t now_ms, uint64_t number)
 
 void gw_place_load(gw_place *place, uint64_t number, uint64_t n_sequences)
 {
+    place->changed = true;
     gw_place_router *router = router_of(place, number);
     router->n_sequences = n_sequences;
     router->n_asked = 0;
@@ -346,6 +375,7 @@ void gw_place_begin(gw_place *place, uint64_t now_ms, gw_spot *spot, uint64_t nu
 
 void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
 {
+    place->changed = place->changed || spot->state == GW_SPOT_ASKED || spot->tried;
     if (spot->state == GW_SPOT_ASKED) {
         spot_answered(spot);
         spot->state = GW_SPOT_RUNNING;
@@ -373,6 +403,7 @@ static bool may_be_retried(cm_status status)
 
 bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status status)
 {
+    place->changed = true;
     if (spot->state == GW_SPOT_WAITING) {
         return true; /* it has moved on from a router that left */
     }
@@ -413,6 +444,7 @@ bool gw_place_refused(gw_place *place, uint64_t now_ms, gw_spot *spot, cm_status
 
 uint32_t gw_place_end(gw_place *place, gw_spot *spot, uint64_t routers_out[GW_PLACE_COPIES])
 {
+    place->changed = true;
     const uint64_t numbers[GW_PLACE_COPIES] = {spot->left, spot->copy};
     uint32_t n = 0;
     for (uint32_t i = 0; i < GW_PLACE_COPIES; i++) {
@@ -446,6 +478,7 @@ static void place_expire(gw_place *place, uint64_t now_ms, gw_spot_list *list)
 {
     for (gw_spot *spot = TAILQ_FIRST(list), *next; spot != NULL; spot = next) {
         next = TAILQ_NEXT(spot, link);
+        place->n_looks++;
         if (list == &place->waiting && spot_is_suspect(place, spot) && any_trial(place)) {
             spot->stalled_ms = now_ms;
         }
@@ -479,12 +512,22 @@ static uint64_t leaver_due(const gw_place *place, const gw_place_router *router,
 /* A router that left with its links still up finishes what it has; one that was thrown out cannot. */
 static void router_check_leaver(gw_place *place, uint64_t now_ms, gw_place_router *router)
 {
+    uint64_t leaver_ms = UINT64_MAX;
+    if (now_ms < router->leaver_ms) {
+        return;
+    }
     for (gw_spot *spot = TAILQ_FIRST(&router->here), *next; spot != NULL; spot = next) {
+        uint64_t due_ms = leaver_due(place, router, spot);
         next = TAILQ_NEXT(spot, link);
-        if (now_ms >= leaver_due(place, router, spot)) {
+        place->n_looks++;
+        if (now_ms >= due_ms) {
+            place->changed = true;
             spot_wait(place, now_ms, spot, false);
+        } else if (due_ms < leaver_ms) {
+            leaver_ms = due_ms;
         }
     }
+    router->leaver_ms = leaver_ms;
 }
 
 static void routers_check(gw_place *place, uint64_t now_ms)
@@ -509,6 +552,7 @@ static void spot_ask(gw_place *place, uint64_t now_ms, gw_spot *spot, gw_place_r
     spot->resuming = resume;
     spot->counted = true;
     spot->told_ms = now_ms;
+    router->leaver_ms = 0;
     spot->tried = spot_is_suspect(place, spot);
     router->n_unanswered++;
     router->n_tried += spot->tried;
@@ -532,19 +576,16 @@ static bool next_failed(gw_place *place, gw_place_action *action_out)
     return true;
 }
 
+/* One that is down may come back. */
 static bool next_copy(gw_place *place, gw_place_action *action_out)
 {
-    gw_spot *spot, *next;
-    for (spot = TAILQ_FIRST(&place->copied); spot != NULL; spot = next) {
-        next = TAILQ_NEXT(spot, copy_link);
-        const gw_place_router *router = router_find(place, spot->copy);
-        if (router != NULL && !router->up) {
-            continue; /* it may come back */
-        }
-        uint64_t number = spot->copy;
-        spot_drop_copy(place, spot);
-        if (router != NULL) {
-            *action_out = (gw_place_action){.act = GW_PLACE_FORGET, .spot = spot, .router = number};
+    gw_place_router *router;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        gw_spot *spot = router->up ? TAILQ_FIRST(&router->copies) : NULL;
+        if (spot != NULL) {
+            place->n_looks++;
+            spot_drop_copy(place, spot);
+            *action_out = (gw_place_action){.act = GW_PLACE_FORGET, .spot = spot, .router = router->number};
             return true;
         }
     }
@@ -564,9 +605,14 @@ static bool next_back(gw_place *place, uint64_t now_ms, gw_place_action *action_
     return false;
 }
 
+static uint64_t router_load(const gw_place_router *router)
+{
+    return router->n_sequences + router->n_asked;
+}
+
 /* The one with the fewest sequences, the earliest among equals. fresh: a client's new stream is asked for at
  * once, wherever there is a router; whether it is too much is the router's to say. */
-static gw_place_router *pick(const gw_place *place, uint64_t now_ms, bool fresh)
+static gw_place_router *pick_idlest(const gw_place *place, uint64_t now_ms, bool fresh)
 {
     gw_place_router *router, *best = NULL;
     bool best_takes = false;
@@ -576,10 +622,33 @@ static gw_place_router *pick(const gw_place *place, uint64_t now_ms, bool fresh)
             (best_takes && !takes)) {
             continue;
         }
-        if (best == NULL || (takes && !best_takes) ||
-            router->n_sequences + router->n_asked < best->n_sequences + best->n_asked) {
+        if (best == NULL || (takes && !best_takes) || router_load(router) < router_load(best)) {
             best = router;
             best_takes = takes;
+        }
+    }
+    return best;
+}
+
+/* Of two routers an affinity prefers the one with the higher rank. */
+static uint64_t router_rank(const gw_place_router *router, uint64_t affinity)
+{
+    const uint64_t pair[2] = {affinity, router->name};
+    return XXH3_64bits(pair, sizeof(pair));
+}
+
+/* The one that its affinity prefers of those with hardly more to do than the idlest. */
+static gw_place_router *pick(const gw_place *place, uint64_t now_ms, const gw_spot *spot)
+{
+    gw_place_router *router, *best = pick_idlest(place, now_ms, spot_is_fresh(spot));
+    if (best == NULL || spot->affinity == 0 || !router_takes(place, best, now_ms)) {
+        return best;
+    }
+    uint64_t most = router_load(best) + router_load(best) / MORE_PART + MORE_MIN;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router_takes(place, router, now_ms) && router_load(router) <= most &&
+            router_rank(router, spot->affinity) > router_rank(best, spot->affinity)) {
+            best = router;
         }
     }
     return best;
@@ -591,18 +660,35 @@ static gw_place_router *pick_apart(const gw_place *place, uint64_t now_ms)
     gw_place_router *router, *best = NULL;
     TAILQ_FOREACH (router, &place->routers, link) {
         if (router_takes(place, router, now_ms) && router->n_tried == 0 &&
-            (best == NULL || router->n_sequences + router->n_asked < best->n_sequences + best->n_asked)) {
+            (best == NULL || router_load(router) < router_load(best))) {
             best = router;
         }
     }
     return best;
 }
 
+static void place_look_anew(gw_place *place, uint64_t now_ms)
+{
+    const gw_place_router *router;
+    place->next = TAILQ_FIRST(&place->waiting);
+    place->full = place->changed = false;
+    place->look_ms = UINT64_MAX;
+    TAILQ_FOREACH (router, &place->routers, link) {
+        if (router->backoff_ms > now_ms && router->backoff_ms < place->look_ms) {
+            place->look_ms = router->backoff_ms;
+        }
+    }
+}
+
 static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *action_out)
 {
-    gw_spot *spot;
-    bool full = false; /* an earlier one waits for whichever router takes it */
-    TAILQ_FOREACH (spot, &place->waiting, link) {
+    if (place->changed || now_ms >= place->look_ms) {
+        place_look_anew(place, now_ms);
+    }
+    while (place->next != NULL) {
+        gw_spot *spot = place->next;
+        place->next = TAILQ_NEXT(spot, link);
+        place->n_looks++;
         gw_place_router *router = spot->left != 0 ? router_find(place, spot->left) : NULL;
         bool resume = router != NULL && router->up && now_ms >= router->backoff_ms;
         if (resume && router->n_unanswered >= place->limits.opens_max) {
@@ -611,8 +697,8 @@ static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *acti
         if (!resume && spot_is_suspect(place, spot)) {
             router = pick_apart(place, now_ms); /* none: it holds up nobody */
         } else if (!resume) {
-            router = full ? NULL : pick(place, now_ms, spot_is_fresh(spot));
-            full = router == NULL;
+            router = place->full ? NULL : pick(place, now_ms, spot);
+            place->full = router == NULL;
         }
         if (router != NULL) {
             spot_ask(place, now_ms, spot, router, resume, action_out);

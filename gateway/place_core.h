@@ -11,6 +11,11 @@
  * a while that doubles with every refusal. A new stream passes no queue: it is told at once that all are
  * full.
  *
+ * A prompt that begins as an earlier one did is best computed where that was: of the routers that have hardly
+ * more to do than the one with the least, a stream goes to the one that its affinity chooses (rendezvous
+ * hashing, over names that all gateways have in common, so that gateways agree and a router that comes or
+ * goes moves only its own).
+ *
  * A request may be what ends its routers. A router that is lost while it has a stream, and does not come back
  * with it, counts as a death under that stream until its next token: after deaths_max the stream is refused
  * for good. Those that merely were there are cleared by their next token, and from DEATHS_SUSPECT on a stream
@@ -38,13 +43,15 @@ typedef enum gw_spot_state {
 
 /* One stream's place; embedded in the stream, zeroed before gw_place_begin. */
 typedef struct gw_spot {
-    TAILQ_ENTRY(gw_spot) link; /* in the list of its state */
-    TAILQ_ENTRY(gw_spot) copy_link;
+    TAILQ_ENTRY(gw_spot) link;      /* in the list of its state */
+    TAILQ_ENTRY(gw_spot) copy_link; /* in its copy's router's */
     gw_spot_state state;
     gw_place_router *router; /* ASKED, RUNNING, LOST */
     uint64_t
         left; /* a router that may still have it, or did: it goes on there if it can; its number; 0: none */
-    uint64_t copy;     /* another one, whose copy nobody needs: in the list of those; 0: none */
+    uint64_t copy;     /* another one, whose copy nobody needs; 0: none */
+    uint64_t affinity; /* given by the owner: equal for streams that are best computed at the same router; 0:
+                          whichever has the least to do */
     bool once;         /* given by the owner: not tried again */
     bool accepted;     /* by any router, ever */
     bool resuming;     /* ASKED by a resume */
@@ -71,7 +78,12 @@ typedef struct gw_place {
     gw_place_limits limits;
     TAILQ_HEAD(, gw_place_router) routers; /* in the order they came */
     gw_spot_list waiting, failed;
-    gw_spot_list copied; /* by copy_link */
+    gw_spot *next;       /* of waiting: those before it can go nowhere for now; NULL: all were seen */
+    bool full;           /* likewise: one before it waits for whichever router takes it */
+    bool changed;        /* something happened since */
+    uint64_t look_ms;    /* when a router that rests can be asked again: they are looked at anew */
+    uint64_t n_copied;   /* spots with a copy */
+    uint64_t n_looks;    /* spots looked at so far: what all of it costs */
     uint64_t give_up_ms; /* nobody waiting or lost is to be given up before */
     uint64_t n_drawn;    /* of the jitter */
 } gw_place;
@@ -80,6 +92,8 @@ void gw_place_init(gw_place *place, const gw_place_limits *limits);
 void gw_place_fini(gw_place *place); /* all spots have ended */
 
 /* ---- routers; number: given by the caller, never 0, one for each life of a router process ---- */
+/* What all gateways know it by; its number until then. */
+void gw_place_name(gw_place *place, uint64_t number, uint64_t name);
 void gw_place_up(gw_place *place, uint64_t number);
 void gw_place_down(gw_place *place, uint64_t now_ms, uint64_t number);
 void gw_place_unreachable(gw_place *place, uint64_t number); /* an attempt to link it again has failed */

@@ -4,11 +4,13 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "common/base/bytes.h"
 #include "common/base/mem.h"
 
 enum {
     TOKENS_MAX_CHAT = 8192, /* encoding section 10 */
     TOKENS_MAX_THINKING = 65536,
+    GW_SALT_BYTES_MAX = 512,
 };
 
 static cm_status refuse(gw_error *error, const char *param, const char *what)
@@ -273,6 +275,26 @@ static cm_status parse_parallel_calls(const parse_at *at)
     return CM_OK;
 }
 
+/* Each by its name, so that no two of them mean the same. */
+static cm_status parse_salt(const parse_at *at)
+{
+    cm_bytes text;
+    char *before = at->request->salt;
+    if (json_string_length(at->value) > GW_SALT_BYTES_MAX) {
+        return refuse(at->error, at->name, "must have at most 512 bytes");
+    }
+    if (json_string_length(at->value) != strlen(json_string_value(at->value))) {
+        return refuse(at->error, at->name, "must not contain U+0000");
+    }
+    cm_bytes_init(&text, 0);
+    cm_bytes_printf(&text, "%s%s %zu %s\n", before != NULL ? before : "", at->name,
+                    json_string_length(at->value), json_string_value(at->value));
+    at->request->salt = cm_strdup(cm_bytes_text(&text));
+    cm_bytes_fini(&text);
+    cm_free(before);
+    return CM_OK;
+}
+
 static cm_status parse_seed(const parse_at *at)
 {
     at->request->has_seed = true;
@@ -360,6 +382,11 @@ static const field FIELDS[] = {
     {"functions", CHAT, FIELD_LIST, ONLY(0)},
     {"tool_choice", CHAT, FIELD_ANY, .parse = parse_tool_choice},
     {"parallel_tool_calls", CHAT, FIELD_BOOL, .parse = parse_parallel_calls},
+    {"user_id", BOTH, FIELD_STRING, .parse = parse_salt},
+    {"user", BOTH, FIELD_STRING, .parse = parse_salt},
+    {"safety_identifier", BOTH, FIELD_STRING, .parse = parse_salt},
+    {"prompt_cache_key", BOTH, FIELD_STRING, .parse = parse_salt},
+    {"cache_salt", BOTH, FIELD_STRING, .parse = parse_salt},
 };
 enum { N_FIELDS = sizeof(FIELDS) / sizeof(FIELDS[0]) };
 
@@ -509,6 +536,7 @@ void gw_request_free(gw_request *request)
     }
     cm_free(request->prompt);
     cm_free(request->suffix);
+    cm_free(request->salt);
     cm_free(request->bias_id);
     cm_free(request->bias);
     md_ids_fini(&request->prompt_ids);

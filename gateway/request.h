@@ -47,6 +47,8 @@ typedef struct gw_request {
     size_t prompt_bytes;
     char *suffix; /* not NULL: fill in the middle */
     size_t suffix_bytes;
+    char *
+        salt; /* who and what it shares its prompt's computed beginning with; owned, NULL: its whole tenant */
     gw_constraint constraint; /* what the answer must be; read, not yet compiled */
 } gw_request;
 

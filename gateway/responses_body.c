@@ -31,6 +31,7 @@ const gw_surface_field gw_responses_fields[] = {
     {"user", "user", true},
     {"safety_identifier", "safety_identifier", true},
     {"prompt_cache_key", "prompt_cache_key", true},
+    {"cache_salt", "cache_salt", true},
     {"chat_template_kwargs", "chat_template_kwargs", true},
     {"messages", "input", false},
     {"reasoning_effort", "reasoning.effort", false},

@@ -1,6 +1,7 @@
 /* A stream's life: checked, encoded, opened at a router, ended. */
 #include <stddef.h>
 #include <string.h>
+#include <xxhash.h>
 
 #include "common/base/assert.h"
 #include "common/base/clock.h"
@@ -8,6 +9,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "gateway/stream_private.h"
+#include "proto/messages.h"
 
 /* A deadline so far away is none. */
 #define DEADLINE_MAX_MS (365ull * 24 * 3600 * 1000)
@@ -364,6 +366,8 @@ static void send_open(gw_stream *stream)
     open.prompt = stream->core.prompt.id;
     open.n_prompt = stream->core.prompt.n;
     open.sampler = &sampler;
+    open.has_salt = true;
+    open.salt = (ProtobufCBinaryData){.len = sizeof(stream->salt), .data = stream->salt};
     open.has_deadline_ms = stream->deadline != NULL;
     open.deadline_ms = open.has_deadline_ms ? deadline_left_ms(stream) : 0;
     if (request->constraint.kind != 0) {
@@ -391,6 +395,20 @@ static md_parser *make_parser(const gw_stream *stream, bool continues)
     return md_parser_create(&options);
 }
 
+/* What it may share with others, and by that where it should be computed: routers keep the beginnings of
+ * prompts page by page. */
+static uint64_t share(gw_stream *stream)
+{
+    const md_ids *prompt = &stream->core.prompt;
+    const char *salt = stream->request.salt;
+    gw_origin_hash(stream->tenant, salt != NULL ? salt : "", stream->salt);
+    if (prompt->n <= PR_PAGE_TOKENS) {
+        return 0; /* the last token is always computed: nothing of it is kept */
+    }
+    XXH64_hash_t seed = XXH3_64bits(stream->salt, sizeof(stream->salt));
+    return XXH3_64bits_withSeed(prompt->id, PR_PAGE_TOKENS * sizeof(uint32_t), seed) | 1;
+}
+
 static void go_to_router(gw_stream *stream)
 {
     gw_gateway *gateway = stream->gateway;
@@ -398,6 +416,7 @@ static void go_to_router(gw_stream *stream)
         gw_telemetry_observe(gateway->telemetry, GW_SERIES_QUEUE,
                              seconds_since(stream->received_ns, cm_now_ns()), 1);
     }
+    stream->spot.affinity = share(stream);
     gw_place_begin(&gateway->place, cm_now_ms(), &stream->spot, stream->at);
 }
 
@@ -657,6 +676,7 @@ bool gw_stream_try_again(gw_stream *stream, cm_status status)
 
 void gw_streams_linked(gw_gateway *gateway, gw_router *router)
 {
+    gw_place_name(&gateway->place, gw_router_number(router), gw_router_member(router));
     gw_place_up(&gateway->place, gw_router_number(router));
     gw_streams_place(gateway);
 }

@@ -98,8 +98,9 @@ typedef struct gw_start {
     const char *request_id;
     const char *model;
     int64_t created_s; /* since 1970 */
-    uint32_t prompt_tokens, cached_tokens;
-    bool thinking; /* chat: the prompt ended in <think> */
+    uint32_t prompt_tokens,
+        cached_tokens; /* 0: nothing is cached, or it is not known before the first token */
+    bool thinking;     /* chat: the prompt ended in <think> */
 } gw_start;
 
 typedef enum gw_reason { GW_REASON_STOP, GW_REASON_LENGTH, GW_REASON_TOOL_CALLS } gw_reason;

@@ -35,6 +35,15 @@ static void tell_started(gw_stream *stream)
     stream->events.started(stream->ctx, &start);
 }
 
+/* Of the router that gave the first token: one that goes on elsewhere was told what it cost. */
+static void count_cached(gw_stream *stream, const Baleen__Engine__V1__SeqTokens *frame)
+{
+    uint32_t n_prompt = stream->usage.prompt_tokens;
+    if (stream->usage.completion_tokens == 0) {
+        stream->usage.cached_tokens = frame->cached < n_prompt ? frame->cached : n_prompt;
+    }
+}
+
 static void count_id(gw_stream *stream, uint32_t id, bool was_reasoning)
 {
     stream->usage.completion_tokens++;
@@ -186,6 +195,7 @@ static void tell_news(gw_stream *stream, const gw_core_news *news, const Baleen_
         tell_started(stream);
     }
     if (news->n_id > 0) {
+        count_cached(stream, frame);
         count_step(stream, news->n_id);
     }
     for (uint32_t i = 0; i < news->n_id && !stream->over && !matched && !stream->has_enough; i++) {

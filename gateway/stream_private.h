@@ -26,6 +26,7 @@ struct gw_stream {
     gw_router *router; /* it was asked for there, as number; else NULL. Another time, another number: late
                           words of an earlier one find nobody */
     uint64_t number;
+    uint8_t salt[GW_KEY_BYTES]; /* of whose prompts it may reuse the computed beginning */
     bool has_core, thinking, ending;
     bool has_enough; /* a second call began, and one was asked for: the answer ends before it */
     gw_core core;

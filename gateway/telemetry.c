@@ -168,6 +168,10 @@ static void put_vllm(page *p, const gw_telemetry *t, const gw_telemetry_now *now
                (double)used_by_all(t, GW_USED_OUTPUT_TOKENS));
     put_number(p, "num_preemptions_total", "counter", "sequences that gave their pages back",
                (double)now->preemptions);
+    put_number(p, "prefix_cache_queries_total", "counter", "prompt tokens looked for among kept ones",
+               (double)now->prefix_queries);
+    put_number(p, "prefix_cache_hits_total", "counter", "prompt tokens that were found and not computed",
+               (double)now->prefix_hits);
     put_number(p, "spec_decode_num_drafts_total", "counter", "rows with guesses behind them",
                (double)now->drafts);
     put_number(p, "spec_decode_num_draft_tokens_total", "counter", "guesses that were checked",

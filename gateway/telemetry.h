@@ -46,7 +46,7 @@ typedef struct gw_telemetry_now {
     const char *model;
     uint32_t running, waiting; /* this gateway's */
     double kv_used;            /* 0..1; of all routers, like the rest */
-    int64_t preemptions, drafts, draft_tokens, accepted_tokens;
+    int64_t preemptions, drafts, draft_tokens, accepted_tokens, prefix_queries, prefix_hits;
 } gw_telemetry_now;
 /* Prometheus text 0.0.4. */
 void gw_telemetry_render(const gw_telemetry *telemetry, const gw_turns *turns, const gw_telemetry_now *now,

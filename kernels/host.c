@@ -94,3 +94,11 @@ void kn_host_check_limits(const kn_limits *limits)
 {
     CM_ASSERT_MSG(limits->head_dim <= KN_DIM_MAX, "head dim %u max %u", limits->head_dim, KN_DIM_MAX);
 }
+
+void kn_host_copy(kn_stream *stream, kn_ptr to, kn_ptr from, uint64_t n_bytes)
+{
+    (void)stream;
+    if (n_bytes > 0) {
+        memcpy(kn_host(to), kn_host(from), (size_t)n_bytes);
+    }
+}

@@ -127,6 +127,7 @@ void kn_prepare(kn_device *device, kn_matrix *w, kn_ptr at);
 void *kn_mem_host(kn_device *device, kn_ptr ptr);
 void kn_copy_to_device(kn_stream *stream, kn_ptr to, const void *from, uint64_t n_bytes);
 void kn_copy_to_host(kn_stream *stream, void *to, kn_ptr from, uint64_t n_bytes); /* valid after sync */
+void kn_copy(kn_stream *stream, kn_ptr to, kn_ptr from, uint64_t n_bytes);        /* they do not overlap */
 
 /* ---- the batch of one step ----
  * Rows of all sequences stand one after another; a segment is one sequence's rows. */
@@ -189,6 +190,16 @@ static inline uint32_t kn_compress_span(uint32_t ratio, uint32_t ahead)
 static inline uint32_t kn_compress_width(uint32_t ratio, uint32_t dim)
 {
     return ratio == 4 ? 2 * dim : dim;
+}
+/* Where a window of `ratio` positions ends, the state's entries of the last kn_compress_overlap positions are
+ * all that is read again. */
+static inline uint32_t kn_compress_overlap(uint32_t ratio)
+{
+    return ratio == 4 ? 4 : 0;
+}
+static inline uint64_t kn_compress_overlap_bytes(uint32_t ratio, uint32_t dim)
+{
+    return 2ull * sizeof(float) * kn_compress_overlap(ratio) * kn_compress_width(ratio, dim);
 }
 static inline uint64_t kn_compress_state_bytes(uint32_t ratio, uint32_t dim, uint32_t ahead)
 {

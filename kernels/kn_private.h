@@ -26,6 +26,7 @@ typedef struct kn_backend {
     void (*prepare)(const kn_device *device, const kn_matrix *w, kn_ptr at); /* only where there are bytes */
     void (*copy_to_device)(kn_stream *stream, kn_ptr to, const void *from, uint64_t n_bytes);
     void (*copy_to_host)(kn_stream *stream, void *to, kn_ptr from, uint64_t n_bytes);
+    void (*copy)(kn_stream *stream, kn_ptr to, kn_ptr from, uint64_t n_bytes);
 } kn_backend;
 
 /* First member of every back-end's own device. */
@@ -53,6 +54,7 @@ void *kn_host_view(kn_device *device, kn_ptr ptr);
 uint64_t kn_host_prepared_bytes(const kn_device *device, const kn_matrix *w); /* 0 */
 void kn_host_copy_to_device(kn_stream *stream, kn_ptr to, const void *from, uint64_t n_bytes);
 void kn_host_copy_to_host(kn_stream *stream, void *to, kn_ptr from, uint64_t n_bytes);
+void kn_host_copy(kn_stream *stream, kn_ptr to, kn_ptr from, uint64_t n_bytes);
 /* Operations are done when their call returns. */
 cm_status kn_host_sync(kn_stream *stream);
 /* Limits a host stream can serve; our callers take them from a checked model geometry. */

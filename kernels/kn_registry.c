@@ -97,6 +97,11 @@ void kn_copy_to_host(kn_stream *stream, void *to, kn_ptr from, uint64_t n_bytes)
     stream->device->backend->copy_to_host(stream, to, from, n_bytes);
 }
 
+void kn_copy(kn_stream *stream, kn_ptr to, kn_ptr from, uint64_t n_bytes)
+{
+    stream->device->backend->copy(stream, to, from, n_bytes);
+}
+
 const kn_dense_ops *kn_dense(const kn_device *device)
 {
     return device->dense;

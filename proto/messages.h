@@ -16,4 +16,5 @@ const char *pr_message_name(uint16_t id); /* "DISPATCH"; "unknown" */
 const char *pr_role_name(uint32_t role);
 
 enum { PR_CONTROL_VERSION = 1 };
+enum { PR_PAGE_TOKENS = 128 };          /* routers keep computed prompts in pages of so many tokens */
 enum { PR_RESUME_BYTES_MAX = 4 << 20 }; /* of SeqOpen.resume; a longer request is opened without */

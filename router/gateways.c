@@ -10,6 +10,7 @@
 #include "proto/engine.pb-c.h"
 #include "proto/messages.h"
 #include "proto/pack.h"
+#include "kernels/kn.h"
 #include "router/engine/constraint.h"
 
 enum {
@@ -20,6 +21,8 @@ enum {
     GATEWAYS_MESSAGE_BYTES = 64 << 20, /* unpacked message: a prompt of the longest context fits */
     GATEWAYS_CHOICES_MAX = 128,        /* of one request */
 };
+
+static_assert((int)PR_PAGE_TOKENS == (int)KN_PAGE_TOKENS, "gateways choose routers by the first page");
 
 /* A packed frame. */
 typedef struct gateway_frame {
@@ -170,6 +173,8 @@ static void gateways_fill_seq(rt_gateways *g, const gateway_part *part, Baleen__
     seq->offset = kept->n_told;
     seq->n_id = part->n;
     seq->id = part->n > 0 ? kept->ids + kept->n_told : NULL;
+    seq->has_cached = kept->n_cached > 0;
+    seq->cached = kept->n_cached;
     if (kept->logprobs && part->n > 0) {
         gateways_fill_logprobs(g, part, seq);
     }
@@ -414,6 +419,10 @@ static void gateways_open(rt_gateways *g, gateway_link *link, const Baleen__Engi
         status = cm_error_set(&err, CM_E_INVALID, "resume", "%zu bytes to resume by, at most %d",
                               open->resume.len, PR_RESUME_BYTES_MAX);
     }
+    if (status == CM_OK && open->has_salt && open->salt.len != RT_SALT_BYTES) {
+        status = cm_error_set(&err, CM_E_INVALID, "salt", "a salt of %zu bytes, not %d", open->salt.len,
+                              RT_SALT_BYTES);
+    }
     cm_debug("gateway %u stream %llu: %zu prompt tokens, %zu generated before, trace %s: %s",
              net_peer_identity(link->peer)->member, (unsigned long long)open->stream, open->n_prompt,
              open->n_emitted, gateways_trace(open), status == CM_OK ? "taken" : err.text);
@@ -426,6 +435,9 @@ static void gateways_open(rt_gateways *g, gateway_link *link, const Baleen__Engi
     }
     if (machine != NULL) {
         request.constraint = rt_constraint_create(machine, open->constraint->after_thinking);
+    }
+    if (open->has_salt) {
+        memcpy(request.salt, open->salt.data, RT_SALT_BYTES);
     }
     rt_keep_offer offer = {.key = keyed ? &key : NULL,
                            .term = open->term,

@@ -479,6 +479,7 @@ void rt_keep_word(rt_keep *keep, uint64_t now_ms, const rt_word *word)
     rt_kept *kept = cm_map_get(&keep->by_number, word->key.stream);
     CM_ASSERT_MSG(kept != NULL && word->offset == kept->n_id, "a word about number %llu at %llu",
                   (unsigned long long)word->key.stream, (unsigned long long)word->offset);
+    kept->n_cached = word->n_cached;
     if (word->has_token) {
         log_push(keep, kept, word->token, word->logprobs);
     }

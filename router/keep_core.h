@@ -63,6 +63,7 @@ struct rt_kept {
     uint64_t drop_ms;
     uint32_t *ids; /* [n_id] generated ones, those emitted before included */
     uint32_t n_id, cap, n_told;
+    uint32_t n_cached; /* tokens of the prompt that were there already */
     bool logprobs;
     uint32_t n_first;           /* tokens without log-probabilities: emitted elsewhere */
     uint32_t n_top;             /* room for each token's likely ones */

@@ -75,6 +75,10 @@ static void router_show_ledger(rt_router *r)
     cm_stat_set(CM_STAT_seq_running, ledger.n_running);
     cm_stat_set(CM_STAT_seq_waiting, ledger.n_waiting);
     cm_stat_set(CM_STAT_kv_pages_total, ledger.page_max);
+    cm_stat_set(CM_STAT_kv_pages_kept, ledger.n_page_kept);
+    cm_stat_set(CM_STAT_prefix_states, ledger.n_state);
+    router_count(CM_STAT_prefix_queries, ledger.n_query_token);
+    router_count(CM_STAT_prefix_hits, ledger.n_hit_token);
     router_count(CM_STAT_preemptions, ledger.n_preempted);
     router_count(CM_STAT_seq_cancelled, ledger.n_cancelled);
     router_count(CM_STAT_drafts, ledger.n_draft);
@@ -271,6 +275,7 @@ static cm_status router_create_engine(rt_router *r, rt_sched_limits *limits_out,
         .row_max = (uint32_t)config->rows_max,
         .slot_max = (uint32_t)config->sequences_max,
         .kv_bytes = config->kv_bytes,
+        .prefix_bytes = config->prefix_bytes,
         .draft_max = (uint32_t)config->drafts_max,
         .micro_batches = (uint32_t)config->micro_batches,
         .answer_ms = (uint32_t)config->answer_ms,
@@ -292,7 +297,8 @@ static cm_status router_create_script(rt_router *r, rt_sched_limits *limits_out,
     rt_script_options options = {.dir = config->model,
                                  .row_max = (uint32_t)config->rows_max,
                                  .slot_max = (uint32_t)config->sequences_max,
-                                 .kv_bytes = config->kv_bytes};
+                                 .kv_bytes = config->kv_bytes,
+                                 .prefix_bytes = config->prefix_bytes};
     rt_exchange_options exchange = {.limits = {.row_max = 1, .topk = 1, .d = 1},
                                     .answer_ms = (uint32_t)config->answer_ms,
                                     .wait_ms = (uint32_t)config->wait_ms};

@@ -33,7 +33,13 @@ static const cm_cfg_field g_fields[] = {
      "parts of a step, 1 or 2: while the rows of one are with the workers, the other is computed; 0 = what "
      "turns out to be faster",
      CM_CFG_UINT(rt_config, micro_batches, 0, RT_MICRO_MAX)},
-    {"kv_bytes", "1g", "memory for KV pages", CM_CFG_BYTES(rt_config, kv_bytes, 1, UINT64_MAX)},
+    {"kv_bytes", "1g", "memory for KV pages, those of running sequences and those kept to be used again",
+     CM_CFG_BYTES(rt_config, kv_bytes, 1, UINT64_MAX)},
+    {"prefix_bytes", "128m",
+     "memory for what sequences leave at a page's end besides pages (5.8 MB of the largest model, each "
+     "time), so "
+     "that prompts which begin alike are not computed again; 0 = every prompt from its beginning",
+     CM_CFG_BYTES(rt_config, prefix_bytes, 0, UINT64_MAX)},
     {"answer_ms", "10000",
      "a worker that has not answered a frame by then is dropped and asked again elsewhere",
      CM_CFG_MS(rt_config, answer_ms, 100, 600000)},

@@ -219,8 +219,10 @@ cm_status rt_script_create(const rt_script_options *options, rt_script **script_
     cm_status status = md_geometry_load(options->dir, &s->geometry, err);
     if (status == CM_OK) {
         rt_kv_sizes_get(&s->geometry, 0, &sizes);
-        status = rt_kv_page_count(&s->geometry, &sizes, options->kv_bytes, options->slot_max,
-                                  &s->limits.page_max, err);
+        rt_kv_budget budget = {.kv_bytes = options->kv_bytes,
+                               .prefix_bytes = options->prefix_bytes,
+                               .slot_max = options->slot_max};
+        status = rt_kv_count(&s->geometry, &sizes, &budget, &s->limits.page_max, &s->limits.state_max, err);
     }
     if (status == CM_OK) {
         status = open_tokenizer(s, options->dir, err);

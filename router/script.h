@@ -23,7 +23,8 @@ typedef struct rt_script rt_script;
 typedef struct rt_script_options {
     const char *dir; /* with config.json and tokenizer.json; borrowed */
     uint32_t row_max, slot_max;
-    uint64_t kv_bytes; /* pages are counted as for the model of dir; there is no memory behind them */
+    uint64_t kv_bytes, prefix_bytes; /* pages and kept states are counted as for the model of dir; there is no
+                                        memory behind them */
 } rt_script_options;
 
 CM_MUST_CHECK cm_status rt_script_create(const rt_script_options *options, rt_script **script_out,

@@ -17,6 +17,7 @@ struct pc_serve_tls {
     pc_tls_texts files;   /* in force; ca is NULL */
     SSL_CTX *ctx;         /* with those */
     bool served;          /* gRPC has these files already */
+    bool told_expired;    /* an operator was told so of these */
 };
 
 /* ---- whether they are what they should be ---- */
@@ -96,12 +97,22 @@ static cm_status files_take(pc_serve_tls *tls, cm_error *err)
         SSL_CTX_free(tls->ctx);
         tls->ctx = ctx;
         tls->files = files;
-        tls->served = false;
+        tls->served = tls->told_expired = false;
         files = before;
         cm_info("clients' TLS: certificate %s", tls->cert_path);
     }
     pc_tls_texts_free(&files);
     return status;
+}
+
+/* It is served all the same: there is no better one, and not everybody looks. */
+static void files_check_age(pc_serve_tls *tls)
+{
+    const X509 *cert = SSL_CTX_get0_certificate(tls->ctx);
+    if (!tls->told_expired && X509_cmp_current_time(X509_get0_notAfter(cert)) < 0) {
+        tls->told_expired = true;
+        cm_warn("the certificate %s is expired: clients refuse it until it is replaced", tls->cert_path);
+    }
 }
 
 static void files_refresh(pc_serve_tls *tls)
@@ -110,6 +121,7 @@ static void files_refresh(pc_serve_tls *tls)
     if (files_take(tls, &err) != CM_OK) {
         cm_warn("the certificate read before stays in force: %s", err.text);
     }
+    files_check_age(tls);
 }
 
 /* ---- for servers ---- */
@@ -126,6 +138,7 @@ cm_status pc_serve_tls_open(const char *cert_path, const char *key_path, pc_serv
         pc_serve_tls_close(tls);
         return status;
     }
+    files_check_age(tls);
     *tls_out = tls;
     return CM_OK;
 }

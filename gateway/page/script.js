@@ -89,20 +89,19 @@ async function* events(body) {
 class Answer {
   constructor(body) {
     this.body = JSON.stringify({...body, stream: true, stream_options: {include_usage: true, resumable: true}});
+    this.name = Array.from(crypto.getRandomValues(new Uint8Array(16)), byte => byte.toString(16).padStart(2, '0')).join('');
     this.id = '';
     this.last = '';
     this.stopped = false;
     this.abort = new AbortController();
   }
 
-  /** The server frees what it holds, not only this connection; before it has told the id there is nothing to name. */
+  /** The server frees what it holds, not only this connection. Before it has told the answer's id, it knows the request's. */
   stop() {
+    if (this.stopped) return;
     this.stopped = true;
-    if (this.id && !this.ending) {
-      this.ending = true;
-      const end = () => this.abort.abort(); // not before: a stream whose connection is gone waits for us to come back
-      api(`/v1/streams/${encodeURIComponent(this.id)}`, {method: 'DELETE', keepalive: true}).then(end, end);
-    }
+    const end = () => this.abort.abort(); // not before: a stream whose connection is gone waits for us to come back
+    api(`/v1/streams/${encodeURIComponent(this.id || this.name)}`, {method: 'DELETE', keepalive: true}).then(end, end);
   }
 
   connect() {
@@ -110,7 +109,7 @@ class Answer {
     if (this.last) {
       return api(`/v1/streams/${encodeURIComponent(this.id)}`, {headers: {'Last-Event-ID': this.last}, signal});
     }
-    return api('/v1/chat/completions', {method: 'POST', body: this.body, headers: {'Content-Type': 'application/json'}, signal});
+    return api('/v1/chat/completions', {method: 'POST', body: this.body, headers: {'Content-Type': 'application/json', 'X-Request-Id': this.name}, signal});
   }
 
   /** true: the answer is complete; false: the connection broke. */
@@ -125,7 +124,6 @@ class Answer {
       this.id = chunk.id;
       this.last = event.id || this.last;
       this.tries = 0;
-      if (this.stopped) this.stop();
       onChunk(chunk);
     }
     return this.stopped;

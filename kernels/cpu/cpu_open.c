@@ -209,4 +209,5 @@ const kn_backend kn_backend_cpu = {
     .prepare = cpu_prepare,
     .copy_to_device = kn_host_copy_to_device,
     .copy_to_host = kn_host_copy_to_host,
+    .copy = kn_host_copy,
 };

@@ -1,16 +1,30 @@
 #include "kernels/cpu/fp4_chunks.h"
 
+enum { FP4_AHEAD = 8 }; /* chunks */
+
 /* ---- from the stored form ---- */
 
 static __m512i scales_at(const vnni_rows *rows, uint32_t b0, uint32_t n_block)
 {
     uint8_t bytes[VNNI_OUTS][FP4_CHUNK_BLOCKS];
+    uint32_t n = n_block - b0 < FP4_CHUNK_BLOCKS ? n_block - b0 : FP4_CHUNK_BLOCKS;
     for (uint32_t i = 0; i < VNNI_OUTS; i++) {
-        for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
-            bytes[i][b] = rows->row[i][b0 + b < n_block ? b0 + b : n_block - 1];
+        if (n == FP4_CHUNK_BLOCKS) {
+            memcpy(bytes[i], rows->row[i] + b0, FP4_CHUNK_BLOCKS);
+        } else {
+            memset(bytes[i], rows->row[i][n_block - 1], FP4_CHUNK_BLOCKS);
+            memcpy(bytes[i], rows->row[i] + b0, n);
         }
     }
     return _mm512_loadu_si512(bytes);
+}
+
+/* So many rows at once are more than the machine notices that it should read ahead. */
+static void prefetch_rows(const vnni_rows *rows, uint32_t at)
+{
+    for (uint32_t i = 0; i < VNNI_OUTS; i++) {
+        _mm_prefetch((const char *)rows->row[i] + at, _MM_HINT_T0);
+    }
 }
 
 void KN_FN(kn_fp4_read_chunk)(const kn_matrix *w, uint32_t o, uint32_t c, fp4_chunk *chunk_out)
@@ -20,6 +34,7 @@ void KN_FN(kn_fp4_read_chunk)(const kn_matrix *w, uint32_t o, uint32_t c, fp4_ch
         vnni_rows codes = vnni_rows_at(kn_host(w->data), row_bytes, o, w->n_out);
         vnni_rows scales = vnni_rows_at(kn_host(w->scale), n_block, o, w->n_out);
         __m512i columns[FP4_CHUNK_BYTES / 4];
+        prefetch_rows(&codes, (c + FP4_AHEAD) * FP4_CHUNK_BYTES);
         KN_FN(kn_vnni_columns)(&codes, c * FP4_CHUNK_BYTES, row_bytes, columns);
         for (uint32_t i = 0; i < FP4_CHUNK_BYTES / 4; i++) {
             chunk_out->columns[i][k] = columns[i];

@@ -67,4 +67,5 @@ const kn_backend kn_backend_ref = {
     .prepared_bytes = kn_host_prepared_bytes,
     .copy_to_device = kn_host_copy_to_device,
     .copy_to_host = kn_host_copy_to_host,
+    .copy = kn_host_copy,
 };

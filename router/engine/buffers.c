@@ -32,7 +32,7 @@ static uint32_t buffer_table(rt_engine *engine, buffer_row rows[BUFFER_ROWS])
     ROWS(b->ids, 4);
     ROWS(b->pos, 4);
     WHOLE(b->segs, sizeof(kn_seg) * (n_slot + 1));
-    WHOLE(b->pages, 4ull * engine->n_page);
+    WHOLE(b->pages, 4ull * engine->page_list_max);
     ROWS(b->x, 2 * g->hc * g->d);
     ROWS(b->in, 2 * g->d);
     ROWS(b->out, 2 * g->d);
@@ -70,6 +70,7 @@ static uint32_t buffer_table(rt_engine *engine, buffer_row rows[BUFFER_ROWS])
     WHOLE(b->last, 2ull * rt_out_max(engine) * g->d);
     WHOLE(b->logits, 4ull * rt_out_max(engine) * g->vocab);
     WHOLE(engine->slot_pool, n_slot * engine->kv.slot_bytes);
+    WHOLE(engine->kept_pool, engine->n_state * engine->kv.kept_bytes);
     WHOLE(engine->page_pool, engine->n_page * engine->kv.page_bytes);
 #undef ROWS
 #undef WHOLE
@@ -90,7 +91,7 @@ cm_status rt_buffers_create(rt_engine *engine, cm_error *err)
             rt_buffers_destroy(engine);
             return cm_error_set(err, status, "rows_max",
                                 "no device memory for %llu bytes of buffers: lower rows_max (%u), "
-                                "sequences_max (%u) or kv_bytes",
+                                "sequences_max (%u), kv_bytes or prefix_bytes",
                                 (unsigned long long)total, engine->options.row_max, engine->options.slot_max);
         }
     }

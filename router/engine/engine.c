@@ -52,7 +52,13 @@ static cm_status engine_size_kv(rt_engine *e, cm_error *err)
     rt_kv_sizes sizes;
     rt_kv_layout_build(e->geometry, e->draft_max, &e->kv);
     rt_kv_sizes_get(e->geometry, e->draft_max, &sizes);
-    CM_TRY(rt_kv_page_count(e->geometry, &sizes, e->options.kv_bytes, e->options.slot_max, &e->n_page, err));
+    rt_kv_budget budget = {.kv_bytes = e->options.kv_bytes,
+                           .prefix_bytes = e->options.prefix_bytes,
+                           .slot_max = e->options.slot_max};
+    CM_TRY(rt_kv_count(e->geometry, &sizes, &budget, &e->n_page, &e->n_state, err));
+    /* sequences that share a page each list it */
+    uint32_t n_seg = e->options.slot_max < e->options.row_max ? e->options.slot_max : e->options.row_max;
+    e->page_list_max = e->n_state == 0 ? e->n_page : rt_kv_seq_pages(e->geometry->context) * n_seg;
     return CM_OK;
 }
 
@@ -102,6 +108,7 @@ static void engine_log_sizes(const rt_engine *e)
             kn_device_name(e->device), kn_device_isa(e->device),
             (unsigned long long)(e->weights.n_bytes >> 20), e->n_page, (unsigned long long)kv.page_bytes,
             e->options.slot_max, (unsigned long long)kv.slot_bytes);
+    cm_info("%u states of %llu bytes to go on from", e->n_state, (unsigned long long)kv.kept_bytes);
     cm_info("a token of context takes %.2f bytes, a sequence of %u tokens %u pages and %.2f MB with its slot",
             (double)kv.row_bytes / KN_PAGE_TOKENS, e->geometry->context,
             rt_kv_seq_pages(e->geometry->context),
@@ -146,7 +153,7 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     e->moe = kn_moe(e->device);
     e->scratch = rt_sample_scratch_create(g->vocab);
     e->masks = rt_masks_create(rt_out_max(e), g->vocab);
-    rt_batch_init(&e->host, options->slot_max, options->row_max, e->n_page);
+    rt_batch_init(&e->host, options->slot_max, options->row_max, e->page_list_max);
     e->host_experts = cm_alloc(sizeof(int32_t) * options->row_max * g->topk);
     e->host_route = cm_alloc(sizeof(float) * options->row_max * g->topk);
     e->host_logits = cm_alloc(sizeof(float) * (size_t)rt_out_max(e) * g->vocab);
@@ -193,6 +200,7 @@ void rt_engine_sched_limits(const rt_engine *e, rt_sched_limits *limits_out)
         .row_max = e->options.row_max,
         .page_max = e->n_page,
         .page_tokens = KN_PAGE_TOKENS,
+        .state_max = e->n_state,
         .context = e->geometry->context,
         .vocab = e->geometry->vocab,
         .draft_max = e->draft_max,
@@ -261,6 +269,7 @@ void rt_place_rows(rt_engine *e, uint32_t n_micro)
     rt_batch *host = &e->host;
     uint32_t n_row = host->n_row;
     e->n_pass++;
+    e->n_save = 0;
     rt_batch_cut(host, n_micro, e->cut, e->cut_ctx);
     for (uint32_t i = 0; i < n_micro; i++) {
         engine_place_micro(e, &host->parts[i], &e->micros[i]);
@@ -281,6 +290,7 @@ void rt_step_begin(rt_engine *e, const rt_step *step)
     e->step = step;
     rt_batch_fill(&e->host, step, e->slot_pool, e->kv.slot_bytes);
     rt_place_rows(e, rt_micro_core_count(&e->micro_core, step->n_row));
+    rt_states_load(e, step);
 }
 
 static cm_status engine_block_begin(rt_engine *e, const rt_micro *m, uint32_t layer)

@@ -41,6 +41,7 @@ typedef struct rt_engine_options {
     uint32_t row_max;            /* rows of a step */
     uint32_t slot_max;           /* sequences at once */
     uint64_t kv_bytes;           /* memory for KV pages */
+    uint64_t prefix_bytes;       /* memory for states to go on from; 0: none is kept */
     uint32_t draft_max;          /* tokens guessed ahead; 0: none; RT_DRAFT_MAX at most */
     uint32_t answer_ms, wait_ms; /* see rt_exchange_options */
     uint32_t micro_batches;      /* 1, 2: of every step; 0: what pays */

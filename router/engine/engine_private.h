@@ -49,8 +49,9 @@ struct rt_engine {
     const kn_moe_ops *moe;
     rt_weights weights;
     rt_kv_layout kv;
-    kn_ptr page_pool, slot_pool;
-    uint32_t n_page;
+    kn_ptr page_pool, slot_pool, kept_pool;
+    uint32_t n_page, n_state;
+    uint32_t page_list_max; /* pages of all sequences of a step: those that several share count for each */
     rt_buffers buf;
     rt_exchange *exchange;
     rt_sample_scratch *scratch;
@@ -66,6 +67,7 @@ struct rt_engine {
 
     /* the step under way */
     const rt_step *step;
+    uint32_t n_save; /* of its saves, while the batch is the step's rows; then 0 */
     rt_micro micros[RT_MICRO_MAX];
     rt_batch host;         /* of the pass under way */
     int32_t *host_experts; /* [row_max][topk] */
@@ -78,6 +80,11 @@ CM_MUST_CHECK cm_status rt_buffers_create(rt_engine *engine, cm_error *err);
 void rt_buffers_destroy(rt_engine *engine);
 /* The step's buffers from row0 on. */
 void rt_buffers_from(rt_engine *engine, uint32_t row0, rt_buffers *buffers_out);
+
+/* What a sequence goes on from besides its pages (states.c). Load: the step's, before its first layer. Save:
+ * one layer's part of those that end in a micro-batch, after compress and before the commits. */
+void rt_states_load(rt_engine *engine, const rt_step *step);
+void rt_states_save(rt_engine *engine, const rt_micro *micro, uint32_t layer);
 
 /* Rows of a step that give a token, at most. */
 uint32_t rt_out_max(const rt_engine *engine);

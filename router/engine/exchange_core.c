@@ -541,14 +541,17 @@ static cm_status flight_plan(rt_xcore *x, xcore_flight *f)
     if (x->epoch == NULL || x->epoch->placement == NULL) {
         return CM_E_NO_OWNER;
     }
+    bool all_up = true, all_wanted = f->n_wanted == f->layer.n_row * x->options.limits.topk;
     memset(x->avoid, 0, PR_RANK_MAX / 8);
     for (uint32_t r = 0; r < x->n_link; r++) {
         if (!x->links[r].up) {
             x->avoid[r / 64] |= 1ull << (r % 64);
+            all_up = false;
         }
     }
     return rt_plan_build(f->plan, &x->options.limits, x->epoch->placement, f->layer.layer, f->layer.experts,
-                         f->layer.weights, f->layer.n_row, f->wanted, x->avoid, &f->expert);
+                         f->layer.weights, f->layer.n_row, all_wanted ? NULL : f->wanted,
+                         all_up ? NULL : x->avoid, &f->expert);
 }
 
 static rt_xact xcore_wait(uint64_t until_ms)

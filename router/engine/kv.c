@@ -36,6 +36,10 @@ void rt_kv_sizes_get(const md_geometry *g, uint32_t draft_max, rt_kv_sizes *size
                              kn_compress_state_bytes(4, g->index_dim, draft_max)) +
                        n128 * kn_compress_state_bytes(128, g->head_dim, draft_max),
     };
+    uint64_t kept = (uint64_t)kv_layers(g, draft_max) * g->window * row +
+                    n4 * kn_compress_overlap_bytes(4, g->head_dim) +
+                    n4 * kn_compress_overlap_bytes(4, g->index_dim);
+    sizes.kept_bytes = kv_round_up(kept);
     sizes.page_bytes = kv_round_up(sizes.row_bytes);
     sizes.slot_bytes = kv_round_up(sizes.window_bytes + sizes.state_bytes);
     *sizes_out = sizes;
@@ -51,17 +55,31 @@ uint64_t rt_kv_seq_bytes(const rt_kv_sizes *sizes, uint64_t n_token)
     return rt_kv_seq_pages(n_token) * sizes->page_bytes + sizes->slot_bytes;
 }
 
-cm_status rt_kv_page_count(const md_geometry *geometry, const rt_kv_sizes *sizes, uint64_t kv_bytes,
-                           uint32_t slot_max, uint32_t *n_page_out, cm_error *err)
+static uint64_t u64_min(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+cm_status rt_kv_count(const md_geometry *geometry, const rt_kv_sizes *sizes, const rt_kv_budget *budget,
+                      uint32_t *n_page_out, uint32_t *n_state_out, cm_error *err)
 {
     /* a model of windows only needs pages in name */
     uint64_t page_bytes = sizes->page_bytes != 0 ? sizes->page_bytes : 1;
-    uint64_t n_page = kv_bytes / page_bytes, useful = (uint64_t)rt_kv_seq_pages(geometry->context) * slot_max;
+    uint64_t n_page = budget->kv_bytes / page_bytes, n_state = budget->prefix_bytes / sizes->kept_bytes;
     if (n_page == 0) {
         return cm_error_set(err, CM_E_CONFIG, "kv_bytes", "kv_bytes %llu is less than one page of %llu bytes",
-                            (unsigned long long)kv_bytes, (unsigned long long)page_bytes);
+                            (unsigned long long)budget->kv_bytes, (unsigned long long)page_bytes);
     }
-    *n_page_out = (uint32_t)(n_page < useful ? n_page : useful);
+    if (n_state == 0 && budget->prefix_bytes > 0) {
+        return cm_error_set(err, CM_E_CONFIG, "prefix_bytes",
+                            "prefix_bytes %llu is less than the %llu bytes that one sequence leaves to go on "
+                            "from: give more, or 0 to compute every prompt from its beginning",
+                            (unsigned long long)budget->prefix_bytes, (unsigned long long)sizes->kept_bytes);
+    }
+    n_state = u64_min(n_state, n_page);
+    n_page = u64_min(n_page, rt_kv_seq_pages(geometry->context) * (budget->slot_max + n_state));
+    *n_page_out = (uint32_t)u64_min(n_page, UINT32_MAX - 1);
+    *n_state_out = (uint32_t)u64_min(n_state, n_page);
     return CM_OK;
 }
 
@@ -69,7 +87,7 @@ cm_status rt_kv_page_count(const md_geometry *geometry, const rt_kv_sizes *sizes
 
 void rt_kv_layout_build(const md_geometry *geometry, uint32_t draft_max, rt_kv_layout *layout_out)
 {
-    uint64_t page = 0, slot = 0;
+    uint64_t page = 0, slot = 0, kept = 0;
     rt_kv_sizes sizes;
     rt_kv_sizes_get(geometry, draft_max, &sizes);
     layout_out->n_layer = kv_layers(geometry, draft_max);
@@ -82,6 +100,8 @@ void rt_kv_layout_build(const md_geometry *geometry, uint32_t draft_max, rt_kv_l
                                 .row_bytes = kn_kv_row_bytes(geometry->head_dim, geometry->rope_dim)};
         layer->slot_raw = slot;
         slot += (uint64_t)layer->ring * layer->row_bytes;
+        layout_out->kept[l].raw = kept;
+        kept += (uint64_t)geometry->window * layer->row_bytes;
         if (ratio == 0) {
             continue;
         }
@@ -95,12 +115,18 @@ void rt_kv_layout_build(const md_geometry *geometry, uint32_t draft_max, rt_kv_l
             page += (uint64_t)(KN_PAGE_TOKENS / ratio) * layer->index_bytes;
             layer->slot_index = slot;
             slot += kn_compress_state_bytes(ratio, geometry->index_dim, draft_max);
+            layout_out->kept[l].main = kept;
+            kept += kn_compress_overlap_bytes(ratio, geometry->head_dim);
+            layout_out->kept[l].index = kept;
+            kept += kn_compress_overlap_bytes(ratio, geometry->index_dim);
         }
     }
     CM_ASSERT_MSG(page == sizes.row_bytes && slot == sizes.window_bytes + sizes.state_bytes,
                   "layers take %llu and %llu bytes, the formula says %llu and %llu", (unsigned long long)page,
                   (unsigned long long)slot, (unsigned long long)sizes.row_bytes,
                   (unsigned long long)(sizes.window_bytes + sizes.state_bytes));
+    CM_ASSERT(kv_round_up(kept) == sizes.kept_bytes);
+    layout_out->kept_bytes = sizes.kept_bytes;
     layout_out->page_bytes = sizes.page_bytes;
     layout_out->slot_bytes = sizes.slot_bytes;
 }

@@ -82,6 +82,7 @@ void rt_layer_attention(rt_engine *e, const rt_micro *m, uint32_t layer)
     e->dense->quant_act(e->stream, b->t, n, g->o_groups * g->o_rank, b->q8);
     e->dense->linear_q8(e->stream, b->q8, &w->wo_b, n, b->out);
 
+    rt_states_save(e, m, layer);
     e->attn->raw_commit(e->stream, &m->batch, &w->attn, b->rows);
     if (ratio == 4) {
         e->attn->compress_commit(e->stream, &m->batch, &w->index.kn, b->ikv, b->iscore);
@@ -92,7 +93,6 @@ void rt_layer_attention(rt_engine *e, const rt_micro *m, uint32_t layer)
 }
 
 /* ---- mixture of experts ---- */
-
 
 void rt_layer_shared(rt_engine *e, const rt_micro *m, const rt_layer *w)
 {

@@ -6,31 +6,76 @@
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
 
+enum { SAMPLE_SORTED = 64 }; /* likeliest tokens that are sorted at first */
+
 typedef struct sample_candidate {
     double p; /* not normalized, or a logit: larger is more likely */
     uint32_t id;
 } sample_candidate;
 
+/* weights_out[i] = kn_exp((logits[i] - max) / temperature). */
+typedef void (*sample_weigh_fn)(const double *logits, uint32_t n, double max, double temperature,
+                                double *weights_out);
+
 struct rt_sample_scratch {
     uint32_t vocab;
-    double *logits;  /* [vocab] as changed by bias and penalties */
-    uint32_t *marks; /* [vocab] 0: not in the log; else 1 + times in the output. All 0 between calls */
-    sample_candidate *candidates; /* [vocab] */
+    sample_weigh_fn weigh; /* the widest this CPU has */
+    double *logits;        /* [vocab] as changed by bias and penalties */
+    double *weights;       /* [vocab] not normalized probabilities */
+    uint32_t *marks;       /* [vocab] 0: not in the log; else 1 + times in the output. All 0 between calls */
+    sample_candidate *candidates; /* [vocab + 1] */
 };
+
+static inline void sample_weigh_all(const double *logits, uint32_t n, double max, double temperature,
+                                    double *weights_out)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        weights_out[i] = kn_exp((logits[i] - max) / temperature);
+    }
+}
+
+static void sample_weigh(const double *logits, uint32_t n, double max, double temperature,
+                         double *weights_out)
+{
+    sample_weigh_all(logits, n, max, temperature, weights_out);
+}
+
+#if defined(__x86_64__)
+/* The same arithmetic, eight at a time: kn_exp has the same bits in any width. */
+__attribute__((target("avx512f,avx512dq"))) static void sample_weigh_512(const double *logits, uint32_t n,
+                                                                         double max, double temperature,
+                                                                         double *weights_out)
+{
+    sample_weigh_all(logits, n, max, temperature, weights_out);
+}
+
+static sample_weigh_fn sample_weigh_choose(void)
+{
+    return __builtin_cpu_supports("avx512dq") ? sample_weigh_512 : sample_weigh;
+}
+#else
+static sample_weigh_fn sample_weigh_choose(void)
+{
+    return sample_weigh;
+}
+#endif
 
 rt_sample_scratch *rt_sample_scratch_create(uint32_t vocab)
 {
     rt_sample_scratch *scratch = cm_alloc(sizeof(*scratch));
     scratch->vocab = vocab;
+    scratch->weigh = sample_weigh_choose();
     scratch->logits = cm_alloc(sizeof(double) * vocab);
+    scratch->weights = cm_alloc(sizeof(double) * vocab);
     scratch->marks = cm_alloc(sizeof(uint32_t) * vocab);
-    scratch->candidates = cm_alloc(sizeof(sample_candidate) * vocab);
+    scratch->candidates = cm_alloc(sizeof(sample_candidate) * (vocab + 1));
     return scratch;
 }
 
 void rt_sample_scratch_destroy(rt_sample_scratch *scratch)
 {
     cm_free(scratch->logits);
+    cm_free(scratch->weights);
     cm_free(scratch->marks);
     cm_free(scratch->candidates);
     cm_free(scratch);
@@ -96,35 +141,106 @@ static bool sample_may_go_on(const rt_sample_scratch *scratch, const uint32_t *m
     return n_allowed > 0;
 }
 
+/* Loops over the vocabulary are written for vector code: without a mask nothing is looked up or skipped. */
+static void sample_copy(rt_sample_scratch *scratch, const float *logits, const uint32_t *mask)
+{
+    double *to = scratch->logits;
+    for (uint32_t id = 0; id < scratch->vocab; id++) {
+        to[id] = isfinite(logits[id]) ? (double)logits[id] : -INFINITY;
+    }
+    for (uint32_t id = 0; id < scratch->vocab && mask != NULL; id++) {
+        to[id] = sample_allows(mask, id) ? to[id] : -INFINITY;
+    }
+}
+
+static bool sample_penalizes(const rt_sampler *sampler)
+{
+    bool repeats = sampler->repetition_penalty > 0 && sample_is_set(sampler->repetition_penalty, 1);
+    return repeats || sample_is_set(sampler->frequency_penalty, 0) ||
+           sample_is_set(sampler->presence_penalty, 0);
+}
+
 static void sample_change_logits(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg,
                                  const uint32_t *mask, uint32_t i_row, uint32_t position)
 {
     const rt_sampler *sampler = seg->sampler;
     bool stops_wait = i_row < seg->stop_wait && sample_may_go_on(scratch, mask, sampler);
-    for (uint32_t id = 0; id < scratch->vocab; id++) {
-        bool possible = isfinite(logits[id]) && sample_allows(mask, id);
-        scratch->logits[id] = possible ? (double)logits[id] : -INFINITY;
-    }
+    sample_copy(scratch, logits, mask);
     for (uint32_t i = 0; i < sampler->n_stop && stops_wait; i++) {
         scratch->logits[sampler->stop[i]] = -INFINITY;
     }
     for (uint32_t i = 0; i < sampler->n_bias; i++) {
         scratch->logits[sampler->bias[i].id] += (double)sampler->bias[i].bias;
     }
-    bool repeats = sampler->repetition_penalty > 0 && sample_is_set(sampler->repetition_penalty, 1);
-    if (repeats || sample_is_set(sampler->frequency_penalty, 0) ||
-        sample_is_set(sampler->presence_penalty, 0)) {
+    if (sample_penalizes(sampler)) {
         sample_penalize(scratch, seg, position);
     }
 }
 
+static double sample_max(const double *x, uint32_t n)
+{
+    enum { LANES = 16 };
+    double lane[LANES], max = -INFINITY;
+    uint32_t i = 0;
+    for (uint32_t l = 0; l < LANES; l++) {
+        lane[l] = -INFINITY;
+    }
+    for (; i + LANES <= n; i += LANES) {
+        for (uint32_t l = 0; l < LANES; l++) {
+            lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+        }
+    }
+    for (; i < n; i++) {
+        max = x[i] > max ? x[i] : max;
+    }
+    for (uint32_t l = 0; l < LANES; l++) {
+        max = lane[l] > max ? lane[l] : max;
+    }
+    return max;
+}
+
 static uint32_t sample_greedy(const rt_sample_scratch *scratch)
 {
+    double max = sample_max(scratch->logits, scratch->vocab);
     uint32_t best = 0;
-    for (uint32_t id = 1; id < scratch->vocab; id++) {
-        if (scratch->logits[id] > scratch->logits[best]) {
-            best = id;
+    while (scratch->logits[best] < max) {
+        best++;
+    }
+    return best;
+}
+
+/* The largest of the logits is the token, just as they came. */
+static bool sample_is_plain(const rt_step_seg *seg, const uint32_t *mask, uint32_t i_row)
+{
+    const rt_sampler *sampler = seg->sampler;
+    bool stops_wait = i_row < seg->stop_wait && sampler->n_stop > 0;
+    return !(sampler->temperature > 0) && mask == NULL && !stops_wait && sampler->n_bias == 0 &&
+           !sample_penalizes(sampler);
+}
+
+/* Likewise, without a copy of them. */
+static uint32_t sample_greedy_plain(const float *logits, uint32_t n)
+{
+    enum { LANES = 32 };
+    float lane[LANES], max = -INFINITY;
+    uint32_t i = 0, best = 0;
+    for (uint32_t l = 0; l < LANES; l++) {
+        lane[l] = -INFINITY;
+    }
+    for (; i + LANES <= n; i += LANES) {
+        for (uint32_t l = 0; l < LANES; l++) {
+            float x = logits[i + l] < INFINITY ? logits[i + l] : -INFINITY; /* no NaN is below */
+            lane[l] = x > lane[l] ? x : lane[l];
         }
+    }
+    for (; i < n; i++) {
+        max = logits[i] > max && logits[i] < INFINITY ? logits[i] : max;
+    }
+    for (uint32_t l = 0; l < LANES; l++) {
+        max = lane[l] > max ? lane[l] : max;
+    }
+    while (max > -INFINITY && !(logits[best] >= max && logits[best] <= max)) {
+        best++;
     }
     return best;
 }
@@ -202,16 +318,22 @@ static double sample_sum(const sample_candidate *candidates, uint32_t n)
 }
 
 /* A token below (1 - top_p) * total / n cannot be in the nucleus (all such tokens together weigh less than
- * what it leaves out), so only the others are sorted. */
+ * what it leaves out), so only the others are looked at, and of these only as many
+ * sorted as it turns out to have. */
 static uint32_t sample_nucleus(sample_candidate *candidates, uint32_t n, double top_p, double total)
 {
-    double sum = 0;
-    uint32_t size = 0, kept = sample_keep_from(candidates, n, (1 - top_p) * total / n);
-    sample_front(candidates, kept, kept);
-    while (size < kept && sum < top_p * total) {
-        sum += candidates[size++].p;
+    uint32_t kept = sample_keep_from(candidates, n, (1 - top_p) * total / n), size, sorted = SAMPLE_SORTED;
+    for (;; sorted *= 8) {
+        double sum = 0;
+        sorted = sorted < kept ? sorted : kept;
+        sample_front(candidates, kept, sorted);
+        for (size = 0; size < sorted && sum < top_p * total; size++) {
+            sum += candidates[size].p;
+        }
+        if (sorted == kept || sum >= top_p * total) {
+            return size;
+        }
     }
-    return size;
 }
 
 static uint32_t sample_draw(rt_sample_scratch *scratch, const rt_sampler *sampler, uint32_t position,
@@ -219,11 +341,10 @@ static uint32_t sample_draw(rt_sample_scratch *scratch, const rt_sampler *sample
 {
     sample_candidate *candidates = scratch->candidates;
     uint32_t n = 0;
+    scratch->weigh(scratch->logits, scratch->vocab, max, (double)sampler->temperature, scratch->weights);
     for (uint32_t id = 0; id < scratch->vocab; id++) {
-        if (scratch->logits[id] > -INFINITY) {
-            double p = kn_exp((scratch->logits[id] - max) / (double)sampler->temperature);
-            candidates[n++] = (sample_candidate){p, id};
-        }
+        candidates[n] = (sample_candidate){scratch->weights[id], id};
+        n += scratch->logits[id] > -INFINITY;
     }
     if (sampler->min_p > 0) {
         n = sample_keep_from(candidates, n, (double)sampler->min_p); /* the largest is kn_exp(0) = 1 */
@@ -282,18 +403,25 @@ static uint32_t sample_first(const rt_sample_scratch *scratch, const uint32_t *m
     return 0;
 }
 
+static uint32_t sample_changed(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg,
+                               const uint32_t *mask, uint32_t i_row, uint32_t position)
+{
+    sample_change_logits(scratch, logits, seg, mask, i_row, position);
+    uint32_t token = sample_greedy(scratch);
+    if (!(scratch->logits[token] > -INFINITY)) {
+        return sample_first(scratch, mask);
+    }
+    return seg->sampler->temperature > 0
+               ? sample_draw(scratch, seg->sampler, position, scratch->logits[token])
+               : token;
+}
+
 uint32_t rt_sample(rt_sample_scratch *scratch, const float *logits, const rt_step_seg *seg, uint32_t i)
 {
     uint32_t position = seg->pos0 + seg->n_row - seg->n_draft + i, n_word = (scratch->vocab + 31) / 32;
     const uint32_t *mask = seg->masks != NULL ? seg->masks + (size_t)i * n_word : NULL;
-    sample_change_logits(scratch, logits, seg, mask, i, position);
-    uint32_t token = sample_greedy(scratch);
-    bool any = scratch->logits[token] > -INFINITY;
-    if (any && seg->sampler->temperature > 0) {
-        token = sample_draw(scratch, seg->sampler, position, scratch->logits[token]);
-    } else if (!any) {
-        token = sample_first(scratch, mask);
-    }
+    uint32_t token = sample_is_plain(seg, mask, i) ? sample_greedy_plain(logits, scratch->vocab)
+                                                   : sample_changed(scratch, logits, seg, mask, i, position);
     if (seg->logprobs != NULL) {
         sample_logprobs(scratch, logits, mask, token, seg->sampler->n_top, &seg->logprobs[i]);
     }

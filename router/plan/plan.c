@@ -185,31 +185,43 @@ static rt_part *plan_part_add(rt_plan *plan, uint32_t rank, uint32_t slot0)
     return part;
 }
 
+/* One rank's slots, slot0 .. end - 1, as one frame. Whether a slot begins a row is a coin's throw to a branch
+ * predictor: there is none. */
+static void plan_put_whole(rt_plan *plan, uint32_t rank, uint32_t slot0, uint32_t end)
+{
+    rt_part *part = plan_part_add(plan, rank, slot0);
+    pr_slot *slots = plan->slots;
+    uint32_t *rows = plan->rows + plan->n_row, n_row = 1, row = slots[slot0].row;
+    for (uint32_t i = slot0; i < end; i++) {
+        n_row += slots[i].row != row;
+        row = slots[i].row;
+        rows[n_row - 1] = row;
+        slots[i].row = n_row - 1;
+    }
+    plan->n_row += n_row;
+    part->n_row = n_row;
+    part->n_slot = end - slot0;
+}
+
 /* Cuts one rank's slots, slot0 .. end - 1, into frames. A row's slots stay together. */
 static void plan_cut(rt_plan *plan, const rt_plan_limits *limits, uint32_t rank, uint32_t slot0, uint32_t end)
 {
     pr_slot *slots = plan->slots;
-    uint32_t *rows = plan->rows, n_all = end - slot0;
-    bool whole = plan_fits(limits, n_all, n_all); /* surely: a row has at least one slot */
+    rt_part *part = NULL;
     for (uint32_t i = slot0; i < end;) {
-        rt_part *part = plan_part_add(plan, rank, i);
-        uint32_t row0 = plan->n_row, n_row = row0, from = i;
-        while (i < end) {
-            uint32_t row = slots[i].row, next = i + 1;
-            while (next < end && slots[next].row == row) {
-                next++;
-            }
-            if (!whole && n_row > row0 && !plan_fits(limits, next - from, n_row - row0 + 1)) {
-                break;
-            }
-            for (; i < next; i++) {
-                slots[i].row = n_row - row0;
-            }
-            rows[n_row++] = row;
+        uint32_t row = slots[i].row, n = 1;
+        while (i + n < end && slots[i + n].row == row) {
+            n++;
         }
-        plan->n_row = n_row;
-        part->n_row = n_row - row0;
-        part->n_slot = i - from;
+        if (part == NULL || !plan_fits(limits, part->n_slot + n, part->n_row + 1)) {
+            part = plan_part_add(plan, rank, i);
+        }
+        part->n_slot += n;
+        for (; n > 0; n--, i++) {
+            slots[i].row = part->n_row;
+        }
+        plan->rows[plan->n_row++] = row;
+        part->n_row++;
     }
 }
 
@@ -234,8 +246,13 @@ cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_pl
     CM_TRY(plan_choose(memory, &task, expert_out));
     plan_scatter(memory, &task);
     for (uint32_t rank = 0, slot0 = 0; rank < placement->n_rank; rank++) {
-        plan_cut(plan, limits, rank, slot0, memory->at[rank]);
-        slot0 = memory->at[rank];
+        uint32_t end = memory->at[rank], n = end - slot0;
+        if (n > 0 && plan_fits(limits, n, n)) { /* surely: a row has at least one slot */
+            plan_put_whole(plan, rank, slot0, end);
+        } else {
+            plan_cut(plan, limits, rank, slot0, end);
+        }
+        slot0 = end;
     }
     return CM_OK;
 }

@@ -1,7 +1,5 @@
 #include "router/sched/sched_core.h"
 
-#include <float.h>
-#include <math.h>
 #include <string.h>
 #include <sys/queue.h>
 
@@ -9,6 +7,8 @@
 #include "common/base/map.h"
 #include "common/base/mem.h"
 #include "router/sched/pages.h"
+#include "router/sched/request.h"
+#include "router/sched/saves.h"
 
 typedef struct rt_seq rt_seq;
 struct rt_seq {
@@ -24,8 +24,13 @@ struct rt_seq {
     uint32_t n_prompt, n_log;
     uint32_t n_draft; /* guesses in log from n_log on; never reach the place of the last token */
     uint32_t n_done;  /* positions whose rows were computed into this slot and these pages */
-    uint32_t *pages;  /* [page_cap] */
-    uint32_t n_page, page_cap;
+    uint8_t salt[RT_SALT_BYTES];
+    uint32_t *pages; /* [page_cap] the first n_tree are complete and in the tree, the others private */
+    uint32_t n_page, n_tree, page_cap;
+    uint32_t begin;    /* state that its first rows go on from; RT_PREFIX_NONE: none, or done */
+    uint32_t n_cached; /* tokens of the prompt that were not computed when it first began */
+    bool began;
+    rt_saves saves;  /* what it leaves for others to go on from */
     uint32_t slot;   /* while running */
     uint32_t n_step; /* rows in the step being made or in flight, guesses not counted */
     uint32_t n_try;  /* guesses among its rows in that step */
@@ -41,19 +46,21 @@ struct rt_sched {
     bool draining;
     cm_pool seqs;
     cm_map keys; /* hash of a key -> first of the sequences with that hash */
-    rt_pages pages, slots;
+    rt_prefix *prefix;
+    rt_pages slots;
     rt_seq_list running, waiting;
     uint32_t n_running, n_waiting;
-    uint64_t n_opened, n_preempted, n_cancelled;
+    uint64_t n_opened, n_preempted, n_cancelled, n_query_token, n_hit_token;
     uint64_t deadline_next; /* no sequence has an earlier one; may be too early after one is gone */
 
     uint64_t step_number;
     bool in_flight;
     uint32_t n_seg, n_row;
-    uint32_t draft_want;   /* guesses asked for in the step in flight */
-    rt_step_seg *segs;     /* [slot_max] */
-    rt_seq **seg_seqs;     /* [slot_max] whose seg it is */
-    rt_logprobs *logprobs; /* [slot_max][draft_max + 1] of segs */
+    uint32_t draft_want;          /* guesses asked for in the step in flight */
+    rt_step_seg *segs;            /* [slot_max] */
+    rt_seq **seg_seqs;            /* [slot_max] whose seg it is */
+    rt_step_state *loads, *saves; /* [slot_max], [slot_max][RT_SAVE_MAX] */
+    rt_logprobs *logprobs;        /* [slot_max][draft_max + 1] of segs */
 
     rt_word *words; /* [word_max] not told yet */
     uint32_t n_word, word_max, step_word_max;
@@ -74,13 +81,16 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     sched->limits = *limits;
     cm_pool_init(&sched->seqs, "sequences", sizeof(rt_seq), n_seq_max);
     cm_map_init(&sched->keys, n_seq_max);
-    rt_pages_init(&sched->pages, "kv pages", limits->page_max);
+    sched->prefix = rt_prefix_create(&(rt_prefix_limits){
+        .page_max = limits->page_max, .page_tokens = limits->page_tokens, .state_max = limits->state_max});
     rt_pages_init(&sched->slots, "state slots", limits->slot_max);
     TAILQ_INIT(&sched->running);
     TAILQ_INIT(&sched->waiting);
     sched->deadline_next = UINT64_MAX;
     sched->segs = cm_alloc(sizeof(rt_step_seg) * limits->slot_max);
     sched->seg_seqs = cm_alloc(sizeof(rt_seq *) * limits->slot_max);
+    sched->loads = cm_alloc(sizeof(rt_step_state) * limits->slot_max);
+    sched->saves = cm_alloc(sizeof(rt_step_state) * limits->slot_max * RT_SAVE_MAX);
     sched->logprobs = cm_alloc(sizeof(rt_logprobs) * limits->slot_max * seg_token_max);
     sched->step_word_max = limits->slot_max * seg_token_max;
     sched->word_max = n_seq_max + sched->step_word_max; /* every deadline, then every word of a step */
@@ -172,15 +182,26 @@ static uint32_t seq_page_goal(const rt_sched *sched, const rt_seq *seq)
 
 static void seq_put_pages(rt_sched *sched, rt_seq *seq, uint32_t n_kept)
 {
+    CM_ASSERT(n_kept >= seq->n_tree);
     while (seq->n_page > n_kept) {
-        rt_pages_put(&sched->pages, seq->pages[--seq->n_page]);
+        rt_prefix_page_put(sched->prefix, seq->pages[--seq->n_page]);
     }
 }
 
-/* From running to nowhere: pages and slot go back, what was computed or guessed is forgotten. */
+/* The last of its pages in the tree. */
+static uint32_t seq_tree_page(const rt_seq *seq)
+{
+    return seq->n_tree > 0 ? seq->pages[seq->n_tree - 1] : RT_PREFIX_NONE;
+}
+
+/* From running to nowhere: pages and slot go back, what was computed or guessed is forgotten, but by the
+ * tree. */
 static void seq_stop_running(rt_sched *sched, rt_seq *seq)
 {
-    seq_put_pages(sched, seq, 0);
+    rt_saves_drop(&seq->saves, sched->prefix);
+    seq_put_pages(sched, seq, seq->n_tree);
+    rt_prefix_release(sched->prefix, seq_tree_page(seq));
+    seq->n_page = seq->n_tree = 0;
     rt_pages_put(&sched->slots, seq->slot);
     seq->n_done = 0;
     seq->n_draft = 0;
@@ -219,9 +240,11 @@ void rt_sched_destroy(rt_sched *sched)
     }
     cm_pool_fini(&sched->seqs);
     cm_map_fini(&sched->keys);
-    rt_pages_fini(&sched->pages);
+    rt_prefix_destroy(sched->prefix);
     rt_pages_fini(&sched->slots);
     cm_free(sched->segs);
+    cm_free(sched->loads);
+    cm_free(sched->saves);
     cm_free(sched->seg_seqs);
     cm_free(sched->logprobs);
     cm_free(sched->words);
@@ -234,7 +257,7 @@ static rt_word *word_add(rt_sched *sched, const rt_seq *seq)
 {
     CM_ASSERT(sched->n_word < sched->word_max);
     rt_word *word = &sched->words[sched->n_word++];
-    *word = (rt_word){.key = seq->key, .offset = seq_n_generated(seq)};
+    *word = (rt_word){.key = seq->key, .offset = seq_n_generated(seq), .n_cached = seq->n_cached};
     return word;
 }
 
@@ -274,116 +297,6 @@ static void words_forget(rt_sched *sched, rt_seq_key key)
 
 /* ---- open, cancel, drain ---- */
 
-static cm_status request_ids_check(const rt_sched *sched, const char *field, const uint32_t *ids, uint32_t n,
-                                   cm_error *err)
-{
-    for (uint32_t i = 0; i < n; i++) {
-        if (ids[i] >= sched->limits.vocab) {
-            return cm_error_set(err, CM_E_INVALID, field,
-                                "%s: id %u at %u is not below the vocabulary size %u", field, ids[i], i,
-                                sched->limits.vocab);
-        }
-    }
-    return CM_OK;
-}
-
-static cm_status request_penalty_check(const char *field, float penalty, float least, cm_error *err)
-{
-    if (!isfinite(penalty) || penalty < least) {
-        return cm_error_set(err, CM_E_INVALID, field, "%s %g is not a number that can be used", field,
-                            (double)penalty);
-    }
-    return CM_OK;
-}
-
-static cm_status request_bias_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
-{
-    if (sampler->n_bias > RT_BIAS_MAX) {
-        return cm_error_set(err, CM_E_INVALID, "bias", "%u biases, at most %d", sampler->n_bias, RT_BIAS_MAX);
-    }
-    for (uint32_t i = 0; i < sampler->n_bias; i++) {
-        CM_TRY(request_ids_check(sched, "bias", &sampler->bias[i].id, 1, err));
-        CM_TRY(request_penalty_check("bias", sampler->bias[i].bias, -FLT_MAX, err));
-    }
-    return CM_OK;
-}
-
-/* What changes the logits, and what is told about them. */
-static cm_status request_logits_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
-{
-    if (!(sampler->min_p >= 0 && sampler->min_p <= 1)) {
-        return cm_error_set(err, CM_E_INVALID, "min_p", "min_p %g is not from 0 to 1",
-                            (double)sampler->min_p);
-    }
-    CM_TRY(request_penalty_check("repetition_penalty", sampler->repetition_penalty, 0, err));
-    CM_TRY(request_penalty_check("frequency_penalty", sampler->frequency_penalty, -FLT_MAX, err));
-    CM_TRY(request_penalty_check("presence_penalty", sampler->presence_penalty, -FLT_MAX, err));
-    if (sampler->n_top > RT_LOGPROBS_TOP_MAX) {
-        return cm_error_set(err, CM_E_INVALID, "top_logprobs", "%u log-probabilities a token, at most %d",
-                            sampler->n_top, RT_LOGPROBS_TOP_MAX);
-    }
-    return request_bias_check(sched, sampler, err);
-}
-
-static cm_status request_sampler_check(const rt_sched *sched, const rt_sampler *sampler, cm_error *err)
-{
-    if (!isfinite(sampler->temperature) || sampler->temperature < 0) {
-        return cm_error_set(err, CM_E_INVALID, "temperature", "temperature %g is not a number from 0 up",
-                            (double)sampler->temperature);
-    }
-    if (!(sampler->top_p > 0 && sampler->top_p <= 1)) {
-        return cm_error_set(err, CM_E_INVALID, "top_p", "top_p %g is not above 0 and at most 1",
-                            (double)sampler->top_p);
-    }
-    if (sampler->tokens_max == 0) {
-        return cm_error_set(err, CM_E_INVALID, "tokens_max", "tokens_max is 0: nothing to generate");
-    }
-    if (sampler->tokens_min > sampler->tokens_max) {
-        return cm_error_set(err, CM_E_INVALID, "tokens_min", "tokens_min %u is above tokens_max %u",
-                            sampler->tokens_min, sampler->tokens_max);
-    }
-    if (sampler->n_stop > RT_STOP_MAX) {
-        return cm_error_set(err, CM_E_INVALID, "stop", "%u stop ids, at most %d", sampler->n_stop,
-                            RT_STOP_MAX);
-    }
-    CM_TRY(request_logits_check(sched, sampler, err));
-    return request_ids_check(sched, "stop", sampler->stop, sampler->n_stop, err);
-}
-
-static cm_status request_check(const rt_sched *sched, const rt_seq_request *request, cm_error *err)
-{
-    if (request->key.owner == 0) {
-        return cm_error_set(err, CM_E_INVALID, "owner", "owner 0 is not used");
-    }
-    if (request->n_prompt == 0) {
-        return cm_error_set(err, CM_E_INVALID, "prompt", "the prompt is empty");
-    }
-    CM_TRY(request_sampler_check(sched, &request->sampler, err));
-    if (request->n_emitted >= request->sampler.tokens_max) {
-        return cm_error_set(err, CM_E_INVALID, "emitted",
-                            "%u tokens were generated before, tokens_max is %u: none is left",
-                            request->n_emitted, request->sampler.tokens_max);
-    }
-    uint64_t n_token = (uint64_t)request->n_prompt + request->sampler.tokens_max;
-    if (n_token > sched->limits.context) {
-        return cm_error_set(
-            err, CM_E_TOO_LONG, "tokens_max",
-            "a prompt of %u tokens and up to %u generated are more than the context of %u: shorten the "
-            "prompt or ask for fewer tokens",
-            request->n_prompt, request->sampler.tokens_max, sched->limits.context);
-    }
-    if (pages_for(sched, n_token) > sched->limits.page_max) {
-        return cm_error_set(
-            err, CM_E_TOO_LONG, "tokens_max",
-            "a prompt of %u tokens and up to %u generated need %u KV pages of %u tokens, this router has "
-            "%u: shorten the prompt, ask for fewer tokens or give the router more KV memory",
-            request->n_prompt, request->sampler.tokens_max, pages_for(sched, n_token),
-            sched->limits.page_tokens, sched->limits.page_max);
-    }
-    CM_TRY(request_ids_check(sched, "prompt", request->prompt, request->n_prompt, err));
-    return request_ids_check(sched, "emitted", request->emitted, request->n_emitted, err);
-}
-
 static cm_status seq_create(rt_sched *sched, const rt_seq_request *request, rt_seq **seq_out, cm_error *err)
 {
     uint32_t n_token = request->n_prompt + request->sampler.tokens_max, page_cap = pages_for(sched, n_token);
@@ -411,6 +324,7 @@ static cm_status seq_create(rt_sched *sched, const rt_seq_request *request, rt_s
         memcpy(bias, request->sampler.bias, sizeof(rt_bias) * seq->sampler.n_bias);
     }
     seq->sampler.bias = bias;
+    memcpy(seq->salt, request->salt, RT_SALT_BYTES);
     seq->n_prompt = request->n_prompt;
     seq->n_log = request->n_prompt + request->n_emitted;
     memcpy(seq->log, request->prompt, sizeof(uint32_t) * request->n_prompt);
@@ -427,7 +341,7 @@ cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt_seq_request *
     if (sched->draining) {
         return cm_error_set(err, CM_E_REFUSED, NULL, "this router is being drained: ask another one");
     }
-    CM_TRY(request_check(sched, request, err));
+    CM_TRY(rt_request_check(&sched->limits, request, err));
     if (keys_find(sched, request->key) != NULL) {
         return cm_error_set(err, CM_E_EXISTS, "stream", "stream %llu of this gateway is open already",
                             (unsigned long long)request->key.stream);
@@ -549,7 +463,7 @@ static void seq_take_pages(rt_sched *sched, rt_seq *seq, uint32_t n_token)
     uint32_t n_page = pages_for(sched, n_token);
     CM_ASSERT_MSG(n_page <= seq->page_cap, "%u pages of %u", n_page, seq->page_cap);
     while (seq->n_page < n_page) {
-        if (rt_pages_take(&sched->pages, &seq->pages[seq->n_page])) {
+        if (rt_prefix_page_take(sched->prefix, &seq->pages[seq->n_page])) {
             seq->n_page++;
             continue;
         }
@@ -600,6 +514,31 @@ static uint64_t sched_promised(const rt_sched *sched)
     return n;
 }
 
+/* What others computed of its tokens, as far as it can go on from there. */
+static void seq_find(const rt_sched *sched, const rt_seq *seq, rt_prefix_hit *hit_out)
+{
+    *hit_out = (rt_prefix_hit){.page = RT_PREFIX_NONE, .state = RT_PREFIX_NONE};
+    if (sched->limits.state_max > 0) {
+        rt_prefix_find(sched->prefix, seq->salt, seq->log, seq->n_log, hit_out);
+    }
+}
+
+/* It runs from here on, behind what was found. */
+static void seq_begin(rt_sched *sched, rt_seq *seq, const rt_prefix_hit *hit)
+{
+    rt_prefix_hold(sched->prefix, hit, seq->pages);
+    seq->n_page = seq->n_tree = hit->n_page;
+    seq->n_done = hit->n_page * sched->limits.page_tokens;
+    rt_saves_begin(&seq->saves, seq->n_log, hit->n_known * sched->limits.page_tokens);
+    seq->begin = hit->state;
+    if (!seq->began) {
+        seq->began = true;
+        seq->n_cached = seq->n_done < seq->n_prompt ? seq->n_done : seq->n_prompt;
+        sched->n_query_token += sched->limits.state_max > 0 ? seq->n_prompt : 0;
+        sched->n_hit_token += seq->n_cached;
+    }
+}
+
 static void sched_admit(rt_sched *sched)
 {
     /* Promised pages are not given away: a sequence that is preempted right after its prefill has worked for
@@ -608,7 +547,13 @@ static void sched_admit(rt_sched *sched)
     rt_seq *seq;
     while (sched->n_row < sched->limits.row_max && (seq = TAILQ_FIRST(&sched->waiting)) != NULL) {
         uint32_t goal = seq_page_goal(sched, seq);
-        if (sched->pages.n_free < n_promised + goal || !rt_pages_take(&sched->slots, &seq->slot)) {
+        rt_prefix_hit hit;
+        if (sched->slots.n_free == 0) {
+            break;
+        }
+        seq_find(sched, seq, &hit);
+        if (rt_prefix_page_room(sched->prefix) - hit.n_kept < n_promised + goal - hit.n_page ||
+            !rt_pages_take(&sched->slots, &seq->slot)) {
             break;
         }
         TAILQ_REMOVE(&sched->waiting, seq, link);
@@ -616,7 +561,10 @@ static void sched_admit(rt_sched *sched)
         TAILQ_INSERT_TAIL(&sched->running, seq, link);
         sched->n_running++;
         seq->running = true;
+        seq_begin(sched, seq, &hit);
         seq_take_rows(sched, seq);
+        CM_ASSERT_MSG(seq->n_step > 0, "%u pages of room and none for it",
+                      rt_prefix_page_room(sched->prefix)); /* what it goes on from is not kept for it */
         n_promised += goal - seq->n_page;
     }
 }
@@ -632,8 +580,8 @@ static void sched_take_guesses(rt_sched *sched)
         }
         uint32_t goal = seq_page_goal(sched, seq);
         if (pages_for(sched, (uint64_t)seq->n_log + n) > seq->n_page && seq->n_page < goal &&
-            sched->pages.n_free > n_promised - (goal - seq->n_page)) {
-            bool taken = rt_pages_take(&sched->pages, &seq->pages[seq->n_page++]);
+            rt_prefix_page_room(sched->prefix) > n_promised - (goal - seq->n_page)) {
+            bool taken = rt_prefix_page_take(sched->prefix, &seq->pages[seq->n_page++]);
             CM_ASSERT(taken);
             n_promised--;
         }
@@ -663,6 +611,7 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
         uint32_t i = step->n_seg++;
         sched->seg_seqs[i] = seq;
         step->segs[i] = (rt_step_seg){
+            .key = seq->key,
             .slot = seq->slot,
             .pos0 = seq->n_done,
             .n_row = seq->n_step + seq->n_try,
@@ -684,6 +633,26 @@ static void sched_add_segs(rt_sched *sched, bool decode, rt_step *step)
         };
         step->n_row += seq->n_step + seq->n_try;
         step->n_sample += sample;
+    }
+}
+
+static void sched_add_states(rt_sched *sched, rt_step *step)
+{
+    for (uint32_t i = 0; i < step->n_seg && sched->limits.state_max > 0; i++) {
+        rt_seq *seq = sched->seg_seqs[i];
+        if (seq->begin != RT_PREFIX_NONE) {
+            step->loads[step->n_load++] =
+                (rt_step_state){.seg = i, .pos = step->segs[i].pos0, .state = seq->begin};
+            seq->begin = RT_PREFIX_NONE;
+        }
+        const rt_step_seg *seg = &step->segs[i];
+        uint32_t end = seg->pos0 + seg->n_row;
+        rt_saves_choose(&seq->saves, sched->prefix, sched->limits.page_tokens, seg->pos0, end - seg->n_draft,
+                        end);
+        for (uint32_t k = 0; k < seq->saves.n; k++) {
+            step->saves[step->n_save++] =
+                (rt_step_state){.seg = i, .pos = seq->saves.at[k].pos, .state = seq->saves.at[k].state};
+        }
     }
 }
 
@@ -710,10 +679,12 @@ bool rt_sched_next(rt_sched *sched, uint64_t now_ms, rt_step *step_out)
                       sched->n_waiting);
         return false;
     }
-    rt_step step = {.number = ++sched->step_number, .segs = sched->segs};
+    rt_step step = {
+        .number = ++sched->step_number, .segs = sched->segs, .loads = sched->loads, .saves = sched->saves};
     sched_take_guesses(sched);
     sched_add_segs(sched, true, &step);
     sched_add_segs(sched, false, &step);
+    sched_add_states(sched, &step);
     sched_want_guesses(sched, &step);
     CM_ASSERT_MSG(step.n_row == sched->n_row && step.n_row <= sched->limits.row_max, "%u rows of %u",
                   step.n_row, sched->limits.row_max);
@@ -774,8 +745,8 @@ static rt_word *seq_take_result(rt_sched *sched, rt_seq *seq, const rt_step_seg 
         word = seq_take_token(sched, seq, seg, i, result->tokens[i]);
         i++;
     } while (word->end == RT_GOING_ON && i < result->n_token);
+    seq->n_done += i - 1;
     if (word->end == RT_GOING_ON) {
-        seq->n_done += i - 1;
         CM_ASSERT(seq_decodes(seq));
         seq->n_draft = min_u32(result->n_draft, seq->sampler.tokens_max - seq_n_generated(seq) - 1);
         for (i = 0; i < seq->n_draft; i++) {
@@ -785,6 +756,20 @@ static rt_word *seq_take_result(rt_sched *sched, rt_seq *seq, const rt_step_seg 
         seq_put_pages(sched, seq, min_u32(seq->n_page, pages_for(sched, seq->n_log)));
     }
     return word;
+}
+
+/* Pages that are complete now go to the tree, with the states that were written; of the page itself perhaps
+ * another one, with the same bytes, since two may compute the same at once. */
+static void seq_share(rt_sched *sched, rt_seq *seq)
+{
+    uint32_t page_tokens = sched->limits.page_tokens;
+    while (sched->limits.state_max > 0 && (seq->n_tree + 1) * page_tokens <= seq->n_done) {
+        seq->pages[seq->n_tree] =
+            rt_prefix_add(sched->prefix, seq->salt, seq_tree_page(seq), seq->pages[seq->n_tree],
+                          seq->log + (size_t)seq->n_tree * page_tokens);
+        seq->n_tree++;
+    }
+    rt_saves_hang(&seq->saves, sched->prefix, page_tokens, seq->pages, seq->n_done);
 }
 
 /* The step is over for seq, whose newest word, if it has one, is given: ends it or lets it run on. */
@@ -842,6 +827,7 @@ void rt_sched_complete(rt_sched *sched, uint64_t now_ms, uint64_t took_ns, const
         if (result != NULL) {
             word = seq_take_result(sched, seq, seg, result);
         }
+        seq_share(sched, seq);
         seq_settle(sched, seq, now_ms, word);
     }
     sched->in_flight = false;
@@ -870,13 +856,20 @@ void rt_sched_fail_step(rt_sched *sched, uint64_t now_ms, cm_status status, cons
 
 void rt_sched_ledger_get(const rt_sched *sched, rt_sched_ledger *ledger_out)
 {
+    rt_prefix_ledger prefix;
+    rt_prefix_ledger_get(sched->prefix, &prefix);
     *ledger_out = (rt_sched_ledger){
         .n_seq = sched->seqs.n_used,
         .n_running = sched->n_running,
         .n_waiting = sched->n_waiting,
         .n_slot = sched->slots.n_max - sched->slots.n_free,
-        .n_page = sched->pages.n_max - sched->pages.n_free,
-        .page_max = sched->pages.n_max,
+        .n_page = prefix.n_held,
+        .page_max = sched->limits.page_max,
+        .n_page_kept = prefix.n_kept,
+        .n_state = prefix.n_state,
+        .n_state_writing = prefix.n_writing,
+        .n_query_token = sched->n_query_token,
+        .n_hit_token = sched->n_hit_token,
         .n_preempted = sched->n_preempted,
         .n_cancelled = sched->n_cancelled,
         .n_draft = sched->n_draft,

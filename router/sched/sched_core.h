@@ -19,6 +19,11 @@
  * the next one its sequence would grow into, never one promised to another, and that goes back with the step
  * if the guess was wrong. Guesses are forgotten by preemption. How many are made is decided by draft_core.h.
  *
+ * Reuse (prefix_core.h): complete pages outlive their sequences, with copies of the slot where a page ended.
+ * A sequence begins behind the longest beginning of its tokens that somebody had before it, with the same
+ * bits by the determinism contract; the last token is always computed. Pages that are kept count as free:
+ * admission is what it would be without them, and nobody is preempted for one.
+ *
  * Memory: everything is taken at create; token logs are allocated per sequence at open, never during a step.
  * Thread: the loop's. */
 #pragma once
@@ -27,6 +32,7 @@
 
 #include "common/base/status.h"
 #include "router/sched/draft_core.h"
+#include "router/sched/prefix_core.h"
 
 typedef struct rt_sched rt_sched;
 
@@ -41,7 +47,8 @@ typedef struct rt_sched_limits {
     uint32_t vocab;
     uint32_t
         draft_max; /* tokens guessed ahead per sequence and step; 0: no speculation; at most RT_DRAFT_MAX */
-    bool draft_always; /* guess whether it pays or not; for tests */
+    bool draft_always;  /* guess whether it pays or not; for tests */
+    uint32_t state_max; /* states kept to go on from; 0: nothing is reused */
 } rt_sched_limits;
 
 /* Who asked: the pair names a sequence. owner is any number its user gives (a gateway link); 0 is not used.
@@ -94,8 +101,9 @@ typedef struct rt_seq_request {
     const uint32_t *emitted; /* generated before, elsewhere; borrowed; copied */
     uint32_t n_emitted;
     rt_sampler sampler;
-    rt_constraint *constraint; /* NULL: none; given when the sequence is opened, else still the caller's */
-    uint64_t deadline_ms;      /* on the clock of now_ms; UINT64_MAX = none */
+    rt_constraint *constraint;   /* NULL: none; given when the sequence is opened, else still the caller's */
+    uint64_t deadline_ms;        /* on the clock of now_ms; UINT64_MAX = none */
+    uint8_t salt[RT_SALT_BYTES]; /* sequences of different salts reuse nothing of one another */
 } rt_seq_request;
 
 rt_sched *rt_sched_create(const rt_sched_limits *limits);
@@ -115,6 +123,7 @@ void rt_sched_drain(rt_sched *sched);
 /* ---- the step ---- */
 
 typedef struct rt_step_seg {
+    rt_seq_key key;       /* whose rows these are */
     uint32_t slot;        /* state slot 0 .. slot_max - 1 */
     uint32_t pos0, n_row; /* positions pos0 .. pos0 + n_row - 1 */
     const uint32_t
@@ -136,10 +145,18 @@ typedef struct rt_step_seg {
     rt_logprobs *logprobs; /* [n_draft + 1], to be written by who samples; NULL: not asked for */
 } rt_step_seg;
 
+/* A state and a segment. Load: before anything else of the step the state is copied into the slot; pos is the
+ * segment's first row. Save: what the slot would be with the rows below pos and no other is written into the
+ * state; pos is a page's end among the segment's rows or behind the last of them. */
+typedef struct rt_step_state {
+    uint32_t seg, pos, state;
+} rt_step_state;
+
 typedef struct rt_step {
     uint64_t number; /* counts up from 1 */
-    uint32_t n_seg, n_row, n_sample;
-    rt_step_seg *segs; /* [n_seg]; owned by the scheduler, valid until rt_sched_complete */
+    uint32_t n_seg, n_row, n_sample, n_load, n_save;
+    rt_step_seg *segs;            /* [n_seg]; owned by the scheduler, valid until rt_sched_complete */
+    rt_step_state *loads, *saves; /* [n_load], [n_save] likewise, by ascending seg */
 } rt_step;
 
 /* What a seg with sample gave. */
@@ -157,7 +174,8 @@ typedef enum rt_seq_end { RT_GOING_ON, RT_END_STOP, RT_END_LENGTH, RT_END_FAILED
 /* One word to an owner about one sequence. */
 typedef struct rt_word {
     rt_seq_key key;
-    uint64_t offset; /* index of the token among the generated ones */
+    uint64_t offset;   /* index of the token among the generated ones */
+    uint32_t n_cached; /* tokens of the prompt that were there already; 0 before it began to run */
     bool has_token;
     uint32_t token;
     const rt_logprobs *logprobs; /* of token, when asked for, else NULL; valid until rt_word_fn returns */
@@ -182,11 +200,14 @@ void rt_sched_words(rt_sched *sched, rt_word_fn fn, void *ctx);
  * flight. May be too early after a cancel, never too late. */
 uint64_t rt_sched_next_deadline(const rt_sched *sched);
 
-/* ---- the ledger: all zero at rest, but what is counted ever ---- */
+/* ---- the ledger: all zero at rest, but what is kept and what is counted ever ---- */
 typedef struct rt_sched_ledger {
     uint32_t n_seq, n_running, n_waiting, n_slot, n_page, page_max;
-    uint64_t n_preempted; /* ever */
-    uint64_t n_cancelled; /* ever, deadlines included */
+    uint32_t n_page_kept, n_state; /* kept for others, also at rest: pages that no sequence has, states */
+    uint32_t n_state_writing;
+    uint64_t n_query_token, n_hit_token; /* ever: tokens of prompts, those of them that were there already */
+    uint64_t n_preempted;                /* ever */
+    uint64_t n_cancelled;                /* ever, deadlines included */
     /* Ever: decode rows with guesses behind them, those guesses, the right ones among them, tokens drawn
      * after decode rows and right guesses. */
     uint64_t n_draft, n_draft_token, n_accepted_token, n_decode_token;

@@ -426,6 +426,12 @@ def test_tls_on_both_ports(bin_dir, tmp_path, start_cluster, keys, pb):
 # ---- signs of life
 
 
+def router_line(cluster, trace):
+    """What the router says of the trace's request: its prompt, and that it took it."""
+    with open(os.path.join(cluster.run, "router-0.log")) as file:
+        return re.findall(rf"gateway \d+ stream \d+: \d+ prompt tokens, .*trace 00-{trace}-00f067aa0ba902b7-01: .*", file.read())
+
+
 @pytest.mark.conformance(53)
 def test_metrics_and_traces(start_cluster, keys, pb):
     alice = keys.add("alice")
@@ -484,8 +490,7 @@ def test_metrics_and_traces(start_cluster, keys, pb):
     line = next(line for line in gateway_log(cluster).splitlines() if "access id traced-1 " in line)
     assert f"tenant alice surface /chat/completions status 200 end stop prompt {usage.prompt_tokens} " \
            f"completion {usage.completion_tokens} " in line and line.endswith("trace " + trace)
-    with open(os.path.join(cluster.run, "router-0.log")) as file:
-        assert trace in file.read()
+    assert router_line(cluster, trace)
     with grpc.insecure_channel(cluster.grpc) as channel:
         call = pb.v1_grpc.InferenceStub(channel).Chat(question(pb), timeout=WAIT_S,
                                                       metadata=(("x-api-key", alice), ("traceparent", f"00-{trace[::-1]}-00f067aa0ba902b7-01")))
@@ -494,6 +499,7 @@ def test_metrics_and_traces(start_cluster, keys, pb):
     assert headers["traceparent"].split("-")[1] == trace[::-1]
     wait_for("its line", lambda: "surface /baleen.v1.Inference/Chat status 0 end stop" in gateway_log(cluster))
     assert trace[::-1] in gateway_log(cluster)
+    assert router_line(cluster, trace[::-1])
     assert cluster.stop() == 0, cluster.said()
 
 

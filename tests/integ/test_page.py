@@ -309,6 +309,27 @@ def test_stop(start_cluster, page):
     page.check_clean(cluster.http)
 
 
+def test_stop_before_the_first_event(start_cluster, page):
+    """While it waits for its turn nothing has come, no id either: it ends all the same."""
+    cluster = start_cluster("--scripted-model", "scripted", "--failpoints", "router_step_slow:10000",
+                            env={"BALEEN_RUNNING_MAX": "1", "BALEEN_GATEWAY_GRACE_MS": "600000"})
+    streams = lambda: sum(cluster.metrics()["baleen_streams"].values())
+    body = {"model": "scripted", "stream": True, "thinking": {"type": "disabled"}, "messages": [{"role": "user", "content": "on and on " * 1000}]}
+    request = urllib.request.Request(cluster.http + "/v1/chat/completions", json.dumps(body).encode())
+    with urllib.request.urlopen(request, timeout=WAIT_S) as first:
+        first.readline()
+        page.open(cluster.http + "/")
+        page.say("my turn?")
+        wait_for("it to wait", lambda: streams() == 2)
+        page.press("Escape", 27)
+        page.answered(1)
+        assert "stopped" in page.text(".answer .meta")
+        wait_for("it to be gone", lambda: streams() == 1)
+    page.say("and now?")  # the page goes on
+    page.answered(2)
+    wait_for("the ledger to be zero", cluster.ledger_is_zero)
+
+
 def test_clear_while_answering(cluster, page):
     """What is still said of a conversation that was cleared is no part of the next one."""
     page.open(cluster.http + "/")

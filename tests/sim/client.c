@@ -193,6 +193,11 @@ static void request_draw(sim *s, sim_request *r, uint32_t id)
     for (uint32_t i = 0; i < r->n_prompt; i++) {
         r->prompt[i] = sim_below(s, SIM_WORK, SIM_VOCAB);
     }
+    if (id > 0 && sim_below(s, SIM_WORK, 2) == 0) { /* it begins as an earlier one does, or is the same */
+        const sim_request *like = &s->requests[sim_below(s, SIM_WORK, id)];
+        memcpy(r->prompt, like->prompt,
+               sizeof(uint32_t) * (like->n_prompt < r->n_prompt ? like->n_prompt : r->n_prompt));
+    }
     sampler->seed = sim_draw(s, SIM_WORK);
     sampler->top_p = 1;
     sampler->tokens_max = sim_between(s, SIM_WORK, 1, SIM_CONTEXT - 28);

@@ -79,6 +79,7 @@ static void shape_draw_streams(sim *s)
     /* a log has 256 bytes at most: sometimes room for a few only */
     shape->kept_bytes = sim_below(s, SIM_SHAPE, 4) == 0 ? sim_between(s, SIM_SHAPE, 0, 4000) : 1 << 20;
     shape->tell_max = sim_between(s, SIM_SHAPE, 1, 64);
+    shape->state_max = sim_below(s, SIM_SHAPE, 4) == 0 ? 0 : sim_between(s, SIM_SHAPE, 1, 12);
 }
 
 /* Odds of 10000: per message for what happens to messages, per tick for what comes by time, per write, load

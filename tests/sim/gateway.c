@@ -364,7 +364,7 @@ void sim_gateway_ledger(const sim_proc *proc, char *text, size_t cap)
     }
     bool streams = !TAILQ_EMPTY(&g->streams), seeks = !TAILQ_EMPTY(&g->seeks);
     bool placing = !TAILQ_EMPTY(&g->place.waiting) || !TAILQ_EMPTY(&g->place.failed) ||
-                   !TAILQ_EMPTY(&g->place.copied) || n_hosting > 0;
+                   g->place.n_copied > 0 || n_hosting > 0;
     if (streams || seeks || placing) {
         snprintf(text, cap, "%s%s%s", streams ? "streams " : "", seeks ? "seeks " : "",
                  placing ? "places of streams" : "");

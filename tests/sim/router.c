@@ -76,10 +76,35 @@ static void pass_begin_layer(sim *s, sim_router *r)
     pass_fly(s, r);
 }
 
+/* What was kept is what the pages say. */
+static void pass_load(sim *s, sim_router *r)
+{
+    const rt_step *step = &r->pass.step;
+    for (uint32_t i = 0; i < step->n_load; i++) {
+        const rt_step_state *load = &step->loads[i];
+        const rt_step_seg *seg = &step->segs[load->seg];
+        uint64_t kv = *router_kv(s, r, seg, load->pos - 1, s->shape.n_layer - 1);
+        if (load->state >= s->shape.state_max || load->pos != seg->pos0 || r->states[load->state] != kv) {
+            sim_fail(s, "state %u is not that of position %u", load->state, load->pos);
+        }
+    }
+    s->counts.gone_on += step->n_load;
+}
+
+static void pass_save(sim *s, sim_router *r)
+{
+    const rt_step *step = &r->pass.step;
+    for (uint32_t i = 0; i < step->n_save; i++) {
+        const rt_step_state *to = &step->saves[i];
+        r->states[to->state] = *router_kv(s, r, &step->segs[to->seg], to->pos - 1, s->shape.n_layer - 1);
+    }
+}
+
 static void pass_begin(sim *s, sim_router *r)
 {
     sim_pass *p = &r->pass;
     uint32_t row = 0;
+    pass_load(s, r);
     for (uint32_t i = 0; i < p->step.n_seg; i++) {
         for (uint32_t k = 0; k < p->step.segs[i].n_row; k++) {
             p->hidden[row++] = sim_model_embed(p->step.segs[i].tokens[k]);
@@ -120,6 +145,7 @@ static void pass_end(sim *s, sim_router *r)
         row += seg->n_row;
     }
     p->busy = false;
+    pass_save(s, r);
     rt_sched_complete(r->sched, sim_ms(s), 0, p->tokens, sim_gateways_word, r);
 }
 
@@ -420,7 +446,8 @@ static void router_check(sim *s, const sim_proc *proc)
     rt_keep_ledger kept;
     rt_sched_ledger_get(r->sched, &ledger);
     rt_keep_ledger_get(r->keep, &kept);
-    if (ledger.n_slot > s->shape.slot_max || ledger.n_page > s->shape.page_max ||
+    if (ledger.n_slot > s->shape.slot_max || ledger.n_page + ledger.n_page_kept > s->shape.page_max ||
+        ledger.n_state + ledger.n_state_writing > s->shape.state_max ||
         ledger.n_waiting > s->shape.queue_max + s->shape.slot_max) {
         sim_fail(s, "%s holds %u slots, %u pages, %u waiting", proc->name, ledger.n_slot, ledger.n_page,
                  ledger.n_waiting);
@@ -478,6 +505,7 @@ static void router_end(sim *s, sim_proc *proc)
     rt_sched_ledger ledger;
     rt_sched_ledger_get(r->sched, &ledger);
     s->counts.preempted += ledger.n_preempted;
+    s->counts.hit_tokens += ledger.n_hit_token;
     s->counts.retries += rt_xcore_n_retries(r->exchange);
     if (p->busy) {
         rt_sched_fail_step(r->sched, sim_ms(s), CM_E_CANCELLED, NULL, router_no_word, NULL);
@@ -495,6 +523,7 @@ static void router_end(sim *s, sim_proc *proc)
     cm_bytes_fini(&r->packed);
     cm_free(r->staging);
     cm_free(r->kv);
+    cm_free(r->states);
     cm_free(p->hidden);
     cm_free(p->codes);
     cm_free(p->scales);
@@ -540,6 +569,7 @@ void sim_router_start(sim *s, sim_proc *proc)
                                                   .context = SIM_CONTEXT,
                                                   .vocab = SIM_VOCAB,
                                                   .draft_max = shape->draft_max,
+                                                  .state_max = shape->state_max,
                                                   .draft_always = true});
     r->world = s;
     r->proc = proc;
@@ -555,6 +585,7 @@ void sim_router_start(sim *s, sim_proc *proc)
                                                       .answer_ms = (uint32_t)shape->answer_ms,
                                                       .wait_ms = (uint32_t)shape->wait_ms});
     r->staging = cm_alloc_aligned(rt_xcore_staging_bytes(r->exchange));
+    r->states = cm_alloc(sizeof(uint64_t) * shape->state_max);
     r->kv = cm_alloc(sizeof(uint64_t) * shape->page_max * shape->page_tokens * shape->n_layer);
     pass_init(shape, &r->pass);
     r->resting = true;
@@ -579,7 +610,8 @@ void sim_router_ledger(const sim_proc *proc, char *text, size_t cap)
     text[0] = 0;
     rt_keep_ledger kept;
     rt_keep_ledger_get(r->keep, &kept);
-    if (ledger.n_seq + ledger.n_slot + ledger.n_page + rt_xcore_n_open(r->exchange) > 0) {
+    if (ledger.n_seq + ledger.n_slot + ledger.n_page + ledger.n_state_writing + rt_xcore_n_open(r->exchange) >
+        0) {
         snprintf(text, cap, "%u sequences, %u slots, %u pages, %u frames", ledger.n_seq, ledger.n_slot,
                  ledger.n_page, rt_xcore_n_open(r->exchange));
     } else if (kept.n_live + kept.n_orphan + kept.n_ended + kept.n_bytes > 0) {

@@ -48,6 +48,8 @@ typedef struct sim_router {
     rt_keep *keep;
     rt_xcore *exchange;
     uint8_t *staging;
+    uint64_t
+        *states;  /* [state_max] the last layer's value at the position before; what else a slot would be */
     uint64_t *kv; /* [page_max][page_tokens][n_layer] */
     sim_pass pass;
     bool resting; /* workers were told that nothing comes */

@@ -80,7 +80,7 @@ typedef struct sim_shape {
     uint64_t rebalance_ms; /* 0: only when asked */
     uint32_t moves_max;
     uint64_t heartbeat_ms, lease_ms, grace_ms, silence_ms, answer_ms, wait_ms;
-    uint32_t row_max, chunk_max, slot_max, draft_max, queue_max, page_max, page_tokens;
+    uint32_t row_max, chunk_max, slot_max, draft_max, queue_max, page_max, page_tokens, state_max;
     uint32_t frame_max, window_us, sends_max;
     uint64_t frame_bytes;
     uint64_t reopen_ms, rebind_ms, leave_ms; /* gateways, of streams without a router */
@@ -99,6 +99,7 @@ typedef struct sim_counts {
     uint64_t wishes, wishes_done;         /* of operators */
     uint64_t told_busy, told_unavailable; /* clients, by name */
     uint64_t healing_ms;                  /* from the healing to the last request's end */
+    uint64_t gone_on, hit_tokens; /* sequences from where others had been; tokens not computed for it */
     uint64_t frames_refused, preempted, done, cancelled, expired, virtual_ms;
 } sim_counts;
 

@@ -111,3 +111,23 @@ kn_q8 random_q8(rig *r, uint64_t key, uint32_t n, uint32_t k)
     return (kn_q8){random_codes(r, key, (uint64_t)n * k),
                    random_bytes(r, key + 1000, (uint64_t)n * kn_blocks(k, KN_ACT_BLOCK), 105, 40)};
 }
+
+uint16_t wide_input(wide_kind kind, uint64_t key, uint32_t i, uint32_t k)
+{
+    uint32_t u = random_u32(key, i);
+    uint16_t plain = kn_bf16_encode(random_value(key, i));
+    switch (kind) {
+    case WIDE_SPREAD:
+        return (uint16_t)((u & 0x807f) | (100 + (u >> 8) % 60) << 7);
+    case WIDE_ZERO:
+        return (uint16_t)(i / k % 3 == 0 || i % k / 128 == 1 ? (u & 0x8000) : plain);
+    case WIDE_TINY:
+        return (uint16_t)((u & 0x807f) | ((u >> 8) % 3) << 7);
+    case WIDE_HUGE:
+        return (uint16_t)((u & 0x807f) | (252 + (u >> 8) % 3) << 7);
+    case WIDE_ODD:
+        return i == 5 ? 0x7f80 : i == 2 * k + 7 ? 0xffc1 : plain;
+    default:
+        return plain;
+    }
+}

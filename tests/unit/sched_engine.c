@@ -76,7 +76,9 @@ void t_engine_init(t_engine *engine, const rt_sched_limits *limits)
 {
     *engine = (t_engine){.limits = *limits, .sched = rt_sched_create(limits), .right_percent = 100};
     engine->kv = calloc((size_t)limits->page_max * limits->page_tokens, sizeof(uint32_t));
-    engine->slot_pos = calloc(limits->slot_max, sizeof(uint32_t));
+    engine->slot_pos = calloc(limits->slot_max + limits->state_max, sizeof(uint32_t));
+    engine->slot_hash = calloc(limits->slot_max + limits->state_max, sizeof(uint64_t));
+    engine->page_written = calloc(limits->page_max, sizeof(uint64_t));
     engine->page_step = calloc(limits->page_max, sizeof(uint64_t));
     engine->guesses = calloc(limits->slot_max, sizeof(rt_step_result));
     engine->results = calloc(limits->slot_max, sizeof(rt_step_result));
@@ -87,6 +89,8 @@ void t_engine_fini(t_engine *engine)
     rt_sched_destroy(engine->sched);
     free(engine->kv);
     free(engine->slot_pos);
+    free(engine->slot_hash);
+    free(engine->page_written);
     free(engine->page_step);
     free(engine->guesses);
     free(engine->results);
@@ -97,10 +101,14 @@ static void t_seg_check_pages(t_engine *engine, const rt_step_seg *seg)
     const rt_sched_limits *limits = &engine->limits;
     assert_int_equal(seg->n_page, (seg->pos0 + seg->n_row + limits->page_tokens - 1) / limits->page_tokens);
     for (uint32_t i = 0; i < seg->n_page; i++) {
-        assert_in_range(seg->pages[i], 0, limits->page_max - 1);
-        assert_int_not_equal(engine->page_step[seg->pages[i]],
-                             engine->step.number); /* nobody else's in this step */
-        engine->page_step[seg->pages[i]] = engine->step.number;
+        uint32_t page = seg->pages[i];
+        bool writes = (i + 1) * limits->page_tokens > seg->pos0;
+        assert_in_range(page, 0, limits->page_max - 1);
+        /* what is written is nobody else's in this step */
+        assert_int_not_equal(engine->page_written[page], engine->step.number);
+        assert_false(writes && engine->page_step[page] == engine->step.number);
+        engine->page_step[page] = engine->step.number;
+        engine->page_written[page] = writes ? engine->step.number : engine->page_written[page];
     }
 }
 
@@ -128,6 +136,7 @@ static void t_seg_check(t_engine *engine, const rt_step_seg *seg)
     assert_in_range(seg->n_row - seg->n_draft, 1, limits->chunk_max);
     if (seg->pos0 == 0) {
         engine->slot_pos[seg->slot] = 0;
+        engine->slot_hash[seg->slot] = 0;
         engine->n_fresh++;
     }
     assert_int_equal(seg->pos0, engine->slot_pos[seg->slot]);
@@ -199,14 +208,67 @@ static void t_seg_sample(t_engine *engine, const rt_step_seg *seg, rt_step_resul
     engine->guesses[seg->slot] = *result;
 }
 
+/* The slot went through what stands in the pages. */
+static void t_seg_check_slot(t_engine *engine, const rt_step_seg *seg)
+{
+    uint64_t hash = 0;
+    for (uint32_t i = 0; i < seg->pos0; i++) {
+        hash = t_hash_add(hash, *t_kv_at(engine, seg, i) - 1);
+    }
+    assert_true(hash == engine->slot_hash[seg->slot]);
+}
+
+static void t_load(t_engine *engine, const rt_step_state *load)
+{
+    const rt_step_seg *seg = &engine->step.segs[load->seg];
+    uint32_t from = engine->limits.slot_max + load->state;
+    assert_in_range(load->state, 0, engine->limits.state_max - 1);
+    assert_int_equal(load->pos, seg->pos0);
+    engine->slot_pos[seg->slot] = engine->slot_pos[from];
+    engine->slot_hash[seg->slot] = engine->slot_hash[from];
+    engine->guesses[seg->slot].n_draft = 0;
+    engine->n_load++;
+}
+
+/* From the slot as it is before the segment's rows. */
+static void t_save(t_engine *engine, const rt_step_state *save)
+{
+    const rt_step_seg *seg = &engine->step.segs[save->seg];
+    uint32_t to = engine->limits.slot_max + save->state;
+    assert_in_range(save->state, 0, engine->limits.state_max - 1);
+    assert_int_equal(save->pos % engine->limits.page_tokens, 0);
+    assert_in_range(save->pos, seg->pos0 + 1, seg->pos0 + seg->n_row);
+    engine->slot_pos[to] = save->pos;
+    engine->slot_hash[to] = engine->slot_hash[seg->slot];
+    for (uint32_t i = 0; i < save->pos - seg->pos0; i++) {
+        engine->slot_hash[to] = t_hash_add(engine->slot_hash[to], seg->tokens[i]);
+    }
+    engine->n_save++;
+}
+
 static void t_seg_compute(t_engine *engine, const rt_step_seg *seg, rt_step_result *result)
 {
+    t_seg_check_slot(engine, seg);
     for (uint32_t i = 0; i < seg->n_row; i++) {
         *t_kv_at(engine, seg, seg->pos0 + i) = seg->tokens[i] + 1;
     }
     engine->slot_pos[seg->slot] = seg->pos0 + seg->n_row;
     if (seg->sample) {
         t_seg_sample(engine, seg, result);
+    }
+    for (uint32_t i = seg->pos0; i < engine->slot_pos[seg->slot]; i++) {
+        engine->slot_hash[seg->slot] = t_hash_add(engine->slot_hash[seg->slot], seg->tokens[i - seg->pos0]);
+    }
+}
+
+/* A state is written by one of the step at most. */
+static void t_check_saves(const t_engine *engine)
+{
+    for (uint32_t i = 0; i < engine->step.n_save; i++) {
+        assert_in_range(engine->step.saves[i].seg, 0, engine->step.n_seg - 1);
+        for (uint32_t k = 0; k < i; k++) {
+            assert_int_not_equal(engine->step.saves[i].state, engine->step.saves[k].state);
+        }
     }
 }
 
@@ -221,6 +283,9 @@ bool t_begin(t_engine *engine, uint64_t now_ms)
     }
     assert_int_equal(engine->step.number, ++engine->n_step);
     assert_in_range(engine->step.n_seg, 1, engine->limits.slot_max);
+    for (uint32_t i = 0; i < engine->step.n_load; i++) {
+        t_load(engine, &engine->step.loads[i]);
+    }
     for (uint32_t i = 0; i < engine->step.n_seg; i++) {
         const rt_step_seg *seg = &engine->step.segs[i];
         t_seg_check(engine, seg);
@@ -233,6 +298,10 @@ bool t_begin(t_engine *engine, uint64_t now_ms)
     assert_int_equal(n_row, engine->step.n_row);
     assert_int_equal(n_sample, engine->step.n_sample);
     assert_in_range(n_row, 1, engine->limits.row_max);
+    t_check_saves(engine);
+    for (uint32_t i = 0; i < engine->step.n_save; i++) {
+        t_save(engine, &engine->step.saves[i]);
+    }
     for (uint32_t i = 0, i_sample = 0; i < engine->step.n_seg; i++) {
         t_seg_compute(engine, &engine->step.segs[i], &engine->results[i_sample]);
         i_sample += engine->step.segs[i].sample;
@@ -256,6 +325,7 @@ void t_ledger_is_zero(const rt_sched *sched)
     assert_int_equal(ledger.n_waiting, 0);
     assert_int_equal(ledger.n_slot, 0);
     assert_int_equal(ledger.n_page, 0);
+    assert_int_equal(ledger.n_state_writing, 0);
     assert_true(rt_sched_next_deadline(sched) == UINT64_MAX);
 }
 

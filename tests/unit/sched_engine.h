@@ -1,7 +1,9 @@
 /* A fake engine under the scheduler's tests. It keeps real pages and slots: what it samples is a hash of what
  * it finds in them, so a page owned twice, a lost position or a stale slot changes a sequence's output, which
  * is compared with the sequence computed alone. Its guesses are right as often as a test says; rows of wrong
- * ones leave garbage that nothing may read before it is computed again. It checks every step against the
+ * ones leave garbage that nothing may read before it is computed again. A slot also knows the hash of all it
+ * went through; states are copies of it, and what goes on from one must find the pages that it went through.
+ * It checks every step against the
  * scheduler's contract, under the allocation guard. */
 #pragma once
 #include <stdbool.h>
@@ -32,15 +34,17 @@ typedef struct t_engine {
     rt_sched_limits limits;
     rt_sched *sched;         /* owned */
     uint32_t *kv;            /* [page_max][page_tokens] token + 1; T_GARBAGE */
-    uint32_t *slot_pos;      /* [slot_max] positions computed, wrong guesses not counted */
+    uint32_t *slot_pos;      /* [slot_max + state_max] positions computed, wrong guesses not counted */
+    uint64_t *slot_hash;     /* likewise: of their tokens */
     rt_step_result *guesses; /* [slot_max] n_draft and drafts: what was guessed last */
     uint64_t *page_step;     /* [page_max] step that used it last */
+    uint64_t *page_written;  /* [page_max] step that wrote it last */
     rt_step step;            /* the one in flight */
     rt_step_result *results; /* [slot_max] what it sampled */
     uint32_t right_percent;  /* of the guesses */
     t_rng rng;
     uint64_t took_ns; /* told of every step */
-    uint64_t n_fresh, n_step, n_right, n_wrong;
+    uint64_t n_fresh, n_step, n_right, n_wrong, n_load, n_save;
 } t_engine;
 
 void t_engine_init(t_engine *engine, const rt_sched_limits *limits);

@@ -93,6 +93,44 @@ static void draw_plain(t_rng *rng, t_case *c, uint32_t first)
     }
 }
 
+/* Begins as another does, by about a page or more; n_same: the other's tokens. */
+static void draw_like(t_rng *rng, t_case *c, uint32_t i, uint32_t n_same)
+{
+    t_seq *seq = &c->seqs[i];
+    const t_seq *like = &c->seqs[i > 0 ? t_below(rng, i) : 0];
+    uint32_t way = t_below(rng, 4), n_tail = t_between(rng, 1, 60),
+             n_turn = like->n_prompt + like->sampler.tokens_max;
+    n_same = i == 0 ? 0 : way == 0 || like->n_prompt < n_same ? like->n_prompt : n_same;
+    if (i > 0 && way >= 2 && like->after == 0 && n_turn + n_tail <= T_PROMPT_MAX) {
+        seq->after = 1 + (uint32_t)(like - c->seqs);
+        seq->n_prompt = n_turn + n_tail;
+        n_same = like->n_prompt;
+    } else if (i > 0 && way == 0) {
+        seq->n_prompt = n_same;
+    } else {
+        seq->n_prompt = i == 0 ? t_between(rng, 130, 300) : n_same + n_tail;
+    }
+    seq->n_prompt = seq->n_prompt < T_PROMPT_MAX ? seq->n_prompt : T_PROMPT_MAX;
+    for (uint32_t k = 0; k < seq->n_prompt; k++) {
+        seq->prompt[k] = k < n_same ? like->prompt[k] : t_below(rng, c->geometry.vocab);
+    }
+}
+
+/* Sequences that begin alike, one after another and at once; from a stream of dice of its own, so that
+ * a seed without them draws what it drew before there were any. */
+static void draw_alike(t_rng *rng, t_case *c)
+{
+    c->n_seq = t_between(rng, 3, T_SEQ_MAX);
+    c->state_max = t_between(rng, 1, 6);
+    for (uint32_t i = 0; i < c->n_seq; i++) {
+        c->seqs[i].after = 0;
+        draw_like(rng, c, i, t_between(rng, 100, 300));
+        draw_sampler(rng, t_below(rng, 3) == 0 ? t_between(rng, 100, 150) : t_between(rng, 1, 16),
+                     &c->seqs[i].sampler);
+        c->seqs[i].arrival = t_below(rng, 3) * 25 * (i > 0) + t_below(rng, 5);
+    }
+}
+
 static void draw_extras(t_rng *rng, t_case *c, uint32_t first)
 {
     c->n_all = c->n_seq + t_below(rng, T_EXTRA_MAX + 1);
@@ -220,6 +258,7 @@ void t_case_draw(uint64_t seed, t_case *c)
 {
     static const uint32_t models[8] = {0, 1, 4, 2, 0, 1, 4, 3}; /* twice those that can speculate */
     t_rng rng = {seed, 0};
+    t_rng alike = {~seed, 0};
     bool growing = t_below(&rng, 8) == 0;
     memset(c, 0, sizeof(*c));
     c->seed = seed;
@@ -231,8 +270,15 @@ void t_case_draw(uint64_t seed, t_case *c)
     } else {
         draw_plain(&rng, c, first);
     }
+    if (growing) {
+        c->state_max = t_below(&alike, 5);
+    } else if (t_below(&alike, 3) == 0) {
+        draw_alike(&alike, c);
+    }
     draw_extras(&rng, c, first);
     draw_limits(&rng, c, growing);
+    c->page_max += c->state_max > 0 && !growing ? t_below(&alike, 8) : 0;
+    c->state_max = c->state_max < c->page_max ? c->state_max : c->page_max;
     draw_cluster(&rng, c);
     draw_epoch(&rng, c);
     draw_speculation(&rng, c);
@@ -265,20 +311,22 @@ void t_case_undisturbed(const t_case *c, t_case *out)
         (t_device){.isa = kn_cpu_isa_at(c->seed % 4 == 0 ? 0 : last), .n_threads = 1};
     out->whole = true;
     out->draft_max = 0;
+    out->state_max = 0;
     out->epoch_turn = 0;
     out->micro_batches = 1;
 }
 
 void t_case_print(const t_case *c)
 {
-    print_message("seed %llu: %s, %u sequences and %u cancelled, rows %u, chunk %u, pages %u, slots %u, up "
-                  "to %u guesses, %u micro-batches%s, %u "
-                  "workers over %s, frames "
-                  "%llu bytes, router %s x%u",
-                  (unsigned long long)c->seed, t_model_names[c->model], c->n_seq, c->n_all - c->n_seq,
-                  c->row_max, c->chunk_max, c->page_max, c->slot_max, c->draft_max, c->micro_batches,
-                  c->cut_anywhere ? " cut anywhere" : "", c->n_worker, c->transport,
-                  (unsigned long long)c->frame_bytes, c->router.isa, c->router.n_threads);
+    print_message(
+        "seed %llu: %s, %u sequences and %u cancelled, rows %u, chunk %u, pages %u, states %u, slots %u, up "
+        "to %u guesses, %u micro-batches%s, %u "
+        "workers over %s, frames "
+        "%llu bytes, router %s x%u",
+        (unsigned long long)c->seed, t_model_names[c->model], c->n_seq, c->n_all - c->n_seq, c->row_max,
+        c->chunk_max, c->page_max, c->state_max, c->slot_max, c->draft_max, c->micro_batches,
+        c->cut_anywhere ? " cut anywhere" : "", c->n_worker, c->transport, (unsigned long long)c->frame_bytes,
+        c->router.isa, c->router.n_threads);
     for (uint32_t i = 0; i < c->n_worker; i++) {
         print_message(", %s x%u", c->workers[i].isa, c->workers[i].n_threads);
     }

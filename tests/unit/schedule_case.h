@@ -26,8 +26,9 @@ uint32_t t_below(t_rng *rng, uint32_t n);
 uint32_t t_between(t_rng *rng, uint32_t low, uint32_t high); /* both included */
 
 typedef struct t_seq {
-    uint32_t prompt[T_PROMPT_MAX],
-        n_prompt; /* the first id is no other sequence's: it tells them apart in a step */
+    uint32_t prompt[T_PROMPT_MAX], n_prompt;
+    uint32_t
+        after; /* 0, or 1 + the sequence whose prompt and answer it begins with; the answer is not drawn */
     rt_sampler sampler;
     uint32_t constraint; /* 0: none; else one of schedule_constraint.h's */
     bool thinking;       /* it begins behind a </think> */
@@ -49,6 +50,7 @@ typedef struct t_case {
     t_seq seqs[T_ALL_MAX]; /* the judged ones first */
     uint32_t n_seq, n_all;
     uint32_t slot_max, row_max, chunk_max, page_max;
+    uint32_t state_max;     /* 0: nothing is used again */
     uint32_t draft_max;     /* 0: no speculation */
     uint32_t micro_batches; /* of a step: 1 or 2 */
     bool cut_anywhere;      /* not where the engine would cut */

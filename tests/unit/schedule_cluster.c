@@ -200,6 +200,7 @@ static void cluster_create_router(t_cluster *cluster)
         .row_max = c->row_max,
         .slot_max = c->slot_max,
         .kv_bytes = c->page_max * kv.page_bytes,
+        .prefix_bytes = c->state_max * kv.kept_bytes,
         .draft_max = c->draft_max,
         .micro_batches = c->micro_batches,
         .answer_ms = WAIT_MS,

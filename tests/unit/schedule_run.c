@@ -201,23 +201,16 @@ static void together_cancels(together *t, uint32_t turn, bool flying)
     }
 }
 
-/* Whose first rows these are: their first id says it. */
 static void together_settle_slots(together *t, const rt_step *step)
 {
-    const t_case *c = t->watch.c;
     for (uint32_t i = 0; i < step->n_seg; i++) {
         const rt_step_seg *seg = &step->segs[i];
-        uint32_t seq = 0;
-        if (seg->pos0 == 0) {
-            while (seq < c->n_all && c->seqs[seq].prompt[0] != seg->tokens[0]) {
-                seq++;
-            }
-            assert_in_range(seq, 0, c->n_all - 1);
-            t->watch.slot_seq[seg->slot] = seq;
-        }
+        t->watch.slot_seq[seg->slot] = (uint32_t)seg->key.stream;
         t->events->n_decode += seg->n_row - seg->n_draft == 1 && seg->pos0 != 0;
         t->events->n_chunk += seg->n_row - seg->n_draft > 1 || seg->pos0 == 0;
     }
+    t->events->n_load += step->n_load;
+    t->events->n_save += step->n_save;
 }
 
 /* Makes some guesses right, and counts them. */
@@ -286,6 +279,7 @@ void t_run_together(const t_case *c, const t_outcome *alone, t_trace *trace, t_o
     t.watch.alone = alone;
     rt_engine_sched_limits(t_cluster_engine(t.watch.cluster), &limits);
     assert_int_equal(limits.page_max, c->page_max);
+    assert_int_equal(limits.state_max, c->state_max);
     limits.chunk_max = c->chunk_max;
     limits.queue_max = T_ALL_MAX;
     limits.draft_always = true;
@@ -299,6 +293,7 @@ void t_run_together(const t_case *c, const t_outcome *alone, t_trace *trace, t_o
     assert_int_equal(ledger.n_seq + ledger.n_page + ledger.n_slot, 0);
     events_out->n_preempted = ledger.n_preempted;
     events_out->n_cancelled = ledger.n_cancelled;
+    events_out->n_hit_token = ledger.n_hit_token;
     events_out->n_retry = (uint64_t)(cm_stat_get(CM_STAT_exchange_retries) - retries);
     rt_sched_destroy(t.sched);
     t_cluster_destroy(t.watch.cluster);

@@ -13,7 +13,8 @@ typedef struct t_outcome {
 
 /* What happened on the way. */
 typedef struct t_events {
-    uint64_t n_step, n_chunk, n_decode, n_preempted, n_cancelled, n_retry, n_guess, n_right;
+    uint64_t n_step, n_chunk, n_decode, n_preempted, n_cancelled, n_retry, n_guess, n_right, n_save, n_load,
+        n_hit_token;
     bool epoch_changed;
 } t_events;
 

@@ -284,6 +284,50 @@ static void do_attention_odd(rig *r, uint32_t cut, cm_bytes *out)
     attend(r, cut, out, &(shape){2, 90, 10, 7, 5}, 128, 170, true);
 }
 
+/* Sums that are zero but for rounding, so that what is left of them is their order: scores whose second half
+ * of dims undoes the first in other lanes, then values whose second half of keys undoes the first (all scores
+ * zero). No nope dims: everything is bf16, over many magnitudes. */
+static void do_attention_cancelling(rig *r, uint32_t cut, cm_bytes *out)
+{
+    enum { HEADS = 9, DIM = 64, N = 40, STEP = 5 };
+    uint32_t row = kn_kv_row_bytes(DIM, DIM);
+    kn_attn a = {.layout = {.ring = N, .row_bytes = row},
+                 .sink = rig_new(r, 4 * HEADS),
+                 .n_head = HEADS,
+                 .dim = DIM,
+                 .rope = DIM,
+                 .window = N};
+    kn_ptr rows = rig_new(r, N * row), q = random_bf16(r, 5000, N * HEADS * DIM);
+    for (uint32_t undone = 0; undone < 2; undone++) {
+        kn_ptr o = rig_new(r, 2ull * N * HEADS * DIM), slot = rig_new(r, N * row);
+        uint16_t *x = kn_mem_host(r->device, rows), *y = kn_mem_host(r->device, q);
+        uint32_t b;
+        for (uint32_t i = 0; i < N * DIM; i++) {
+            uint32_t k = i / DIM, d = i % DIM, u = random_u32(5001, i);
+            uint32_t other = undone == 0 ? k * DIM + (d + STEP) % (DIM / 2) : (k * 7 + 3) % (N / 2) * DIM + d;
+            bool second = undone == 0 ? d >= DIM / 2 : k >= N / 2;
+            x[i] = second ? x[other] ^ 0x8000 : (uint16_t)((u & 0x807f) | (127 + (u >> 16) % 28) << 7);
+        }
+        for (uint32_t i = 0; i < N * HEADS * DIM; i++) {
+            uint32_t d = i % DIM, h = i / DIM;
+            y[i] = undone == 1 ? 0 : d >= DIM / 2 ? y[h * DIM + (d + STEP) % (DIM / 2)] : y[i];
+            y[i] = undone == 0 && d < DIM / 2 ? (uint16_t)((y[i] & 0x807f) | (150 + (uint32_t)d % 7) << 7)
+                                              : y[i];
+        }
+        for (uint32_t at = 0; at < N; at += b) {
+            b = next_cut(cut, at, N);
+            kn_seg seg = {.n_row = b, .pos0 = at, .slot = slot};
+            kn_batch batch = {.segs = rig_up(r, &seg, sizeof(seg)), .n_seg = 1, .n_row = b};
+            kn_ptr chunk = kn_at(rows, (uint64_t)at * row);
+            kn_attention(r->device)->attention(r->stream, &batch, &a, kn_at(q, 2ull * at * HEADS * DIM),
+                                               chunk, (kn_ptr){0}, kn_at(o, 2ull * at * HEADS * DIM));
+            kn_attention(r->device)->raw_commit(r->stream, &batch, &a, chunk);
+        }
+        keep(r, out, o, 2ull * N * HEADS * DIM);
+    }
+    rig_reset(r);
+}
+
 /* ---- ref against every path ---- */
 
 static const kn_limits LIMITS = {.n_row = 64,
@@ -338,13 +382,14 @@ PATH_TEST(index_scales)
 PATH_TEST(index_equal)
 PATH_TEST(attention)
 PATH_TEST(attention_odd)
+PATH_TEST(attention_cancelling)
 
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_index),         cmocka_unit_test(test_index_scales),
         cmocka_unit_test(test_index_equal),   cmocka_unit_test(test_attention),
-        cmocka_unit_test(test_attention_odd),
+        cmocka_unit_test(test_attention_odd), cmocka_unit_test(test_attention_cancelling),
     };
     if (argc > 1) {
         random_seed = strtoull(argv[1], NULL, 0);

@@ -465,12 +465,39 @@ static void test_constraints(void **state)
     assert_int_equal(ledger.n_seq, 3);
 }
 
+/* One that is no salt would let sequences share what they must not. */
+static void test_salt(void **state)
+{
+    fixture *f = *state;
+    uint32_t prompt[2] = {1, 2};
+    uint8_t salt[RT_SALT_BYTES + 1] = {1};
+    Baleen__Engine__V1__SamplerParams sampler = BALEEN__ENGINE__V1__SAMPLER_PARAMS__INIT;
+    Baleen__Engine__V1__SeqOpen open = BALEEN__ENGINE__V1__SEQ_OPEN__INIT;
+    f->any_answer = true;
+    sampler.tokens_max = 4;
+    open.prompt = prompt;
+    open.n_prompt = 2;
+    open.sampler = &sampler;
+    open.has_salt = true;
+    for (uint32_t n = RT_SALT_BYTES - 1; n <= RT_SALT_BYTES + 1; n++) {
+        uint32_t n_words = f->n_words;
+        open.stream = n;
+        open.salt = (ProtobufCBinaryData){.len = n, .data = salt};
+        assert_true(send_message(f, PR_MSG_SEQ_OPEN, &open.base));
+        while (f->n_words == n_words) {
+            pc_loop_run(f->loop);
+        }
+        assert_int_equal(f->last_status, n == RT_SALT_BYTES ? CM_OK : CM_E_INVALID);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_every_open_is_answered, setup, teardown),
         cmocka_unit_test_setup_teardown(test_a_lost_gateway_leaves_nothing, setup, teardown),
         cmocka_unit_test_setup_teardown(test_constraints, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_salt, setup, teardown),
         cmocka_unit_test_setup_teardown(test_nothing_is_left_of_random_words, setup, teardown),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

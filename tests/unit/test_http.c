@@ -665,6 +665,39 @@ static void operators(void **state)
     assert_int_equal(status, 405);
 }
 
+/* The names that other servers' tools ask by. */
+static void infos(void **state)
+{
+    (void)state;
+    static const char *const models[] = {"/get_model_info", "/model_info"};
+    static const char *const servers[] = {"/get_server_info", "/server_info"};
+    int status;
+    rig_gateway();
+    json_t *reply = rig_ask("GET", servers[0], NULL, &status);
+    assert_string_equal(rig_text_at(reply, "status"), "starting");
+    json_decref(reply);
+    rig_serve();
+    for (size_t i = 0; i < 2; i++) {
+        reply = rig_ask("GET", models[i], NULL, &status);
+        assert_int_equal(status, 200);
+        assert_string_equal(rig_text_at(reply, "model_path"), "nano");
+        assert_true(json_is_true(rig_at(reply, "is_generation")));
+        assert_int_equal(rig_int_at(reply, "max_context_length"), 16384);
+        json_decref(reply);
+        reply = rig_ask("GET", servers[i], NULL, &status);
+        assert_int_equal(status, 200);
+        assert_string_equal(rig_text_at(reply, "status"), "ready");
+        assert_int_equal(rig_int_at(reply, "internal_states.0.num_running_reqs"), 0);
+        json_decref(reply);
+    }
+    reply = rig_ask("GET", "/get_load", NULL, &status);
+    assert_int_equal(rig_int_at(reply, "0.num_waiting_reqs"), 0);
+    json_decref(reply);
+    reply = rig_ask("GET", "/v1/loads", NULL, &status);
+    assert_int_equal(rig_int_at(reply, "loads.0.num_reqs"), 0);
+    json_decref(reply);
+}
+
 static void headers(void **state)
 {
     (void)state;
@@ -823,14 +856,31 @@ int main(void)
     signal(SIGPIPE, SIG_IGN); /* as every process of ours does: clients go away */
 #define TEST(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
     const struct CMUnitTest tests[] = {
-        TEST(chat_whole),           TEST(chat_stream),       TEST(completions),
-        TEST(stop_string),          TEST(refused),           TEST(too_large),
-        TEST(context_limit),        TEST(control_spellings), TEST(router_refuses),
-        TEST(too_many_streams),     TEST(disconnects),       TEST(slow_reader),
-        TEST(keep_alive),           TEST(router_lost),       TEST(link_lost),
-        TEST(router_stays_away),    TEST(router_lies),       TEST(pipelined),
-        TEST(connections_bound),    TEST(operators),         TEST(headers),
-        TEST(tokenizer_round_trip), TEST(metrics),           TEST(drain),
+        TEST(chat_whole),
+        TEST(chat_stream),
+        TEST(completions),
+        TEST(stop_string),
+        TEST(refused),
+        TEST(too_large),
+        TEST(context_limit),
+        TEST(control_spellings),
+        TEST(router_refuses),
+        TEST(too_many_streams),
+        TEST(disconnects),
+        TEST(slow_reader),
+        TEST(keep_alive),
+        TEST(router_lost),
+        TEST(link_lost),
+        TEST(router_stays_away),
+        TEST(router_lies),
+        TEST(pipelined),
+        TEST(connections_bound),
+        TEST(operators),
+        TEST(headers),
+        TEST(infos),
+        TEST(tokenizer_round_trip),
+        TEST(metrics),
+        TEST(drain),
         TEST(drain_runs_out),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

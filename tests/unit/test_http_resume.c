@@ -163,6 +163,68 @@ static void disconnect_cancels(void **state)
     assert_int_equal(R.n_detached, 0);
 }
 
+/* Who was told no event yet has no id to come back with: nobody computes it any more. */
+static void no_id_no_return(void **state)
+{
+    (void)state;
+    rig_ready();
+    R.mode = RIG_MUTE;
+    rig_client *client = rig_open("POST", CHAT, "", ASK KEEPING);
+    rig_wait_opens(1);
+    rig_close(client);
+    rig_wait_cancels(1);
+    assert_int_equal(R.n_detached, 0);
+    assert_int_equal(cm_stat_get(CM_STAT_ledger_streams), 0);
+}
+
+/* Who came back has the id, though nothing was told on this connection yet. */
+static void gone_again(void **state)
+{
+    (void)state;
+    static events got;
+    rig_ready();
+    rig_reply("one two");
+    R.mode = RIG_HOLD;
+    R.keeps = true;
+    R.n_found = 1;
+    rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n", ASK KEEPING);
+    rig_wait_text(client, "assistant");
+    read_events(client, &got);
+    rig_close(client);
+    wait_detached(1);
+    client = come_back("POST", CHAT, got.id[got.n - 1]);
+    wait_resumes(1);
+    rig_close(client);
+    wait_detached(2);
+    assert_int_equal(R.n_cancels, 0);
+}
+
+/* Before the stream's id is known there is the request's, which its client chose. */
+static void ended_by_the_request_id(void **state)
+{
+    (void)state;
+    int status;
+    rig_ready();
+    for (uint32_t i = 0; i < 2; i++) {
+        R.mode = i == 0 ? RIG_MUTE : RIG_HOLD;
+        rig_client *client = rig_open("POST", CHAT, "X-Request-Id: mine-1\r\n", ASK KEEPING);
+        rig_wait_opens(i + 1);
+        if (i == 1) {
+            rig_wait_text(client, "assistant");
+        }
+        json_t *reply = rig_ask("DELETE", "/v1/streams/mine-2", NULL, &status);
+        assert_int_equal(status, 404);
+        json_decref(reply);
+        reply = rig_ask("DELETE", "/v1/streams/mine-1", NULL, &status);
+        assert_int_equal(status, 200);
+        json_decref(reply);
+        rig_wait_cancels(i + 1);
+        rig_close(client);
+        assert_int_equal(R.n_detached, 0);
+        assert_int_equal(cm_stat_get(CM_STAT_ledger_streams), 0);
+    }
+}
+
 static void refused(void **state)
 {
     (void)state;
@@ -321,8 +383,11 @@ int main(void)
 {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, rig_setup, rig_teardown)
     const struct CMUnitTest tests[] = {
-        TEST(from_every_event), TEST(disconnect_cancels), TEST(refused),
-        TEST(before_routers),   TEST(two_answers),        TEST(one_of_two_is_gone),
+        TEST(from_every_event),        TEST(disconnect_cancels),
+        TEST(no_id_no_return),         TEST(gone_again),
+        TEST(ended_by_the_request_id), TEST(refused),
+        TEST(before_routers),          TEST(two_answers),
+        TEST(one_of_two_is_gone),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

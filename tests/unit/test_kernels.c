@@ -294,41 +294,6 @@ static void do_grouped(rig *r, uint32_t cut, cm_bytes *out)
     }
 }
 
-/* What inputs a case of do_grouped_edges has. */
-typedef enum wide_kind {
-    WIDE_PLAIN,
-    WIDE_SPREAD,    /* over far more than 2^22 in every block: integers of 22 bits lose some */
-    WIDE_CANCEL,    /* sums that are zero but for rounding: certain of nothing */
-    WIDE_ZERO,      /* rows and blocks of zeros, of both signs */
-    WIDE_TINY,      /* subnormal or nearly */
-    WIDE_HUGE,      /* near the largest; sums overflow */
-    WIDE_ODD,       /* an infinity in one row, a NaN in another */
-    WIDE_TINY_CODE, /* many weights below 2^-3 of the code's unit */
-    WIDE_NAN_CODE,  /* one weight that is NaN */
-    WIDE_SCALES,    /* scales at the ends of their range */
-    WIDE_N
-} wide_kind;
-
-static uint16_t wide_input(wide_kind kind, uint64_t key, uint32_t i, uint32_t k)
-{
-    uint32_t u = random_u32(key, i);
-    uint16_t plain = kn_bf16_encode(random_value(key, i));
-    switch (kind) {
-    case WIDE_SPREAD:
-        return (uint16_t)((u & 0x807f) | (100 + (u >> 8) % 60) << 7);
-    case WIDE_ZERO:
-        return (uint16_t)(i / k % 3 == 0 || i % k / 128 == 1 ? (u & 0x8000) : plain);
-    case WIDE_TINY:
-        return (uint16_t)((u & 0x807f) | ((u >> 8) % 3) << 7);
-    case WIDE_HUGE:
-        return (uint16_t)((u & 0x807f) | (252 + (u >> 8) % 3) << 7);
-    case WIDE_ODD:
-        return i == 5 ? 0x7f80 : i == 2 * k + 7 ? 0xffc1 : plain;
-    default:
-        return plain;
-    }
-}
-
 /* Both ways of the grouped projection, in one call from 1 to 70 rows and by parts: what its fast way may
  * keep, and what it has to compute again. */
 static void do_grouped_edges(rig *r, uint32_t cut, cm_bytes *out)

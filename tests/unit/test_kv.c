@@ -135,6 +135,34 @@ static void test_sequence(void **state)
     assert_int_equal(rt_kv_seq_bytes(&sizes, 257), 3 * 640 + 128);
 }
 
+/* Memory in, pages and states out. */
+static void test_count(void **state)
+{
+    (void)state;
+    md_geometry g = {.context = 1000}; /* 8 pages */
+    const rt_kv_sizes sizes = {.page_bytes = 640, .slot_bytes = 1280, .kept_bytes = 128};
+    rt_kv_budget budget = {.kv_bytes = 64000, .slot_max = 3};
+    uint32_t n_page = 7, n_state = 7;
+    cm_error err;
+    assert_int_equal(rt_kv_count(&g, &sizes, &budget, &n_page, &n_state, &err), CM_OK);
+    assert_int_equal(n_page, 24); /* nothing is kept: as many as sequences can use */
+    assert_int_equal(n_state, 0);
+    budget.prefix_bytes = 127;
+    assert_int_equal(rt_kv_count(&g, &sizes, &budget, &n_page, &n_state, &err), CM_E_CONFIG);
+    assert_string_equal(err.field, "prefix_bytes");
+    budget.prefix_bytes = 128 * 2 + 127;
+    assert_int_equal(rt_kv_count(&g, &sizes, &budget, &n_page, &n_state, &err), CM_OK);
+    assert_int_equal(n_page, 40); /* and as many as can stand before a state */
+    assert_int_equal(n_state, 2);
+    budget.prefix_bytes = 1 << 20;
+    assert_int_equal(rt_kv_count(&g, &sizes, &budget, &n_page, &n_state, &err), CM_OK);
+    assert_int_equal(n_page, 100); /* all that there is memory for, and one state for each */
+    assert_int_equal(n_state, 100);
+    budget.kv_bytes = 639;
+    assert_int_equal(rt_kv_count(&g, &sizes, &budget, &n_page, &n_state, &err), CM_E_CONFIG);
+    assert_string_equal(err.field, "kv_bytes");
+}
+
 /* ---- published numbers ---- */
 
 static void assert_printed(double value, const char *format, const char *expected)
@@ -169,6 +197,7 @@ static void test_pro(void **state)
     assert_printed((double)sizes.row_bytes / KN_PAGE_TOKENS, "%.1f", "5031.4");
     assert_printed(MIB(sizes.window_bytes), "%.2f", "4.35");
     assert_printed(MIB(sizes.state_bytes), "%.2f", "17.84");
+    assert_printed(MIB(sizes.kept_bytes), "%.2f", "5.52");
     assert_printed(context_gib(&sizes, 1 << 20), "%.3f", "4.918");
     assert_printed(context_gib(&sizes, 1 << 17), "%.3f", "0.618");
 }
@@ -216,7 +245,7 @@ static void test_one_layer(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_layout), cmocka_unit_test(test_sequence),
-                                       cmocka_unit_test(test_pro), cmocka_unit_test(test_flash),
-                                       cmocka_unit_test(test_one_layer)};
+                                       cmocka_unit_test(test_count),  cmocka_unit_test(test_pro),
+                                       cmocka_unit_test(test_flash),  cmocka_unit_test(test_one_layer)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

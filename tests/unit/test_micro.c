@@ -6,7 +6,7 @@
 
 #include <cmocka.h>
 
-#include "router/engine/micro_core.h"
+#include "router/engine/batch.h"
 
 static uint32_t cut(const uint32_t *rows, uint32_t n)
 {
@@ -94,11 +94,74 @@ static void test_as_asked_for(void **state)
     assert_int_equal(run(&core, 300, 100, 1000000, 1000, 1), 0);
 }
 
+/* ---- the rows of a step, and of its parts ---- */
+
+static uint32_t cut_at(void *ctx, const kn_seg *segs, uint32_t n_seg, uint32_t n_row)
+{
+    (void)segs;
+    (void)n_seg;
+    (void)n_row;
+    return *(const uint32_t *)ctx;
+}
+
+/* Every row is in one part, once, with its id, position, sequence and pages. */
+static void test_parts_hold_all_rows(void **state)
+{
+    enum { SEGS = 3, ROWS = 9 };
+    static const uint32_t n_rows[SEGS] = {1, 5, 3}, pos0[SEGS] = {300, 126, 0}, slots[SEGS] = {2, 0, 1};
+    static const uint32_t tokens[ROWS] = {9, 8, 7, 6, 5, 4, 3, 2, 1}, pages[4] = {40, 41, 42, 43};
+    rt_step_seg segs[SEGS];
+    rt_batch b;
+    (void)state;
+    rt_batch_init(&b, SEGS, ROWS, 8);
+    for (uint32_t i = 0, row = 0; i < SEGS; row += n_rows[i++]) {
+        uint32_t n_page = (pos0[i] + n_rows[i] + 127) / 128;
+        segs[i] = (rt_step_seg){.slot = slots[i],
+                                .pos0 = pos0[i],
+                                .n_row = n_rows[i],
+                                .tokens = tokens + row,
+                                .pages = pages + i,
+                                .n_page = n_page};
+    }
+    rt_batch_fill(&b, &(rt_step){.n_seg = SEGS, .n_row = ROWS, .segs = segs}, (kn_ptr){1000}, 10);
+    assert_int_equal(b.n_page, 3 + 2 + 1);
+    for (uint32_t cut = 1; cut < ROWS; cut++) {
+        rt_batch_cut(&b, 2, cut_at, &cut);
+        uint32_t row = 0;
+        for (uint32_t p = 0; p < 2; p++) {
+            const rt_batch_part *part = &b.parts[p];
+            assert_int_equal(part->row0, p == 0 ? 0 : cut);
+            assert_int_equal(part->n_row, p == 0 ? cut : ROWS - cut);
+            for (uint32_t i = part->seg0; i < part->seg0 + part->n_seg; i++) {
+                const kn_seg *seg = &b.cut[i];
+                uint32_t whose = 0;
+                while (b.segs[whose].row0 + b.segs[whose].n_row <= row) {
+                    whose++;
+                }
+                assert_int_equal(seg->row0, row - part->row0);
+                assert_int_equal(seg->slot.addr, 1000 + 10 * slots[whose]);
+                assert_int_equal(b.pages[seg->page0], pages[whose]);
+                for (uint32_t k = 0; k < seg->n_row; k++, row++) {
+                    assert_int_equal(b.ids[row], tokens[row]);
+                    assert_int_equal(b.pos[row], seg->pos0 + k);
+                }
+            }
+        }
+        assert_int_equal(row, ROWS);
+    }
+    rt_batch_cut(&b, 1, NULL, NULL);
+    assert_int_equal(b.n_part, 1);
+    assert_memory_equal(b.cut, b.segs, sizeof(kn_seg) * SEGS);
+    rt_batch_fini(&b);
+}
+
 int main(void)
 {
-    const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_cuts_between_sequences), cmocka_unit_test(test_what_pays_stays),
-        cmocka_unit_test(test_what_does_not_pay_costs_little),
-        cmocka_unit_test(test_never_where_nobody_waits), cmocka_unit_test(test_as_asked_for)};
+    const struct CMUnitTest tests[] = {cmocka_unit_test(test_cuts_between_sequences),
+                                       cmocka_unit_test(test_what_pays_stays),
+                                       cmocka_unit_test(test_what_does_not_pay_costs_little),
+                                       cmocka_unit_test(test_never_where_nobody_waits),
+                                       cmocka_unit_test(test_as_asked_for),
+                                       cmocka_unit_test(test_parts_hold_all_rows)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

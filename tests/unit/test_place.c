@@ -175,6 +175,112 @@ static void a_queue_holds_up_no_resume(void **state)
     p_end();
 }
 
+/* ---- what it costs ---- */
+
+enum { MANY = 3000, FEW = 8 };
+
+/* All that is to be done; every stream that was asked for says something when words. */
+static uint32_t do_all(bool words)
+{
+    static gw_spot *asked[MANY];
+    gw_place_action action;
+    uint32_t n = 0, n_asked = 0;
+    while (gw_place_next(&P.place, P.now_ms, &action)) {
+        n++;
+        if (action.act == GW_PLACE_OPEN || action.act == GW_PLACE_RESUME) {
+            asked[n_asked++] = action.spot;
+        }
+    }
+    for (uint32_t i = 0; i < n_asked && words; i++) {
+        p_word(asked[i], true);
+    }
+    return n;
+}
+
+/* Since the last call. */
+static uint64_t looks(void)
+{
+    uint64_t n = P.place.n_looks;
+    P.place.n_looks = 0;
+    return n;
+}
+
+/* Thousands of streams lose their router, go to another, leave copies behind: each is looked at a few times.
+ */
+static void many_move(void **state)
+{
+    (void)state;
+    static gw_spot spots[MANY];
+    memset(spots, 0, sizeof(spots));
+    p_begin(MANY, 0);
+    gw_place_up(&P.place, A);
+    for (uint32_t i = 0; i < MANY; i++) {
+        p_ask(&spots[i]);
+        assert_int_equal(do_all(true), 1);
+    }
+    assert_in_range(looks(), MANY, 2 * MANY);
+    gw_place_up(&P.place, B);
+    gw_place_down(&P.place, P.now_ms, A);
+    gw_place_unreachable(&P.place, A);
+    assert_int_equal(do_all(true), MANY);
+    assert_in_range(looks(), MANY, 3 * MANY);
+    p_expect_rest(); /* the copies at A cost nothing while it is away */
+    assert_in_range(looks(), 0, FEW);
+    gw_place_up(&P.place, A);
+    assert_int_equal(do_all(true), MANY);
+    assert_in_range(looks(), MANY, 3 * MANY);
+    for (uint32_t i = 0; i < MANY; i++) {
+        p_expect_end(&spots[i], 0);
+    }
+    p_end();
+}
+
+/* Thousands wait for their turns at one router; others that come and go do not look at them each time. */
+static void many_wait(void **state)
+{
+    (void)state;
+    static gw_spot spots[MANY], fresh[MANY];
+    memset(spots, 0, sizeof(spots));
+    memset(fresh, 0, sizeof(fresh));
+    p_begin(FEW, 0);
+    gw_place_up(&P.place, A);
+    gw_place_stands(&P.place, P.now_ms, A, GW_PLACE_DRAINING);
+    for (uint32_t i = 0; i < MANY; i++) {
+        gw_place_begin(&P.place, P.now_ms, &spots[i], A);
+    }
+    assert_int_equal(do_all(false), FEW);
+    (void)looks();
+    gw_place_up(&P.place, B);
+    p_expect_rest();
+    (void)looks();
+    for (uint32_t i = 0; i < FEW; i++) {
+        p_ask(&fresh[i]);
+        assert_int_equal(do_all(false), 1);
+        P.now_ms++;
+    }
+    assert_in_range(looks(), FEW, 2 * FEW);
+    for (uint32_t i = 0; i < MANY; i++) { /* tokens of those that run */
+        if (spots[i].state == GW_SPOT_ASKED) {
+            p_word(&spots[i], true);
+        }
+    }
+    assert_int_equal(do_all(false), FEW);
+    (void)looks();
+    for (uint32_t i = 0; i < MANY; i++) {
+        if (spots[i].state == GW_SPOT_RUNNING) {
+            p_word(&spots[i], true);
+            p_expect_rest();
+        }
+    }
+    assert_in_range(looks(), 0, FEW);
+    for (uint32_t i = 0; i < MANY; i++) {
+        uint64_t routers[GW_PLACE_COPIES];
+        (void)gw_place_end(&P.place, &spots[i], routers);
+        (void)gw_place_end(&P.place, &fresh[i], routers);
+    }
+    p_end();
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -187,6 +293,8 @@ int main(void)
         cmocka_unit_test(a_copy_is_gone_back_to),
         cmocka_unit_test(a_turn_at_one_router_holds_up_nobody),
         cmocka_unit_test(a_queue_holds_up_no_resume),
+        cmocka_unit_test(many_move),
+        cmocka_unit_test(many_wait),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,6 +9,7 @@
 
 #include <cmocka.h>
 
+#include "common/base/mem.h"
 #include "gateway/request.h"
 
 enum { VOCAB = 1000, GOOD = -1 };
@@ -56,6 +57,14 @@ static const field_case CASES[] = {
     CHAT_BAD("\"model\":1", "model"),
     CHAT_GOOD("\"no_such_field\":{\"a\":[1]}"),
     CHAT_GOOD("\"stream\":true"),
+    CHAT_GOOD("\"user_id\":\"\""),
+    CHAT_BAD("\"user_id\":1", "user_id"),
+    CHAT_BAD("\"user\":[]", "user"),
+    CHAT_BAD("\"safety_identifier\":true", "safety_identifier"),
+    CHAT_BAD("\"prompt_cache_key\":{}", "prompt_cache_key"),
+    CHAT_BAD("\"cache_salt\":0", "cache_salt"),
+    CHAT_BAD("\"cache_salt\":\"a\\u0000b\"", "cache_salt"),
+    TEXT_GOOD("\"cache_salt\":\"a\""),
     CHAT_BAD("\"stream\":\"yes\"", "stream"),
     CHAT_BAD("\"stream\":1", "stream"),
     CHAT_GOOD("\"stream\":null"),
@@ -397,11 +406,53 @@ static void budget(void **state)
     assert_string_equal(error.param, "messages");
 }
 
+static char *salt_of(const char *fields)
+{
+    char text[256], *salt = NULL;
+    gw_request r;
+    gw_error error;
+    snprintf(text, sizeof(text), "{" MESSAGES "%s%s}", fields[0] != 0 ? "," : "", fields);
+    json_t *body = json_loads(text, 0, NULL);
+    assert_int_equal(gw_request_parse(GW_ASK_CHAT, body, VOCAB, &r, &error), CM_OK);
+    salt = r.salt != NULL ? cm_strdup(r.salt) : NULL;
+    gw_request_free(&r);
+    json_decref(body);
+    return salt;
+}
+
+/* Who asks is told apart by every field, and by which field it is; what else is asked makes no difference. */
+static void salts(void **state)
+{
+    static const char *const fields[] = {"\"user_id\":\"a\"",
+                                         "\"user_id\":\"b\"",
+                                         "\"user_id\":\"\"",
+                                         "\"user\":\"a\"",
+                                         "\"safety_identifier\":\"a\"",
+                                         "\"prompt_cache_key\":\"a\"",
+                                         "\"cache_salt\":\"a\"",
+                                         "\"user_id\":\"a\",\"cache_salt\":\"a\"",
+                                         "\"user_id\":\"a\\ncache_salt 1 a\""};
+    enum { N = sizeof(fields) / sizeof(fields[0]) };
+    char *salt[N];
+    (void)state;
+    assert_null(salt_of(""));
+    assert_null(salt_of("\"temperature\":0,\"seed\":4"));
+    for (uint32_t i = 0; i < N; i++) {
+        salt[i] = salt_of(fields[i]);
+        for (uint32_t k = 0; k < i; k++) {
+            assert_string_not_equal(salt[i], salt[k]);
+        }
+    }
+    for (uint32_t i = 0; i < N; i++) {
+        cm_free(salt[i]);
+    }
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_field),   cmocka_unit_test(which_calls), cmocka_unit_test(whole_bodies),
-        cmocka_unit_test(values_arrive), cmocka_unit_test(budget),
+        cmocka_unit_test(values_arrive), cmocka_unit_test(budget),      cmocka_unit_test(salts),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -9,6 +9,7 @@
 #include <cmocka.h>
 
 #include "common/base/rng.h"
+#include "kernels/kn_math.h"
 #include "router/engine/sample.h"
 
 enum { VOCAB = 50, DRAWS = 200000, LOG = 12, CASES = 300 };
@@ -399,6 +400,96 @@ static void mask_of(uint32_t mask[2], const uint32_t *ids, uint32_t n)
 }
 
 /* What a constraint does not allow is not drawn, whatever speaks for it. */
+/* ---- vocabularies longer than a vector, nuclei longer than what is sorted first ---- */
+
+enum { WIDE = 1003, WIDE_DRAWS = 200 };
+
+static void wide_draw(uint32_t seed, bool odd, float logits[WIDE])
+{
+    for (uint32_t i = 0; i < WIDE; i++) {
+        uint32_t x = cm_rng_at(seed, i, 0).word[0];
+        logits[i] = (float)(x % 200) * 0.01f; /* flat, with ties */
+        if (odd && x >> 8 & 1) {
+            static const float values[4] = {NAN, INFINITY, -INFINITY, -0.0f};
+            logits[i] = values[x >> 9 & 3];
+        }
+    }
+}
+
+static void test_greedy_wide(void **state)
+{
+    static float logits[WIDE];
+    rt_sample_scratch *scratch = rt_sample_scratch_create(WIDE);
+    rt_bias none = {.id = 5, .bias = 0};
+    rt_sampler plain = {.top_p = 1}, changed = {.top_p = 1, .n_bias = 1, .bias = &none};
+    (void)state;
+    for (uint32_t seed = 0; seed < WIDE_DRAWS; seed++) {
+        uint32_t best = WIDE;
+        wide_draw(seed, seed % 2 == 1, logits);
+        for (uint32_t i = 0; i < WIDE; i++) {
+            best = isfinite(logits[i]) && (best == WIDE || logits[i] > logits[best]) ? i : best;
+        }
+        assert_int_equal(draw(scratch, logits, &plain, true, 1), best);
+        assert_int_equal(draw(scratch, logits, &changed, true, 1), best);
+    }
+    for (uint32_t i = 0; i < WIDE; i++) {
+        logits[i] = i % 2 == 0 ? NAN : INFINITY;
+    }
+    assert_int_equal(draw(scratch, logits, &plain, true, 1), 0);
+    assert_int_equal(draw(scratch, logits, &changed, true, 1), 0);
+    rt_sample_scratch_destroy(scratch);
+}
+
+static double g_wide_p[WIDE];
+
+static int wide_by_weight(const void *a, const void *b)
+{
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return g_wide_p[x] < g_wide_p[y] ? 1 : g_wide_p[x] > g_wide_p[y] ? -1 : (x > y) - (x < y);
+}
+
+/* All sorted, then as many as top_p takes. */
+static uint32_t wide_plain(const float *logits, const rt_sampler *sampler, uint32_t position)
+{
+    uint32_t order[WIDE], n = 0;
+    double max = -INFINITY, total = 0, sum = 0, upto = 0;
+    for (uint32_t i = 0; i < WIDE; i++) {
+        max = (double)logits[i] > max ? (double)logits[i] : max;
+    }
+    for (uint32_t i = 0; i < WIDE; i++) {
+        g_wide_p[i] = kn_exp(((double)logits[i] - max) / (double)sampler->temperature);
+        total += g_wide_p[i];
+        order[i] = i;
+    }
+    qsort(order, WIDE, sizeof(order[0]), wide_by_weight);
+    while (n < WIDE && sum < (double)sampler->top_p * total) {
+        sum += g_wide_p[order[n++]];
+    }
+    double at = cm_rng_uniform(sampler->seed, position, 0) * sum;
+    uint32_t k = 0;
+    while (k + 1 < n && (upto += g_wide_p[order[k]]) <= at) {
+        k++;
+    }
+    return order[k];
+}
+
+static void test_nucleus_wide(void **state)
+{
+    static float logits[WIDE];
+    static const float parts[] = {0.01f, 0.08f, 0.3f, 0.62f, 0.95f, 0.999f}; /* of some 8 to 1000 tokens */
+    rt_sample_scratch *scratch = rt_sample_scratch_create(WIDE);
+    (void)state;
+    for (uint32_t seed = 0; seed < WIDE_DRAWS; seed++) {
+        rt_sampler sampler = {.temperature = 1.5f, .top_p = parts[seed % 6], .seed = seed};
+        wide_draw(seed, false, logits);
+        for (uint32_t position = 0; position < 20; position++) {
+            assert_int_equal(draw(scratch, logits, &sampler, true, position),
+                             wide_plain(logits, &sampler, position));
+        }
+    }
+    rt_sample_scratch_destroy(scratch);
+}
+
 static void test_mask(void **state)
 {
     float logits[VOCAB];
@@ -457,6 +548,8 @@ int main(void)
                                        cmocka_unit_test(test_bias),
                                        cmocka_unit_test(test_scratch_is_clean),
                                        cmocka_unit_test(test_logprobs),
-                                       cmocka_unit_test(test_mask)};
+                                       cmocka_unit_test(test_mask),
+                                       cmocka_unit_test(test_greedy_wide),
+                                       cmocka_unit_test(test_nucleus_wide)};
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

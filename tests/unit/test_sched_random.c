@@ -26,6 +26,7 @@ typedef struct t_client {
     rt_sampler sampler;
     uint64_t deadline_ms;
     t_answer answer;
+    uint8_t salt;
     uint32_t n_told;
     bool open;
 } t_client;
@@ -80,6 +81,22 @@ static void t_world_word(void *ctx, const rt_word *word)
     client->open = false;
 }
 
+/* Often it begins as an earlier one did, with what that was answered or not. */
+static void t_client_draw_prompt(t_world *world, t_client *client)
+{
+    t_rng *rng = &world->rng;
+    const t_client *like = client - t_below(rng, world->n_client < 6 ? world->n_client + 1 : 6);
+    uint32_t n_like = like != client ? t_between(rng, 1, client->n_prompt) : 0;
+    for (uint32_t i = 0; i < client->n_prompt; i++) {
+        bool prompt = i < n_like && i < like->n_prompt,
+             answer = i < n_like && !prompt && i - like->n_prompt < like->answer.n;
+        client->prompt[i] = prompt   ? like->prompt[i]
+                            : answer ? like->answer.tokens[i - like->n_prompt]
+                                     : t_below(rng, T_VOCAB);
+    }
+    client->salt = t_below(rng, 8) == 0;
+}
+
 static void t_world_open(t_world *world)
 {
     const rt_sched_limits *limits = &world->engine.limits;
@@ -92,9 +109,7 @@ static void t_world_open(t_world *world)
     t_rng *rng = &world->rng;
     *client = (t_client){.key = {1 + t_below(rng, T_OWNERS), world->n_client}};
     client->n_prompt = t_between(rng, 1, n_token_max - 1);
-    for (uint32_t i = 0; i < client->n_prompt; i++) {
-        client->prompt[i] = t_below(rng, T_VOCAB);
-    }
+    t_client_draw_prompt(world, client);
     client->sampler = (rt_sampler){
         .seed = t_below(rng, 1000), .top_p = 1, .n_stop = t_below(rng, 3), .logprobs = t_below(rng, 2) == 0};
     client->sampler.tokens_max = t_between(rng, 1, n_token_max - client->n_prompt);
@@ -111,7 +126,8 @@ static void t_world_open(t_world *world)
                               .emitted = client->answer.tokens,
                               .n_emitted = client->n_told,
                               .sampler = client->sampler,
-                              .deadline_ms = client->deadline_ms};
+                              .deadline_ms = client->deadline_ms,
+                              .salt = {client->salt}};
     cm_error err;
     cm_status status = rt_sched_open(world->engine.sched, world->now_ms, &request, &err);
     if (status == CM_OK) {
@@ -152,7 +168,8 @@ static void t_world_check(t_world *world)
     assert_int_equal(ledger.n_slot, ledger.n_running);
     assert_in_range(ledger.n_running, 0, limits->slot_max);
     assert_in_range(ledger.n_running, 0, limits->row_max);
-    assert_in_range(ledger.n_page, 0, limits->page_max);
+    assert_in_range(ledger.n_page + ledger.n_page_kept, 0, limits->page_max);
+    assert_in_range(ledger.n_state + ledger.n_state_writing, 0, limits->state_max);
     assert_in_range(ledger.n_seq, 0, limits->slot_max + limits->queue_max);
 }
 
@@ -180,7 +197,7 @@ static bool t_world_step(t_world *world, uint32_t open_odds)
 }
 
 typedef struct t_totals {
-    uint64_t n_preempted, n_right, n_wrong;
+    uint64_t n_preempted, n_right, n_wrong, n_load, n_save, n_hit_token;
     uint32_t n_ended[4];
 } t_totals;
 
@@ -199,6 +216,7 @@ static void t_world_run(uint64_t seed, t_totals *totals)
         .vocab = T_VOCAB,
         .draft_max = t_below(rng, RT_DRAFT_MAX + 1),
         .draft_always = t_below(rng, 2) == 0,
+        .state_max = t_below(rng, 4) == 0 ? 0 : t_between(rng, 1, 12),
     };
     world.clients = calloc(T_CLIENTS, sizeof(t_client));
     t_engine_init(&world.engine, &limits);
@@ -223,6 +241,9 @@ static void t_world_run(uint64_t seed, t_totals *totals)
     totals->n_preempted += ledger.n_preempted;
     totals->n_right += world.engine.n_right;
     totals->n_wrong += world.engine.n_wrong;
+    totals->n_load += world.engine.n_load;
+    totals->n_save += world.engine.n_save;
+    totals->n_hit_token += ledger.n_hit_token;
     t_engine_fini(&world.engine);
     free(world.clients);
 }
@@ -239,6 +260,10 @@ static void test_random_runs(void **state)
                   "%llu wrong\n",
                   (unsigned long long)totals.n_preempted, n_ended[0], n_ended[1], n_ended[2], n_ended[3],
                   (unsigned long long)totals.n_right, (unsigned long long)totals.n_wrong);
+    print_message("%llu states written, %llu gone on from, %llu tokens of prompts not computed\n",
+                  (unsigned long long)totals.n_save, (unsigned long long)totals.n_load,
+                  (unsigned long long)totals.n_hit_token);
+    assert_true(totals.n_load > 1000 && totals.n_hit_token > 1000);
     assert_true(totals.n_preempted > 100);
     assert_true(n_ended[RT_END_STOP] > 100 && n_ended[RT_END_LENGTH] > 100 && n_ended[RT_END_FAILED] > 100);
     assert_true(totals.n_right > 1000 && totals.n_wrong > 1000);

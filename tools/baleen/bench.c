@@ -57,8 +57,8 @@ static const cm_cfg_field g_fields[] = {
     {"svg", "", "serve.model, serve.workers, step.context: file to draw a chart into",
      CM_CFG_STRING(bench_config, svg)},
     {"peer", "",
-     "serve.model: shell command run in every round that prints peer=NAME case=decode_b8 value=TOKENS_S "
-     "lines",
+     "serve.model, cpu.fp4_gemv, cpu.moe_prefill: shell command run in every round that prints peer=NAME "
+     "case=decode_b8 value=TOKENS_S lines, or case=rows_8 value=GMAC_S",
      CM_CFG_STRING(bench_config, peer)},
 };
 

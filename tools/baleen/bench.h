@@ -82,7 +82,10 @@ void bench_read(bench_team *team, const void *data, uint64_t n_bytes);
 uint64_t bench_fma_macs(void);
 uint64_t bench_fma64_macs(void);
 uint64_t bench_vnni_macs(void);
+uint64_t bench_bf16_macs(void);
 bool bench_has_vnni(void);
+bool bench_has_bf16(void);
 void bench_fma(bench_team *team);   /* float32 fused multiply-adds in the widest registers */
 void bench_fma64(bench_team *team); /* the same in double */
 void bench_vnni(bench_team *team);  /* vpdpbusd in 512-bit registers */
+void bench_bf16(bench_team *team);  /* vdpbf16ps in 512-bit registers */

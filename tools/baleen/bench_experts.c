@@ -7,6 +7,7 @@
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
 #include "tools/baleen/bench.h"
+#include "tools/baleen/bench_peer.h"
 #include "tools/baleen/cli.h"
 
 enum {
@@ -32,8 +33,16 @@ typedef struct expert_set {
 
 typedef struct expert_case {
     uint32_t n_row;
-    bench_samples seconds[BENCH_PATHS_MAX], ratio[BENCH_PATHS_MAX];
+    /* of_peak: of that of the instruction the path multiplies with; over_floor: time to that of reading */
+    bench_samples seconds[BENCH_PATHS_MAX], of_peak[BENCH_PATHS_MAX], over_floor[BENCH_PATHS_MAX];
 } expert_case;
+
+/* Multiplications a second by each instruction that is some path's. */
+typedef enum probe { PROBE_FMA, PROBE_VNNI, PROBE_BF16, PROBE_N } probe;
+typedef struct peaks {
+    bench_samples of[PROBE_N];
+} peaks;
+static const char *const PROBE_NAMES[] = {"float32 multiply-add", "vpdpbusd", "vdpbf16ps"};
 
 /* ---- data ---- */
 
@@ -253,126 +262,35 @@ static kn_limits limits_for(const bench_config *config, uint32_t n_row)
                        .n_expert = 1};
 }
 
-/* ---- cpu.fp4_gemv ---- */
+/* ---- peaks and peers ---- */
 
-static void gemv_report(const expert_set *set, const expert_case *cases, uint32_t n_case,
-                        const bench_path *paths, uint32_t n_path, const bench_samples *bandwidth,
-                        json_t *report)
+static void take_peak(const bench_config *config, bench_team *team, void (*run)(bench_team *), uint64_t macs,
+                      bench_samples *peak)
 {
-    double bytes = (double)set->expert_bytes * set->n;
-    bench_summary bw = bench_summarize(bandwidth);
-    printf("%u experts %u x %u, %.2f GB; read bandwidth of the run %.1f GB/s (%.1f .. %.1f)\n", set->n,
-           (unsigned)set->config->inner, (unsigned)set->config->d, bytes / 1e9, bw.median, bw.min, bw.max);
-    printf("%-11s %-8s %4s  %7s  %7s  %s\n", "path", "weights", "rows", "GB/s", "GMAC/s",
-           "time / (bytes / bandwidth)");
-    json_object_set_new(report, "read_gb_s", bench_summary_json(bw));
-    for (uint32_t p = 0; p < n_path; p++) {
-        for (uint32_t c = 0; c < n_case; c++) {
-            const char *isa = kn_device_isa(paths[p].device);
-            const char *weights = paths[p].prepared.addr != 0 ? "prepared" : "stored";
-            bench_summary t = bench_summarize(&cases[c].seconds[p]), r = bench_summarize(&cases[c].ratio[p]);
-            double macs = 3.0 * (double)set->config->d * (double)set->config->inner * set->n * cases[c].n_row;
-            printf("%-11s %-8s %4u  %7.2f  %7.1f  %.2f (%.2f .. %.2f)\n", isa, weights, cases[c].n_row,
-                   bytes / t.median / 1e9, macs / t.median / 1e9, r.median, r.min, r.max);
-            json_array_append_new(json_object_get(report, "results"),
-                                  json_pack("{s:s, s:s, s:i, s:o, s:o}", "path", isa, "weights", weights,
-                                            "rows", (int)cases[c].n_row, "seconds", bench_summary_json(t),
-                                            "time_over_floor", bench_summary_json(r)));
-        }
-    }
+    double start = bench_now(config);
+    run(team);
+    bench_add(peak, (double)config->threads * (double)macs / (bench_now(config) - start));
 }
-
-static void gemv_rounds(expert_set *set, expert_case *cases, uint32_t n_case, bench_path *paths,
-                        uint32_t n_path, bench_samples *bandwidth)
-{
-    bench_team *team = bench_team_create((uint32_t)set->config->threads);
-    double bytes = (double)set->expert_bytes * set->n;
-    for (uint32_t round = 0; round < set->config->rounds; round++) {
-        for (uint32_t c = 0; c < n_case; c++) {
-            for (uint32_t p = 0; p < n_path; p++) {
-                double start = bench_now(set->config), read, seconds;
-                cli_progress("round %u of %u, %u rows", round + 1, (unsigned)set->config->rounds,
-                             cases[c].n_row);
-                bench_read(team, set->weights, set->all_bytes);
-                read = bench_now(set->config) - start;
-                seconds = time_case(set, &paths[p], cases[c].n_row);
-                bench_add(&cases[c].seconds[p], seconds);
-                bench_add(&cases[c].ratio[p], seconds / (read * bytes / (double)set->all_bytes));
-                if (c == 0 && p == 0) {
-                    bench_add(bandwidth, (double)set->all_bytes / read / 1e9);
-                }
-            }
-        }
-    }
-    cli_progress_clear();
-    bench_team_destroy(team);
-}
-
-static int gemv_run(const bench *b, const bench_config *config, kn_dtype dtype)
-{
-    static const uint32_t rows[] = {1, 2, 4, 8};
-    enum { N_CASE = 4 };
-    expert_case *cases = cm_alloc(N_CASE * sizeof(*cases));
-    kn_limits limits = limits_for(config, 8);
-    bench_path paths[BENCH_PATHS_MAX] = {0};
-    bench_samples bandwidth = {0};
-    expert_set set;
-    uint32_t n_path = bench_open_paths(config, &limits, paths);
-    int code = CLI_FAILED;
-    if (n_path > 0) {
-        set_open(&set, config, dtype, config->weight_bytes, 8, &paths[0]);
-        n_path = prepare_paths(&set, paths, n_path);
-        if (check_paths(&set, paths, n_path, &limits)) {
-            json_t *report = bench_begin(b, config);
-            for (uint32_t c = 0; c < N_CASE; c++) {
-                cases[c].n_row = rows[c];
-            }
-            gemv_rounds(&set, cases, N_CASE, paths, n_path, &bandwidth);
-            gemv_report(&set, cases, N_CASE, paths, n_path, &bandwidth, report);
-            bench_end(report);
-            code = CLI_OK;
-        }
-        forget_prepared(paths, n_path);
-        set_close(&set);
-        bench_close_paths(paths, n_path);
-    }
-    cm_free(cases);
-    return code;
-}
-
-static int fp4_run(const bench *b, const bench_config *config)
-{
-    return gemv_run(b, config, KN_E2M1);
-}
-
-static int fp8_run(const bench *b, const bench_config *config)
-{
-    return gemv_run(b, config, KN_E4M3);
-}
-
-const bench bench_fp4_gemv = {"cpu.fp4_gemv",
-                              "routed FP4 experts for 1 to 8 rows, against the read bandwidth", fp4_run};
-const bench bench_fp8_gemv = {
-    "cpu.fp8_gemv", "the same matrices in FP8, as of the dense part, against the read bandwidth", fp8_run};
-
-/* ---- cpu.moe_prefill ---- */
-
-typedef struct peaks {
-    bench_samples fma, vnni; /* multiplications a second */
-} peaks;
 
 static void take_peaks(const bench_config *config, bench_team *team, peaks *p)
 {
-    double start = bench_now(config), all = (double)config->threads;
     if (bench_fma_macs() > 0) {
-        bench_fma(team);
-        bench_add(&p->fma, all * (double)bench_fma_macs() / (bench_now(config) - start));
+        take_peak(config, team, bench_fma, bench_fma_macs(), &p->of[PROBE_FMA]);
     }
-    start = bench_now(config);
     if (bench_has_vnni()) {
-        bench_vnni(team);
-        bench_add(&p->vnni, all * (double)bench_vnni_macs() / (bench_now(config) - start));
+        take_peak(config, team, bench_vnni, bench_vnni_macs(), &p->of[PROBE_VNNI]);
     }
+    if (bench_has_bf16()) {
+        take_peak(config, team, bench_bf16, bench_bf16_macs(), &p->of[PROBE_BF16]);
+    }
+}
+
+static probe probe_of(const bench_path *path)
+{
+    const char *isa = kn_device_isa(path->device);
+    return strcmp(isa, "avx512bf16") == 0   ? PROBE_BF16
+           : strcmp(isa, "avx512vnni") == 0 ? PROBE_VNNI
+                                            : PROBE_FMA;
 }
 
 static double newest_of(const bench_samples *s)
@@ -380,90 +298,197 @@ static double newest_of(const bench_samples *s)
     return s->n > 0 ? s->value[s->n - 1] : 0;
 }
 
-/* Of the ratios the one to float32 is kept with the samples: every machine has it. */
-static void prefill_rounds(expert_set *set, expert_case *cases, uint32_t n_case, bench_path *paths,
-                           uint32_t n_path, peaks *peak)
+static void say_peaks(const peaks *p, json_t *report)
 {
-    bench_team *team = bench_team_create((uint32_t)set->config->threads);
-    double macs = 3.0 * (double)set->config->d * (double)set->config->inner * set->n;
-    for (uint32_t round = 0; round < set->config->rounds; round++) {
-        take_peaks(set->config, team, peak);
-        for (uint32_t c = 0; c < n_case; c++) {
-            for (uint32_t p = 0; p < n_path; p++) {
-                double seconds;
-                cli_progress("round %u of %u, %u rows", round + 1, (unsigned)set->config->rounds,
-                             cases[c].n_row);
-                seconds = time_case(set, &paths[p], cases[c].n_row);
-                bench_add(&cases[c].seconds[p], seconds);
-                bench_add(&cases[c].ratio[p], macs * cases[c].n_row / seconds / newest_of(&peak->fma));
+    printf("peaks of the run, GMAC/s:");
+    for (int i = 0; i < PROBE_N; i++) {
+        if (p->of[i].n > 0) {
+            bench_summary peak = bench_summarize(&p->of[i]);
+            printf(" %s %.0f", PROBE_NAMES[i], peak.median / 1e9);
+            json_object_set_new(report, PROBE_NAMES[i], bench_summary_json(peak));
+        }
+    }
+    printf("\n");
+}
+
+/* How many times as fast as each peer the path is. */
+static void say_peers(const bench_peers *peers, const expert_case *c, uint32_t i_path, double macs,
+                      json_t *row)
+{
+    char name[16];
+    snprintf(name, sizeof(name), "rows_%u", c->n_row);
+    for (uint32_t i = 0; peers != NULL && i < bench_peers_count(peers); i++) {
+        const bench_samples *theirs = bench_peers_case(peers, i, name);
+        bench_samples ratio = {0};
+        for (uint32_t r = 0; theirs != NULL && r < theirs->n; r++) {
+            bench_add(&ratio, macs / c->seconds[i_path].value[r] / 1e9 / theirs->value[r]);
+        }
+        if (ratio.n > 0) {
+            bench_summary over = bench_summarize(&ratio);
+            printf("%27s times %s, which does %.1f: %.2f (%.2f .. %.2f)\n", "", bench_peers_name(peers, i),
+                   bench_summarize(theirs).median, over.median, over.min, over.max);
+            json_object_set_new(row, bench_peers_name(peers, i), bench_summary_json(over));
+        }
+    }
+}
+
+/* ---- rounds ---- */
+
+/* One benchmark's run. */
+typedef struct expert_run {
+    expert_set set;
+    const bench_config *config;
+    expert_case *cases;
+    uint32_t n_case, n_path;
+    bench_path paths[BENCH_PATHS_MAX];
+    bench_samples bandwidth;
+    peaks peak;
+    bench_peers *peers; /* NULL: none */
+} expert_run;
+
+static double macs_of(const expert_run *run, const expert_case *c)
+{
+    return 3.0 * (double)run->config->d * (double)run->config->inner * run->set.n * c->n_row;
+}
+
+static void time_path(expert_run *run, bench_team *team, expert_case *c, uint32_t p, uint32_t round)
+{
+    expert_set *set = &run->set;
+    double bytes = (double)set->expert_bytes * set->n, start = bench_now(run->config), read, seconds;
+    cli_progress("round %u of %u, %u rows", round + 1, (unsigned)run->config->rounds, c->n_row);
+    bench_read(team, set->weights, set->all_bytes);
+    read = bench_now(run->config) - start;
+    seconds = time_case(set, &run->paths[p], c->n_row);
+    if (run->bandwidth.n <= round) {
+        bench_add(&run->bandwidth, (double)set->all_bytes / read / 1e9);
+    }
+    bench_add(&c->seconds[p], seconds);
+    bench_add(&c->over_floor[p], seconds / (read * bytes / (double)set->all_bytes));
+    bench_add(&c->of_peak[p], macs_of(run, c) / seconds / newest_of(&run->peak.of[probe_of(&run->paths[p])]));
+}
+
+static cm_status take_rounds(expert_run *run, cm_error *err)
+{
+    bench_team *team = bench_team_create((uint32_t)run->config->threads);
+    cm_status status = CM_OK;
+    for (uint32_t round = 0; round < run->config->rounds && status == CM_OK; round++) {
+        take_peaks(run->config, team, &run->peak);
+        for (uint32_t c = 0; c < run->n_case; c++) {
+            for (uint32_t p = 0; p < run->n_path; p++) {
+                time_path(run, team, &run->cases[c], p, round);
             }
         }
+        status = run->peers != NULL ? bench_peers_run(run->peers, err) : CM_OK;
     }
     cli_progress_clear();
     bench_team_destroy(team);
+    return status;
 }
 
-static void prefill_report(const expert_set *set, const expert_case *cases, uint32_t n_case,
-                           const bench_path *paths, uint32_t n_path, const peaks *peak, json_t *report)
+static void say_case(const expert_run *run, const expert_case *c, uint32_t p, json_t *report)
 {
-    double macs = 3.0 * (double)set->config->d * (double)set->config->inner * set->n;
-    bench_summary fma = bench_summarize(&peak->fma);
-    double vnni = peak->vnni.n > 0 ? bench_summarize(&peak->vnni).median : 0;
-    printf("peaks of the run, GMAC/s: float32 multiply-add %.0f, vpdpbusd %.0f\n", fma.median / 1e9,
-           vnni / 1e9);
-    printf("%-11s %-8s %4s  %7s  %-22s  %s\n", "path", "weights", "rows", "GMAC/s", "of the float32 peak",
-           "of vpdpbusd");
-    json_object_set_new(report, "fma_mac_s", json_real(fma.median));
-    json_object_set_new(report, "vnni_mac_s", json_real(vnni));
-    for (uint32_t p = 0; p < n_path; p++) {
-        for (uint32_t c = 0; c < n_case; c++) {
-            const char *isa = kn_device_isa(paths[p].device);
-            const char *weights = paths[p].prepared.addr != 0 ? "prepared" : "stored";
-            bench_summary t = bench_summarize(&cases[c].seconds[p]), r = bench_summarize(&cases[c].ratio[p]);
-            double rate = macs * cases[c].n_row / t.median;
-            printf("%-11s %-8s %4u  %7.1f  %.3f (%.3f .. %.3f)   %.3f\n", isa, weights, cases[c].n_row,
-                   rate / 1e9, r.median, r.min, r.max, vnni > 0 ? rate / vnni : 0);
-            json_array_append_new(json_object_get(report, "results"),
-                                  json_pack("{s:s, s:s, s:i, s:o, s:o, s:f}", "path", isa, "weights", weights,
-                                            "rows", (int)cases[c].n_row, "seconds", bench_summary_json(t),
-                                            "of_fma", bench_summary_json(r), "of_vnni",
-                                            vnni > 0 ? rate / vnni : 0.0));
+    const char *isa = kn_device_isa(run->paths[p].device);
+    const char *weights = run->paths[p].prepared.addr != 0 ? "prepared" : "stored";
+    bench_summary t = bench_summarize(&c->seconds[p]), floor = bench_summarize(&c->over_floor[p]),
+                  peak = bench_summarize(&c->of_peak[p]);
+    json_t *row = json_pack("{s:s, s:s, s:i, s:o, s:o, s:o}", "path", isa, "weights", weights, "rows",
+                            (int)c->n_row, "seconds", bench_summary_json(t), "time_over_floor",
+                            bench_summary_json(floor), "of_peak", bench_summary_json(peak));
+    printf("%-11s %-8s %4u  %7.2f  %7.1f  %6.2f (%.2f .. %.2f)  %.3f (%.3f .. %.3f)\n", isa, weights,
+           c->n_row, (double)run->set.expert_bytes * run->set.n / t.median / 1e9,
+           macs_of(run, c) / t.median / 1e9, floor.median, floor.min, floor.max, peak.median, peak.min,
+           peak.max);
+    say_peers(run->peers, c, p, macs_of(run, c), row);
+    json_array_append_new(json_object_get(report, "results"), row);
+}
+
+static void say_run(const expert_run *run, json_t *report)
+{
+    bench_summary bw = bench_summarize(&run->bandwidth);
+    printf("%u experts %u x %u, %.2f GB; read bandwidth of the run %.1f GB/s (%.1f .. %.1f)\n", run->set.n,
+           (unsigned)run->config->inner, (unsigned)run->config->d,
+           (double)run->set.expert_bytes * run->set.n / 1e9, bw.median, bw.min, bw.max);
+    json_object_set_new(report, "read_gb_s", bench_summary_json(bw));
+    say_peaks(&run->peak, report);
+    printf("%-11s %-8s %4s  %7s  %7s  %-22s  %s\n", "path", "weights", "rows", "GB/s", "GMAC/s",
+           "time / (bytes / bw.)", "of its instruction's peak");
+    for (uint32_t p = 0; p < run->n_path; p++) {
+        for (uint32_t c = 0; c < run->n_case; c++) {
+            say_case(run, &run->cases[c], p, report);
         }
     }
 }
 
-static int prefill_run(const bench *b, const bench_config *config)
+static int measure(const bench *b, expert_run *run)
 {
-    static const uint32_t rows[] = {32, 128, 512};
-    enum { N_CASE = 3, MOST = 512 };
-    expert_case *cases = cm_alloc(N_CASE * sizeof(*cases));
-    kn_limits limits = limits_for(config, MOST);
-    bench_path paths[BENCH_PATHS_MAX] = {0};
-    peaks peak = {0};
-    expert_set set;
-    uint32_t n_path = bench_fma_macs() > 0 ? bench_open_paths(config, &limits, paths) : 0;
-    int code = CLI_FAILED;
-    if (n_path > 0) {
-        set_open(&set, config, KN_E2M1, 0, MOST, &paths[0]); /* one expert */
-        n_path = prepare_paths(&set, paths, n_path);
-        if (check_paths(&set, paths, n_path, &limits)) {
-            json_t *report = bench_begin(b, config);
-            for (uint32_t c = 0; c < N_CASE; c++) {
-                cases[c].n_row = rows[c];
-            }
-            prefill_rounds(&set, cases, N_CASE, paths, n_path, &peak);
-            prefill_report(&set, cases, N_CASE, paths, n_path, &peak, report);
-            bench_end(report);
-            code = CLI_OK;
-        }
-        forget_prepared(paths, n_path);
-        set_close(&set);
-        bench_close_paths(paths, n_path);
+    json_t *report = bench_begin(b, run->config);
+    cm_error err = {0};
+    run->peers = run->config->peer[0] != '\0' ? bench_peers_create(run->config->peer) : NULL;
+    int code = take_rounds(run, &err) == CM_OK ? CLI_OK : CLI_FAILED;
+    if (code == CLI_OK) {
+        say_run(run, report);
+        bench_end(report);
+    } else {
+        fprintf(stderr, "%s\n", err.text);
+        json_decref(report);
     }
-    cm_free(cases);
+    bench_peers_destroy(run->peers);
     return code;
 }
 
+static int run_cases(const bench *b, const bench_config *config, kn_dtype dtype, uint64_t weight_bytes,
+                     const uint32_t *rows, uint32_t n_case)
+{
+    uint32_t most = rows[n_case - 1];
+    kn_limits limits = limits_for(config, most);
+    expert_run *run = cm_alloc(sizeof(*run));
+    uint32_t n_opened = bench_open_paths(config, &limits, run->paths);
+    int code = CLI_FAILED;
+    run->config = config;
+    run->n_case = n_case;
+    run->cases = cm_alloc(n_case * sizeof(*run->cases));
+    for (uint32_t c = 0; c < n_case; c++) {
+        run->cases[c].n_row = rows[c];
+    }
+    if (n_opened > 0) {
+        set_open(&run->set, config, dtype, weight_bytes, most, &run->paths[0]);
+        run->n_path = prepare_paths(&run->set, run->paths, n_opened);
+        if (check_paths(&run->set, run->paths, run->n_path, &limits)) {
+            code = measure(b, run);
+        }
+        forget_prepared(run->paths, run->n_path);
+        set_close(&run->set);
+        bench_close_paths(run->paths, run->n_path);
+    }
+    cm_free(run->cases);
+    cm_free(run);
+    return code;
+}
+
+/* ---- the benchmarks ---- */
+
+static const uint32_t FEW_ROWS[] = {1, 2, 4, 8}, MANY_ROWS[] = {16, 32, 128, 512};
+
+static int fp4_run(const bench *b, const bench_config *config)
+{
+    return run_cases(b, config, KN_E2M1, config->weight_bytes, FEW_ROWS, 4);
+}
+
+static int fp8_run(const bench *b, const bench_config *config)
+{
+    return run_cases(b, config, KN_E4M3, config->weight_bytes, FEW_ROWS, 4);
+}
+
+/* One expert. */
+static int prefill_run(const bench *b, const bench_config *config)
+{
+    return run_cases(b, config, KN_E2M1, 0, MANY_ROWS, 4);
+}
+
+const bench bench_fp4_gemv = {"cpu.fp4_gemv",
+                              "routed FP4 experts for 1 to 8 rows, against the read bandwidth", fp4_run};
+const bench bench_fp8_gemv = {
+    "cpu.fp8_gemv", "the same matrices in FP8, as of the dense part, against the read bandwidth", fp8_run};
 const bench bench_moe_prefill = {"cpu.moe_prefill",
                                  "routed FP4 experts for many rows, against the arithmetic of the machine",
                                  prefill_run};

@@ -81,7 +81,6 @@ typedef struct host {
     uint16_t *results;
     rt_step_result *tokens;
     rt_plan *plan;
-    uint8_t *wanted; /* [batch][HOST_TOPK] all */
     uint64_t now_ms;
     double part_s[N_PART];
 } host;
@@ -290,11 +289,10 @@ static double host_plan_s(host *h, const host_routes *routes)
     double start = bench_now(h->config);
     for (uint32_t l = 0; l < h->config->layers; l++) {
         size_t at = (size_t)l * h->config->batch * HOST_TOPK;
-        uint64_t avoid[PR_RANK_MAX / 64] = {0};
         uint32_t expert;
         cm_status status =
             rt_plan_build(h->plan, &limits, h->epoch->placement, l, routes->experts + at,
-                          routes->weights + at, (uint32_t)h->config->batch, h->wanted, avoid, &expert);
+                          routes->weights + at, (uint32_t)h->config->batch, NULL, NULL, &expert);
         CM_ASSERT(status == CM_OK);
     }
     return bench_now(h->config) - start;
@@ -527,8 +525,6 @@ static cm_status host_create(host *h, cm_error *err)
     h->tokens = cm_alloc(sizeof(rt_step_result) * batch);
     rt_plan_limits plan = host_limits(h, HOST_D);
     h->plan = rt_plan_create(&plan);
-    h->wanted = cm_alloc(batch * HOST_TOPK);
-    memset(h->wanted, 1, batch * HOST_TOPK);
     for (uint64_t i = 0; i < batch * d; i++) {
         h->codes[i] = (uint8_t)(i * 31);
     }
@@ -555,7 +551,6 @@ static void host_destroy(host *h)
     cm_free(h->results);
     cm_free(h->tokens);
     rt_plan_destroy(h->plan);
-    cm_free(h->wanted);
 }
 
 static int run(const bench *b, const bench_config *config)

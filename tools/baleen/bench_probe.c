@@ -13,6 +13,7 @@ enum {
     PROBE_PIECE = 4096,    /* bytes a thread reads at a time */
     PROBE_LOOPS = 1 << 20, /* rounds of the arithmetic probes */
     PROBE_CHAINS = 12,     /* independent sums: more than latency times issue rate */
+    PROBE_CHAINS_BF16 = 16,
     PROBE_COST = 1u << 30, /* an item is always worth a thread */
 };
 
@@ -75,7 +76,8 @@ void bench_read(bench_team *t, const void *data, uint64_t n_bytes)
 
 /* ---- arithmetic ---- */
 
-#define TWELVE(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
+#define SIXTEEN(op) TWELVE(op) op(12) op(13) op(14) op(15)
+#define TWELVE(op)  op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
 
 #if defined(__x86_64__)
 #define KEEP(i) __asm__ volatile("" : "+v"(acc[i]));
@@ -135,6 +137,18 @@ __attribute__((target("avx512f,avx512vnni"))) static void vnni_512(void)
 #undef DOT
 }
 
+__attribute__((target("avx512f,avx512bf16"))) static void bf16_512(void)
+{
+    __m512 acc[PROBE_CHAINS_BF16] = {0};
+    __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f003f00), w = (__m512bh)_mm512_set1_epi32(0x3e803e80);
+#define DOT(i) acc[i] = _mm512_dpbf16_ps(acc[i], x, w);
+    for (uint32_t n = 0; n < PROBE_LOOPS; n++) {
+        SIXTEEN(DOT)
+        SIXTEEN(KEEP)
+    }
+#undef DOT
+}
+
 static uint32_t fma_width(void)
 {
     return __builtin_cpu_supports("avx512f") ? 16 : __builtin_cpu_supports("fma") ? 8 : 0;
@@ -162,6 +176,11 @@ bool bench_has_vnni(void)
 {
     return __builtin_cpu_supports("avx512vnni");
 }
+
+bool bench_has_bf16(void)
+{
+    return __builtin_cpu_supports("avx512bf16");
+}
 #else
 static uint32_t fma_width(void)
 {
@@ -180,7 +199,16 @@ static void vnni_512(void)
 {
 }
 
+static void bf16_512(void)
+{
+}
+
 bool bench_has_vnni(void)
+{
+    return false;
+}
+
+bool bench_has_bf16(void)
 {
     return false;
 }
@@ -213,6 +241,15 @@ static void vnni_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread
     }
 }
 
+static void bf16_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    (void)arg;
+    (void)i_thread;
+    for (uint32_t i = begin; i < end; i++) {
+        bf16_512();
+    }
+}
+
 uint64_t bench_fma_macs(void)
 {
     return (uint64_t)PROBE_LOOPS * PROBE_CHAINS * fma_width();
@@ -228,6 +265,11 @@ uint64_t bench_vnni_macs(void)
     return (uint64_t)PROBE_LOOPS * PROBE_CHAINS * 64;
 }
 
+uint64_t bench_bf16_macs(void)
+{
+    return (uint64_t)PROBE_LOOPS * PROBE_CHAINS_BF16 * 32;
+}
+
 void bench_fma(bench_team *t)
 {
     kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, fma_part, NULL);
@@ -241,4 +283,9 @@ void bench_fma64(bench_team *t)
 void bench_vnni(bench_team *t)
 {
     kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, vnni_part, NULL);
+}
+
+void bench_bf16(bench_team *t)
+{
+    kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, bf16_part, NULL);
 }

@@ -9,17 +9,19 @@
 #include "common/base/assert.h"
 #include "common/base/clock.h"
 #include "common/base/mem.h"
-#include "common/net/net_private.h"
 #include "proto/frames.h"
 #include "proto/messages.h"
 
-enum { WIRE_FRAMES = 4096, WIRE_NOTES = 256, WIRE_PATTERN = 1 << 16 };
+enum {
+    WIRE_FRAMES = 4096,
+    WIRE_NOTES = 256,
+    WIRE_PATTERN = 1 << 16,
+    WIRE_PREFIX = NET_WIRE_HEADER_MAX - NET_HEADER_MAX, /* the layer's own, in front of every header */
+};
 
 struct net_backend_link {
     LIST_ENTRY(net_backend_link) entry;
     void *peer;
-    uint64_t n_taken, n_told; /* dispatch frames; as the router was told */
-    uint64_t n_answers, n_notes;
 };
 
 /* A dispatch frame on its way out and its answer on its way back. */
@@ -32,18 +34,20 @@ typedef struct wire_frame {
     uint64_t n_bytes; /* of the answer's payload */
     void *payload;
     struct {
-        net_prefix prefix;
+        uint8_t prefix[WIRE_PREFIX];
         pr_combine combine;
     } header;
 } wire_frame;
 TAILQ_HEAD(wire_frames, wire_frame);
 
-/* One of the layer's own, to be reported as sent; a hello is answered with the same. */
+/* One of the layer's own, to be reported as sent. It comes back as it is: a greeting makes the link, and how
+ * many answers the router has taken is how many frames the worker has taken at least. In the same way an
+ * answer has the prefix of its frame: there is one answer to each, in order. */
 typedef struct wire_note {
     TAILQ_ENTRY(wire_note) entry;
     net_backend_link *link;
     void *cookie;
-    bool hello;
+    uint16_t type;
     uint32_t n_bytes;
     uint8_t header[NET_WIRE_HEADER_MAX] __attribute__((aligned(8)));
 } wire_note;
@@ -56,7 +60,6 @@ typedef struct wire_net {
     int fd;
     LIST_HEAD(, net_backend_link) links;
     cm_pool link_pool, frame_pool, note_pool;
-    net_buffers buffers;
     TAILQ_HEAD(, wire_note) notes;
     struct wire_frames frames;        /* in the order in which they leave and are answered */
     uint64_t out_free_ns, in_free_ns; /* when the wire is free */
@@ -84,7 +87,6 @@ static cm_status wire_open(const net_options *options, const net_upcalls *upcall
         cm_free(w);
         return cm_error_set(err, CM_E_DEVICE, "", "eventfd: %s", strerror(errno));
     }
-    CM_TRY(net_buffers_init(&w->buffers, WIRE_FRAMES, options->message_bytes_max, err));
     cm_pool_init(&w->link_pool, "wire links", sizeof(net_backend_link), options->peers_max);
     cm_pool_init(&w->frame_pool, "wire frames", sizeof(wire_frame), WIRE_FRAMES);
     cm_pool_init(&w->note_pool, "wire notes", sizeof(wire_note), WIRE_NOTES);
@@ -103,7 +105,7 @@ static cm_status wire_open(const net_options *options, const net_upcalls *upcall
 static void wire_frame_free(wire_net *w, wire_frame *frame)
 {
     if (frame->payload != w->nothing) {
-        net_buffers_put(&w->buffers, frame->payload);
+        cm_free(frame->payload);
     }
     cm_pool_put(&w->frame_pool, frame);
 }
@@ -129,7 +131,6 @@ static void wire_close(void *backend)
     cm_pool_fini(&w->link_pool);
     cm_pool_fini(&w->frame_pool);
     cm_pool_fini(&w->note_pool);
-    net_buffers_fini(&w->buffers);
     cm_free(w->nothing);
     close(w->fd);
     cm_free(w);
@@ -194,7 +195,7 @@ static uint64_t u64_max(uint64_t a, uint64_t b)
 static cm_status wire_send_frame(wire_net *w, net_backend_link *link, const net_message *message,
                                  void *cookie)
 {
-    const pr_dispatch *dispatch = (const void *)((const uint8_t *)message->header + sizeof(net_prefix));
+    const pr_dispatch *dispatch = (const void *)((const uint8_t *)message->header + WIRE_PREFIX);
     void *object;
     CM_ASSERT(message->type == PR_MSG_DISPATCH && message->n_iov == 1 && dispatch->d < WIRE_PATTERN);
     if (cm_pool_get(&w->frame_pool, &object) != CM_OK) {
@@ -207,8 +208,12 @@ static cm_status wire_send_frame(wire_net *w, net_backend_link *link, const net_
         (pr_combine){.head = dispatch->head, .d = dispatch->d, .n_slot = dispatch->n_slot};
     frame->header.combine.head.dtype = PR_DTYPE_BF16;
     frame->n_bytes = 2ull * dispatch->n_slot * dispatch->d;
-    frame->payload = w->wire->values ? net_buffers_get(&w->buffers) : w->nothing;
+    memcpy(frame->header.prefix, message->header, WIRE_PREFIX);
+    frame->payload = w->nothing;
     if (w->wire->values) {
+        int guard = cm_mem_guard_pause(); /* a worker's memory */
+        frame->payload = cm_alloc(frame->n_bytes);
+        cm_mem_guard_resume(guard);
         wire_compute(w, dispatch, message->iov[0].data, frame->payload);
     }
     uint64_t now = cm_now_ns(), out = message->iov[0].n_bytes + message->header_bytes;
@@ -236,7 +241,7 @@ static cm_status wire_send(void *backend, net_backend_link *link, const net_mess
     wire_note *note = object;
     note->link = link;
     note->cookie = cookie;
-    note->hello = message->type == NET_TYPE_HELLO;
+    note->type = message->type;
     note->n_bytes = message->header_bytes;
     memcpy(note->header, message->header, message->header_bytes);
     TAILQ_INSERT_TAIL(&w->notes, note, entry);
@@ -252,29 +257,13 @@ static bool wire_serve_notes(wire_net *w)
         wire_note *note = TAILQ_FIRST(&w->notes);
         TAILQ_REMOVE(&w->notes, note, entry);
         w->upcalls->sent(w->ctx, note->link->peer, note->cookie, CM_OK);
-        if (note->hello && note->link->peer != NULL) {
-            net_event event = {.type = NET_TYPE_HELLO, .header = note->header, .header_bytes = note->n_bytes};
+        if (note->link->peer != NULL) {
+            net_event event = {.type = note->type, .header = note->header, .header_bytes = note->n_bytes};
             w->upcalls->received(w->ctx, note->link->peer, &event);
         }
         cm_pool_put(&w->note_pool, note);
     }
     return any;
-}
-
-/* The router may have so many frames out that nobody said were taken. */
-static void wire_tell_taken(wire_net *w, net_backend_link *link)
-{
-    struct {
-        net_prefix prefix;
-        net_heartbeat beat;
-    } header = {.prefix = {.seq = link->n_notes + 1}, .beat = {.n_taken = link->n_taken}};
-    if (link->n_taken - link->n_told < w->options->sends_max / 4) {
-        return;
-    }
-    link->n_notes++;
-    link->n_told = link->n_taken;
-    net_event event = {.type = NET_TYPE_HEARTBEAT, .header = &header, .header_bytes = sizeof(header)};
-    w->upcalls->received(w->ctx, link->peer, &event);
 }
 
 static void wire_deliver(wire_net *w, wire_frame *frame)
@@ -285,7 +274,6 @@ static void wire_deliver(wire_net *w, wire_frame *frame)
         wire_frame_free(w, frame);
         return;
     }
-    frame->header.prefix = (net_prefix){.seq = ++link->n_answers};
     net_event event = {.type = PR_MSG_COMBINE,
                        .header = &frame->header,
                        .header_bytes = sizeof(frame->header),
@@ -306,11 +294,7 @@ static bool wire_progress(void *backend)
         next = TAILQ_NEXT(frame, entry);
         if (!frame->left) {
             frame->left = any = true;
-            frame->link->n_taken++;
             w->upcalls->sent(w->ctx, frame->link->peer, frame->cookie, CM_OK);
-            if (frame->link->peer != NULL) {
-                wire_tell_taken(w, frame->link);
-            }
         }
         if (now >= frame->due_ns && w->n_held < w->options->receives_max) {
             any = true;

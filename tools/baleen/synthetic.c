@@ -7,10 +7,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "common/base/bytes.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/model/checkpoint.h"
 #include "kernels/kn_math.h"
+#include "tools/baleen/cli.h"
 
 enum {
     SYNTHETIC_SEED = 11,
@@ -157,16 +159,18 @@ static cm_status complain(const char *path, cm_error *err)
 
 static cm_status write_shard(writer *w, const char *path, const md_geometry *g, cm_error *err)
 {
-    char *text = json_dumps(w->header, JSON_COMPACT);
-    uint64_t n = strlen(text), padded = (n + 7) / 8 * 8;
+    cm_bytes text;
+    uint64_t padded;
     w->file = fopen(path, "wbe");
     if (w->file == NULL) {
-        free(text);
         return complain(path, err);
     }
+    cm_bytes_init(&text, 0);
+    cli_append_json(&text, w->header, JSON_COMPACT);
+    padded = (text.len + 7) / 8 * 8;
     w->failed = fwrite(&padded, sizeof(padded), 1, w->file) != 1 ||
-                fprintf(w->file, "%s%*s", text, (int)(padded - n), "") != (int)padded;
-    free(text);
+                fprintf(w->file, "%s%*s", cm_bytes_text(&text), (int)(padded - text.len), "") != (int)padded;
+    cm_bytes_fini(&text);
     md_expect_each(g, write_tensor, w);
     if (fclose(w->file) != 0 || w->failed) {
         return complain(path, err);
@@ -198,22 +202,23 @@ static cm_status write_all(writer *w, const char *dir, const char *config, const
 {
     char path[PATH_BYTES];
     json_t *index;
-    char *text;
+    cm_bytes text;
     cm_status status;
     md_expect_each(g, describe, w);
     index =
         json_pack("{s:{s:I}, s:O}", "metadata", "total_size", (json_int_t)w->n_bytes, "weight_map", w->map);
-    text = json_dumps(index, JSON_COMPACT);
+    cm_bytes_init(&text, 0);
+    cli_append_json(&text, index, JSON_COMPACT);
     json_decref(index);
     path_in(dir, SHARD, path);
     status = write_text(dir, FILES[0], config, err);
     if (status == CM_OK) {
-        status = write_text(dir, FILES[1], text, err);
+        status = write_text(dir, FILES[1], cm_bytes_text(&text), err);
     }
     if (status == CM_OK) {
         status = write_shard(w, path, g, err);
     }
-    free(text);
+    cm_bytes_fini(&text);
     return status;
 }
 
