@@ -293,7 +293,12 @@ static cm_status take_rounds(model_run *m, cm_error *err)
 {
     model_times warm;
     CM_TRY(model_prepare(m, err));
-    CM_TRY(run_load(m, 1, MODEL_FIRST, MODEL_LETTERS, &warm, err)); /* touches what is touched first */
+    uint32_t most = 1;
+    for (uint32_t i = 0; i < m->n_case; i++) {
+        most = m->cases[i].batch > most ? m->cases[i].batch : most;
+    }
+    /* memory that the first streams would be the first to touch */
+    CM_TRY(run_load(m, most, MODEL_FIRST, MODEL_LETTERS, &warm, err));
     for (uint32_t round = 0; round < m->config->rounds; round++) {
         cli_progress("%u worker%s, round %u of %u", (unsigned)m->config->workers,
                      m->config->workers == 1 ? "" : "s", round + 1, (unsigned)m->config->rounds);
