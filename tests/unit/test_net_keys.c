@@ -756,8 +756,8 @@ static void test_no_allocation(void **state)
 }
 
 #define TAGGED(test_) ONE(ucx_keyed, test_), ONE(local_keyed, test_)
-#define KEYED(test_)  TAGGED(test_), ONE(shm_keyed, test_) /* whose messages have tags until a key was shown \
-                                                            */
+/* shm: its messages have tags until a key was shown */
+#define KEYED(test_) TAGGED(test_), ONE(shm_keyed, test_)
 
 int main(void)
 {

@@ -19,7 +19,7 @@ ROOMS = {
     "worker": (["common", "proto", "kernels"], "routed experts: shard, gathering, expert engine"),
     "coordinator": (["common", "proto"], "members, epochs, placement decisions, epoch log, admin service"),
     "gateway": (["common", "proto"], "clients: HTTP, gRPC, streams, request validation"),
-    "tools": (["common", "proto", "kernels", "router", "worker", "coordinator", "gateway"], "the baleen command and the checks"),
+    "tools": (["common", "proto", "kernels", "router", "worker", "coordinator", "gateway"], "the baleen command, the benchmarks and the checks"),
     "tests": (["common", "proto", "kernels", "router", "worker", "coordinator", "gateway", "tools"],
               "unit, simulator, golden, integration"),
 }
@@ -61,7 +61,7 @@ def main():
                 elif not allowed(room, target):
                     wrong.append(f"{path}:{number}: {room} may not include {target}")
                 elif (match.group(1).endswith("_private.h") and target != room and room != "tests"
-                      and not path.startswith("tools/baleen/bench_")):  # benchmarks of single parts, as tests of them
+                      and not path.startswith("tools/bench/")):  # benchmarks of single parts, as tests of them
                     wrong.append(f"{path}:{number}: {match.group(1)} is private to {target}")
                 elif target != room:
                     seen[room]["uses"].add(target)

@@ -31,7 +31,7 @@ struct bench {
 };
 
 #define BENCH(name) extern const bench bench_##name;
-#include "tools/baleen/benches.def"
+#include "tools/bench/benches.def"
 #undef BENCH
 
 /* ---- samples ---- */

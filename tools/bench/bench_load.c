@@ -11,7 +11,7 @@
 #include "common/base/clock.h"
 #include "common/base/mem.h"
 #include "router/engine/engine.h"
-#include "tools/baleen/bench.h"
+#include "tools/bench/bench.h"
 #include "tools/baleen/cli.h"
 #include "worker/shard.h"
 

@@ -21,8 +21,8 @@
 #include "router/engine/sample.h"
 #include "router/gateways.h"
 #include "router/runner.h"
-#include "tools/baleen/bench.h"
-#include "tools/baleen/bench_wire.h"
+#include "tools/bench/bench.h"
+#include "tools/bench/bench_wire.h"
 #include "tools/baleen/cli.h"
 
 enum {

@@ -1,4 +1,4 @@
-#include "tools/baleen/ep_echo.h"
+#include "tools/bench/ep_echo.h"
 
 #include <string.h>
 

@@ -8,7 +8,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
-#include "tools/baleen/bench.h"
+#include "tools/bench/bench.h"
 #include "tools/baleen/cli.h"
 
 enum { DENSE_SEED = 17, DENSE_ROWS = 4, DENSE_ROWS_MAX = 512, DENSE_GROUPS = 16, DENSE_CHECKED = 2 };

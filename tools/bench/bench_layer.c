@@ -11,9 +11,9 @@
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
 #include "router/engine/engine_private.h"
-#include "tools/baleen/bench.h"
+#include "tools/bench/bench.h"
 #include "tools/baleen/cli.h"
-#include "tools/baleen/synthetic.h"
+#include "tools/bench/synthetic.h"
 
 static const char CONFIG[] =
     "{\"architectures\":[\"DeepseekV4ForCausalLM\"],\"model_type\":\"deepseek_v4\",\"num_key_value_heads\":1,"

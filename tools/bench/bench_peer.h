@@ -4,7 +4,7 @@
  *
  * of which name, case (up to what follows its number) and value are kept. Thread: main. */
 #pragma once
-#include "tools/baleen/bench.h"
+#include "tools/bench/bench.h"
 
 typedef struct bench_peers bench_peers;
 

@@ -1,4 +1,4 @@
-#include "tools/baleen/ep_rig.h"
+#include "tools/bench/ep_rig.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -16,7 +16,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
-#include "tools/baleen/ep_echo.h"
+#include "tools/bench/ep_echo.h"
 #include "worker/engine.h"
 
 enum {

@@ -9,10 +9,10 @@
 
 #include "common/base/clock.h"
 #include "common/base/mem.h"
-#include "tools/baleen/bench.h"
-#include "tools/baleen/bench_ucx.h"
+#include "tools/bench/bench.h"
+#include "tools/bench/bench_ucx.h"
 #include "tools/baleen/cli.h"
-#include "tools/baleen/ep_rig.h"
+#include "tools/bench/ep_rig.h"
 
 enum {
     N_EXPERT = 384,

@@ -1,4 +1,4 @@
-#include "tools/baleen/stream_load.h"
+#include "tools/bench/stream_load.h"
 
 #include <event2/buffer.h>
 #include <event2/bufferevent.h>

@@ -13,9 +13,9 @@
 #include "common/base/clock.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
-#include "tools/baleen/bench.h"
+#include "tools/bench/bench.h"
 #include "tools/baleen/cli.h"
-#include "tools/baleen/ep_rig.h"
+#include "tools/bench/ep_rig.h"
 
 enum {
     ROUTERS_MAX = 4,

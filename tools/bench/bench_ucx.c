@@ -1,4 +1,4 @@
-#include "tools/baleen/bench_ucx.h"
+#include "tools/bench/bench_ucx.h"
 
 #include <errno.h>
 #include <signal.h>

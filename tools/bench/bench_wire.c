@@ -1,4 +1,4 @@
-#include "tools/baleen/bench_wire.h"
+#include "tools/bench/bench_wire.h"
 
 #include <errno.h>
 #include <string.h>

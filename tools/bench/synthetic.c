@@ -1,4 +1,4 @@
-#include "tools/baleen/synthetic.h"
+#include "tools/bench/synthetic.h"
 
 #include <errno.h>
 #include <jansson.h>

@@ -10,12 +10,12 @@
 #include "common/base/clock.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
-#include "tools/baleen/bench.h"
-#include "tools/baleen/bench_bytes.h"
-#include "tools/baleen/bench_cluster.h"
+#include "tools/bench/bench.h"
+#include "tools/bench/bench_bytes.h"
+#include "tools/bench/bench_cluster.h"
 #include "tools/baleen/cli.h"
 #include "tools/baleen/solo.h"
-#include "tools/baleen/svg.h"
+#include "tools/bench/svg.h"
 
 enum { CONTEXT_CHUNK = 128, CONTEXT_FIRST = 1024, CONTEXT_MAX = 16, CONTEXT_READ_BYTES = 256 << 20 };
 

@@ -1,4 +1,4 @@
-#include "tools/baleen/svg.h"
+#include "tools/bench/svg.h"
 
 #include <errno.h>
 #include <math.h>

@@ -1,4 +1,4 @@
-#include "tools/baleen/bench_bytes.h"
+#include "tools/bench/bench_bytes.h"
 
 #include <string.h>
 #include <sys/mman.h>

@@ -1,4 +1,4 @@
-#include "tools/baleen/ep_checkpoint.h"
+#include "tools/bench/ep_checkpoint.h"
 
 #include <errno.h>
 #include <jansson.h>

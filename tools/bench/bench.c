@@ -1,5 +1,5 @@
 /* baleen bench: the verb, and the frame of its benchmarks. */
-#include "tools/baleen/bench.h"
+#include "tools/bench/bench.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,7 +13,7 @@
 
 static const bench *const BENCHES[] = {
 #define BENCH(name) &bench_##name,
-#include "tools/baleen/benches.def"
+#include "tools/bench/benches.def"
 #undef BENCH
 };
 enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };

@@ -13,8 +13,8 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "router/engine/engine.h"
-#include "tools/baleen/bench.h"
-#include "tools/baleen/bench_wire.h"
+#include "tools/bench/bench.h"
+#include "tools/bench/bench_wire.h"
 #include "tools/baleen/cli.h"
 
 enum {

@@ -9,7 +9,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
-#include "tools/baleen/bench.h"
+#include "tools/bench/bench.h"
 #include "tools/baleen/cli.h"
 
 enum {

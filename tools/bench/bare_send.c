@@ -1,4 +1,4 @@
-#include "tools/baleen/bare_send.h"
+#include "tools/bench/bare_send.h"
 
 #include <event2/bufferevent.h>
 #include <event2/listener.h>

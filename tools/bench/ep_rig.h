@@ -7,7 +7,7 @@
 
 #include "common/net/net.h"
 #include "router/engine/exchange.h"
-#include "tools/baleen/ep_checkpoint.h"
+#include "tools/bench/ep_checkpoint.h"
 
 enum { EP_RANKS_MAX = 64 };
 

@@ -1,4 +1,4 @@
-#include "tools/baleen/bench_peer.h"
+#include "tools/bench/bench_peer.h"
 
 #include <ctype.h>
 #include <errno.h>

@@ -6,7 +6,7 @@
 
 #include "common/base/mem.h"
 #include "kernels/cpu/team.h"
-#include "tools/baleen/bench.h"
+#include "tools/bench/bench.h"
 
 enum {
     PROBE_AHEAD = 8192,    /* bytes that are asked for before they are read: a fifth more than without */

@@ -12,9 +12,9 @@
 #include "common/base/bytes.h"
 #include "common/base/clock.h"
 #include "common/base/mem.h"
-#include "tools/baleen/bare_send.h"
-#include "tools/baleen/bench.h"
-#include "tools/baleen/bench_cluster.h"
+#include "tools/bench/bare_send.h"
+#include "tools/bench/bench.h"
+#include "tools/bench/bench_cluster.h"
 #include "tools/baleen/cli.h"
 
 enum {

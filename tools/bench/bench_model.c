@@ -15,12 +15,12 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/model/tokenizer.h"
-#include "tools/baleen/bench.h"
-#include "tools/baleen/bench_bytes.h"
-#include "tools/baleen/bench_cluster.h"
-#include "tools/baleen/bench_peer.h"
+#include "tools/bench/bench.h"
+#include "tools/bench/bench_bytes.h"
+#include "tools/bench/bench_cluster.h"
+#include "tools/bench/bench_peer.h"
 #include "tools/baleen/cli.h"
-#include "tools/baleen/svg.h"
+#include "tools/bench/svg.h"
 
 enum {
     MODEL_CASES = 8,    /* batches, and prefill after them */

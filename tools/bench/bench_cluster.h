@@ -4,7 +4,7 @@
 #pragma once
 #include "tools/baleen/cluster.h"
 #include "tools/baleen/run_folder.h"
-#include "tools/baleen/stream_load.h"
+#include "tools/bench/stream_load.h"
 
 typedef struct bench_cluster bench_cluster;
 

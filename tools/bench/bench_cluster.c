@@ -1,4 +1,4 @@
-#include "tools/baleen/bench_cluster.h"
+#include "tools/bench/bench_cluster.h"
 
 #include <dirent.h>
 #include <limits.h>
