@@ -106,14 +106,16 @@ void KN_FN(kn_vnni_put)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t o, vn
                         const uint16_t nan[VNNI_OUTS])
 {
     uint32_t n_out = w->n_out - o < VNNI_OUTS ? w->n_out - o : VNNI_OUTS;
+    __mmask16 there = (__mmask16)((1u << n_out) - 1);
+    __m256i nans = _mm256_loadu_si256((const __m256i *)(const void *)nan);
+    __mmask16 is_nan = _mm256_test_epi16_mask(nans, nans);
     for (uint32_t r = 0; r < t->n; r++) {
         const double *sum = acc[r / VNNI_GROUP][r % VNNI_GROUP];
-        uint16_t poison = vnni_poison(t)[r], y[VNNI_OUTS];
-        for (uint32_t i = 0; i < VNNI_OUTS; i++) {
-            uint16_t value = kn_bf16_from_f64(sum[vnni_sum_at(i)]);
-            y[i] = poison != 0 ? poison : nan[i] != 0 ? nan[i] : value;
-        }
-        memcpy(t->y[r] + o, y, n_out * sizeof(y[0]));
+        uint16_t poison = vnni_poison(t)[r];
+        __m256i y = vnni_bf16_of(_mm512_loadu_pd(sum), _mm512_loadu_pd(sum + 8));
+        y = _mm256_mask_mov_epi16(y, is_nan, nans);
+        y = poison != 0 ? _mm256_set1_epi16((int16_t)poison) : y;
+        _mm256_mask_storeu_epi16(t->y[r] + o, there, y);
     }
 }
 

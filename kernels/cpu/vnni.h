@@ -83,6 +83,20 @@ static inline uint32_t vnni_sum_at(uint32_t output)
     return output % 4 / 2 * 8 + output / 4 * 2 + output % 2;
 }
 
+/* Such sums as bf16, in the order of their outputs, each rounded as kn_bf16_from_f64 does. */
+static inline __m256i vnni_bf16_of(__m512d first, __m512d second)
+{
+    const __m512i in_turn = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0); /* pairs of floats */
+    __m512 x = _mm512_castpd_ps(
+        _mm512_permutex2var_pd(_mm512_castps_pd(_mm512_castps256_ps512(_mm512_cvtpd_ps(first))), in_turn,
+                               _mm512_castps_pd(_mm512_castps256_ps512(_mm512_cvtpd_ps(second)))));
+    __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    __m512i up = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, _mm512_set1_epi32(1)));
+    __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, up), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
+}
+
 /* Rounds the sums of all groups into outputs o .. o + 15. A row with a NaN code or scale gives the first one
  * it holds; otherwise nan[i], unless 0, is what output o + i is. */
 void KN_FN(kn_vnni_put)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t o, vnni_sums *acc,

@@ -307,16 +307,11 @@ static bool scales_are_plain(const kn_matrix *w, uint32_t o)
 APART void round_ends(const double *sums, double bound, uint16_t low_out[VNNI_OUTS],
                       uint16_t high_out[VNNI_OUTS])
 {
-    double sum[VNNI_OUTS];
-    for (uint32_t i = 0; i < VNNI_OUTS; i++) {
-        sum[i] = sums[i % 4 / 2 * 8 + i / 4 * 2 + i % 2];
-    }
-    for (uint32_t i = 0; i < VNNI_OUTS; i++) {
-        low_out[i] = kn_bf16_from_f64(sum[i] - bound);
-    }
-    for (uint32_t i = 0; i < VNNI_OUTS; i++) {
-        high_out[i] = kn_bf16_from_f64(sum[i] + bound);
-    }
+    __m512d first = _mm512_loadu_pd(sums), second = _mm512_loadu_pd(sums + 8), by = _mm512_set1_pd(bound);
+    _mm256_storeu_si256((__m256i *)(void *)low_out,
+                        vnni_bf16_of(_mm512_sub_pd(first, by), _mm512_sub_pd(second, by)));
+    _mm256_storeu_si256((__m256i *)(void *)high_out,
+                        vnni_bf16_of(_mm512_add_pd(first, by), _mm512_add_pd(second, by)));
 }
 
 /* Outputs o .. o + 15 of row r, as far as they are wanted; sums NULL: all as the contract says. */
