@@ -182,8 +182,8 @@ typedef struct net_upcalls {
 typedef struct net_ops {
     uint32_t version; /* NET_PROTOCOL */
     const char *name;
-    bool vouches; /* nobody but the peer can put a message on a link: once it has shown a key, its messages
-                     need no tags. Both ends have the same table */
+    bool vouches; /* nobody but processes of our own user can put a message on a link: once the peer has shown
+                     a key, its messages need no tags. Both ends have the same table */
     cm_status (*open)(const net_options *options, const net_upcalls *upcalls, void *ctx, void **backend_out,
                       cm_error *err);
     void (*close)(void *backend);

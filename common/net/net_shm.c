@@ -248,7 +248,7 @@ static cm_status link_hear(net_backend_link *link)
     if (n < 0 && (errno == EAGAIN || errno == EINTR)) {
         return CM_AGAIN;
     }
-    struct cmsghdr *head = n > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    struct cmsghdr *head = n >= 0 ? CMSG_FIRSTHDR(&message) : NULL; /* even nothing can carry descriptors */
     if (head != NULL && head->cmsg_type == SCM_RIGHTS) {
         size_t n_bytes = head->cmsg_len - CMSG_LEN(0); /* there is room for so many and no more */
         memcpy(fds, CMSG_DATA(head), n_bytes < sizeof(fds) ? n_bytes : sizeof(fds));
@@ -301,6 +301,27 @@ static void link_on_socket(net_backend_link *link)
 
 /* ---- connect, listen, accept ---- */
 
+/* The kernel says who is there: nobody but processes of our own user, who could do with our memory what they
+ * want anyway. */
+static bool peer_is_ours(int fd, struct ucred *who_out)
+{
+    socklen_t n = sizeof(*who_out);
+    *who_out = (struct ucred){0};
+    return getsockopt(fd, SOL_SOCKET, SO_PEERCRED, who_out, &n) == 0 && who_out->uid == geteuid();
+}
+
+/* A name is free again when its process is gone, and anybody's then. */
+static cm_status check_listener(int fd, const char *address)
+{
+    struct ucred who;
+    if (peer_is_ours(fd, &who)) {
+        return CM_OK;
+    }
+    cm_warn("'%s' is held by process %d of user %u: shared memory is for processes of one user", address,
+            (int)who.pid, who.uid);
+    return CM_E_REFUSED;
+}
+
 static cm_status shm_connect(void *backend, const char *address, void *peer, net_backend_link **link_out,
                              cm_error *err)
 {
@@ -316,8 +337,11 @@ static cm_status shm_connect(void *backend, const char *address, void *peer, net
     link->fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     cm_status status = CM_E_DEVICE;
     if (link->fd >= 0) {
-        status =
-            connect(link->fd, (struct sockaddr *)&name, n_name) == 0 ? link_watch(link) : CM_E_UNREACHABLE;
+        status = connect(link->fd, (struct sockaddr *)&name, n_name) == 0 ? check_listener(link->fd, address)
+                                                                          : CM_E_UNREACHABLE;
+    }
+    if (status == CM_OK) {
+        status = link_watch(link);
     }
     if (status == CM_OK) {
         status = link_greet(link);
@@ -358,13 +382,10 @@ static cm_status shm_listen(void *backend, const char *address, char bound_out[N
     return CM_OK;
 }
 
-/* The kernel says who is there: nobody but processes of our own user, who could do with our memory what they
- * want anyway. */
 static bool stranger_is_ours(int fd, char address_out[NET_ADDRESS_BYTES])
 {
-    struct ucred who = {0};
-    socklen_t n = sizeof(who);
-    bool ours = getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &n) == 0 && who.uid == geteuid();
+    struct ucred who;
+    bool ours = peer_is_ours(fd, &who);
     snprintf(address_out, NET_ADDRESS_BYTES, "process %d", (int)who.pid);
     if (!ours) {
         cm_warn("link from process %d of user %u refused: shared memory is for processes of one user",

@@ -253,6 +253,64 @@ static void test_wildcard(void **state)
 
 static uint32_t g_n_unused; /* log lines in which UCX says that a setting of ours reached nobody */
 
+/* ---- shm: names that another user holds ---- */
+
+static int g_n_foreign;
+
+static void count_foreign(void *ctx, cm_log_level level, const char *text)
+{
+    (void)ctx;
+    (void)level;
+    g_n_foreign += strstr(text, "is held by process") != NULL;
+}
+
+/* Another user's process that listens, says so and waits for its end. */
+static void foreigner_main(const char *address, int ready_fd)
+{
+    net_options options = small_options(&g_shm);
+    char bound[NET_ADDRESS_BYTES];
+    net *n;
+    cm_error err;
+    if (setuid(65534) == 0 && net_open(&options, &n, &err) == CM_OK &&
+        net_listen(n, address, bound, &err) == CM_OK && write(ready_fd, "", 1) == 1) {
+        pause();
+    }
+    _exit(1);
+}
+
+static void test_foreign_name(void **state)
+{
+    if (geteuid() != 0) {
+        skip(); /* nobody else can be asked to hold a name */
+    }
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    net_test t = {.backend = backend};
+    char ready;
+    int fds[2];
+    snprintf(t.address, sizeof(t.address), "shm-foreign-%d", (int)getpid());
+    assert_int_equal(pipe(fds), 0);
+    pid_t pid = fork();
+    assert_true(pid >= 0);
+    if (pid == 0) {
+        foreigner_main(t.address, fds[1]);
+    }
+    assert_int_equal(read(fds[0], &ready, 1), 1);
+    g_n_foreign = 0;
+    cm_log_handler(count_foreign, NULL);
+    side *a = side_open(&t, &options, 7, 1);
+    side_connect(&t, a);
+    WAIT(&t, a->n_down == 1);
+    cm_log_handler(NULL, NULL);
+    assert_int_equal(a->n_up, 0);
+    assert_int_equal(a->down_status, CM_E_REFUSED);
+    assert_true(g_n_foreign > 0);
+    child_end(pid);
+    close(fds[0]);
+    close(fds[1]);
+    pair_close(&t);
+}
+
 static void count_unused(void *ctx, cm_log_level level, const char *text)
 {
     (void)ctx;
@@ -277,12 +335,12 @@ static void test_settings_reach(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        ONE(local, test_two_threads),  ONE(local_keyed, test_two_threads),
-        ONE(ucx, test_killed),         ONE(ucx, test_stopped),
-        ONE(shm, test_two_threads),    ONE(shm_keyed, test_two_threads),
-        ONE(shm, test_killed),         ONE(shm, test_stopped),
-        ONE(ucx, test_ipv6),           ONE(ucx, test_wildcard),
-        ONE(ucx, test_settings_reach),
+        ONE(local, test_two_threads), ONE(local_keyed, test_two_threads),
+        ONE(ucx, test_killed),        ONE(ucx, test_stopped),
+        ONE(shm, test_two_threads),   ONE(shm_keyed, test_two_threads),
+        ONE(shm, test_killed),        ONE(shm, test_stopped),
+        ONE(shm, test_foreign_name),  ONE(ucx, test_ipv6),
+        ONE(ucx, test_wildcard),      ONE(ucx, test_settings_reach),
     };
     sides_init();
     if (argc == 4 && strcmp(argv[1], "--child") == 0) {
