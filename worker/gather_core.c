@@ -111,6 +111,7 @@ void wk_gather_idle(wk_gather *g, uint32_t router)
     uint32_t i = gather_find_router(g, router);
     if (i < g->limits.router_max) {
         g->routers[i].active = false;
+        g->routers[i].answered_us = 0; /* what it rests is not how soon it comes back */
     }
 }
 
@@ -148,7 +149,7 @@ void wk_gather_computed(wk_gather *g, uint64_t now_us)
         gather_router *r = &g->routers[i];
         if (r->computing) {
             r->computing = false;
-            r->answered_us = now_us;
+            r->answered_us = r->active ? now_us : 0;
         }
     }
 }

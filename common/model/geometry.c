@@ -49,7 +49,7 @@ static const geo_size geo_sizes[] = {
 
 /* Read only where a ratio-4 layer exists; 0 elsewhere. */
 static const geo_size geo_index_sizes[] = {
-    GEO_SIZE("index_n_heads", index_head, 1, 4096),
+    GEO_SIZE("index_n_heads", index_head, 1, 256),
     GEO_SIZE("index_head_dim", index_dim, 32, 4096),
     GEO_SIZE("index_topk", index_topk, 1, 1u << 24),
 };

@@ -284,7 +284,8 @@ void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t 
 
 uint64_t KN_FN(kn_vnni_fp8_bytes)(const kn_matrix *w)
 {
-    return n_prepared_blocks(w) * (FP8_COLUMNS * sizeof(__m512i) + sizeof(uint32_t));
+    uint64_t n_bytes = n_prepared_blocks(w) * (FP8_COLUMNS * sizeof(__m512i) + sizeof(uint32_t));
+    return (n_bytes + sizeof(__m512i) - 1) / sizeof(__m512i) * sizeof(__m512i); /* others stand behind it */
 }
 
 void KN_FN(kn_vnni_fp8_prepare)(const kn_matrix *w, void *out)

@@ -267,6 +267,12 @@ static bool exchange_poll(rt_exchange *x)
     return exchange_poll_awake(x, 0);
 }
 
+static void exchange_read_all(rt_exchange *x)
+{
+    while (exchange_poll(x)) {
+    }
+}
+
 /* Polls until something happened or sleep_ms passed. */
 static void exchange_wait(rt_exchange *x, uint32_t sleep_ms)
 {
@@ -395,7 +401,7 @@ void rt_exchange_begin(rt_exchange *x, uint32_t flight, const rt_xcore_layer *la
 
 void rt_exchange_poll(rt_exchange *x)
 {
-    exchange_poll(x);
+    exchange_read_all(x);
     exchange_advance(x);
 }
 
@@ -404,7 +410,7 @@ void rt_exchange_poll(rt_exchange *x)
 static void exchange_await(rt_exchange *x, const exchange_flight *flight)
 {
     uint64_t start_ns = cm_now_ns();
-    exchange_poll(x);
+    exchange_read_all(x);
     uint64_t until_ms = exchange_advance(x);
     while (!flight->over) {
         exchange_sleep_until(x, until_ms);

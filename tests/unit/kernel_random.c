@@ -1,5 +1,6 @@
 #include "tests/unit/kernel_random.h"
 
+#include "common/base/assert.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "kernels/kn_math.h"
@@ -100,6 +101,7 @@ kn_matrix random_matrix(rig *r, uint64_t key, uint32_t n_out, uint32_t n_in, kn_
 kn_matrix prepared(rig *r, kn_matrix m)
 {
     uint64_t n = kn_prepared_bytes(r->device, &m);
+    CM_ASSERT(n % 64 == 0); /* copies stand one behind another */
     if (n > 0) {
         kn_prepare(r->device, &m, rig_new(r, n));
     }
