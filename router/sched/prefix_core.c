@@ -20,7 +20,7 @@ typedef struct prefix_node {
     uint8_t salt[RT_SALT_BYTES];
     uint32_t n_held, n_child;
     uint32_t state; /* RT_PREFIX_NONE: none */
-    bool passing;   /* of state */
+    bool spare;     /* the state goes before others */
 } prefix_node;
 typedef TAILQ_HEAD(prefix_list, prefix_node) prefix_list;
 
@@ -211,7 +211,7 @@ void rt_prefix_hold(rt_prefix *prefix, const rt_prefix_hit *hit, uint32_t *pages
         return;
     }
     CM_ASSERT(node->state == hit->state);
-    node->passing = false;
+    node->spare = false;
     TAILQ_REMOVE(&prefix->stateful, node, state_link);
     TAILQ_INSERT_TAIL(&prefix->stateful, node, state_link);
     for (uint32_t i = hit->n_page; i > 0; i--, node = node->before) {
@@ -259,10 +259,26 @@ void rt_prefix_release(rt_prefix *prefix, uint32_t page)
 
 /* ---- states ---- */
 
-bool rt_prefix_state_take(rt_prefix *prefix, uint32_t *state_out)
+/* The one that makes room: a spare one if there is any; for a spare one no other. */
+static prefix_node *oldest_state(rt_prefix *prefix, bool spare)
 {
-    if (prefix->states.n_free == 0 && !TAILQ_EMPTY(&prefix->stateful)) {
-        node_drop_state(prefix, TAILQ_FIRST(&prefix->stateful));
+    prefix_node *node;
+    TAILQ_FOREACH (node, &prefix->stateful, state_link) {
+        if (node->spare) {
+            return node;
+        }
+    }
+    return spare ? NULL : TAILQ_FIRST(&prefix->stateful);
+}
+
+bool rt_prefix_state_take(rt_prefix *prefix, bool spare, uint32_t *state_out)
+{
+    if (prefix->states.n_free == 0) {
+        prefix_node *node = oldest_state(prefix, spare);
+        if (node == NULL) {
+            return false;
+        }
+        node_drop_state(prefix, node);
     }
     return rt_pages_take(&prefix->states, state_out);
 }
@@ -272,17 +288,17 @@ void rt_prefix_state_put(rt_prefix *prefix, uint32_t state)
     rt_pages_put(&prefix->states, state);
 }
 
-void rt_prefix_state_set(rt_prefix *prefix, uint32_t page, uint32_t state, bool passing)
+void rt_prefix_state_set(rt_prefix *prefix, uint32_t page, uint32_t state, bool spare)
 {
     prefix_node *node = page_node(prefix, page);
     CM_ASSERT_MSG(node != NULL && node->n_held > 0, "nobody holds page %u", page);
     if (node->state != RT_PREFIX_NONE) {
-        node->passing = node->passing && passing;
+        node->spare = node->spare && spare;
         rt_pages_put(&prefix->states, state);
         return;
     }
     node->state = state;
-    node->passing = passing;
+    node->spare = spare;
     TAILQ_INSERT_TAIL(&prefix->stateful, node, state_link);
     prefix->n_stateful++;
 }
@@ -290,8 +306,16 @@ void rt_prefix_state_set(rt_prefix *prefix, uint32_t page, uint32_t state, bool 
 void rt_prefix_state_pass(rt_prefix *prefix, uint32_t page)
 {
     prefix_node *node = page_node(prefix, page);
-    if (node != NULL && node->state != RT_PREFIX_NONE && node->passing) {
+    if (node != NULL && node->state != RT_PREFIX_NONE && node->spare) {
         node_drop_state(prefix, node);
+    }
+}
+
+void rt_prefix_state_stay(rt_prefix *prefix, uint32_t page)
+{
+    prefix_node *node = page_node(prefix, page);
+    if (node != NULL) {
+        node->spare = false;
     }
 }
 

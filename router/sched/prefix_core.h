@@ -12,8 +12,9 @@
  * holds is kept: as good as free, given up when a page is wanted, the one that was let go of first before
  * others and whatever comes after a page before it. A state is what a sequence has besides pages at a page's
  * end (raw windows, compressor states; kv.h's slot), copied when its rows passed there; it hangs on the last
- * page before it. States are few: of those that hang in the tree the one used longest ago makes room. Tokens
- * are compared one by one, hashes only find them. Sequences of different salts share nothing.
+ * page before it. States are few: of those that hang in the tree the one used longest ago makes room, spare
+ * ones first: what a long prompt or a running answer leaves in passing drives out no prompt's end. Tokens are
+ * compared one by one, hashes only find them. Sequences of different salts share nothing.
  *
  * Used by the scheduler. Memory: taken at create. Thread: the owner's. */
 #pragma once
@@ -67,14 +68,16 @@ void rt_prefix_release(rt_prefix *prefix, uint32_t page);
 
 /* ---- states ---- */
 
-/* Room for a state that is to be written. false: all are being written. */
-bool rt_prefix_state_take(rt_prefix *prefix, uint32_t *state_out);
+/* Room for a state that is to be written. false: all are being written or, for a spare one, worth more. */
+bool rt_prefix_state_take(rt_prefix *prefix, bool spare, uint32_t *state_out);
 void rt_prefix_state_put(rt_prefix *prefix, uint32_t state); /* it was not written, or is of no use */
-/* It is written and hangs on page, which a sequence holds; free again if there is one. passing: of no use
- * when its sequence has the next one, unless another went on from it meanwhile. */
-void rt_prefix_state_set(rt_prefix *prefix, uint32_t page, uint32_t state, bool passing);
-/* The sequence of a passing state has the next one. Fine also when there is none. */
+/* It is written and hangs on page, which a sequence holds; free again if there is one. spare: it goes before
+ * others, until a sequence goes on from it. */
+void rt_prefix_state_set(rt_prefix *prefix, uint32_t page, uint32_t state, bool spare);
+/* A spare state is of no more use; its sequence has the next one. Fine also when there is none. */
 void rt_prefix_state_pass(rt_prefix *prefix, uint32_t page);
+/* A spare state is worth as much as others from now on. Fine also when there is none. */
+void rt_prefix_state_stay(rt_prefix *prefix, uint32_t page);
 
 typedef struct rt_prefix_ledger {
     uint32_t n_held;             /* pages that sequences have: private ones and held ones; zero at rest */

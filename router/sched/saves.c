@@ -14,7 +14,7 @@ static uint32_t end_between(uint32_t after, uint32_t until, uint32_t n_token)
     return end > after ? end : 0;
 }
 
-static void save_at(rt_saves *saves, rt_prefix *prefix, uint32_t pos, bool passing)
+static void save_at(rt_saves *saves, rt_prefix *prefix, uint32_t pos, bool spare, bool passing)
 {
     uint32_t state;
     for (uint32_t i = 0; i < saves->n; i++) {
@@ -22,8 +22,8 @@ static void save_at(rt_saves *saves, rt_prefix *prefix, uint32_t pos, bool passi
             return;
         }
     }
-    if (rt_prefix_state_take(prefix, &state)) {
-        saves->at[saves->n++] = (rt_save){pos, state, passing};
+    if (rt_prefix_state_take(prefix, spare, &state)) {
+        saves->at[saves->n++] = (rt_save){pos, state, spare, passing};
     }
 }
 
@@ -34,16 +34,16 @@ void rt_saves_choose(rt_saves *saves, rt_prefix *prefix, uint32_t page_tokens, u
     uint32_t passed = end_between(pos0, end, page_tokens);
     uint32_t sparse = end_between(pos0, sure, EVERY_PAGES * page_tokens);
     if (prompt > pos0 && prompt <= sure) {
-        save_at(saves, prefix, prompt, false);
+        save_at(saves, prefix, prompt, false, false);
     }
     if (saves->n_known > pos0 && saves->n_known <= sure) {
-        save_at(saves, prefix, saves->n_known, false);
+        save_at(saves, prefix, saves->n_known, false, false);
     }
     if (sparse != 0) {
-        save_at(saves, prefix, sparse, false);
+        save_at(saves, prefix, sparse, true, false);
     }
     if (passed > prompt) {
-        save_at(saves, prefix, passed, true);
+        save_at(saves, prefix, passed, true, true);
     }
 }
 
@@ -57,7 +57,7 @@ void rt_saves_hang(rt_saves *saves, rt_prefix *prefix, uint32_t page_tokens, con
             continue;
         }
         uint32_t page = pages[save->pos / page_tokens - 1];
-        rt_prefix_state_set(prefix, page, save->state, save->passing);
+        rt_prefix_state_set(prefix, page, save->state, save->spare);
         if (save->passing) {
             rt_prefix_state_pass(prefix, saves->passing);
             saves->passing = page;
@@ -65,8 +65,9 @@ void rt_saves_hang(rt_saves *saves, rt_prefix *prefix, uint32_t page_tokens, con
     }
 }
 
-void rt_saves_drop(rt_saves *saves, rt_prefix *prefix)
+void rt_saves_stop(rt_saves *saves, rt_prefix *prefix)
 {
+    rt_prefix_state_stay(prefix, saves->passing);
     for (; saves->n > 0; saves->n--) {
         rt_prefix_state_put(prefix, saves->at[saves->n - 1].state);
     }

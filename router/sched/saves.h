@@ -2,7 +2,8 @@
  * page ends, since the same prompt may come again, with more behind it; where what others had computed of its
  * tokens ends, since a third may begin like both; now and then in between. For whoever goes on with its
  * answer, the last page's end before its end: each is written as it is passed, and goes when the next one is
- * there. A value, part of a sequence; used by the scheduler. Thread: the owner's. */
+ * there, and stays when the sequence ends. The last two are spare. A value, part of a sequence; used by the
+ * scheduler. Thread: the owner's. */
 #pragma once
 #include "router/sched/prefix_core.h"
 
@@ -11,7 +12,7 @@ enum { RT_SAVE_MAX = 4 }; /* of one sequence in one step */
 /* Being written in the step in flight. */
 typedef struct rt_save {
     uint32_t pos, state;
-    bool passing;
+    bool spare, passing;
 } rt_save;
 
 typedef struct rt_saves {
@@ -29,4 +30,5 @@ void rt_saves_choose(rt_saves *saves, rt_prefix *prefix, uint32_t page_tokens, u
 /* They are written; n_done tokens are computed, their complete pages [n_done / page_tokens] in the tree. */
 void rt_saves_hang(rt_saves *saves, rt_prefix *prefix, uint32_t page_tokens, const uint32_t *pages,
                    uint32_t n_done);
-void rt_saves_drop(rt_saves *saves, rt_prefix *prefix); /* they are not */
+/* The sequence stops running: they are not. Before it lets go of its pages. */
+void rt_saves_stop(rt_saves *saves, rt_prefix *prefix);

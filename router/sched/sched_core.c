@@ -198,7 +198,7 @@ static uint32_t seq_tree_page(const rt_seq *seq)
  * tree. */
 static void seq_stop_running(rt_sched *sched, rt_seq *seq)
 {
-    rt_saves_drop(&seq->saves, sched->prefix);
+    rt_saves_stop(&seq->saves, sched->prefix);
     seq_put_pages(sched, seq, seq->n_tree);
     rt_prefix_release(sched->prefix, seq_tree_page(seq));
     seq->n_page = seq->n_tree = 0;
