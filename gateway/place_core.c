@@ -237,12 +237,13 @@ static bool spot_is_condemned(const gw_place *place, const gw_spot *spot)
     return place->limits.deaths_max > 0 && spot->n_deaths >= place->limits.deaths_max;
 }
 
-/* It has died, as far as anybody here can tell. */
+/* It has died, as far as anybody here can tell; a life ends but once. */
 static void router_give_away(gw_place *place, uint64_t now_ms, gw_place_router *router)
 {
     gw_spot *spot;
     while ((spot = TAILQ_FIRST(&router->lost)) != NULL) {
-        spot->n_deaths++;
+        spot->n_deaths += spot->died != router->number;
+        spot->died = router->number;
         if (spot_is_condemned(place, spot)) {
             spot_fail(place, spot, CM_E_RESET);
         } else {
@@ -373,6 +374,18 @@ void gw_place_begin(gw_place *place, uint64_t now_ms, gw_spot *spot, uint64_t nu
     }
 }
 
+/* The router that was taken for dead has it still. */
+static void spot_take_death_back(const gw_place *place, gw_spot *spot)
+{
+    if (spot->resuming && spot->died == spot->router->number) {
+        spot->died = 0;
+        spot->n_deaths--;
+        if (!spot_is_suspect(place, spot)) {
+            spot_end_trial(spot);
+        }
+    }
+}
+
 void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
 {
     place->changed = place->changed || spot->state == GW_SPOT_ASKED || spot->tried;
@@ -382,6 +395,7 @@ void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
         spot->accepted = true;
         spot->told_ms = now_ms;
         spot->router->n_refused = 0;
+        spot_take_death_back(place, spot);
         if (spot->left != 0 && spot->left != spot->router->number) {
             spot_leave_copy(place, spot, spot->left);
         }
@@ -390,6 +404,7 @@ void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
     if (tokens) {
         spot->told_ms = now_ms;
         spot->n_deaths = 0;
+        spot->died = 0;
         spot_end_trial(spot);
         /* words of a router that it is to leave: no place yet, but no standstill either */
         spot->stalled_ms = spot->state == GW_SPOT_RUNNING ? UINT64_MAX : now_ms;

@@ -105,6 +105,40 @@ static void a_lost_link_is_no_death(void **state)
     p_expect_end(&spot, 0);
 }
 
+/* It is away for so long that it is taken for dead, and has the stream when it is back: nobody died. */
+static void a_long_lost_link_is_no_death(void **state)
+{
+    (void)state;
+    gw_spot spot = {0};
+    p_ask(&spot);
+    gw_place_up(&P.place, A);
+    opens_at(&spot, A);
+    for (uint32_t i = 0; i < 2 * DEATHS_MAX; i++) {
+        gw_place_down(&P.place, P.now_ms, A);
+        if (i % 2 == 0) {
+            P.now_ms += 1000;
+        } else {
+            gw_place_unreachable(&P.place, A);
+        }
+        p_expect_rest();
+        gw_place_up(&P.place, A);
+        p_expect(GW_PLACE_RESUME, &spot, A);
+        if (i % 3 == 0) { /* gone again before it says so: still the same life */
+            continue;
+        }
+        p_word(&spot, false);
+    }
+    assert_int_equal(spot.n_deaths, 0);
+    for (uint64_t router = B; router < B + DEATHS_MAX - 1; router++) { /* those did die */
+        die(router - 1);
+        gw_place_up(&P.place, router);
+        opens_at(&spot, router);
+    }
+    die(B + DEATHS_MAX - 2);
+    p_expect(GW_PLACE_CONDEMN, &spot, 0);
+    p_expect_end(&spot, 0);
+}
+
 /* From the second death on they are tried one at a router, however many wait; who has a token is let be. */
 static void suspects_are_tried_apart(void **state)
 {
@@ -240,9 +274,9 @@ static void the_guilty_one_is_found(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(refused_after_three),     TEST(refused_unaccepted),       TEST(a_token_clears),
-        TEST(a_lost_link_is_no_death), TEST(suspects_are_tried_apart), TEST(waiting_for_a_trial),
-        TEST(the_guilty_one_is_found),
+        TEST(refused_after_three),     TEST(refused_unaccepted),           TEST(a_token_clears),
+        TEST(a_lost_link_is_no_death), TEST(suspects_are_tried_apart),     TEST(waiting_for_a_trial),
+        TEST(the_guilty_one_is_found), TEST(a_long_lost_link_is_no_death),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
