@@ -176,32 +176,58 @@ static void suspects_are_tried_apart(void **state)
     p_expect_end(&fresh, 0);
 }
 
-/* Who waits for its trial is not given up meanwhile, however long that of another takes. */
+/* Both were there when A and B died. */
+static void two_suspects(gw_spot *one, gw_spot *two)
+{
+    p_ask(one);
+    p_ask(two);
+    for (uint64_t router = A; router <= B; router++) {
+        gw_place_up(&P.place, router);
+        opens_at(one, router);
+        opens_at(two, router);
+        die(router);
+    }
+}
+
+/* Who waits for its trial is not given up meanwhile; the time runs when nobody is on trial. */
 static void waiting_for_a_trial(void **state)
 {
     (void)state;
     gw_spot one = {0}, two = {0};
-    p_ask(&one);
-    p_ask(&two);
-    for (uint64_t router = A; router <= B; router++) {
-        gw_place_up(&P.place, router);
-        opens_at(&one, router);
-        opens_at(&two, router);
-        die(router);
-    }
+    two_suspects(&one, &two);
     gw_place_up(&P.place, C);
     opens_at(&one, C);
-    for (uint32_t i = 0; i < 5; i++) {
-        P.now_ms += P_REOPEN_MS;
-        p_expect_rest();
-        assert_true(gw_place_due(&P.place, P.now_ms) > P.now_ms);
-    }
-    gw_place_stands(&P.place, P.now_ms, C, GW_PLACE_DRAINING);
-    p_expect_end(&one, 0); /* its client has enough: the other has no router, and its time runs */
     p_expect_rest();
-    P.now_ms += P_REOPEN_MS;
+    P.now_ms += P_REOPEN_MS - 1;
+    p_expect_rest();
+    gw_place_stands(&P.place, P.now_ms, C, GW_PLACE_DRAINING);
+    p_expect_end(&one, 0); /* its client has enough: the other has no router */
+    p_expect_rest();
+    P.now_ms += P_REOPEN_MS - 1;
+    p_expect_rest();
+    assert_int_equal(gw_place_due(&P.place, P.now_ms), P.now_ms + 1);
+    P.now_ms += 1;
     p_expect(GW_PLACE_GIVE_UP, &two, 0);
     p_expect_end(&two, 0);
+}
+
+/* A trial that brings nothing is waited for so long and no longer. */
+static void waiting_for_an_endless_trial(void **state)
+{
+    (void)state;
+    gw_spot one = {0}, two = {0};
+    two_suspects(&one, &two);
+    gw_place_up(&P.place, C);
+    opens_at(&one, C);
+    for (uint32_t i = 0; i < 4; i++) {
+        p_expect_rest();
+        assert_true(gw_place_due(&P.place, P.now_ms) > P.now_ms);
+        P.now_ms += P_REOPEN_MS / 2;
+    }
+    p_expect(GW_PLACE_GIVE_UP, &two, 0);
+    p_expect_end(&two, 0);
+    p_expect_rest();
+    p_expect_end(&one, 0);
 }
 
 /* ---- one guilty among many, on a cluster of one router that is started again each time ---- */
@@ -276,7 +302,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         TEST(refused_after_three),     TEST(refused_unaccepted),           TEST(a_token_clears),
         TEST(a_lost_link_is_no_death), TEST(suspects_are_tried_apart),     TEST(waiting_for_a_trial),
-        TEST(the_guilty_one_is_found), TEST(a_long_lost_link_is_no_death),
+        TEST(the_guilty_one_is_found), TEST(waiting_for_an_endless_trial), TEST(a_long_lost_link_is_no_death),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
