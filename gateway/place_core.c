@@ -713,10 +713,11 @@ static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *acti
         place->n_looks++;
         gw_place_router *router = spot->left != 0 ? router_find(place, spot->left) : NULL;
         bool resume = router != NULL && router->up && now_ms >= router->backoff_ms;
-        if (resume && router->n_unanswered >= place->limits.opens_max) {
+        bool suspect = spot_is_suspect(place, spot);
+        if (resume && (router->n_unanswered >= place->limits.opens_max || (suspect && router->n_tried > 0))) {
             continue;
         }
-        if (!resume && spot_is_suspect(place, spot)) {
+        if (!resume && suspect) {
             router = pick_apart(place, now_ms); /* none: it holds up nobody */
         } else if (!resume) {
             router = place->full ? NULL : pick(place, now_ms, spot);

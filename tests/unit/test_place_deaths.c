@@ -176,6 +176,40 @@ static void suspects_are_tried_apart(void **state)
     p_expect_end(&fresh, 0);
 }
 
+/* Also where they were before, if that router is back after all. */
+static void suspects_go_back_one_by_one(void **state)
+{
+    (void)state;
+    gw_spot one = {0}, two = {0};
+    gw_place_up(&P.place, A);
+    p_ask(&one);
+    p_ask(&two);
+    opens_at(&one, A);
+    opens_at(&two, A);
+    gw_place_down(&P.place, P.now_ms, A);
+    gw_place_unreachable(&P.place, A);
+    gw_place_up(&P.place, B);
+    p_expect(GW_PLACE_OPEN, &one, B);
+    p_expect(GW_PLACE_OPEN, &two, B);
+    gw_place_down(&P.place, P.now_ms, B);
+    gw_place_unreachable(&P.place, B);
+    p_expect_rest();
+    gw_place_up(&P.place, B);
+    p_expect(GW_PLACE_RESUME, &one, B);
+    p_expect_rest();
+    assert_true(gw_place_refused(&P.place, P.now_ms, &one, CM_E_NOT_FOUND)); /* that word never came there */
+    p_expect(GW_PLACE_OPEN, &one, B);
+    p_expect_rest();
+    p_word(&one, true);
+    p_expect(GW_PLACE_RESUME, &two, B);
+    p_word(&two, false); /* B has not died, and one death makes no suspect */
+    assert_int_equal(two.n_deaths, 1);
+    assert_false(two.tried);
+    p_expect_rest();
+    p_expect_end(&one, 0);
+    p_expect_end(&two, 0);
+}
+
 /* Both were there when A and B died. */
 static void two_suspects(gw_spot *one, gw_spot *two)
 {
@@ -300,9 +334,16 @@ static void the_guilty_one_is_found(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(refused_after_three),     TEST(refused_unaccepted),           TEST(a_token_clears),
-        TEST(a_lost_link_is_no_death), TEST(suspects_are_tried_apart),     TEST(waiting_for_a_trial),
-        TEST(the_guilty_one_is_found), TEST(waiting_for_an_endless_trial), TEST(a_long_lost_link_is_no_death),
+        TEST(refused_after_three),
+        TEST(refused_unaccepted),
+        TEST(a_token_clears),
+        TEST(a_lost_link_is_no_death),
+        TEST(suspects_are_tried_apart),
+        TEST(waiting_for_a_trial),
+        TEST(the_guilty_one_is_found),
+        TEST(suspects_go_back_one_by_one),
+        TEST(waiting_for_an_endless_trial),
+        TEST(a_long_lost_link_is_no_death),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
