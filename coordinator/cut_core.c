@@ -71,7 +71,7 @@ static void cut_drop(co_core *core, uint32_t i)
     core->cuts[i] = core->cuts[--core->n_cuts];
 }
 
-/* It was blind and begins to see: what it does not reach yet may come too. */
+/* It was blind and sees: what it does not reach yet may come too. */
 static void cut_begin_anew(co_core *core, const co_member *router)
 {
     for (uint32_t i = 0; i < core->n_cuts; i++) {
@@ -87,10 +87,11 @@ void co_core_cut_report(co_core *core, const co_member *router, const co_member 
     if (status == CM_OK && i < core->n_cuts) {
         co_core_note(core, CM_LOG_INFO, "member %u has its link to member %u again", router->self.id,
                      worker->self.id);
-        if (cut_is_blind(core, router)) {
+        bool was_blind = cut_is_blind(core, router);
+        cut_drop(core, i);
+        if (was_blind && !cut_is_blind(core, router)) { /* one link that comes and goes is no sight */
             cut_begin_anew(core, router);
         }
-        cut_drop(core, i);
     }
     if (status == CM_OK || i < core->n_cuts || worker->cut_off) {
         return;

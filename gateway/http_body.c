@@ -48,21 +48,22 @@ static cm_status check_type(struct evhttp_request *req, gw_error *error_out)
 
 /* ---- gzip ---- */
 
-static cm_status unpack(const gw_http *http, struct evbuffer *input, cm_bytes *out, gw_error *error_out)
+static cm_status unpack(const gw_http *http, struct evbuffer *input, struct evbuffer *out,
+                        gw_error *error_out)
 {
     size_t most = http->gateway->config->request_bytes_max;
     uint8_t step[INFLATE_STEP];
     z_stream z = {.avail_in = (uInt)evbuffer_get_length(input), .next_in = evbuffer_pullup(input, -1)};
     int rc = inflateInit2(&z, GZIP_WINDOW);
-    while (rc == Z_OK && out->len <= most) {
+    while (rc == Z_OK && evbuffer_get_length(out) <= most) {
         z.next_out = step;
         z.avail_out = sizeof(step);
         rc = inflate(&z, Z_NO_FLUSH);
-        cm_bytes_append(out, step, sizeof(step) - z.avail_out);
+        evbuffer_add(out, step, sizeof(step) - z.avail_out);
     }
     bool whole = rc == Z_STREAM_END && z.avail_in == 0;
     inflateEnd(&z);
-    if (out->len > most) {
+    if (evbuffer_get_length(out) > most) {
         too_large(http, most, "more than ", error_out);
         return CM_E_TOO_LONG;
     }
@@ -72,6 +73,19 @@ static cm_status unpack(const gw_http *http, struct evbuffer *input, cm_bytes *o
         return CM_E_INVALID;
     }
     return CM_OK;
+}
+
+static cm_status unpack_in_place(const gw_http *http, struct evhttp_request *req, gw_error *error_out)
+{
+    struct evbuffer *input = evhttp_request_get_input_buffer(req), *out = evbuffer_new();
+    cm_status status = unpack(http, input, out, error_out);
+    if (status == CM_OK) {
+        evbuffer_drain(input, evbuffer_get_length(input));
+        evbuffer_add_buffer(input, out);
+        evhttp_remove_header(evhttp_request_get_input_headers(req), "Content-Encoding");
+    }
+    evbuffer_free(out);
+    return status;
 }
 
 /* ---- the whole ---- */
@@ -95,39 +109,33 @@ static cm_status parse(const char *text, size_t n_bytes, json_t **body_out, gw_e
     return CM_OK;
 }
 
-static cm_status parse_packed(const gw_http *http, struct evbuffer *input, json_t **body_out,
-                              gw_error *error_out)
+cm_status gw_request_unpack(const gw_http *http, struct evhttp_request *req, gw_error *error_out)
 {
-    cm_bytes text;
-    cm_bytes_init(&text, 0);
-    cm_status status = unpack(http, input, &text, error_out);
-    if (status == CM_OK) {
-        status = parse(cm_bytes_text(&text), text.len, body_out, error_out);
-    }
-    cm_bytes_fini(&text);
-    return status;
-}
-
-static cm_status read_body(const gw_http *http, struct evhttp_request *req, json_t **body_out,
-                           gw_error *error_out)
-{
-    struct evbuffer *input = evhttp_request_get_input_buffer(req);
     const char *encoding = evhttp_find_header(evhttp_request_get_input_headers(req), "Content-Encoding");
-    size_t n = evbuffer_get_length(input);
+    size_t n = evbuffer_get_length(evhttp_request_get_input_buffer(req));
     CM_TRY(check_type(req, error_out));
     if (n > http->gateway->config->request_bytes_max) {
         too_large(http, n, "", error_out);
         return CM_E_TOO_LONG;
     }
     if (encoding == NULL || encoding[0] == 0 || strcasecmp(encoding, "identity") == 0) {
-        return parse(n > 0 ? (const char *)evbuffer_pullup(input, -1) : "", n, body_out, error_out);
+        return CM_OK;
     }
     if (strcasecmp(encoding, "gzip") == 0) {
-        return parse_packed(http, input, body_out, error_out);
+        return unpack_in_place(http, req, error_out);
     }
     gw_error_set(error_out, GW_CAUSE_MEDIA_TYPE, "Content-Encoding",
                  "the request body is packed with %.80s: gzip is understood, or none", encoding);
     return CM_E_INVALID;
+}
+
+static cm_status read_body(const gw_http *http, struct evhttp_request *req, json_t **body_out,
+                           gw_error *error_out)
+{
+    struct evbuffer *input = evhttp_request_get_input_buffer(req);
+    CM_TRY(gw_request_unpack(http, req, error_out));
+    size_t n = evbuffer_get_length(input);
+    return parse(n > 0 ? (const char *)evbuffer_pullup(input, -1) : "", n, body_out, error_out);
 }
 
 json_t *gw_request_json(gw_http *http, struct evhttp_request *req)

@@ -46,6 +46,10 @@ void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
 /* ---- http_body.c: what clients send ---- */
 /* The body as a JSON object; NULL: an error was answered. */
 json_t *gw_request_json(gw_http *http, struct evhttp_request *req);
+/* A body that is packed becomes what it holds, in place; gw_request_json does so by itself. Errors: of what
+ * clients send. */
+CM_MUST_CHECK cm_status gw_request_unpack(const gw_http *http, struct evhttp_request *req,
+                                          gw_error *error_out);
 
 /* ---- http_page.c: what people look at ---- */
 void gw_http_root(struct evhttp_request *req);

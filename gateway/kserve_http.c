@@ -288,33 +288,49 @@ static cm_status read_infer(const json_t *body, binary rest, gw_kserve_request *
     return CM_OK;
 }
 
+static cm_status read_length(const char *text, size_t most, size_t *n_out, gw_error *error)
+{
+    char *end;
+    errno = 0;
+    unsigned long long n = strtoull(text, &end, 10);
+    if (errno != 0 || end == text || *end != 0 || text[0] == '-' || n > most) {
+        gw_error_set(error, GW_CAUSE_INVALID, "Inference-Header-Content-Length",
+                     "Inference-Header-Content-Length must be a number of bytes within the request");
+        return CM_E_INVALID;
+    }
+    *n_out = (size_t)n;
+    return CM_OK;
+}
+
+/* Leaves the JSON as the body. Clients pack it and the tensors as one: its length is that of what they hold.
+ */
+static cm_status split_body(gw_http *http, struct evhttp_request *req, const char *length, cm_bytes *copy_out,
+                            binary *binary_out, gw_error *error)
+{
+    struct evbuffer *input = evhttp_request_get_input_buffer(req);
+    size_t n_json;
+    CM_TRY(gw_request_unpack(http, req, error));
+    size_t n = evbuffer_get_length(input);
+    CM_TRY(read_length(length, n, &n_json, error));
+    cm_bytes_append(copy_out, evbuffer_pullup(input, -1), n);
+    evbuffer_drain(input, n);
+    evbuffer_add(input, cm_bytes_text(copy_out), n_json);
+    *binary_out = (binary){.at = (const uint8_t *)cm_bytes_text(copy_out) + n_json, .n_bytes = n - n_json};
+    return CM_OK;
+}
+
 /* The JSON before binary tensors, whose length a header tells; binary_out points into copy_out. NULL: an
  * error was answered. */
 static json_t *request_json(gw_http *http, struct evhttp_request *req, cm_bytes *copy_out, binary *binary_out)
 {
     const char *length =
         evhttp_find_header(evhttp_request_get_input_headers(req), "Inference-Header-Content-Length");
-    struct evbuffer *input = evhttp_request_get_input_buffer(req);
-    size_t n = evbuffer_get_length(input);
+    gw_error error;
     *binary_out = (binary){0};
-    if (length == NULL || n > http->gateway->config->request_bytes_max) {
-        return gw_request_json(http, req);
-    }
-    char *end;
-    errno = 0;
-    unsigned long long n_json = strtoull(length, &end, 10);
-    if (errno != 0 || end == length || *end != 0 || length[0] == '-' || n_json > n) {
-        gw_error error;
-        gw_error_set(&error, GW_CAUSE_INVALID, "Inference-Header-Content-Length",
-                     "Inference-Header-Content-Length must be a number of bytes within the request");
+    if (length != NULL && split_body(http, req, length, copy_out, binary_out, &error) != CM_OK) {
         gw_reply_error(req, &error);
         return NULL;
     }
-    cm_bytes_append(copy_out, evbuffer_pullup(input, -1), n);
-    evbuffer_drain(input, n);
-    evbuffer_add(input, cm_bytes_text(copy_out), (size_t)n_json);
-    *binary_out =
-        (binary){.at = (const uint8_t *)cm_bytes_text(copy_out) + n_json, .n_bytes = n - (size_t)n_json};
     return gw_request_json(http, req);
 }
 

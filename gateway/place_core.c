@@ -19,6 +19,7 @@ struct gw_place_router {
     uint64_t n_asked;     /* by us since */
     uint32_t n_unanswered;
     uint32_t n_tried;    /* of those here, on trial */
+    uint64_t trial_ms;   /* the newest trial here is waited for no longer */
     uint32_t n_refused;  /* in a row */
     uint64_t backoff_ms; /* no reopen before */
     uint64_t hold_ms;    /* down: its streams wait until then */
@@ -237,12 +238,13 @@ static bool spot_is_condemned(const gw_place *place, const gw_spot *spot)
     return place->limits.deaths_max > 0 && spot->n_deaths >= place->limits.deaths_max;
 }
 
-/* It has died, as far as anybody here can tell. */
+/* It has died, as far as anybody here can tell; a life ends but once. */
 static void router_give_away(gw_place *place, uint64_t now_ms, gw_place_router *router)
 {
     gw_spot *spot;
     while ((spot = TAILQ_FIRST(&router->lost)) != NULL) {
-        spot->n_deaths++;
+        spot->n_deaths += spot->died != router->number;
+        spot->died = router->number;
         if (spot_is_condemned(place, spot)) {
             spot_fail(place, spot, CM_E_RESET);
         } else {
@@ -373,6 +375,18 @@ void gw_place_begin(gw_place *place, uint64_t now_ms, gw_spot *spot, uint64_t nu
     }
 }
 
+/* The router that was taken for dead has it still. */
+static void spot_take_death_back(const gw_place *place, gw_spot *spot)
+{
+    if (spot->resuming && spot->died == spot->router->number) {
+        spot->died = 0;
+        spot->n_deaths--;
+        if (!spot_is_suspect(place, spot)) {
+            spot_end_trial(spot);
+        }
+    }
+}
+
 void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
 {
     place->changed = place->changed || spot->state == GW_SPOT_ASKED || spot->tried;
@@ -382,6 +396,7 @@ void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
         spot->accepted = true;
         spot->told_ms = now_ms;
         spot->router->n_refused = 0;
+        spot_take_death_back(place, spot);
         if (spot->left != 0 && spot->left != spot->router->number) {
             spot_leave_copy(place, spot, spot->left);
         }
@@ -390,6 +405,7 @@ void gw_place_word(gw_place *place, uint64_t now_ms, gw_spot *spot, bool tokens)
     if (tokens) {
         spot->told_ms = now_ms;
         spot->n_deaths = 0;
+        spot->died = 0;
         spot_end_trial(spot);
         /* words of a router that it is to leave: no place yet, but no standstill either */
         spot->stalled_ms = spot->state == GW_SPOT_RUNNING ? UINT64_MAX : now_ms;
@@ -461,16 +477,19 @@ uint32_t gw_place_end(gw_place *place, gw_spot *spot, uint64_t routers_out[GW_PL
 
 /* ---- what to do ---- */
 
-/* Another one is on trial, and it may be that one's turn to be cleared or to fall. */
-static bool any_trial(const gw_place *place)
+/* While another one is on trial it may be that one's turn to be cleared or to fall; but that may bring
+ * nothing for ever. */
+static void place_note_trials(gw_place *place, uint64_t now_ms)
 {
     const gw_place_router *router;
+    uint64_t tried_ms = now_ms < place->trial_ms ? now_ms : place->trial_ms;
+    place->tried_ms = tried_ms > place->tried_ms ? tried_ms : place->tried_ms;
+    place->trial_ms = 0;
     TAILQ_FOREACH (router, &place->routers, link) {
-        if (router->n_tried > 0) {
-            return true;
+        if (router->n_tried > 0 && router->trial_ms > place->trial_ms) {
+            place->trial_ms = router->trial_ms;
         }
     }
-    return false;
 }
 
 /* Streams that wait in vain. What is left says when to look again. */
@@ -479,8 +498,8 @@ static void place_expire(gw_place *place, uint64_t now_ms, gw_spot_list *list)
     for (gw_spot *spot = TAILQ_FIRST(list), *next; spot != NULL; spot = next) {
         next = TAILQ_NEXT(spot, link);
         place->n_looks++;
-        if (list == &place->waiting && spot_is_suspect(place, spot) && any_trial(place)) {
-            spot->stalled_ms = now_ms;
+        if (list == &place->waiting && spot_is_suspect(place, spot) && spot->stalled_ms < place->tried_ms) {
+            spot->stalled_ms = place->tried_ms;
         }
         if (now_ms >= spot->stalled_ms + place->limits.reopen_ms) {
             spot_fail(place, spot, spot->status);
@@ -553,9 +572,12 @@ static void spot_ask(gw_place *place, uint64_t now_ms, gw_spot *spot, gw_place_r
     spot->counted = true;
     spot->told_ms = now_ms;
     router->leaver_ms = 0;
-    spot->tried = spot_is_suspect(place, spot);
     router->n_unanswered++;
-    router->n_tried += spot->tried;
+    if (spot_is_suspect(place, spot)) {
+        spot->tried = true;
+        router->n_tried++;
+        router->trial_ms = place->trial_ms = now_ms + place->limits.reopen_ms;
+    }
     router->n_asked += !resume;
     TAILQ_INSERT_TAIL(&router->here, spot, link);
     *action_out = (gw_place_action){
@@ -691,10 +713,11 @@ static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *acti
         place->n_looks++;
         gw_place_router *router = spot->left != 0 ? router_find(place, spot->left) : NULL;
         bool resume = router != NULL && router->up && now_ms >= router->backoff_ms;
-        if (resume && router->n_unanswered >= place->limits.opens_max) {
+        bool suspect = spot_is_suspect(place, spot);
+        if (resume && (router->n_unanswered >= place->limits.opens_max || (suspect && router->n_tried > 0))) {
             continue;
         }
-        if (!resume && spot_is_suspect(place, spot)) {
+        if (!resume && suspect) {
             router = pick_apart(place, now_ms); /* none: it holds up nobody */
         } else if (!resume) {
             router = place->full ? NULL : pick(place, now_ms, spot);
@@ -710,6 +733,7 @@ static bool next_waiting(gw_place *place, uint64_t now_ms, gw_place_action *acti
 
 bool gw_place_next(gw_place *place, uint64_t now_ms, gw_place_action *action_out)
 {
+    place_note_trials(place, now_ms);
     routers_check(place, now_ms);
     place_expire_all(place, now_ms);
     return next_failed(place, action_out) || next_copy(place, action_out) ||

@@ -17,10 +17,12 @@
  * goes moves only its own).
  *
  * A request may be what ends its routers. A router that is lost while it has a stream, and does not come back
- * with it, counts as a death under that stream until its next token: after deaths_max the stream is refused
- * for good. Those that merely were there are cleared by their next token, and from DEATHS_SUSPECT on a stream
- * is tried apart: one such stream at a router at a time, until a token clears it, so that who is refused was
- * with none of its like at the last. Waiting for that costs it none of reopen_ms.
+ * with it, counts as a death under that stream until its next token, or until that router has it still after
+ * all (its link was away for longer): after deaths_max the stream is refused for good. Those that merely were
+ * there are cleared by their next token, and from DEATHS_SUSPECT on a stream is tried apart: one such stream
+ * at a router at a time, until a token clears it, so that who is refused was with none of its like at the
+ * last. Waiting for the trials of others costs it none of reopen_ms, but for what one takes beyond reopen_ms
+ * itself.
  *
  *   NONE -> WAITING -> ASKED -> RUNNING ;  ASKED, RUNNING -> LOST -> WAITING ;  any -> NONE */
 #pragma once
@@ -58,6 +60,7 @@ typedef struct gw_spot {
     bool counted;      /* ASKED and among its router's unanswered */
     bool tried;        /* at its router on trial */
     uint32_t n_deaths; /* of routers that had it, since its newest token */
+    uint64_t died;     /* the last of them; its number; 0: none */
     uint64_t
         stalled_ms; /* since when it has been without a router that gives it tokens; UINT64_MAX: it has one */
     uint64_t told_ms; /* its newest token, or its place */
@@ -85,6 +88,8 @@ typedef struct gw_place {
     uint64_t n_copied;   /* spots with a copy */
     uint64_t n_looks;    /* spots looked at so far: what all of it costs */
     uint64_t give_up_ms; /* nobody waiting or lost is to be given up before */
+    uint64_t tried_ms;   /* until then some stream was on trial, and others waited for it */
+    uint64_t trial_ms;   /* likewise: none of those that run is waited for any longer; 0: none runs */
     uint64_t n_drawn;    /* of the jitter */
 } gw_place;
 

@@ -330,6 +330,47 @@ static void behind_a_switch(void **state)
     fake_fini(&f);
 }
 
+/* One of its links comes and goes, and the others stay away: it goes all the same, in its time. */
+static void blind_with_a_flapping_link(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    start(&f, 2);
+    fake_peer *router = fake_nth(&f, CO_ROLE_ROUTER, 1);
+    report_all(&f, router, CM_E_SILENT);
+    for (uint32_t i = 0; i < 4; i++) {
+        assert_int_not_equal(fake_state(&f, router), CO_MEMBER_LEAVING);
+        fake_pass(&f, CUT_MS / 4);
+        fake_report(&f, router, f.peers[0].id, CM_OK);
+        fake_report(&f, router, f.peers[0].id, CM_E_RESET);
+    }
+    fake_pass(&f, 1);
+    assert_int_equal(fake_state(&f, router), CO_MEMBER_LEAVING);
+    pass_and_settle(&f, CUT_MS);
+    assert_int_equal(co_epoch_count(co_core_epoch(f.core), CO_ROLE_ROUTER), 1);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
+/* It sees again, link by link: what it does not reach yet gets its time from then on. */
+static void sight_comes_back_by_and_by(void **state)
+{
+    (void)state;
+    fake_cluster f;
+    start(&f, 2);
+    fake_peer *router = fake_nth(&f, CO_ROLE_ROUTER, 1);
+    report_all(&f, router, CM_E_SILENT);
+    fake_pass(&f, CUT_MS - 500);
+    fake_report(&f, router, f.peers[0].id, CM_OK);
+    fake_report(&f, router, f.peers[1].id, CM_OK);
+    fake_pass(&f, CUT_MS - 500);
+    fake_report(&f, router, f.peers[2].id, CM_OK);
+    pass_and_settle(&f, CUT_MS);
+    assert_int_equal(co_epoch_count(co_core_epoch(f.core), CO_ROLE_ROUTER), 2);
+    fake_check_whole(&f);
+    fake_fini(&f);
+}
+
 /* All of them behind it: nobody goes, and when it works again nothing has changed. */
 static void all_behind_a_switch(void **state)
 {
@@ -381,13 +422,21 @@ static void not_drained_for_ever(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(one_router),           cmocka_unit_test(over_in_time),
-        cmocka_unit_test(the_odd_router),       cmocka_unit_test(two_of_three_routers),
-        cmocka_unit_test(no_room_without_it),   cmocka_unit_test(taken_back_when_it_is_needed),
-        cmocka_unit_test(one_after_the_other),  cmocka_unit_test(drained_and_taken_back),
-        cmocka_unit_test(its_own_network),      cmocka_unit_test(one_by_one),
-        cmocka_unit_test(behind_a_switch),      cmocka_unit_test(all_behind_a_switch),
+        cmocka_unit_test(one_router),
+        cmocka_unit_test(over_in_time),
+        cmocka_unit_test(the_odd_router),
+        cmocka_unit_test(two_of_three_routers),
+        cmocka_unit_test(no_room_without_it),
+        cmocka_unit_test(taken_back_when_it_is_needed),
+        cmocka_unit_test(one_after_the_other),
+        cmocka_unit_test(drained_and_taken_back),
+        cmocka_unit_test(its_own_network),
+        cmocka_unit_test(one_by_one),
+        cmocka_unit_test(behind_a_switch),
+        cmocka_unit_test(all_behind_a_switch),
         cmocka_unit_test(not_drained_for_ever),
+        cmocka_unit_test(blind_with_a_flapping_link),
+        cmocka_unit_test(sight_comes_back_by_and_by),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include <cmocka.h>
+#include <zlib.h>
 
 #include "common/base/stats.h"
 #include "tests/unit/gateway_rig.h"
@@ -203,36 +204,86 @@ static void infer(void **state)
     json_decref(reply);
 }
 
-/* Tensors in raw form behind the JSON. */
-static void infer_binary(void **state)
+static const char json[] = "{\"inputs\":[{\"name\":\"input_ids\",\"shape\":[2],\"datatype\":\"INT32\","
+                           "\"parameters\":{\"binary_data_size\":8}},{\"name\":\"sampling_parameters\","
+                           "\"shape\":[1],\"datatype\":\"BYTES\",\"parameters\":{\"binary_data_size\":16}}]}";
+static const char tensors[] = "\5\0\0\0\6\0\0\0\14\0\0\0{\"top_k\": 3}";
+
+enum { BINARY_MAX = 1024 };
+
+/* The JSON and the tensors behind it; how many bytes. */
+static size_t binary_body(uint8_t out[BINARY_MAX])
 {
-    (void)state;
-    static const char json[] =
-        "{\"inputs\":[{\"name\":\"input_ids\",\"shape\":[2],\"datatype\":\"INT32\","
-        "\"parameters\":{\"binary_data_size\":8}},{\"name\":\"sampling_parameters\","
-        "\"shape\":[1],\"datatype\":\"BYTES\",\"parameters\":{\"binary_data_size\":16}}]}";
-    static const char tensors[] = "\5\0\0\0\6\0\0\0\14\0\0\0{\"top_k\": 3}";
+    memcpy(out, json, sizeof(json) - 1);
+    memcpy(out + sizeof(json) - 1, tensors, sizeof(tensors) - 1);
+    return sizeof(json) - 1 + sizeof(tensors) - 1;
+}
+
+static void infer_bytes(const char *headers, const void *body, size_t n, size_t n_json, const char *answer)
+{
     cm_bytes head;
-    rig_ready();
-    rig_reply("ok");
-    for (size_t cut = 0; cut < 2; cut++) {
-        cm_bytes_init(&head, 0);
-        cm_bytes_printf(&head,
-                        "POST " MODEL "/infer HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                        "Inference-Header-Content-Length: %zu\r\nContent-Length: %zu\r\n\r\n%s",
-                        sizeof(json) - 1, sizeof(json) - 1 + sizeof(tensors) - 1 - cut, json);
-        rig_client *client = rig_open_raw(cm_bytes_text(&head));
-        bufferevent_write(client->bev, tensors, sizeof(tensors) - 1 - cut);
-        rig_wait_closed(client);
-        assert_int_equal(rig_status(client), cut == 0 ? 200 : 400);
-        assert_non_null(strstr(cm_bytes_text(&client->in), cut == 0 ? "[\"ok\"]" : "binary_data_size"));
-        rig_close(client);
-        cm_bytes_fini(&head);
+    cm_bytes_init(&head, 0);
+    cm_bytes_printf(&head,
+                    "POST " MODEL "/infer HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                    "%sInference-Header-Content-Length: %zu\r\nContent-Length: %zu\r\n\r\n",
+                    headers, n_json, n);
+    rig_client *client = rig_open_raw(cm_bytes_text(&head));
+    bufferevent_write(client->bev, body, n);
+    rig_wait_closed(client);
+    if (strstr(cm_bytes_text(&client->in), answer) == NULL) {
+        fail_msg("%s", cm_bytes_text(&client->in));
     }
+    assert_int_equal(rig_status(client), answer[0] == '[' ? 200 : 400);
+    rig_close(client);
+    cm_bytes_fini(&head);
+}
+
+static void expect_binary_read(void)
+{
     assert_int_equal(R.prompt.n, 2);
     assert_int_equal(R.prompt.id[0], 5);
     assert_int_equal(R.prompt.id[1], 6);
     assert_int_equal(R.sampler.top_k, 3);
+}
+
+/* Tensors in raw form behind the JSON. */
+static void infer_binary(void **state)
+{
+    (void)state;
+    uint8_t body[BINARY_MAX];
+    size_t n = binary_body(body);
+    rig_ready();
+    rig_reply("ok");
+    infer_bytes("", body, n, sizeof(json) - 1, "[\"ok\"]");
+    expect_binary_read();
+    infer_bytes("", body, n - 1, sizeof(json) - 1, "binary_data_size");
+    infer_bytes("", body, n, n + 1, "Inference-Header-Content-Length");
+}
+
+static size_t gzip(const void *data, size_t n, uint8_t out[BINARY_MAX])
+{
+    z_stream z = {
+        .next_in = (Bytef *)(uintptr_t)data, .avail_in = (uInt)n, .next_out = out, .avail_out = BINARY_MAX};
+    assert_int_equal(deflateInit2(&z, 9, Z_DEFLATED, 15 + 16, 8, Z_DEFAULT_STRATEGY), Z_OK);
+    assert_int_equal(deflate(&z, Z_FINISH), Z_STREAM_END);
+    deflateEnd(&z);
+    return BINARY_MAX - z.avail_out;
+}
+
+/* Packed as one, as tritonclient does; the length of the JSON is that before. */
+static void infer_binary_packed(void **state)
+{
+    (void)state;
+    static const char encoding[] = "Content-Encoding: gzip\r\n";
+    uint8_t body[BINARY_MAX], data[BINARY_MAX];
+    size_t n = binary_body(body), n_packed = gzip(body, n, data);
+    rig_ready();
+    rig_reply("ok");
+    infer_bytes(encoding, data, n_packed, sizeof(json) - 1, "[\"ok\"]");
+    expect_binary_read();
+    infer_bytes(encoding, data, n_packed, n + 1, "Inference-Header-Content-Length");
+    infer_bytes(encoding, data, n_packed - 1, sizeof(json) - 1, "not whole gzip data");
+    infer_bytes(encoding, body, n, sizeof(json) - 1, "not whole gzip data");
 }
 
 static void expect_refused(const char *action, const char *body, const char *what)
@@ -291,10 +342,9 @@ static void refused(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(what_there_is), TEST(unknown_paths),   TEST(generate),
-        TEST(generate_chat), TEST(generate_stream), TEST(generate_stream_whole),
-        TEST(disconnect),    TEST(infer),           TEST(infer_binary),
-        TEST(refused),
+        TEST(what_there_is),   TEST(unknown_paths),         TEST(generate),   TEST(generate_chat),
+        TEST(generate_stream), TEST(generate_stream_whole), TEST(disconnect), TEST(infer),
+        TEST(infer_binary),    TEST(infer_binary_packed),   TEST(refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

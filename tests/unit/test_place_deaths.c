@@ -105,6 +105,40 @@ static void a_lost_link_is_no_death(void **state)
     p_expect_end(&spot, 0);
 }
 
+/* It is away for so long that it is taken for dead, and has the stream when it is back: nobody died. */
+static void a_long_lost_link_is_no_death(void **state)
+{
+    (void)state;
+    gw_spot spot = {0};
+    p_ask(&spot);
+    gw_place_up(&P.place, A);
+    opens_at(&spot, A);
+    for (uint32_t i = 0; i < 2 * DEATHS_MAX; i++) {
+        gw_place_down(&P.place, P.now_ms, A);
+        if (i % 2 == 0) {
+            P.now_ms += 1000;
+        } else {
+            gw_place_unreachable(&P.place, A);
+        }
+        p_expect_rest();
+        gw_place_up(&P.place, A);
+        p_expect(GW_PLACE_RESUME, &spot, A);
+        if (i % 3 == 0) { /* gone again before it says so: still the same life */
+            continue;
+        }
+        p_word(&spot, false);
+    }
+    assert_int_equal(spot.n_deaths, 0);
+    for (uint64_t router = B; router < B + DEATHS_MAX - 1; router++) { /* those did die */
+        die(router - 1);
+        gw_place_up(&P.place, router);
+        opens_at(&spot, router);
+    }
+    die(B + DEATHS_MAX - 2);
+    p_expect(GW_PLACE_CONDEMN, &spot, 0);
+    p_expect_end(&spot, 0);
+}
+
 /* From the second death on they are tried one at a router, however many wait; who has a token is let be. */
 static void suspects_are_tried_apart(void **state)
 {
@@ -142,32 +176,92 @@ static void suspects_are_tried_apart(void **state)
     p_expect_end(&fresh, 0);
 }
 
-/* Who waits for its trial is not given up meanwhile, however long that of another takes. */
+/* Also where they were before, if that router is back after all. */
+static void suspects_go_back_one_by_one(void **state)
+{
+    (void)state;
+    gw_spot one = {0}, two = {0};
+    gw_place_up(&P.place, A);
+    p_ask(&one);
+    p_ask(&two);
+    opens_at(&one, A);
+    opens_at(&two, A);
+    gw_place_down(&P.place, P.now_ms, A);
+    gw_place_unreachable(&P.place, A);
+    gw_place_up(&P.place, B);
+    p_expect(GW_PLACE_OPEN, &one, B);
+    p_expect(GW_PLACE_OPEN, &two, B);
+    gw_place_down(&P.place, P.now_ms, B);
+    gw_place_unreachable(&P.place, B);
+    p_expect_rest();
+    gw_place_up(&P.place, B);
+    p_expect(GW_PLACE_RESUME, &one, B);
+    p_expect_rest();
+    assert_true(gw_place_refused(&P.place, P.now_ms, &one, CM_E_NOT_FOUND)); /* that word never came there */
+    p_expect(GW_PLACE_OPEN, &one, B);
+    p_expect_rest();
+    p_word(&one, true);
+    p_expect(GW_PLACE_RESUME, &two, B);
+    p_word(&two, false); /* B has not died, and one death makes no suspect */
+    assert_int_equal(two.n_deaths, 1);
+    assert_false(two.tried);
+    p_expect_rest();
+    p_expect_end(&one, 0);
+    p_expect_end(&two, 0);
+}
+
+/* Both were there when A and B died. */
+static void two_suspects(gw_spot *one, gw_spot *two)
+{
+    p_ask(one);
+    p_ask(two);
+    for (uint64_t router = A; router <= B; router++) {
+        gw_place_up(&P.place, router);
+        opens_at(one, router);
+        opens_at(two, router);
+        die(router);
+    }
+}
+
+/* Who waits for its trial is not given up meanwhile; the time runs when nobody is on trial. */
 static void waiting_for_a_trial(void **state)
 {
     (void)state;
     gw_spot one = {0}, two = {0};
-    p_ask(&one);
-    p_ask(&two);
-    for (uint64_t router = A; router <= B; router++) {
-        gw_place_up(&P.place, router);
-        opens_at(&one, router);
-        opens_at(&two, router);
-        die(router);
-    }
+    two_suspects(&one, &two);
     gw_place_up(&P.place, C);
     opens_at(&one, C);
-    for (uint32_t i = 0; i < 5; i++) {
-        P.now_ms += P_REOPEN_MS;
-        p_expect_rest();
-        assert_true(gw_place_due(&P.place, P.now_ms) > P.now_ms);
-    }
-    gw_place_stands(&P.place, P.now_ms, C, GW_PLACE_DRAINING);
-    p_expect_end(&one, 0); /* its client has enough: the other has no router, and its time runs */
     p_expect_rest();
-    P.now_ms += P_REOPEN_MS;
+    P.now_ms += P_REOPEN_MS - 1;
+    p_expect_rest();
+    gw_place_stands(&P.place, P.now_ms, C, GW_PLACE_DRAINING);
+    p_expect_end(&one, 0); /* its client has enough: the other has no router */
+    p_expect_rest();
+    P.now_ms += P_REOPEN_MS - 1;
+    p_expect_rest();
+    assert_int_equal(gw_place_due(&P.place, P.now_ms), P.now_ms + 1);
+    P.now_ms += 1;
     p_expect(GW_PLACE_GIVE_UP, &two, 0);
     p_expect_end(&two, 0);
+}
+
+/* A trial that brings nothing is waited for so long and no longer. */
+static void waiting_for_an_endless_trial(void **state)
+{
+    (void)state;
+    gw_spot one = {0}, two = {0};
+    two_suspects(&one, &two);
+    gw_place_up(&P.place, C);
+    opens_at(&one, C);
+    for (uint32_t i = 0; i < 4; i++) {
+        p_expect_rest();
+        assert_true(gw_place_due(&P.place, P.now_ms) > P.now_ms);
+        P.now_ms += P_REOPEN_MS / 2;
+    }
+    p_expect(GW_PLACE_GIVE_UP, &two, 0);
+    p_expect_end(&two, 0);
+    p_expect_rest();
+    p_expect_end(&one, 0);
 }
 
 /* ---- one guilty among many, on a cluster of one router that is started again each time ---- */
@@ -240,9 +334,16 @@ static void the_guilty_one_is_found(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
-        TEST(refused_after_three),     TEST(refused_unaccepted),       TEST(a_token_clears),
-        TEST(a_lost_link_is_no_death), TEST(suspects_are_tried_apart), TEST(waiting_for_a_trial),
+        TEST(refused_after_three),
+        TEST(refused_unaccepted),
+        TEST(a_token_clears),
+        TEST(a_lost_link_is_no_death),
+        TEST(suspects_are_tried_apart),
+        TEST(waiting_for_a_trial),
         TEST(the_guilty_one_is_found),
+        TEST(suspects_go_back_one_by_one),
+        TEST(waiting_for_an_endless_trial),
+        TEST(a_long_lost_link_is_no_death),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
