@@ -119,9 +119,10 @@ CM_MUST_CHECK cm_status kn_mem_place(kn_device *device, const void *host, uint64
 /* Some devices read quantized weights faster in an order of their own. Bytes that such a copy of *w takes: 0
  * when w is best as it stands, else about the size of the stored form, a multiple of 64. */
 uint64_t kn_prepared_bytes(const kn_device *device, const kn_matrix *w);
-/* Writes the copy to `at`, 64-byte aligned memory of kn_mem_alloc that the caller keeps as long as it uses *w, and makes *w
- * stand for it: the values are the same, and every bit of linear_q8 and experts, the operations that take it.
- * Stored data and E2M1 scales are not read any more; E4M3 scales are. Done on return; any thread. */
+/* Writes the copy to `at`, 64-byte aligned memory of kn_mem_alloc that the caller keeps as long as it uses
+ * *w, and makes *w stand for it: the values are the same, and every bit of linear_q8 and experts, the
+ * operations that take it. Stored data and E2M1 scales are not read any more; E4M3 scales are. Done on
+ * return; any thread. */
 void kn_prepare(kn_device *device, kn_matrix *w, kn_ptr at);
 /* Host view of device memory: NULL when the device's memory cannot be reached from the host. */
 void *kn_mem_host(kn_device *device, kn_ptr ptr);
