@@ -324,7 +324,7 @@ uint32_t wk_gather_next(wk_gather *g, uint64_t now_us, void **frames_out, uint32
     if (g->cost_us != 0 && !gather_held_too_long(g, now_us)) {
         layer = gather_last_layer(g, now_us);
         uint64_t back_us = gather_wait_for(g, now_us, layer);
-        if (back_us > now_us) {
+        if (back_us > now_us && g->limits.window_max_us > 0) {
             *wait_us_out = back_us - now_us;
             return 0;
         }

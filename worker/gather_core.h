@@ -27,10 +27,10 @@ enum { GATHER_HOLD_US = 1000000 };
 typedef struct wk_gather wk_gather;
 
 typedef struct wk_gather_limits {
-    uint32_t router_max; /* routers known at once */
-    uint32_t frame_max;  /* frames waiting; more are refused */
-    uint32_t row_max;    /* rows of one group */
-    uint32_t window_max_us;
+    uint32_t router_max;    /* routers known at once */
+    uint32_t frame_max;     /* frames waiting; more are refused */
+    uint32_t row_max;       /* rows of one group */
+    uint32_t window_max_us; /* 0: nobody is waited for */
 } wk_gather_limits;
 
 wk_gather *wk_gather_create(const wk_gather_limits *limits);

@@ -19,8 +19,7 @@ static const cm_cfg_field g_fields[] = {
     {"routers_max", "64", "routers linked at once", CM_CFG_UINT(wk_config, routers_max, 1, 4096)},
     {"window_us", "200",
      "longest wait, in microseconds, for rows of the same layer from a router whose pace is not known; one "
-     "whose is, is "
-     "waited for while that saves time",
+     "whose is, is waited for while that saves time; 0: nobody is waited for",
      CM_CFG_UINT(wk_config, window_us, 0, 1000000)},
     {"answer_ms", "10000", "an answer that cannot leave for so long costs the link",
      CM_CFG_MS(wk_config, answer_ms, 100, 600000)},
