@@ -9,7 +9,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 # folder -> folders it may include besides itself; what a folder holds, in a sentence
 ROOMS = {
     "common/base": ([], "status, log, assertions, memory, rng, clock, options, counters, failpoints; stands on libc alone"),
-    "common/net": (["common/base"], "links between processes: the transport table, its layer, ucx and local"),
+    "common/net": (["common/base"], "links between processes: the transport table, its layer, ucx, shm, local and mpi"),
     "common/model": (["common/base"], "the checkpoint and its text: geometry, safetensors, tokenizer, chat encoding, parser"),
     "common/grammar": (["common/base", "common/model"], "what a model may say: grammars and their masks over a vocabulary"),
     "common/proc": (["common/base", "common/net", "proto"], "what every process has: loop, gRPC server and client, membership"),
