@@ -57,9 +57,10 @@ def test_a_running_answer_survives_the_drain(start_cluster):
 
 
 @pytest.mark.conformance(60)
-def test_worker_dies_in_the_middle(start_cluster):
+@pytest.mark.parametrize("net", ["ucx", "shm"])
+def test_worker_dies_in_the_middle(start_cluster, net):
     """kill -9 of a worker while an answer streams: the others take its experts over and no token changes."""
-    cluster = start_cluster("--workers", "3", "--no-restart")
+    cluster = start_cluster("--workers", "3", "--no-restart", env={"BALEEN_NET": net})
     whole = answer(cluster)
     stream = client_of(cluster).chat.completions.create(model="nano", messages=COUNT, temperature=0, stream=True, extra_body=CHAT)
     text = ""

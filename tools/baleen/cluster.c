@@ -243,7 +243,7 @@ static void cluster_start_others(cluster *self)
 static bool address_from(const json_t *line, const char *key, char out[CLUSTER_ADDRESS_BYTES])
 {
     const char *address = json_string_value(json_object_get(line, key));
-    if (address == NULL || strchr(address, ':') == NULL || strlen(address) >= CLUSTER_ADDRESS_BYTES) {
+    if (address == NULL || address[0] == 0 || strlen(address) >= CLUSTER_ADDRESS_BYTES) {
         return false;
     }
     snprintf(out, CLUSTER_ADDRESS_BYTES, "%s", address);
