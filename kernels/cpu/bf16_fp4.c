@@ -387,7 +387,7 @@ APART void add_smalls(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uin
         __m512 sum[FP4_TILES] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         uint32_t pair[BF16_BLOCK_PAIRS];
         _mm512_storeu_si512(pair, pairs);
-        for (uint32_t of = _mm512_test_epi32_mask(pairs, pairs); of != 0; of &= of - 1) {
+        for (uint32_t of = kn_lanes_of(_mm512_test_epi32_mask(pairs, pairs)); of != 0; of &= of - 1) {
             uint32_t p = (uint32_t)__builtin_ctz(of);
             const __m512i *column = turn->chunk->columns[b * FP4_BLOCK_STEPS + p / BF16_STEP_PAIRS];
             for (uint32_t i = 0; i < FP4_TILES; i++) {

@@ -118,7 +118,7 @@ static uint32_t keep_upper(uint32_t *u, uint32_t n, uint32_t least, uint32_t *in
         __mmask16 kept = _mm512_cmpge_epu32_mask(x, limit);
         _mm512_storeu_si512(u + n_kept, _mm512_maskz_compress_epi32(kept, x));
         _mm512_storeu_si512(index_out + n_kept, _mm512_maskz_compress_epi32(kept, index));
-        n_kept += (uint32_t)__builtin_popcount(kept);
+        n_kept += (uint32_t)__builtin_popcount(kn_lanes_of(kept));
         index = _mm512_add_epi32(index, step);
     }
 #endif

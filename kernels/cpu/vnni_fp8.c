@@ -66,7 +66,7 @@ static void load_64(const fp8_group *g, uint32_t r, uint32_t at, __m512i codes)
     block->sum1 += byte_sum(d1);
     block->sum0 += byte_sum(d0);
     block->sum_r += byte_sum(rest);
-    block->with_rest |= (uint32_t)_mm512_test_epi32_mask(rest, rest) << at % CPU_CHUNK / 4;
+    block->with_rest |= kn_lanes_of(_mm512_test_epi32_mask(rest, rest)) << at % CPU_CHUNK / 4;
 }
 
 typedef struct load_job {
