@@ -43,6 +43,18 @@ const char *gw_reply_request_id(struct evhttp_request *req); /* the one among th
 /* Whether and when to try again, when the error says so: retry-after, retry-after-ms, x-should-retry. */
 void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
 
+/* ---- http_chunk.c: answers as they come ---- */
+/* Where they go; as long as the connection. */
+typedef struct gw_wire {
+    struct evbuffer *output; /* libevent's */
+    int fd;                  /* -1: with TLS */
+    bool chunked;
+} gw_wire;
+/* After evhttp_send_reply_start. */
+void gw_wire_open(const gw_http *http, struct evhttp_request *req, gw_wire *wire_out);
+void gw_wire_write(const gw_wire *wire, const cm_bytes *data); /* not empty */
+size_t gw_wire_waiting(const gw_wire *wire);                   /* bytes that the socket did not take yet */
+
 /* ---- http_body.c: what clients send ---- */
 /* The body as a JSON object; NULL: an error was answered. */
 json_t *gw_request_json(gw_http *http, struct evhttp_request *req);
