@@ -314,13 +314,13 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
     if (status != CM_OK) {
         goto err_gateway;
     }
-    gateway->encoder = (gw_encoder){
-        .loop = loop,
-        .jobs = cm_jobs_create("encode", (uint32_t)config->encode_threads, (uint32_t)config->streams_max + 1),
-        .tokenizer = gateway->tokenizer,
-        .profile = md_profile_detect(config->model),
-        .strict_replay = strcmp(config->reasoning_replay, "strict") == 0,
-        .json_word = config->json_word};
+    gateway->encoder = (gw_encoder){.loop = loop,
+                                    .jobs = cm_jobs_create("encode", (uint32_t)config->encode_threads,
+                                                           (uint32_t)config->streams_max + GW_PROBES_MAX),
+                                    .tokenizer = gateway->tokenizer,
+                                    .profile = md_profile_detect(config->model),
+                                    .strict_replay = strcmp(config->reasoning_replay, "strict") == 0,
+                                    .json_word = config->json_word};
     status = open_surfaces(gateway, err);
     if (status != CM_OK) {
         goto err_gateway;
@@ -419,7 +419,7 @@ void gw_gateway_drain(gw_gateway *gateway, pc_fn done, void *arg)
 
 /* ---- what surfaces ask ---- */
 
-const char *gw_ready_reason(const gw_gateway *gateway)
+const char *gw_mute_reason(const gw_gateway *gateway)
 {
     if (gateway->draining) {
         return "draining";
@@ -433,7 +433,13 @@ const char *gw_ready_reason(const gw_gateway *gateway)
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         return "no router linked";
     }
-    return gateway->probe.passed ? NULL : "no token has come out yet";
+    return NULL;
+}
+
+const char *gw_ready_reason(const gw_gateway *gateway)
+{
+    const char *mute = gw_mute_reason(gateway);
+    return mute != NULL || gateway->probe.passed ? mute : "no token has come out yet";
 }
 
 static double kv_used(const gw_gateway *gateway)

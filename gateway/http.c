@@ -69,6 +69,7 @@ cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **htt
     http->gateway = gateway;
     http->server = server;
     TAILQ_INIT(&http->exchanges);
+    http->check = gw_check_create(http);
     http->connections = gw_connections_create(gateway, server, evhttp_bound_socket_get_listener(bound));
     evhttp_set_gencb(server, gw_http_dispatch, http);
     bound_address(bound, bound_out);
@@ -79,6 +80,7 @@ cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **htt
 void gw_http_destroy(gw_http *http)
 {
     gw_exchanges_drop_all(http);
+    gw_check_destroy(http->check);
     evhttp_free(http->server);
     gw_connections_destroy(http->connections);
     cm_free(http);

@@ -14,6 +14,7 @@
 
 typedef struct gw_exchange gw_exchange;
 typedef struct gw_connections gw_connections;
+typedef struct gw_check gw_check;
 
 struct gw_http {
     gw_gateway *gateway;
@@ -21,6 +22,7 @@ struct gw_http {
     gw_connections *connections;
     TAILQ_HEAD(, gw_exchange) exchanges;
     uint32_t n_exchanges;
+    gw_check *check;
     gw_visit *visit; /* of the request being dispatched; NULL: an exchange has taken it and ends it */
 };
 
@@ -73,6 +75,11 @@ void gw_http_model_info(gw_http *http, struct evhttp_request *req, const char *r
 void gw_http_server_info(gw_http *http, struct evhttp_request *req, const char *rest);
 void gw_http_get_load(gw_http *http, struct evhttp_request *req, const char *rest);
 void gw_http_loads(gw_http *http, struct evhttp_request *req, const char *rest);
+
+/* ---- http_check.c ---- */
+gw_check *gw_check_create(gw_http *http);
+void gw_check_destroy(gw_check *check); /* before evhttp_free */
+void gw_http_health_generate(gw_http *http, struct evhttp_request *req, const char *rest);
 
 /* ---- http_event_id.c ---- */
 /* "ID:N", with several answers "ID:N.N.N": the stream, and how many events of each answer were sent with this

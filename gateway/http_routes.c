@@ -392,6 +392,7 @@ static const route ROUTES[] = {
     {"/ping", false, false, EVHTTP_REQ_GET, route_health},
     {"/livez", false, false, EVHTTP_REQ_GET, route_health},
     {"/healthz", false, false, EVHTTP_REQ_GET, route_health},
+    {"/health_generate", false, false, EVHTTP_REQ_GET, gw_http_health_generate},
     {"/ready", false, false, EVHTTP_REQ_GET, route_ready},
     {"/readyz", false, false, EVHTTP_REQ_GET, route_ready},
     {"/load", false, false, EVHTTP_REQ_GET, route_load},
@@ -477,13 +478,15 @@ static void reply_no_route(struct evhttp_request *req, const char *path)
 static bool is_open(const gw_http *http, const route *r)
 {
     return r->fn == route_root || r->fn == route_health || r->fn == route_ready ||
+           r->fn == gw_http_health_generate ||
            (r->fn == route_metrics && http->gateway->config->metrics_open);
 }
 
 /* What asks every few seconds for as long as the process lives. */
 static bool is_quiet(const route *r)
 {
-    return r->fn == route_health || r->fn == route_ready || r->fn == route_metrics;
+    return r->fn == route_health || r->fn == route_ready || r->fn == gw_http_health_generate ||
+           r->fn == route_metrics;
 }
 
 /* false: it was answered that it may not. */

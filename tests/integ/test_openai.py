@@ -317,7 +317,7 @@ def test_control_spellings_stay_text(cluster):
 
 def test_routes(cluster):
     connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
-    for method, path, want in [("GET", "/health", 200), ("GET", "/ready", 200), ("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405),
+    for method, path, want in [("GET", "/health", 200), ("GET", "/ready", 200), ("GET", "/health_generate", 200), ("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405),
                                ("HEAD", "/", 200), ("OPTIONS", "/v1/chat/completions", None)]:
         connection.request(method, path)
         reply = connection.getresponse()

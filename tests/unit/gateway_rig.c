@@ -331,9 +331,13 @@ static void router_answer(void)
 static void router_open(const Baleen__Engine__V1__SeqOpen *open)
 {
     bool probe = open->n_prompt == 1 && open->sampler->tokens_max == 1 && open->sampler->temperature <= 0;
+    R.probe = probe ? open->stream : R.probe;
+    R.n_probes += probe;
+    if (probe && R.probe_waits) {
+        return;
+    }
     if (probe) {
         uint32_t id = md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS);
-        R.n_probes++;
         router_say(open->stream, 0, &id, R.probe_fails ? 0 : 1,
                    R.probe_fails ? BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED
                                  : BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH);
@@ -616,6 +620,14 @@ static void router_stop(void)
     pc_netpump_destroy(R.pump);
     net_close(R.net);
     R.net = NULL;
+}
+
+void rig_probe_say(bool token)
+{
+    uint32_t id = md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS);
+    R.refuse_status = CM_E_CAPACITY;
+    router_say(R.probe, 0, &id, token ? 1 : 0,
+               token ? BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH : BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED);
 }
 
 void rig_deaf(void)

@@ -56,7 +56,8 @@ typedef struct rig {
     net_peer *peer; /* the gateway's link; NULL when down */
     uint32_t n_links;
     rig_mode mode;
-    bool probe_fails;
+    bool probe_fails, probe_waits; /* waits: for rig_probe_say */
+    uint64_t probe;                /* the newest one's stream */
     cm_status refuse_status;
     uint32_t reply[RIG_REPLY_MAX], n_reply;
     uint32_t n_opens, n_cancels, n_probes; /* opens without probes */
@@ -106,6 +107,8 @@ const md_tokenizer *rig_tokenizer(void);
 /* A frame about the newest stream. Log-probabilities, when asked for: -0.5 for an id; its likely tokens are
  * 0, 1, ... with -1, -2, ..., the last with -INFINITY. */
 void rig_tokens(uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end);
+/* What the newest probe waits for: its token, or that there is no room for it. */
+void rig_probe_say(bool token);
 /* Ends the gateway's link. */
 void rig_cut(void);
 /* The same, and nothing listens there from now on. */
