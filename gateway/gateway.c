@@ -19,11 +19,24 @@ static void on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
     gw_routers_identity(gateway->routers, cluster, member_id);
 }
 
+/* We may not be in it yet, or not any more: then it is one of us more. */
+static uint32_t count_gateways(const pc_epoch *epoch, uint32_t own_id)
+{
+    uint32_t n = 1;
+    for (uint32_t i = 0; i < epoch->n_member; i++) {
+        const struct pc_epoch_member *member = &epoch->members[i];
+        n += member->role == BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY && member->id != own_id;
+    }
+    return n;
+}
+
 static void on_commit(void *ctx, pc_epoch *epoch)
 {
     gw_gateway *gateway = ctx;
     pc_epoch_release(gateway->epoch);
     gateway->epoch = pc_epoch_hold(epoch);
+    gw_turns_set_gateways(&gateway->turns, cm_now_ms(), count_gateways(epoch, gateway->member_id));
+    gw_streams_place(gateway); /* its part may be larger now */
     gw_routers_epoch(gateway->routers, epoch);
     pc_member_committed(gateway->member, epoch->number);
     gw_seeks_changed(gateway);

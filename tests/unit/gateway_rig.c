@@ -94,9 +94,12 @@ void rig_commit(uint64_t number, bool router, bool placement)
     place.owner = owner;
     place.n_rank_member = place.n_owner = 1;
     place.n_first = 2;
-    Baleen__Control__V1__Member members[2] = {BALEEN__CONTROL__V1__MEMBER__INIT,
-                                              BALEEN__CONTROL__V1__MEMBER__INIT};
-    Baleen__Control__V1__Member *list[] = {&members[0], &members[1]};
+    enum { N_MEMBERS = 4 };
+    Baleen__Control__V1__Member members[N_MEMBERS], *list[N_MEMBERS];
+    for (uint32_t i = 0; i < N_MEMBERS; i++) {
+        baleen__control__v1__member__init(&members[i]);
+        list[i] = &members[i];
+    }
     members[0].id = RIG_WORKER;
     members[0].role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER;
     members[1].id = RIG_ROUTER;
@@ -105,11 +108,14 @@ void rig_commit(uint64_t number, bool router, bool placement)
     members[1].data_address = (char[]){"rig-router"};
     members[1].has_draining = true;
     members[1].draining = R.drains;
+    members[2].id = RIG_GATEWAY;
+    members[3].id = RIG_GATEWAY + 1;
+    members[2].role = members[3].role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY;
     Baleen__Control__V1__Epoch epoch = BALEEN__CONTROL__V1__EPOCH__INIT;
     epoch.number = number;
     epoch.cluster = RIG_CLUSTER;
     epoch.members = list;
-    epoch.n_members = router ? 2 : 1;
+    epoch.n_members = router ? R.two_gateways ? 4 : 3 : 1;
     epoch.placement = placement ? &place : NULL;
     Baleen__Control__V1__Commit commit = BALEEN__CONTROL__V1__COMMIT__INIT;
     commit.epoch = &epoch;

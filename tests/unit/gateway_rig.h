@@ -67,6 +67,7 @@ typedef struct rig {
     uint32_t n_resumes;                    /* SeqResumes */
     uint64_t resume_from;                  /* of the newest one */
     bool drains;                           /* the router, as of the next epoch */
+    bool two_gateways;                     /* another one is in the next epoch, besides ours */
     bool keeps;       /* a SeqResume finds the sequence, else nothing; tokens are the test's to give */
     uint32_t n_found; /* choices that a SeqFind finds, of the newest SeqOpen's request */
     uint32_t n_finds;
