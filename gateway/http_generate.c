@@ -180,11 +180,7 @@ void gw_exchanges_drop_all(gw_http *http)
 /* Instead of an answer. */
 static void refuse(gw_exchange *x, const gw_error *error)
 {
-    gw_error own = *error;
-    if (x->surface != NULL) {
-        gw_surface_own_words(x->surface, &own);
-    }
-    gw_reply_error(x->req, &own);
+    gw_reply_refusal(x->http, x->req, x->surface, error);
     x->status = evhttp_request_get_response_code(x->req);
 }
 
@@ -604,8 +600,7 @@ void gw_http_generate_given(gw_http *http, struct evhttp_request *req, const gw_
         json_decref(body);
     } else {
         gw_http_count_refused();
-        gw_surface_own_words(surface, &error);
-        gw_reply_error(req, &error);
+        gw_reply_refusal(http, req, surface, &error);
     }
 }
 

@@ -39,6 +39,10 @@ void gw_reply(struct evhttp_request *req, int code, const char *content_type, co
 void gw_reply_json(struct evhttp_request *req, int code, const json_t *value);
 /* In the shape of the interface that was asked. */
 void gw_reply_error(struct evhttp_request *req, const gw_error *error);
+/* Of a body for a surface (NULL: not known), in its words and with the status that is wanted for wrong
+ * values. */
+void gw_reply_refusal(const gw_http *http, struct evhttp_request *req, const gw_surface *surface,
+                      const gw_error *error);
 /* Before any answer: x-request-id, traceparent, CORS. */
 void gw_reply_headers(struct evhttp_request *req, const gw_visit *visit);
 const char *gw_reply_request_id(struct evhttp_request *req); /* the one among them */

@@ -336,8 +336,7 @@ static void route_count_tokens(gw_http *http, struct evhttp_request *req, const 
         gw_reply_json(req, 200, reply);
         json_decref(reply);
     } else {
-        gw_surface_own_words(&gw_surface_messages, &error);
-        gw_reply_error(req, &error);
+        gw_reply_refusal(http, req, &gw_surface_messages, &error);
     }
     json_decref(given);
 }
