@@ -448,6 +448,8 @@ static void router_message(const net_event *event)
         router_find((const Baleen__Engine__V1__SeqFind *)message);
     } else if (event->type == PR_MSG_SEQ_DETACH) {
         R.n_detached++;
+    } else if (event->type == PR_MSG_PREFIX_FORGET) {
+        R.n_forgets++;
     } else {
         assert_int_equal(event->type, PR_MSG_SEQ_CANCEL);
         assert_int_equal(pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload,

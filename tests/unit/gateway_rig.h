@@ -76,6 +76,7 @@ typedef struct rig {
     uint64_t resumed[4];  /* by choice: what it is called since it was resumed */
     uint64_t birth, term; /* of the newest SeqOpen or SeqResume */
     uint32_t n_copies, n_detached;
+    uint32_t n_forgets;                        /* PrefixForgets */
     char resume[32768];                        /* of the newest SeqOpen */
     Baleen__Engine__V1__SamplerParams sampler; /* likewise; without its list */
     uint32_t n_stop_id, stop_id[8];

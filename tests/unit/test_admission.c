@@ -151,6 +151,31 @@ static void open_metrics(void **state)
     assert_int_equal(status_of("GET", "/metrics", "", NULL), 200);
 }
 
+static bool has_forgotten(void *arg)
+{
+    return R.n_forgets == *(const uint32_t *)arg;
+}
+
+/* What all tenants share is only an operator's to throw away. */
+static void who_may_forget(void **state)
+{
+    (void)state;
+    static const char *const paths[] = {"/reset_prefix_cache", "/flush_cache"};
+    write_keys("{}", "{}");
+    rig_ready();
+    for (uint32_t i = 0; i < 2; i++) {
+        assert_int_equal(status_of("POST", paths[i], "", ""), 401);
+        assert_int_equal(status_of("POST", paths[i], KEY_A, ""), 403);
+        assert_int_equal(status_of("GET", paths[i], KEY_OP, NULL), 405);
+        assert_int_equal(R.n_forgets, i);
+        rig_client *client = ask("POST", paths[i], KEY_OP, "");
+        assert_int_equal(rig_status(client), 200);
+        assert_non_null(strstr(cm_bytes_text(&client->in), "{\"routers\":1}"));
+        rig_close(client);
+        rig_until(has_forgotten, &(uint32_t){i + 1});
+    }
+}
+
 /* A surface that forgets to say who asks gets nothing. */
 static void nobody_asks(void **state)
 {
@@ -424,8 +449,15 @@ int main(void)
 {
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, begin, finish)
     const struct CMUnitTest tests[] = {
-        TEST(who_may_ask),     TEST(open_metrics), TEST(nobody_asks), TEST(streams_are_their_tenants),
-        TEST(waiting_is_told), TEST(waiting_ends), TEST(too_many),    TEST(two_gateways_share),
+        TEST(who_may_ask),
+        TEST(open_metrics),
+        TEST(who_may_forget),
+        TEST(nobody_asks),
+        TEST(streams_are_their_tenants),
+        TEST(waiting_is_told),
+        TEST(waiting_ends),
+        TEST(too_many),
+        TEST(two_gateways_share),
         TEST(lines),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
