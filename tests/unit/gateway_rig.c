@@ -525,8 +525,9 @@ static void reply_text(const char *text, size_t n, md_text_kind kind)
     md_ids_init(&ids);
     md_tokenizer_encode(rig_tokenizer(), text, n, kind, &ids);
     assert_in_range(R.n_reply + ids.n, 0, RIG_REPLY_MAX - 1);
-    memcpy(R.reply + R.n_reply, ids.id, ids.n * sizeof(uint32_t));
-    R.n_reply += (uint32_t)ids.n;
+    for (size_t i = 0; i < ids.n; i++) {
+        R.reply[R.n_reply++] = ids.id[i];
+    }
     md_ids_fini(&ids);
 }
 
