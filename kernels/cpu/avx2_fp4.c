@@ -6,6 +6,13 @@
  * the sum of the inputs starts every sum below zero. More rows: a chunk of weights is widened to 16 bits
  * once, v multiplies it whole (vpmaddwd).
  *
+ * The contract adds scaled block sums in block order, each addition rounded to double. Where none of them can
+ * round, order does not matter: every block's sum is a whole number of 2^-10 times its scale, so it is enough
+ * that all of a row and a tile's, in units of the smallest scale that appears, stay below 2^53. Then the four
+ * blocks of a chunk are added as integers, shifted by what their scales differ, if that is at most
+ * FP4_SHIFTS; 128 products of 384 by 28672 stay below 2^31. Whether the scales allowed it is known when all
+ * have been seen; rows that they did not are computed again in block order.
+ *
  * Bound: one row the memory, nearly; more the products: for a row and 16 weights a vpmaddwd and its addition.
  */
 #include <assert.h>
@@ -22,7 +29,8 @@ enum {
     FP4_BIAS = 12,
     FP4_FEW = 2,       /* rows, at most, in bytes */
     FP4_UNIT_BITS = 7, /* sums count units of 2^-7: 2^-6 by v, 2^-1 by the doubled weight */
-    FP4_AHEAD = 4,     /* chunks that are asked for before they are needed */
+    FP4_SHIFTS = 5,
+    FP4_AHEAD = 4, /* chunks that are asked for before they are needed */
 };
 
 /* The weights of a tile and CPU_CHUNK inputs: prepared ones [tile][chunk], stored ones one at a time. Zero
@@ -45,6 +53,11 @@ typedef struct fp4_block {
     uint32_t with_rest; /* bit i: input i has an r */
 } fp4_block;
 
+/* Scale bytes of a row's chunks that are not zero; none: least > most. */
+typedef struct fp4_range {
+    uint8_t least, most;
+} fp4_range;
+
 /* Where the rows of one group stand in the scratch of a tile; K is k rounded up to CPU_CHUNK. */
 typedef struct fp4_group {
     uint32_t n;        /* rows */
@@ -52,17 +65,20 @@ typedef struct fp4_group {
                         * ones; else [K / 8][4][n]: v of the inputs i and i + 4 */
     int8_t *rest;      /* [n][K]: r */
     fp4_block *blocks; /* [K / 32][n] */
+    fp4_range *ranges; /* [n] */
 } fp4_group;
 
 static fp4_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t g)
 {
     uint64_t wide = cpu_round_up(k, CPU_CHUNK), row0 = (uint64_t)g * AVX2_GROUP;
-    uint8_t *x = (uint8_t *)t->x + AVX2_HEAD_BYTES, *rest = x + 2 * wide * t->n, *blocks = rest + wide * t->n;
-    static_assert(CPU_Q8_ROWS * (3 + sizeof(fp4_block) / KN_FP4_BLOCK) + 1 <= CPU_X_BYTES, "scratch");
+    uint8_t *x = (uint8_t *)t->x + AVX2_HEAD_BYTES, *rest = x + 2 * wide * t->n, *blocks = rest + wide * t->n,
+            *ranges = blocks + wide / KN_FP4_BLOCK * sizeof(fp4_block) * t->n;
+    static_assert(CPU_Q8_ROWS * (3 + sizeof(fp4_block) / KN_FP4_BLOCK) + 4 <= CPU_X_BYTES, "scratch");
     return (fp4_group){.n = t->n - (uint32_t)row0 < AVX2_GROUP ? t->n - (uint32_t)row0 : AVX2_GROUP,
                        .x = x + 2 * wide * row0,
                        .rest = (int8_t *)rest + wide * row0,
-                       .blocks = (fp4_block *)(void *)blocks + wide / KN_FP4_BLOCK * row0};
+                       .blocks = (fp4_block *)(void *)blocks + wide / KN_FP4_BLOCK * row0,
+                       .ranges = (fp4_range *)(void *)ranges + row0};
 }
 
 /* ---- loading ---- */
@@ -113,11 +129,21 @@ static void note_blocks(const fp4_group *g, uint32_t r, uint32_t at, const int16
     }
 }
 
+static bool any_input(const int16_t *v, const int8_t *rest)
+{
+    int32_t any = 0;
+    for (int i = 0; i < CPU_CHUNK; i++) {
+        any |= v[i] | rest[i];
+    }
+    return any != 0;
+}
+
 static void load_row(const fp4_group *g, bool few, uint32_t r, const uint8_t *codes, const uint8_t *scales,
                      uint32_t k)
 {
+    fp4_range range = {255, 0};
     for (uint32_t at = 0; at < k; at += CPU_CHUNK) {
-        uint8_t spare[CPU_CHUNK];
+        uint8_t spare[CPU_CHUNK], scale = scales[at / KN_ACT_BLOCK];
         int8_t *rest = g->rest + (uint64_t)r * cpu_round_up(k, CPU_CHUNK) + at;
         int16_t v[CPU_CHUNK];
         split_codes(chunk_bytes(codes, at, chunk_len(k, at), CPU_CHUNK, spare), v, rest);
@@ -129,8 +155,13 @@ static void load_row(const fp4_group *g, bool few, uint32_t r, const uint8_t *co
                 put_pairs(g->x + (step * 4 * g->n + r) * 4, g->n, v + i);
             }
         }
-        note_blocks(g, r, at, v, rest, scales[at / KN_ACT_BLOCK]);
+        note_blocks(g, r, at, v, rest, scale);
+        if (any_input(v, rest)) {
+            range.least = scale < range.least ? scale : range.least;
+            range.most = scale > range.most ? scale : range.most;
+        }
     }
+    g->ranges[r] = range;
 }
 
 typedef struct load_job {
@@ -230,67 +261,122 @@ INLINED __m256i odd_nibbles(__m256i codes)
     return _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15));
 }
 
-/* Of each dword the weights i and i + 4 as 16-bit values, i = 0 .. 3. */
-static void widen_chunk(const fp4_chunk *chunk, fp4_wide *wide)
+/* How a chunk's blocks are added: times 2^(scale - base), and the sum times base's. */
+typedef struct fp4_span {
+    bool narrow; /* whether they can be so */
+    uint8_t base[AVX2_OUTS];
+    __m256i shift[FP4_CHUNK_BLOCKS][2];
+} fp4_span;
+
+/* Largest and smallest scales of a tile's outputs so far. */
+typedef struct fp4_scales {
+    __m128i least, most;
+} fp4_scales;
+
+static void find_span(const fp4_chunk *chunk, fp4_scales *seen, fp4_span *span_out)
 {
-    __m256i table = doubled();
+    const __m128i *scales = (const __m128i *)(const void *)chunk->scales;
+    __m128i least = _mm_min_epu8(_mm_min_epu8(scales[0], scales[1]), _mm_min_epu8(scales[2], scales[3])),
+            most = _mm_max_epu8(_mm_max_epu8(scales[0], scales[1]), _mm_max_epu8(scales[2], scales[3]));
+    __m128i over = _mm_subs_epu8(_mm_sub_epi8(most, least), _mm_set1_epi8(FP4_SHIFTS));
+    span_out->narrow = _mm_testz_si128(over, over);
+    _mm_storeu_si128((__m128i *)(void *)span_out->base, least);
+    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+        __m128i shift = _mm_sub_epi8(scales[b], least);
+        span_out->shift[b][0] = _mm256_cvtepu8_epi32(shift);
+        span_out->shift[b][1] = _mm256_cvtepu8_epi32(_mm_srli_si128(shift, AVX2_HALF));
+    }
+    seen->least = _mm_min_epu8(seen->least, least);
+    seen->most = _mm_max_epu8(seen->most, most);
+}
+
+/* Of each dword the weights i and i + 4 as 16-bit values, i = 0 .. 3; shifted by the span's unless NULL. */
+static void widen_chunk(const fp4_chunk *chunk, const fp4_span *span, fp4_wide *wide)
+{
+    const __m256i table = doubled(), ones = _mm256_set1_epi16(1);
     for (uint32_t c = 0; c < FP4_COLUMNS; c++) {
         for (int h = 0; h < 2; h++) {
             __m256i even = _mm256_shuffle_epi8(table, even_nibbles(chunk->columns[c][h])),
                     odd = _mm256_shuffle_epi8(table, odd_nibbles(chunk->columns[c][h]));
-            wide->pairs[4 * c][h] = _mm256_srai_epi16(_mm256_slli_epi16(even, 8), 8);
-            wide->pairs[4 * c + 1][h] = _mm256_srai_epi16(_mm256_slli_epi16(odd, 8), 8);
-            wide->pairs[4 * c + 2][h] = _mm256_srai_epi16(even, 8);
-            wide->pairs[4 * c + 3][h] = _mm256_srai_epi16(odd, 8);
+            __m256i by = span == NULL ? ones : _mm256_sllv_epi32(ones, span->shift[c / FP4_BLOCK_STEPS][h]);
+            __m256i pairs[4] = {_mm256_srai_epi16(_mm256_slli_epi16(even, 8), 8),
+                                _mm256_srai_epi16(_mm256_slli_epi16(odd, 8), 8), _mm256_srai_epi16(even, 8),
+                                _mm256_srai_epi16(odd, 8)};
+            for (uint32_t i = 0; i < 4; i++) {
+                wide->pairs[4 * c + i][h] = _mm256_mullo_epi16(pairs[i], by);
+            }
         }
     }
 }
 
 /* ---- products ---- */
 
-/* Integer sums of block b % 4 of a chunk and eight outputs for n rows, at most FP4_FEW; x: at the block. */
-INLINED void few_sums(const fp4_chunk *chunk, uint32_t b, int h, const uint8_t *x, const fp4_block *block,
-                      __m256i *sum_out, const uint32_t n)
+/* acc + x, in this order and no other: the compiler would gather additions, and run out of registers. */
+INLINED __m256i plus16(__m256i acc, __m256i x)
+{
+    acc = _mm256_add_epi16(acc, x);
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+
+INLINED __m256i plus32(__m256i acc, __m256i x)
+{
+    acc = _mm256_add_epi32(acc, x);
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+
+/* Integer sums of block b of a chunk for n rows, at most FP4_FEW, and n_half halves of the outputs from h0
+ * on, as many as fit the registers; x: at the block. */
+INLINED void few_sums(const fp4_chunk *chunk, uint32_t b, int h0, const uint8_t *x, const fp4_block *block,
+                      __m256i (*sum_out)[2], const uint32_t n, const int n_half)
 {
     const __m256i table = biased(), by256 = _mm256_set1_epi16(256), by1 = _mm256_set1_epi16(1);
-    __m256i high[FP4_FEW], low[FP4_FEW], sum[FP4_FEW];
+    __m256i high[AVX2_GROUP][2], low[AVX2_GROUP][2], sum[AVX2_GROUP][2];
+    __asm__("" : "+r"(x)); /* or the compiler keeps all broadcasts for the other half, in memory */
     for (uint32_t r = 0; r < n; r++) {
-        sum[r] = _mm256_set1_epi32(block[r].bias);
+        sum[r][0] = sum[r][1] = _mm256_set1_epi32(block[r].bias);
     }
 #pragma GCC unroll 4
     for (uint32_t s = 0; s < FP4_BLOCK_STEPS; s++) {
-        __m256i codes = chunk->columns[b % FP4_CHUNK_BLOCKS * FP4_BLOCK_STEPS + s][h];
-        __m256i even = _mm256_shuffle_epi8(table, even_nibbles(codes)),
-                odd = _mm256_shuffle_epi8(table, odd_nibbles(codes));
+        __m256i even[2], odd[2];
+        for (int h = 0; h < n_half; h++) {
+            __m256i codes = chunk->columns[b * FP4_BLOCK_STEPS + s][h0 + h];
+            even[h] = _mm256_shuffle_epi8(table, even_nibbles(codes));
+            odd[h] = _mm256_shuffle_epi8(table, odd_nibbles(codes));
+        }
         for (uint32_t r = 0; r < n; r++, x += 16) {
-            __m256i high_s = _mm256_add_epi16(_mm256_maddubs_epi16(even, avx2_broadcast(x)),
-                                              _mm256_maddubs_epi16(odd, avx2_broadcast(x + 8)));
-            __m256i low_s = _mm256_add_epi16(_mm256_maddubs_epi16(even, avx2_broadcast(x + 4)),
-                                             _mm256_maddubs_epi16(odd, avx2_broadcast(x + 12)));
-            if (s % 2 == 0) {
-                high[r] = high_s;
-                low[r] = low_s;
-                continue;
+            for (int h = 0; h < n_half; h++) {
+                __m256i product = _mm256_maddubs_epi16(even[h], avx2_broadcast(x));
+                high[r][h] = s % 2 == 0 ? product : plus16(high[r][h], product);
+                product = _mm256_maddubs_epi16(even[h], avx2_broadcast(x + 4));
+                low[r][h] = s % 2 == 0 ? product : plus16(low[r][h], product);
+                high[r][h] = plus16(high[r][h], _mm256_maddubs_epi16(odd[h], avx2_broadcast(x + 8)));
+                low[r][h] = plus16(low[r][h], _mm256_maddubs_epi16(odd[h], avx2_broadcast(x + 12)));
+                if (s % 2 == 1) {
+                    sum[r][h] = plus32(sum[r][h], _mm256_madd_epi16(high[r][h], by256));
+                    sum[r][h] = plus32(sum[r][h], _mm256_madd_epi16(low[r][h], by1));
+                }
             }
-            high[r] = _mm256_madd_epi16(_mm256_add_epi16(high[r], high_s), by256);
-            low[r] = _mm256_madd_epi16(_mm256_add_epi16(low[r], low_s), by1);
-            sum[r] = _mm256_add_epi32(sum[r], _mm256_add_epi32(high[r], low[r]));
         }
     }
     for (uint32_t r = 0; r < n; r++) {
-        sum_out[r] = sum[r];
+        for (int h = 0; h < n_half; h++) {
+            sum_out[r][h0 + h] = sum[r][h];
+        }
     }
 }
 
-/* The same for a group of many rows and all outputs of the tile; pairs, x: at the block. */
-INLINED void many_sums(const __m256i (*pairs)[2], const uint8_t *x, __m256i (*sum_out)[2], const uint32_t n)
+/* Sums of n_pair pairs of inputs of a group of many rows and all outputs of the tile. */
+INLINED void many_sums(const __m256i (*pairs)[2], uint32_t n_pair, const uint8_t *x, __m256i (*sum_out)[2],
+                       const uint32_t n)
 {
     __m256i sum[AVX2_GROUP][2];
     for (uint32_t r = 0; r < n; r++) {
         sum[r][0] = sum[r][1] = _mm256_setzero_si256();
     }
 #pragma GCC unroll 4
-    for (uint32_t p = 0; p < KN_FP4_BLOCK / 2; p++) {
+    for (uint32_t p = 0; p < n_pair; p++) {
         for (uint32_t r = 0; r < n; r++, x += 4) {
             __m256i v = avx2_broadcast(x);
             sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(v, pairs[p][0]));
@@ -303,37 +389,35 @@ INLINED void many_sums(const __m256i (*pairs)[2], const uint8_t *x, __m256i (*su
     }
 }
 
-/* What the r of one row add to the sums of block b % 4 of a chunk, in units of 2^-10, and 8 times the sums.
- */
+/* Sums of block b of a chunk; x: at the block. */
+INLINED void block_sums(const fp4_chunk *chunk, const fp4_wide *wide, uint32_t b, const uint8_t *x,
+                        const fp4_block *block, __m256i (*sum_out)[2], const uint32_t n, const bool few)
+{
+    if (!few) {
+        many_sums(wide->pairs + b * KN_FP4_BLOCK / 2, KN_FP4_BLOCK / 2, x, sum_out, n);
+        return;
+    }
+    for (int h = 0; h < 2; h += n == 1 ? 2 : 1) {
+        few_sums(chunk, b, h, x, block, sum_out, n, n == 1 ? 2 : 1);
+    }
+}
+
+/* Adds what the r of one row give in block b of a chunk, in units of 2^-10. rest: the row's, at the block. */
 static void add_rest(const fp4_chunk *chunk, uint32_t b, const fp4_block *block, const int8_t *rest,
                      __m256i sum[2])
 {
     const __m256i table = doubled(), nibble = _mm256_set1_epi32(15);
-    for (int h = 0; h < 2; h++) {
-        sum[h] = _mm256_slli_epi32(sum[h], 3);
-        for (uint32_t bits = block->with_rest; bits != 0; bits &= bits - 1) {
-            int i = __builtin_ctz(bits);
-            __m256i codes =
-                chunk->columns[b % FP4_CHUNK_BLOCKS * FP4_BLOCK_STEPS + (uint32_t)i / FP4_STEP][h];
-            __m256i code =
-                _mm256_and_si256(_mm256_srl_epi32(codes, _mm_cvtsi32_si128(i % FP4_STEP * 4)), nibble);
+    for (uint32_t bits = block->with_rest; bits != 0; bits &= bits - 1) {
+        uint32_t i = (uint32_t)__builtin_ctz(bits);
+        for (int h = 0; h < 2; h++) {
+            __m256i codes = chunk->columns[b * FP4_BLOCK_STEPS + i / FP4_STEP][h];
+            __m256i code = _mm256_and_si256(
+                _mm256_srl_epi32(codes, _mm_cvtsi32_si128((int32_t)(i % FP4_STEP * 4))), nibble);
             __m256i weight = _mm256_shuffle_epi8(table, code); /* code 0 gives 0: in the bytes above too */
             weight = _mm256_srai_epi32(_mm256_slli_epi32(weight, 24), 24);
             sum[h] = _mm256_add_epi32(sum[h], _mm256_mullo_epi32(weight, _mm256_set1_epi32(rest[i])));
         }
     }
-}
-
-/* Adds eight sums times 2^(exponent + the scales'). An integer times a power of two is exact: one rounding,
- * that of the addition. */
-INLINED void add_scaled(double *acc, __m256i sums, const __m256i scale[2], __m256i exponent)
-{
-    __m256d low = _mm256_cvtepi32_pd(_mm256_castsi256_si128(sums)),
-            high = _mm256_cvtepi32_pd(_mm256_extracti128_si256(sums, 1));
-    __m256d by_low = _mm256_castsi256_pd(_mm256_add_epi64(scale[0], exponent)),
-            by_high = _mm256_castsi256_pd(_mm256_add_epi64(scale[1], exponent));
-    _mm256_storeu_pd(acc, _mm256_fmadd_pd(low, by_low, _mm256_loadu_pd(acc)));
-    _mm256_storeu_pd(acc + 4, _mm256_fmadd_pd(high, by_high, _mm256_loadu_pd(acc + 4)));
 }
 
 /* The scale bytes of four outputs where doubles have their exponents. */
@@ -344,91 +428,195 @@ INLINED __m256i scale_exponents(const uint8_t *scales)
     return _mm256_slli_epi64(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(bytes)), 52);
 }
 
-/* Block b of all inputs, of which the chunk is at its place, for the n rows of a group. wide NULL: few. */
-INLINED void group_block(const fp4_chunk *chunk, const fp4_wide *wide, const fp4_group *g, uint32_t k,
-                         uint32_t b, avx2_sums *acc, const uint32_t n)
+/* Adds a tile's sums times 2^(exponent + the scales'). An integer times a power of two is exact: one
+ * rounding, that of the addition. */
+INLINED void add_scaled(double *acc, const __m256i sums[2], const uint8_t *scales, uint64_t exponent)
 {
-    const fp4_block *block = g->blocks + (uint64_t)b * n;
-    const uint8_t *x = g->x + (uint64_t)b * KN_FP4_BLOCK * 2 * n,
-                  *scales = chunk->scales[b % FP4_CHUNK_BLOCKS];
-    __m256i sum[AVX2_GROUP][2], scale[2][2];
-    if (wide != NULL) {
-        many_sums(wide->pairs + b % FP4_CHUNK_BLOCKS * KN_FP4_BLOCK / 2, x, sum, n);
-    } else {
-        for (int h = 0; h < 2; h++) {
-            __m256i half[FP4_FEW];
-            few_sums(chunk, b, h, x, block, half, n < FP4_FEW ? n : FP4_FEW);
-            for (uint32_t r = 0; r < n && r < FP4_FEW; r++) {
-                sum[r][h] = half[r];
+    const __m256i by_row = _mm256_set1_epi64x((int64_t)exponent);
+    for (int q = 0; q < 4; q++) {
+        __m128i four =
+            q % 2 == 0 ? _mm256_castsi256_si128(sums[q / 2]) : _mm256_extracti128_si256(sums[q / 2], 1);
+        __m256i by = _mm256_add_epi64(scale_exponents(scales + 4 * q), by_row);
+        _mm256_storeu_pd(acc + 4 * q, _mm256_fmadd_pd(_mm256_cvtepi32_pd(four), _mm256_castsi256_pd(by),
+                                                      _mm256_loadu_pd(acc + 4 * q)));
+    }
+}
+
+/* A chunk for a group of rows. */
+typedef struct fp4_work {
+    const fp4_chunk *chunk;
+    const fp4_span *span;
+    const fp4_wide *wide; /* of many rows */
+    const fp4_group *group;
+    uint32_t k, b0, n_block; /* all inputs; first block of the chunk, and how many it has */
+} fp4_work;
+
+INLINED const int8_t *rest_at(const fp4_work *j, uint32_t r, uint32_t b)
+{
+    return j->group->rest + (uint64_t)r * cpu_round_up(j->k, CPU_CHUNK) +
+           (uint64_t)(j->b0 + b) * KN_FP4_BLOCK;
+}
+
+/* Block after block. */
+INLINED void chunk_in_order(const fp4_work *j, avx2_sums *acc, const uint32_t n, const bool few)
+{
+    for (uint32_t b = 0; b < j->n_block; b++) {
+        const fp4_block *block = j->group->blocks + (uint64_t)(j->b0 + b) * n;
+        __m256i sum[AVX2_GROUP][2];
+        block_sums(j->chunk, j->wide, b, j->group->x + (uint64_t)(j->b0 + b) * KN_FP4_BLOCK * 2 * n, block,
+                   sum, n, few);
+        for (uint32_t r = 0; r < n; r++) {
+            uint64_t exponent = block[r].exponent;
+            if (block[r].with_rest != 0) {
+                sum[r][0] = _mm256_slli_epi32(sum[r][0], 3);
+                sum[r][1] = _mm256_slli_epi32(sum[r][1], 3);
+                add_rest(j->chunk, b, &block[r], rest_at(j, r, b), sum[r]);
+                exponent -= 3ull << 52;
+            }
+            add_scaled(acc[r], sum[r], j->chunk->scales[b], exponent);
+        }
+    }
+}
+
+/* The whole chunk at once. Past the inputs there are zeros. */
+INLINED void chunk_at_once(const fp4_work *j, avx2_sums *acc, const uint32_t n, const bool few)
+{
+    const fp4_block *block = j->group->blocks + (uint64_t)j->b0 * n;
+    const uint8_t *x = j->group->x + (uint64_t)j->b0 * KN_FP4_BLOCK * 2 * n;
+    __m256i sum[AVX2_GROUP][2];
+    if (!few) {
+        many_sums(j->wide->pairs, FP4_PAIRS, x, sum, n);
+    }
+    for (uint32_t b = 0; few && b < FP4_CHUNK_BLOCKS; b++) {
+        __m256i part[AVX2_GROUP][2];
+        block_sums(j->chunk, NULL, b, x + (uint64_t)b * KN_FP4_BLOCK * 2 * n, block + b * n, part, n, true);
+        for (uint32_t r = 0; r < n; r++) {
+            for (int h = 0; h < 2; h++) {
+                __m256i shifted = _mm256_sllv_epi32(part[r][h], j->span->shift[b][h]);
+                sum[r][h] = b == 0 ? shifted : plus32(sum[r][h], shifted);
             }
         }
     }
-    for (int q = 0; q < 4; q++) {
-        scale[q / 2][q % 2] = scale_exponents(scales + 4 * q);
-    }
     for (uint32_t r = 0; r < n; r++) {
-        uint64_t exponent = block[r].exponent;
-        if (block[r].with_rest != 0) {
-            add_rest(chunk, b, &block[r],
-                     g->rest + (uint64_t)r * cpu_round_up(k, CPU_CHUNK) + (uint64_t)b * KN_FP4_BLOCK, sum[r]);
-            exponent -= 3ull << 52;
-        }
-        for (int h = 0; h < 2; h++) {
-            add_scaled(acc[r] + AVX2_HALF * h, sum[r][h], scale[h], _mm256_set1_epi64x((int64_t)exponent));
+        add_scaled(acc[r], sum[r], j->span->base, block[r].exponent);
+        for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+            if (block[b * n + r].with_rest != 0) {
+                __m256i rest[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+                add_rest(j->chunk, b, &block[b * n + r], rest_at(j, r, b), rest);
+                add_scaled(acc[r], rest, j->chunk->scales[b], block[r].exponent - (3ull << 52));
+            }
         }
     }
 }
 
-/* A chunk's blocks b0 .. end - 1. */
-#define ROWS(n_)                                                                                             \
+#define ROWS(form_, n_, few_)                                                                                \
     case n_:                                                                                                 \
-        for (uint32_t b = b0; b < end; b++) {                                                                \
-            group_block(chunk, wide, g, k, b, acc, n_);                                                      \
-        }                                                                                                    \
+        form_(j, acc, n_, few_);                                                                             \
         break;
 
-static void few_chunk(const fp4_chunk *chunk, const fp4_group *g, uint32_t k, uint32_t b0, uint32_t end,
-                      avx2_sums *acc)
+static void few_chunk(const fp4_work *j, avx2_sums *acc)
 {
-    const fp4_wide *const wide = NULL;
-    switch (g->n) {
-        ROWS(1)
-        ROWS(2)
+    switch (j->group->n) {
+        ROWS(chunk_at_once, 1, true)
+        ROWS(chunk_at_once, 2, true)
     }
 }
 
-static void many_chunk(const fp4_chunk *chunk, const fp4_wide *wide, const fp4_group *g, uint32_t k,
-                       uint32_t b0, uint32_t end, avx2_sums *acc)
+static void few_chunk_in_order(const fp4_work *j, avx2_sums *acc)
 {
-    switch (g->n) {
-        ROWS(1)
-        ROWS(2)
-        ROWS(3)
-        ROWS(4)
+    switch (j->group->n) {
+        ROWS(chunk_in_order, 1, true)
+        ROWS(chunk_in_order, 2, true)
     }
 }
 
-static void tile_outputs(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile)
+static void many_chunk(const fp4_work *j, avx2_sums *acc)
 {
-    uint32_t n_group = kn_blocks(t->n, AVX2_GROUP), n_block = kn_blocks(w->n_in, KN_FP4_BLOCK), end;
-    uint16_t nan[AVX2_OUTS] = {0};
+    switch (j->group->n) {
+        ROWS(chunk_at_once, 1, false)
+        ROWS(chunk_at_once, 2, false)
+        ROWS(chunk_at_once, 3, false)
+        ROWS(chunk_at_once, 4, false)
+    }
+}
+
+static void many_chunk_in_order(const fp4_work *j, avx2_sums *acc)
+{
+    switch (j->group->n) {
+        ROWS(chunk_in_order, 1, false)
+        ROWS(chunk_in_order, 2, false)
+        ROWS(chunk_in_order, 3, false)
+        ROWS(chunk_in_order, 4, false)
+    }
+}
+
+/* By whether rows are many, and whether blocks are added one by one. */
+static void (*const CHUNK_FORMS[2][2])(const fp4_work *j, avx2_sums *acc) = {
+    {few_chunk, few_chunk_in_order}, {many_chunk, many_chunk_in_order}};
+
+/* ---- the tile of rows against tiles of outputs ---- */
+
+/* Sums of groups g0 .. g1 - 1, each chunk at once where its scales allow it; seen NULL: in block order. */
+static void tile_sums(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile, uint32_t g0, uint32_t g1,
+                      avx2_sums *acc, uint16_t nan[AVX2_OUTS], fp4_scales *seen)
+{
+    uint32_t n_block = kn_blocks(w->n_in, KN_FP4_BLOCK), end;
+    const bool many = t->n > FP4_FEW;
     fp4_chunk buffer;
     fp4_wide wide;
-    avx2_sums acc[CPU_Q8_ROWS];
-    memset(acc, 0, t->n * sizeof(acc[0]));
+    fp4_span span;
+    span.narrow = false;
     for (uint32_t b = 0; b < n_block; b = end) {
         const fp4_chunk *chunk = chunk_at(w, i_tile, b / FP4_CHUNK_BLOCKS, &buffer);
         end = n_block - b < FP4_CHUNK_BLOCKS ? n_block : b + FP4_CHUNK_BLOCKS;
         find_nans(chunk, nan);
-        if (t->n <= FP4_FEW) {
-            fp4_group g = group_at(t, w->n_in, 0);
-            few_chunk(chunk, &g, w->n_in, b, end, acc);
-            continue;
+        if (seen != NULL) {
+            find_span(chunk, seen, &span);
         }
-        widen_chunk(chunk, &wide);
-        for (uint32_t i = 0; i < n_group; i++) {
+        if (many) {
+            widen_chunk(chunk, span.narrow ? &span : NULL, &wide);
+        }
+        for (uint32_t i = g0; i < g1; i++) {
             fp4_group g = group_at(t, w->n_in, i);
-            many_chunk(chunk, &wide, &g, w->n_in, b, end, acc + i * AVX2_GROUP);
+            fp4_work work = {chunk, &span, &wide, &g, w->n_in, b, end - b};
+            CHUNK_FORMS[many][!span.narrow](&work, acc + i * AVX2_GROUP);
+        }
+    }
+}
+
+/* Whether no addition of block sums of any row of the group could round. */
+static bool is_certain(const fp4_group *g, uint32_t k, fp4_scales seen)
+{
+    uint8_t least[AVX2_OUTS], most[AVX2_OUTS], low = 255, high = 0;
+    uint32_t bits = 22; /* 12 * 229376 < 2^22 units of 2^-10 a product */
+    bool certain = true;
+    _mm_storeu_si128((__m128i *)(void *)least, seen.least);
+    _mm_storeu_si128((__m128i *)(void *)most, seen.most);
+    for (uint32_t i = 0; i < AVX2_OUTS; i++) {
+        low = least[i] < low ? least[i] : low;
+        high = most[i] > high ? most[i] : high;
+    }
+    for (; 1u << (bits - 22) < k; bits++) {
+    }
+    for (uint32_t r = 0; r < g->n; r++) {
+        uint32_t x = g->ranges[r].most > g->ranges[r].least ? g->ranges[r].most - g->ranges[r].least : 0;
+        certain = certain && bits + x + (uint32_t)(high - low) <= 53;
+    }
+    return certain;
+}
+
+static void tile_outputs(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile)
+{
+    uint16_t nan[AVX2_OUTS] = {0};
+    avx2_sums acc[CPU_Q8_ROWS];
+    fp4_scales seen = {.least = _mm_set1_epi8(-1), .most = _mm_setzero_si128()};
+    memset(acc, 0, t->n * sizeof(acc[0]));
+    tile_sums(t, w, i_tile, 0, kn_blocks(t->n, AVX2_GROUP), acc, nan, &seen);
+    for (uint32_t i = 0; i < kn_blocks(t->n, AVX2_GROUP); i++) {
+        fp4_group g = group_at(t, w->n_in, i);
+        if (!is_certain(&g, w->n_in, seen)) {
+            memset(acc + i * AVX2_GROUP, 0, g.n * sizeof(acc[0]));
+            tile_sums(t, w, i_tile, i, i + 1, acc, nan, NULL);
         }
     }
     for (uint32_t r = 0; r < t->n; r++) {
