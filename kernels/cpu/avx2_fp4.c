@@ -478,6 +478,19 @@ INLINED void chunk_in_order(const fp4_work *j, avx2_sums *acc, const uint32_t n,
     }
 }
 
+/* Adds what the r of row r of the group give in a chunk. */
+APART void add_rests(const fp4_work *j, uint32_t r, double *acc)
+{
+    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+        const fp4_block *block = j->group->blocks + (uint64_t)(j->b0 + b) * j->group->n + r;
+        if (block->with_rest != 0) {
+            __m256i rest[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+            add_rest(j->chunk, b, block, rest_at(j, r, b), rest);
+            add_scaled(acc, rest, j->chunk->scales[b], block->exponent - (3ull << 52));
+        }
+    }
+}
+
 /* The whole chunk at once. Past the inputs there are zeros. */
 INLINED void chunk_at_once(const fp4_work *j, avx2_sums *acc, const uint32_t n, const bool few)
 {
@@ -487,100 +500,125 @@ INLINED void chunk_at_once(const fp4_work *j, avx2_sums *acc, const uint32_t n, 
     if (!few) {
         many_sums(j->wide->pairs, FP4_PAIRS, x, sum, n);
     }
+    for (uint32_t r = 0; few && r < n; r++) {
+        sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+    }
     for (uint32_t b = 0; few && b < FP4_CHUNK_BLOCKS; b++) {
         __m256i part[AVX2_GROUP][2];
         block_sums(j->chunk, NULL, b, x + (uint64_t)b * KN_FP4_BLOCK * 2 * n, block + b * n, part, n, true);
         for (uint32_t r = 0; r < n; r++) {
             for (int h = 0; h < 2; h++) {
                 __m256i shifted = _mm256_sllv_epi32(part[r][h], j->span->shift[b][h]);
-                sum[r][h] = b == 0 ? shifted : plus32(sum[r][h], shifted);
+                sum[r][h] = plus32(sum[r][h], shifted);
             }
         }
     }
-    for (uint32_t r = 0; r < n; r++) {
-        add_scaled(acc[r], sum[r], j->span->base, block[r].exponent);
-        for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
-            if (block[b * n + r].with_rest != 0) {
-                __m256i rest[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-                add_rest(j->chunk, b, &block[b * n + r], rest_at(j, r, b), rest);
-                add_scaled(acc[r], rest, j->chunk->scales[b], block[r].exponent - (3ull << 52));
-            }
+    for (uint32_t r = 0; r < n; r++, block++) {
+        add_scaled(acc[r], sum[r], j->span->base, block->exponent);
+        if ((block[0].with_rest | block[n].with_rest | block[2 * n].with_rest | block[3 * n].with_rest) !=
+            0) {
+            add_rests(j, r, acc[r]);
         }
     }
 }
-
-#define ROWS(form_, n_, few_)                                                                                \
-    case n_:                                                                                                 \
-        form_(j, acc, n_, few_);                                                                             \
-        break;
-
-static void few_chunk(const fp4_work *j, avx2_sums *acc)
-{
-    switch (j->group->n) {
-        ROWS(chunk_at_once, 1, true)
-        ROWS(chunk_at_once, 2, true)
-    }
-}
-
-static void few_chunk_in_order(const fp4_work *j, avx2_sums *acc)
-{
-    switch (j->group->n) {
-        ROWS(chunk_in_order, 1, true)
-        ROWS(chunk_in_order, 2, true)
-    }
-}
-
-static void many_chunk(const fp4_work *j, avx2_sums *acc)
-{
-    switch (j->group->n) {
-        ROWS(chunk_at_once, 1, false)
-        ROWS(chunk_at_once, 2, false)
-        ROWS(chunk_at_once, 3, false)
-        ROWS(chunk_at_once, 4, false)
-    }
-}
-
-static void many_chunk_in_order(const fp4_work *j, avx2_sums *acc)
-{
-    switch (j->group->n) {
-        ROWS(chunk_in_order, 1, false)
-        ROWS(chunk_in_order, 2, false)
-        ROWS(chunk_in_order, 3, false)
-        ROWS(chunk_in_order, 4, false)
-    }
-}
-
-/* By whether rows are many, and whether blocks are added one by one. */
-static void (*const CHUNK_FORMS[2][2])(const fp4_work *j, avx2_sums *acc) = {
-    {few_chunk, few_chunk_in_order}, {many_chunk, many_chunk_in_order}};
 
 /* ---- the tile of rows against tiles of outputs ---- */
 
-/* Sums of groups g0 .. g1 - 1, each chunk at once where its scales allow it; seen NULL: in block order. */
-static void tile_sums(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile, uint32_t g0, uint32_t g1,
-                      avx2_sums *acc, uint16_t nan[AVX2_OUTS], fp4_scales *seen)
+/* A tile of outputs, which many groups of rows meet. */
+typedef struct fp4_tile {
+    const kn_matrix *w;
+    uint32_t i_tile, n_group;
+    fp4_group groups[CPU_Q8_ROWS / AVX2_GROUP];
+    bool in_order;   /* block after block in any case */
+    fp4_scales seen; /* otherwise */
+    uint16_t nan[AVX2_OUTS];
+} fp4_tile;
+
+/* The chunk that begins with block b0, for all groups; the span is found unless in block order. */
+INLINED fp4_work chunk_work(fp4_tile *j, uint32_t b0, fp4_chunk *buffer, fp4_span *span)
 {
-    uint32_t n_block = kn_blocks(w->n_in, KN_FP4_BLOCK), end;
-    const bool many = t->n > FP4_FEW;
+    uint32_t left = kn_blocks(j->w->n_in, KN_FP4_BLOCK) - b0;
+    fp4_work work = {.chunk = chunk_at(j->w, j->i_tile, b0 / FP4_CHUNK_BLOCKS, buffer),
+                     .span = span,
+                     .group = j->groups,
+                     .k = j->w->n_in,
+                     .b0 = b0,
+                     .n_block = left < FP4_CHUNK_BLOCKS ? left : FP4_CHUNK_BLOCKS};
+    find_nans(work.chunk, j->nan);
+    span->narrow = false;
+    if (!j->in_order) {
+        find_span(work.chunk, &j->seen, span);
+    }
+    return work;
+}
+
+INLINED void few_rows(fp4_tile *j, avx2_sums *acc, const uint32_t n)
+{
+    fp4_chunk buffer;
+    fp4_span span;
+    for (uint32_t b0 = 0; b0 * KN_FP4_BLOCK < j->w->n_in; b0 += FP4_CHUNK_BLOCKS) {
+        fp4_work work = chunk_work(j, b0, &buffer, &span);
+        if (span.narrow) {
+            chunk_at_once(&work, acc, n, true);
+        } else {
+            chunk_in_order(&work, acc, n, true);
+        }
+    }
+}
+
+#define ROWS(form_, n_)                                                                                      \
+    case n_:                                                                                                 \
+        form_(j, acc, n_, false);                                                                            \
+        break;
+
+static void group_at_once(const fp4_work *j, avx2_sums *acc)
+{
+    switch (j->group->n) {
+        ROWS(chunk_at_once, 1)
+        ROWS(chunk_at_once, 2)
+        ROWS(chunk_at_once, 3)
+        ROWS(chunk_at_once, 4)
+    }
+}
+
+static void group_in_order(const fp4_work *j, avx2_sums *acc)
+{
+    switch (j->group->n) {
+        ROWS(chunk_in_order, 1)
+        ROWS(chunk_in_order, 2)
+        ROWS(chunk_in_order, 3)
+        ROWS(chunk_in_order, 4)
+    }
+}
+
+static void many_rows(fp4_tile *j, avx2_sums *acc)
+{
     fp4_chunk buffer;
     fp4_wide wide;
     fp4_span span;
-    span.narrow = false;
-    for (uint32_t b = 0; b < n_block; b = end) {
-        const fp4_chunk *chunk = chunk_at(w, i_tile, b / FP4_CHUNK_BLOCKS, &buffer);
-        end = n_block - b < FP4_CHUNK_BLOCKS ? n_block : b + FP4_CHUNK_BLOCKS;
-        find_nans(chunk, nan);
-        if (seen != NULL) {
-            find_span(chunk, seen, &span);
+    for (uint32_t b0 = 0; b0 * KN_FP4_BLOCK < j->w->n_in; b0 += FP4_CHUNK_BLOCKS) {
+        fp4_work work = chunk_work(j, b0, &buffer, &span);
+        widen_chunk(work.chunk, span.narrow ? &span : NULL, &wide);
+        work.wide = &wide;
+        for (uint32_t i = 0; i < j->n_group; i++, work.group++) {
+            if (span.narrow) {
+                group_at_once(&work, acc + i * AVX2_GROUP);
+            } else {
+                group_in_order(&work, acc + i * AVX2_GROUP);
+            }
         }
-        if (many) {
-            widen_chunk(chunk, span.narrow ? &span : NULL, &wide);
-        }
-        for (uint32_t i = g0; i < g1; i++) {
-            fp4_group g = group_at(t, w->n_in, i);
-            fp4_work work = {chunk, &span, &wide, &g, w->n_in, b, end - b};
-            CHUNK_FORMS[many][!span.narrow](&work, acc + i * AVX2_GROUP);
-        }
+    }
+}
+
+/* Sums of all rows of the groups, of which there are n_row in the tile of rows. */
+static void tile_sums(fp4_tile *j, uint32_t n_row, avx2_sums *acc)
+{
+    if (n_row == 1) {
+        few_rows(j, acc, 1);
+    } else if (n_row == FP4_FEW) {
+        few_rows(j, acc, FP4_FEW);
+    } else {
+        many_rows(j, acc);
     }
 }
 
@@ -607,20 +645,30 @@ static bool is_certain(const fp4_group *g, uint32_t k, fp4_scales seen)
 
 static void tile_outputs(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_tile)
 {
-    uint16_t nan[AVX2_OUTS] = {0};
     avx2_sums acc[CPU_Q8_ROWS];
-    fp4_scales seen = {.least = _mm_set1_epi8(-1), .most = _mm_setzero_si128()};
+    fp4_tile tile;
+    tile.w = w;
+    tile.i_tile = i_tile;
+    tile.n_group = kn_blocks(t->n, AVX2_GROUP);
+    tile.in_order = false;
+    tile.seen = (fp4_scales){.least = _mm_set1_epi8(-1), .most = _mm_setzero_si128()};
+    memset(tile.nan, 0, sizeof(tile.nan));
+    for (uint32_t i = 0; i < tile.n_group; i++) {
+        tile.groups[i] = group_at(t, w->n_in, i);
+    }
     memset(acc, 0, t->n * sizeof(acc[0]));
-    tile_sums(t, w, i_tile, 0, kn_blocks(t->n, AVX2_GROUP), acc, nan, &seen);
+    tile_sums(&tile, t->n, acc);
+    tile.n_group = 1;
+    tile.in_order = true;
     for (uint32_t i = 0; i < kn_blocks(t->n, AVX2_GROUP); i++) {
-        fp4_group g = group_at(t, w->n_in, i);
-        if (!is_certain(&g, w->n_in, seen)) {
-            memset(acc + i * AVX2_GROUP, 0, g.n * sizeof(acc[0]));
-            tile_sums(t, w, i_tile, i, i + 1, acc, nan, NULL);
+        tile.groups[0] = group_at(t, w->n_in, i);
+        if (!is_certain(tile.groups, w->n_in, tile.seen)) {
+            memset(acc + i * AVX2_GROUP, 0, tile.groups[0].n * sizeof(acc[0]));
+            tile_sums(&tile, t->n, acc + i * AVX2_GROUP);
         }
     }
     for (uint32_t r = 0; r < t->n; r++) {
-        KN_FN(kn_avx2_put)(t, w, i_tile * AVX2_OUTS, r, acc[r], nan);
+        KN_FN(kn_avx2_put)(t, w, i_tile * AVX2_OUTS, r, acc[r], tile.nan);
     }
 }
 
