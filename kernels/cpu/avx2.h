@@ -49,6 +49,21 @@ INLINED __m256i avx2_broadcast(const void *x)
     return _mm256_set1_epi32(dword);
 }
 
+/* acc + x, in this order and no other: the compiler would gather additions, and run out of registers. */
+INLINED __m256i avx2_plus16(__m256i acc, __m256i x)
+{
+    acc = _mm256_add_epi16(acc, x);
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+
+INLINED __m256i avx2_plus32(__m256i acc, __m256i x)
+{
+    acc = _mm256_add_epi32(acc, x);
+    __asm__("" : "+x"(acc));
+    return acc;
+}
+
 /* Bytes at .. at + 31 of a row that ends before n; zeros from there on. */
 static inline __m256i avx2_load_row(const uint8_t *row, uint32_t at, uint32_t n)
 {

@@ -159,16 +159,24 @@ static void load_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread
 
 /* ---- products ---- */
 
-/* What the s of a block add for row r, in units of 2^q and 2^-9. */
-static void rest_sums(const fp8_weights *w, const wide_job *j, uint32_t b, uint32_t r, avx2_sums sum_out)
+/* What the s of a block add for row r, in units of 2^q and 2^-9; four outputs each. */
+static void rest_sums(const fp8_weights *w, const wide_job *j, uint32_t b, uint32_t r, __m256d sum_out[4])
 {
-    memset(sum_out, 0, sizeof(avx2_sums));
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    for (int q = 0; q < 4; q++) {
+        sum_out[q] = _mm256_setzero_pd();
+    }
     for (const fp8_rest *at = w->rest; at < w->rest + w->n_rest; at++) {
         const uint8_t *digits = digit_at(j, b, r, at->input);
         int16_t d1, d0;
+        __m256d term;
         memcpy(&d1, digits, sizeof(d1));
         memcpy(&d0, digits + 4, sizeof(d0));
-        sum_out[at->out] += (double)at->s * (d1 * (1 << WIDE_DIGIT_BITS) + d0);
+        term = _mm256_set1_pd((double)at->s * (d1 * (1 << WIDE_DIGIT_BITS) + d0));
+        for (int q = 0; q < 4; q++) {
+            __m256i is_it = _mm256_cmpeq_epi64(lane, _mm256_set1_epi64x(at->out - 4 * q));
+            sum_out[q] = _mm256_add_pd(sum_out[q], _mm256_and_pd(_mm256_castsi256_pd(is_it), term));
+        }
     }
 }
 
@@ -179,12 +187,12 @@ INLINED void add_block(const fp8_weights *w, const wide_job *j, uint32_t b, uint
 {
     const __m256d scale = _mm256_set1_pd(j->blocks[(uint64_t)b * j->n + r].scale * w_scale),
                   base = _mm256_set1_pd(1 << WIDE_DIGIT_BITS), eight = _mm256_set1_pd(8);
-    avx2_sums rest;
+    __m256d rest[4];
     rest_sums(w, j, b, r, rest);
     for (int q = 0; q < 4; q++) {
         __m256d d1 = fp8_joined(high[q / 2][0], low[q / 2][0], q % 2),
                 d0 = fp8_joined(high[q / 2][1], low[q / 2][1], q % 2);
-        __m256d sum = _mm256_fmadd_pd(_mm256_fmadd_pd(d1, base, d0), eight, _mm256_loadu_pd(rest + 4 * q));
+        __m256d sum = _mm256_fmadd_pd(_mm256_fmadd_pd(d1, base, d0), eight, rest[q]);
         /* The product is exact. */
         _mm256_storeu_pd(acc + 4 * q, _mm256_fmadd_pd(sum, scale, _mm256_loadu_pd(acc + 4 * q)));
     }
@@ -232,8 +240,9 @@ static void block_sums(fp8_weights *w, const wide_job *j, uint32_t b, double w_s
 static void read_codes(const kn_matrix *m, uint32_t o, uint32_t at, uint8_t codes_out[CPU_CHUNK])
 {
     if (m->prepared) {
-        uint64_t block = (uint64_t)(o / AVX2_OUTS) * kn_blocks(m->n_in, CPU_CHUNK) + at / CPU_CHUNK;
-        const uint8_t *columns = (const uint8_t *)kn_host(m->data) + block * CPU_CHUNK * AVX2_OUTS;
+        const fp8_chunk *chunk = (const fp8_chunk *)kn_host(m->data) +
+                                 (uint64_t)(o / AVX2_OUTS) * kn_blocks(m->n_in, CPU_CHUNK) + at / CPU_CHUNK;
+        const uint8_t *columns = (const uint8_t *)chunk->codes;
         for (uint32_t i = 0; i < CPU_CHUNK; i++) {
             codes_out[i] = fp8_code(columns[(i / 4 * AVX2_OUTS + o % AVX2_OUTS) * 4 + i % 4]);
         }
@@ -322,8 +331,7 @@ static void tile_outputs(const wide_job *j, uint32_t o)
     memset(acc, 0, j->n * sizeof(acc[0]));
     for (uint32_t b = 0; b < kn_blocks(j->w->n_in, CPU_CHUNK) && plain; b++) {
         double scale = e4m3_scale(j->w, o, b);
-        read_weights(j->w, o, b, &weights);
-        find_rests(&weights, nan);
+        read_weights(j->w, o, b, &weights, nan);
         block_sums(&weights, j, b, scale, acc);
         for (uint32_t r = 0; r < j->n; r++) {
             bound[r] += j->blocks[(uint64_t)b * j->n + r].bound * scale;

@@ -311,21 +311,6 @@ static void widen_chunk(const fp4_chunk *chunk, const fp4_span *span, fp4_wide *
 
 /* ---- products ---- */
 
-/* acc + x, in this order and no other: the compiler would gather additions, and run out of registers. */
-INLINED __m256i plus16(__m256i acc, __m256i x)
-{
-    acc = _mm256_add_epi16(acc, x);
-    __asm__("" : "+x"(acc));
-    return acc;
-}
-
-INLINED __m256i plus32(__m256i acc, __m256i x)
-{
-    acc = _mm256_add_epi32(acc, x);
-    __asm__("" : "+x"(acc));
-    return acc;
-}
-
 /* Integer sums of block b of a chunk for n rows, at most FP4_FEW, and n_half halves of the outputs from h0
  * on, as many as fit the registers; x: at the block. */
 INLINED void few_sums(const fp4_chunk *chunk, uint32_t b, int h0, const uint8_t *x, const fp4_block *block,
@@ -348,14 +333,14 @@ INLINED void few_sums(const fp4_chunk *chunk, uint32_t b, int h0, const uint8_t 
         for (uint32_t r = 0; r < n; r++, x += 16) {
             for (int h = 0; h < n_half; h++) {
                 __m256i product = _mm256_maddubs_epi16(even[h], avx2_broadcast(x));
-                high[r][h] = s % 2 == 0 ? product : plus16(high[r][h], product);
+                high[r][h] = s % 2 == 0 ? product : avx2_plus16(high[r][h], product);
                 product = _mm256_maddubs_epi16(even[h], avx2_broadcast(x + 4));
-                low[r][h] = s % 2 == 0 ? product : plus16(low[r][h], product);
-                high[r][h] = plus16(high[r][h], _mm256_maddubs_epi16(odd[h], avx2_broadcast(x + 8)));
-                low[r][h] = plus16(low[r][h], _mm256_maddubs_epi16(odd[h], avx2_broadcast(x + 12)));
+                low[r][h] = s % 2 == 0 ? product : avx2_plus16(low[r][h], product);
+                high[r][h] = avx2_plus16(high[r][h], _mm256_maddubs_epi16(odd[h], avx2_broadcast(x + 8)));
+                low[r][h] = avx2_plus16(low[r][h], _mm256_maddubs_epi16(odd[h], avx2_broadcast(x + 12)));
                 if (s % 2 == 1) {
-                    sum[r][h] = plus32(sum[r][h], _mm256_madd_epi16(high[r][h], by256));
-                    sum[r][h] = plus32(sum[r][h], _mm256_madd_epi16(low[r][h], by1));
+                    sum[r][h] = avx2_plus32(sum[r][h], _mm256_madd_epi16(high[r][h], by256));
+                    sum[r][h] = avx2_plus32(sum[r][h], _mm256_madd_epi16(low[r][h], by1));
                 }
             }
         }
@@ -509,7 +494,7 @@ INLINED void chunk_at_once(const fp4_work *j, avx2_sums *acc, const uint32_t n, 
         for (uint32_t r = 0; r < n; r++) {
             for (int h = 0; h < 2; h++) {
                 __m256i shifted = _mm256_sllv_epi32(part[r][h], j->span->shift[b][h]);
-                sum[r][h] = plus32(sum[r][h], shifted);
+                sum[r][h] = avx2_plus32(sum[r][h], shifted);
             }
         }
     }

@@ -2,8 +2,6 @@
  * (64 a + b); what r and s add, r w + 8 v s, is computed one by one where there are any. All is exact up to
  * the block's sum.
  *
- * A prepared matrix has its codes in columns, and behind them which columns of each block have an s.
- *
  * Bound: the products, two vpmaddwd and their additions for a row and 16 weights; for one row the decoding,
  * 13 instructions for 32 weights, beside them. */
 #include <assert.h>
@@ -113,6 +111,17 @@ INLINED __m256i units_of(__m256i codes, uint32_t i)
     return _mm256_sub_epi32(_mm256_xor_si256(m, minus), minus);
 }
 
+/* Adds x to the sum of one output. */
+INLINED void add_to_output(__m256i sum[2], uint32_t out, int32_t x)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), wanted = _mm256_set1_epi32((int32_t)out),
+                  by = _mm256_set1_epi32(x);
+    __m256i lower = _mm256_cmpeq_epi32(lane, wanted),
+            upper = _mm256_cmpeq_epi32(lane, _mm256_sub_epi32(wanted, _mm256_set1_epi32(AVX2_HALF)));
+    sum[0] = _mm256_add_epi32(sum[0], _mm256_and_si256(lower, by));
+    sum[1] = _mm256_add_epi32(sum[1], _mm256_and_si256(upper, by));
+}
+
 /* Of one row and block what r and s add, in units of 2^-18: r w and 8 v s. Fits 32 bits, as an input with an
  * r has no v. */
 static void rest_sums(const fp8_weights *w, const fp8_group *g, uint32_t k, uint32_t b, uint32_t r,
@@ -121,24 +130,24 @@ static void rest_sums(const fp8_weights *w, const fp8_group *g, uint32_t k, uint
     const fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
     const uint8_t *x = g->x + ((uint64_t)b * FP8_COLUMNS * 2 * g->n + r) * 4;
     const int8_t *rest = g->rest + (uint64_t)r * cpu_round_up(k, CPU_CHUNK) + (uint64_t)b * CPU_CHUNK;
-    _Alignas(32) int32_t of_s[AVX2_OUTS] = {0};
+    __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
     for (const fp8_rest *at = w->rest; at < w->rest + w->n_rest; at++) {
         int16_t v;
         memcpy(&v, x + (at->input / 4u * 2 + at->input % 2u) * g->n * 4 + at->input % 4u / 2 * 2, sizeof(v));
-        of_s[at->out] += 8 * v * at->s;
+        add_to_output(sum, at->out, 8 * v * at->s);
     }
-    sum_out[0] = _mm256_load_si256((const __m256i *)(const void *)of_s);
-    sum_out[1] = _mm256_load_si256((const __m256i *)(const void *)(of_s + AVX2_HALF));
-    for (uint32_t j = 0; j < CPU_CHUNK / 32; j++) {
+    for (uint32_t j = 0; j < CPU_CHUNK / 32 && block->any_rest != 0; j++) {
         for (uint32_t bits = block->with_rest[j]; bits != 0; bits &= bits - 1) {
             uint32_t input = 32 * j + (uint32_t)__builtin_ctz(bits);
             __m256i by = _mm256_set1_epi32(rest[input]);
             for (int h = 0; h < 2; h++) {
                 __m256i units = units_of(w->codes[input / 4][h], input % 4);
-                sum_out[h] = _mm256_add_epi32(sum_out[h], _mm256_mullo_epi32(units, by));
+                sum[h] = _mm256_add_epi32(sum[h], _mm256_mullo_epi32(units, by));
             }
         }
     }
+    sum_out[0] = sum[0];
+    sum_out[1] = sum[1];
 }
 
 /* A block's sum is exact; its product with the scales and the addition round once each, as the oracle's. */
@@ -211,8 +220,7 @@ static void tile_outputs(const cpu_q8_tile *t, const kn_matrix *w, uint32_t o)
     for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++) {
         double w_scale = e4m3_scale(w, o, b);
         fp8_group g = group_at(t, w->n_in, 0);
-        read_weights(w, o, b, &weights);
-        find_rests(&weights, nan);
+        read_weights(w, o, b, &weights, nan);
         if (t->n <= FP8_FUSED) {
             few_rows(&weights, &g, w->n_in, b, w_scale, acc);
             continue;
@@ -239,19 +247,16 @@ void KN_FN(kn_avx2_fp8_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t 
 
 uint64_t KN_FN(kn_avx2_fp8_bytes)(const kn_matrix *w)
 {
-    uint64_t n_bytes = n_prepared_blocks(w) * (FP8_COLUMNS * 2 * sizeof(__m256i) + sizeof(uint32_t));
-    return (n_bytes + 63) / 64 * 64; /* others stand behind it */
+    return n_prepared_chunks(w) * sizeof(fp8_chunk);
 }
 
 void KN_FN(kn_avx2_fp8_prepare)(const kn_matrix *w, void *out)
 {
-    __m256i(*columns)[2] = out;
-    uint32_t *with_rest = (uint32_t *)(void *)(columns + n_prepared_blocks(w) * FP8_COLUMNS);
+    fp8_chunk *chunk = out;
     for (uint32_t o = 0; o < w->n_out; o += AVX2_OUTS) {
         avx2_rows rows = avx2_rows_at(kn_host(w->data), w->n_in, o, w->n_out);
-        for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++, columns += FP8_COLUMNS) {
-            read_columns(&rows, w->n_in, b, columns);
-            *with_rest++ = columns_with_rest((const __m256i(*)[2])columns);
+        for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++, chunk++) {
+            read_chunk(&rows, w->n_in, b, chunk);
         }
     }
 }

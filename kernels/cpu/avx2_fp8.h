@@ -7,13 +7,17 @@
  * with its sign comes from the lower by one byte shuffle, its power of two by another, and vpmaddubsw
  * multiplies both and widens: of 32 codes the even or the odd ones, as the other powers are made zero. */
 #pragma once
+#include <assert.h>
+
 #include "kernels/cpu/avx2.h"
 
 enum {
     FP8_COLUMNS = CPU_CHUNK / 4, /* of a block */
     FP8_AHEAD = 4096,            /* bytes of weights that are asked for before they are needed */
     FP8_DIGITS = 4, /* of a column: a of even inputs, a of odd ones, b of even ones, b of odd ones */
-    FP8_FUSED = 2,  /* 16-bit rows, at most, for which columns are decoded while they are multiplied */
+    FP8_RESTS = 20, /* of a block's s that stand with its codes */
+    FP8_MANY = 0xffff,
+    FP8_FUSED = 2, /* 16-bit rows, at most, for which columns are decoded while they are multiplied */
 };
 
 /* An s that is not zero. */
@@ -22,14 +26,23 @@ typedef struct fp8_rest {
     int8_t s;
 } fp8_rest;
 
-/* The weights of one block and 16 outputs. */
+/* The weights of one block and 16 outputs: prepared ones [tile of outputs][block], stored ones one at a time.
+ * The s of a block, unless it has more than fit, or a NaN. */
+typedef struct fp8_chunk {
+    __m256i codes[FP8_COLUMNS][2];
+    uint16_t n_rest; /* FP8_MANY: look for them */
+    fp8_rest rest[FP8_RESTS];
+} fp8_chunk;
+static_assert(sizeof(fp8_chunk) % 64 == 0, "chunks stand one behind the other");
+
+/* One of them, as it is multiplied. */
 typedef struct fp8_weights {
-    const __m256i (*codes)[2]; /* [FP8_COLUMNS]: in a prepared matrix, or buffer */
-    __m256i buffer[FP8_COLUMNS][2];
-    __m256i digits[2][FP8_COLUMNS][FP8_DIGITS]; /* filled where several groups of rows read them */
-    uint32_t with_rest;                         /* bit j: column j has an s, or a NaN */
+    const __m256i (*codes)[2];
+    const fp8_rest *rest; /* all s of the block */
     uint32_t n_rest;
-    fp8_rest rest[AVX2_OUTS * CPU_CHUNK]; /* all s of the block */
+    fp8_chunk buffer;
+    __m256i digits[2][FP8_COLUMNS][FP8_DIGITS]; /* filled where several groups of rows read them */
+    fp8_rest found[AVX2_OUTS * CPU_CHUNK];
 } fp8_weights;
 
 /* ---- codes ---- */
@@ -55,6 +68,15 @@ static inline uint32_t fp8_nans(__m256i codes)
     return (uint32_t)_mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_and_si256(codes, nan), nan));
 }
 
+/* The s of byte `at` of half i % 2 of column i / 2. */
+static inline fp8_rest fp8_rest_at(__m256i codes, uint32_t i, uint32_t at)
+{
+    uint8_t bytes[32];
+    _mm256_storeu_si256((__m256i *)(void *)bytes, codes);
+    return (fp8_rest){(uint8_t)(AVX2_HALF * (i % 2) + at / 4), (uint8_t)(4 * (i / 2) + at % 4),
+                      (int8_t)avx2_units(fp8_code(bytes[at]))};
+}
+
 /* Which have an s: exponents below 4, but for zeros. */
 static inline uint32_t fp8_with_s(__m256i codes)
 {
@@ -64,76 +86,75 @@ static inline uint32_t fp8_with_s(__m256i codes)
     return (uint32_t)_mm256_movemask_epi8(_mm256_andnot_si256(is_zero, small));
 }
 
-static inline uint32_t columns_with_rest(const __m256i (*columns)[2])
-{
-    uint32_t bits = 0;
-    for (uint32_t j = 0; j < FP8_COLUMNS; j++) {
-        uint32_t found = fp8_nans(columns[j][0]) | fp8_with_s(columns[j][0]) | fp8_nans(columns[j][1]) |
-                         fp8_with_s(columns[j][1]);
-        bits |= (uint32_t)(found != 0) << j;
-    }
-    return bits;
-}
-
 /* ---- reading ---- */
 
-/* Columns of block b of 16 rows in the stored form. */
-static inline void read_columns(const avx2_rows *rows, uint32_t n_in, uint32_t b, __m256i (*columns_out)[2])
+/* Block b of 16 rows in the stored form. */
+static inline void read_chunk(const avx2_rows *rows, uint32_t n_in, uint32_t b, fp8_chunk *chunk_out)
 {
+    __m256i(*codes)[2] = chunk_out->codes;
+    chunk_out->n_rest = 0;
     for (uint32_t i = 0; i < FP8_COLUMNS; i += 8) {
-        KN_FN(kn_avx2_columns)(rows, b * CPU_CHUNK + 4 * i, n_in, columns_out + i);
+        KN_FN(kn_avx2_columns)(rows, b * CPU_CHUNK + 4 * i, n_in, codes + i);
     }
-    for (uint32_t i = 0; i < FP8_COLUMNS; i++) {
-        columns_out[i][0] = fp8_recoded(columns_out[i][0]);
-        columns_out[i][1] = fp8_recoded(columns_out[i][1]);
+    for (uint32_t i = 0; i < FP8_COLUMNS * 2; i++) {
+        __m256i *column = &codes[i / 2][i % 2];
+        *column = fp8_recoded(*column);
+        for (uint32_t with_s = fp8_with_s(*column); with_s != 0; with_s &= with_s - 1) {
+            uint32_t at = (uint32_t)__builtin_ctz(with_s);
+            if (chunk_out->n_rest >= FP8_RESTS) {
+                chunk_out->n_rest = FP8_MANY;
+                break;
+            }
+            chunk_out->rest[chunk_out->n_rest++] = fp8_rest_at(*column, i, at);
+        }
+        if (fp8_nans(*column) != 0) {
+            chunk_out->n_rest = FP8_MANY;
+        }
     }
 }
 
-/* A prepared matrix: columns [tile of outputs][block][FP8_COLUMNS][2], then which have a rest
- * [tile of outputs][block]. */
-static inline uint64_t n_prepared_blocks(const kn_matrix *m)
+static inline uint64_t n_prepared_chunks(const kn_matrix *m)
 {
     return (uint64_t)kn_blocks(m->n_out, AVX2_OUTS) * kn_blocks(m->n_in, CPU_CHUNK);
 }
 
-/* Block b of the outputs at o. */
-static inline void read_weights(const kn_matrix *m, uint32_t o, uint32_t b, fp8_weights *w)
+/* Notes what has a rest, and the first NaN of each output. */
+APART void look_for_rests(fp8_weights *w, uint16_t nan[AVX2_OUTS])
 {
-    if (m->prepared) {
-        uint64_t at = (uint64_t)(o / AVX2_OUTS) * kn_blocks(m->n_in, CPU_CHUNK) + b;
-        const __m256i(*columns)[2] = kn_host(m->data);
-        w->codes = columns + at * FP8_COLUMNS;
-        w->with_rest = ((const uint32_t *)(columns + n_prepared_blocks(m) * FP8_COLUMNS))[at];
-    } else {
-        avx2_rows rows = avx2_rows_at(kn_host(m->data), m->n_in, o, m->n_out);
-        read_columns(&rows, m->n_in, b, w->buffer);
-        w->codes = (const __m256i(*)[2])w->buffer;
-        w->with_rest = columns_with_rest(w->codes);
+    w->n_rest = 0;
+    w->rest = w->found;
+    for (uint32_t i = 0; i < FP8_COLUMNS * 2; i++) {
+        __m256i column = w->codes[i / 2][i % 2];
+        const uint8_t *codes = (const uint8_t *)&w->codes[i / 2][i % 2];
+        for (uint32_t with_s = fp8_with_s(column); with_s != 0; with_s &= with_s - 1) {
+            w->found[w->n_rest++] = fp8_rest_at(column, i, (uint32_t)__builtin_ctz(with_s));
+        }
+        for (uint32_t bits = fp8_nans(column); bits != 0; bits &= bits - 1) {
+            uint32_t at = (uint32_t)__builtin_ctz(bits), out = AVX2_HALF * (i % 2) + at / 4;
+            if (nan[out] == 0) {
+                nan[out] = (uint16_t)(AVX2_NAN_CODE | (codes[at] & 8) << 12);
+            }
+        }
     }
 }
 
-/* Notes what has a rest, and the first NaN of each output. */
-static inline void find_rests(fp8_weights *w, uint16_t nan[AVX2_OUTS])
+/* Block b of the outputs at o. */
+static inline void read_weights(const kn_matrix *m, uint32_t o, uint32_t b, fp8_weights *w,
+                                uint16_t nan[AVX2_OUTS])
 {
-    w->n_rest = 0;
-    for (uint32_t bits = w->with_rest; bits != 0; bits &= bits - 1) {
-        uint32_t j = (uint32_t)__builtin_ctz(bits);
-        for (int h = 0; h < 2; h++) {
-            const uint8_t *codes = (const uint8_t *)&w->codes[j][h];
-            uint32_t with_s = fp8_with_s(w->codes[j][h]), found = fp8_nans(w->codes[j][h]);
-            for (; with_s != 0; with_s &= with_s - 1) {
-                uint32_t at = (uint32_t)__builtin_ctz(with_s);
-                w->rest[w->n_rest++] =
-                    (fp8_rest){(uint8_t)(AVX2_HALF * h + (int)at / 4), (uint8_t)(4 * j + at % 4),
-                               (int8_t)avx2_units(fp8_code(codes[at]))};
-            }
-            for (; found != 0; found &= found - 1) {
-                uint32_t at = (uint32_t)__builtin_ctz(found), out = AVX2_HALF * (uint32_t)h + at / 4;
-                if (nan[out] == 0) {
-                    nan[out] = (uint16_t)(AVX2_NAN_CODE | (codes[at] & 8) << 12);
-                }
-            }
-        }
+    const fp8_chunk *chunk = &w->buffer;
+    if (m->prepared) {
+        chunk = (const fp8_chunk *)kn_host(m->data) +
+                (uint64_t)(o / AVX2_OUTS) * kn_blocks(m->n_in, CPU_CHUNK) + b;
+    } else {
+        avx2_rows rows = avx2_rows_at(kn_host(m->data), m->n_in, o, m->n_out);
+        read_chunk(&rows, m->n_in, b, &w->buffer);
+    }
+    w->codes = chunk->codes;
+    w->rest = chunk->rest;
+    w->n_rest = chunk->n_rest;
+    if (w->n_rest == FP8_MANY) {
+        look_for_rests(w, nan);
     }
 }
 
@@ -205,10 +226,10 @@ INLINED void main_sums(const fp8_weights *w, int h, const uint8_t *x, uint32_t n
         }
         for (uint32_t r = 0; r < n; r++) {
             __m256i even = avx2_broadcast(x + 4 * r), odd = avx2_broadcast(x + next + 4 * r);
-            a[r] = _mm256_add_epi32(a[r], _mm256_madd_epi16(even, digits[0]));
-            b[r] = _mm256_add_epi32(b[r], _mm256_madd_epi16(even, digits[2]));
-            a[r] = _mm256_add_epi32(a[r], _mm256_madd_epi16(odd, digits[1]));
-            b[r] = _mm256_add_epi32(b[r], _mm256_madd_epi16(odd, digits[3]));
+            a[r] = avx2_plus32(a[r], _mm256_madd_epi16(even, digits[0]));
+            b[r] = avx2_plus32(b[r], _mm256_madd_epi16(even, digits[2]));
+            a[r] = avx2_plus32(a[r], _mm256_madd_epi16(odd, digits[1]));
+            b[r] = avx2_plus32(b[r], _mm256_madd_epi16(odd, digits[3]));
         }
     }
     for (uint32_t r = 0; r < n; r++) {
