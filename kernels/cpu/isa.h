@@ -163,7 +163,9 @@ void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out);
 void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                  uint32_t n_out);
 
-/* The same for BF16 and F32 with 512-bit registers (products_lanes512.c). */
+/* The same for BF16 and F32 with registers of 256 or 512 bits (products_lanes256.c, products_lanes512.c). */
+void KN_FN(kn_cpu_product_lanes256)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
+                                    uint32_t n_out);
 void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                     uint32_t n_out);
 
