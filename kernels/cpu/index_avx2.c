@@ -111,13 +111,31 @@ void KN_FN(kn_cpu_index_load)(const cpu_index_scan *scan, const uint8_t *rows, c
 
 /* ---- keys ---- */
 
+/* 16 bytes of stored codes. */
+INLINED void unpack_16(const uint8_t *stored, uint8_t (*pairs_out)[4])
+{
+    const __m128i codes = _mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0),
+                  low4 = _mm_set1_epi8(15);
+    __m128i v = _mm_loadu_si128((const __m128i *)(const void *)stored), *to = (__m128i *)(void *)pairs_out;
+    __m128i even = _mm_shuffle_epi8(codes, _mm_and_si128(v, low4)),
+            odd = _mm_shuffle_epi8(codes, _mm_and_si128(_mm_srli_epi16(v, 4), low4));
+    __m128i first = _mm_unpacklo_epi8(even, odd), second = _mm_unpackhi_epi8(even, odd);
+    _mm_storeu_si128(to, _mm_unpacklo_epi16(first, first));
+    _mm_storeu_si128(to + 1, _mm_unpackhi_epi16(first, first));
+    _mm_storeu_si128(to + 2, _mm_unpacklo_epi16(second, second));
+    _mm_storeu_si128(to + 3, _mm_unpackhi_epi16(second, second));
+}
+
 static void load_key(const uint8_t *stored, uint32_t dim, key_tile *tile, uint32_t k)
 {
-    uint32_t n_block = kn_blocks(dim, KN_FP4_BLOCK);
+    uint32_t n_block = kn_blocks(dim, KN_FP4_BLOCK), i = 0;
     const uint8_t *scales = stored + dim / 2;
     uint8_t least;
     bool narrow = is_narrow(scales, n_block, &least);
-    for (uint32_t i = 0; i < dim / 2; i++) {
+    for (; i + 16 <= dim / 2; i += 16) {
+        unpack_16(stored + i, tile->pairs[k] + i);
+    }
+    for (; i < dim / 2; i++) {
         uint8_t *pair = tile->pairs[k][i];
         pair[0] = pair[2] = (uint8_t)(OFFSET + kn_e2m1_doubled(stored[i] & 15));
         pair[1] = pair[3] = (uint8_t)(OFFSET + kn_e2m1_doubled(stored[i] >> 4));
