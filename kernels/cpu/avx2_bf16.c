@@ -31,7 +31,7 @@
 
 enum {
     WIDE_DIGITS = 2,
-    WIDE_ROWS = CPU_ROWS / 2,              /* of a tile */
+    WIDE_ROWS = CPU_ROWS / 2,              /* of a tile: what the scratch holds */
     WIDE_GROUP = AVX2_GROUP / WIDE_DIGITS, /* rows multiplied together */
     WIDE_FUSED = FP8_FUSED / WIDE_DIGITS,  /* rows, at most, for which columns are decoded in passing */
     WIDE_BITS = 27,                        /* of X */

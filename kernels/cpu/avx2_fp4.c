@@ -13,7 +13,8 @@
  * FP4_SHIFTS; 128 products of 384 by 28672 stay below 2^31. Whether the scales allowed it is known when all
  * have been seen; rows that they did not are computed again in block order.
  *
- * Bound: one row the memory, nearly; more the products: for a row and 16 weights a vpmaddwd and its addition.
+ * Bound: the instructions. For a row or two those of decoding and of byte products, about half again what
+ * reading takes; for more the products, a vpmaddwd and its addition for a row and 16 weights.
  */
 #include <assert.h>
 
