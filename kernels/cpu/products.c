@@ -105,6 +105,11 @@ void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_m
         KN_FN(kn_cpu_product_lanes512)(team, tile, w, out0, n_out);
         return;
     }
+#elif defined(__AVX2__)
+    if (w->dtype != KN_E4M3) {
+        KN_FN(kn_cpu_product_lanes256)(team, tile, w, out0, n_out);
+        return;
+    }
 #endif
     CM_ASSERT(w->dtype == KN_BF16 || w->dtype == KN_F32 || (w->dtype == KN_E4M3 && !w->prepared));
     kn_team_run(team, n_out, (uint64_t)w->n_in * tile->n, product_lanes_part, &job);

@@ -38,11 +38,12 @@ typedef struct expert_case {
 } expert_case;
 
 /* Multiplications a second by each instruction that is some path's. */
-typedef enum probe { PROBE_FMA, PROBE_VNNI, PROBE_BF16, PROBE_N } probe;
+typedef enum probe { PROBE_FMA, PROBE_MADD, PROBE_VNNI, PROBE_BF16, PROBE_N } probe;
 typedef struct peaks {
     bench_samples of[PROBE_N];
 } peaks;
-static const char *const PROBE_NAMES[] = {"float32 multiply-add", "vpdpbusd", "vdpbf16ps"};
+static const char *const PROBE_NAMES[] = {"float32 multiply-add", "vpmaddwd + vpaddd", "vpdpbusd",
+                                          "vdpbf16ps"};
 
 /* ---- data ---- */
 
@@ -277,6 +278,9 @@ static void take_peaks(const bench_config *config, bench_team *team, peaks *p)
     if (bench_fma_macs() > 0) {
         take_peak(config, team, bench_fma, bench_fma_macs(), &p->of[PROBE_FMA]);
     }
+    if (bench_has_madd()) {
+        take_peak(config, team, bench_madd, bench_madd_macs(), &p->of[PROBE_MADD]);
+    }
     if (bench_has_vnni()) {
         take_peak(config, team, bench_vnni, bench_vnni_macs(), &p->of[PROBE_VNNI]);
     }
@@ -290,7 +294,8 @@ static probe probe_of(const bench_path *path)
     const char *isa = kn_device_isa(path->device);
     return strcmp(isa, "avx512bf16") == 0   ? PROBE_BF16
            : strcmp(isa, "avx512vnni") == 0 ? PROBE_VNNI
-                                            : PROBE_FMA;
+           : strcmp(isa, "portable") == 0   ? PROBE_FMA
+                                            : PROBE_MADD;
 }
 
 static double newest_of(const bench_samples *s)
