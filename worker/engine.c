@@ -24,7 +24,10 @@ enum {
     ENGINE_GROUP = 64, /* frames computed together */
     ENGINE_RESULTS =
         4, /* groups whose answers may be on their way at once; each has results of row_max rows */
-    ENGINE_LINGER_MS = 500, /* at the end: for answers to leave */
+    ENGINE_LINGER_MS = 500,   /* at the end: for answers to leave */
+    ENGINE_HOLD_US = 1000000, /* longest that a frame waits for routers that are behind, and of the time an
+                                 answer may take */
+    ENGINE_HOLD_PART = 4,
 };
 
 /* A dispatch frame on its way through: received, gathered, computed, answered. */
@@ -120,6 +123,13 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     return CM_OK;
 }
 
+/* A router gives an answer up after as long as we give one that cannot leave. */
+static uint64_t engine_hold_us(const wk_engine_options *options)
+{
+    uint64_t most_us = 1000ull * options->answer_ms / ENGINE_HOLD_PART;
+    return most_us < ENGINE_HOLD_US ? most_us : ENGINE_HOLD_US;
+}
+
 cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_out,
                            char bound_out[NET_ADDRESS_BYTES], cm_error *err)
 {
@@ -156,7 +166,8 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
     e->gather = wk_gather_create(&(wk_gather_limits){.router_max = options->router_max,
                                                      .frame_max = options->frame_max,
                                                      .row_max = options->row_max,
-                                                     .window_max_us = options->window_max_us});
+                                                     .window_max_us = options->window_max_us,
+                                                     .hold_max_us = engine_hold_us(options)});
     e->serve = (wk_serve){.d = e->geometry->d,
                           .n_layer = md_block_count(e->geometry),
                           .n_expert = e->geometry->n_expert,
@@ -672,6 +683,9 @@ void wk_engine_run(wk_engine *e)
     while (!atomic_load(&e->stopping)) {
         engine_follow_epochs(e);
         uint32_t n = engine_poll(e);
+        if (n == 0) {
+            wk_gather_looked(e->gather);
+        }
         engine_settle(e, NULL);
         uint64_t wait_us = engine_work(e);
         cm_stat_set(CM_STAT_ledger_frames, (int64_t)net_in_flight(e->rows));
