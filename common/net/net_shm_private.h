@@ -14,7 +14,7 @@
 
 enum {
     SHM_MAGIC = 0x4d485342, /* "BSHM" */
-    SHM_VERSION = 1,
+    SHM_VERSION = 2,
     SHM_SLOTS = 512,       /* messages sent and not yet released; a power of two */
     SHM_NOTES = 16,        /* the layer's own, the same */
     SHM_AREA_MESSAGES = 4, /* of the largest size that the area has room for */
@@ -25,11 +25,12 @@ typedef struct shm_slot {
     alignas(
         SHM_LINE) _Atomic uint32_t full; /* shm_number of the message: the receiver's, until it writes 0 */
     uint16_t type, header_bytes;
+    uint32_t cpu;               /* where the sender ran */
     uint64_t at, payload_bytes; /* in the area */
     uint64_t n_before;          /* a message: of the layer's own sent before it; one of those: messages */
     uint8_t header[NET_WIRE_HEADER_MAX];
 } shm_slot;
-_Static_assert(sizeof(shm_slot) == 320, "shared between processes");
+_Static_assert(sizeof(shm_slot) == 384, "shared between processes");
 
 typedef struct shm_segment {
     _Atomic uint32_t ended; /* the sender ended the link in order */
