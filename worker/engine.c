@@ -24,7 +24,8 @@ enum {
     ENGINE_GROUP = 64, /* frames computed together */
     ENGINE_RESULTS =
         4, /* groups whose answers may be on their way at once; each has results of row_max rows */
-    ENGINE_LINGER_MS = 500,   /* at the end: for answers to leave */
+    ENGINE_SLICE_BYTES = 512 << 10, /* of an answer, in one message: what a core's own cache holds */
+    ENGINE_LINGER_MS = 500,         /* at the end: for answers to leave */
     ENGINE_HOLD_US = 1000000, /* longest that a frame waits for routers that are behind, and of the time an
                                  answer may take */
     ENGINE_HOLD_PART = 4,
@@ -36,6 +37,9 @@ typedef struct engine_frame {
                         meanwhile */
     uint32_t link;   /* number of the link it came by, as the gathering knows it */
     uint32_t slot0;  /* first row of its answer in the group's results */
+    uint32_t n_said; /* rows of its answer that were sent, in n_out messages that have not left */
+    uint32_t n_out;
+    bool over; /* nothing more is to be sent */
     struct engine_group *group;
 } engine_frame;
 
@@ -284,10 +288,11 @@ static void engine_follow_epochs(wk_engine *e)
 
 /* ---- replies ---- */
 
-static void engine_on_sent(wk_engine *e, engine_frame *entry)
+/* Rows of its group are needed no more when all has left. */
+static void engine_end_frame(wk_engine *e, engine_frame *entry)
 {
-    if (entry == NULL) {
-        return; /* a refusal */
+    if (!entry->over || entry->n_out > 0) {
+        return;
     }
     if (--entry->group->n_open == 0) {
         cm_pool_put(&e->groups, entry->group);
@@ -295,23 +300,50 @@ static void engine_on_sent(wk_engine *e, engine_frame *entry)
     cm_pool_put(&e->frames, entry);
 }
 
-static cm_status engine_send_answer(const wk_engine *e, engine_frame *entry)
+static void engine_on_sent(wk_engine *e, engine_frame *entry)
+{
+    if (entry != NULL) { /* not a refusal */
+        entry->n_out--;
+        engine_end_frame(e, entry);
+    }
+}
+
+/* The next rows of an answer. */
+static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry)
 {
     const pr_dispatch *frame = entry->event.header;
-    uint32_t d = e->geometry->d;
-    pr_combine header = {.head = frame->head, .d = d, .n_slot = frame->n_slot};
+    uint32_t d = e->geometry->d, n_most = ENGINE_SLICE_BYTES / (2 * d),
+             n_left = frame->n_slot - entry->n_said;
+    n_most = n_most > 0 ? n_most : 1;
+    uint32_t n = n_left < n_most ? n_left : n_most;
+    pr_combine header = {.head = frame->head, .d = d, .slot0 = entry->n_said, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
+    const uint8_t *results = kn_mem_host(e->device, entry->group->results);
     net_message message = {
         .type = PR_MSG_COMBINE,
         .header = &header,
         .header_bytes = sizeof(header),
-        .iov = {{(const uint8_t *)kn_mem_host(e->device, entry->group->results) + 2ull * entry->slot0 * d,
-                 2ull * frame->n_slot * d}},
+        .iov = {{results + 2ull * (entry->slot0 + entry->n_said) * d, 2ull * n * d}},
         .n_iov = 1,
         .deadline_ms = e->options.answer_ms,
         .cookie = entry,
     };
-    return net_send(entry->event.peer, &message);
+    cm_status status = net_send(entry->event.peer, &message);
+    if (status == CM_OK) {
+        entry->n_said += n;
+        entry->n_out++;
+    }
+    return status;
+}
+
+static cm_status engine_send_answer(const wk_engine *e, engine_frame *entry)
+{
+    const pr_dispatch *frame = entry->event.header;
+    cm_status status = CM_OK;
+    while (status == CM_OK && entry->n_said < frame->n_slot) {
+        status = engine_send_slice(e, entry);
+    }
+    return status;
 }
 
 static cm_status engine_send_refusal(const wk_engine *e, const engine_debt *debt)
@@ -323,13 +355,15 @@ static cm_status engine_send_refusal(const wk_engine *e, const engine_debt *debt
     return net_send(debt->event.peer, &message);
 }
 
-/* The reply need not or can not be sent any more. */
-static void engine_drop_debt(wk_engine *e, const engine_debt *debt)
+/* The reply has been sent, or need not or can not be sent any more. */
+static void engine_end_debt(wk_engine *e, const engine_debt *debt)
 {
+    net_event event = debt->event; /* of the frame, which may end here */
     if (debt->answer != NULL) {
-        engine_on_sent(e, debt->answer);
+        debt->answer->over = true;
+        engine_end_frame(e, debt->answer);
     }
-    net_release(e->rows, &debt->event);
+    net_release(e->rows, &event);
 }
 
 /* false: the link has no room. */
@@ -340,13 +374,11 @@ static bool engine_pay(wk_engine *e, const engine_debt *debt)
     if (status == CM_AGAIN) {
         return false;
     }
-    if (status == CM_OK) {
-        net_release(e->rows, &debt->event);
-    } else { /* the link is going */
+    if (status != CM_OK) { /* the link is going */
         cm_debug("a reply to %s was not sent: %s", net_peer_address(debt->event.peer),
                  cm_status_text(status));
-        engine_drop_debt(e, debt);
     }
+    engine_end_debt(e, debt);
     return true;
 }
 
@@ -366,7 +398,7 @@ static void engine_settle(wk_engine *e, const net_peer *gone)
     for (uint32_t i = 0; i < e->n_debt; i++) {
         engine_debt debt = e->debts[i];
         if (debt.event.peer == gone) {
-            engine_drop_debt(e, &debt);
+            engine_end_debt(e, &debt);
         } else if (!engine_pay(e, &debt)) {
             e->debts[n_kept++] = debt;
         }
@@ -595,7 +627,7 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
         if (debt.event.peer != NULL) {
             engine_reply(e, &debt);
         } else {
-            engine_drop_debt(e, &debt);
+            engine_end_debt(e, &debt);
         }
     }
     if (--group->n_open == 0) {
@@ -671,7 +703,7 @@ static void engine_wind_up(wk_engine *e)
         engine_settle(e, NULL);
     }
     for (uint32_t i = 0; i < e->n_debt; i++) {
-        engine_drop_debt(e, &e->debts[i]);
+        engine_end_debt(e, &e->debts[i]);
     }
     e->n_debt = 0;
     net_close(e->rows);

@@ -23,7 +23,8 @@ enum {
     ROUTER_ID = 7,
     WORKER_ID = 3,
     ROWS = 4,
-    ROWS_MANY = 150, /* of each expert: computed in three slices */
+    ROWS_MANY = 150,  /* of each expert: computed in three slices */
+    ROWS_LONG = 1000, /* answered in more than one message */
     WAIT_MS = 30000,
     HELD = 8,
     BURST = 80,
@@ -382,7 +383,7 @@ static void test_refusals(void **state)
     send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
     expect_refusal(f, CM_E_STALE);
     make_frame(f, 0);
-    f->header.head.version = 2;
+    f->header.head.version = PR_FRAME_VERSION + 1;
     send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
     expect_refusal(f, CM_E_PROTOCOL);
     make_frame(f, 0);
@@ -404,6 +405,38 @@ static void test_refusals(void **state)
     expect_refusal(f, CM_E_NO_OWNER);
     assert_int_equal(cm_stat_get(CM_STAT_frames_refused) - before, 8);
     test_answers(state); /* nothing else was disturbed */
+}
+
+/* A long answer comes in pieces, in order, and is the same. */
+static void test_answer_in_pieces(void **state)
+{
+    fixture *f = *state;
+    uint32_t n_slot = 2 * ROWS_LONG, n_got = 0, n_piece = 0;
+    uint64_t row_bytes = 2ull * f->g->d;
+    uint8_t *rows = cm_alloc(n_slot * row_bytes);
+    make_large_frame(f, 0, ROWS_LONG);
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    pr_combine whole = {0};
+    while (n_got < n_slot) {
+        net_event event = await(f, NET_EV_MESSAGE);
+        assert_int_equal(event.type, PR_MSG_COMBINE);
+        const pr_combine *piece = event.header;
+        assert_int_equal(piece->slot0, n_got);
+        assert_true(piece->n_slot > 0 && piece->n_slot <= n_slot - n_got);
+        assert_int_equal(event.payload_bytes, piece->n_slot * row_bytes);
+        memcpy(rows + n_got * row_bytes, event.payload, event.payload_bytes);
+        whole = *piece;
+        n_got += piece->n_slot;
+        n_piece++;
+        net_release(f->n, &event);
+    }
+    assert_true(n_piece > 1);
+    whole.slot0 = 0;
+    whole.n_slot = n_slot;
+    net_event all = {
+        .type = PR_MSG_COMBINE, .header = &whole, .payload = rows, .payload_bytes = n_slot * row_bytes};
+    check_answer(f, &all);
+    cm_free(rows);
 }
 
 /* Begins a frame of ROWS_MANY rows that is not computed to its end while the failpoint is armed. */
@@ -529,6 +562,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup, teardown),
         cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_load_together, setup, teardown_armed),
         cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),
