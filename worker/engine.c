@@ -21,9 +21,8 @@
 
 enum {
     ENGINE_EVENTS = 64,
-    ENGINE_GROUP = 64, /* frames computed together */
-    ENGINE_RESULTS =
-        4, /* groups whose answers may be on their way at once; each has results of row_max rows */
+    ENGINE_GROUP = 64,              /* frames computed together */
+    ENGINE_RESULTS = 4,             /* times row_max: rows of answers that may be on their way at once */
     ENGINE_SLICE_BYTES = 512 << 10, /* of an answer, in one message: what a core's own cache holds */
     ENGINE_LINGER_MS = 500,         /* at the end: for answers to leave */
     ENGINE_HOLD_US = 1000000, /* longest that a frame waits for routers that are behind, and of the time an
@@ -45,7 +44,7 @@ typedef struct engine_frame {
 
 /* Results of one group of frames, kept until all its answers have left. */
 typedef struct engine_group {
-    kn_ptr results; /* BF16 [row_max][d] */
+    uint32_t row0, n_row; /* in the engine's results */
     uint32_t n_open;
 } engine_group;
 
@@ -67,9 +66,9 @@ struct wk_engine {
     wk_shard *shard;
     wk_gather *gather;
     cm_pool frames; /* engine_frame */
-    cm_pool groups; /* engine_group; each owns a results buffer by its index */
-    kn_ptr results[ENGINE_RESULTS];
-    kn_q8 q8; /* gathered rows: codes [row_max][d], scales */
+    cm_pool groups; /* engine_group */
+    kn_ptr results; /* BF16 [ENGINE_RESULTS * row_max][d] */
+    kn_q8 q8;       /* gathered rows: codes [row_max][d], scales */
     kn_expert_item *items;
     kn_expert_group *expert_groups;
     uint32_t *counts;       /* [n_expert + 1] */
@@ -110,12 +109,12 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     if (status == CM_OK) {
         status = kn_mem_alloc(e->device, n * kn_blocks(g->d, KN_ACT_BLOCK), &e->q8.scales);
     }
-    for (uint32_t i = 0; i < ENGINE_RESULTS && status == CM_OK; i++) {
-        status = kn_mem_alloc(e->device, 2 * n * g->d, &e->results[i]);
+    if (status == CM_OK) {
+        status = kn_mem_alloc(e->device, 2 * ENGINE_RESULTS * n * g->d, &e->results);
     }
     if (status != CM_OK) {
         return cm_error_set(err, status, "rows_max",
-                            "no device memory for %u groups of %u rows: lower rows_max or frame_bytes",
+                            "no device memory for %u times %u rows: lower rows_max or frame_bytes",
                             ENGINE_RESULTS, e->options.row_max);
     }
     e->items = cm_alloc(sizeof(kn_expert_item) * n);
@@ -123,7 +122,7 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     e->counts = cm_alloc(sizeof(uint32_t) * (g->n_expert + 1));
     e->debts = cm_alloc(sizeof(engine_debt) * e->options.rows.receives_max);
     cm_pool_init(&e->frames, "dispatch frames", sizeof(engine_frame), e->options.frame_max);
-    cm_pool_init(&e->groups, "result groups", sizeof(engine_group), ENGINE_RESULTS);
+    cm_pool_init(&e->groups, "result groups", sizeof(engine_group), e->options.frame_max);
     return CM_OK;
 }
 
@@ -201,9 +200,7 @@ void wk_engine_destroy(wk_engine *e)
     wk_gather_destroy(e->gather);
     cm_pool_fini(&e->frames);
     cm_pool_fini(&e->groups);
-    for (uint32_t i = 0; i < ENGINE_RESULTS; i++) {
-        kn_mem_free(e->device, e->results[i]);
-    }
+    kn_mem_free(e->device, e->results);
     kn_mem_free(e->device, e->q8.codes);
     kn_mem_free(e->device, e->q8.scales);
     cm_free(e->items);
@@ -318,12 +315,13 @@ static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry)
     uint32_t n = n_left < n_most ? n_left : n_most;
     pr_combine header = {.head = frame->head, .d = d, .slot0 = entry->n_said, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
-    const uint8_t *results = kn_mem_host(e->device, entry->group->results);
+    const uint8_t *results = kn_mem_host(e->device, e->results);
+    uint64_t row = (uint64_t)entry->group->row0 + entry->slot0 + entry->n_said;
     net_message message = {
         .type = PR_MSG_COMBINE,
         .header = &header,
         .header_bytes = sizeof(header),
-        .iov = {{results + 2ull * (entry->slot0 + entry->n_said) * d, 2ull * n * d}},
+        .iov = {{results + 2 * row * d, 2ull * n * d}},
         .n_iov = 1,
         .deadline_ms = e->options.answer_ms,
         .cookie = entry,
@@ -615,13 +613,16 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
     uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer, n_slot = 0;
     e->computing = frames;
     e->n_computing = n_frame;
-    engine_compute_groups(e, engine_pack(e, frames, n_frame, layer), layer, group->results);
+    engine_compute_groups(e, engine_pack(e, frames, n_frame, layer), layer,
+                          kn_at(e->results, 2ull * group->row0 * e->geometry->d));
     e->n_computing = 0;
     group->n_open = 1; /* ours, until all answers are on their way */
+    group->n_row = 0;
     for (uint32_t f = 0; f < n_frame; f++) {
         engine_frame *entry = frames[f];
         entry->group = group;
         group->n_open++;
+        group->n_row += ((const pr_dispatch *)entry->event.header)->n_slot;
         n_slot += ((const pr_dispatch *)entry->event.header)->n_slot;
         engine_debt debt = {.event = entry->event, .answer = entry};
         if (debt.event.peer != NULL) {
@@ -637,6 +638,24 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
     cm_stat_add(CM_STAT_worker_batches, 1);
 }
 
+/* Room for the results of a group of row_max rows, as low as possible: where the caches still are. What
+ * others have not taken yet is in the way with its own rows only, so that a router that takes nothing holds
+ * up nobody for long. false: there is none. */
+static bool engine_place(const wk_engine *e, engine_group *group)
+{
+    uint32_t n = e->options.row_max, at = 0;
+    for (uint32_t i = 0; i < e->groups.n_max; i++) {
+        const engine_group *other = cm_pool_at(&e->groups, i);
+        if (other != NULL && other != group && at < other->row0 + other->n_row && other->row0 < at + n) {
+            at = other->row0 + other->n_row;
+            i = UINT32_MAX; /* from the start: those before may be in the way now */
+        }
+    }
+    group->row0 = at;
+    group->n_row = n;
+    return at <= (ENGINE_RESULTS - 1) * n;
+}
+
 /* Computes what is due; says how long nothing will be. */
 static uint64_t engine_work(wk_engine *e)
 {
@@ -647,9 +666,12 @@ static uint64_t engine_work(wk_engine *e)
         return wait_us;
     }
     if (cm_pool_get(&e->groups, (void **)&group) != CM_OK) {
-        return wait_us; /* all results are on their way out: an event will come */
+        return wait_us; /* as below */
     }
-    group->results = e->results[cm_pool_index(&e->groups, group)];
+    if (!engine_place(e, group)) {
+        cm_pool_put(&e->groups, group);
+        return wait_us; /* the results are on their way out: an event will come */
+    }
     uint32_t n = 0;
     if (!cm_failpoint_fires(CM_FAILPOINT_worker_combine_late)) {
         n = wk_gather_next(e->gather, cm_now_ns() / 1000, frames, ENGINE_GROUP, &wait_us);

@@ -2,6 +2,7 @@
  * broken or misdirected frame is refused with its reason while the others go on, also while it computes. */
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -107,7 +108,7 @@ static void link_up(fixture *f)
     }
 }
 
-static int setup(void **state)
+static int setup_with(void **state, const char *backend)
 {
     fixture *f = cm_alloc(sizeof(*f));
     cm_error err = {0};
@@ -118,7 +119,7 @@ static int setup(void **state)
     }
     f->g = md_checkpoint_geometry(f->checkpoint);
     net_options_defaults(&options);
-    options.backend = "local";
+    options.backend = backend;
     options.message_bytes_max = 1 << 20;
     options.silence_ms = 60000;
     wk_engine_options engine = {.checkpoint = f->checkpoint,
@@ -126,7 +127,7 @@ static int setup(void **state)
                                 .rows = options,
                                 .address = "t_worker",
                                 .row_max = 64,
-                                .frame_max = 4,
+                                .frame_max = strcmp(backend, "local") == 0 ? 4 : 16,
                                 .router_max = 2,
                                 .window_max_us = 100,
                                 .answer_ms = 10000};
@@ -142,6 +143,16 @@ static int setup(void **state)
     link_up(f);
     *state = f;
     return 0;
+}
+
+static int setup(void **state)
+{
+    return setup_with(state, "local");
+}
+
+static int setup_shm(void **state)
+{
+    return setup_with(state, "shm");
 }
 
 static int teardown(void **state)
@@ -558,9 +569,46 @@ static void test_epochs(void **state)
     pc_epoch_release(newer);
 }
 
+/* A router that is stopped with long answers on their way costs another one nothing. */
+static void test_stopped_router(void **state)
+{
+    fixture *f = *state;
+    enum { ANSWERS = 10 }; /* of 640 KB; a link has room for 4 MB */
+    fixture stopped = *f;
+    net_options options;
+    cm_error err = {0};
+    net_options_defaults(&options);
+    options.backend = "shm";
+    options.message_bytes_max = 1 << 20;
+    options.silence_ms = 60000;
+    assert_int_equal(net_open(&options, &stopped.n, &err), CM_OK);
+    net_set_identity(stopped.n, &(net_identity){77, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, ROUTER_ID});
+    link_up(&stopped);
+    stopped.payload = NULL;
+    make_large_frame(&stopped, 0, ROWS_LONG);
+    int64_t n_batch = cm_stat_get(CM_STAT_worker_batches);
+    for (int64_t i = 0; i < ANSWERS; i++) { /* each computed by itself, and never looked at again */
+        stopped.header.head.exchange = (uint32_t)i;
+        send_frame(&stopped, PR_MSG_DISPATCH, sizeof(stopped.header), 0);
+        uint64_t give_up = cm_now_ms() + WAIT_MS;
+        while (cm_stat_get(CM_STAT_worker_batches) < n_batch + i + 1) {
+            assert_true(cm_now_ms() < give_up);
+            sched_yield();
+        }
+    }
+    for (uint32_t layer = 0; layer < f->g->n_layer; layer++) {
+        make_frame(f, layer);
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        expect_answer(f);
+    }
+    net_close(stopped.n);
+    cm_free(stopped.payload);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_stopped_router, setup_shm, teardown),
         cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
         cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup, teardown),
         cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
