@@ -130,7 +130,7 @@ static int setup_with(void **state, const char *backend)
                                 .frame_max = strcmp(backend, "local") == 0 ? 4 : 16,
                                 .router_max = 2,
                                 .window_max_us = 100,
-                                .answer_ms = 10000};
+                                .answer_ms = 2 * WAIT_MS};
     assert_int_equal(wk_engine_create(&engine, &f->engine, f->address, &err), CM_OK);
     f->epoch = make_epoch(f->g, 5, 77);
     assert_int_equal(wk_shard_load(wk_engine_shard(f->engine), f->epoch->placement, 0, &err), CM_OK);
