@@ -5,7 +5,17 @@
  * marks it full; that is all. A receiver that sleeps, or a sender that waits for room, has said so in the
  * segment, and its bell (an event descriptor) is rung; the end of the socket tells that a process died. Slots
  * are taken and given back in order; payloads lie in the segment's area one behind the other, from its start
- * whenever it is empty, so that few pages are ever touched. */
+ * whenever it is empty, so that few pages are ever touched.
+ *
+ * Trust: header and slot are copied once before they are checked; a payload is read where it lies, and its
+ * sender could change it after it was checked. That is no way in for anybody: the kernel lets processes of
+ * our own user alone come so far (peer_is_ours), which may write any of our memory as it is. It also means
+ * that a fault of such a process while it sends is a fault here: no worse than with rows that were wrong
+ * before.
+ *
+ * Who sleeps is always woken, on CPUs that reorder too: each side writes its own word (full, or that it
+ * sleeps or waits) and then reads the other's, all four sequentially consistent, so that one of the two sees
+ * the other. A weaker load in one of these places is a sleep beside a message. */
 #pragma once
 #include <stdalign.h>
 #include <stdatomic.h>
