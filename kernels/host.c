@@ -17,7 +17,6 @@ cm_status kn_host_alloc(kn_device *device, uint64_t n_bytes, kn_ptr *ptr_out)
 {
     uint8_t *block;
     uintptr_t at;
-    (void)device;
     if (n_bytes > SIZE_MAX - 2 * ALIGN) {
         return CM_E_MEMORY;
     }
@@ -28,8 +27,11 @@ cm_status kn_host_alloc(kn_device *device, uint64_t n_bytes, kn_ptr *ptr_out)
     at = ((uintptr_t)block + 2 * ALIGN - 1) / ALIGN * ALIGN;
     if (n_bytes >= LARGE) { /* of such a block no page has been touched yet */
         uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (at + page - 1) / page * page;
-        (void)madvise((void *)first, (at + n_bytes - first) / page * page,
-                      MADV_HUGEPAGE); /* a wish, no more */
+        size_t n_whole = (at + n_bytes - first) / page * page;
+        (void)madvise((void *)first, n_whole, MADV_HUGEPAGE); /* a wish, no more */
+        if (device->numa != NULL) {
+            kn_numa_spread(device->numa, (void *)first, n_whole);
+        }
     }
     memcpy((uint8_t *)at - sizeof(block), &block, sizeof(block));
     *ptr_out = (kn_ptr){at};

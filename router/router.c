@@ -271,7 +271,10 @@ static cm_status router_create_engine(rt_router *r, rt_sched_limits *limits_out,
     CM_TRY(md_checkpoint_fingerprint(r->checkpoint, r->fingerprint, err));
     rt_engine_options options = {
         .checkpoint = r->checkpoint,
-        .device = {.backend = config->device, .isa = config->cpu_isa, .n_threads = (uint32_t)config->threads},
+        .device = {.backend = config->device,
+                   .isa = config->cpu_isa,
+                   .n_threads = (uint32_t)config->threads,
+                   .numa_node = config->numa_node},
         .row_max = (uint32_t)config->rows_max,
         .slot_max = (uint32_t)config->sequences_max,
         .kv_bytes = config->kv_bytes,

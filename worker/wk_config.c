@@ -11,6 +11,11 @@ static const cm_cfg_field g_fields[] = {
     {"device", "cpu", "where experts are computed", CM_CFG_CHOICE(wk_config, device, "cpu|ref")},
     {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(wk_config, cpu_isa)},
     {"threads", "1", "compute threads", CM_CFG_UINT(wk_config, threads, 1, 1024)},
+    {"numa_node", "any",
+     "number of the NUMA node whose cores and memory to keep to, as one worker does for each node; any: all "
+     "that "
+     "the process may use",
+     CM_CFG_STRING(wk_config, numa_node)},
     {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|shm|mpi|local")},
     {"rows_max", "4096", "rows (one per chosen expert) computed together",
      CM_CFG_UINT(wk_config, rows_max, 16, 1u << 20)},
