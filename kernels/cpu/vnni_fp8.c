@@ -38,7 +38,8 @@ typedef struct fp8_block {
  * column in the order 0 2 1 3. */
 typedef struct fp8_group {
     uint32_t n;        /* rows */
-    int16_t *x, *rest; /* [K / 4][n][4]: X, r */
+    int16_t *x;        /* [K / 4][n][4]: X */
+    int16_t *rest;     /* [K / 128][n][FP8_COLUMNS][4]: r of the columns that have one, one after another */
     fp8_block *blocks; /* [K / 128][n] */
 } fp8_group;
 
@@ -57,10 +58,16 @@ static fp8_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t g)
                        .blocks = blocks + wide / CPU_CHUNK * row0};
 }
 
-/* Where the inputs of column j of block b stand, of row `row`; next column: 4 n words on. */
-INLINED const int16_t *inputs_at(const int16_t *words, uint32_t n, uint32_t b, uint32_t j, uint32_t row)
+/* Where X of column j of block b stand, of row r of n; next column: 4 n words on. */
+INLINED int16_t *inputs_at(const fp8_group *g, const uint32_t n, uint32_t b, uint32_t j, uint32_t r)
 {
-    return words + (((uint64_t)b * FP8_COLUMNS + j) * n + row) * 4;
+    return g->x + (((uint64_t)b * FP8_COLUMNS + j) * n + r) * 4;
+}
+
+/* The first r of a block and row. */
+INLINED int16_t *rests_at(const fp8_group *g, uint32_t b, uint32_t r)
+{
+    return g->rest + ((uint64_t)b * g->n + r) * FP8_COLUMNS * 4;
 }
 
 /* ---- loading ---- */
@@ -86,21 +93,18 @@ static uint32_t shift_of(uint32_t sum)
     return shift;
 }
 
-/* The low words of four columns. */
-static void put_words(int16_t *to, uint32_t n, __m512i words)
+/* The low words of 16 inputs, four columns. */
+static void column_words(__m512i words, int64_t column_out[8])
 {
     __m512i paired = _mm512_or_si512(_mm512_and_si512(words, _mm512_set1_epi32(0xffff)),
                                      _mm512_slli_epi32(_mm512_shuffle_epi32(words, 0xee), 16));
-    int64_t columns[8];
-    _mm512_storeu_si512(columns, paired);
-    for (uint32_t c = 0; c < 4; c++) {
-        memcpy(to + (uint64_t)c * n * 4, &columns[2 * c], sizeof(columns[0]));
-    }
+    _mm512_storeu_si512(column_out, paired); /* every other one */
 }
 
 static void load_block(const fp8_group *g, uint32_t r, uint32_t b, const uint8_t *codes, double scale)
 {
     fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
+    int16_t *next = rests_at(g, b, r);
     __m512i units[8], sum = _mm512_setzero_si512();
     for (uint32_t i = 0; i < 8; i++) {
         units[i] = units_of(codes + 16 * i);
@@ -109,13 +113,16 @@ static void load_block(const fp8_group *g, uint32_t r, uint32_t b, const uint8_t
     uint32_t shift = shift_of((uint32_t)_mm512_reduce_add_epi32(sum));
     *block = (fp8_block){.scale = 0x1p-15 * scale, .factor = 1u << shift, .rest_shift = shift - FP8_SHIFT};
     for (uint32_t i = 0; i < 8; i++) {
-        uint64_t to = (((uint64_t)b * FP8_COLUMNS + 4 * i) * g->n + r) * 4;
         __m512i rest = _mm512_and_si512(units[i], _mm512_set1_epi32((1 << shift) - 1));
-        uint32_t lanes = kn_lanes_of(_mm512_test_epi32_mask(rest, rest));
-        put_words(g->x + to, g->n, _mm512_sra_epi32(units[i], _mm_cvtsi32_si128((int)shift)));
-        put_words(g->rest + to, g->n, rest);
+        int64_t x[8], rests[8];
+        column_words(_mm512_sra_epi32(units[i], _mm_cvtsi32_si128((int)shift)), x);
+        column_words(rest, rests);
         for (uint32_t c = 0; c < 4; c++) {
-            block->with_rest |= (uint32_t)((lanes >> 4 * c & 15) != 0) << (4 * i + c);
+            bool any = rests[2 * c] != 0;
+            memcpy(inputs_at(g, g->n, b, 4 * i + c, r), &x[2 * c], sizeof(x[0]));
+            memcpy(next, &rests[2 * c], sizeof(rests[0])); /* room for one of each column */
+            next += any ? 4 : 0;
+            block->with_rest |= (uint32_t)any << (4 * i + c);
         }
     }
 }
@@ -151,42 +158,63 @@ void KN_FN(kn_vnni_fp8_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
 
 /* ---- products ---- */
 
-/* Of row r, in units of 2^-15: what the r of its inputs and the s of the weights add, but for r s. */
-INLINED __m512i rest_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r,
-                          const bool decoded)
+/* What the r of row r add, in units of 2^-15, to sums of one tile of outputs or, decoded, two. */
+INLINED void add_input_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r, __m512i *sum,
+                             const bool decoded)
 {
-    const fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
-    __m512i sum = _mm512_set1_epi32(INT32_MIN);
-    for (uint32_t bits = block->with_rest; bits != 0; bits &= bits - 1) {
+    const int16_t *rest = rests_at(g, b, r);
+    for (uint32_t bits = g->blocks[(uint64_t)b * g->n + r].with_rest; bits != 0;
+         bits &= bits - 1, rest += 4) {
         uint32_t j = (uint32_t)__builtin_ctz(bits);
-        const int16_t *rest = inputs_at(g->rest, g->n, b, j, r);
-        fp8_pairs column;
         if (decoded) {
-            column = w->columns[j];
+            for (uint32_t k = 0; k < FP8_TILES; k++) {
+                const fp8_pairs *column = &w[k].columns[j];
+                sum[k] = dot(dot(sum[k], column->pair[0], rest), column->pair[1], rest + 2);
+            }
         } else {
             fp8_tables tables = load_tables();
-            column = column_pairs(&tables, w->codes[j]);
+            fp8_pairs column = column_pairs(&tables, w->codes[j]);
+            *sum = dot(dot(*sum, column.pair[0], rest), column.pair[1], rest + 2);
         }
-        sum = dot(dot(sum, column.pair[0], rest), column.pair[1], rest + 2);
     }
-    if (w->n_rest > 0) {
-        __m512i of_weights = _mm512_setzero_si512();
-        for (uint32_t i = 0; i < w->n_rest; i++) {
-            const int16_t *x = inputs_at(g->x, g->n, b, w->rest_of[i], r);
-            of_weights = dot(dot(of_weights, w->rests[i].pair[0], x), w->rests[i].pair[1], x + 2);
+}
+
+/* What the s of one tile add to the sums of n rows, likewise. */
+INLINED void add_weight_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, __m512i *sum,
+                              const uint32_t n)
+{
+    const fp8_block *block = &g->blocks[(uint64_t)b * g->n];
+    __m512i of_weights[VNNI_GROUP];
+    if (w->n_rest == 0) {
+        return;
+    }
+    for (uint32_t r = 0; r < n; r++) {
+        of_weights[r] = _mm512_setzero_si512();
+    }
+    for (uint32_t i = 0; i < w->n_rest; i++) {
+        const int16_t *x = inputs_at(g, n, b, w->rest_of[i], 0);
+        for (uint32_t r = 0; r < n; r++) {
+            of_weights[r] =
+                dot(dot(of_weights[r], w->rests[i].pair[0], x + 4 * r), w->rests[i].pair[1], x + 4 * r + 2);
         }
-        sum = _mm512_add_epi32(sum, _mm512_sllv_epi32(of_weights, _mm512_set1_epi32((int)block->rest_shift)));
     }
-    return sum;
+    for (uint32_t r = 0; r < n; r++) {
+        __m512i shift = _mm512_set1_epi32((int)block[r].rest_shift);
+        sum[r] = _mm512_add_epi32(sum[r], _mm512_sllv_epi32(of_weights[r], shift));
+    }
 }
 
 /* Sums of r s: hardly ever does an input of either kind meet a weight of the other. */
 APART __m512i both_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r)
 {
+    uint32_t with_rest = g->blocks[(uint64_t)b * g->n + r].with_rest;
     __m512i sum = _mm512_set1_epi32(INT32_MIN);
     for (uint32_t i = 0; i < w->n_rest; i++) {
-        const int16_t *rest = inputs_at(g->rest, g->n, b, w->rest_of[i], r);
-        sum = dot(dot(sum, w->rests[i].pair[0], rest), w->rests[i].pair[1], rest + 2);
+        uint32_t bit = 1u << w->rest_of[i];
+        const int16_t *rest = rests_at(g, b, r) + 4 * __builtin_popcount(with_rest & (bit - 1));
+        if ((with_rest & bit) != 0) {
+            sum = dot(dot(sum, w->rests[i].pair[0], rest), w->rests[i].pair[1], rest + 2);
+        }
     }
     return sum;
 }
@@ -198,12 +226,11 @@ INLINED void add_scaled(double *acc, __m512d sum, double scale)
     _mm512_storeu_pd(acc, _mm512_add_pd(_mm512_loadu_pd(acc), term));
 }
 
-/* Adds the block's sum of row r; main: of X W. */
+/* Adds the block's sum of row r; main: of X W, rest: of r W and X s. */
 INLINED void add_row(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r, __m512i main,
-                     double w_scale, double *acc, const bool decoded)
+                     __m512i rest, double w_scale, double *acc)
 {
     const fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
-    __m512i rest = rest_sums(w, g, b, r, decoded);
     __m512d sum[2];
     for (int half = 0; half < 2; half++) {
         sum[half] =
@@ -223,8 +250,16 @@ INLINED void add_row(const fp8_weights *w, const fp8_group *g, uint32_t b, uint3
 INLINED void multiply(const fp8_weights *w, const fp8_group *g, uint32_t b, const double *w_scale,
                       vnni_sums *acc, const uint32_t n)
 {
-    const int16_t *x = inputs_at(g->x, n, b, 0, 0);
-    __m512i sum[FP8_TILES][VNNI_GROUP];
+    const int16_t *x = inputs_at(g, n, b, 0, 0);
+    __m512i sum[FP8_TILES][VNNI_GROUP], rest[FP8_TILES][VNNI_GROUP];
+    for (uint32_t r = 0; r < n; r++) {
+        __m512i of_row[FP8_TILES] = {_mm512_set1_epi32(INT32_MIN), _mm512_set1_epi32(INT32_MIN)};
+        add_input_rests(w, g, b, r, of_row, true);
+        rest[0][r] = of_row[0];
+        rest[1][r] = of_row[1];
+    }
+    add_weight_rests(&w[0], g, b, rest[0], n);
+    add_weight_rests(&w[1], g, b, rest[1], n);
     for (uint32_t r = 0; r < n; r++) {
         sum[0][r] = sum[1][r] = _mm512_set1_epi32(INT32_MIN);
     }
@@ -240,7 +275,7 @@ INLINED void multiply(const fp8_weights *w, const fp8_group *g, uint32_t b, cons
     }
     for (uint32_t r = 0; r < n; r++) {
         for (uint32_t k = 0; k < FP8_TILES; k++) {
-            add_row(&w[k], g, b, r, sum[k][r], w_scale[k], acc[k][r], true);
+            add_row(&w[k], g, b, r, sum[k][r], rest[k][r], w_scale[k], acc[k][r]);
         }
     }
 }
@@ -270,9 +305,9 @@ static const group_fn GROUP_ROWS[] = {NULL,         group_rows_1, group_rows_2, 
 INLINED void multiply_few(const fp8_weights *w, const fp8_group *g, uint32_t b, double w_scale, vnni_sums acc,
                           const uint32_t n)
 {
-    const int16_t *x = inputs_at(g->x, n, b, 0, 0);
+    const int16_t *x = inputs_at(g, n, b, 0, 0);
     fp8_tables tables = load_tables();
-    __m512i sum[2][FP8_FEW];
+    __m512i sum[2][FP8_FEW], rest[FP8_FEW];
     for (uint32_t r = 0; r < n; r++) {
         sum[0][r] = _mm512_set1_epi32(INT32_MIN);
         sum[1][r] = _mm512_setzero_si512();
@@ -287,7 +322,12 @@ INLINED void multiply_few(const fp8_weights *w, const fp8_group *g, uint32_t b, 
         }
     }
     for (uint32_t r = 0; r < n; r++) {
-        add_row(w, g, b, r, _mm512_add_epi32(sum[0][r], sum[1][r]), w_scale, acc[r], false);
+        rest[r] = _mm512_set1_epi32(INT32_MIN);
+        add_input_rests(w, g, b, r, &rest[r], false);
+    }
+    add_weight_rests(w, g, b, rest, n);
+    for (uint32_t r = 0; r < n; r++) {
+        add_row(w, g, b, r, _mm512_add_epi32(sum[0][r], sum[1][r]), rest[r], w_scale, acc[r]);
     }
 }
 

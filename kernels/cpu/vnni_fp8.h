@@ -178,12 +178,14 @@ static inline void find_rests(fp8_weights *w, uint16_t nan[VNNI_OUTS])
     }
 }
 
-/* acc + products of pairs of weights with the pair of inputs at x. */
+/* acc + products of pairs of weights with the pair of inputs at x. Not as an intrinsic: of that the compiler
+ * makes copies of every sum. */
 INLINED __m512i dot(__m512i acc, __m512i weights, const int16_t *x)
 {
     int32_t pair;
     memcpy(&pair, x, sizeof(pair));
-    return _mm512_dpwssd_epi32(acc, weights, _mm512_set1_epi32(pair));
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(_mm512_set1_epi32(pair)));
+    return acc;
 }
 
 /* Sums start 2^31 too large, so that they are unsigned: as the low dword of a double of exponent 2^52 one is
