@@ -258,6 +258,7 @@ static void join_cluster(gw_gateway *gateway)
                                  .role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY,
                                  .http_address = gateway->http_bound,
                                  .grpc_address = gateway->grpc != NULL ? gateway->grpc_bound : NULL,
+                                 .net = gateway->config->net,
                                  .fingerprint = gateway->fingerprint,
                                  .n_layer = md_block_count(&gateway->geometry),
                                  .n_expert = gateway->geometry.n_expert,

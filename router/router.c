@@ -374,6 +374,7 @@ static void router_join(rt_router *r)
         .tls = r->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
         .data_address = r->address,
+        .net = r->config->net,
         .fingerprint = r->fingerprint,
     };
     if (!router_is_scripted(r)) { /* a script has no experts */

@@ -19,7 +19,10 @@ static const cm_cfg_field g_fields[] = {
     {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|shm|mpi|local")},
     {"rows_max", "4096", "rows (one per chosen expert) computed together",
      CM_CFG_UINT(wk_config, rows_max, 16, 1u << 20)},
-    {"frames_max", "16", "frames waiting or being answered; more are refused",
+    {"frames_max", "64",
+     "frames waiting or being answered, of all routers together; more are refused. A router has one on its "
+     "way, "
+     "or two; several where rows of a long prompt exceed frame_bytes",
      CM_CFG_UINT(wk_config, frames_max, 1, WK_FRAMES_MAX)},
     {"routers_max", "64", "routers linked at once", CM_CFG_UINT(wk_config, routers_max, 1, 4096)},
     {"window_us", "200",

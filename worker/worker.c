@@ -241,6 +241,7 @@ static void worker_join(wk_worker *w)
         .tls = w->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER,
         .data_address = w->address,
+        .net = w->config->net,
         .fingerprint = w->fingerprint,
         .expert_bytes_max = worker_expert_bytes_max(w->config),
         .n_layer = md_block_count(g),
