@@ -380,68 +380,6 @@ static void disconnects(void **state)
     assert_int_equal(cm_stat_get(CM_STAT_requests_aborted), aborted + 2);
 }
 
-/* Nothing is read, much is written: the stream is cancelled and the connection ends. */
-static void slow_reader(void **state)
-{
-    (void)state;
-    char name[2001];
-    memset(name, 'n', 2000); /* it is in every chunk, so that few tokens are many bytes */
-    name[2000] = 0;
-    rig_set("model_name", name);
-    rig_set("slow_reader_bytes", "65536");
-    rig_ready();
-    rig_reply("x");
-    R.mode = RIG_FLOOD;
-    rig_client *client =
-        rig_open("POST", "/v1/completions", "", "{\"stream\":true,\"prompt\":\"a\",\"max_tokens\":16000}");
-    bufferevent_disable(client->bev, EV_READ);
-    rig_wait_cancels(1);
-    assert_int_equal(R.cancelled, R.stream);
-    assert_true(R.sent < 16000);
-    assert_int_equal(cm_stat_get(CM_STAT_ledger_streams), 0);
-    bufferevent_enable(client->bev, EV_READ);
-    rig_wait_closed(client);
-    assert_null(strstr(cm_bytes_text(&client->in), "[DONE]"));
-    rig_close(client);
-}
-
-/* A client that reads nothing until all was said gets every byte of it: what the socket took at once, in the
- * middle of a chunk too, and what waited. */
-static void late_reader(void **state)
-{
-    (void)state;
-    enum { NAME_BYTES = 60000, N_TOKENS = 256 }; /* together more than sockets hold */
-    char *name = cm_alloc(NAME_BYTES + 1);
-    memset(name, 'n', NAME_BYTES);
-    rig_set("model_name", name);
-    rig_set("slow_reader_bytes", "1g");
-    rig_ready();
-    R.mode = RIG_HOLD;
-    rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n", "{\"stream\":true," USER("x") "}");
-    rig_wait_text(client, "assistant"); /* its status was read: from now on it goes straight to the socket */
-    bufferevent_disable(client->bev, EV_READ);
-    for (uint32_t i = 0; i < N_TOKENS; i++) {
-        rig_reply(i == 0 ? "|" : (char[]){(char)('a' + i % 8), 0});
-        assert_int_equal(R.n_reply, 1);
-        rig_tokens(i, R.reply, 1, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
-    }
-    rig_tokens(N_TOKENS, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
-    rig_until(no_streams, NULL);
-    assert_true(client->in.len < 2 * NAME_BYTES);
-    bufferevent_enable(client->bev, EV_READ);
-    rig_wait_closed(client);
-    joined j;
-    join_events(client, &j);
-    assert_true(j.done);
-    assert_int_equal(j.content.len, N_TOKENS - 1);
-    for (uint32_t i = 1; i < N_TOKENS; i++) {
-        assert_int_equal(j.content.data[i - 1], 'a' + i % 8);
-    }
-    joined_free(&j);
-    rig_close(client);
-    cm_free(name);
-}
-
 static void keep_alive(void **state)
 {
     (void)state;
@@ -904,8 +842,6 @@ int main(void)
         TEST(router_refuses),
         TEST(too_many_streams),
         TEST(disconnects),
-        TEST(slow_reader),
-        TEST(late_reader),
         TEST(keep_alive),
         TEST(router_lost),
         TEST(link_lost),
