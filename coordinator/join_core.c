@@ -23,6 +23,7 @@ static void member_init(co_member *member, const co_peer *self)
     member->self.data_address = text_copy(self->data_address);
     member->self.http_address = text_copy(self->http_address);
     member->self.grpc_address = text_copy(self->grpc_address);
+    member->self.net = text_copy(self->net);
 }
 
 void co_member_fini(co_member *member)
@@ -31,6 +32,7 @@ void co_member_fini(co_member *member)
     cm_free(member->self.data_address);
     cm_free(member->self.http_address);
     cm_free(member->self.grpc_address);
+    cm_free(member->self.net);
     cm_free(member->fingerprint);
 }
 
@@ -76,7 +78,7 @@ static cm_status hello_check_form(const Baleen__Control__V1__Hello *hello, cm_er
     }
     if (!text_is_plain(self->host) || !text_is_plain(self->data_address) ||
         !text_is_plain(self->http_address) || !text_is_plain(self->grpc_address) ||
-        !text_is_plain(hello->fingerprint)) {
+        !text_is_plain(self->net) || !text_is_plain(hello->fingerprint)) {
         return cm_error_set(
             err, CM_E_INVALID, "self",
             "a host, address or fingerprint is longer than %d or holds blanks or control characters",
@@ -126,6 +128,21 @@ static cm_status hello_check_model(const co_core *core, const Baleen__Control__V
     CM_TRY(hello_check_number("n_layer", hello->n_layer, core->n_layer, err));
     CM_TRY(hello_check_number("n_expert", hello->n_expert, core->n_expert, err));
     return hello_check_number("expert_bytes", hello->expert_bytes, core->expert_bytes, err);
+}
+
+/* One whose address the others cannot read would only get experts that nobody can ask for. */
+static cm_status hello_check_net(const co_core *core, const co_peer *self, cm_error *err)
+{
+    for (uint32_t i = 0; i < core->n_members && self->net != NULL; i++) {
+        const co_peer *other = &core->members[i].self;
+        if (other->net != NULL && other->incarnation != self->incarnation &&
+            strcmp(other->net, self->net) != 0) {
+            return cm_error_set(err, CM_E_REFUSED, "net",
+                                "--net %s there, the cluster's is %s: give all processes the same", self->net,
+                                other->net);
+        }
+    }
+    return CM_OK;
 }
 
 static cm_status hello_check_past(const co_core *core, const Baleen__Control__V1__Hello *hello, cm_error *err)
@@ -286,6 +303,9 @@ void co_core_hello(co_core *core, uint64_t session, const Baleen__Control__V1__H
     cm_status status = hello_check_form(hello, &err);
     if (status == CM_OK) {
         status = hello_check_model(core, hello, &err);
+    }
+    if (status == CM_OK) {
+        status = hello_check_net(core, hello->self, &err);
     }
     if (status == CM_OK) {
         status = hello_check_past(core, hello, &err);

@@ -19,11 +19,24 @@ static void on_welcome(void *ctx, uint32_t member_id, uint64_t cluster)
     gw_routers_identity(gateway->routers, cluster, member_id);
 }
 
+/* We may not be in it yet, or not any more: then it is one of us more. */
+static uint32_t count_gateways(const pc_epoch *epoch, uint32_t own_id)
+{
+    uint32_t n = 1;
+    for (uint32_t i = 0; i < epoch->n_member; i++) {
+        const struct pc_epoch_member *member = &epoch->members[i];
+        n += member->role == BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY && member->id != own_id;
+    }
+    return n;
+}
+
 static void on_commit(void *ctx, pc_epoch *epoch)
 {
     gw_gateway *gateway = ctx;
     pc_epoch_release(gateway->epoch);
     gateway->epoch = pc_epoch_hold(epoch);
+    gw_turns_set_gateways(&gateway->turns, cm_now_ms(), count_gateways(epoch, gateway->member_id));
+    gw_streams_place(gateway); /* its part may be larger now */
     gw_routers_epoch(gateway->routers, epoch);
     pc_member_committed(gateway->member, epoch->number);
     gw_seeks_changed(gateway);
@@ -245,6 +258,7 @@ static void join_cluster(gw_gateway *gateway)
                                  .role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY,
                                  .http_address = gateway->http_bound,
                                  .grpc_address = gateway->grpc != NULL ? gateway->grpc_bound : NULL,
+                                 .net = gateway->config->net,
                                  .fingerprint = gateway->fingerprint,
                                  .n_layer = md_block_count(&gateway->geometry),
                                  .n_expert = gateway->geometry.n_expert,
@@ -314,13 +328,13 @@ cm_status gw_gateway_create(pc_loop *loop, const gw_config *config, gw_leave_fn 
     if (status != CM_OK) {
         goto err_gateway;
     }
-    gateway->encoder = (gw_encoder){
-        .loop = loop,
-        .jobs = cm_jobs_create("encode", (uint32_t)config->encode_threads, (uint32_t)config->streams_max + 1),
-        .tokenizer = gateway->tokenizer,
-        .profile = md_profile_detect(config->model),
-        .strict_replay = strcmp(config->reasoning_replay, "strict") == 0,
-        .json_word = config->json_word};
+    gateway->encoder = (gw_encoder){.loop = loop,
+                                    .jobs = cm_jobs_create("encode", (uint32_t)config->encode_threads,
+                                                           (uint32_t)config->streams_max + GW_PROBES_MAX),
+                                    .tokenizer = gateway->tokenizer,
+                                    .profile = md_profile_detect(config->model),
+                                    .strict_replay = strcmp(config->reasoning_replay, "strict") == 0,
+                                    .json_word = config->json_word};
     status = open_surfaces(gateway, err);
     if (status != CM_OK) {
         goto err_gateway;
@@ -419,7 +433,7 @@ void gw_gateway_drain(gw_gateway *gateway, pc_fn done, void *arg)
 
 /* ---- what surfaces ask ---- */
 
-const char *gw_ready_reason(const gw_gateway *gateway)
+const char *gw_mute_reason(const gw_gateway *gateway)
 {
     if (gateway->draining) {
         return "draining";
@@ -433,7 +447,13 @@ const char *gw_ready_reason(const gw_gateway *gateway)
     if (gw_routers_get_load(gateway->routers).n_linked == 0) {
         return "no router linked";
     }
-    return gateway->probe.passed ? NULL : "no token has come out yet";
+    return NULL;
+}
+
+const char *gw_ready_reason(const gw_gateway *gateway)
+{
+    const char *mute = gw_mute_reason(gateway);
+    return mute != NULL || gateway->probe.passed ? mute : "no token has come out yet";
 }
 
 static double kv_used(const gw_gateway *gateway)

@@ -18,7 +18,7 @@
 #include "gateway/tenants.h"
 #include "gateway/tokenizer_files.h"
 
-enum { GW_RETRY_MS = 1000, GW_ALIASES_MAX = 16 };
+enum { GW_RETRY_MS = 1000, GW_ALIASES_MAX = 16, GW_PROBES_MAX = 2 /* streams of our own at once */ };
 
 /* Another member, as it was last told of. */
 typedef struct gw_member_stats {
@@ -147,6 +147,11 @@ void gw_seeks_changed(gw_gateway *gateway); /* the epoch did */
 /* ---- probe.c ---- */
 void gw_probe_init(gw_gateway *gateway);
 void gw_probe_fini(gw_gateway *gateway);
+/* One token of nobody's prompt, as gw_stream_open_probe. */
+CM_MUST_CHECK cm_status gw_probe_open(gw_gateway *gateway, uint64_t deadline_ms,
+                                      void (*finished)(void *ctx, const gw_finish *finish),
+                                      void (*failed)(void *ctx, const gw_error *error), void *ctx,
+                                      gw_stream **stream_out, gw_error *error_out);
 /* Starts a probe if one is due. */
 void gw_probe_consider(gw_gateway *gateway);
 /* No router is linked any more: what was proven is not. */
@@ -155,6 +160,8 @@ void gw_probe_reset(gw_gateway *gateway);
 /* ---- gateway.c ---- */
 /* NULL when ready, else why not. */
 const char *gw_ready_reason(const gw_gateway *gateway);
+/* Why no token can come out now; NULL: one may. */
+const char *gw_mute_reason(const gw_gateway *gateway);
 /* Something ended: tells the one who drains when it was the last. */
 void gw_drain_check(gw_gateway *gateway);
 

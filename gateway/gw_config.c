@@ -26,6 +26,11 @@ static const cm_cfg_field FIELDS[] = {
      "tool calls in the history of a chat in thinking mode that come without their reasoning_content: "
      "lenient takes it as empty, strict refuses them, as DeepSeek does",
      CM_CFG_CHOICE(gw_config, reasoning_replay, "lenient|strict")},
+    {"invalid_status", "400",
+     "status of a chat, completion or response that is JSON but has a wrong value: 400, as OpenAI's, or 422, "
+     "as "
+     "DeepSeek's own service",
+     CM_CFG_CHOICE(gw_config, invalid_status, "400|422")},
     {"json_word", "on",
      "refuse response_format json_object when no message has the word json, as DeepSeek does",
      CM_CFG_BOOL(gw_config, json_word)},

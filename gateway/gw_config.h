@@ -18,6 +18,7 @@ typedef struct gw_config {
     uint64_t connections_max, connections_per_address_max, http_timeout_ms, keep_alive_ms;
     uint64_t drain_ms, reopen_ms;
     char *scripted_model;   /* "": the routers compute */
+    char *invalid_status;   /* "400" or "422" */
     char *reasoning_replay; /* "lenient" or "strict" */
     bool json_word;
     pc_process_config process;

@@ -4,29 +4,13 @@
 #include <errno.h>
 #include <event2/listener.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "common/base/mem.h"
+#include "common/proc/addresses.h"
 #include "gateway/http_private.h"
 
 enum { HEADERS_MAX_BYTES = 64 * 1024 };
-
-/* "host:port" or "[v6]:port". */
-static cm_status split_address(const char *address, char host_out[96], uint16_t *port_out, cm_error *err)
-{
-    const char *colon = strrchr(address, ':');
-    size_t n = colon != NULL ? (size_t)(colon - address) : 0;
-    bool bracketed = n >= 2 && address[0] == '[' && address[n - 1] == ']';
-    char *end = NULL;
-    unsigned long port = colon != NULL ? strtoul(colon + 1, &end, 10) : 0;
-    if (colon == NULL || n == 0 || n >= 96 || end == colon + 1 || *end != 0 || port > UINT16_MAX) {
-        return cm_error_set(err, CM_E_INVALID, "http", "%s is no address: host:port is needed", address);
-    }
-    snprintf(host_out, 96, "%.*s", (int)(bracketed ? n - 2 : n), bracketed ? address + 1 : address);
-    *port_out = (uint16_t)port;
-    return CM_OK;
-}
 
 static void bound_address(struct evhttp_bound_socket *bound, char out[128])
 {
@@ -63,9 +47,12 @@ static void set_limits(struct evhttp *server, const gw_config *config)
 cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **http_out, char bound_out[128],
                          cm_error *err)
 {
-    char host[96];
-    uint16_t port = 0;
-    CM_TRY(split_address(address, host, &port, err));
+    char host[PC_ADDRESS_BYTES];
+    uint16_t port;
+    if (!pc_address_split(address, host, &port)) {
+        return cm_error_set(err, CM_E_INVALID, "http", "%s is no address: " PC_ADDRESS_FORM " is needed",
+                            address);
+    }
     struct evhttp *server = evhttp_new(pc_loop_base(gateway->loop));
     if (server == NULL) {
         return cm_error_set(err, CM_E_MEMORY, "http", "no memory for an HTTP server");
@@ -82,6 +69,7 @@ cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **htt
     http->gateway = gateway;
     http->server = server;
     TAILQ_INIT(&http->exchanges);
+    http->check = gw_check_create(http);
     http->connections = gw_connections_create(gateway, server, evhttp_bound_socket_get_listener(bound));
     evhttp_set_gencb(server, gw_http_dispatch, http);
     bound_address(bound, bound_out);
@@ -92,6 +80,7 @@ cm_status gw_http_create(gw_gateway *gateway, const char *address, gw_http **htt
 void gw_http_destroy(gw_http *http)
 {
     gw_exchanges_drop_all(http);
+    gw_check_destroy(http->check);
     evhttp_free(http->server);
     gw_connections_destroy(http->connections);
     cm_free(http);

@@ -14,6 +14,7 @@
 #include <event2/bufferevent_ssl.h>
 #include <event2/listener.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <openssl/ssl.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -158,6 +159,13 @@ static void take_address(connection *c)
     }
 }
 
+/* An event is small and does not wait for the client to have acknowledged the one before it. */
+static void send_at_once(const connection *c)
+{
+    int on = 1;
+    (void)setsockopt(bufferevent_getfd(c->bev), IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+}
+
 static uint32_t count_address(const gw_connections *cs, const connection *of)
 {
     uint32_t n = 0;
@@ -179,6 +187,7 @@ static void look(void *arg)
             continue;
         }
         take_address(c);
+        send_at_once(c);
         if (count_address(cs, c) >= most) {
             cm_stat_add(CM_STAT_connections_refused, 1);
             connection_end(c);

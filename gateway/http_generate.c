@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "common/base/assert.h"
+#include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/base/rng.h"
@@ -39,18 +40,20 @@ struct gw_exchange {
     uint32_t n_choice, n_admitted, n_started, n_finished, n_held;
     void *writer;
     gw_origin *origin;
-    gw_seek *seek;            /* what the client comes back for is looked for; there are no choices yet */
-    gw_event_id from;         /* the last event that it has, when it comes back */
-    bool resumable;           /* its streams go on for a while if it goes away */
-    bool sse;                 /* answered in events */
-    bool begun;               /* the writer told its first events before all was accepted */
-    bool told_id;             /* some event was told with one */
-    bool returns;             /* its client came back: it has the id */
-    int status;               /* that was told; 0: none yet */
-    bool head_sent;           /* status and headers are out: errors go into the body */
-    struct evbuffer *pending; /* of this step, not yet given to the connection */
-    size_t burst_bytes;       /* the most that pending ever was */
-    pc_timer *keep_alive;
+    gw_seek *seek;        /* what the client comes back for is looked for; there are no choices yet */
+    gw_event_id from;     /* the last event that it has, when it comes back */
+    bool resumable;       /* its streams go on for a while if it goes away */
+    bool sse;             /* answered in events */
+    bool begun;           /* the writer told its first events before all was accepted */
+    bool told_id;         /* some event was told with one */
+    bool returns;         /* its client came back: it has the id */
+    int status;           /* that was told; 0: none yet */
+    bool head_sent;       /* status and headers are out: errors go into the body */
+    gw_wire wire;         /* since then */
+    cm_bytes pending;     /* of this step, not yet given to the connection */
+    size_t burst_bytes;   /* the most that pending ever was */
+    uint64_t told_ms;     /* when the client last heard something, or began to wait */
+    pc_timer *keep_alive; /* looks when that was; it is not put off at each word */
 };
 
 static struct timeval timeval_ms(uint64_t ms)
@@ -125,7 +128,7 @@ static void exchange_free(gw_exchange *x)
     TAILQ_REMOVE(&http->exchanges, x, link);
     http->n_exchanges--;
     pc_timer_destroy(x->keep_alive);
-    evbuffer_free(x->pending);
+    cm_bytes_fini(&x->pending);
     if (x->writer != NULL) {
         x->surface->writer.destroy(x->writer);
     }
@@ -177,11 +180,7 @@ void gw_exchanges_drop_all(gw_http *http)
 /* Instead of an answer. */
 static void refuse(gw_exchange *x, const gw_error *error)
 {
-    gw_error own = *error;
-    if (x->surface != NULL) {
-        gw_surface_own_words(x->surface, &own);
-    }
-    gw_reply_error(x->req, &own);
+    gw_reply_refusal(x->http, x->req, x->surface, error);
     x->status = evhttp_request_get_response_code(x->req);
 }
 
@@ -197,6 +196,7 @@ static void send_head(gw_exchange *x)
         evhttp_add_header(out, "X-Accel-Buffering", "no");
     }
     evhttp_send_reply_start(x->req, 200, "OK");
+    gw_wire_open(x->http, x->req, &x->wire);
     x->status = 200;
     x->head_sent = true;
 }
@@ -206,14 +206,14 @@ static void send_head(gw_exchange *x)
 static bool write_pending(gw_exchange *x)
 {
     const gw_config *config = x->http->gateway->config;
-    struct bufferevent *bev = evhttp_connection_get_bufferevent(evhttp_request_get_connection(x->req));
-    size_t burst = evbuffer_get_length(x->pending);
+    size_t burst = x->pending.len;
     x->burst_bytes = burst > x->burst_bytes ? burst : x->burst_bytes;
     if (burst > 0) {
-        evhttp_send_reply_chunk(x->req, x->pending);
-        pc_timer_set(x->keep_alive, config->keep_alive_ms);
+        gw_wire_write(&x->wire, &x->pending);
+        cm_bytes_clear(&x->pending);
+        x->told_ms = cm_now_ms();
     }
-    size_t n = evbuffer_get_length(bufferevent_get_output(bev));
+    size_t n = gw_wire_waiting(&x->wire);
     if (n > config->slow_reader_bytes + x->burst_bytes) {
         cm_warn("a client has not read %zu bytes of its answer: ended", n);
         exchange_drop(x);
@@ -225,13 +225,14 @@ static bool write_pending(gw_exchange *x)
 /* How far the client is once it has what is in pending: for each choice the events it has. */
 static void put_event_id(gw_exchange *x)
 {
-    evbuffer_add_printf(x->pending, "id: %s", gw_origin_id(x->origin));
+    cm_bytes_append_text(&x->pending, "id: ");
+    cm_bytes_append_text(&x->pending, gw_origin_id(x->origin));
     for (uint32_t i = 0; i < x->n_choice; i++) {
         const exchange_choice *choice = &x->choices[i];
         uint32_t n = choice->n_events > choice->n_skip ? choice->n_events : choice->n_skip;
-        evbuffer_add_printf(x->pending, "%c%u", i == 0 ? ':' : '.', n);
+        cm_bytes_printf(&x->pending, "%c%u", i == 0 ? ':' : '.', n);
     }
-    evbuffer_add(x->pending, "\n", 1);
+    cm_bytes_append(&x->pending, "\n", 1);
 }
 
 static void put_event(gw_exchange *x, const char *data, size_t n_bytes)
@@ -240,11 +241,11 @@ static void put_event(gw_exchange *x, const char *data, size_t n_bytes)
     if (x->surface->named_events) {
         CM_ASSERT(strncmp(data, before, strlen(before)) == 0);
         const char *type = data + strlen(before);
-        evbuffer_add_printf(x->pending, "event: %.*s\n", (int)strcspn(type, "\""), type);
+        cm_bytes_printf(&x->pending, "event: %.*s\n", (int)strcspn(type, "\""), type);
     }
-    evbuffer_add(x->pending, "data: ", 6);
-    evbuffer_add(x->pending, data, n_bytes);
-    evbuffer_add(x->pending, "\n\n", 2);
+    cm_bytes_append(&x->pending, "data: ", 6);
+    cm_bytes_append(&x->pending, data, n_bytes);
+    cm_bytes_append(&x->pending, "\n\n", 2);
 }
 
 static void emit_event(gw_exchange *x, uint32_t i_choice, const char *data, size_t n_bytes)
@@ -264,7 +265,7 @@ static void emit_object(void *ctx, uint32_t choice, const char *json, size_t n_b
     if (x->sse) {
         emit_event(x, choice, json, n_bytes);
     } else {
-        evbuffer_add(x->pending, json, n_bytes);
+        cm_bytes_append(&x->pending, json, n_bytes);
     }
 }
 
@@ -281,9 +282,8 @@ static void begin_early(gw_exchange *x)
 
 /* An empty line ends an event: openai-python keeps the id of the last one and would make an event without
  * data of the comment. Before any id it makes none, and proxies may wait for the line. */
-static void keep_alive(void *arg)
+static void put_keep_alive(gw_exchange *x)
 {
-    gw_exchange *x = arg;
     send_head(x); /* a whole object may begin with empty lines */
     if (x->sse) {
         begin_early(x);
@@ -295,12 +295,30 @@ static void keep_alive(void *arg)
         put_event(x, cm_bytes_text(&event), event.len); /* without an id: it is none of the answer's */
         cm_bytes_fini(&event);
     } else {
-        evbuffer_add_printf(x->pending, "%s",
-                            !x->sse      ? "\n"
-                            : x->told_id ? ": keep-alive\n"
-                                         : ": keep-alive\n\n");
+        cm_bytes_append_text(&x->pending, !x->sse      ? "\n"
+                                          : x->told_id ? ": keep-alive\n"
+                                                       : ": keep-alive\n\n");
     }
-    (void)write_pending(x);
+}
+
+static void keep_alive(void *arg)
+{
+    gw_exchange *x = arg;
+    uint64_t every_ms = x->http->gateway->config->keep_alive_ms, quiet_ms = cm_now_ms() - x->told_ms;
+    if (quiet_ms < every_ms) {
+        pc_timer_set(x->keep_alive, every_ms - quiet_ms);
+        return;
+    }
+    put_keep_alive(x);
+    if (write_pending(x)) {
+        pc_timer_set(x->keep_alive, every_ms);
+    }
+}
+
+static void expect_keep_alive(gw_exchange *x)
+{
+    x->told_ms = cm_now_ms();
+    pc_timer_set(x->keep_alive, x->http->gateway->config->keep_alive_ms);
 }
 
 /* The answer is complete in pending; x may be gone afterwards. */
@@ -308,13 +326,11 @@ static void end_answer(gw_exchange *x)
 {
     pc_timer_clear(x->keep_alive);
     if (!x->head_sent) {
-        evhttp_add_header(evhttp_request_get_output_headers(x->req), "Content-Type", "application/json");
-        evhttp_send_reply(x->req, 200, "OK", x->pending);
+        gw_reply(x->req, 200, "application/json", x->pending.data, x->pending.len);
         x->status = 200;
         return;
     }
     if (write_pending(x)) {
-        pc_timer_clear(x->keep_alive);
         evhttp_send_reply_end(x->req);
     }
 }
@@ -328,7 +344,7 @@ static void on_admitted(void *ctx)
 {
     gw_exchange *x = ((exchange_choice *)ctx)->x;
     if (++x->n_admitted == x->n_choice) {
-        pc_timer_set(x->keep_alive, x->http->gateway->config->keep_alive_ms);
+        expect_keep_alive(x);
     }
 }
 
@@ -345,7 +361,7 @@ static void on_started(void *ctx, const gw_start *start)
     if (++x->n_started < x->n_choice) {
         return;
     }
-    pc_timer_set(x->keep_alive, x->http->gateway->config->keep_alive_ms);
+    expect_keep_alive(x);
     if (x->sse) {
         send_head(x);
         (void)write_pending(x);
@@ -456,7 +472,7 @@ static void put_failure(gw_exchange *x, const gw_error *error)
     if (x->sse) {
         put_event(x, cm_bytes_text(&body), body.len); /* without an id: it is none of the answer's */
     } else {
-        evbuffer_add(x->pending, cm_bytes_text(&body), body.len);
+        cm_bytes_append(&x->pending, body.data, body.len);
     }
     cm_bytes_fini(&body);
 }
@@ -487,7 +503,7 @@ static gw_exchange *exchange_make(gw_http *http, struct evhttp_request *req)
     x->visit = http->visit;
     http->visit = NULL;
     x->req = req;
-    x->pending = evbuffer_new();
+    cm_bytes_init(&x->pending, 0);
     x->keep_alive = pc_timer_create(http->gateway->loop, keep_alive, x);
     TAILQ_INSERT_TAIL(&http->exchanges, x, link);
     http->n_exchanges++;
@@ -584,8 +600,7 @@ void gw_http_generate_given(gw_http *http, struct evhttp_request *req, const gw_
         json_decref(body);
     } else {
         gw_http_count_refused();
-        gw_surface_own_words(surface, &error);
-        gw_reply_error(req, &error);
+        gw_reply_refusal(http, req, surface, &error);
     }
 }
 

@@ -14,6 +14,7 @@
 
 typedef struct gw_exchange gw_exchange;
 typedef struct gw_connections gw_connections;
+typedef struct gw_check gw_check;
 
 struct gw_http {
     gw_gateway *gateway;
@@ -21,6 +22,7 @@ struct gw_http {
     gw_connections *connections;
     TAILQ_HEAD(, gw_exchange) exchanges;
     uint32_t n_exchanges;
+    gw_check *check;
     gw_visit *visit; /* of the request being dispatched; NULL: an exchange has taken it and ends it */
 };
 
@@ -37,11 +39,27 @@ void gw_reply(struct evhttp_request *req, int code, const char *content_type, co
 void gw_reply_json(struct evhttp_request *req, int code, const json_t *value);
 /* In the shape of the interface that was asked. */
 void gw_reply_error(struct evhttp_request *req, const gw_error *error);
+/* Of a body for a surface (NULL: not known), in its words and with the status that is wanted for wrong
+ * values. */
+void gw_reply_refusal(const gw_http *http, struct evhttp_request *req, const gw_surface *surface,
+                      const gw_error *error);
 /* Before any answer: x-request-id, traceparent, CORS. */
 void gw_reply_headers(struct evhttp_request *req, const gw_visit *visit);
 const char *gw_reply_request_id(struct evhttp_request *req); /* the one among them */
 /* Whether and when to try again, when the error says so: retry-after, retry-after-ms, x-should-retry. */
 void gw_reply_retry(struct evhttp_request *req, const gw_error *error);
+
+/* ---- http_chunk.c: answers as they come ---- */
+/* Where they go; as long as the connection. */
+typedef struct gw_wire {
+    struct evbuffer *output; /* libevent's */
+    int fd;                  /* -1: with TLS */
+    bool chunked;
+} gw_wire;
+/* After evhttp_send_reply_start. */
+void gw_wire_open(const gw_http *http, struct evhttp_request *req, gw_wire *wire_out);
+void gw_wire_write(const gw_wire *wire, const cm_bytes *data); /* not empty */
+size_t gw_wire_waiting(const gw_wire *wire);                   /* bytes that the socket did not take yet */
 
 /* ---- http_body.c: what clients send ---- */
 /* The body as a JSON object; NULL: an error was answered. */
@@ -61,6 +79,11 @@ void gw_http_model_info(gw_http *http, struct evhttp_request *req, const char *r
 void gw_http_server_info(gw_http *http, struct evhttp_request *req, const char *rest);
 void gw_http_get_load(gw_http *http, struct evhttp_request *req, const char *rest);
 void gw_http_loads(gw_http *http, struct evhttp_request *req, const char *rest);
+
+/* ---- http_check.c ---- */
+gw_check *gw_check_create(gw_http *http);
+void gw_check_destroy(gw_check *check); /* before evhttp_free */
+void gw_http_health_generate(gw_http *http, struct evhttp_request *req, const char *rest);
 
 /* ---- http_event_id.c ---- */
 /* "ID:N", with several answers "ID:N.N.N": the stream, and how many events of each answer were sent with this

@@ -20,6 +20,7 @@ static const char *reason_phrase(int code)
         {409, "Conflict"},
         {413, "Payload Too Large"},
         {415, "Unsupported Media Type"},
+        {422, "Unprocessable Content"},
         {429, "Too Many Requests"},
         {503, "Service Unavailable"},
         {504, "Gateway Timeout"},
@@ -111,6 +112,20 @@ static bool is_anthropic(struct evhttp_request *req)
     const char *below = gw_http_below_base(path_of(req));
     return evhttp_find_header(evhttp_request_get_input_headers(req), "anthropic-version") != NULL ||
            strncmp(below, "/messages", 9) == 0;
+}
+
+void gw_reply_refusal(const gw_http *http, struct evhttp_request *req, const gw_surface *surface,
+                      const gw_error *error)
+{
+    gw_error own = *error;
+    bool as_422 = strcmp(http->gateway->config->invalid_status, "422") == 0;
+    if (own.cause == GW_CAUSE_INVALID && as_422) {
+        own.cause = GW_CAUSE_UNPROCESSABLE;
+    }
+    if (surface != NULL) {
+        gw_surface_own_words(surface, &own);
+    }
+    gw_reply_error(req, &own);
 }
 
 void gw_reply_error(struct evhttp_request *req, const gw_error *error)

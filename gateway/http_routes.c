@@ -273,6 +273,15 @@ static void route_metrics(gw_http *http, struct evhttp_request *req, const char 
     cm_bytes_fini(&out);
 }
 
+/* What may_enter lets only operators do. */
+static void route_forget(gw_http *http, struct evhttp_request *req, const char *rest)
+{
+    (void)rest;
+    json_t *reply = json_pack("{s:i}", "routers", (int)gw_routers_forget_prefixes(http->gateway->routers));
+    gw_reply_json(req, 200, reply);
+    json_decref(reply);
+}
+
 static void route_version(gw_http *http, struct evhttp_request *req, const char *rest)
 {
     static const char text[] = "{\"version\":\"" BALEEN_VERSION "\"}";
@@ -336,8 +345,7 @@ static void route_count_tokens(gw_http *http, struct evhttp_request *req, const 
         gw_reply_json(req, 200, reply);
         json_decref(reply);
     } else {
-        gw_surface_own_words(&gw_surface_messages, &error);
-        gw_reply_error(req, &error);
+        gw_reply_refusal(http, req, &gw_surface_messages, &error);
     }
     json_decref(given);
 }
@@ -392,6 +400,7 @@ static const route ROUTES[] = {
     {"/ping", false, false, EVHTTP_REQ_GET, route_health},
     {"/livez", false, false, EVHTTP_REQ_GET, route_health},
     {"/healthz", false, false, EVHTTP_REQ_GET, route_health},
+    {"/health_generate", false, false, EVHTTP_REQ_GET, gw_http_health_generate},
     {"/ready", false, false, EVHTTP_REQ_GET, route_ready},
     {"/readyz", false, false, EVHTTP_REQ_GET, route_ready},
     {"/load", false, false, EVHTTP_REQ_GET, route_load},
@@ -402,6 +411,8 @@ static const route ROUTES[] = {
     {"/get_server_info", false, false, EVHTTP_REQ_GET, gw_http_server_info},
     {"/server_info", false, false, EVHTTP_REQ_GET, gw_http_server_info},
     {"/metrics", false, false, EVHTTP_REQ_GET, route_metrics},
+    {"/reset_prefix_cache", false, false, EVHTTP_REQ_POST, route_forget},
+    {"/flush_cache", false, false, EVHTTP_REQ_POST, route_forget},
     {"/version", false, false, EVHTTP_REQ_GET, route_version},
     {"/v2", false, false, EVHTTP_REQ_GET, gw_kserve_http_server},
     {"/v2/health/live", false, false, EVHTTP_REQ_GET, gw_kserve_http_live},
@@ -477,13 +488,15 @@ static void reply_no_route(struct evhttp_request *req, const char *path)
 static bool is_open(const gw_http *http, const route *r)
 {
     return r->fn == route_root || r->fn == route_health || r->fn == route_ready ||
+           r->fn == gw_http_health_generate ||
            (r->fn == route_metrics && http->gateway->config->metrics_open);
 }
 
 /* What asks every few seconds for as long as the process lives. */
 static bool is_quiet(const route *r)
 {
-    return r->fn == route_health || r->fn == route_ready || r->fn == route_metrics;
+    return r->fn == route_health || r->fn == route_ready || r->fn == gw_http_health_generate ||
+           r->fn == route_metrics;
 }
 
 /* false: it was answered that it may not. */
@@ -497,8 +510,9 @@ static bool may_enter(gw_http *http, struct evhttp_request *req, const route *r)
     }
     cm_status status = gw_gateway_identify(http->gateway, evhttp_find_header(in, "authorization"),
                                            evhttp_find_header(in, "x-api-key"), &http->visit->tenant, &error);
-    if (status == CM_OK && r->fn == route_metrics && !gw_tenants_is_operator(tenants, http->visit->tenant)) {
-        gw_error_set(&error, GW_CAUSE_FORBIDDEN, NULL, "/metrics is for operators");
+    bool of_operators = r->fn == route_metrics || r->fn == route_forget;
+    if (status == CM_OK && of_operators && !gw_tenants_is_operator(tenants, http->visit->tenant)) {
+        gw_error_set(&error, GW_CAUSE_FORBIDDEN, NULL, "%s is for operators", r->path);
         status = CM_E_INVALID;
     }
     if (status != CM_OK) {

@@ -21,6 +21,7 @@ struct gw_openai_choice {
     gw_openai *writer;
     uint32_t index;
     bool thinking;
+    cm_bytes head;               /* streamed: with which each of its objects begins; empty before the first */
     const gw_usage *now;         /* what it came to so far, while it is streamed; NULL: not known */
     gw_openai_logprobs logprobs; /* when asked for: not written yet */
 
@@ -51,6 +52,7 @@ static void choice_init(gw_openai *writer, uint32_t index)
     gw_openai_choice *choice = &writer->choices[index];
     *choice = (gw_openai_choice){.writer = writer, .index = index};
     gw_openai_logprobs_init(&choice->logprobs, writer->kind);
+    cm_bytes_init(&choice->head, 0);
     cm_bytes_init(&choice->content, 0);
     cm_bytes_init(&choice->reasoning, 0);
 }
@@ -63,6 +65,7 @@ static void choice_fini(gw_openai_choice *choice)
     }
     cm_free(choice->calls);
     gw_openai_logprobs_fini(&choice->logprobs);
+    cm_bytes_fini(&choice->head);
     cm_bytes_fini(&choice->content);
     cm_bytes_fini(&choice->reasoning);
 }
@@ -213,12 +216,18 @@ static void end_choice(gw_openai_choice *choice, const gw_reason *reason)
 static void begin_delta(gw_openai_choice *choice)
 {
     gw_openai *writer = choice->writer;
+    if (choice->head.len > 0) {
+        cm_bytes_clear(&writer->out);
+        cm_bytes_append(&writer->out, choice->head.data, choice->head.len);
+        return;
+    }
     begin_object(writer);
     if (writer->kind == GW_ASK_CHAT) {
         cm_bytes_printf(&writer->out, "{\"index\":%u,\"delta\":{", choice->index);
     } else {
         put(writer, "{\"text\":");
     }
+    cm_bytes_append(&choice->head, writer->out.data, writer->out.len);
 }
 
 static void end_delta(gw_openai_choice *choice, const gw_reason *reason, const gw_usage *usage, bool last)

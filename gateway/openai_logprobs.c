@@ -36,10 +36,9 @@ static void put_token(cm_bytes *out, const gw_logprob *of)
     cm_bytes_append_text(out, "]");
 }
 
-static void add_to_chat(gw_openai_logprobs *list, const gw_logprobs *logprobs)
+void gw_openai_logprobs_object(const gw_logprobs *logprobs, cm_bytes *out)
 {
-    cm_bytes *out = logprobs->kind == MD_PIECE_REASONING ? &list->reasoning : &list->content;
-    cm_bytes_append_text(out, out->len > 0 ? ",{" : "{");
+    cm_bytes_append_text(out, "{");
     put_token(out, &logprobs->token);
     cm_bytes_append_text(out, ",\"top_logprobs\":[");
     for (uint32_t i = 0; i < logprobs->n_top; i++) {
@@ -48,6 +47,13 @@ static void add_to_chat(gw_openai_logprobs *list, const gw_logprobs *logprobs)
         cm_bytes_append_text(out, "}");
     }
     cm_bytes_append_text(out, "]}");
+}
+
+static void add_to_chat(gw_openai_logprobs *list, const gw_logprobs *logprobs)
+{
+    cm_bytes *out = logprobs->kind == MD_PIECE_REASONING ? &list->reasoning : &list->content;
+    cm_bytes_append_text(out, out->len > 0 ? "," : "");
+    gw_openai_logprobs_object(logprobs, out);
 }
 
 /* ---- completion ---- */

@@ -14,6 +14,9 @@ typedef struct gw_openai_logprobs {
     uint64_t n_chars; /* completion: of all tokens so far */
 } gw_openai_logprobs;
 
+/* Appends a chat's object of one token, which an item of Responses has too. */
+void gw_openai_logprobs_object(const gw_logprobs *logprobs, cm_bytes *out);
+
 void gw_openai_logprobs_init(gw_openai_logprobs *list, gw_ask_kind kind);
 void gw_openai_logprobs_fini(gw_openai_logprobs *list);
 /* A marker without text of its own is left out, so that a list's bytes join to the text. */

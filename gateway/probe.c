@@ -21,6 +21,24 @@ static void probe_flush(void *ctx)
     (void)ctx;
 }
 
+cm_status gw_probe_open(gw_gateway *gateway, uint64_t deadline_ms,
+                        void (*finished)(void *, const gw_finish *), void (*failed)(void *, const gw_error *),
+                        void *ctx, gw_stream **stream_out, gw_error *error_out)
+{
+    gw_stream_events events = {.started = probe_started,
+                               .piece = probe_piece,
+                               .flush = probe_flush,
+                               .finished = finished,
+                               .failed = failed};
+    json_t *body = json_pack("{s:[i], s:i, s:i, s:b}", "prompt",
+                             (int)md_tokenizer_control(gateway->tokenizer, MD_CTL_BOS), "max_tokens", 1,
+                             "temperature", 0, "ignore_eos", 1);
+    gw_ask ask = {.kind = GW_ASK_COMPLETE, .body = body, .deadline_ms = deadline_ms};
+    cm_status status = gw_stream_open_probe(gateway, &ask, &events, ctx, stream_out, error_out);
+    json_decref(body);
+    return status;
+}
+
 static void probe_finished(void *ctx, const gw_finish *finish)
 {
     gw_gateway *gateway = ctx;
@@ -59,23 +77,14 @@ void gw_probe_fini(gw_gateway *gateway)
 
 void gw_probe_consider(gw_gateway *gateway)
 {
-    static const gw_stream_events events = {.started = probe_started,
-                                            .piece = probe_piece,
-                                            .flush = probe_flush,
-                                            .finished = probe_finished,
-                                            .failed = probe_failed};
     bool possible = gateway->epoch != NULL && gateway->epoch->placement != NULL &&
                     gw_routers_get_load(gateway->routers).n_linked > 0;
     if (!possible || gateway->probe.passed || gateway->probe.stream != NULL || gateway->draining) {
         return;
     }
-    json_t *body = json_pack("{s:[i], s:i, s:i, s:b}", "prompt",
-                             (int)md_tokenizer_control(gateway->tokenizer, MD_CTL_BOS), "max_tokens", 1,
-                             "temperature", 0, "ignore_eos", 1);
-    gw_ask ask = {.kind = GW_ASK_COMPLETE, .body = body, .deadline_ms = PROBE_DEADLINE_MS};
     gw_error error;
-    cm_status status = gw_stream_open_probe(gateway, &ask, &events, gateway, &gateway->probe.stream, &error);
-    json_decref(body);
+    cm_status status = gw_probe_open(gateway, PROBE_DEADLINE_MS, probe_finished, probe_failed, gateway,
+                                     &gateway->probe.stream, &error);
     if (status != CM_OK) {
         probe_failed(gateway, &error);
     }

@@ -4,9 +4,16 @@
 
 #include "common/base/mem.h"
 #include "gateway/json_text.h"
+#include "gateway/openai_logprobs.h"
 #include "gateway/parts.h"
 #include "gateway/request.h"
 #include "gateway/responses_body.h"
+
+/* What an output item has besides its text. */
+typedef struct response_item {
+    gw_responses_tool tool; /* what a call's item calls; looked for once, not at each piece */
+    cm_bytes logprobs;      /* of a message, when asked for: of all its tokens so far */
+} response_item;
 
 typedef struct gw_responses {
     bool stream;
@@ -20,9 +27,9 @@ typedef struct gw_responses {
 
     char *id, *model;
     int64_t created_s;
-    gw_parts parts; /* output items */
-    gw_responses_tool
-        *tool; /* [parts.n] owned: what a call's item calls; looked for once, not at each piece */
+    gw_parts parts;      /* output items */
+    response_item *item; /* [parts.n] owned */
+    cm_bytes logprobs;   /* of tokens whose text has not come yet */
 } gw_responses;
 
 /* What becomes of a response or of an item. */
@@ -72,29 +79,18 @@ static void dump_echo(const json_t *given, cm_bytes *out)
     json_decref(echo);
 }
 
-static bool wants_sealed(const json_t *given)
-{
-    const json_t *include = json_object_get(given, "include");
-    for (size_t i = 0; i < json_array_size(include); i++) {
-        const char *what = json_string_value(json_array_get(include, i));
-        if (what != NULL && strcmp(what, "reasoning.encrypted_content") == 0) {
-            return true;
-        }
-    }
-    return false;
-}
-
 static void *responses_create(const json_t *given, const char *fingerprint, gw_emit_fn emit, void *ctx)
 {
     gw_responses *writer = cm_alloc(sizeof(*writer));
     (void)fingerprint;
     *writer = (gw_responses){.stream = gw_request_streams(given),
-                             .seals = wants_sealed(given),
+                             .seals = gw_responses_includes(given, "reasoning.encrypted_content"),
                              .emit = emit,
                              .ctx = ctx,
                              .tools = json_incref(json_object_get(given, "tools"))};
     cm_bytes_init(&writer->out, 0);
     cm_bytes_init(&writer->echo, 0);
+    cm_bytes_init(&writer->logprobs, 0);
     dump_echo(given, &writer->echo);
     return writer;
 }
@@ -102,8 +98,12 @@ static void *responses_create(const json_t *given, const char *fingerprint, gw_e
 static void responses_destroy(void *ctx)
 {
     gw_responses *writer = ctx;
+    for (uint32_t i = 0; i < writer->parts.n; i++) {
+        cm_bytes_fini(&writer->item[i].logprobs);
+    }
+    cm_free(writer->item);
     gw_parts_fini(&writer->parts);
-    cm_free(writer->tool);
+    cm_bytes_fini(&writer->logprobs);
     cm_bytes_fini(&writer->out);
     json_decref(writer->tools);
     cm_bytes_fini(&writer->echo);
@@ -130,27 +130,28 @@ static void put_bytes(cm_bytes *out, const cm_bytes *bytes)
     gw_json_string(out, cm_bytes_text(bytes), bytes->len);
 }
 
-/* The newest item's tool: one that the client does not have goes by the name that the model gave it. */
-static void find_tool(gw_responses *writer)
+/* The newest part's item. A tool that the client does not have goes by the name that the model gave it. */
+static void add_item(gw_responses *writer)
 {
     uint32_t n = writer->parts.n;
     const gw_part *part = &writer->parts.part[n - 1];
-    gw_responses_tool tool = {0};
+    response_item item = {.tool.name = NULL};
     if (part->kind == MD_PIECE_CALL &&
-        !gw_responses_find_tool(writer->tools, cm_bytes_text(&part->name), &tool)) {
-        tool.name = cm_bytes_text(&part->name);
+        !gw_responses_find_tool(writer->tools, cm_bytes_text(&part->name), &item.tool)) {
+        item.tool.name = cm_bytes_text(&part->name);
     }
-    writer->tool = cm_realloc(writer->tool, n * sizeof(*writer->tool));
-    writer->tool[n - 1] = tool;
+    cm_bytes_init(&item.logprobs, 0);
+    writer->item = cm_realloc(writer->item, n * sizeof(*writer->item));
+    writer->item[n - 1] = item;
 }
 
 static void put_item_id(const gw_responses *writer, uint32_t item, cm_bytes *out)
 {
     const gw_part *part = &writer->parts.part[item];
-    const char *prefix = part->kind == MD_PIECE_REASONING ? "rs_"
-                         : part->kind == MD_PIECE_CONTENT ? "msg_"
-                         : writer->tool[item].is_custom   ? "ctc_"
-                                                          : "fc_";
+    const char *prefix = part->kind == MD_PIECE_REASONING    ? "rs_"
+                         : part->kind == MD_PIECE_CONTENT    ? "msg_"
+                         : writer->item[item].tool.is_custom ? "ctc_"
+                                                             : "fc_";
     char id[GW_PART_ID_BYTES];
     gw_part_id(prefix, writer->id, item, id);
     put_text(out, id);
@@ -172,7 +173,7 @@ static void put_custom_input(const gw_part *part, cm_bytes *out)
 static void put_call(const gw_responses *writer, uint32_t item, bool with_text, cm_bytes *out)
 {
     const gw_part *part = &writer->parts.part[item];
-    gw_responses_tool tool = writer->tool[item];
+    gw_responses_tool tool = writer->item[item].tool;
     char id[GW_PART_ID_BYTES];
     gw_part_id("call_", writer->id, item, id);
     cm_bytes_printf(out, ",\"call_id\":\"%s\",\"name\":", id);
@@ -191,9 +192,17 @@ static void put_call(const gw_responses *writer, uint32_t item, bool with_text, 
     }
 }
 
-/* A content part; with_text: else it has just begun. */
-static void put_content_part(const gw_part *part, bool with_text, cm_bytes *out)
+static void put_logprobs(const cm_bytes *logprobs, cm_bytes *out)
 {
+    cm_bytes_append_text(out, ",\"logprobs\":[");
+    cm_bytes_append(out, cm_bytes_text(logprobs), logprobs->len);
+    cm_bytes_append_text(out, "]");
+}
+
+/* An item's part of content; with_text: else it has just begun. */
+static void put_content_part(const gw_responses *writer, uint32_t item, bool with_text, cm_bytes *out)
+{
+    const gw_part *part = &writer->parts.part[item];
     bool reasoning = part->kind == MD_PIECE_REASONING;
     cm_bytes_append_text(out, reasoning ? "{\"type\":\"reasoning_text\",\"text\":"
                                         : "{\"type\":\"output_text\",\"text\":");
@@ -202,16 +211,21 @@ static void put_content_part(const gw_part *part, bool with_text, cm_bytes *out)
     } else {
         cm_bytes_append_text(out, "\"\"");
     }
-    cm_bytes_append_text(out, reasoning ? "}" : ",\"annotations\":[],\"logprobs\":[]}");
+    if (!reasoning) {
+        cm_bytes_append_text(out, ",\"annotations\":[]");
+        put_logprobs(&writer->item[item].logprobs, out);
+    }
+    cm_bytes_append_text(out, "}");
 }
 
-static void put_content(const gw_responses *writer, const gw_part *part, bool with_text, cm_bytes *out)
+static void put_content(const gw_responses *writer, uint32_t item, bool with_text, cm_bytes *out)
 {
+    const gw_part *part = &writer->parts.part[item];
     bool reasoning = part->kind == MD_PIECE_REASONING;
     cm_bytes_append_text(out, reasoning ? ",\"summary\":[],\"content\":["
                                         : ",\"role\":\"assistant\",\"content\":[");
     if (with_text) {
-        put_content_part(part, true, out);
+        put_content_part(writer, item, true, out);
     }
     cm_bytes_append_text(out, "]");
     if (reasoning && writer->seals && with_text) {
@@ -224,10 +238,10 @@ static void put_content(const gw_responses *writer, const gw_part *part, bool wi
 static const char *item_type(const gw_responses *writer, uint32_t item)
 {
     const gw_part *part = &writer->parts.part[item];
-    return part->kind == MD_PIECE_REASONING ? "reasoning"
-           : part->kind == MD_PIECE_CONTENT ? "message"
-           : writer->tool[item].is_custom   ? "custom_tool_call"
-                                            : "function_call";
+    return part->kind == MD_PIECE_REASONING    ? "reasoning"
+           : part->kind == MD_PIECE_CONTENT    ? "message"
+           : writer->item[item].tool.is_custom ? "custom_tool_call"
+                                               : "function_call";
 }
 
 /* with_text: what it has so far; else nothing, as it begins. */
@@ -240,7 +254,7 @@ static void put_item(const gw_responses *writer, uint32_t item, outcome status, 
     if (part->kind == MD_PIECE_CALL) {
         put_call(writer, item, with_text, out);
     } else {
-        put_content(writer, part, with_text, out);
+        put_content(writer, item, with_text, out);
     }
     cm_bytes_append_text(out, "}");
 }
@@ -351,7 +365,7 @@ static void emit_part(gw_responses *writer, const char *type, uint32_t item, boo
 {
     begin_about(writer, type, item, true);
     cm_bytes_append_text(&writer->out, ",\"part\":");
-    put_content_part(&writer->parts.part[item], with_text, &writer->out);
+    put_content_part(writer, item, with_text, &writer->out);
     emit(writer, false);
 }
 
@@ -372,7 +386,9 @@ static void emit_delta(gw_responses *writer, const md_piece *piece)
     begin_about(writer, type, last_item(writer), piece->kind != MD_PIECE_ARGS);
     cm_bytes_append_text(&writer->out, ",\"delta\":");
     gw_json_string(&writer->out, piece->text, piece->n_bytes);
-    cm_bytes_append_text(&writer->out, piece->kind == MD_PIECE_CONTENT ? ",\"logprobs\":[]" : "");
+    if (piece->kind == MD_PIECE_CONTENT) {
+        put_logprobs(&writer->logprobs, &writer->out);
+    }
     emit(writer, false);
 }
 
@@ -383,7 +399,9 @@ static void close_text(gw_responses *writer, uint32_t item)
     begin_about(writer, reasoning ? "reasoning_text.done" : "output_text.done", item, true);
     cm_bytes_append_text(&writer->out, ",\"text\":");
     put_bytes(&writer->out, &part->text);
-    cm_bytes_append_text(&writer->out, reasoning ? "" : ",\"logprobs\":[]");
+    if (!reasoning) {
+        put_logprobs(&writer->item[item].logprobs, &writer->out);
+    }
     emit(writer, false);
     emit_part(writer, "content_part.done", item, true);
 }
@@ -393,7 +411,7 @@ static void close_function(gw_responses *writer, uint32_t item)
     const gw_part *part = &writer->parts.part[item];
     begin_about(writer, "function_call_arguments.done", item, false);
     cm_bytes_append_text(&writer->out, ",\"name\":");
-    put_text(&writer->out, writer->tool[item].name);
+    put_text(&writer->out, writer->item[item].tool.name);
     cm_bytes_append_text(&writer->out, ",\"arguments\":");
     put_bytes(&writer->out, &part->text);
     emit(writer, false);
@@ -417,7 +435,7 @@ static void close_item(gw_responses *writer, uint32_t item, outcome status)
     const gw_part *part = &writer->parts.part[item];
     if (part->kind != MD_PIECE_CALL) {
         close_text(writer, item);
-    } else if (writer->tool[item].is_custom) {
+    } else if (writer->item[item].tool.is_custom) {
         close_custom(writer, item);
     } else {
         close_function(writer, item);
@@ -445,26 +463,53 @@ static void responses_started(void *ctx, const gw_start *start)
     }
 }
 
-static void responses_piece(void *ctx, const md_piece *piece)
+/* Reasoning has no place for them. */
+static void responses_logprobs(void *ctx, const gw_logprobs *logprobs)
 {
     gw_responses *writer = ctx;
-    bool fresh = gw_parts_add(&writer->parts, piece);
-    if (fresh) {
-        find_tool(writer);
+    if (logprobs->kind != MD_PIECE_REASONING) {
+        cm_bytes_append_text(&writer->logprobs, writer->logprobs.len > 0 ? "," : "");
+        gw_openai_logprobs_object(logprobs, &writer->logprobs);
     }
-    if (!writer->stream) {
-        return;
+}
+
+/* Those of a message's text become its own; those of a call's are nobody's. */
+static void take_logprobs(gw_responses *writer, const md_piece *piece)
+{
+    cm_bytes *of_item = &writer->item[last_item(writer)].logprobs;
+    if (piece->kind == MD_PIECE_CONTENT && writer->logprobs.len > 0) {
+        cm_bytes_append_text(of_item, of_item->len > 0 ? "," : "");
+        cm_bytes_append(of_item, writer->logprobs.data, writer->logprobs.len);
     }
+}
+
+/* What its client hears of a piece. */
+static void tell_piece(gw_responses *writer, const md_piece *piece, bool fresh)
+{
     if (fresh && writer->parts.n > 1) {
         close_item(writer, last_item(writer) - 1, COMPLETED);
     }
     if (fresh) {
         open_item(writer);
     }
-    bool waits = writer->tool[last_item(writer)].is_custom;
+    bool waits = writer->item[last_item(writer)].tool.is_custom;
     if (piece->kind != MD_PIECE_CALL && !waits) {
         emit_delta(writer, piece);
     }
+}
+
+static void responses_piece(void *ctx, const md_piece *piece)
+{
+    gw_responses *writer = ctx;
+    bool fresh = gw_parts_add(&writer->parts, piece);
+    if (fresh) {
+        add_item(writer);
+    }
+    if (writer->stream) {
+        tell_piece(writer, piece, fresh);
+    }
+    take_logprobs(writer, piece);
+    cm_bytes_clear(&writer->logprobs);
 }
 
 static void responses_finished(void *ctx, const gw_finish *finish)
@@ -489,6 +534,7 @@ static const gw_stream_events *responses_events(void)
     static const gw_stream_events events = {
         .started = responses_started,
         .piece = responses_piece,
+        .logprobs = responses_logprobs,
         .finished = responses_finished,
     };
     return &events;

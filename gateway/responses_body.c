@@ -6,6 +6,7 @@
 
 #include "common/base/mem.h"
 #include "common/model/chat.h"
+#include "gateway/request.h"
 
 #define SEAL "bl1."
 
@@ -59,6 +60,18 @@ static cm_status refuse(gw_error *error, const char *param, const char *what)
 {
     gw_error_set(error, GW_CAUSE_INVALID, param, "%s %s", param, what);
     return CM_E_INVALID;
+}
+
+bool gw_responses_includes(const json_t *given, const char *what)
+{
+    const json_t *include = json_object_get(given, "include");
+    for (size_t i = 0; i < json_array_size(include); i++) {
+        const char *word = json_string_value(json_array_get(include, i));
+        if (word != NULL && strcmp(word, what) == 0) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /* ---- sealed reasoning: nothing is secret in it, it only goes and comes as one word ---- */
@@ -446,11 +459,31 @@ static void put_format(const json_t *given, json_t *body)
     }
 }
 
+/* Of its tokens' alternatives a client hears when it includes log-probabilities; alone the number asks for
+ * nothing. */
+static cm_status put_logprobs(const json_t *given, json_t *body, gw_error *error)
+{
+    json_t *n_top = json_object_get(given, "top_logprobs");
+    if (!absent(n_top) && (!json_is_integer(n_top) || json_integer_value(n_top) < 0 ||
+                           json_integer_value(n_top) > GW_TOP_LOGPROBS_MAX)) {
+        return refuse(error, "top_logprobs", "must be an integer from 0 to 20");
+    }
+    if (gw_responses_includes(given, "message.output_text.logprobs")) {
+        json_object_set_new(body, "logprobs", json_true());
+        json_object_set(body, "top_logprobs", n_top);
+    }
+    return CM_OK;
+}
+
 /* given with every tool and every call a function's. */
 static cm_status make_plain(const json_t *given, json_t *plain, gw_error *error)
 {
     const json_t *instructions = json_object_get(given, "instructions");
+    const json_t *include = json_object_get(given, "include");
     CM_TRY(check_stateless(given, error));
+    if (!absent(include) && !json_is_array(include)) {
+        return refuse(error, "include", "must be a list");
+    }
     if (!absent(instructions) && !json_is_string(instructions)) {
         return refuse(error, "instructions", "must be a string");
     }
@@ -470,6 +503,7 @@ static cm_status convert(const json_t *given, json_t *plain, json_t **body_out, 
     gw_surface_copy(gw_responses_fields, given, body);
     put_format(given, body);
     status = put_tool_choice(given, body, error);
+    status = status == CM_OK ? put_logprobs(given, body, error) : status;
     if (status != CM_OK) {
         json_decref(body);
         return status;

@@ -17,5 +17,8 @@ typedef struct gw_responses_tool {
 /* false: the model named something that it was not given. */
 bool gw_responses_find_tool(const json_t *tools, const char *shown, gw_responses_tool *tool_out);
 
+/* Whether "include" asks for it: "reasoning.encrypted_content", "message.output_text.logprobs". */
+bool gw_responses_includes(const json_t *given, const char *what);
+
 /* Reasoning that the client is to bring back without looking into it. */
 void gw_responses_seal(const cm_bytes *reasoning, cm_bytes *out);

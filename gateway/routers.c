@@ -149,6 +149,18 @@ void gw_router_find(gw_router *router, const Baleen__Engine__V1__SeqFind *find)
     router_say(router, PR_MSG_SEQ_FIND, &find->base);
 }
 
+uint32_t gw_routers_forget_prefixes(gw_routers *routers)
+{
+    Baleen__Engine__V1__PrefixForget message = BALEEN__ENGINE__V1__PREFIX_FORGET__INIT;
+    gw_router *router;
+    uint32_t n = 0;
+    TAILQ_FOREACH (router, &routers->list, link) {
+        n += router->up;
+        router_say(router, PR_MSG_PREFIX_FORGET, &message.base);
+    }
+    return n;
+}
+
 /* ---- links ---- */
 
 static void router_connect(gw_router *router)

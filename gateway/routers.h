@@ -59,4 +59,6 @@ void gw_router_finish(gw_router *router, uint64_t stream); /* as cancel, but its
 void gw_router_cancel_copy(gw_router *router, Baleen__Engine__V1__SeqKey *key);
 void gw_router_detach(gw_router *router, uint64_t stream);
 void gw_router_resume(gw_router *router, const Baleen__Engine__V1__SeqResume *resume);
+/* To all that are linked; how many. */
+uint32_t gw_routers_forget_prefixes(gw_routers *routers);
 void gw_router_find(gw_router *router, const Baleen__Engine__V1__SeqFind *find);

@@ -643,7 +643,7 @@ void gw_streams_init(gw_gateway *gateway)
                               .deaths_max = DEATHS_MAX,
                               .seed = cm_random_u64()};
     TAILQ_INIT(&gateway->streams);
-    cm_map_init(&gateway->by_number, (uint32_t)gateway->config->streams_max + 1);
+    cm_map_init(&gateway->by_number, (uint32_t)gateway->config->streams_max + GW_PROBES_MAX);
     gw_place_init(&gateway->place, &limits);
     gw_turns_init(&gateway->turns, (uint32_t)gateway->config->streams_max);
     gateway->place_timer = pc_timer_create(gateway->loop, place_timer, gateway);

@@ -82,7 +82,8 @@ void gw_tenant_limits_defaults(gw_tenant_limits *limits)
 
 void gw_turns_init(gw_turns *turns, uint32_t held_max)
 {
-    *turns = (gw_turns){.held_max = held_max, .due_ms = UINT64_MAX, .output_mean = OUTPUT_FIRST};
+    *turns =
+        (gw_turns){.n_gateway = 1, .held_max = held_max, .due_ms = UINT64_MAX, .output_mean = OUTPUT_FIRST};
     TAILQ_INIT(&turns->tenants);
 }
 
@@ -103,6 +104,30 @@ void gw_turns_set_room(gw_turns *turns, uint32_t room, uint32_t ahead)
     turns->ahead = ahead;
 }
 
+/* Ours of a limit; 0 stays 0, which is none. */
+static uint64_t part_of(const gw_turns *turns, uint64_t limit)
+{
+    return limit / turns->n_gateway + (limit % turns->n_gateway != 0);
+}
+
+static void set_buckets(const gw_turns *turns, gw_tenant *tenant)
+{
+    bucket_set(&tenant->requests, part_of(turns, tenant->limits.requests_per_minute));
+    bucket_set(&tenant->tokens, part_of(turns, tenant->limits.tokens_per_minute));
+}
+
+void gw_turns_set_gateways(gw_turns *turns, uint64_t now_ms, uint32_t n)
+{
+    gw_tenant *tenant;
+    CM_ASSERT(n > 0);
+    turns->n_gateway = n;
+    TAILQ_FOREACH (tenant, &turns->tenants, link) {
+        bucket_fill(&tenant->requests, now_ms);
+        bucket_fill(&tenant->tokens, now_ms);
+        set_buckets(turns, tenant);
+    }
+}
+
 void gw_tenant_change(gw_turns *turns, gw_tenant *tenant, bool in_force, const gw_tenant_limits *limits)
 {
     CM_ASSERT(limits->weight >= 1 && limits->weight <= GW_WEIGHT_MAX);
@@ -116,8 +141,7 @@ void gw_tenant_change(gw_turns *turns, gw_tenant *tenant, bool in_force, const g
         turns->n_in_force++;
         turns->weights += limits->weight;
     }
-    bucket_set(&tenant->requests, limits->requests_per_minute);
-    bucket_set(&tenant->tokens, limits->tokens_per_minute);
+    set_buckets(turns, tenant);
 }
 
 gw_tenant *gw_turns_add_tenant(gw_turns *turns, const char *name, const gw_tenant_limits *limits)
@@ -183,12 +207,12 @@ static cm_status refuse(gw_turn_no *no_out, gw_turn_refusal why, uint64_t limit,
 static uint32_t slots_left(const gw_turns *turns, const gw_tenant *tenant)
 {
     uint32_t room = turns->room > turns->n_running ? turns->room - turns->n_running : 0;
-    uint32_t most = tenant->limits.running_max;
+    uint64_t most = part_of(turns, tenant->limits.running_max);
     if (most == 0) {
         return room;
     }
-    uint32_t own = most > tenant->n_running ? most - tenant->n_running : 0;
-    return own < room ? own : room;
+    uint64_t own = most > tenant->n_running ? most - tenant->n_running : 0;
+    return own < room ? (uint32_t)own : room;
 }
 
 static cm_status check_queues(const gw_turns *turns, const gw_tenant *tenant, gw_turn_no *no_out)
@@ -198,9 +222,9 @@ static cm_status check_queues(const gw_turns *turns, const gw_tenant *tenant, gw
     if (turns->n_held >= turns->held_max || (crowded && !below_share(turns, tenant, mine, turns->held_max))) {
         return refuse(no_out, GW_TURN_FULL, turns->held_max, RETRY_MS);
     }
-    if ((uint64_t)tenant->n_held + tenant->n_waiting >=
-        (uint64_t)tenant->limits.queue_max + slots_left(turns, tenant)) {
-        return refuse(no_out, GW_TURN_QUEUE_FULL, tenant->limits.queue_max, RETRY_MS);
+    uint64_t queue_max = part_of(turns, tenant->limits.queue_max);
+    if ((uint64_t)tenant->n_held + tenant->n_waiting >= queue_max + slots_left(turns, tenant)) {
+        return refuse(no_out, GW_TURN_QUEUE_FULL, queue_max, RETRY_MS);
     }
     return CM_OK;
 }
@@ -214,11 +238,11 @@ cm_status gw_turns_admit(gw_turns *turns, uint64_t now_ms, gw_tenant *tenant, bo
     bucket_fill(&tenant->tokens, now_ms);
     uint32_t wait_ms = first ? bucket_wait_ms(&tenant->requests, 1) : 0;
     if (wait_ms > 0) {
-        return refuse(no_out, GW_TURN_MANY_REQUESTS, tenant->limits.requests_per_minute, wait_ms);
+        return refuse(no_out, GW_TURN_MANY_REQUESTS, tenant->requests.per_minute, wait_ms);
     }
     wait_ms = bucket_wait_ms(&tenant->tokens, 1);
     if (wait_ms > 0) {
-        return refuse(no_out, GW_TURN_MANY_TOKENS, tenant->limits.tokens_per_minute, wait_ms);
+        return refuse(no_out, GW_TURN_MANY_TOKENS, tenant->tokens.per_minute, wait_ms);
     }
     bucket_take(&tenant->requests, first ? 1 : 0);
     turn->state = GW_TURN_HELD;
@@ -336,7 +360,8 @@ static bool may_run(const gw_turns *turns, const gw_tenant *tenant)
 {
     uint32_t part = (turns->room - turns->ahead) / RESERVE_PART;
     uint32_t reserve = turns->n_in_force > 1 && part > 0 ? part + turns->ahead : 0;
-    bool limited = tenant->limits.running_max > 0 && tenant->n_running >= tenant->limits.running_max;
+    uint64_t most = part_of(turns, tenant->limits.running_max);
+    bool limited = most > 0 && tenant->n_running >= most;
     return tenant->n_waiting > 0 && !limited &&
            (turns->n_running < turns->room - reserve ||
             below_share(turns, tenant, tenant->n_running, turns->room));

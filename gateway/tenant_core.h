@@ -5,6 +5,9 @@
  * tenant's last ones and corrected when it has ended. While nobody else waits and there is room, a turn comes
  * at once.
  *
+ * Of several gateways each grants its part of a tenant's limits: the limit by their number, rounded up, so
+ * that together they grant it, and less to a tenant that asks only some of them.
+ *
  * With several tenants an eighth of the room is kept for those that use less than their share of it, so that
  * a quiet tenant need not wait for the end of one of a flooding tenant's answers.
  *
@@ -23,7 +26,7 @@ enum { GW_TENANT_NAME_MAX = 64, GW_WEIGHT_MAX = 1000 };
 
 typedef struct gw_tenant gw_tenant;
 
-typedef struct gw_tenant_limits {
+typedef struct gw_tenant_limits { /* of all gateways together */
     uint32_t weight;              /* 1..GW_WEIGHT_MAX */
     uint32_t running_max;         /* answers at routers at once; 0: as many as there is room for */
     uint32_t queue_max;           /* answers that wait for that */
@@ -56,6 +59,7 @@ typedef TAILQ_HEAD(gw_turn_list, gw_turn) gw_turn_list;
 typedef struct gw_turns {
     TAILQ_HEAD(, gw_tenant) tenants; /* in the order they came */
     uint32_t n_tenant, n_in_force;
+    uint32_t n_gateway;         /* that share the limits, this one too */
     uint64_t weights;           /* of those in force */
     uint32_t held_max;          /* turns that are not NONE */
     uint32_t room;              /* RUNNING ones */
@@ -72,6 +76,8 @@ void gw_turns_fini(gw_turns *turns); /* all turns have ended */
 /* RUNNING turns at once: routers can run so many less ahead. Fewer than now: nothing starts until enough have
  * ended. */
 void gw_turns_set_room(gw_turns *turns, uint32_t room, uint32_t ahead);
+/* Gateways between which the limits are shared; 1 in the beginning. */
+void gw_turns_set_gateways(gw_turns *turns, uint64_t now_ms, uint32_t n);
 
 /* ---- tenants ---- */
 /* name is new. In force. */
@@ -101,7 +107,7 @@ typedef enum gw_turn_refusal {
 } gw_turn_refusal;
 typedef struct gw_turn_no {
     gw_turn_refusal why;
-    uint64_t limit;    /* that was reached */
+    uint64_t limit;    /* that was reached, or our part of it */
     uint32_t retry_ms; /* when to try again */
 } gw_turn_no;
 /* first: of the answers to one request; only that one counts as a request. CM_E_CAPACITY: refused. */

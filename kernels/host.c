@@ -1,4 +1,5 @@
 #include <string.h>
+#include <unistd.h>
 
 #include "common/base/assert.h"
 #include "common/base/mem.h"
@@ -17,13 +18,16 @@ typedef struct host_head {
 cm_status kn_host_alloc(kn_device *device, uint64_t n_bytes, kn_ptr *ptr_out)
 {
     host_head head = {0};
-    (void)device;
     if (n_bytes > SIZE_MAX - 2 * ALIGN) {
         return CM_E_MEMORY;
     }
     if (n_bytes >= LARGE) {
         head.huge_bytes = n_bytes + ALIGN;
         head.block = cm_huge_alloc((size_t)head.huge_bytes);
+        if (head.block != NULL && device->numa != NULL) { /* no page of it has been touched yet */
+            uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+            kn_numa_spread(device->numa, head.block, (size_t)(head.huge_bytes / page * page));
+        }
     } else {
         head.block = cm_try_alloc((size_t)n_bytes + 2 * ALIGN);
     }

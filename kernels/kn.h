@@ -79,6 +79,8 @@ typedef struct kn_device_options {
     const char *backend; /* "cpu" (default), "ref" */
     const char *isa;     /* cpu: "auto", or one of what kn_device_isa can say; forces a path */
     uint32_t n_threads;  /* cpu: size of the team, >= 1; the caller's thread is one of them */
+    const char
+        *numa_node; /* cpu: as kn_numa_open (kernels/numa.h); NULL: memory and threads are left alone */
 } kn_device_options;
 
 /* The largest shapes that will ever be asked of a stream: scratch is taken once, at kn_stream_open. */
@@ -92,7 +94,7 @@ typedef struct kn_limits {
     uint32_t n_expert;    /* most experts of one gate */
 } kn_limits;
 
-/* CM_E_CONFIG: unknown backend or isa, or one this machine lacks (err lists what there is). */
+/* CM_E_CONFIG: unknown backend, isa or NUMA node, or one this machine lacks (err lists what there is). */
 CM_MUST_CHECK cm_status kn_device_open(const kn_device_options *options, kn_device **device_out,
                                        cm_error *err);
 void kn_device_close(kn_device *device);

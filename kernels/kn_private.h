@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "kernels/kn.h"
+#include "kernels/numa.h"
 
 enum {
     KN_DIM_MAX = 1024, /* head dim and indexer dim: rows of this size stand on the stack */
@@ -36,6 +37,7 @@ struct kn_device {
     const kn_dense_ops *dense;
     const kn_attn_ops *attn;
     const kn_moe_ops *moe;
+    kn_numa *numa; /* whose nodes host memory is spread over; NULL: it stays where it is touched first */
 };
 
 /* First member of every back-end's own stream. */

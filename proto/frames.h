@@ -5,13 +5,16 @@
  *   dispatch payload:  pr_slot [n_slot] | codes E4M3 [n_row][d] | scales E8M0 [n_row][ceil(d/128)]   (each
  * 64-aligned) combine payload:   BF16 [n_slot][d], in the order of the dispatch's slots
  *
+ * An answer is one combine frame or several with ascending slots, so that the one end can put away what came
+ * while the other still copies.
+ *
  * Thread: any; values only. */
 #pragma once
 #include <stdint.h>
 
 #include "common/base/status.h"
 
-enum { PR_FRAME_VERSION = 1, PR_DTYPE_E4M3 = 1, PR_DTYPE_BF16 = 2 };
+enum { PR_FRAME_VERSION = 2, PR_DTYPE_E4M3 = 1, PR_DTYPE_BF16 = 2 };
 
 /* First in every frame header. */
 typedef struct pr_frame_head {
@@ -46,9 +49,11 @@ _Static_assert(sizeof(pr_slot) == 12, "wire layout");
 typedef struct pr_combine {
     pr_frame_head head;
     uint32_t d;
+    uint32_t slot0; /* of the dispatch, the first of this frame */
     uint32_t n_slot;
+    uint32_t zero;
 } pr_combine;
-_Static_assert(sizeof(pr_combine) == 48, "wire layout");
+_Static_assert(sizeof(pr_combine) == 56, "wire layout");
 
 /* Why a dispatch was not computed. head is the dispatch's own. */
 typedef struct pr_refuse {

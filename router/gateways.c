@@ -575,6 +575,13 @@ static void gateways_on_find(rt_gateways *g, gateway_link *link, const void *mes
     link->found_bytes += frame->packed.len;
 }
 
+static void gateways_on_forget(rt_gateways *g, gateway_link *link, const void *message)
+{
+    (void)message;
+    cm_info("gateway link %s: kept prompts are forgotten", net_peer_address(link->peer));
+    rt_sched_forget(g->sched);
+}
+
 static void gateways_on_message(rt_gateways *g, gateway_link *link, const net_event *event)
 {
     static const struct {
@@ -587,6 +594,7 @@ static void gateways_on_message(rt_gateways *g, gateway_link *link, const net_ev
         {PR_MSG_SEQ_DETACH, &baleen__engine__v1__seq_detach__descriptor, gateways_on_detach},
         {PR_MSG_SEQ_FIND, &baleen__engine__v1__seq_find__descriptor, gateways_on_find},
         {PR_MSG_SEQ_RESUME, &baleen__engine__v1__seq_resume__descriptor, gateways_on_resume},
+        {PR_MSG_PREFIX_FORGET, &baleen__engine__v1__prefix_forget__descriptor, gateways_on_forget},
     };
     for (size_t i = 0; i < sizeof(handlers) / sizeof(handlers[0]); i++) {
         if (handlers[i].type == (pr_message)event->type) {

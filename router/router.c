@@ -271,7 +271,10 @@ static cm_status router_create_engine(rt_router *r, rt_sched_limits *limits_out,
     CM_TRY(md_checkpoint_fingerprint(r->checkpoint, r->fingerprint, err));
     rt_engine_options options = {
         .checkpoint = r->checkpoint,
-        .device = {.backend = config->device, .isa = config->cpu_isa, .n_threads = (uint32_t)config->threads},
+        .device = {.backend = config->device,
+                   .isa = config->cpu_isa,
+                   .n_threads = (uint32_t)config->threads,
+                   .numa_node = config->numa_node},
         .row_max = (uint32_t)config->rows_max,
         .slot_max = (uint32_t)config->sequences_max,
         .kv_bytes = config->kv_bytes,
@@ -371,6 +374,7 @@ static void router_join(rt_router *r)
         .tls = r->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER,
         .data_address = r->address,
+        .net = r->config->net,
         .fingerprint = r->fingerprint,
     };
     if (!router_is_scripted(r)) { /* a script has no experts */

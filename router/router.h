@@ -6,7 +6,7 @@
 #include "common/proc/process.h"
 
 typedef struct rt_config {
-    char *coordinator, *address, *model, *scripted_model, *device, *cpu_isa, *net;
+    char *coordinator, *address, *model, *scripted_model, *device, *cpu_isa, *numa_node, *net;
     uint64_t threads, rows_max, chunk_max, sequences_max, queue_max, drafts_max, micro_batches, kv_bytes,
         prefix_bytes, answer_ms, wait_ms, silence_ms, frame_bytes, gateways_max, gateway_grace_ms, kept_max,
         kept_bytes, drain_ms;

@@ -18,6 +18,11 @@ static const cm_cfg_field g_fields[] = {
     {"device", "cpu", "where the dense path is computed", CM_CFG_CHOICE(rt_config, device, "cpu|ref")},
     {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(rt_config, cpu_isa)},
     {"threads", "1", "compute threads", CM_CFG_UINT(rt_config, threads, 1, 1024)},
+    {"numa_node", "any",
+     "number of the NUMA node whose cores and memory to keep to, as one router does for each node; any: all "
+     "that "
+     "the process may use",
+     CM_CFG_STRING(rt_config, numa_node)},
     {"net", "ucx", "data plane", CM_CFG_CHOICE(rt_config, net, "ucx|shm|mpi|local")},
     {"rows_max", "256", "token rows of one step", CM_CFG_UINT(rt_config, rows_max, 1, 65536)},
     {"chunk_max", "128", "prompt rows of one sequence in one step",

@@ -5,7 +5,7 @@ set -euo pipefail
 
 build=(build-essential cmake ninja-build pkg-config libucx-dev libgrpc-dev protobuf-compiler libprotobuf-c-dev
        protobuf-c-compiler libevent-dev libjansson-dev libpcre2-dev libsqlite3-dev libxxhash-dev libssl-dev libcmocka-dev
-       libarchive-dev zlib1g-dev)
+       libarchive-dev zlib1g-dev libhwloc-dev)
 test=(openssl python3 python3-venv clang clang-format libclang-rt-14-dev etcd-server libopenmpi-dev openmpi-bin)
 
 packages=("${build[@]}")

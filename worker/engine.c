@@ -21,10 +21,13 @@
 
 enum {
     ENGINE_EVENTS = 64,
-    ENGINE_GROUP = 64, /* frames computed together */
-    ENGINE_RESULTS =
-        4, /* groups whose answers may be on their way at once; each has results of row_max rows */
-    ENGINE_LINGER_MS = 500, /* at the end: for answers to leave */
+    ENGINE_GROUP = 64,              /* frames computed together */
+    ENGINE_RESULTS = 4,             /* times row_max: rows of answers that may be on their way at once */
+    ENGINE_SLICE_BYTES = 512 << 10, /* of an answer, in one message: what a core's own cache holds */
+    ENGINE_LINGER_MS = 500,         /* at the end: for answers to leave */
+    ENGINE_HOLD_US = 1000000, /* longest that a frame waits for routers that are behind, and of the time an
+                                 answer may take */
+    ENGINE_HOLD_PART = 4,
 };
 
 /* A dispatch frame on its way through: received, gathered, computed, answered. */
@@ -33,12 +36,15 @@ typedef struct engine_frame {
                         meanwhile */
     uint32_t link;   /* number of the link it came by, as the gathering knows it */
     uint32_t slot0;  /* first row of its answer in the group's results */
+    uint32_t n_said; /* rows of its answer that were sent, in n_out messages that have not left */
+    uint32_t n_out;
+    bool over; /* nothing more is to be sent */
     struct engine_group *group;
 } engine_frame;
 
 /* Results of one group of frames, kept until all its answers have left. */
 typedef struct engine_group {
-    kn_ptr results; /* BF16 [row_max][d] */
+    uint32_t row0, n_row; /* in the engine's results */
     uint32_t n_open;
 } engine_group;
 
@@ -60,9 +66,9 @@ struct wk_engine {
     wk_shard *shard;
     wk_gather *gather;
     cm_pool frames; /* engine_frame */
-    cm_pool groups; /* engine_group; each owns a results buffer by its index */
-    kn_ptr results[ENGINE_RESULTS];
-    kn_q8 q8; /* gathered rows: codes [row_max][d], scales */
+    cm_pool groups; /* engine_group */
+    kn_ptr results; /* BF16 [ENGINE_RESULTS * row_max][d] */
+    kn_q8 q8;       /* gathered rows: codes [row_max][d], scales */
     kn_expert_item *items;
     kn_expert_group *expert_groups;
     uint32_t *counts;       /* [n_expert + 1] */
@@ -103,12 +109,12 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     if (status == CM_OK) {
         status = kn_mem_alloc(e->device, n * kn_blocks(g->d, KN_ACT_BLOCK), &e->q8.scales);
     }
-    for (uint32_t i = 0; i < ENGINE_RESULTS && status == CM_OK; i++) {
-        status = kn_mem_alloc(e->device, 2 * n * g->d, &e->results[i]);
+    if (status == CM_OK) {
+        status = kn_mem_alloc(e->device, 2 * ENGINE_RESULTS * n * g->d, &e->results);
     }
     if (status != CM_OK) {
         return cm_error_set(err, status, "rows_max",
-                            "no device memory for %u groups of %u rows: lower rows_max or frame_bytes",
+                            "no device memory for %u times %u rows: lower rows_max or frame_bytes",
                             ENGINE_RESULTS, e->options.row_max);
     }
     e->items = cm_alloc(sizeof(kn_expert_item) * n);
@@ -116,8 +122,15 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     e->counts = cm_alloc(sizeof(uint32_t) * (g->n_expert + 1));
     e->debts = cm_alloc(sizeof(engine_debt) * e->options.rows.receives_max);
     cm_pool_init(&e->frames, "dispatch frames", sizeof(engine_frame), e->options.frame_max);
-    cm_pool_init(&e->groups, "result groups", sizeof(engine_group), ENGINE_RESULTS);
+    cm_pool_init(&e->groups, "result groups", sizeof(engine_group), e->options.frame_max);
     return CM_OK;
+}
+
+/* A router gives an answer up after as long as we give one that cannot leave. */
+static uint64_t engine_hold_us(const wk_engine_options *options)
+{
+    uint64_t most_us = 1000ull * options->answer_ms / ENGINE_HOLD_PART;
+    return most_us < ENGINE_HOLD_US ? most_us : ENGINE_HOLD_US;
 }
 
 cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_out,
@@ -156,7 +169,8 @@ cm_status wk_engine_create(const wk_engine_options *options, wk_engine **engine_
     e->gather = wk_gather_create(&(wk_gather_limits){.router_max = options->router_max,
                                                      .frame_max = options->frame_max,
                                                      .row_max = options->row_max,
-                                                     .window_max_us = options->window_max_us});
+                                                     .window_max_us = options->window_max_us,
+                                                     .hold_max_us = engine_hold_us(options)});
     e->serve = (wk_serve){.d = e->geometry->d,
                           .n_layer = md_block_count(e->geometry),
                           .n_expert = e->geometry->n_expert,
@@ -186,9 +200,7 @@ void wk_engine_destroy(wk_engine *e)
     wk_gather_destroy(e->gather);
     cm_pool_fini(&e->frames);
     cm_pool_fini(&e->groups);
-    for (uint32_t i = 0; i < ENGINE_RESULTS; i++) {
-        kn_mem_free(e->device, e->results[i]);
-    }
+    kn_mem_free(e->device, e->results);
     kn_mem_free(e->device, e->q8.codes);
     kn_mem_free(e->device, e->q8.scales);
     cm_free(e->items);
@@ -273,10 +285,11 @@ static void engine_follow_epochs(wk_engine *e)
 
 /* ---- replies ---- */
 
-static void engine_on_sent(wk_engine *e, engine_frame *entry)
+/* Rows of its group are needed no more when all has left. */
+static void engine_end_frame(wk_engine *e, engine_frame *entry)
 {
-    if (entry == NULL) {
-        return; /* a refusal */
+    if (!entry->over || entry->n_out > 0) {
+        return;
     }
     if (--entry->group->n_open == 0) {
         cm_pool_put(&e->groups, entry->group);
@@ -284,23 +297,51 @@ static void engine_on_sent(wk_engine *e, engine_frame *entry)
     cm_pool_put(&e->frames, entry);
 }
 
-static cm_status engine_send_answer(const wk_engine *e, engine_frame *entry)
+static void engine_on_sent(wk_engine *e, engine_frame *entry)
+{
+    if (entry != NULL) { /* not a refusal */
+        entry->n_out--;
+        engine_end_frame(e, entry);
+    }
+}
+
+/* The next rows of an answer. */
+static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry)
 {
     const pr_dispatch *frame = entry->event.header;
-    uint32_t d = e->geometry->d;
-    pr_combine header = {.head = frame->head, .d = d, .n_slot = frame->n_slot};
+    uint32_t d = e->geometry->d, n_most = ENGINE_SLICE_BYTES / (2 * d),
+             n_left = frame->n_slot - entry->n_said;
+    n_most = n_most > 0 ? n_most : 1;
+    uint32_t n = n_left < n_most ? n_left : n_most;
+    pr_combine header = {.head = frame->head, .d = d, .slot0 = entry->n_said, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
+    const uint8_t *results = kn_mem_host(e->device, e->results);
+    uint64_t row = (uint64_t)entry->group->row0 + entry->slot0 + entry->n_said;
     net_message message = {
         .type = PR_MSG_COMBINE,
         .header = &header,
         .header_bytes = sizeof(header),
-        .iov = {{(const uint8_t *)kn_mem_host(e->device, entry->group->results) + 2ull * entry->slot0 * d,
-                 2ull * frame->n_slot * d}},
+        .iov = {{results + 2 * row * d, 2ull * n * d}},
         .n_iov = 1,
         .deadline_ms = e->options.answer_ms,
         .cookie = entry,
     };
-    return net_send(entry->event.peer, &message);
+    cm_status status = net_send(entry->event.peer, &message);
+    if (status == CM_OK) {
+        entry->n_said += n;
+        entry->n_out++;
+    }
+    return status;
+}
+
+static cm_status engine_send_answer(const wk_engine *e, engine_frame *entry)
+{
+    const pr_dispatch *frame = entry->event.header;
+    cm_status status = CM_OK;
+    while (status == CM_OK && entry->n_said < frame->n_slot) {
+        status = engine_send_slice(e, entry);
+    }
+    return status;
 }
 
 static cm_status engine_send_refusal(const wk_engine *e, const engine_debt *debt)
@@ -312,13 +353,15 @@ static cm_status engine_send_refusal(const wk_engine *e, const engine_debt *debt
     return net_send(debt->event.peer, &message);
 }
 
-/* The reply need not or can not be sent any more. */
-static void engine_drop_debt(wk_engine *e, const engine_debt *debt)
+/* The reply has been sent, or need not or can not be sent any more. */
+static void engine_end_debt(wk_engine *e, const engine_debt *debt)
 {
+    net_event event = debt->event; /* of the frame, which may end here */
     if (debt->answer != NULL) {
-        engine_on_sent(e, debt->answer);
+        debt->answer->over = true;
+        engine_end_frame(e, debt->answer);
     }
-    net_release(e->rows, &debt->event);
+    net_release(e->rows, &event);
 }
 
 /* false: the link has no room. */
@@ -329,13 +372,11 @@ static bool engine_pay(wk_engine *e, const engine_debt *debt)
     if (status == CM_AGAIN) {
         return false;
     }
-    if (status == CM_OK) {
-        net_release(e->rows, &debt->event);
-    } else { /* the link is going */
+    if (status != CM_OK) { /* the link is going */
         cm_debug("a reply to %s was not sent: %s", net_peer_address(debt->event.peer),
                  cm_status_text(status));
-        engine_drop_debt(e, debt);
     }
+    engine_end_debt(e, debt);
     return true;
 }
 
@@ -355,7 +396,7 @@ static void engine_settle(wk_engine *e, const net_peer *gone)
     for (uint32_t i = 0; i < e->n_debt; i++) {
         engine_debt debt = e->debts[i];
         if (debt.event.peer == gone) {
-            engine_drop_debt(e, &debt);
+            engine_end_debt(e, &debt);
         } else if (!engine_pay(e, &debt)) {
             e->debts[n_kept++] = debt;
         }
@@ -572,19 +613,22 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
     uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer, n_slot = 0;
     e->computing = frames;
     e->n_computing = n_frame;
-    engine_compute_groups(e, engine_pack(e, frames, n_frame, layer), layer, group->results);
+    engine_compute_groups(e, engine_pack(e, frames, n_frame, layer), layer,
+                          kn_at(e->results, 2ull * group->row0 * e->geometry->d));
     e->n_computing = 0;
     group->n_open = 1; /* ours, until all answers are on their way */
+    group->n_row = 0;
     for (uint32_t f = 0; f < n_frame; f++) {
         engine_frame *entry = frames[f];
         entry->group = group;
         group->n_open++;
+        group->n_row += ((const pr_dispatch *)entry->event.header)->n_slot;
         n_slot += ((const pr_dispatch *)entry->event.header)->n_slot;
         engine_debt debt = {.event = entry->event, .answer = entry};
         if (debt.event.peer != NULL) {
             engine_reply(e, &debt);
         } else {
-            engine_drop_debt(e, &debt);
+            engine_end_debt(e, &debt);
         }
     }
     if (--group->n_open == 0) {
@@ -592,6 +636,24 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
     }
     cm_stat_add(CM_STAT_worker_rows, n_slot);
     cm_stat_add(CM_STAT_worker_batches, 1);
+}
+
+/* Room for the results of a group of row_max rows, as low as possible: where the caches still are. What
+ * others have not taken yet is in the way with its own rows only, so that a router that takes nothing holds
+ * up nobody for long. false: there is none. */
+static bool engine_place(const wk_engine *e, engine_group *group)
+{
+    uint32_t n = e->options.row_max, at = 0;
+    for (uint32_t i = 0; i < e->groups.n_max; i++) {
+        const engine_group *other = cm_pool_at(&e->groups, i);
+        if (other != NULL && other != group && at < other->row0 + other->n_row && other->row0 < at + n) {
+            at = other->row0 + other->n_row;
+            i = UINT32_MAX; /* from the start: those before may be in the way now */
+        }
+    }
+    group->row0 = at;
+    group->n_row = n;
+    return at <= (ENGINE_RESULTS - 1) * n;
 }
 
 /* Computes what is due; says how long nothing will be. */
@@ -604,9 +666,12 @@ static uint64_t engine_work(wk_engine *e)
         return wait_us;
     }
     if (cm_pool_get(&e->groups, (void **)&group) != CM_OK) {
-        return wait_us; /* all results are on their way out: an event will come */
+        return wait_us; /* as below */
     }
-    group->results = e->results[cm_pool_index(&e->groups, group)];
+    if (!engine_place(e, group)) {
+        cm_pool_put(&e->groups, group);
+        return wait_us; /* the results are on their way out: an event will come */
+    }
     uint32_t n = 0;
     if (!cm_failpoint_fires(CM_FAILPOINT_worker_combine_late)) {
         n = wk_gather_next(e->gather, cm_now_ns() / 1000, frames, ENGINE_GROUP, &wait_us);
@@ -660,7 +725,7 @@ static void engine_wind_up(wk_engine *e)
         engine_settle(e, NULL);
     }
     for (uint32_t i = 0; i < e->n_debt; i++) {
-        engine_drop_debt(e, &e->debts[i]);
+        engine_end_debt(e, &e->debts[i]);
     }
     e->n_debt = 0;
     net_close(e->rows);
@@ -672,6 +737,9 @@ void wk_engine_run(wk_engine *e)
     while (!atomic_load(&e->stopping)) {
         engine_follow_epochs(e);
         uint32_t n = engine_poll(e);
+        if (n == 0) {
+            wk_gather_looked(e->gather);
+        }
         engine_settle(e, NULL);
         uint64_t wait_us = engine_work(e);
         cm_stat_set(CM_STAT_ledger_frames, (int64_t)net_in_flight(e->rows));

@@ -7,6 +7,8 @@ enum {
     GATHER_FADE = 32,   /* groups after which what was learned of one has faded to a third */
     GATHER_LEAST = 2,   /* a group less saves at least such a part of one */
     GATHER_SPREAD = 64, /* variance of rows, by the square of their mean, that a line can be drawn through */
+    GATHER_BLIND = 24, /* times that nobody saw when a router came back, until it is waited for to find out */
+    GATHER_ODD = 4,    /* times what was to be expected: what took longer says no more than that */
 };
 
 typedef struct gather_router {
@@ -18,6 +20,8 @@ typedef struct gather_router {
     bool computing;       /* the group given out has a frame of it */
     uint64_t answered_us; /* it has been answered and has not come back; 0: else */
     uint64_t return_us;   /* from an answer to its next frame, as learned; 0: not yet */
+    uint32_t n_blind;     /* times in a row that it was back at some time unknown */
+    bool guessed;         /* return_us is */
 } gather_router;
 
 typedef struct gather_frame {
@@ -29,6 +33,7 @@ typedef struct gather_frame {
 
 /* Fading means of groups' rows and times, for the line through them. */
 typedef struct gather_cost {
+    uint32_t n; /* groups, up to GATHER_FADE */
     double rows, us, rows2, rows_us;
 } gather_cost;
 
@@ -39,6 +44,7 @@ struct wk_gather {
     uint32_t n_frame;
     uint32_t window_us;
     uint64_t taken_us; /* when the newest group was given out */
+    bool blind; /* nobody has looked for frames since: one that comes may have been there for a while */
     uint32_t taken_rows;
     gather_cost cost;
     uint64_t cost_us;  /* of a group, as learned; 0: not yet */
@@ -74,10 +80,36 @@ static uint32_t gather_find_router(const wk_gather *g, uint32_t id)
 }
 
 /* Never 0, which is for what is not known. */
-static uint64_t gather_learn(uint64_t known_us, uint64_t seen_us)
+static uint64_t gather_learn(const wk_gather *g, uint64_t known_us, uint64_t seen_us)
 {
+    uint64_t odd_us = GATHER_ODD * (known_us > g->cost_us ? known_us : g->cost_us);
+    seen_us = seen_us < odd_us ? seen_us : odd_us;
     uint64_t next_us = known_us == 0 ? seen_us : (3 * known_us + seen_us) / 4;
     return next_us > 0 ? next_us : 1;
+}
+
+/* A frame that came while a group was computed came at any time since: to believe that it came when it was
+ * seen would make each router as slow as the groups of the others, and keep them apart for good. After many
+ * such, and at first, the middle is guessed: that costs one wait at most, and then
+ * it is known again. */
+static void gather_learn_return(const wk_gather *g, gather_router *r, uint64_t now_us)
+{
+    uint64_t took_us = now_us - r->answered_us, least_us = took_us;
+    if (g->blind) {
+        least_us = g->taken_us > r->answered_us ? g->taken_us - r->answered_us : 0;
+    }
+    r->answered_us = 0;
+    if (least_us == took_us) {
+        r->return_us = gather_learn(g, r->guessed ? 0 : r->return_us, took_us);
+        r->n_blind = 0;
+        r->guessed = false;
+    } else if (++r->n_blind == GATHER_BLIND || r->return_us == 0) {
+        r->return_us = 1 + (least_us + took_us) / 2;
+        r->n_blind = 0;
+        r->guessed = true;
+    } else {
+        r->return_us = r->return_us < least_us ? least_us : r->return_us > took_us ? took_us : r->return_us;
+    }
 }
 
 cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint32_t layer, uint32_t n_row,
@@ -93,8 +125,7 @@ cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint
     }
     gather_router *r = &g->routers[i];
     if (r->answered_us != 0) {
-        r->return_us = gather_learn(r->return_us, now_us - r->answered_us);
-        r->answered_us = 0;
+        gather_learn_return(g, r, now_us);
     }
     r->layer = layer;
     g->n_layer = layer >= g->n_layer ? layer + 1 : g->n_layer;
@@ -115,9 +146,16 @@ void wk_gather_idle(wk_gather *g, uint32_t router)
     }
 }
 
-static void gather_fade(double *mean, double seen, bool first)
+static void gather_fade(const gather_cost *c, double *mean, double seen)
 {
-    *mean = first ? seen : *mean + (seen - *mean) / GATHER_FADE;
+    *mean += (seen - *mean) / c->n;
+}
+
+/* One group during which this process did not run, or its disk was read, is not what groups cost. */
+static double gather_plausible(const gather_cost *c, double rows, double us)
+{
+    double most = GATHER_ODD * c->us * (rows > c->rows ? rows / c->rows : 1);
+    return c->n > 0 && us > most ? most : us;
 }
 
 /* The part of a group's time that its rows do not explain is the experts' weights. Groups of one size only
@@ -125,14 +163,15 @@ static void gather_fade(double *mean, double seen, bool first)
 static void gather_learn_cost(wk_gather *g, double rows, double us)
 {
     gather_cost *c = &g->cost;
-    bool first = g->cost_us == 0;
-    gather_fade(&c->rows, rows, first);
-    gather_fade(&c->us, us, first);
-    gather_fade(&c->rows2, rows * rows, first);
-    gather_fade(&c->rows_us, rows * us, first);
+    us = gather_plausible(c, rows, us);
+    c->n += c->n < GATHER_FADE;
+    gather_fade(c, &c->rows, rows);
+    gather_fade(c, &c->us, us);
+    gather_fade(c, &c->rows2, rows * rows);
+    gather_fade(c, &c->rows_us, rows * us);
     double spread = c->rows2 - c->rows * c->rows;
     g->cost_us = 1 + (uint64_t)c->us;
-    if (first) {
+    if (c->n == 1) {
         g->saves_us = g->cost_us;
     } else if (spread > c->rows * c->rows / GATHER_SPREAD) {
         double fixed = c->us - (c->rows_us - c->rows * c->us) / spread * c->rows;
@@ -140,6 +179,7 @@ static void gather_learn_cost(wk_gather *g, double rows, double us)
             c->us / GATHER_LEAST; /* to be wrong about that costs little, to read weights again much */
         g->saves_us = fixed <= least ? (uint64_t)least : fixed >= c->us ? g->cost_us : (uint64_t)fixed;
     }
+    g->saves_us = g->saves_us < g->cost_us ? g->saves_us : g->cost_us;
 }
 
 void wk_gather_computed(wk_gather *g, uint64_t now_us)
@@ -308,7 +348,8 @@ static uint32_t gather_take_layer(wk_gather *g, uint32_t layer, void **frames_ou
 /* A frame that waits for those behind it has waited long enough. */
 static bool gather_held_too_long(const wk_gather *g, uint64_t now_us)
 {
-    uint64_t pass_us = g->n_layer * g->cost_us, most_us = pass_us < GATHER_HOLD_US ? pass_us : GATHER_HOLD_US;
+    uint64_t pass_us = g->n_layer * g->cost_us,
+             most_us = pass_us < g->limits.hold_max_us ? pass_us : g->limits.hold_max_us;
     return now_us - g->frames[0].arrived_us >= most_us;
 }
 
@@ -323,7 +364,8 @@ uint32_t wk_gather_next(wk_gather *g, uint64_t now_us, void **frames_out, uint32
     uint64_t due_us = g->frames[0].arrived_us + g->window_us;
     if (g->cost_us != 0 && !gather_held_too_long(g, now_us)) {
         layer = gather_last_layer(g, now_us);
-        uint64_t back_us = gather_wait_for(g, now_us, layer);
+        uint64_t back_us = gather_wait_for(g, now_us, layer), most_us = now_us + g->limits.hold_max_us;
+        back_us = back_us < most_us ? back_us : most_us;
         if (back_us > now_us && g->limits.window_max_us > 0) {
             *wait_us_out = back_us - now_us;
             return 0;
@@ -335,7 +377,13 @@ uint32_t wk_gather_next(wk_gather *g, uint64_t now_us, void **frames_out, uint32
     }
     *wait_us_out = 0;
     g->taken_us = now_us;
+    g->blind = true;
     return gather_take_layer(g, layer, frames_out, frames_max);
+}
+
+void wk_gather_looked(wk_gather *g)
+{
+    g->blind = false;
 }
 
 uint32_t wk_gather_waiting(const wk_gather *g)

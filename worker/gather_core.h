@@ -12,7 +12,7 @@
  * machine learns how long a group takes, how much of that is the same however few its rows (the weights), and
  * how long each router takes from an answer to its next frame. It lets the routers that are ahead wait for
  * those behind them in the order of the layers, as long as each wait for a frame to come is shorter than what
- * a group less saves. Once together they stay together. A frame is held so for GATHER_HOLD_US, or for as many
+ * a group less saves. Once together they stay together. A frame is held so for hold_max_us, or for as many
  * groups as there are layers, at most.
  *
  * None of it ever changes results. Thread: the compute thread's. */
@@ -22,8 +22,6 @@
 
 #include "common/base/status.h"
 
-enum { GATHER_HOLD_US = 1000000 };
-
 typedef struct wk_gather wk_gather;
 
 typedef struct wk_gather_limits {
@@ -31,6 +29,7 @@ typedef struct wk_gather_limits {
     uint32_t frame_max;     /* frames waiting; more are refused */
     uint32_t row_max;       /* rows of one group */
     uint32_t window_max_us; /* 0: nobody is waited for */
+    uint64_t hold_max_us;   /* far less than what a router waits for its answer */
 } wk_gather_limits;
 
 wk_gather *wk_gather_create(const wk_gather_limits *limits);
@@ -49,4 +48,7 @@ void *wk_gather_gone(wk_gather *gather, uint32_t router);
  * frame may be larger). 0 with *wait_us_out = time until a layer is due (UINT64_MAX: no frame waits). */
 uint32_t wk_gather_next(wk_gather *gather, uint64_t now_us, void **frames_out, uint32_t frames_max,
                         uint64_t *wait_us_out);
+/* All frames that have come were told, and those to come will be at once; until the next group is given out,
+ * while which is computed they may be told later than they came. */
+void wk_gather_looked(wk_gather *gather);
 uint32_t wk_gather_waiting(const wk_gather *gather);

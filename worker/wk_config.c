@@ -11,10 +11,18 @@ static const cm_cfg_field g_fields[] = {
     {"device", "cpu", "where experts are computed", CM_CFG_CHOICE(wk_config, device, "cpu|ref")},
     {"cpu_isa", "auto", "force a CPU path: portable, avx2, avx512", CM_CFG_STRING(wk_config, cpu_isa)},
     {"threads", "1", "compute threads", CM_CFG_UINT(wk_config, threads, 1, 1024)},
+    {"numa_node", "any",
+     "number of the NUMA node whose cores and memory to keep to, as one worker does for each node; any: all "
+     "that "
+     "the process may use",
+     CM_CFG_STRING(wk_config, numa_node)},
     {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|shm|mpi|local")},
     {"rows_max", "4096", "rows (one per chosen expert) computed together",
      CM_CFG_UINT(wk_config, rows_max, 16, 1u << 20)},
-    {"frames_max", "16", "frames waiting or being answered; more are refused",
+    {"frames_max", "64",
+     "frames waiting or being answered, of all routers together; more are refused. A router has one on its "
+     "way, "
+     "or two; several where rows of a long prompt exceed frame_bytes",
      CM_CFG_UINT(wk_config, frames_max, 1, WK_FRAMES_MAX)},
     {"routers_max", "64", "routers linked at once", CM_CFG_UINT(wk_config, routers_max, 1, 4096)},
     {"window_us", "200",

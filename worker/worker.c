@@ -198,7 +198,10 @@ static cm_status worker_create_engine(wk_worker *w, cm_error *err)
     const wk_config *config = w->config;
     wk_engine_options options = {
         .checkpoint = w->checkpoint,
-        .device = {.backend = config->device, .isa = config->cpu_isa, .n_threads = (uint32_t)config->threads},
+        .device = {.backend = config->device,
+                   .isa = config->cpu_isa,
+                   .n_threads = (uint32_t)config->threads,
+                   .numa_node = config->numa_node},
         .address = config->address,
         .row_max = (uint32_t)config->rows_max,
         .frame_max = (uint32_t)config->frames_max,
@@ -238,6 +241,7 @@ static void worker_join(wk_worker *w)
         .tls = w->tls,
         .role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER,
         .data_address = w->address,
+        .net = w->config->net,
         .fingerprint = w->fingerprint,
         .expert_bytes_max = worker_expert_bytes_max(w->config),
         .n_layer = md_block_count(g),

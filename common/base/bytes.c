@@ -63,12 +63,15 @@ void cm_bytes_append_text(cm_bytes *bytes, const char *text)
 void cm_bytes_printf(cm_bytes *bytes, const char *fmt, ...)
 {
     va_list args, again;
+    char text[256]; /* most are this short: written once */
     va_start(args, fmt);
     va_copy(again, args);
-    int n = vsnprintf(NULL, 0, fmt, args);
+    int n = vsnprintf(text, sizeof(text), fmt, args);
     va_end(args);
     CM_ASSERT(n >= 0);
-    if (bytes_reserve(bytes, (size_t)n)) {
+    if ((size_t)n < sizeof(text)) {
+        cm_bytes_append(bytes, text, (size_t)n);
+    } else if (bytes_reserve(bytes, (size_t)n)) {
         vsnprintf((char *)bytes->data + bytes->len, (size_t)n + 1, fmt, again);
         bytes->len += (size_t)n;
     }

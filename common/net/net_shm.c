@@ -1,6 +1,7 @@
 /* Links between processes of one user on one machine. What an exchange of rows costs here is one copy by the
  * sender and the receiver's misses; nothing of it goes through the kernel while both are awake. */
 #include <errno.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -10,6 +11,7 @@
 #include <unistd.h>
 
 #include "common/base/assert.h"
+#include "common/base/clock.h"
 #include "common/base/log.h"
 #include "common/base/rng.h"
 #include "common/net/net_shm_private.h"
@@ -20,6 +22,8 @@ enum {
     SHM_EVENTS = 16,
     SHM_BACKLOG = 128,
     SHM_NOTES_OUT = 8, /* the layer's own sent and not yet reported, per link */
+    SHM_CROWDED = 32,  /* messages in a row from our own core: both ends share it */
+    SHM_OFF_MS = 250,  /* to keep off a core */
 };
 
 #define SHM_NAMES "baleen/" /* of abstract sockets; nothing of them lies in the file system */
@@ -49,8 +53,10 @@ struct net_backend_link {
     int fd;        /* -1: nobody was there */
     int bell;      /* wakes the peer; -1: not given yet */
     bool accepted; /* by us: the layer is asked once the greeting is here */
+    bool follows;  /* accepted: of two ends on one core the other one moves first */
     bool peer_gone;
-    bool closing; /* the next progress forgets it */
+    uint32_t n_crowded; /* messages in a row that were sent from our core */
+    bool closing;       /* the next progress forgets it */
     cm_status end_status;
     char address[NET_ADDRESS_BYTES];
     shm_tx tx;
@@ -78,8 +84,10 @@ struct shm_net {
     struct shm_send_list done;
     uint32_t n_closing;
     uint32_t n_turn;
-    bool armed; /* segments say that we sleep, or will */
-    bool dirty; /* something was done since the last progress that it must look after */
+    uint32_t off_cpu;      /* left to a peer */
+    uint64_t off_until_ms; /* 0: none is */
+    bool armed;            /* segments say that we sleep, or will */
+    bool dirty;            /* something was done since the last progress that it must look after */
 };
 
 static void fd_close(int fd)
@@ -405,7 +413,7 @@ static void shm_accept_all(shm_net *s)
             continue;
         }
         link->fd = fd;
-        link->accepted = true;
+        link->accepted = link->follows = true;
         if (link_watch(link) != CM_OK) {
             link_close(link, CM_E_DEVICE);
         }
@@ -537,6 +545,47 @@ static bool link_check_message(const net_backend_link *link, const net_event *ev
     return true;
 }
 
+/* ---- a core of its own ----
+ * Two processes that mostly wait for each other look to the scheduler like one, the more so on a virtual
+ * machine, whose idle cores it takes for busy: whoever is woken gets the core of the waker, both stay there,
+ * and neither can look for messages while the other works. Whoever sees that keeps off this core for a while:
+ * first the end that connected, then, if it is followed to its new core, the other one. */
+
+static void keep_off(shm_net *s, uint32_t cpu)
+{
+    cpu_set_t may;
+    if (cpu >= CPU_SETSIZE || sched_getaffinity(0, sizeof(may), &may) != 0 || CPU_COUNT(&may) < 2 ||
+        !CPU_ISSET(cpu, &may)) {
+        return;
+    }
+    CPU_CLR(cpu, &may);
+    if (sched_setaffinity(0, sizeof(may), &may) == 0) {
+        s->off_cpu = cpu;
+        s->off_until_ms = cm_now_ms() + SHM_OFF_MS;
+    }
+}
+
+static void keep_off_no_more(shm_net *s)
+{
+    cpu_set_t may;
+    s->off_until_ms = 0;
+    if (sched_getaffinity(0, sizeof(may), &may) == 0) {
+        CPU_SET(s->off_cpu, &may);
+        int rc = sched_setaffinity(0, sizeof(may), &may);
+        (void)rc;
+    }
+}
+
+static void link_keep_apart(net_backend_link *link, uint32_t sender_cpu)
+{
+    shm_net *s = link->net;
+    link->n_crowded = sender_cpu == (uint32_t)sched_getcpu() ? link->n_crowded + 1 : 0;
+    if (link->n_crowded >= (link->follows ? 2 : 1) * SHM_CROWDED && s->off_until_ms == 0) {
+        link->n_crowded = 0;
+        keep_off(s, sender_cpu);
+    }
+}
+
 /* Reads each word of the slot once: they are another process'. */
 static bool link_take_message(net_backend_link *link)
 {
@@ -562,6 +611,7 @@ static bool link_take_message(net_backend_link *link)
         return true;
     }
     memcpy(receive->header, slot->header, event.header_bytes);
+    link_keep_apart(link, slot->cpu);
     rx->n_taken++;
     rx->n_held++;
     s->upcalls->received(s->ctx, link->peer, &event);
@@ -672,6 +722,9 @@ static bool shm_progress(void *backend)
     }
     if (look) {
         did = shm_look_at_sockets(s);
+        if (s->off_until_ms != 0 && cm_now_ms() >= s->off_until_ms) {
+            keep_off_no_more(s);
+        }
     }
     did = shm_report_sent(s) || did;
     net_backend_link *link;

@@ -5,7 +5,17 @@
  * marks it full; that is all. A receiver that sleeps, or a sender that waits for room, has said so in the
  * segment, and its bell (an event descriptor) is rung; the end of the socket tells that a process died. Slots
  * are taken and given back in order; payloads lie in the segment's area one behind the other, from its start
- * whenever it is empty, so that few pages are ever touched. */
+ * whenever it is empty, so that few pages are ever touched.
+ *
+ * Trust: header and slot are copied once before they are checked; a payload is read where it lies, and its
+ * sender could change it after it was checked. That is no way in for anybody: the kernel lets processes of
+ * our own user alone come so far (peer_is_ours), which may write any of our memory as it is. It also means
+ * that a fault of such a process while it sends is a fault here: no worse than with rows that were wrong
+ * before.
+ *
+ * Who sleeps is always woken, on CPUs that reorder too: each side writes its own word (full, or that it
+ * sleeps or waits) and then reads the other's, all four sequentially consistent, so that one of the two sees
+ * the other. A weaker load in one of these places is a sleep beside a message. */
 #pragma once
 #include <stdalign.h>
 #include <stdatomic.h>
@@ -14,7 +24,7 @@
 
 enum {
     SHM_MAGIC = 0x4d485342, /* "BSHM" */
-    SHM_VERSION = 1,
+    SHM_VERSION = 2,
     SHM_SLOTS = 512,       /* messages sent and not yet released; a power of two */
     SHM_NOTES = 16,        /* the layer's own, the same */
     SHM_AREA_MESSAGES = 4, /* of the largest size that the area has room for */
@@ -25,11 +35,12 @@ typedef struct shm_slot {
     alignas(
         SHM_LINE) _Atomic uint32_t full; /* shm_number of the message: the receiver's, until it writes 0 */
     uint16_t type, header_bytes;
+    uint32_t cpu;               /* where the sender ran */
     uint64_t at, payload_bytes; /* in the area */
     uint64_t n_before;          /* a message: of the layer's own sent before it; one of those: messages */
     uint8_t header[NET_WIRE_HEADER_MAX];
 } shm_slot;
-_Static_assert(sizeof(shm_slot) == 320, "shared between processes");
+_Static_assert(sizeof(shm_slot) == 384, "shared between processes");
 
 typedef struct shm_segment {
     _Atomic uint32_t ended; /* the sender ended the link in order */

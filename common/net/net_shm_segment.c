@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -54,7 +55,7 @@ static void tx_reclaim(shm_tx *tx)
 {
     while (tx->n_free < tx->n_sent) {
         uint32_t i = tx->n_free % SHM_SLOTS;
-        if (atomic_load_explicit(&tx->segment->slots[i].full, memory_order_acquire) != 0) {
+        if (atomic_load(&tx->segment->slots[i].full) != 0) { /* in one order with sender_waits */
             break;
         }
         tx->used -= tx->span[i];
@@ -85,6 +86,7 @@ static void slot_fill(shm_slot *slot, const net_message *message)
 {
     slot->type = message->type;
     slot->header_bytes = (uint16_t)message->header_bytes;
+    slot->cpu = (uint32_t)sched_getcpu();
     if (message->header_bytes > 0) {
         memcpy(slot->header, message->header, message->header_bytes);
     }

@@ -1,21 +1,49 @@
 #include "common/proc/addresses.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-static bool address_is_plain(const char *text, size_t n)
+static bool port_of(const char *digits, uint16_t *port_out)
 {
-    size_t n_port = 0;
-    while (n_port < n && text[n - 1 - n_port] >= '0' && text[n - 1 - n_port] <= '9') {
-        n_port++;
-    }
-    bool has_host = n_port > 0 && n_port <= 5 && n >= n_port + 2 && text[n - 1 - n_port] == ':';
-    for (size_t i = 0; i < n; i++) {
-        if (text[i] <= ' ' || text[i] > '~' || text[i] == '/') {
+    size_t n = strspn(digits, "0123456789");
+    unsigned long port = strtoul(digits, NULL, 10);
+    *port_out = (uint16_t)port;
+    return n > 0 && n <= 5 && digits[n] == 0 && port <= UINT16_MAX;
+}
+
+/* What brackets hold has colons, as no other host may. */
+static bool host_is_plain(const char *host, bool bracketed)
+{
+    for (const char *at = host; *at != 0; at++) {
+        if (*at <= ' ' || *at > '~' || strchr("/[]", *at) != NULL) {
             return false;
         }
     }
-    return has_host && n < PC_ADDRESS_BYTES;
+    return host[0] != 0 && (strchr(host, ':') != NULL) == bracketed;
+}
+
+bool pc_address_split(const char *address, char host_out[PC_ADDRESS_BYTES], uint16_t *port_out)
+{
+    const char *colon = strrchr(address, ':');
+    size_t n = colon != NULL ? (size_t)(colon - address) : 0;
+    bool bracketed = n >= 2 && address[0] == '[' && address[n - 1] == ']';
+    if (n == 0 || n >= PC_ADDRESS_BYTES) {
+        return false;
+    }
+    snprintf(host_out, PC_ADDRESS_BYTES, "%.*s", (int)(bracketed ? n - 2 : n), address + bracketed);
+    return host_is_plain(host_out, bracketed) && port_of(colon + 1, port_out);
+}
+
+static bool address_take(const char *text, size_t n, char out[PC_ADDRESS_BYTES])
+{
+    char host[PC_ADDRESS_BYTES];
+    uint16_t port;
+    if (n >= PC_ADDRESS_BYTES) {
+        return false;
+    }
+    snprintf(out, PC_ADDRESS_BYTES, "%.*s", (int)n, text);
+    return pc_address_split(out, host, &port);
 }
 
 cm_status pc_addresses_parse(const char *name, const char *list, pc_addresses *addresses_out, cm_error *err)
@@ -23,15 +51,16 @@ cm_status pc_addresses_parse(const char *name, const char *list, pc_addresses *a
     pc_addresses addresses = {0};
     for (const char *at = list;; at++) {
         size_t n = strcspn(at, ",");
-        if (!address_is_plain(at, n)) {
-            return cm_error_set(err, CM_E_CONFIG, name, "%s: '%.*s' in '%.200s' is not HOST:PORT", name,
-                                n < PC_ADDRESS_BYTES ? (int)n : PC_ADDRESS_BYTES, at, list);
+        char address[PC_ADDRESS_BYTES];
+        if (!address_take(at, n, address)) {
+            return cm_error_set(err, CM_E_CONFIG, name, "%s: '%.*s' in '%.200s' is not " PC_ADDRESS_FORM,
+                                name, n < PC_ADDRESS_BYTES ? (int)n : PC_ADDRESS_BYTES, at, list);
         }
         if (addresses.n == PC_ADDRESSES_MAX) {
             return cm_error_set(err, CM_E_CONFIG, name, "%s: '%.200s' has more than %d addresses", name, list,
                                 (int)PC_ADDRESSES_MAX);
         }
-        memcpy(addresses.text[addresses.n++], at, n);
+        memcpy(addresses.text[addresses.n++], address, n + 1);
         at += n;
         if (*at == 0) {
             break;

@@ -6,12 +6,16 @@
 
 #include "common/base/status.h"
 
+#define PC_ADDRESS_FORM "HOST:PORT or [IPV6]:PORT"
 enum { PC_ADDRESSES_MAX = 8, PC_ADDRESS_BYTES = 128 };
 
 typedef struct pc_addresses {
     uint32_t n; /* at least 1 */
     char text[PC_ADDRESSES_MAX][PC_ADDRESS_BYTES];
 } pc_addresses;
+
+/* "HOST:PORT"; an IPv6 address as host is in brackets, which host_out leaves out. false: it is no address. */
+bool pc_address_split(const char *address, char host_out[PC_ADDRESS_BYTES], uint16_t *port_out);
 
 /* name: of the option, for err. CM_E_CONFIG: empty, too many, or one of them is no HOST:PORT. */
 CM_MUST_CHECK cm_status pc_addresses_parse(const char *name, const char *list, pc_addresses *addresses_out,

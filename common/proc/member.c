@@ -28,8 +28,8 @@ struct pc_member {
     pc_loop *loop;
     pc_member_events events;
     void *ctx;
-    char *data_address, *http_address, *grpc_address, *fingerprint; /* addresses: NULL when none */
-    char coordinator[PC_ADDRESS_BYTES];                             /* the one that we talk to, or try */
+    char *data_address, *http_address, *grpc_address, *net, *fingerprint; /* addresses: NULL when none */
+    char coordinator[PC_ADDRESS_BYTES]; /* the one that we talk to, or try */
     char host[256];
     uint32_t role;
 
@@ -375,6 +375,7 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
     member->data_address = member_copy(options->data_address);
     member->http_address = member_copy(options->http_address);
     member->grpc_address = member_copy(options->grpc_address);
+    member->net = member_copy(options->net);
     member->fingerprint = cm_strdup(options->fingerprint);
     member->role = options->role;
     gethostname(member->host, sizeof(member->host) - 1);
@@ -391,6 +392,7 @@ pc_member *pc_member_create(pc_loop *loop, const pc_member_options *options, con
                      .data_address = member->data_address,
                      .http_address = member->http_address,
                      .grpc_address = member->grpc_address,
+                     .net = member->net,
                      .fingerprint = member->fingerprint,
                      .expert_bytes_max = options->expert_bytes_max,
                      .n_layer = options->n_layer,
@@ -416,6 +418,7 @@ void pc_member_destroy(pc_member *member)
     cm_free(member->data_address);
     cm_free(member->http_address);
     cm_free(member->grpc_address);
+    cm_free(member->net);
     cm_free(member->fingerprint);
     cm_free(member);
 }

@@ -63,6 +63,7 @@ typedef struct pc_member_options {
     pc_tls *tls;                                            /* kept; NULL: plain */
     uint32_t role;                                          /* Baleen__Control__V1__Role */
     const char *data_address, *http_address, *grpc_address; /* NULL when none */
+    const char *net;                                        /* the data plane's back-end; NULL: nobody asks */
     const char *fingerprint;
     uint64_t expert_bytes_max; /* workers */
     uint32_t n_layer, n_expert;

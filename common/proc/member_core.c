@@ -438,6 +438,7 @@ static void mcore_pack_hello(const pc_mcore *core, cm_bytes *packed)
     self.data_address = mcore_text(from->data_address);
     self.http_address = mcore_text(from->http_address);
     self.grpc_address = mcore_text(from->grpc_address);
+    self.net = from->net != NULL ? mcore_text(from->net) : NULL;
     self.has_expert_bytes_max = from->expert_bytes_max > 0;
     self.expert_bytes_max = from->expert_bytes_max;
     hello.protocol = PR_CONTROL_VERSION;

@@ -22,7 +22,7 @@ typedef struct pc_mself {
     uint32_t role;                    /* Baleen__Control__V1__Role */
     uint64_t incarnation;
     uint32_t pid;
-    const char *host, *data_address, *http_address, *grpc_address, *fingerprint;
+    const char *host, *data_address, *http_address, *grpc_address, *net, *fingerprint;
     uint64_t expert_bytes_max; /* workers */
     uint32_t n_layer, n_expert;
     uint64_t expert_bytes;

@@ -4,13 +4,13 @@
 #include <grpc/support/alloc.h>
 #include <grpc/support/time.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/queue.h>
 
 #include "common/base/assert.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
+#include "common/proc/addresses.h"
 #include "common/proc/rpc_private.h"
 
 enum {
@@ -416,12 +416,10 @@ static cm_status server_listen(pc_rpc_server *server, const pc_rpc_options *opti
 {
     const char *address = options->address;
     char why[1024];
-    const char *colon = strrchr(address, ':');
-    size_t n_host = colon != NULL ? (size_t)(colon - address) : 0;
-    char *end = NULL;
-    unsigned long port = colon != NULL ? strtoul(colon + 1, &end, 10) : 0;
-    if (n_host == 0 || n_host > 100 || end == colon + 1 || *end != '\0' || port > 65535) {
-        return cm_error_set(err, CM_E_INVALID, address, "cannot listen on %s: not of the form host:port",
+    char host[PC_ADDRESS_BYTES];
+    uint16_t port;
+    if (!pc_address_split(address, host, &port)) {
+        return cm_error_set(err, CM_E_INVALID, address, "cannot listen on %s: it is not " PC_ADDRESS_FORM,
                             address);
     }
     grpc_server_credentials *credentials = server_credentials(options);
@@ -430,7 +428,7 @@ static cm_status server_listen(pc_rpc_server *server, const pc_rpc_options *opti
     pc_grpc_log_capture_end();
     grpc_server_credentials_release(credentials);
     if (bound != 0) {
-        snprintf(bound_out, 128, "%.*s:%d", (int)n_host, address, bound);
+        snprintf(bound_out, 128, "%.*s%d", (int)(strrchr(address, ':') + 1 - address), address, bound);
         return CM_OK;
     }
     if (strstr(why, strerror(EADDRINUSE)) != NULL) {

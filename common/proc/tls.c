@@ -13,6 +13,7 @@
 #include "common/base/bytes.h"
 #include "common/base/log.h"
 #include "common/base/mem.h"
+#include "common/proc/addresses.h"
 #include "common/proc/rpc_private.h"
 
 enum { TLS_FILE_BYTES_MAX = 1 << 20, TLS_FILES = 3 };
@@ -245,17 +246,19 @@ static void tls_refresh(pc_tls *tls)
 
 static bool address_is_loopback(const char *address, size_t n_bytes)
 {
-    char host[128];
+    char text[PC_ADDRESS_BYTES], host[PC_ADDRESS_BYTES];
+    uint16_t port;
     struct in_addr ipv4;
-    snprintf(host, sizeof(host), "%.*s", n_bytes < 120 ? (int)n_bytes : 120, address);
-    char *colon = strrchr(host, ':');
-    if (colon != NULL) {
-        *colon = '\0';
+    struct in6_addr ipv6;
+    snprintf(text, sizeof(text), "%.*s", n_bytes < sizeof(text) ? (int)n_bytes : 0, address);
+    if (!pc_address_split(text, host, &port)) {
+        return false;
     }
     if (inet_pton(AF_INET, host, &ipv4) == 1) {
         return ntohl(ipv4.s_addr) >> 24 == 127;
     }
-    return strcmp(host, "localhost") == 0 || strcmp(host, "[::1]") == 0;
+    return strcmp(host, "localhost") == 0 ||
+           (inet_pton(AF_INET6, host, &ipv6) == 1 && IN6_IS_ADDR_LOOPBACK(&ipv6));
 }
 
 static bool list_is_loopback(const char *list)

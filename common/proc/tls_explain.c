@@ -9,6 +9,7 @@
 
 #include "common/base/clock.h"
 #include "common/base/mem.h"
+#include "common/proc/addresses.h"
 #include "common/proc/rpc_private.h"
 
 enum { EXPLAIN_S = 2, EXPLAIN_NAP_MS = 10 };
@@ -17,7 +18,7 @@ typedef struct explain_try {
     SSL_CTX *ctx;
     BIO *bio; /* a connection with TLS over it */
     SSL *ssl;
-    char host[128];
+    char host[PC_ADDRESS_BYTES];
 } explain_try;
 
 /* ---- one handshake ---- */
@@ -43,11 +44,10 @@ static bool try_use_files(SSL_CTX *ctx, const pc_tls_texts *texts)
 
 static bool try_begin(explain_try *t, const pc_tls_texts *texts, const char *address)
 {
-    const char *colon = strrchr(address, ':');
+    uint16_t port;
     *t = (explain_try){.ctx = SSL_CTX_new(TLS_client_method())};
-    snprintf(t->host, sizeof(t->host), "%.*s",
-             colon != NULL && colon - address < 120 ? (int)(colon - address) : 120, address);
-    if (t->ctx == NULL || !try_use_files(t->ctx, texts)) {
+    bool can = pc_address_split(address, t->host, &port) && t->ctx != NULL;
+    if (!can || !try_use_files(t->ctx, texts)) {
         return false;
     }
     SSL_CTX_set_verify(t->ctx, SSL_VERIFY_PEER, NULL);

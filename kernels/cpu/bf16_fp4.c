@@ -35,7 +35,8 @@ enum {
 typedef struct bf16_group {
     uint32_t row0, n;    /* rows */
     uint32_t *pairs;     /* [K / 2][n]: inputs i and i + 4 of every eight */
-    uint64_t *exponents; /* [K / 128][n]: of the double that scales a chunk's sums, less the weights' */
+    uint32_t *exponents; /* [K / 128][n]: of 2^52 times what scales a chunk's sums, less the weights' share,
+                            where the high dword of a double has its own */
     uint32_t *small;     /* [K / 128]: bit 4 r + b: row r's small inputs of block b are not in pairs */
     uint8_t *bits; /* [K / 128]: sums of any row are less than 2^bits if the weights' scales are equal */
     uint8_t *total_bits; /* likewise of the sum of all chunks, in units of the row's finest */
@@ -46,12 +47,12 @@ static bf16_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t i)
     uint64_t n_chunk = kn_blocks(k, CPU_CHUNK), row0 = (uint64_t)i * VNNI_GROUP;
     uint8_t *pairs = (uint8_t *)t->x + VNNI_HEAD_BYTES;
     uint8_t *exponents = pairs + n_chunk * BF16_CHUNK_PAIRS * sizeof(uint32_t) * t->n;
-    uint8_t *small = exponents + n_chunk * sizeof(uint64_t) * t->n;
+    uint8_t *small = exponents + n_chunk * sizeof(uint32_t) * t->n;
     uint8_t *bits = small + n_chunk * sizeof(uint32_t) * VNNI_GROUPS_MAX;
     bf16_group g = {.row0 = (uint32_t)row0,
                     .n = t->n - (uint32_t)row0 < VNNI_GROUP ? t->n - (uint32_t)row0 : VNNI_GROUP,
                     .pairs = (uint32_t *)(void *)pairs + n_chunk * BF16_CHUNK_PAIRS * row0,
-                    .exponents = (uint64_t *)(void *)exponents + n_chunk * row0,
+                    .exponents = (uint32_t *)(void *)exponents + n_chunk * row0,
                     .small = (uint32_t *)(void *)small + n_chunk * i,
                     .bits = bits + (n_chunk + 1) * i};
     g.total_bits = g.bits + n_chunk;
@@ -166,7 +167,7 @@ static void load_chunk(const bf16_group *g, uint32_t r, uint32_t c, const bf16_c
         g->small[c] |= (uint32_t)wide << (r * FP4_CHUNK_BLOCKS + b);
     }
     /* Both scales have a bias of 127. */
-    g->exponents[(uint64_t)c * g->n + r] = (uint64_t)(exponent + 1023 - 254 - FP4_UNIT_BITS) << 52;
+    g->exponents[(uint64_t)c * g->n + r] = (exponent + 1023 + 52 - 254 - FP4_UNIT_BITS) << 20;
     g->bits[c] = (uint8_t)(bits > g->bits[c] ? bits : g->bits[c]);
     if (sum != 0) {
         total->most += (double)sum * kn_f64_from_bits((uint64_t)(exponent + 1023) << 52);
@@ -224,8 +225,8 @@ void KN_FN(kn_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
 
 /* What the scales of a tile's chunk say. */
 typedef struct bf16_scales {
-    __m512i above;  /* by how much each exceeds the least of its output */
-    __m512i exp[2]; /* that least one where doubles have their exponents, for both halves of the sums */
+    __m512i above; /* by how much each exceeds the least of its output */
+    __m512i high;  /* that least one where the high dword of a double has its exponent */
 } bf16_scales;
 
 /* The least and the largest scale of a tile's outputs so far. */
@@ -245,7 +246,7 @@ INLINED bf16_scales scales_of(__m512i scales, bf16_range *range)
     range->low = _mm512_min_epu8(range->low, least);
     range->high = _mm512_max_epu8(range->high, scales);
     return (bf16_scales){.above = _mm512_sub_epi8(scales, least),
-                         .exp = {fp4_scale_exponents(least, 0, 0), fp4_scale_exponents(least, 0, 2)}};
+                         .high = _mm512_srli_epi32(_mm512_slli_epi32(least, 24), 4)};
 }
 
 /* The most by which two scales of one output differ; more than any double has bits if one is NaN. */
@@ -269,6 +270,16 @@ INLINED __m512i above_of(__m512i above, uint32_t b)
     const __m512i low_bytes =
         _mm512_set4_epi32((int32_t)0x8080800c, (int32_t)0x80808008, (int32_t)0x80808004, (int32_t)0x80808000);
     return _mm512_shuffle_epi8(above, _mm512_or_si512(low_bytes, _mm512_set1_epi32((int32_t)b)));
+}
+
+/* A column; asks for one further on. The compiler would read it again for each of its pairs, beside all the
+ * loads of inputs. */
+INLINED __m512i read_column(const __m512i *at)
+{
+    __m512i column = *at;
+    _mm_prefetch((const char *)at + BF16_AHEAD, _MM_HINT_T0);
+    __asm__("" : "+v"(column));
+    return column;
 }
 
 /* Pair i of a column, doubled weights. Entries repeat every 16: what other nibbles leave in the upper bits of
@@ -296,26 +307,27 @@ typedef __m512i bf16_sums[FP4_TILES][VNNI_GROUP];
 typedef struct bf16_turn {
     const fp4_chunk *chunk;
     bf16_scales scales[FP4_TILES];
-    const uint64_t *exponents; /* of the group's rows */
+    const uint32_t *exponents; /* of the group's rows */
     bf16_sums sum;
 } bf16_turn;
 
-/* Adds sums, which are 2^31 too large, times 2^exponent. As the low dword of a double of exponent 2^52 an
- * integer is its value. An integer times a power of two is exact: one rounding, that of the addition. */
-INLINED void add_scaled(double *acc, __m512i sums, __m512i exponent)
+/* Adds what is in the low dword of sum, less that of zero. */
+INLINED void add_scaled(double *acc, __m512i sum, __m512i zero)
 {
-    __m512d sum = _mm512_sub_pd(_mm512_castsi512_pd(sums), _mm512_set1_pd(0x1p52 + 0x1p31));
-    _mm512_storeu_pd(acc, _mm512_fmadd_pd(sum, _mm512_castsi512_pd(exponent), _mm512_loadu_pd(acc)));
+    __m512d term = _mm512_sub_pd(_mm512_castsi512_pd(sum), _mm512_castsi512_pd(zero));
+    _mm512_storeu_pd(acc, _mm512_add_pd(_mm512_loadu_pd(acc), term));
 }
 
+/* Adds a turn's sums of tile k and row r, times their scales. Below a high dword that says 2^52 2^e an
+ * integer is its value times 2^e: taking away what it is too large, 2^31, is exact, and the addition the one
+ * rounding. Unlike a multiplication this leaves the units of the products alone. */
 INLINED void settle(const bf16_turn *turn, uint32_t k, uint32_t r, vnni_sums *acc)
 {
-    const __m512i two52 = _mm512_set1_epi32(0x43300000);
-    __m512i exponent = _mm512_set1_epi64((int64_t)turn->exponents[r]), sum = turn->sum[k][r];
-    add_scaled(acc[k][r], _mm512_unpacklo_epi32(sum, two52),
-               _mm512_add_epi64(turn->scales[k].exp[0], exponent));
-    add_scaled(acc[k][r] + 8, _mm512_unpackhi_epi32(sum, two52),
-               _mm512_add_epi64(turn->scales[k].exp[1], exponent));
+    const __m512i zero = _mm512_set1_epi32(INT32_MIN);
+    __m512i high = _mm512_add_epi32(turn->scales[k].high, _mm512_set1_epi32((int32_t)turn->exponents[r])),
+            sum = turn->sum[k][r];
+    add_scaled(acc[k][r], _mm512_unpacklo_epi32(sum, high), _mm512_unpacklo_epi32(zero, high));
+    add_scaled(acc[k][r] + 8, _mm512_unpackhi_epi32(sum, high), _mm512_unpackhi_epi32(zero, high));
 }
 
 /* Multiplies n rows with a chunk, now->sum, and settles the one before. A sum of few rows is taken in n_part
@@ -334,17 +346,17 @@ INLINED void multiply(bf16_turn *now, const uint32_t *pairs, const bf16_turn *be
                 sum[0][i][r] = sum[1][i][r] = _mm512_setzero_ps();
             }
         }
+        __m512i column[FP4_TILES];
 #pragma GCC unroll 16
         for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++, pairs += n) {
             const uint32_t i = p % BF16_STEP_PAIRS, s = p / BF16_STEP_PAIRS, part = i % n_part;
             const uint32_t settled = b + s / 2 * FP4_CHUNK_BLOCKS;
             __m512i w[FP4_TILES];
             for (uint32_t k = 0; k < FP4_TILES; k++) {
-                const __m512i *column = &now->chunk->columns[b * FP4_BLOCK_STEPS + s][k];
                 if (i == 0) {
-                    _mm_prefetch((const char *)column + BF16_AHEAD, _MM_HINT_T0);
+                    column[k] = read_column(&now->chunk->columns[b * FP4_BLOCK_STEPS + s][k]);
                 }
-                w[k] = pair_of(*column, i);
+                w[k] = pair_of(column[k], i);
             }
             for (uint32_t r = 0; r < n; r++) {
                 sum[0][part][r] = dot(sum[0][part][r], pairs[r], w[0]);
@@ -371,8 +383,8 @@ INLINED void multiply(bf16_turn *now, const uint32_t *pairs, const bf16_turn *be
 static __m512i small_pairs(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c, uint32_t r,
                            uint32_t b)
 {
-    uint32_t shift = (uint32_t)(g->exponents[(uint64_t)c * g->n + r] >> 52) -
-                     (t->scales[g->row0 + r][c] + 1023u - 254 - FP4_UNIT_BITS);
+    uint32_t shift = (g->exponents[(uint64_t)c * g->n + r] >> 20) -
+                     (t->scales[g->row0 + r][c] + 1023u + 52 - 254 - FP4_UNIT_BITS);
     __m256i codes = load_block(t->codes[g->row0 + r], c * CPU_CHUNK + b * KN_FP4_BLOCK, k);
     __m512i words = shifted(units_of(codes), shift);
     return paired(_mm512_maskz_mov_epi16(small_ones(words), words));

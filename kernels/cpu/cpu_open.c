@@ -91,18 +91,23 @@ static cm_status cpu_open(const kn_device_options *options, kn_device **device_o
 {
     const cpu_tables *path = choose_path(options->isa);
     cpu_device *device;
+    kn_numa *numa = NULL;
     if (path == NULL) {
         return refuse_isa(options->isa, err);
     }
     if (options->n_threads == 0) {
         return cm_error_set(err, CM_E_CONFIG, "n_threads", "the cpu back-end needs at least one thread");
     }
+    if (options->numa_node != NULL) {
+        CM_TRY(kn_numa_open(options->numa_node, &numa, err));
+    }
     device = cm_alloc(sizeof(*device));
     device->base = (kn_device){.backend = &kn_backend_cpu,
                                .isa = path->isa,
                                .dense = path->dense,
                                .attn = path->attn,
-                               .moe = path->moe};
+                               .moe = path->moe,
+                               .numa = numa};
     device->prepare = path->prepare;
     device->team = kn_team_create(options->n_threads);
     *device_out = &device->base;
@@ -113,6 +118,7 @@ static void cpu_close(kn_device *base)
 {
     cpu_device *device = (cpu_device *)base;
     kn_team_destroy(device->team);
+    kn_numa_close(base->numa);
     cm_free(device);
 }
 

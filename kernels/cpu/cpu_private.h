@@ -9,7 +9,7 @@
 enum {
     CPU_TILE = 8,             /* rows that share one decoding of the weights */
     CPU_ROWS = 64,            /* most rows of a quantized tile on any path */
-    CPU_X_BYTES = 256,        /* scratch a tile has for each input: CPU_TILE doubles, or what a path needs */
+    CPU_X_BYTES = 544,        /* scratch a tile has for each input: CPU_ROWS doubles and some */
     CPU_OUTS = 4,             /* outputs that share one reading of the inputs */
     CPU_CHUNK = KN_ACT_BLOCK, /* inputs decoded at a time */
     CPU_HEADS = 64,           /* most heads that share one decoding of the keys */

@@ -1,3 +1,4 @@
+#include <assert.h>
 #include <math.h>
 
 #include "common/base/assert.h"
@@ -28,25 +29,52 @@ static void op_linear_q8(kn_stream *s, kn_q8 x, const kn_matrix *w, uint32_t n, 
     }
 }
 
+/* A cache line more than the inputs, so that the same ones of several rows do not meet in one set. */
+static uint32_t bf16_stride(uint32_t k)
+{
+    return cpu_round_up(k, CPU_CHUNK) + 8;
+}
+
+/* Rows row0 .. row0 + n - 1 of x, n at most CPU_TILE, into scratch, and where their outputs go. */
+static cpu_tile bf16_tile(const uint16_t *x, const kn_matrix *w, uint32_t row0, uint32_t n, kn_dtype y_dtype,
+                          void *y_out, double *scratch)
+{
+    uint32_t k = w->n_in, stride = bf16_stride(k);
+    cpu_tile tile = {.x = scratch, .stride = stride, .n = n};
+    for (uint32_t r = 0; r < n; r++) {
+        uint64_t row = row0 + r;
+        KN_FN(kn_cpu_widen_bf16)(x + row * k, k, scratch + (uint64_t)r * stride);
+        if (y_dtype == KN_F32) {
+            tile.y32[r] = (float *)y_out + row * w->n_out;
+        } else {
+            tile.y[r] = (uint16_t *)y_out + row * w->n_out;
+        }
+    }
+    return tile;
+}
+
 static void op_linear_bf16(kn_stream *s, kn_ptr x, const kn_matrix *w, uint32_t n, kn_dtype y_dtype,
                            kn_ptr y_out)
 {
     cpu_stream *c = (cpu_stream *)s;
-    uint32_t k = w->n_in, stride = cpu_round_up(k, CPU_CHUNK);
-    CM_ASSERT_MSG(k <= c->limits.n_in, "n_in %u limit %u", k, c->limits.n_in);
-    for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
-        cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
-        for (uint32_t r = 0; r < tile.n; r++) {
-            uint64_t row = r0 + r;
-            KN_FN(kn_cpu_widen_bf16)
-            ((const uint16_t *)kn_host(x) + row * k, k, (double *)c->x_tile + (uint64_t)r * stride);
-            if (y_dtype == KN_F32) {
-                tile.y32[r] = (float *)kn_host(y_out) + row * w->n_out;
-            } else {
-                tile.y[r] = (uint16_t *)kn_host(y_out) + row * w->n_out;
-            }
+    uint64_t stride = bf16_stride(w->n_in);
+    uint32_t rows = n > CPU_TILE ? CPU_LANE_ROWS : CPU_TILE;
+    static_assert(CPU_LANE_TILES * CPU_LANE_ROWS * (CPU_CHUNK + 8) * sizeof(double) <=
+                      CPU_X_BYTES * CPU_CHUNK,
+                  "scratch");
+    CM_ASSERT_MSG(w->n_in <= c->limits.n_in, "n_in %u limit %u", w->n_in, c->limits.n_in);
+    for (uint32_t r0 = 0; r0 < n;) {
+        cpu_tile tiles[CPU_LANE_TILES];
+        uint32_t n_tile = 0;
+        for (; n_tile < CPU_LANE_TILES && r0 < n; n_tile++, r0 += rows) {
+            tiles[n_tile] = bf16_tile(kn_host(x), w, r0, n - r0 < rows ? n - r0 : rows, y_dtype,
+                                      kn_host(y_out), (double *)c->x_tile + n_tile * rows * stride);
         }
-        KN_FN(kn_cpu_product_lanes)(c->team, &tile, w, 0, w->n_out);
+#if defined(__AVX512F__)
+        KN_FN(kn_cpu_product_lanes512)(c->team, tiles, n_tile, w, 0, w->n_out);
+#else
+        KN_FN(kn_cpu_product_lanes)(c->team, tiles, w, 0, w->n_out);
+#endif
     }
 }
 

@@ -1,4 +1,4 @@
-/* The indexer's scan: what index.c and its two forms (index_scan.c, index_vnni.c) share. */
+/* The indexer's scan: what index.c and its forms (index_scan.c, index_avx2.c, index_vnni.c) share. */
 #pragma once
 #include "kernels/cpu/isa.h"
 
@@ -8,7 +8,7 @@ typedef struct cpu_index_query {
     double *scale;                  /* scratch [blocks][width] */
     double weight[CPU_INDEX_HEADS]; /* f32(w * factor), what else is in it is the form's; zero past heads */
     _Alignas(64) int32_t start[CPU_INDEX_HEADS]; /* vnni's */
-    bool narrow;                                 /* vnni's */
+    bool narrow;                                 /* vnni's and avx2's */
 } cpu_index_query;
 
 /* Up to CPU_INDEX_ROWS queries of one sequence that meet the same keys. */

@@ -1,4 +1,4 @@
-/* Scores of indexer keys where there is no VNNI, a key and a query at a time.
+/* Scores of indexer keys in plain C, a key and a query at a time.
  * Codes are doubled into small integers and summed in 16 bits: 32 products of at most 144 fit. Heads stand
  * side by side, so that a key's value meets all of them at once and no sum across a vector is needed. */
 #include "kernels/cpu/index.h"

@@ -124,10 +124,10 @@ static inline void kn_lanes_add(double *lane, const double *x, const double *w, 
     }
 }
 
-/* ---- quantized products (products_q8.c, or vnni.c) ----
+/* ---- quantized products (products_q8.c, avx2.c or vnni.c) ----
  * A tile: up to CPU_Q8_ROWS rows of E4M3 codes, loaded once into the form the products read, then multiplied
  * with any number of matrices of one n_in and dtype. */
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#if defined(__AVX2__)
 enum { CPU_Q8_ROWS = CPU_ROWS };
 #else
 enum { CPU_Q8_ROWS = CPU_TILE };
@@ -163,11 +163,23 @@ void KN_FN(kn_cpu_widen_bf16)(const uint16_t *x, uint32_t k, double *x_out);
 void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                  uint32_t n_out);
 
-/* The same for BF16 and F32 with 512-bit registers (products_lanes512.c). */
-void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
+/* The same for BF16 and F32 with registers of 256 bits (products_lanes256.c). */
+void KN_FN(kn_cpu_product_lanes256)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                     uint32_t n_out);
+/* With registers of 512 bits (products_lanes512.c), and for several tiles that share one reading of the
+ * weights. */
+void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tiles, uint32_t n_tile, const kn_matrix *w,
+                                    uint32_t out0, uint32_t n_out);
 
-/* ---- products with scaled weights (products_q8.c, or vnni_bf16.c) ----
+/* How many tiles are worth filling before a product, and the rows of each where there are several: as many as
+ * meet several outputs in registers. */
+#if defined(__AVX512F__)
+enum { CPU_LANE_ROWS = 4, CPU_LANE_TILES = CPU_ROWS / CPU_LANE_ROWS };
+#else
+enum { CPU_LANE_ROWS = CPU_TILE, CPU_LANE_TILES = 1 };
+#endif
+
+/* ---- products with scaled weights (products_q8.c, avx2_bf16.c or vnni_bf16.c) ----
  * Rows of BF16 inputs and where the outputs out0 .. out0 + n_out - 1 of each go. */
 typedef struct cpu_rows {
     const uint16_t *x;

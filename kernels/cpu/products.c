@@ -102,7 +102,12 @@ void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_m
     product_job job = {.tile = tile, .w = w, .out0 = out0};
 #if defined(__AVX512F__)
     if (w->dtype != KN_E4M3) {
-        KN_FN(kn_cpu_product_lanes512)(team, tile, w, out0, n_out);
+        KN_FN(kn_cpu_product_lanes512)(team, tile, 1, w, out0, n_out);
+        return;
+    }
+#elif defined(__AVX2__)
+    if (w->dtype != KN_E4M3) {
+        KN_FN(kn_cpu_product_lanes256)(team, tile, w, out0, n_out);
         return;
     }
 #endif

@@ -8,13 +8,15 @@
 #include "kernels/cpu/chunk.h"
 
 enum {
-    LANES_STEP = 512,   /* inputs for which the rows of a tile stay in the first cache */
-    LANES_OUTS = 64,    /* outputs between two of these steps */
-    LANES_AHEAD = 2048, /* bytes of a weight row that are asked for before they are needed */
+    LANES_STEP = 512,        /* inputs for which the rows of a tile stay in the first cache */
+    LANES_OUTS = 64,         /* outputs between two of these steps, at most, and */
+    LANES_BYTES = 256 << 10, /* of weights that stay in the second cache while all tiles pass */
+    LANES_AHEAD = 2048,      /* bytes of a weight row that are asked for before they are needed */
 };
 
 typedef struct lanes_job {
-    const cpu_tile *tile;
+    const cpu_tile *tiles;
+    uint32_t n_tile;
     const kn_matrix *w;
     uint32_t out0, item;
 } lanes_job;
@@ -56,12 +58,17 @@ INLINED void add_inputs(const uint8_t *const *rows, const double *x, uint64_t st
         }
     }
     for (uint32_t i = 0; i < n; i += KN_LANES) {
+        lanes_weights w[CPU_OUTS];
         for (uint32_t j = 0; j < n_out; j++) {
-            lanes_weights w = decode_16(rows[j] + (uint64_t)i * item, item);
-            for (uint32_t r = 0; r < n_row; r++) {
-                const double *from = x + r * stride + i;
-                acc[j][r][0] = _mm512_fmadd_pd(_mm512_loadu_pd(from), w.half[0], acc[j][r][0]);
-                acc[j][r][1] = _mm512_fmadd_pd(_mm512_loadu_pd(from + 8), w.half[1], acc[j][r][1]);
+            w[j] = decode_16(rows[j] + (uint64_t)i * item, item);
+        }
+        for (uint32_t r = 0; r < n_row;
+             r++) { /* inputs one after another: sums and weights fill the registers */
+            for (uint32_t half = 0; half < 2; half++) {
+                __m512d from = _mm512_loadu_pd(x + r * stride + i + 8 * half);
+                for (uint32_t j = 0; j < n_out; j++) {
+                    acc[j][r][half] = _mm512_fmadd_pd(from, w[j].half[half], acc[j][r][half]);
+                }
             }
         }
         for (uint32_t j = 0; j < n_out && i % (64 / item) == 0; j++) {
@@ -90,8 +97,8 @@ typedef void (*add_fn)(const uint8_t *const *rows, const double *x, uint64_t str
 #define ADD_ITEM(item_)                                                                                      \
     ADD(item_, 4, 1)                                                                                         \
     ADD(item_, 4, 2)                                                                                         \
-    ADD(item_, 4, 3)                                                                                         \
-    ADD(item_, 3, 4)                                                                                         \
+    ADD(item_, 3, 3)                                                                                         \
+    ADD(item_, 2, 4)                                                                                         \
     ADD(item_, 1, 1)                                                                                         \
     ADD(item_, 1, 2)                                                                                         \
     ADD(item_, 1, 3)                                                                                         \
@@ -112,7 +119,7 @@ typedef struct lanes_way {
 #define WAYS(item_)                                                                                          \
     {                                                                                                        \
         {4, add_##item_##_4_1, add_##item_##_1_1}, {4, add_##item_##_4_2, add_##item_##_1_2},                \
-            {4, add_##item_##_4_3, add_##item_##_1_3}, {3, add_##item_##_3_4, add_##item_##_1_4},            \
+            {3, add_##item_##_3_3, add_##item_##_1_3}, {2, add_##item_##_2_4, add_##item_##_1_4},            \
             {1, add_##item_##_1_5, add_##item_##_1_5}, {1, add_##item_##_1_6, add_##item_##_1_6},            \
             {1, add_##item_##_1_7, add_##item_##_1_7}, {1, add_##item_##_1_8, add_##item_##_1_8},            \
     }
@@ -120,10 +127,9 @@ static const lanes_way LANES_WAYS[2][CPU_TILE] = {WAYS(2), WAYS(4)};
 
 /* Inputs begin .. end - 1 of n outputs from o on. The last ones of a row, if they are no whole KN_LANES, are
  * filled up with zeros, as the inputs of a tile are. */
-static void add_piece(const lanes_job *job, uint32_t o, uint32_t n, uint32_t begin, uint32_t end,
-                      lanes_sum (*sums)[CPU_TILE])
+static void add_piece(const lanes_job *job, const cpu_tile *t, uint32_t o, uint32_t n, uint32_t begin,
+                      uint32_t end, lanes_sum (*sums)[CPU_TILE])
 {
-    const cpu_tile *t = job->tile;
     const lanes_way *way = &LANES_WAYS[job->item == 4][t->n - 1];
     add_fn add = n == way->n_out ? way->many : way->one;
     uint32_t whole = (end - begin) / KN_LANES * KN_LANES, rest = end - begin - whole;
@@ -141,17 +147,16 @@ static void add_piece(const lanes_job *job, uint32_t o, uint32_t n, uint32_t beg
     }
 }
 
-static void lanes_outs(const lanes_job *job, uint32_t o, uint32_t n_out)
+static void lanes_outs(const lanes_job *job, const cpu_tile *t, uint32_t o, uint32_t n_out)
 {
-    const cpu_tile *t = job->tile;
     uint32_t together = LANES_WAYS[0][t->n - 1].n_out, n_in = job->w->n_in, n;
     /* One row of weights after another is read fastest; many rows of inputs should be read only once. */
-    uint32_t step = t->n <= CPU_TILE / 2 ? n_in : LANES_STEP;
+    uint32_t step = job->n_tile == 1 && t->n <= CPU_TILE / 2 ? n_in : LANES_STEP;
     lanes_sum sums[LANES_OUTS][CPU_TILE] = {0};
     for (uint32_t at = 0; at < n_in; at += step) {
         for (uint32_t i = 0; i < n_out; i += n) {
             n = n_out - i < together ? 1 : together;
-            add_piece(job, o + i, n, at, n_in - at < step ? n_in : at + step, sums + i);
+            add_piece(job, t, o + i, n, at, n_in - at < step ? n_in : at + step, sums + i);
         }
     }
     for (uint32_t r = 0; r < t->n; r++) {
@@ -163,16 +168,23 @@ static void lanes_outs(const lanes_job *job, uint32_t o, uint32_t n_out)
 
 static void lanes_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
+    const lanes_job *job = arg;
+    uint32_t fit = LANES_BYTES / (job->w->n_in * job->item), most = fit < CPU_OUTS ? CPU_OUTS : fit;
     (void)i_thread;
-    for (uint32_t o = begin; o < end; o += LANES_OUTS) {
-        lanes_outs(arg, o, end - o < LANES_OUTS ? end - o : LANES_OUTS);
+    most = most > LANES_OUTS ? LANES_OUTS : most;
+    for (uint32_t o = begin; o < end; o += most) {
+        for (uint32_t i = 0; i < job->n_tile; i++) {
+            lanes_outs(job, &job->tiles[i], o, end - o < most ? end - o : most);
+        }
     }
 }
 
-void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
-                                    uint32_t n_out)
+void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tiles, uint32_t n_tile, const kn_matrix *w,
+                                    uint32_t out0, uint32_t n_out)
 {
-    lanes_job job = {.tile = tile, .w = w, .out0 = out0, .item = w->dtype == KN_BF16 ? 2 : 4};
+    lanes_job job = {
+        .tiles = tiles, .n_tile = n_tile, .w = w, .out0 = out0, .item = w->dtype == KN_BF16 ? 2 : 4};
+    uint64_t n_row = (uint64_t)n_tile * tiles[0].n;
     CM_ASSERT(w->dtype == KN_BF16 || w->dtype == KN_F32);
-    kn_team_run(team, n_out, (uint64_t)w->n_in * tile->n, lanes_part, &job);
+    kn_team_run(team, n_out, w->n_in * n_row, lanes_part, &job);
 }

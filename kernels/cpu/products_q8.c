@@ -1,52 +1,16 @@
-/* Products with quantized weights where the CPU has no 8-bit dot products: both sides widened to double,
- * exact sums inside a scale block. */
+/* Products with quantized weights in plain C: both sides widened to double, exact sums inside a scale block.
+ */
 #include "common/base/assert.h"
 #include "kernels/cpu/chunk.h"
 
 /* ---- decoding CPU_CHUNK values ---- */
 
-/* An E4M3 code moved to the bits of a half float is 2^-8 of its value; the hardware widens those, subnormals
- * too. */
-#if defined(__AVX512F__)
-APART void decode_e4m3(const uint8_t *codes, double *out)
-{
-    const __m256i magnitude = _mm256_set1_epi16(0x7f), nan = _mm256_set1_epi16(0x7e00);
-    for (int i = 0; i < CPU_CHUNK; i += 16) {
-        __m256i c = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)(codes + i)));
-        __m256i mag = _mm256_and_si256(c, magnitude);
-        __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(c, 7), 15);
-        __m256i half = _mm256_or_si256(_mm256_slli_epi16(mag, 7), sign);
-        __m512 value;
-        half = _mm256_or_si256(half, _mm256_and_si256(_mm256_cmpeq_epi16(mag, magnitude), nan));
-        value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
-        _mm512_storeu_pd(out + i, _mm512_cvtps_pd(_mm512_castps512_ps256(value)));
-        _mm512_storeu_pd(out + i + 8, _mm512_cvtps_pd(_mm512_extractf32x8_ps(value, 1)));
-    }
-}
-#elif defined(__F16C__)
-APART void decode_e4m3(const uint8_t *codes, double *out)
-{
-    const __m128i magnitude = _mm_set1_epi16(0x7f), nan = _mm_set1_epi16(0x7e00);
-    for (int i = 0; i < CPU_CHUNK; i += 8) {
-        __m128i c = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i *)(codes + i)));
-        __m128i mag = _mm_and_si128(c, magnitude);
-        __m128i sign = _mm_slli_epi16(_mm_srli_epi16(c, 7), 15);
-        __m128i half = _mm_or_si128(_mm_slli_epi16(mag, 7), sign);
-        __m256 value;
-        half = _mm_or_si128(half, _mm_and_si128(_mm_cmpeq_epi16(mag, magnitude), nan));
-        value = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
-        _mm256_storeu_pd(out + i, _mm256_cvtps_pd(_mm256_castps256_ps128(value)));
-        _mm256_storeu_pd(out + i + 4, _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1)));
-    }
-}
-#else
 APART void decode_e4m3(const uint8_t *codes, double *out)
 {
     for (int i = 0; i < CPU_CHUNK; i++) {
         out[i] = kn_e4m3_decode(codes[i]);
     }
 }
-#endif
 
 /* Doubled values; all low nibbles of the chunk first, then all high ones: block sums are exact, so any order
  * will do, and this one needs no interleaving. kn_cpu_widen_codes puts the inputs in the same order. */

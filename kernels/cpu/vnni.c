@@ -150,7 +150,7 @@ void KN_FN(kn_cpu_q8_product)(kn_team *team, const cpu_q8_tile *tile, const kn_m
 {
     product_job job = {.tile = tile, .w = w};
     CM_ASSERT(w->dtype == KN_E4M3 || (w->dtype == KN_E2M1 && w->n_in % 2 == 0));
-    kn_team_run(team, kn_blocks(w->n_out, w->dtype == KN_E2M1 ? FP4_OUTS : VNNI_OUTS),
+    kn_team_run(team, kn_blocks(w->n_out, w->dtype == KN_E2M1 ? FP4_OUTS : FP8_OUTS),
                 (uint64_t)w->n_in * tile->n, product_part, &job);
 }
 

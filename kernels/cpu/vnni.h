@@ -19,6 +19,8 @@ enum {
     VNNI_TILES = 4, /* tiles that share one reading of many rows of input */
     FP4_TILES = 2,  /* of E2M1 weights that stand side by side */
     FP4_OUTS = FP4_TILES * VNNI_OUTS,
+    FP8_TILES = 2, /* of E4M3 weights that are multiplied together */
+    FP8_OUTS = FP8_TILES * VNNI_OUTS,
 };
 
 /* What is left of a NaN in bf16, by where it came from; a code's sign is added. */
@@ -102,8 +104,8 @@ static inline __m256i vnni_bf16_of(__m512d first, __m512d second)
 void KN_FN(kn_vnni_put)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t o, vnni_sums *acc,
                         const uint16_t nan[VNNI_OUTS]);
 
-/* The files of one weight format each. x: the tile's scratch; outputs in tiles begin .. end - 1, of E2M1 in
- * pairs of them. */
+/* The files of one weight format each. x: the tile's scratch; outputs in pairs of
+ * tiles begin .. end - 1. */
 void KN_FN(kn_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k);
 void KN_FN(kn_fp4_part)(const cpu_q8_tile *tile, const kn_matrix *w, uint32_t begin, uint32_t end);
 void KN_FN(kn_vnni_fp8_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k);

@@ -1,51 +1,51 @@
-/* E4M3 weights in digits, for the files that multiply them: w = 8 (255 e1 + e0) + s in units of 2^-9.
+/* E4M3 weights as 16-bit integers, for the files that multiply them by vpdpwssd: w = 8 W + s in units of
+ * 2^-9, W rounded towards zero. An s is rare (0 unless |w| < 2^-3), and the columns that have one are listed.
  *
- * Base 255 because its digits reach from -127 to 127: the digits of -w are those of w negated, so a table has
- * magnitudes only (128 bytes, one permutation of two registers) and the sign is one masked subtraction.
- * Digits are biased by 128 into unsigned bytes. An s is rare (0 unless |w| < 2^-3) and listed one by one. */
+ * vpdpwssd adds two products of 16 bits to a sum of 32, in a lane for each output: half as many products as
+ * vpdpbusd, which would need four of digits where this one needs one. */
 #pragma once
 #include "kernels/cpu/vnni.h"
 
 enum {
-    FP8_COLUMNS = CPU_CHUNK / 4, /* of a block */
-    FP8_BIAS = 128,
-    FP8_BASE = 255,   /* of the weights' digits */
+    FP8_COLUMNS = CPU_CHUNK / 4, /* of a block; a column is four inputs of 16 outputs */
+    FP8_WEIGHT_MAX = 448 << 6,   /* of |W| */
+    /* Inputs whose magnitudes add up to it have products that add up to less than 2^31. */
+    FP8_INPUTS_MAX = INT32_MAX / FP8_WEIGHT_MAX,
     FP8_AHEAD = 8192, /* bytes of weights that are asked for before they are needed */
 };
 
-/* An s that is not zero. */
-typedef struct fp8_rest {
-    uint8_t out, input; /* of the 16 outputs, of the block's inputs */
-    int8_t s;
-} fp8_rest;
+/* A column as products take it: inputs 0 and 2 of it, then 1 and 3, in the dwords of 16 outputs. */
+typedef struct fp8_pairs {
+    __m512i pair[2];
+} fp8_pairs;
 
 /* The weights of one block and 16 outputs. */
 typedef struct fp8_weights {
     const __m512i *codes; /* [FP8_COLUMNS]: in a prepared matrix, or buffer */
     __m512i buffer[FP8_COLUMNS];
-    __m512i e1[FP8_COLUMNS], e0[FP8_COLUMNS]; /* biased; filled where several groups of rows read them */
-    uint32_t with_rest;                       /* bit j: column j has an s, or a NaN */
-    uint32_t n_rest;
-    fp8_rest rest[VNNI_OUTS * CPU_CHUNK]; /* all s of the block */
+    fp8_pairs columns[FP8_COLUMNS];        /* W; filled where several groups of rows read them */
+    uint32_t with_rest;                    /* bit j: column j has an s, or a NaN */
+    uint32_t n_rest, rest_of[FP8_COLUMNS]; /* columns with an s */
+    fp8_pairs rests[FP8_COLUMNS];          /* theirs */
 } fp8_weights;
 
-/* Of a magnitude, in units of 2^-9: without NaN, and in eighths what has no rest. */
-#define UNITS(c)   ((c) < 8 || (c) == 127 ? 0 : (8 + ((c)&7)) << (((c) >> 3) - 1))
-#define EIGHTHS(c) (UNITS(c) % 8 != 0 ? 0 : UNITS(c) / 8)
-#define DIGIT1(c)  ((EIGHTHS(c) + 127) / FP8_BASE)
-#define BIASED1(c) (FP8_BIAS + DIGIT1(c))
-#define BIASED0(c) (FP8_BIAS + EIGHTHS(c) - FP8_BASE * DIGIT1(c))
-#define X4(f, c)   f(c), f((c) + 1), f((c) + 2), f((c) + 3)
-#define X16(f, c)  X4(f, c), X4(f, (c) + 4), X4(f, (c) + 8), X4(f, (c) + 12)
-#define X64(f, c)  X16(f, c), X16(f, (c) + 16), X16(f, (c) + 32), X16(f, (c) + 48)
+/* Of a magnitude, in units of 2^-9: without NaN. */
+#define UNITS(c)  ((c) < 8 ? (c) : (c) == 127 ? 0 : (8 + ((c)&7)) << (((c) >> 3) - 1))
+#define LOW(c)    (UNITS(c) / 8 % 256)
+#define HIGH(c)   (UNITS(c) / 8 / 256)
+#define REST(c)   (UNITS(c) % 8)
+#define X4(f, c)  f(c), f((c) + 1), f((c) + 2), f((c) + 3)
+#define X16(f, c) X4(f, c), X4(f, (c) + 4), X4(f, (c) + 8), X4(f, (c) + 12)
+#define X64(f, c) X16(f, c), X16(f, (c) + 16), X16(f, (c) + 32), X16(f, (c) + 48)
 
-/* Biased digits of the magnitudes 0 .. 63 and 64 .. 127. */
-static const uint8_t FP8_DIGITS[2][2][64] = {{{X64(BIASED1, 0)}, {X64(BIASED1, 64)}},
-                                             {{X64(BIASED0, 0)}, {X64(BIASED0, 64)}}};
+/* Bytes of W, and s, of the magnitudes 0 .. 63 and 64 .. 127. */
+static const uint8_t FP8_WORDS[2][2][64] = {{{X64(LOW, 0)}, {X64(LOW, 64)}},
+                                            {{X64(HIGH, 0)}, {X64(HIGH, 64)}}};
+static const uint8_t FP8_RESTS[2][64] = {{X64(REST, 0)}, {X64(REST, 64)}};
 
-/* The same in registers. */
+/* The former in registers. */
 typedef struct fp8_tables {
-    __m512i digit[2][2];
+    __m512i byte[2][2];
 } fp8_tables;
 
 INLINED fp8_tables load_tables(void)
@@ -53,26 +53,44 @@ INLINED fp8_tables load_tables(void)
     fp8_tables t;
     for (int which = 0; which < 2; which++) {
         for (int half = 0; half < 2; half++) {
-            t.digit[which][half] = _mm512_loadu_si512(FP8_DIGITS[which][half]);
+            t.byte[which][half] = _mm512_loadu_si512(FP8_WORDS[which][half]);
             /* Otherwise the compiler reads them from memory at each use, beside all other loads. */
-            __asm__("" : "+v"(t.digit[which][half]));
+            __asm__("" : "+v"(t.byte[which][half]));
         }
     }
     return t;
 }
 
-/* Digit 1 (which 0) or 0 (which 1) of 64 codes. Of a negative one 128 - d = 0 - (128 + d) in a byte. */
-INLINED __m512i weight_digit(const fp8_tables *t, __m512i codes, int which)
+/* Negates words where codes are negative: those of the even bytes, and of the odd ones. */
+INLINED fp8_pairs with_signs(__m512i even, __m512i odd, __m512i codes)
 {
-    __m512i digit = _mm512_permutex2var_epi8(t->digit[which][0], codes, t->digit[which][1]);
-    return _mm512_mask_sub_epi8(digit, _mm512_movepi8_mask(codes), _mm512_setzero_si512(), digit);
+    const __m512i zero = _mm512_setzero_si512();
+    __mmask32 even_minus = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x80));
+    return (fp8_pairs){{_mm512_mask_sub_epi16(even, even_minus, zero, even),
+                        _mm512_mask_sub_epi16(odd, _mm512_movepi16_mask(codes), zero, odd)}};
+}
+
+/* W of a column. */
+INLINED fp8_pairs column_pairs(const fp8_tables *t, __m512i codes)
+{
+    const __m512i swap = _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001);
+    __m512i low = _mm512_permutex2var_epi8(t->byte[0][0], codes, t->byte[0][1]);
+    __m512i high = _mm512_permutex2var_epi8(t->byte[1][0], codes, t->byte[1][1]);
+    return with_signs(_mm512_mask_shuffle_epi8(low, 0xaaaaaaaaaaaaaaaa, high, swap),
+                      _mm512_mask_shuffle_epi8(high, 0x5555555555555555, low, swap), codes);
+}
+
+static inline __m512i rest_bytes(__m512i codes)
+{
+    return _mm512_permutex2var_epi8(_mm512_loadu_si512(FP8_RESTS[0]), codes,
+                                    _mm512_loadu_si512(FP8_RESTS[1]));
 }
 
 /* Whether a column has an s, or a NaN. */
 static inline bool column_with_rest(__m512i codes)
 {
     const __m512i magnitude = _mm512_set1_epi8(127);
-    __m512i rest = vnni_look_up(KN_FN(kn_vnni_digits).r, codes);
+    __m512i rest = rest_bytes(codes);
     return _mm512_test_epi8_mask(rest, rest) != 0 ||
            _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, magnitude), magnitude) != 0;
 }
@@ -133,8 +151,7 @@ static inline void decode_columns(fp8_weights *w)
     fp8_tables tables = load_tables();
     for (uint32_t j = 0; j < FP8_COLUMNS; j++) {
         ask_ahead(&w->codes[j]);
-        w->e1[j] = weight_digit(&tables, w->codes[j], 0);
-        w->e0[j] = weight_digit(&tables, w->codes[j], 1);
+        w->columns[j] = column_pairs(&tables, w->codes[j]);
     }
 }
 
@@ -146,15 +163,11 @@ static inline void find_rests(fp8_weights *w, uint16_t nan[VNNI_OUTS])
     for (uint32_t bits = w->with_rest; bits != 0; bits &= bits - 1) {
         uint32_t j = (uint32_t)__builtin_ctz(bits);
         uint8_t code[4 * VNNI_OUTS];
-        int8_t s[4 * VNNI_OUTS];
-        __m512i codes = w->codes[j], rests = vnni_look_up(KN_FN(kn_vnni_digits).r, codes);
-        uint64_t with_s = _mm512_test_epi8_mask(rests, rests),
-                 found = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, magnitude), magnitude);
-        _mm512_storeu_si512(s, rests);
-        for (; with_s != 0; with_s &= with_s - 1) {
-            uint32_t at = (uint32_t)__builtin_ctzll(with_s);
-            w->rest[w->n_rest++] = (fp8_rest){(uint8_t)(at / 4), (uint8_t)(4 * j + at % 4), s[at]};
-        }
+        __m512i codes = w->codes[j], rest = rest_bytes(codes);
+        uint64_t found = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, magnitude), magnitude);
+        w->rest_of[w->n_rest] = j;
+        w->rests[w->n_rest++] =
+            with_signs(_mm512_and_si512(rest, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(rest, 8), codes);
         _mm512_storeu_si512(code, codes);
         for (; found != 0; found &= found - 1) {
             uint32_t at = (uint32_t)__builtin_ctzll(found);
@@ -165,26 +178,21 @@ static inline void find_rests(fp8_weights *w, uint16_t nan[VNNI_OUTS])
     }
 }
 
-/* acc + dot products of a column with the dword at x. The dword is broadcast by the load of the product
- * itself, twice a cycle; the compiler would share registers of broadcast dwords, which takes longer and
- * drives sums out of registers. */
-INLINED __m512i dot(__m512i acc, __m512i column, const uint8_t *x)
+/* acc + products of pairs of weights with the pair of inputs at x. Not as an intrinsic: of that the compiler
+ * makes copies of every sum. */
+INLINED __m512i dot(__m512i acc, __m512i weights, const int16_t *x)
 {
-    __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(column), "m"(*(const uint8_t(*)[4])x));
+    int32_t pair;
+    memcpy(&pair, x, sizeof(pair));
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(_mm512_set1_epi32(pair)));
     return acc;
 }
 
-/* The low (0) or high (1) dwords of every four, in the order of vnni_sums. */
-INLINED __m512d to_double(__m512i v, int high)
+/* Sums start 2^31 too large, so that they are unsigned: as the low dword of a double of exponent 2^52 one is
+ * its value. The low (0) or high (1) dwords of every four, in the order of vnni_sums. */
+INLINED __m512d to_double(__m512i sum, int high)
 {
     const __m512i two52 = _mm512_set1_epi32(0x43300000);
-    __m512i positive = _mm512_xor_si512(v, _mm512_set1_epi32(INT32_MIN));
-    __m512i bits = high ? _mm512_unpackhi_epi32(positive, two52) : _mm512_unpacklo_epi32(positive, two52);
+    __m512i bits = high ? _mm512_unpackhi_epi32(sum, two52) : _mm512_unpacklo_epi32(sum, two52);
     return _mm512_sub_pd(_mm512_castsi512_pd(bits), _mm512_set1_pd(0x1p52 + 0x1p31));
-}
-
-/* high * factor + low, exact: two int32 and a factor of at most 2^8. */
-INLINED __m512d joined(__m512i high, double factor, __m512i low, int half)
-{
-    return _mm512_fmadd_pd(to_double(high, half), _mm512_set1_pd(factor), to_double(low, half));
 }

@@ -30,6 +30,7 @@ typedef enum xcore_part_state { PART_OPEN, PART_DONE, PART_FAILED } xcore_part_s
 /* One frame of the round under way; same index as in the plan. */
 typedef struct xcore_part {
     xcore_part_state state;
+    uint32_t n_done; /* its first slots, answered */
     uint64_t deadline_ms;
 } xcore_part;
 
@@ -462,17 +463,19 @@ static xcore_flight *xcore_part_of(rt_xcore *x, const pr_frame_head *head, const
     return f;
 }
 
-static void xcore_take_results(rt_xcore *x, xcore_flight *f, uint32_t i, const uint16_t *rows)
+static void xcore_take_results(rt_xcore *x, xcore_flight *f, uint32_t i, const uint16_t *rows,
+                               uint32_t n_slot)
 {
     const rt_part *part = &f->plan->parts[i];
-    uint32_t d = x->options.limits.d;
-    for (uint32_t s = 0; s < part->n_slot; s++) {
-        uint32_t target = f->plan->targets[part->slot0 + s];
+    uint32_t d = x->options.limits.d, slot0 = part->slot0 + f->parts[i].n_done;
+    for (uint32_t s = 0; s < n_slot; s++) {
+        uint32_t target = f->plan->targets[slot0 + s];
         memcpy(f->layer.results + (size_t)target * d, rows + (size_t)s * d, sizeof(uint16_t) * d);
         f->wanted[target] = 0;
     }
-    f->n_wanted -= part->n_slot;
-    f->parts[i].state = PART_DONE;
+    f->n_wanted -= n_slot;
+    f->parts[i].n_done += n_slot;
+    f->parts[i].state = f->parts[i].n_done == part->n_slot ? PART_DONE : PART_OPEN;
     f->progress = true;
 }
 
@@ -483,10 +486,11 @@ cm_status rt_xcore_combine(rt_xcore *x, const void *handle, const void *header, 
     uint32_t i = 0;
     CM_TRY(pr_combine_check(header, header_bytes, payload_bytes, x->options.limits.d, err));
     xcore_flight *f = xcore_part_of(x, &frame->head, handle, &i);
-    if (f == NULL || frame->n_slot != f->plan->parts[i].n_slot) {
+    if (f == NULL || frame->n_slot == 0 || frame->slot0 != f->parts[i].n_done ||
+        frame->n_slot > f->plan->parts[i].n_slot - frame->slot0) {
         return cm_error_set(err, CM_E_PROTOCOL, "exchange", "it answers nothing that is open");
     }
-    xcore_take_results(x, f, i, payload);
+    xcore_take_results(x, f, i, payload, frame->n_slot);
     return CM_OK;
 }
 

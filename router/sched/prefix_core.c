@@ -156,9 +156,7 @@ static void node_give_up(rt_prefix *prefix, prefix_node *node)
 
 void rt_prefix_destroy(rt_prefix *prefix)
 {
-    while (!TAILQ_EMPTY(&prefix->kept)) {
-        node_give_up(prefix, TAILQ_FIRST(&prefix->kept));
-    }
+    rt_prefix_forget(prefix);
     rt_pages_fini(&prefix->pages);
     rt_pages_fini(&prefix->states);
     cm_map_fini(&prefix->keys);
@@ -264,6 +262,16 @@ void rt_prefix_release(rt_prefix *prefix, uint32_t page)
             TAILQ_INSERT_TAIL(&prefix->kept, node, kept_link);
             prefix->n_kept++;
         }
+    }
+}
+
+void rt_prefix_forget(rt_prefix *prefix)
+{
+    while (!TAILQ_EMPTY(&prefix->kept)) {
+        node_give_up(prefix, TAILQ_FIRST(&prefix->kept));
+    }
+    while (!TAILQ_EMPTY(&prefix->stateful)) {
+        node_drop_state(prefix, TAILQ_FIRST(&prefix->stateful));
     }
 }
 

@@ -73,6 +73,10 @@ uint32_t rt_prefix_add(rt_prefix *prefix, const uint8_t salt[RT_SALT_BYTES], uin
 /* A sequence lets go of a page and all before it. */
 void rt_prefix_release(rt_prefix *prefix, uint32_t page);
 
+/* Nothing of what is there now is found any more: kept pages are free, and what sequences hold has no state.
+ * A state that is being written is its sequence's, and is found when it is. */
+void rt_prefix_forget(rt_prefix *prefix);
+
 /* ---- states ---- */
 
 /* Room for a state that is to be written. false: all are being written or, for a spare one, worth more. */

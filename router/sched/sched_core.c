@@ -409,6 +409,11 @@ void rt_sched_cancel_owner(rt_sched *sched, uint64_t owner)
     list_cancel_owner(sched, &sched->waiting, owner);
 }
 
+void rt_sched_forget(rt_sched *sched)
+{
+    rt_prefix_forget(sched->prefix);
+}
+
 void rt_sched_drain(rt_sched *sched)
 {
     sched->draining = true;

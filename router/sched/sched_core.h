@@ -117,6 +117,8 @@ CM_MUST_CHECK cm_status rt_sched_open(rt_sched *sched, uint64_t now_ms, const rt
 /* No word about the sequence follows, not even its end. Unknown keys are fine. */
 void rt_sched_cancel(rt_sched *sched, rt_seq_key key);
 void rt_sched_cancel_owner(rt_sched *sched, uint64_t owner); /* its link is gone */
+/* What ended sequences left is reused no more (rt_prefix_forget); running ones go on. */
+void rt_sched_forget(rt_sched *sched);
 /* Refuse new ones from now on; running ones finish. */
 void rt_sched_drain(rt_sched *sched);
 

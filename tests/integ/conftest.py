@@ -56,6 +56,7 @@ class Cluster:
         self.http = "http://" + self.info["http"]
         self.grpc = self.info["grpc"]
         self.coordinator = self.info["coordinator"]
+        self.net = self.info["net"]
 
     def said(self):
         """Everything that up and its children wrote, for failure messages."""

@@ -60,7 +60,7 @@ def test_a_running_answer_survives_the_drain(start_cluster):
 @pytest.mark.parametrize("net", ["ucx", "shm"])
 def test_worker_dies_in_the_middle(start_cluster, net):
     """kill -9 of a worker while an answer streams: the others take its experts over and no token changes."""
-    cluster = start_cluster("--workers", "3", "--no-restart", env={"BALEEN_NET": net})
+    cluster = start_cluster("--workers", "3", "--no-restart", "--net", net)
     whole = answer(cluster)
     stream = client_of(cluster).chat.completions.create(model="nano", messages=COUNT, temperature=0, stream=True, extra_body=CHAT)
     text = ""
@@ -79,7 +79,7 @@ def test_a_worker_joins(start_cluster, bin_dir):
     whole = answer(cluster)
     epoch = cluster.status()["epoch"]
     with open(os.path.join(cluster.run, "late-worker.log"), "w") as log:
-        late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", NANO], stderr=log)
+        late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--net", cluster.net, "--model", NANO], stderr=log)
         wait_for("an epoch with both workers", lambda: sum(
             m["role"] == "worker" and m["state"] == "ready" and m["epoch"] > epoch for m in cluster.status()["members"]) == 2)
         assert answer(cluster) == whole
@@ -95,7 +95,7 @@ def test_a_worker_that_cannot_load_changes_nothing(start_cluster, bin_dir):
     epoch = cluster.status()["epoch"]
     log_path = os.path.join(cluster.run, "late-worker.log")
     with open(log_path, "w") as log:
-        late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", NANO,
+        late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--net", cluster.net, "--model", NANO,
                                  "--failpoints", "worker_load_fails:10000"], stderr=log)
         wait_for("the load to fail", lambda: "load failed by a failpoint" in open(log_path).read())
         assert answer(cluster) == whole
@@ -112,6 +112,17 @@ def test_late_answers_change_nothing(start_cluster):
     whole = answer(cluster)
     late = start_cluster("--workers", "2", env={"BALEEN_FAILPOINTS": "worker_combine_late:2000"})
     assert answer(late) == whole
+
+
+@pytest.mark.parametrize("net, other", [("ucx", "shm"), ("shm", "ucx")])
+def test_other_transport_is_refused(start_cluster, bin_dir, net, other):
+    """What rows could not reach never becomes a member."""
+    cluster = start_cluster("--workers", "1", "--net", net)
+    epoch = cluster.status()["epoch"]
+    out = subprocess.run([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--net", other, "--model", NANO],
+                         capture_output=True, text=True, timeout=WAIT_S)
+    assert out.returncode == 1 and f"--net {other} there, the cluster's is {net}" in out.stderr
+    assert cluster.status()["epoch"] == epoch
 
 
 def test_wrong_checkpoint_is_refused(start_cluster, bin_dir, tmp_path):

@@ -179,7 +179,7 @@ def test_drain_of_a_gateway(start_cluster, bin_dir):
     ask = {"model": "nano", "messages": COUNT, "temperature": 0, "max_tokens": 80, "extra_body": CHAT}
     whole = client_of(cluster).chat.completions.create(**ask).choices[0].message.content
     ready, child = os.pipe()
-    second = subprocess.Popen([os.path.join(bin_dir, "baleen-gateway"), "--coordinator", cluster.coordinator, "--model", NANO,
+    second = subprocess.Popen([os.path.join(bin_dir, "baleen-gateway"), "--coordinator", cluster.coordinator, "--net", cluster.net, "--model", NANO,
                                "--ready-fd", str(child)], pass_fds=[child], stderr=open(os.path.join(cluster.run, "second.log"), "w"))
     http = json.loads(os.read(ready, 4096))["http"]
     os.close(ready)

@@ -315,9 +315,26 @@ def test_control_spellings_stay_text(cluster):
     assert back["prompt"] == spelled
 
 
+@pytest.mark.conformance(28)
+def test_a_forgotten_prefix(cluster, client):
+    """What was computed once is taken up, and after the operator's word not any more; the answer is the same."""
+    def ask():
+        prompt = "Please read this twice. " * 60
+        return client.chat.completions.create(model="nano", messages=[{"role": "user", "content": prompt}], temperature=0, max_tokens=4,
+                                              extra_body=CHAT)
+
+    first, second = ask(), ask()
+    assert second.usage.prompt_tokens_details.cached_tokens >= 128
+    status, reply = post(cluster, "/reset_prefix_cache", {})
+    assert (status, reply) == (200, {"routers": 1})
+    third = ask()
+    assert third.usage.prompt_tokens_details.cached_tokens == 0
+    assert first.choices[0].message.content == second.choices[0].message.content == third.choices[0].message.content
+
+
 def test_routes(cluster):
     connection = http.client.HTTPConnection(cluster.info["http"], timeout=300)
-    for method, path, want in [("GET", "/health", 200), ("GET", "/ready", 200), ("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405),
+    for method, path, want in [("GET", "/health", 200), ("GET", "/ready", 200), ("GET", "/health_generate", 200), ("GET", "/nothing", 404), ("GET", "/v1/chat/completions", 405),
                                ("HEAD", "/", 200), ("OPTIONS", "/v1/chat/completions", None)]:
         connection.request(method, path)
         reply = connection.getresponse()

@@ -91,6 +91,29 @@ def test_conversation(client):
     assert "Tokyo" in reply.output_text and reply.instructions == "You are a helpful assistant."
 
 
+@pytest.mark.conformance(16, 29)
+def test_logprobs(client):
+    """With each token of the text what it and the likeliest were worth, streamed and whole alike, as the package reads them."""
+    fields = {"model": "nano", "input": "What is 72 - 38?", "temperature": 0, "reasoning": LOW, "top_logprobs": 3,
+              "include": ["message.output_text.logprobs"]}
+    text = client.responses.create(**fields).output[-1].content[0]
+    assert len(text.logprobs) > 1 and bytes(byte for token in text.logprobs for byte in token.bytes).decode() == text.text
+    for token in text.logprobs:
+        values = [top.logprob for top in token.top_logprobs]
+        assert len(values) == 3 and values == sorted(values, reverse=True)
+        assert (token.token, token.logprob) == (token.top_logprobs[0].token, values[0])  # greedy takes the best
+    with client.responses.stream(**fields) as stream:
+        events = list(stream)
+        final = stream.get_final_response().output[-1].content[0]
+    deltas = [token for event in events if event.type == "response.output_text.delta" for token in event.logprobs]
+    done = next(event for event in events if event.type == "response.output_text.done")
+    seen = [(token.token, token.logprob, [(top.token, top.logprob) for top in token.top_logprobs]) for token in text.logprobs]
+    for told in (deltas, done.logprobs, final.logprobs):
+        assert [(token.token, token.logprob, [(top.token, top.logprob) for top in token.top_logprobs]) for token in told] == seen
+    plain = client.responses.create(**{**fields, "include": []}).output[-1].content[0]
+    assert plain.text == text.text and plain.logprobs == []
+
+
 # ---- scripted answers: the model says the text of the last user or tool message ----
 
 TOOLS = [{"type": "function", "name": "shell", "description": "Runs a command", "strict": False,
@@ -192,6 +215,7 @@ def test_what_coding_agents_send(script):
     ("input", 5), ("input", []), ("input", [{"role": "wizard", "content": "x"}]), ("input", [{"role": "user", "content": [{"type": "input_image"}]}]),
     ("max_output_tokens", 0), ("temperature", "warm"), ("top_p", 2), ("stream", "yes"), ("tools", {}), ("tools", [{"type": "file_search"}]),
     ("tool_choice", "maybe"), ("instructions", 5), ("reasoning", {"effort": "hard"}), ("parallel_tool_calls", 1),
+    ("include", "message.output_text.logprobs"), ("top_logprobs", 21), ("top_logprobs", "3"),
 ])
 def test_wrong_fields(cluster, field, value):
     status, reply = post(cluster, "/v1/responses", {"model": "nano", "input": "x", "max_output_tokens": 2, field: value})

@@ -93,7 +93,7 @@ def test_secured_cluster(bin_dir, certs, start_cluster):
     for words, options in (("give --tls-ca", []), ("authority that is not ours", files_of(certs / "theirs", "worker"))):
         log_path = os.path.join(cluster.run, "stranger.log")
         with open(log_path, "w") as log:
-            stranger = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", NANO,
+            stranger = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--net", cluster.net, "--model", NANO,
                                          *options], stderr=log)
             try:
                 wait_for("the stranger to say why", lambda: words in open(log_path).read())
@@ -104,7 +104,7 @@ def test_secured_cluster(bin_dir, certs, start_cluster):
 
     # one of ours may come
     with open(os.path.join(cluster.run, "late.log"), "w") as log:
-        late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--model", NANO,
+        late = subprocess.Popen([os.path.join(bin_dir, "baleen-worker"), "--coordinator", cluster.coordinator, "--net", cluster.net, "--model", NANO,
                                  *files_of(ours, "worker")], stderr=log)
         try:
             wait_for("the third worker", lambda: len(workers_of(bin_dir, "--run", cluster.run)) == 3)

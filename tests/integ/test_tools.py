@@ -124,3 +124,15 @@ def test_broken_checkpoints_are_named(bin_dir, tmp_path, what):
     served = subprocess.run([os.path.join(bin_dir, "baleen-router"), "--model", str(copy), "--coordinator", "127.0.0.1:1"],
                             capture_output=True, text=True, timeout=WAIT_S)
     assert served.returncode == 1 and word in served.stderr, served.stderr
+
+
+def test_plan(bin_dir):
+    """nano on three workers, and what is refused or too little."""
+    plan = baleen(bin_dir, "plan", NANO, "--workers", "3", "--context", "1024")
+    assert plan.returncode == 0, plan.stderr
+    assert "workers    3," in plan.stdout and "a step of decoding at 1024 tokens" in plan.stdout
+    few = baleen(bin_dir, "plan", NANO, "--workers", "1", "--expert-bytes-max", "1m", "--context", "1024")
+    assert few.returncode == 0 and "TOO FEW" in few.stdout
+    long = baleen(bin_dir, "plan", NANO, "--context", "4000000000")
+    assert long.returncode == 2 and "context" in long.stderr
+    assert baleen(bin_dir, "plan").returncode == 2

@@ -396,6 +396,7 @@ static void worker_computed(sim *s, void *arg, uint64_t tag)
         worker_answer(s, proc, w->computing[i]);
     }
     wk_gather_computed(w->gather, s->now_us);
+    wk_gather_looked(w->gather);
     sim_go(s, proc);
 }
 
@@ -542,7 +543,8 @@ void sim_worker_start(sim *s, sim_proc *proc)
     w->gather = wk_gather_create(&(wk_gather_limits){.router_max = 16,
                                                      .frame_max = shape->frame_max,
                                                      .row_max = shape->row_max,
-                                                     .window_max_us = shape->window_us});
+                                                     .window_max_us = shape->window_us,
+                                                     .hold_max_us = 1000 * shape->answer_ms / 4});
     cm_pool_init(&w->frames, "sim frames", sizeof(frame), shape->frame_max);
     cm_pool_init(&w->groups, "sim groups", sizeof(group), WORKER_GROUPS);
     sim_member_init(s, proc, &w->member, BALEEN__CONTROL__V1__ROLE__ROLE_WORKER, true, worker_news);

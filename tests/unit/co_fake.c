@@ -301,6 +301,7 @@ fake_peer *fake_spawn(fake_cluster *f, Baleen__Control__V1__Role role)
                              .incarnation = ++f->next_incarnation,
                              .capacity = 100,
                              .fingerprint = "abc",
+                             .net = "ucx",
                              .n_layer = FAKE_LAYERS,
                              .protocol = PR_CONTROL_VERSION};
             return p;
@@ -319,6 +320,7 @@ void fake_hello(fake_cluster *f, fake_peer *p)
     self.role = p->role;
     self.incarnation = p->incarnation;
     self.data_address = address;
+    self.net = (char *)(uintptr_t)p->net;
     self.has_expert_bytes_max = true;
     self.expert_bytes_max = p->capacity * FAKE_EXPERT_BYTES;
     hello.protocol = p->protocol;

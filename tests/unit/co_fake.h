@@ -32,7 +32,7 @@ typedef struct fake_peer {
     Baleen__Control__V1__Role role;
     uint64_t incarnation, cluster, session; /* session 0: none */
     uint64_t capacity;                      /* experts */
-    const char *fingerprint;
+    const char *fingerprint, *net;
     uint32_t id;
     uint32_t n_layer; /* as it says in its hello */
     uint32_t protocol;

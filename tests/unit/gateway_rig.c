@@ -94,9 +94,12 @@ void rig_commit(uint64_t number, bool router, bool placement)
     place.owner = owner;
     place.n_rank_member = place.n_owner = 1;
     place.n_first = 2;
-    Baleen__Control__V1__Member members[2] = {BALEEN__CONTROL__V1__MEMBER__INIT,
-                                              BALEEN__CONTROL__V1__MEMBER__INIT};
-    Baleen__Control__V1__Member *list[] = {&members[0], &members[1]};
+    enum { N_MEMBERS = 4 };
+    Baleen__Control__V1__Member members[N_MEMBERS], *list[N_MEMBERS];
+    for (uint32_t i = 0; i < N_MEMBERS; i++) {
+        baleen__control__v1__member__init(&members[i]);
+        list[i] = &members[i];
+    }
     members[0].id = RIG_WORKER;
     members[0].role = BALEEN__CONTROL__V1__ROLE__ROLE_WORKER;
     members[1].id = RIG_ROUTER;
@@ -105,11 +108,14 @@ void rig_commit(uint64_t number, bool router, bool placement)
     members[1].data_address = (char[]){"rig-router"};
     members[1].has_draining = true;
     members[1].draining = R.drains;
+    members[2].id = RIG_GATEWAY;
+    members[3].id = RIG_GATEWAY + 1;
+    members[2].role = members[3].role = BALEEN__CONTROL__V1__ROLE__ROLE_GATEWAY;
     Baleen__Control__V1__Epoch epoch = BALEEN__CONTROL__V1__EPOCH__INIT;
     epoch.number = number;
     epoch.cluster = RIG_CLUSTER;
     epoch.members = list;
-    epoch.n_members = router ? 2 : 1;
+    epoch.n_members = router ? R.two_gateways ? 4 : 3 : 1;
     epoch.placement = placement ? &place : NULL;
     Baleen__Control__V1__Commit commit = BALEEN__CONTROL__V1__COMMIT__INIT;
     commit.epoch = &epoch;
@@ -331,9 +337,13 @@ static void router_answer(void)
 static void router_open(const Baleen__Engine__V1__SeqOpen *open)
 {
     bool probe = open->n_prompt == 1 && open->sampler->tokens_max == 1 && open->sampler->temperature <= 0;
+    R.probe = probe ? open->stream : R.probe;
+    R.n_probes += probe;
+    if (probe && R.probe_waits) {
+        return;
+    }
     if (probe) {
         uint32_t id = md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS);
-        R.n_probes++;
         router_say(open->stream, 0, &id, R.probe_fails ? 0 : 1,
                    R.probe_fails ? BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED
                                  : BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH);
@@ -438,6 +448,8 @@ static void router_message(const net_event *event)
         router_find((const Baleen__Engine__V1__SeqFind *)message);
     } else if (event->type == PR_MSG_SEQ_DETACH) {
         R.n_detached++;
+    } else if (event->type == PR_MSG_PREFIX_FORGET) {
+        R.n_forgets++;
     } else {
         assert_int_equal(event->type, PR_MSG_SEQ_CANCEL);
         assert_int_equal(pr_unpack(&baleen__engine__v1__seq_cancel__descriptor, event->payload,
@@ -513,8 +525,9 @@ static void reply_text(const char *text, size_t n, md_text_kind kind)
     md_ids_init(&ids);
     md_tokenizer_encode(rig_tokenizer(), text, n, kind, &ids);
     assert_in_range(R.n_reply + ids.n, 0, RIG_REPLY_MAX - 1);
-    memcpy(R.reply + R.n_reply, ids.id, ids.n * sizeof(uint32_t));
-    R.n_reply += (uint32_t)ids.n;
+    for (size_t i = 0; i < ids.n; i++) {
+        R.reply[R.n_reply++] = ids.id[i];
+    }
     md_ids_fini(&ids);
 }
 
@@ -616,6 +629,14 @@ static void router_stop(void)
     pc_netpump_destroy(R.pump);
     net_close(R.net);
     R.net = NULL;
+}
+
+void rig_probe_say(bool token)
+{
+    uint32_t id = md_tokenizer_control(rig_tokenizer(), MD_CTL_BOS);
+    R.refuse_status = CM_E_CAPACITY;
+    router_say(R.probe, 0, &id, token ? 1 : 0,
+               token ? BALEEN__ENGINE__V1__SEQ_END__SEQ_LENGTH : BALEEN__ENGINE__V1__SEQ_END__SEQ_FAILED);
 }
 
 void rig_deaf(void)

@@ -56,7 +56,8 @@ typedef struct rig {
     net_peer *peer; /* the gateway's link; NULL when down */
     uint32_t n_links;
     rig_mode mode;
-    bool probe_fails;
+    bool probe_fails, probe_waits; /* waits: for rig_probe_say */
+    uint64_t probe;                /* the newest one's stream */
     cm_status refuse_status;
     uint32_t reply[RIG_REPLY_MAX], n_reply;
     uint32_t n_opens, n_cancels, n_probes; /* opens without probes */
@@ -66,6 +67,7 @@ typedef struct rig {
     uint32_t n_resumes;                    /* SeqResumes */
     uint64_t resume_from;                  /* of the newest one */
     bool drains;                           /* the router, as of the next epoch */
+    bool two_gateways;                     /* another one is in the next epoch, besides ours */
     bool keeps;       /* a SeqResume finds the sequence, else nothing; tokens are the test's to give */
     uint32_t n_found; /* choices that a SeqFind finds, of the newest SeqOpen's request */
     uint32_t n_finds;
@@ -74,6 +76,7 @@ typedef struct rig {
     uint64_t resumed[4];  /* by choice: what it is called since it was resumed */
     uint64_t birth, term; /* of the newest SeqOpen or SeqResume */
     uint32_t n_copies, n_detached;
+    uint32_t n_forgets;                        /* PrefixForgets */
     char resume[32768];                        /* of the newest SeqOpen */
     Baleen__Engine__V1__SamplerParams sampler; /* likewise; without its list */
     uint32_t n_stop_id, stop_id[8];
@@ -106,6 +109,8 @@ const md_tokenizer *rig_tokenizer(void);
 /* A frame about the newest stream. Log-probabilities, when asked for: -0.5 for an id; its likely tokens are
  * 0, 1, ... with -1, -2, ..., the last with -INFINITY. */
 void rig_tokens(uint64_t offset, const uint32_t *ids, uint32_t n, Baleen__Engine__V1__SeqEnd end);
+/* What the newest probe waits for: its token, or that there is no room for it. */
+void rig_probe_say(bool token);
 /* Ends the gateway's link. */
 void rig_cut(void);
 /* The same, and nothing listens there from now on. */

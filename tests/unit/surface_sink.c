@@ -86,6 +86,18 @@ void sink_piece(sink *s, md_piece_kind kind, uint32_t call, const char *text)
     events_of(s, &ctx)->piece(ctx, &event);
 }
 
+void sink_logprobs(sink *s, md_piece_kind kind, const char *text, float logprob)
+{
+    void *ctx;
+    gw_logprob top = {.id = 9, .logprob = -0.5f, .bytes = (const uint8_t *)"z", .n_bytes = 1};
+    gw_logprobs event = {
+        .token = {.id = 8, .logprob = logprob, .bytes = (const uint8_t *)text, .n_bytes = strlen(text)},
+        .top = &top,
+        .n_top = 1,
+        .kind = kind};
+    events_of(s, &ctx)->logprobs(ctx, &event);
+}
+
 void sink_finish(sink *s, gw_reason reason, const char *stop, const md_parser *parser)
 {
     void *ctx;

@@ -18,6 +18,8 @@ void sink_close(sink *s);
 /* Request "r1" of model "m", created at 5, a prompt of 4 tokens of which 1 is cached. */
 void sink_start(sink *s);
 void sink_piece(sink *s, md_piece_kind kind, uint32_t call, const char *text);
+/* Of one token: the text's bytes, this logarithm, and one likelier token, "z" of -0.5. */
+void sink_logprobs(sink *s, md_piece_kind kind, const char *text, float logprob);
 /* 3 tokens of which 2 are reasoning. stop, parser: NULL for none. */
 void sink_finish(sink *s, gw_reason reason, const char *stop, const md_parser *parser);
 

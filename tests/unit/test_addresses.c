@@ -31,6 +31,12 @@ static void lists(void **state)
         {"a:1 ,b:2", 0, "'a:1 '"},
         {"a b:1", 0, "'a b:1'"},
         {"http://a:1", 0, "'http://a:1'"},
+        {"a:65536", 0, "'a:65536'"},
+        {"::1:7000", 0, "'::1:7000' in '::1:7000' is not HOST:PORT or [IPV6]:PORT"},
+        {"[::1]", 0, "'[::1]'"},
+        {"[]:1", 0, "'[]:1'"},
+        {"[localhost]:1", 0, "'[localhost]:1'"},
+        {"[::1:1", 0, "'[::1:1'"},
     };
     for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
         pc_addresses addresses = {0};
@@ -47,6 +53,28 @@ static void lists(void **state)
     memcpy(longest + 150, ":1", 3);
     pc_addresses addresses;
     assert_int_equal(pc_addresses_parse("coordinator", longest, &addresses, NULL), CM_E_CONFIG);
+}
+
+static void hosts_and_ports(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *address, *host;
+        uint16_t port;
+    } cases[] = {
+        {"127.0.0.1:0", "127.0.0.1", 0},
+        {"localhost:65535", "localhost", 65535},
+        {"[::]:7000", "::", 7000},
+        {"[fe80::1%eth0]:1", "fe80::1%eth0", 1},
+        {"[::ffff:10.0.0.1]:80", "::ffff:10.0.0.1", 80},
+    };
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        char host[PC_ADDRESS_BYTES];
+        uint16_t port;
+        assert_true(pc_address_split(cases[i].address, host, &port));
+        assert_string_equal(host, cases[i].host);
+        assert_int_equal(port, cases[i].port);
+    }
 }
 
 static pc_tour tour_of(const char *list)
@@ -114,6 +142,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(lists),
+        cmocka_unit_test(hosts_and_ports),
         cmocka_unit_test(one_is_tried_again_and_again),
         cmocka_unit_test(all_are_tried_in_a_round),
         cmocka_unit_test(a_hint_is_followed_once_a_round),

@@ -151,6 +151,31 @@ static void open_metrics(void **state)
     assert_int_equal(status_of("GET", "/metrics", "", NULL), 200);
 }
 
+static bool has_forgotten(void *arg)
+{
+    return R.n_forgets == *(const uint32_t *)arg;
+}
+
+/* What all tenants share is only an operator's to throw away. */
+static void who_may_forget(void **state)
+{
+    (void)state;
+    static const char *const paths[] = {"/reset_prefix_cache", "/flush_cache"};
+    write_keys("{}", "{}");
+    rig_ready();
+    for (uint32_t i = 0; i < 2; i++) {
+        assert_int_equal(status_of("POST", paths[i], "", ""), 401);
+        assert_int_equal(status_of("POST", paths[i], KEY_A, ""), 403);
+        assert_int_equal(status_of("GET", paths[i], KEY_OP, NULL), 405);
+        assert_int_equal(R.n_forgets, i);
+        rig_client *client = ask("POST", paths[i], KEY_OP, "");
+        assert_int_equal(rig_status(client), 200);
+        assert_non_null(strstr(cm_bytes_text(&client->in), "{\"routers\":1}"));
+        rig_close(client);
+        rig_until(has_forgotten, &(uint32_t){i + 1});
+    }
+}
+
 /* A surface that forgets to say who asks gets nothing. */
 static void nobody_asks(void **state)
 {
@@ -319,6 +344,38 @@ static void too_many(void **state)
     rig_until(no_streams, NULL);
 }
 
+static bool is_committed(void *arg)
+{
+    return R.epoch_committed == *(const uint64_t *)arg;
+}
+
+/* Each of two gateways lets in its part; who is alone again all of it. */
+static void two_gateways_share(void **state)
+{
+    (void)state;
+    uint64_t second = 2, third = 3;
+    write_keys("{\"requests_per_minute\":6}", "{}");
+    rig_ready();
+    rig_reply("ok");
+    R.two_gateways = true;
+    rig_commit(second, true, true);
+    rig_until(is_committed, &second);
+    for (uint32_t i = 0; i < 3; i++) {
+        assert_int_equal(status_of("POST", CHAT, KEY_A, STREAM), 200);
+    }
+    rig_client *many = ask("POST", CHAT, KEY_A, STREAM);
+    assert_int_equal(rig_status(many), 429);
+    assert_non_null(strstr(cm_bytes_text(&many->in), "too many requests in a minute (3)"));
+    rig_close(many);
+    R.two_gateways = false;
+    rig_commit(third, true, true);
+    rig_until(is_committed, &third);
+    many = ask("POST", CHAT, KEY_A, STREAM);
+    assert_int_equal(rig_status(many), 429); /* what was used is used; it comes back twice as fast */
+    assert_non_null(strstr(cm_bytes_text(&many->in), "too many requests in a minute (6)"));
+    rig_close(many);
+}
+
 /* ---- what is written down ---- */
 
 static const char *line_of(const char *what)
@@ -392,8 +449,16 @@ int main(void)
 {
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, begin, finish)
     const struct CMUnitTest tests[] = {
-        TEST(who_may_ask),     TEST(open_metrics), TEST(nobody_asks), TEST(streams_are_their_tenants),
-        TEST(waiting_is_told), TEST(waiting_ends), TEST(too_many),    TEST(lines),
+        TEST(who_may_ask),
+        TEST(open_metrics),
+        TEST(who_may_forget),
+        TEST(nobody_asks),
+        TEST(streams_are_their_tenants),
+        TEST(waiting_is_told),
+        TEST(waiting_ends),
+        TEST(too_many),
+        TEST(two_gateways_share),
+        TEST(lines),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -117,6 +117,24 @@ static void other_checkpoint_is_refused(void **state)
     fake_fini(&f);
 }
 
+/* Its address would be of no use to the others. */
+static void other_transport_is_refused(void **state)
+{
+    (void)state;
+    static const Baleen__Control__V1__Role roles[] = {CO_ROLE_WORKER, CO_ROLE_ROUTER, CO_ROLE_GATEWAY};
+    fake_cluster f;
+    fake_start(&f, 2);
+    for (size_t i = 0; i < sizeof(roles) / sizeof(roles[0]); i++) {
+        fake_peer *p = fake_spawn(&f, roles[i]);
+        p->net = "shm";
+        fake_settle(&f);
+        assert_true(p->refused_final);
+        assert_non_null(strstr(p->refused, "--net shm there, the cluster's is ucx"));
+        assert_int_equal(f.n_changes, 0);
+    }
+    fake_fini(&f);
+}
+
 static void early_gateway_of_another_checkpoint(void **state)
 {
     (void)state;
@@ -858,6 +876,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(join_in_any_order),
         cmocka_unit_test(waits_for_workers_min),
         cmocka_unit_test(other_checkpoint_is_refused),
+        cmocka_unit_test(other_transport_is_refused),
         cmocka_unit_test(early_gateway_of_another_checkpoint),
         cmocka_unit_test(too_many_members),
         cmocka_unit_test(hello_must_come_first_and_once),

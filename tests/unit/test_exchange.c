@@ -75,7 +75,7 @@ static void fake_answer(fake *w, const net_event *event, bool nonsense)
             rows[i * D + k] = (uint16_t)(slots[i].expert * 256 + first); /* expert and row */
         }
     }
-    pr_combine header = {.head = frame->head, .d = D, .n_slot = n};
+    pr_combine header = {.head = frame->head, .d = D, .slot0 = nonsense ? 1 : 0, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
     net_message message = {.type = PR_MSG_COMBINE,
                            .header = &header,

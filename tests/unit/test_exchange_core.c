@@ -148,13 +148,18 @@ static rt_xact go(rig *r)
     }
 }
 
-static cm_status answer(rig *r, uint32_t i, const void *handle)
+static cm_status answer_slots(rig *r, uint32_t i, const void *handle, uint32_t slot0, uint32_t n_slot)
 {
     static uint16_t rows[ROWS * TOPK * D];
-    pr_combine header = {.head = r->sent[i].head, .d = D, .n_slot = r->sent[i].n_slot};
+    pr_combine header = {.head = r->sent[i].head, .d = D, .slot0 = slot0, .n_slot = n_slot};
     header.head.dtype = PR_DTYPE_BF16;
     memset(rows, (int)i + 1, sizeof(rows));
     return rt_xcore_combine(r->core, handle, &header, sizeof(header), rows, 2ull * header.n_slot * D, NULL);
+}
+
+static cm_status answer(rig *r, uint32_t i, const void *handle)
+{
+    return answer_slots(r, i, handle, 0, r->sent[i].n_slot);
 }
 
 static void *link_of(const rig *r, uint32_t rank)
@@ -176,6 +181,47 @@ static void all_written(const rig *r)
     }
 }
 
+/* An answer in pieces counts piece by piece, in order; what came before its link was lost is not asked again.
+ */
+static void test_answer_in_pieces(void **state)
+{
+    rig r;
+    (void)state;
+    rig_init(&r);
+    begin(&r);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    void *link = link_of(&r, 0);
+    uint32_t n = r.sent[0].n_slot;
+    assert_true(n > 3);
+    assert_int_equal(answer_slots(&r, 0, link, 1, n - 1), CM_E_PROTOCOL); /* a hole */
+    assert_int_equal(answer_slots(&r, 0, link, 0, 0), CM_E_PROTOCOL);
+    assert_int_equal(answer_slots(&r, 0, link, 0, 2), CM_OK);
+    assert_int_equal(answer_slots(&r, 0, link, 0, 2), CM_E_PROTOCOL);     /* twice */
+    assert_int_equal(answer_slots(&r, 0, link, 2, n - 1), CM_E_PROTOCOL); /* beyond the end */
+    assert_int_equal(answer_slots(&r, 0, link, 2, UINT32_MAX - 1), CM_E_PROTOCOL);
+    assert_int_equal(answer(&r, 1, link_of(&r, 1)), CM_OK);
+    left(&r, 2);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT); /* it is not over */
+    assert_int_equal(answer_slots(&r, 0, link, 2, 1), CM_OK);
+    rt_xcore_down(r.core, r.now, link, CM_E_RESET);
+    uint32_t n_before = r.n_sent, n_again = 0;
+    for (uint32_t i = 0; i < 50 && r.n_sent == n_before; i++) {
+        r.now += 100;
+        (void)go(&r);
+    }
+    for (uint32_t i = n_before; i < r.n_sent; i++) {
+        n_again += r.sent[i].n_slot;
+        assert_int_equal(answer(&r, i, link_of(&r, r.sent_rank[i])), CM_OK);
+    }
+    assert_int_equal(n_again, n - 3);
+    left(&r, r.n_sent - n_before);
+    rt_xact act = go(&r);
+    assert_int_equal(act.kind, RT_XACT_DONE);
+    assert_int_equal(act.status, CM_OK);
+    all_written(&r);
+    rig_fini(&r);
+}
+
 static void test_only_what_is_open_counts(void **state)
 {
     rig r;
@@ -192,7 +238,7 @@ static void test_only_what_is_open_counts(void **state)
     r.sent[0].head.epoch = 0;
     assert_int_equal(answer(&r, 0, link_of(&r, 0)), CM_E_PROTOCOL);
     r.sent[0] = good;
-    r.sent[0].n_slot--;
+    r.sent[0].n_slot++;
     assert_int_equal(answer(&r, 0, link_of(&r, 0)), CM_E_PROTOCOL);
     r.sent[0] = good;
     assert_int_equal(answer(&r, 0, link_of(&r, 0)), CM_OK);
@@ -559,6 +605,7 @@ static void test_a_dropped_flight_hears_nothing(void **state)
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_answer_in_pieces),
         cmocka_unit_test(test_only_what_is_open_counts),
         cmocka_unit_test(test_a_lost_worker_is_planned_around),
         cmocka_unit_test(test_silence_costs_the_link),

@@ -12,8 +12,11 @@
 
 enum { ROUTERS = 4, FRAMES = 8, ROWS = 100, WINDOW_US = 1000, LAYERS = 6 };
 
-static const wk_gather_limits g_limits = {
-    .router_max = ROUTERS, .frame_max = FRAMES, .row_max = ROWS, .window_max_us = WINDOW_US};
+static const wk_gather_limits g_limits = {.router_max = ROUTERS,
+                                          .frame_max = FRAMES,
+                                          .row_max = ROWS,
+                                          .window_max_us = WINDOW_US,
+                                          .hold_max_us = 1000000};
 static int g_frames[4096];
 
 static uint32_t next(wk_gather *g, uint64_t now, void **out, uint64_t *wait)
@@ -166,8 +169,9 @@ typedef struct walker {
 } walker;
 
 /* Routers that begin out of step, walking through layers until the first has made its steps; how many groups
- * a layer of its steps took, in hundredths, in the second half. */
-static uint32_t walk(walker *w, uint32_t n, uint64_t seed)
+ * a layer of its steps took, in hundredths, in the second half. blind: a worker looks for frames between
+ * groups only. */
+static uint32_t walk(walker *w, uint32_t n, bool blind, uint64_t seed)
 {
     wk_gather *g = wk_gather_create(&g_limits);
     uint64_t now = 0, free_us = 0, wait = 0, draw = 0;
@@ -187,11 +191,14 @@ static uint32_t walk(walker *w, uint32_t n, uint64_t seed)
             }
             from_group = w[0].n_steps < STEPS / 2 ? n_group : from_group;
         }
-        for (uint32_t i = 0; i < n; i++) {
+        for (uint32_t i = 0; i < n && !(computing && blind); i++) {
             if (w[i].comes_us <= now) {
                 w[i].comes_us = UINT64_MAX;
                 assert_int_equal(wk_gather_arrived(g, now, 1 + i, w[i].layer, 5, &w[i]), CM_OK);
             }
+        }
+        if (!computing && now > free_us) {
+            wk_gather_looked(g);
         }
         if (!computing && (n_out = wk_gather_next(g, now, out, FRAMES, &wait)) > 0) {
             computing = true;
@@ -222,7 +229,7 @@ static void test_in_step(void **state)
                 w[i] = (walker){
                     .comes_us = r.word[0] % 20000, .layer = r.word[1] % LAYERS, .think_us = THINK_US};
             }
-            uint32_t hundredths = walk(w, n, seed + round);
+            uint32_t hundredths = walk(w, n, round % 2 == 0, seed + round);
             if (hundredths > 115) {
                 fail_msg("round %llu: %u routers took %u hundredths of a group for a layer",
                          (unsigned long long)round, n, hundredths);
@@ -246,6 +253,7 @@ static bool waits_for_one_away(uint32_t away_us, uint32_t row_us)
             assert_int_equal(wk_gather_arrived(g, now + 10, 2, 0, 5, &g_frames[1]), CM_OK);
         }
         wk_gather_computed(g, now += row_us != 0 ? n_row * row_us : COST_US);
+        wk_gather_looked(g);
         now += layer < LAYERS - 1 ? away_us : 0;
     }
     bool waits = next(g, now, out, &wait) == 0;
@@ -270,11 +278,60 @@ static void test_waits_while_it_saves(void **state)
     assert_false(waits_for_one_away(3 * COST_US / 4, COST_US / 10));
 }
 
+/* One group during which the worker did not run does not make it wait a hundred groups for routers that are
+ * far away. */
+static void test_odd_groups_are_forgotten(void **state)
+{
+    void *out[FRAMES];
+    uint64_t wait = 0, now = 0;
+    wk_gather *g = wk_gather_create(&g_limits);
+    (void)state;
+    for (uint32_t i = 0; i < 40; i++) {
+        assert_int_equal(wk_gather_arrived(g, now, 1, i % LAYERS, 5 + 10 * (i % 2), &g_frames[0]), CM_OK);
+        assert_int_equal(next(g, now, out, &wait), 1);
+        wk_gather_computed(g, now += i == 20 ? 1000 * COST_US : COST_US);
+        wk_gather_looked(g);
+        now += 4 * COST_US; /* longer than a group */
+    }
+    assert_int_equal(wk_gather_arrived(g, now, 1, 40 % LAYERS, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(next(g, now, out, &wait), 1);
+    assert_int_equal(wk_gather_arrived(g, now, 2, 41 % LAYERS, 5, &g_frames[1]), CM_OK);
+    wk_gather_computed(g, now + COST_US);
+    wk_gather_looked(g);
+    assert_int_equal(next(g, now + COST_US, out, &wait), 1); /* and not held for router 1 */
+    wk_gather_computed(g, now + 2 * COST_US);
+    wk_gather_destroy(g);
+}
+
+/* However long groups take, a frame is not held for longer than its router may wait. */
+static void test_hold_is_bounded(void **state)
+{
+    void *out[FRAMES];
+    uint64_t wait = 0, now = 0, cost_us = 3 * g_limits.hold_max_us;
+    wk_gather *g = wk_gather_create(&g_limits);
+    (void)state;
+    for (uint32_t layer = 0; layer < LAYERS; layer++) {
+        assert_int_equal(wk_gather_arrived(g, now, 1, layer, 5, &g_frames[0]), CM_OK);
+        assert_int_equal(next(g, now, out, &wait), 1);
+        wk_gather_computed(g, now += cost_us);
+        wk_gather_looked(g);
+        now += layer < LAYERS - 1 ? cost_us / 2 : 0;
+    }
+    assert_int_equal(wk_gather_arrived(g, now, 2, 0, 5, &g_frames[1]), CM_OK);
+    assert_int_equal(next(g, now, out, &wait), 0); /* router 1 would be worth it */
+    assert_true(wait > 0 && wait <= g_limits.hold_max_us);
+    assert_int_equal(next(g, now + g_limits.hold_max_us, out, &wait), 1);
+    wk_gather_computed(g, now + cost_us);
+    wk_gather_destroy(g);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_in_step),
         cmocka_unit_test(test_waits_while_it_saves),
+        cmocka_unit_test(test_odd_groups_are_forgotten),
+        cmocka_unit_test(test_hold_is_bounded),
         cmocka_unit_test(test_alone_at_once),
         cmocka_unit_test(test_waits_for_the_active),
         cmocka_unit_test(test_idle_and_gone_are_not_waited_for),

@@ -405,6 +405,43 @@ static void slow_reader(void **state)
     rig_close(client);
 }
 
+/* A client that reads nothing until all was said gets every byte of it: what the socket took at once, in the
+ * middle of a chunk too, and what waited. */
+static void late_reader(void **state)
+{
+    (void)state;
+    enum { NAME_BYTES = 60000, N_TOKENS = 256 }; /* together more than sockets hold */
+    char *name = cm_alloc(NAME_BYTES + 1);
+    memset(name, 'n', NAME_BYTES);
+    rig_set("model_name", name);
+    rig_set("slow_reader_bytes", "1g");
+    rig_ready();
+    R.mode = RIG_HOLD;
+    rig_client *client = rig_open("POST", CHAT, "Connection: close\r\n", "{\"stream\":true," USER("x") "}");
+    rig_wait_text(client, "assistant"); /* its status was read: from now on it goes straight to the socket */
+    bufferevent_disable(client->bev, EV_READ);
+    for (uint32_t i = 0; i < N_TOKENS; i++) {
+        rig_reply(i == 0 ? "|" : (char[]){(char)('a' + i % 8), 0});
+        assert_int_equal(R.n_reply, 1);
+        rig_tokens(i, R.reply, 1, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+    }
+    rig_tokens(N_TOKENS, NULL, 0, BALEEN__ENGINE__V1__SEQ_END__SEQ_STOP);
+    rig_until(no_streams, NULL);
+    assert_true(client->in.len < 2 * NAME_BYTES);
+    bufferevent_enable(client->bev, EV_READ);
+    rig_wait_closed(client);
+    joined j;
+    join_events(client, &j);
+    assert_true(j.done);
+    assert_int_equal(j.content.len, N_TOKENS - 1);
+    for (uint32_t i = 1; i < N_TOKENS; i++) {
+        assert_int_equal(j.content.data[i - 1], 'a' + i % 8);
+    }
+    joined_free(&j);
+    rig_close(client);
+    cm_free(name);
+}
+
 static void keep_alive(void **state)
 {
     (void)state;
@@ -610,6 +647,96 @@ static void connections_bound(void **state)
 }
 
 /* ---- the rest ---- */
+
+static bool is_probed(void *arg)
+{
+    return R.n_probes == *(const uint32_t *)arg;
+}
+
+static rig_client *ask_check(void)
+{
+    return rig_open("GET", "/health_generate", "Connection: close\r\n", NULL);
+}
+
+static void check_says(rig_client *client, int status, const char *words)
+{
+    rig_wait_closed(client);
+    assert_int_equal(rig_status(client), status);
+    assert_non_null(strstr(cm_bytes_text(&client->in), words));
+    rig_close(client);
+}
+
+/* One token for all who ask meanwhile, also when one of them goes; what is well stays so for a while. */
+static void health_generate_is_shared(void **state)
+{
+    (void)state;
+    uint32_t second = 2;
+    rig_ready(); /* the first */
+    R.probe_waits = true;
+    rig_client *client[3] = {ask_check(), ask_check(), ask_check()};
+    rig_until(is_probed, &second);
+    rig_close(client[1]);
+    rig_client *late = ask_check();
+    json_decref(rig_ask("GET", "/load", NULL, &(int){0})); /* behind it: it waits, too */
+    rig_probe_say(true);
+    check_says(client[0], 200, "\"status\":\"ok\"");
+    check_says(client[2], 200, "\"seconds\":");
+    check_says(late, 200, "\"status\":\"ok\"");
+    check_says(ask_check(), 200, "\"status\":\"ok\"");
+    assert_int_equal(R.n_probes, 2);
+}
+
+static void health_generate_fails(void **state)
+{
+    (void)state;
+    uint32_t fourth = 4;
+    rig_ready();
+    R.probe_fails = true;
+    R.refuse_status = CM_E_UNAVAILABLE;
+    check_says(ask_check(), 503, "\"status\":\"failed\"");
+    check_says(ask_check(), 503, "\"reason\":");
+    assert_int_equal(R.n_probes, 3); /* a failure does not stay */
+
+    R.probe_waits = true; /* full, but others get their tokens */
+    R.mode = RIG_HOLD;
+    rig_reply("abc");
+    rig_client *other = rig_open("POST", CHAT, "", "{\"stream\":true," USER("x") "}");
+    rig_wait_opens(1);
+    rig_client *client = ask_check();
+    rig_until(is_probed, &fourth);
+    rig_tokens(0, R.reply, 1, BALEEN__ENGINE__V1__SEQ_END__SEQ_GOING_ON);
+    rig_wait_text(other, "reasoning_content\":\"a");
+    rig_probe_say(false);
+    check_says(client, 200, "\"status\":\"ok\"");
+    rig_close(other);
+    rig_until(no_streams, NULL);
+}
+
+static void health_generate_without_a_router(void **state)
+{
+    (void)state;
+    rig_ready();
+    rig_deaf();
+    rig_client *client = rig_open("GET", "/ready", "Connection: close\r\n", NULL);
+    rig_wait_closed(client);
+    rig_close(client);
+    check_says(ask_check(), 503, "no router linked");
+}
+
+/* Who waits for it when the gateway ends is answered, and nothing is left. */
+static void health_generate_at_the_end(void **state)
+{
+    (void)state;
+    uint32_t second = 2;
+    rig_ready();
+    R.probe_waits = true;
+    rig_client *client = ask_check();
+    rig_until(is_probed, &second);
+    rig_close(client); /* memory is the sanitizers' to look at */
+    client = ask_check();
+    json_decref(rig_ask("GET", "/load", NULL, &(int){0}));
+    rig_close(client);
+}
 
 static void operators(void **state)
 {
@@ -868,6 +995,7 @@ int main(void)
         TEST(too_many_streams),
         TEST(disconnects),
         TEST(slow_reader),
+        TEST(late_reader),
         TEST(keep_alive),
         TEST(router_lost),
         TEST(link_lost),
@@ -875,6 +1003,10 @@ int main(void)
         TEST(router_lies),
         TEST(pipelined),
         TEST(connections_bound),
+        TEST(health_generate_is_shared),
+        TEST(health_generate_fails),
+        TEST(health_generate_without_a_router),
+        TEST(health_generate_at_the_end),
         TEST(operators),
         TEST(headers),
         TEST(infos),

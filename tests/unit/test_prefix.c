@@ -311,6 +311,19 @@ static void pass(world *w, seq *s)
     }
 }
 
+/* What nobody holds is gone, and from nothing that is there can a sequence go on. */
+static void forget(world *w)
+{
+    rt_prefix_forget(w->prefix);
+    for (uint32_t p = 0; p < w->limits.page_max; p++) {
+        page_model *m = &w->pages[p];
+        m->has_state = false;
+        if (m->kind == PAGE_TREE && holders(w, p) == 0) {
+            m->kind = PAGE_FREE;
+        }
+    }
+}
+
 static void check_ledger(world *w)
 {
     rt_prefix_ledger ledger;
@@ -347,6 +360,8 @@ static void run(uint64_t seed, uint64_t sums[5])
             end(&w, s);
         } else if (dice < 3) {
             pass(&w, s);
+        } else if (dice == 3 && below(&w.r, 4) == 0) {
+            forget(&w);
         } else {
             grow(&w, s);
         }
@@ -510,6 +525,29 @@ static void test_hashes_are_kept(void **state)
     rt_prefix_destroy(prefix);
 }
 
+/* Also beneath what a sequence still has, which goes on. */
+static void test_forgetting(void **state)
+{
+    rt_prefix *prefix = make(8, 4);
+    uint32_t pages[2], page, last;
+    uint64_t hashes[HASHES];
+    rt_prefix_hit hit;
+    (void)state;
+    compute(prefix, 3, 7, false);
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 9, &(rt_prefix_chain){.hash = hashes}, &hit);
+    rt_prefix_hold(prefix, &hit, pages);
+    rt_prefix_forget(prefix);
+    assert_int_equal(found(prefix, 16), 0);
+    assert_int_equal(rt_prefix_page_room(prefix), 6);
+    assert_true(rt_prefix_page_take(prefix, &page));
+    last = rt_prefix_add(prefix, NO_SALT, hit.page, page, TOKENS + 8);
+    rt_prefix_release(prefix, last);
+    assert_int_equal(found(prefix, 16), 0);
+    compute(prefix, 3, 4, false); /* and is computed anew */
+    assert_int_equal(found(prefix, 16), 3);
+    rt_prefix_destroy(prefix);
+}
+
 int main(int argc, char **argv)
 {
     if (argc == 3 && strcmp(argv[1], "--seed") == 0) {
@@ -523,6 +561,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_pages_go_from_the_end),
         cmocka_unit_test(test_passing),
         cmocka_unit_test(test_hashes_are_kept),
+        cmocka_unit_test(test_forgetting),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

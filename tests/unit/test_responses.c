@@ -239,6 +239,86 @@ static void whole(void **state)
     sink_close(&s);
 }
 
+/* What a token's object is; its text is one byte. */
+#define TOKEN(text, byte, logprob)                                                                           \
+    "{\"token\":\"" text "\",\"logprob\":" logprob ",\"bytes\":[" byte "],\"top_logprobs\":[{\"token\":"     \
+    "\"z\",\"logprob\":-0.5,\"bytes\":[122]}]}"
+#define PART_WITH(text, logprobs)                                                                            \
+    "{\"type\":\"output_text\",\"text\":\"" text "\",\"annotations\":[],\"logprobs\":[" logprobs "]}"
+
+/* An answer of two messages around a call, of which one comes in two steps and a token's text late; what is
+ * no text of theirs, reasoning and the markup of the call, is left out. */
+static void tell_with_logprobs(sink *s)
+{
+    sink_start(s);
+    sink_logprobs(s, MD_PIECE_REASONING, "r", -9);
+    sink_piece(s, MD_PIECE_REASONING, 0, "r");
+    sink_logprobs(s, MD_PIECE_CONTENT, "a", -1);
+    sink_piece(s, MD_PIECE_CONTENT, 0, "a");
+    sink_logprobs(s, MD_PIECE_CONTENT, "b", -2);
+    sink_logprobs(s, MD_PIECE_CONTENT, "c", -3);
+    sink_piece(s, MD_PIECE_CONTENT, 0, "bc");
+    sink_logprobs(s, MD_PIECE_CONTENT, "<", -8);
+    sink_piece(s, MD_PIECE_CALL, 0, "f");
+    sink_logprobs(s, MD_PIECE_CONTENT, "{", -7);
+    sink_piece(s, MD_PIECE_ARGS, 0, "{}");
+    sink_logprobs(s, MD_PIECE_CONTENT, "d", -4);
+    sink_piece(s, MD_PIECE_CONTENT, 0, "d");
+    sink_finish(s, GW_REASON_STOP, NULL, NULL);
+}
+
+#define T_A TOKEN("a", "97", "-1")
+#define T_B TOKEN("b", "98", "-2")
+#define T_C TOKEN("c", "99", "-3")
+#define T_D TOKEN("d", "100", "-4")
+
+static void logprobs_streamed(void **state)
+{
+    (void)state;
+    sink s;
+    sink_open(&s, &gw_surface_responses, "{\"stream\":true}");
+    tell_with_logprobs(&s);
+#define R_OF     REASONING("0", "completed", REASONING_PART("r"))
+#define ABC      PART_WITH("abc", T_A "," T_B "," T_C)
+#define ABC_DONE MESSAGE("1", "completed", ABC)
+#define F_OF     CALL("2", "completed", "f", "{}")
+#define D_DONE   MESSAGE("3", "completed", PART_WITH("d", T_D))
+    SINK_EXPECT(
+        &s, HEAD(ECHO), ADDED("2", "0", REASONING("0", "in_progress", "")),
+        TEXT("content_part.added", "3", "rs_#0", "0", "\"part\":" REASONING_PART("")),
+        TEXT("reasoning_text.delta", "4", "rs_#0", "0", "\"delta\":\"r\""),
+        TEXT("reasoning_text.done", "5", "rs_#0", "0", "\"text\":\"r\""),
+        TEXT("content_part.done", "6", "rs_#0", "0", "\"part\":" REASONING_PART("r")), DONE("7", "0", R_OF),
+        ADDED("8", "1", MESSAGE("1", "in_progress", "")),
+        TEXT("content_part.added", "9", "msg_#1", "1", "\"part\":" TEXT_PART("")),
+        TEXT("output_text.delta", "10", "msg_#1", "1", "\"delta\":\"a\",\"logprobs\":[" T_A "]"),
+        TEXT("output_text.delta", "11", "msg_#1", "1", "\"delta\":\"bc\",\"logprobs\":[" T_B "," T_C "]"),
+        TEXT("output_text.done", "12", "msg_#1", "1",
+             "\"text\":\"abc\",\"logprobs\":[" T_A "," T_B "," T_C "]"),
+        TEXT("content_part.done", "13", "msg_#1", "1", "\"part\":" ABC), DONE("14", "1", ABC_DONE),
+        ADDED("15", "2", CALL("2", "in_progress", "f", "")),
+        ABOUT("function_call_arguments.delta", "16", "fc_#2", "2", "\"delta\":\"{}\""),
+        ABOUT("function_call_arguments.done", "17", "fc_#2", "2", "\"name\":\"f\",\"arguments\":\"{}\""),
+        DONE("18", "2", F_OF), ADDED("19", "3", MESSAGE("3", "in_progress", "")),
+        TEXT("content_part.added", "20", "msg_#3", "3", "\"part\":" TEXT_PART("")),
+        TEXT("output_text.delta", "21", "msg_#3", "3", "\"delta\":\"d\",\"logprobs\":[" T_D "]"),
+        TEXT("output_text.done", "22", "msg_#3", "3", "\"text\":\"d\",\"logprobs\":[" T_D "]"),
+        TEXT("content_part.done", "23", "msg_#3", "3", "\"part\":" PART_WITH("d", T_D)),
+        DONE("24", "3", D_DONE),
+        EVENT("completed", "25", "\"response\":" COMPLETED(R_OF "," ABC_DONE "," F_OF "," D_DONE, ECHO)));
+    sink_close(&s);
+}
+
+static void logprobs_whole(void **state)
+{
+    (void)state;
+    sink s;
+    sink_open(&s, &gw_surface_responses, "{}");
+    tell_with_logprobs(&s);
+    SINK_EXPECT(&s, COMPLETED(R_OF "," ABC_DONE "," F_OF "," D_DONE, ECHO));
+    sink_close(&s);
+}
+
 /* ---- bodies ---- */
 
 #define INPUT "\"input\":\"x\""
@@ -308,6 +388,10 @@ static void bodies(void **state)
          "{\"messages\":[{\"role\":\"user\",\"content\":\"q\"},{\"role\":\"user\",\"content\":\"r\"},"
          "{\"role\":\"assistant\",\"content\":\"a\",\"reasoning_content\":\"new\"},{\"role\":\"user\","
          "\"content\":\"s\"}]}"},
+        {"{" INPUT ",\"include\":[\"message.output_text.logprobs\"],\"top_logprobs\":3}",
+         "{\"logprobs\":true,\"top_logprobs\":3}"},
+        {"{" INPUT ",\"include\":[\"x\",\"message.output_text.logprobs\"],\"top_logprobs\":null}",
+         "{\"logprobs\":true,\"top_logprobs\":null}"},
         /* sealed by somebody else: nothing to show */
         {"{\"input\":[{\"role\":\"user\",\"content\":\"q\"},{\"type\":\"reasoning\",\"summary\":[],"
          "\"encrypted_content\":\"gAAAA\"},{\"role\":\"assistant\",\"content\":\"a\"},{\"role\":\"user\","
@@ -375,6 +459,10 @@ static void bodies_refused(void **state)
         {"{" INPUT ",\"conversation\":\"c\"}", GW_CAUSE_UNSUPPORTED, "conversation"},
         {"{" INPUT ",\"prompt\":{\"id\":\"p\"}}", GW_CAUSE_UNSUPPORTED, "prompt"},
         {"{" INPUT ",\"background\":true}", GW_CAUSE_UNSUPPORTED, "background"},
+        {"{" INPUT ",\"include\":\"message.output_text.logprobs\"}", GW_CAUSE_INVALID, "include"},
+        {"{" INPUT ",\"top_logprobs\":21}", GW_CAUSE_INVALID, "top_logprobs"},
+        {"{" INPUT ",\"top_logprobs\":-1}", GW_CAUSE_INVALID, "top_logprobs"},
+        {"{" INPUT ",\"top_logprobs\":\"3\"}", GW_CAUSE_INVALID, "top_logprobs"},
         {"{" INPUT ",\"tools\":{}}", GW_CAUSE_INVALID, "tools"},
         {"{" INPUT ",\"tools\":[{\"type\":\"function\"}]}", GW_CAUSE_INVALID, "tools[0]"},
         {"{" INPUT ",\"tools\":[{\"type\":\"file_search\"}]}", GW_CAUSE_UNSUPPORTED, "tools[0]"},
@@ -443,6 +531,8 @@ int main(void)
         cmocka_unit_test(heartbeat_and_failure),
         cmocka_unit_test(begins_before_it_starts),
         cmocka_unit_test(whole),
+        cmocka_unit_test(logprobs_streamed),
+        cmocka_unit_test(logprobs_whole),
         cmocka_unit_test(bodies),
         cmocka_unit_test(bodies_refused),
         cmocka_unit_test(seals),

@@ -112,6 +112,40 @@ static json_t *event_at(const events *e, uint32_t i)
     return json_loads(data_of(e, i), 0, NULL);
 }
 
+/* ---- statuses ---- */
+
+/* Of the interfaces that DeepSeek's own service has, a wrong value; of nothing else. */
+static void wrong_values_are_422(void **state)
+{
+    (void)state;
+    static const struct {
+        const char *path, *body;
+        int status;
+    } cases[] = {
+        {CHAT, "{\"temperature\":\"warm\"," USER("x") "}", 422},
+        {CHAT, "{\"messages\":[{\"role\":\"wizard\",\"content\":\"x\"}]}", 422},
+        {"/v1/completions", "{\"prompt\":5}", 422},
+        {RESPONSES, "{\"input\":5}", 422},
+        {RESPONSES, "{\"input\":\"x\",\"top_p\":2}", 422},
+        {MESSAGES, "{\"max_tokens\":0," USER("x") "}", 400},
+        {MESSAGES "/count_tokens", "{\"messages\":5}", 400},
+        {CHAT, "{", 400},
+        {CHAT, "{\"n\":1,\"model\":\"other-than-this\"," USER("x") "}", 404},
+        {RESPONSES, "{\"input\":\"x\",\"background\":true}", 400},
+    };
+    rig_set("invalid_status", "422");
+    rig_ready();
+    for (size_t i = 0; i < sizeof(cases) / sizeof(cases[0]); i++) {
+        int status;
+        json_t *reply = rig_ask("POST", cases[i].path, cases[i].body, &status);
+        if (status != cases[i].status) {
+            fail_msg("%s %s: %d", cases[i].path, cases[i].body, status);
+        }
+        assert_string_equal(rig_text_at(reply, "error.type"), "invalid_request_error");
+        json_decref(reply);
+    }
+}
+
 /* ---- what streams are ---- */
 
 static void messages_stream(void **state)
@@ -750,6 +784,7 @@ int main(void)
         cmocka_unit_test(writers_keep_no_prompt),
         TEST(keep_alive_while_queued),
         TEST(long_bursts),
+        TEST(wrong_values_are_422),
         TEST(models),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -455,6 +455,96 @@ static void nobody_starves(void **state)
     assert_in_range(n_before, 430, 460);
 }
 
+enum { SHARERS = 3, SHARER_TURNS = 512 };
+
+/* One gateway of several: a machine of its own with the same tenant. */
+typedef struct sharer {
+    gw_turns turns;
+    gw_tenant *tenant;
+    asked asked[SHARER_TURNS];
+    uint32_t n_asked;
+} sharer;
+
+static void sharer_open(sharer *s, uint32_t n_gateway)
+{
+    gw_tenant_limits limits = limits_of(1);
+    limits.running_max = 10;
+    limits.requests_per_minute = 62;
+    limits.queue_max = 1000;
+    memset(s, 0, sizeof(*s));
+    gw_turns_init(&s->turns, SHARER_TURNS);
+    gw_turns_set_room(&s->turns, SHARER_TURNS, 0);
+    s->tenant = gw_turns_add_tenant(&s->turns, "a", &limits);
+    gw_turns_set_gateways(&s->turns, g_now, n_gateway);
+}
+
+/* As many as are let in now; all wait, and those that may begin do. */
+static uint32_t sharer_fill(sharer *s)
+{
+    gw_turn_no no;
+    cm_status status;
+    uint32_t n = 0;
+    while (gw_turns_admit(&s->turns, g_now, s->tenant, true, &s->asked[s->n_asked].turn, &no) == CM_OK) {
+        gw_turns_wait(&s->turns, g_now, &s->asked[s->n_asked++].turn, 1, 1, UINT64_MAX);
+        n++;
+    }
+    assert_int_equal(no.why, GW_TURN_MANY_REQUESTS);
+    while (gw_turns_next(&s->turns, g_now, &status) != NULL) {
+    }
+    return n;
+}
+
+static void sharer_close(sharer *s)
+{
+    for (uint32_t i = 0; i < s->n_asked; i++) {
+        gw_turns_end(&s->turns, g_now, &s->asked[i].turn, 1);
+    }
+    gw_turns_fini(&s->turns);
+}
+
+/* Together they grant what one would, but for rounding; who remains grants all of it. */
+static void gateways_share(void **state)
+{
+    (void)state;
+    static sharer s[SHARERS];
+    for (uint32_t n = 1; n <= SHARERS; n++) {
+        uint32_t n_requests = 0, n_running = 0;
+        for (uint32_t i = 0; i < n; i++) {
+            sharer_open(&s[i], n);
+            n_requests += sharer_fill(&s[i]);
+            n_running += s[i].turns.n_running;
+        }
+        assert_in_range(n_requests, 62, 62 + n - 1);
+        assert_in_range(n_running, 10, 10 + n - 1);
+        for (uint32_t i = 1; i < n; i++) {
+            sharer_close(&s[i]);
+        }
+        gw_turns_set_gateways(&s[0].turns, g_now, 1);
+        g_now += 60000;
+        assert_int_equal(sharer_fill(&s[0]), 62);
+        assert_int_equal(s[0].turns.n_running, 10);
+        sharer_close(&s[0]);
+    }
+}
+
+/* One that is no longer alone has at once no more than its part left, and refills at its part's rate. */
+static void another_gateway_comes(void **state)
+{
+    (void)state;
+    static sharer s;
+    gw_turn_no no;
+    sharer_open(&s, 1);
+    gw_turns_set_gateways(&s.turns, g_now, 2);
+    assert_int_equal(sharer_fill(&s), 31);
+    assert_int_equal(s.turns.n_running, 5);
+    g_now += 30000;
+    assert_int_equal(sharer_fill(&s), 15);
+    assert_int_equal(gw_turns_admit(&s.turns, g_now, s.tenant, true, &s.asked[s.n_asked].turn, &no),
+                     CM_E_CAPACITY);
+    assert_int_equal(no.limit, 31);
+    sharer_close(&s);
+}
+
 int main(void)
 {
 #define TEST(fn) cmocka_unit_test_setup_teardown(fn, begin, finish)
@@ -471,6 +561,8 @@ int main(void)
         TEST(a_newcomer),
         TEST(credit_is_not_saved),
         TEST(anything),
+        cmocka_unit_test(gateways_share),
+        cmocka_unit_test(another_gateway_comes),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

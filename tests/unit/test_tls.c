@@ -139,9 +139,10 @@ static void log_watch(void *ctx, cm_log_level level, const char *text)
 static void test_plain(void **state)
 {
     (void)state;
-    static const char *const near[] = {"127.0.0.1:0", "localhost:7", "127.9.9.9:1", "[::1]:80"};
-    static const char *const far[] = {"10.0.0.1:7000", "0.0.0.0:7000", "host-a:7000", "1270.0.0.1:3",
-                                      "[::]:7000"};
+    static const char *const near[] = {"127.0.0.1:0", "localhost:7", "127.9.9.9:1", "[::1]:80",
+                                       "[0:0::1]:80"};
+    static const char *const far[] = {"10.0.0.1:7000", "0.0.0.0:7000",   "host-a:7000", "1270.0.0.1:3",
+                                      "[::]:7000",     "[fd00::1]:7000", "::1"};
     files none = {"auto", "", "", ""};
     cm_error err = {0};
     pc_tls *tls;

@@ -2,6 +2,7 @@
  * broken or misdirected frame is refused with its reason while the others go on, also while it computes. */
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -23,7 +24,8 @@ enum {
     ROUTER_ID = 7,
     WORKER_ID = 3,
     ROWS = 4,
-    ROWS_MANY = 150, /* of each expert: computed in three slices */
+    ROWS_MANY = 150,  /* of each expert: computed in three slices */
+    ROWS_LONG = 1000, /* answered in more than one message */
     WAIT_MS = 30000,
     HELD = 8,
     BURST = 80,
@@ -106,7 +108,7 @@ static void link_up(fixture *f)
     }
 }
 
-static int setup(void **state)
+static int setup_with(void **state, const char *backend)
 {
     fixture *f = cm_alloc(sizeof(*f));
     cm_error err = {0};
@@ -117,7 +119,7 @@ static int setup(void **state)
     }
     f->g = md_checkpoint_geometry(f->checkpoint);
     net_options_defaults(&options);
-    options.backend = "local";
+    options.backend = backend;
     options.message_bytes_max = 1 << 20;
     options.silence_ms = 60000;
     wk_engine_options engine = {.checkpoint = f->checkpoint,
@@ -125,10 +127,10 @@ static int setup(void **state)
                                 .rows = options,
                                 .address = "t_worker",
                                 .row_max = 64,
-                                .frame_max = 4,
+                                .frame_max = strcmp(backend, "local") == 0 ? 4 : 16,
                                 .router_max = 2,
                                 .window_max_us = 100,
-                                .answer_ms = 10000};
+                                .answer_ms = 2 * WAIT_MS};
     assert_int_equal(wk_engine_create(&engine, &f->engine, f->address, &err), CM_OK);
     f->epoch = make_epoch(f->g, 5, 77);
     assert_int_equal(wk_shard_load(wk_engine_shard(f->engine), f->epoch->placement, 0, &err), CM_OK);
@@ -141,6 +143,16 @@ static int setup(void **state)
     link_up(f);
     *state = f;
     return 0;
+}
+
+static int setup(void **state)
+{
+    return setup_with(state, "local");
+}
+
+static int setup_shm(void **state)
+{
+    return setup_with(state, "shm");
 }
 
 static int teardown(void **state)
@@ -382,7 +394,7 @@ static void test_refusals(void **state)
     send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
     expect_refusal(f, CM_E_STALE);
     make_frame(f, 0);
-    f->header.head.version = 2;
+    f->header.head.version = PR_FRAME_VERSION + 1;
     send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
     expect_refusal(f, CM_E_PROTOCOL);
     make_frame(f, 0);
@@ -404,6 +416,38 @@ static void test_refusals(void **state)
     expect_refusal(f, CM_E_NO_OWNER);
     assert_int_equal(cm_stat_get(CM_STAT_frames_refused) - before, 8);
     test_answers(state); /* nothing else was disturbed */
+}
+
+/* A long answer comes in pieces, in order, and is the same. */
+static void test_answer_in_pieces(void **state)
+{
+    fixture *f = *state;
+    uint32_t n_slot = 2 * ROWS_LONG, n_got = 0, n_piece = 0;
+    uint64_t row_bytes = 2ull * f->g->d;
+    uint8_t *rows = cm_alloc(n_slot * row_bytes);
+    make_large_frame(f, 0, ROWS_LONG);
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    pr_combine whole = {0};
+    while (n_got < n_slot) {
+        net_event event = await(f, NET_EV_MESSAGE);
+        assert_int_equal(event.type, PR_MSG_COMBINE);
+        const pr_combine *piece = event.header;
+        assert_int_equal(piece->slot0, n_got);
+        assert_true(piece->n_slot > 0 && piece->n_slot <= n_slot - n_got);
+        assert_int_equal(event.payload_bytes, piece->n_slot * row_bytes);
+        memcpy(rows + n_got * row_bytes, event.payload, event.payload_bytes);
+        whole = *piece;
+        n_got += piece->n_slot;
+        n_piece++;
+        net_release(f->n, &event);
+    }
+    assert_true(n_piece > 1);
+    whole.slot0 = 0;
+    whole.n_slot = n_slot;
+    net_event all = {
+        .type = PR_MSG_COMBINE, .header = &whole, .payload = rows, .payload_bytes = n_slot * row_bytes};
+    check_answer(f, &all);
+    cm_free(rows);
 }
 
 /* Begins a frame of ROWS_MANY rows that is not computed to its end while the failpoint is armed. */
@@ -525,10 +569,48 @@ static void test_epochs(void **state)
     pc_epoch_release(newer);
 }
 
+/* A router that is stopped with long answers on their way costs another one nothing. */
+static void test_stopped_router(void **state)
+{
+    fixture *f = *state;
+    enum { ANSWERS = 10 }; /* of 640 KB; a link has room for 4 MB */
+    fixture stopped = *f;
+    net_options options;
+    cm_error err = {0};
+    net_options_defaults(&options);
+    options.backend = "shm";
+    options.message_bytes_max = 1 << 20;
+    options.silence_ms = 60000;
+    assert_int_equal(net_open(&options, &stopped.n, &err), CM_OK);
+    net_set_identity(stopped.n, &(net_identity){77, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, ROUTER_ID});
+    link_up(&stopped);
+    stopped.payload = NULL;
+    make_large_frame(&stopped, 0, ROWS_LONG);
+    int64_t n_batch = cm_stat_get(CM_STAT_worker_batches);
+    for (int64_t i = 0; i < ANSWERS; i++) { /* each computed by itself, and never looked at again */
+        stopped.header.head.exchange = (uint32_t)i;
+        send_frame(&stopped, PR_MSG_DISPATCH, sizeof(stopped.header), 0);
+        uint64_t give_up = cm_now_ms() + WAIT_MS;
+        while (cm_stat_get(CM_STAT_worker_batches) < n_batch + i + 1) {
+            assert_true(cm_now_ms() < give_up);
+            sched_yield();
+        }
+    }
+    for (uint32_t layer = 0; layer < f->g->n_layer; layer++) {
+        make_frame(f, layer);
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        expect_answer(f);
+    }
+    net_close(stopped.n);
+    cm_free(stopped.payload);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_stopped_router, setup_shm, teardown),
         cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup, teardown),
         cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_load_together, setup, teardown_armed),
         cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),

@@ -18,7 +18,7 @@ typedef struct certs_config {
 } certs_config;
 
 static const cm_cfg_field g_fields[] = {
-    {"hosts", "localhost,127.0.0.1",
+    {"hosts", "localhost,127.0.0.1,::1",
      "names and addresses under which members reach the coordinator, comma separated",
      CM_CFG_STRING(certs_config, hosts)},
     {"days", "397", "how long the roles' certificates are valid",

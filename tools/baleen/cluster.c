@@ -177,6 +177,7 @@ static void args_for_role(const cluster *self, const cluster_child *child, spawn
     }
     spawn_args_add(args, "--coordinator=%s", self->children[0]->address);
     spawn_args_add(args, "--model=%s", options->model_dir);
+    spawn_args_add(args, "--net=%s", config->net);
     if (child->role != CLUSTER_WORKER) {
         spawn_args_add(args, "--scripted-model=%s", config->scripted_model);
     }
@@ -719,9 +720,9 @@ void cluster_describe(const cluster *self, cm_bytes *json)
         }
         json_array_append_new(processes, row);
     }
-    json_t *all = json_pack("{s:s, s:s, s:s, s:s, s:i, s:o}", "http", self->http, "grpc", self->grpc,
-                            "coordinator", self->children[0]->address, "model", self->options->model_name,
-                            "pid", (int)getpid(), "processes", processes);
+    json_t *all = json_pack("{s:s, s:s, s:s, s:s, s:s, s:i, s:o}", "http", self->http, "grpc", self->grpc,
+                            "coordinator", self->children[0]->address, "net", self->options->config->net,
+                            "model", self->options->model_name, "pid", (int)getpid(), "processes", processes);
     if (self->options->tls_dir[0] != '\0') {
         json_object_set_new(all, "tls", json_string(self->options->tls_dir));
     }

@@ -14,7 +14,7 @@
 typedef struct cluster cluster;
 
 typedef struct up_config {
-    char *model, *scripted_model, *http, *grpc, *run, *name, *device, *log_level, *failpoints, *tls;
+    char *model, *scripted_model, *http, *grpc, *run, *name, *device, *net, *log_level, *failpoints, *tls;
     uint64_t workers, routers, threads, seed, ready_ms, drain_ms;
     bool no_restart;
 } up_config;

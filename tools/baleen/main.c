@@ -22,6 +22,7 @@ static const main_verb g_verbs[] = {
     {"rebalance", verb_rebalance, "move experts by their load, once"},
     {"certs", verb_certs, "certificates for a cluster whose control channel is secured"},
     {"keys", verb_keys, "a new API key in a gateway's key file"},
+    {"plan", verb_plan, "what a cluster of given sizes would hold, and how fast it could be"},
     {"verify", verb_verify, "check a checkpoint: names, shapes, types, values"},
     {"logits", verb_logits,
      "logits and greedy tokens of given token ids, to compare with other implementations"},

@@ -6,11 +6,11 @@
 #include <jansson.h>
 #include <openssl/ssl.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "common/base/assert.h"
 #include "common/base/mem.h"
+#include "common/proc/addresses.h"
 
 enum { PROBE_TIMEOUT_S = 10 };
 
@@ -43,20 +43,13 @@ static struct evhttp_connection *probe_connect(ready_probe *probe, const char *h
 ready_probe *ready_probe_create(pc_loop *loop, const char *address, bool secured)
 {
     ready_probe *probe = cm_alloc(sizeof(*probe));
-    char *host = cm_strdup(address), *name = host;
-    char *colon = strrchr(host, ':');
-    CM_ASSERT_MSG(colon != NULL, "address %s", address); /* was checked when it came in */
-    *colon = '\0';
-    if (name[0] == '[' && colon > host && colon[-1] == ']') {
-        colon[-1] = '\0';
-        name++;
-    }
+    char host[PC_ADDRESS_BYTES];
+    bool is_address = pc_address_split(address, host, &probe->port);
+    CM_ASSERT_MSG(is_address, "address %s", address); /* the gateway's own word */
     probe->base = pc_loop_base(loop);
-    probe->host = cm_strdup(name);
-    probe->port = (uint16_t)atoi(colon + 1);
+    probe->host = cm_strdup(host);
     probe->ctx = secured ? SSL_CTX_new(TLS_client_method()) : NULL;
     snprintf(probe->reason, sizeof(probe->reason), "the gateway was not asked yet");
-    cm_free(host);
     return probe;
 }
 

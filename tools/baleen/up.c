@@ -37,6 +37,10 @@ static const cm_cfg_field g_fields[] = {
     {"name", "", "name of the model for clients; the name of its folder when none is given",
      CM_CFG_STRING(up_config, name)},
     {"device", "cpu", "what computes", CM_CFG_CHOICE(up_config, device, "cpu|ref")},
+    {"net", "shm",
+     "how rows and token ids travel: shm, memory of this machine, for processes of one user; ucx, TCP, for a "
+     "cluster that processes of other machines or users are to join",
+     CM_CFG_CHOICE(up_config, net, "shm|ucx")},
     {"threads", "1", "compute threads of each router and worker", CM_CFG_UINT(up_config, threads, 1, 1024)},
     {"tls", "",
      "folder of certificates, made by baleen certs: the coordinator's channel gets mutual TLS; plain when "

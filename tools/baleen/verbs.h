@@ -16,4 +16,5 @@ int verb_tokenize(int argc, char **argv);
 int verb_encode(int argc, char **argv);
 int verb_bench(int argc, char **argv);
 int verb_parse(int argc, char **argv);
+int verb_plan(int argc, char **argv);
 int verb_synth(int argc, char **argv);

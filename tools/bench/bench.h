@@ -86,11 +86,16 @@ void bench_read(bench_team *team, const void *data, uint64_t n_bytes);
 /* Multiplications in one call of the probes below, and whether this CPU has the instruction. */
 uint64_t bench_fma_macs(void);
 uint64_t bench_fma64_macs(void);
+uint64_t bench_fma64_256_macs(void);
+uint64_t bench_madd_macs(void);
 uint64_t bench_vnni_macs(void);
 uint64_t bench_bf16_macs(void);
+bool bench_has_madd(void);
 bool bench_has_vnni(void);
 bool bench_has_bf16(void);
 void bench_fma(bench_team *team);   /* float32 fused multiply-adds in the widest registers */
 void bench_fma64(bench_team *team); /* the same in double */
-void bench_vnni(bench_team *team);  /* vpdpbusd in 512-bit registers */
-void bench_bf16(bench_team *team);  /* vdpbf16ps in 512-bit registers */
+void bench_fma64_256(bench_team *team);
+void bench_madd(bench_team *team); /* vpmaddwd and its addition in 256-bit registers */
+void bench_vnni(bench_team *team); /* vpdpbusd in 512-bit registers */
+void bench_bf16(bench_team *team); /* vdpbf16ps in 512-bit registers */

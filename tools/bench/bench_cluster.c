@@ -121,6 +121,7 @@ static void bench_set_options(bench_cluster *c)
                         .http = "127.0.0.1:0",
                         .grpc = "127.0.0.1:0",
                         .device = "cpu",
+                        .net = "shm",
                         .log_level = "warn",
                         .failpoints = (char *)(uintptr_t)o->failpoints,
                         .tls = "",

@@ -33,16 +33,19 @@ typedef struct expert_set {
 
 typedef struct expert_case {
     uint32_t n_row;
-    /* of_peak: of that of the instruction the path multiplies with; over_floor: time to that of reading */
-    bench_samples seconds[BENCH_PATHS_MAX], of_peak[BENCH_PATHS_MAX], over_floor[BENCH_PATHS_MAX];
+    /* of_peak: of that of the instruction the path multiplies with; over_floor: time to that of reading;
+     * over_limit: to the longer of reading and of as many products at that peak */
+    bench_samples seconds[BENCH_PATHS_MAX], of_peak[BENCH_PATHS_MAX], over_floor[BENCH_PATHS_MAX],
+        over_limit[BENCH_PATHS_MAX];
 } expert_case;
 
 /* Multiplications a second by each instruction that is some path's. */
-typedef enum probe { PROBE_FMA, PROBE_VNNI, PROBE_BF16, PROBE_N } probe;
+typedef enum probe { PROBE_FMA, PROBE_MADD, PROBE_VNNI, PROBE_BF16, PROBE_N } probe;
 typedef struct peaks {
     bench_samples of[PROBE_N];
 } peaks;
-static const char *const PROBE_NAMES[] = {"float32 multiply-add", "vpdpbusd", "vdpbf16ps"};
+static const char *const PROBE_NAMES[] = {"float32 multiply-add", "vpmaddwd + vpaddd", "vpdpbusd",
+                                          "vdpbf16ps"};
 
 /* ---- data ---- */
 
@@ -277,6 +280,9 @@ static void take_peaks(const bench_config *config, bench_team *team, peaks *p)
     if (bench_fma_macs() > 0) {
         take_peak(config, team, bench_fma, bench_fma_macs(), &p->of[PROBE_FMA]);
     }
+    if (bench_has_madd()) {
+        take_peak(config, team, bench_madd, bench_madd_macs(), &p->of[PROBE_MADD]);
+    }
     if (bench_has_vnni()) {
         take_peak(config, team, bench_vnni, bench_vnni_macs(), &p->of[PROBE_VNNI]);
     }
@@ -290,7 +296,8 @@ static probe probe_of(const bench_path *path)
     const char *isa = kn_device_isa(path->device);
     return strcmp(isa, "avx512bf16") == 0   ? PROBE_BF16
            : strcmp(isa, "avx512vnni") == 0 ? PROBE_VNNI
-                                            : PROBE_FMA;
+           : strcmp(isa, "portable") == 0   ? PROBE_FMA
+                                            : PROBE_MADD;
 }
 
 static double newest_of(const bench_samples *s)
@@ -354,7 +361,8 @@ static double macs_of(const expert_run *run, const expert_case *c)
 static void time_path(expert_run *run, bench_team *team, expert_case *c, uint32_t p, uint32_t round)
 {
     expert_set *set = &run->set;
-    double bytes = (double)set->expert_bytes * set->n, start = bench_now(run->config), read, seconds;
+    double bytes = (double)set->expert_bytes * set->n, start = bench_now(run->config), read, seconds,
+           products;
     cli_progress("round %u of %u, %u rows", round + 1, (unsigned)run->config->rounds, c->n_row);
     bench_read(team, set->weights, set->all_bytes);
     read = bench_now(run->config) - start;
@@ -363,8 +371,11 @@ static void time_path(expert_run *run, bench_team *team, expert_case *c, uint32_
         bench_add(&run->bandwidth, (double)set->all_bytes / read / 1e9);
     }
     bench_add(&c->seconds[p], seconds);
-    bench_add(&c->over_floor[p], seconds / (read * bytes / (double)set->all_bytes));
-    bench_add(&c->of_peak[p], macs_of(run, c) / seconds / newest_of(&run->peak.of[probe_of(&run->paths[p])]));
+    read *= bytes / (double)set->all_bytes;
+    products = macs_of(run, c) / newest_of(&run->peak.of[probe_of(&run->paths[p])]);
+    bench_add(&c->over_floor[p], seconds / read);
+    bench_add(&c->over_limit[p], seconds / (products > read ? products : read));
+    bench_add(&c->of_peak[p], products / seconds);
 }
 
 static cm_status take_rounds(expert_run *run, cm_error *err)
@@ -390,14 +401,15 @@ static void say_case(const expert_run *run, const expert_case *c, uint32_t p, js
     const char *isa = kn_device_isa(run->paths[p].device);
     const char *weights = run->paths[p].prepared.addr != 0 ? "prepared" : "stored";
     bench_summary t = bench_summarize(&c->seconds[p]), floor = bench_summarize(&c->over_floor[p]),
-                  peak = bench_summarize(&c->of_peak[p]);
-    json_t *row = json_pack("{s:s, s:s, s:i, s:o, s:o, s:o}", "path", isa, "weights", weights, "rows",
+                  peak = bench_summarize(&c->of_peak[p]), limit = bench_summarize(&c->over_limit[p]);
+    json_t *row = json_pack("{s:s, s:s, s:i, s:o, s:o, s:o, s:o}", "path", isa, "weights", weights, "rows",
                             (int)c->n_row, "seconds", bench_summary_json(t), "time_over_floor",
-                            bench_summary_json(floor), "of_peak", bench_summary_json(peak));
-    printf("%-11s %-8s %4u  %7.2f  %7.1f  %6.2f (%.2f .. %.2f)  %.3f (%.3f .. %.3f)\n", isa, weights,
-           c->n_row, (double)run->set.expert_bytes * run->set.n / t.median / 1e9,
-           macs_of(run, c) / t.median / 1e9, floor.median, floor.min, floor.max, peak.median, peak.min,
-           peak.max);
+                            bench_summary_json(floor), "time_over_limit", bench_summary_json(limit),
+                            "of_peak", bench_summary_json(peak));
+    printf("%-11s %-8s %4u  %7.2f  %7.1f  %6.2f (%.2f .. %.2f)  %6.2f (%.2f .. %.2f)  %.3f (%.3f .. %.3f)\n",
+           isa, weights, c->n_row, (double)run->set.expert_bytes * run->set.n / t.median / 1e9,
+           macs_of(run, c) / t.median / 1e9, floor.median, floor.min, floor.max, limit.median, limit.min,
+           limit.max, peak.median, peak.min, peak.max);
     say_peers(run->peers, c, p, macs_of(run, c), row);
     json_array_append_new(json_object_get(report, "results"), row);
 }
@@ -410,8 +422,8 @@ static void say_run(const expert_run *run, json_t *report)
            (double)run->set.expert_bytes * run->set.n / 1e9, bw.median, bw.min, bw.max);
     json_object_set_new(report, "read_gb_s", bench_summary_json(bw));
     say_peaks(&run->peak, report);
-    printf("%-11s %-8s %4s  %7s  %7s  %-22s  %s\n", "path", "weights", "rows", "GB/s", "GMAC/s",
-           "time / (bytes / bw.)", "of its instruction's peak");
+    printf("%-11s %-8s %4s  %7s  %7s  %-22s  %-22s  %s\n", "path", "weights", "rows", "GB/s", "GMAC/s",
+           "time / (bytes / bw.)", "time / max(that, peak)", "of its instruction's peak");
     for (uint32_t p = 0; p < run->n_path; p++) {
         for (uint32_t c = 0; c < run->n_case; c++) {
             say_case(run, &run->cases[c], p, report);

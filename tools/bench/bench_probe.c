@@ -149,6 +149,28 @@ __attribute__((target("avx512f,avx512bf16"))) static void bf16_512(void)
 #undef DOT
 }
 
+/* Products of 16-bit integers and their addition, as the paths without VNNI multiply. */
+__attribute__((target("avx2"))) static void madd_256(void)
+{
+    __m256i acc[PROBE_CHAINS] = {0}, x = _mm256_set1_epi16(3), w = _mm256_set1_epi16(5);
+#define MADD(i)                                                                                              \
+    {                                                                                                        \
+        __m256i product;                                                                                     \
+        __asm__ volatile("vpmaddwd %1, %2, %0" : "=x"(product) : "x"(x), "x"(w));                            \
+        acc[i] = _mm256_add_epi32(acc[i], product);                                                          \
+    }
+    for (uint32_t n = 0; n < PROBE_LOOPS; n++) {
+        TWELVE(MADD)
+        TWELVE(KEEP)
+    }
+#undef MADD
+}
+
+bool bench_has_madd(void)
+{
+    return __builtin_cpu_supports("avx2");
+}
+
 static uint32_t fma_width(void)
 {
     return __builtin_cpu_supports("avx512f") ? 16 : __builtin_cpu_supports("fma") ? 8 : 0;
@@ -199,6 +221,19 @@ static void vnni_512(void)
 {
 }
 
+static void madd_256(void)
+{
+}
+
+static void fma64_256(void)
+{
+}
+
+bool bench_has_madd(void)
+{
+    return false;
+}
+
 static void bf16_512(void)
 {
 }
@@ -241,6 +276,24 @@ static void vnni_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread
     }
 }
 
+static void madd_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    (void)arg;
+    (void)i_thread;
+    for (uint32_t i = begin; i < end; i++) {
+        madd_256();
+    }
+}
+
+static void fma64_256_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    (void)arg;
+    (void)i_thread;
+    for (uint32_t i = begin; i < end; i++) {
+        fma64_256();
+    }
+}
+
 static void bf16_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
     (void)arg;
@@ -258,6 +311,16 @@ uint64_t bench_fma_macs(void)
 uint64_t bench_fma64_macs(void)
 {
     return bench_fma_macs() / 2;
+}
+
+uint64_t bench_madd_macs(void)
+{
+    return (uint64_t)PROBE_LOOPS * PROBE_CHAINS * 16;
+}
+
+uint64_t bench_fma64_256_macs(void)
+{
+    return (uint64_t)PROBE_LOOPS * PROBE_CHAINS * 4;
 }
 
 uint64_t bench_vnni_macs(void)
@@ -278,6 +341,16 @@ void bench_fma(bench_team *t)
 void bench_fma64(bench_team *t)
 {
     kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, fma64_part, NULL);
+}
+
+void bench_madd(bench_team *t)
+{
+    kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, madd_part, NULL);
+}
+
+void bench_fma64_256(bench_team *t)
+{
+    kn_team_run(t->team, kn_team_size(t->team), PROBE_COST, fma64_256_part, NULL);
 }
 
 void bench_vnni(bench_team *t)
