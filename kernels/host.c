@@ -1,5 +1,4 @@
 #include <string.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include "common/base/assert.h"
@@ -9,44 +8,52 @@
 
 enum { LARGE = 4 << 20 }; /* bytes from which on a block asks for huge pages */
 
-/* cm_try_alloc aligns for any scalar only, so a block keeps its own start just below the address it hands
- * out. */
+/* A block keeps what freeing it takes just below the address it hands out. */
 enum { ALIGN = 64 };
+typedef struct host_head {
+    uint8_t *block;
+    uint64_t huge_bytes; /* 0: of cm_try_alloc, which aligns for any scalar only */
+} host_head;
 
 cm_status kn_host_alloc(kn_device *device, uint64_t n_bytes, kn_ptr *ptr_out)
 {
-    uint8_t *block;
-    uintptr_t at;
+    host_head head = {0};
     if (n_bytes > SIZE_MAX - 2 * ALIGN) {
         return CM_E_MEMORY;
     }
-    block = cm_try_alloc((size_t)n_bytes + 2 * ALIGN);
-    if (block == NULL) {
+    if (n_bytes >= LARGE) {
+        head.huge_bytes = n_bytes + ALIGN;
+        head.block = cm_huge_alloc((size_t)head.huge_bytes);
+        if (head.block != NULL && device->numa != NULL) { /* no page of it has been touched yet */
+            uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+            kn_numa_spread(device->numa, head.block, (size_t)(head.huge_bytes / page * page));
+        }
+    } else {
+        head.block = cm_try_alloc((size_t)n_bytes + 2 * ALIGN);
+    }
+    if (head.block == NULL) {
         return CM_E_MEMORY;
     }
-    at = ((uintptr_t)block + 2 * ALIGN - 1) / ALIGN * ALIGN;
-    if (n_bytes >= LARGE) { /* of such a block no page has been touched yet */
-        uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), first = (at + page - 1) / page * page;
-        size_t n_whole = (at + n_bytes - first) / page * page;
-        (void)madvise((void *)first, n_whole, MADV_HUGEPAGE); /* a wish, no more */
-        if (device->numa != NULL) {
-            kn_numa_spread(device->numa, (void *)first, n_whole);
-        }
-    }
-    memcpy((uint8_t *)at - sizeof(block), &block, sizeof(block));
+    _Static_assert(sizeof(head) <= ALIGN, "the head fits what alignment leaves at least");
+    uintptr_t at = ((uintptr_t)head.block + sizeof(head) + ALIGN - 1) / ALIGN * ALIGN;
+    memcpy((uint8_t *)at - sizeof(head), &head, sizeof(head));
     *ptr_out = (kn_ptr){at};
     return CM_OK;
 }
 
 void kn_host_free(kn_device *device, kn_ptr ptr)
 {
-    uint8_t *block;
+    host_head head;
     (void)device;
     if (ptr.addr == 0) {
         return;
     }
-    memcpy(&block, (uint8_t *)kn_host(ptr) - sizeof(block), sizeof(block));
-    cm_free(block);
+    memcpy(&head, (uint8_t *)kn_host(ptr) - sizeof(head), sizeof(head));
+    if (head.huge_bytes != 0) {
+        cm_huge_free(head.block, (size_t)head.huge_bytes);
+    } else {
+        cm_free(head.block);
+    }
 }
 
 cm_status kn_host_place(kn_device *device, const void *host, uint64_t n_bytes, kn_ptr *ptr_out)

@@ -252,9 +252,13 @@ void kn_rope_inv_freq(double theta, uint32_t dim, double factor, double original
 
 /* ---- top-k ---- */
 
-/* Whether a stands after b in descending order. */
+/* Whether a stands after b in descending order; NaNs, whatever their bits, behind all numbers. */
 static bool after(const float *score, int32_t a, int32_t b)
 {
+    bool a_nan = isnan(score[a]), b_nan = isnan(score[b]);
+    if (a_nan || b_nan) {
+        return a_nan && b_nan ? a > b : a_nan;
+    }
     return score[a] < score[b] || (score[a] == score[b] && a > b);
 }
 

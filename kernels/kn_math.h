@@ -220,6 +220,6 @@ void kn_hc_head_coefficients(const double *m, const float *base, const float *sc
 void kn_rope_inv_freq(double theta, uint32_t dim, double factor, double original, double beta_fast,
                       double beta_slow, bool yarn, float *inv_freq_out);
 
-/* Indexes of the k largest of score [n] in descending order, the lower index first among equals (-0 equals
- * 0); k <= n, picks_out [k]. O(n log k). */
+/* Indexes of the k largest of score [n] in descending order, the lower index first among equals (-0 equals 0;
+ * NaNs equal one another and are less than all numbers); k <= n, picks_out [k]. O(n log k). */
 void kn_topk(const float *score, uint32_t n, uint32_t k, int32_t *picks_out);

@@ -1,7 +1,10 @@
 #include "common/base/mem.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "common/base/assert.h"
 #include "common/base/log.h"
@@ -88,6 +91,84 @@ int cm_mem_guard_pause(void)
 void cm_mem_guard_resume(int depth)
 {
     t_guard_depth = depth;
+}
+
+/* ---- huge pages ---- */
+
+enum { MEM_HUGE = 2 << 20 };
+
+static size_t mem_round_up(size_t n_bytes, size_t to)
+{
+    return (n_bytes + to - 1) / to * to;
+}
+
+static void *mem_map(size_t n_bytes, int flags)
+{
+    void *p = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+    return p != MAP_FAILED ? p : NULL;
+}
+
+void *cm_huge_alloc(size_t n_bytes)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), size = mem_round_up(n_bytes != 0 ? n_bytes : 1, page);
+    mem_guard_check(n_bytes);
+    if (n_bytes > SIZE_MAX / 2) {
+        return NULL;
+    }
+    void *p = n_bytes >= MEM_HUGE ? mem_map(mem_round_up(size, MEM_HUGE), MAP_HUGETLB) : NULL;
+    if (p != NULL) {
+        return p;
+    }
+    uint8_t *wide = mem_map(size + MEM_HUGE, 0);
+    if (wide == NULL) {
+        return NULL;
+    }
+    uint8_t *at = wide + (MEM_HUGE - (uintptr_t)wide % MEM_HUGE) % MEM_HUGE, *end = wide + size + MEM_HUGE;
+    if (at > wide) {
+        munmap(wide, (size_t)(at - wide));
+    }
+    if (end > at + size) {
+        munmap(at + size, (size_t)(end - at) - size);
+    }
+    (void)madvise(at, size, MADV_HUGEPAGE); /* a wish, no more */
+    return at;
+}
+
+void cm_huge_free(void *p, size_t n_bytes)
+{
+    size_t page = (size_t)sysconf(_SC_PAGESIZE), size = mem_round_up(n_bytes != 0 ? n_bytes : 1, page);
+    if (p == NULL) {
+        return;
+    }
+    /* of the operator's pool only whole pages can be given back: that much was mapped there */
+    if (munmap(p, size) != 0) {
+        int failed = munmap(p, mem_round_up(size, MEM_HUGE));
+        CM_ASSERT(failed == 0);
+    }
+}
+
+cm_mem_resident cm_mem_resident_now(void)
+{
+    cm_mem_resident r = {0};
+    char line[128];
+    FILE *file = fopen("/proc/self/smaps_rollup", "re");
+    while (file != NULL && fgets(line, sizeof line, file) != NULL) {
+        unsigned long long kb;
+        char name[32];
+        if (sscanf(line, "%31[^:]: %llu kB", name, &kb) != 2) {
+            continue;
+        }
+        uint64_t n = kb << 10;
+        bool anonymous = strcmp(name, "Anonymous") == 0, hugetlb = strcmp(name, "Private_Hugetlb") == 0;
+        r.own_bytes += anonymous || hugetlb ? n : 0;
+        r.huge_bytes += hugetlb || strcmp(name, "AnonHugePages") == 0 ? n : 0;
+        r.file_bytes += strcmp(name, "Rss") == 0 ? n : 0;
+        r.file_bytes -= anonymous ? n : 0; /* its line comes after that of Rss */
+    }
+    if (file != NULL) {
+        fclose(file);
+    }
+    return r;
 }
 
 /* ---- arena ---- */

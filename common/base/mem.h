@@ -20,6 +20,19 @@ void *cm_realloc(void *p, size_t n_bytes);
 char *cm_strdup(const char *text);
 void cm_free(void *p);
 
+/* Large blocks that are read again and again, zeroed, beginning at a page of the large kind: out of the pool
+ * of huge pages that an operator has set aside (vm.nr_hugepages) while it lasts, else with a wish for
+ * transparent ones, which the machine may not grant. NULL when memory is out. Freed with the same size. */
+void *cm_huge_alloc(size_t n_bytes);
+void cm_huge_free(void *p, size_t n_bytes); /* NULL is fine */
+
+/* What this process has in memory, and how much of its own is in huge pages; zeros where the system does not
+ * tell. Walks all of its pages: for a line in the log. */
+typedef struct cm_mem_resident {
+    uint64_t own_bytes, huge_bytes, file_bytes;
+} cm_mem_resident;
+cm_mem_resident cm_mem_resident_now(void);
+
 /* Per thread, nestable; what is shown when the guard trips. */
 void cm_mem_guard_begin(const char *what);
 void cm_mem_guard_end(void);

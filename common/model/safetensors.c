@@ -3,12 +3,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "common/base/assert.h"
+#include "common/base/failpoint.h"
+#include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/model/input_private.h"
 #include "common/model/names_private.h"
@@ -16,11 +19,15 @@
 
 /* The format's own bound; a length beyond it is not a header. */
 enum { HEADER_BYTES_MAX = 100 * 1000 * 1000 };
+enum { DIRECT_UNKNOWN = -2, DIRECT_SECTOR = 4096 };
 
 struct md_safetensors {
     char *path;
     int fd;
-    uint8_t *map; /* the whole file; NULL before it is mapped */
+    bool tells_cache;
+    _Atomic int direct_fd;     /* DIRECT_UNKNOWN before anybody asked, -1: the file system refused */
+    _Atomic bool direct_fails; /* opened so, and still it does not work */
+    uint8_t *map;              /* the whole file; NULL before it is mapped */
     uint64_t map_bytes;
     size_t header_bytes; /* of JSON, after the 8-byte length */
     md_header header;
@@ -47,6 +54,8 @@ static cm_status file_map(md_safetensors *file, cm_error *err)
     if (map == MAP_FAILED) {
         return cm_error_set(err, CM_E_IO, field, "cannot map %s: %s", file->path, strerror(errno));
     }
+    file->tells_cache =
+        info.st_uid == geteuid() || geteuid() == 0 || faccessat(AT_FDCWD, file->path, W_OK, AT_EACCESS) == 0;
     file->map = map;
     file->map_bytes = (uint64_t)info.st_size;
     return CM_OK;
@@ -73,6 +82,7 @@ static cm_status file_read_header(md_safetensors *file, cm_error *err)
     for (uint32_t i = 0; i < file->header.n; i++) {
         md_tensor *tensor = &file->header.rows[i].tensor;
         tensor->data = data + file->header.rows[i].begin;
+        tensor->file = file;
         bool is_new = md_names_put(&file->names, md_name_hash(tensor->name), tensor->name, tensor);
         CM_ASSERT(is_new); /* the JSON reader refuses duplicate keys */
     }
@@ -82,6 +92,7 @@ static cm_status file_read_header(md_safetensors *file, cm_error *err)
 cm_status md_safetensors_open(const char *path, md_safetensors **file_out, cm_error *err)
 {
     md_safetensors *file = cm_alloc(sizeof *file);
+    file->direct_fd = DIRECT_UNKNOWN;
     file->path = cm_strdup(path);
     cm_status status = file_map(file, err);
     if (status != CM_OK) {
@@ -109,6 +120,9 @@ void md_safetensors_close(md_safetensors *file)
     }
     if (file->fd >= 0) {
         close(file->fd);
+    }
+    if (file->direct_fd >= 0) {
+        close(file->direct_fd);
     }
     md_names_fini(&file->names);
     md_header_fini(&file->header);
@@ -165,6 +179,69 @@ cm_status md_safetensors_read(const md_safetensors *file, uint64_t at, void *out
                                 n == 0 ? "it became shorter" : strerror(errno));
         }
         n_read += (size_t)n;
+    }
+    return CM_OK;
+}
+
+/* ---- past the page cache ---- */
+
+uint64_t md_tensor_offset(const md_tensor *tensor)
+{
+    return (uint64_t)((const uint8_t *)tensor->data - tensor->file->map);
+}
+
+bool md_safetensors_tells_cache(const md_safetensors *file)
+{
+    return file->tells_cache;
+}
+
+bool md_safetensors_direct(md_safetensors *file)
+{
+    int fd = atomic_load(&file->direct_fd);
+    if (fd == DIRECT_UNKNOWN) {
+        int mine = open(file->path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+        if (!atomic_compare_exchange_strong(&file->direct_fd, &fd, mine)) {
+            if (mine >= 0) {
+                close(mine); /* another thread was first */
+            }
+        } else {
+            fd = mine;
+            if (mine < 0) {
+                cm_debug("%s is read through the page cache: O_DIRECT: %s", file->path, strerror(errno));
+            }
+        }
+    }
+    return fd >= 0 && !atomic_load(&file->direct_fails);
+}
+
+cm_status md_safetensors_read_direct(md_safetensors *file, uint64_t begin, void *out, uint64_t n_bytes,
+                                     cm_error *err)
+{
+    uint64_t n_read = 0, n_there = begin < file->map_bytes ? file->map_bytes - begin : 0;
+    n_there = n_there < n_bytes ? n_there : n_bytes;
+    CM_ASSERT(begin % DIRECT_SECTOR == 0 && n_bytes % DIRECT_SECTOR == 0);
+    while (n_read < n_there) {
+        ssize_t n = pread(atomic_load(&file->direct_fd), (uint8_t *)out + n_read, n_bytes - n_read,
+                          (off_t)(begin + n_read));
+        if (cm_failpoint_fires(CM_FAILPOINT_load_direct_refused)) {
+            errno = EINVAL;
+            n = -1;
+        }
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        bool ends = n >= 0 && n_read + (uint64_t)n >= n_there;
+        if ((n < 0 && (errno == EINVAL || errno == EOPNOTSUPP)) || (n > 0 && !ends && n < DIRECT_SECTOR)) {
+            if (!atomic_exchange(&file->direct_fails, true)) {
+                cm_debug("%s is read through the page cache: O_DIRECT does not work on it", file->path);
+            }
+            return CM_E_UNSUPPORTED;
+        }
+        if (n <= 0) {
+            return cm_error_set(err, CM_E_IO, md_file_name(file->path), "cannot read %s: %s", file->path,
+                                n == 0 ? "it became shorter" : strerror(errno));
+        }
+        n_read += ends ? (uint64_t)n : (uint64_t)n / DIRECT_SECTOR * DIRECT_SECTOR;
     }
     return CM_OK;
 }

@@ -21,6 +21,8 @@ enum { MD_DIMS_MAX = 4 };
 const char *md_dtype_name(md_dtype dtype); /* "F8_E4M3" */
 uint32_t md_dtype_bytes(md_dtype dtype);
 
+typedef struct md_safetensors md_safetensors;
+
 typedef struct md_tensor {
     const char *name; /* borrowed from the file object */
     md_dtype dtype;
@@ -28,9 +30,8 @@ typedef struct md_tensor {
     uint64_t dim[MD_DIMS_MAX];
     const void *data; /* in the mapping; aligned to at least 1 byte only */
     uint64_t n_bytes;
+    md_safetensors *file; /* borrowed; it holds the tensor */
 } md_tensor;
-
-typedef struct md_safetensors md_safetensors;
 
 CM_MUST_CHECK cm_status md_safetensors_open(const char *path, md_safetensors **file_out, cm_error *err);
 void md_safetensors_close(md_safetensors *file);

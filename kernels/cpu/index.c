@@ -57,11 +57,13 @@ static void score_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
     }
 }
 
-/* Order of floats as order of unsigned integers; -0 becomes 0. */
+/* Order of floats as order of unsigned integers; -0 becomes 0, and every NaN the least of all, as kn_topk has
+ * it: which sign a NaN gets depends on the instructions that made it. */
 static uint32_t sortable(float x)
 {
     uint32_t u = kn_f32_bits(x + 0.0f);
-    return (u & 0x80000000u) ? ~u : u | 0x80000000u;
+    uint32_t order = (u & 0x80000000u) ? ~u : u | 0x80000000u;
+    return x == x ? order : 0;
 }
 
 /* Puts sortable bits in the place of scores. */

@@ -108,6 +108,10 @@ static void engine_log_sizes(const rt_engine *e)
             kn_device_name(e->device), kn_device_isa(e->device),
             (unsigned long long)(e->weights.n_bytes >> 20), e->n_page, (unsigned long long)kv.page_bytes,
             e->options.slot_max, (unsigned long long)kv.slot_bytes);
+    cm_mem_resident r = cm_mem_resident_now();
+    cm_info("memory: %llu MB of our own, %llu MB of it in huge pages, %llu MB of mapped files",
+            (unsigned long long)(r.own_bytes >> 20), (unsigned long long)(r.huge_bytes >> 20),
+            (unsigned long long)(r.file_bytes >> 20));
     cm_info("%u states of %llu bytes to go on from", e->n_state, (unsigned long long)kv.kept_bytes);
     cm_info("a token of context takes %.2f bytes, a sequence of %u tokens %u pages and %.2f MB with its slot",
             (double)kv.row_bytes / KN_PAGE_TOKENS, e->geometry->context,
@@ -135,7 +139,8 @@ cm_status rt_engine_create(const rt_engine_options *options, rt_engine **engine_
     }
     status = engine_size_kv(e, err);
     if (status == CM_OK) {
-        status = rt_weights_open(options->checkpoint, &e->kv, e->device, e->stream, &e->weights, err);
+        status = rt_weights_open(options->checkpoint, &e->kv, e->device, e->stream, options->device.n_threads,
+                                 &e->weights, err);
     }
     if (status != CM_OK) {
         goto err_stream;

@@ -2,29 +2,28 @@
 
 #include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
-#include "common/base/assert.h"
 #include "common/base/mem.h"
+#include "common/model/load.h"
 #include "kernels/kn_math.h"
 #include "router/engine/kv.h"
 
-/* A matrix that the device has an order of its own for. */
-typedef struct weight_better {
-    kn_matrix *matrix;
+/* A tensor that has been bound and not read yet. */
+typedef struct weight_item {
     const md_tensor *tensor;
-    uint64_t n_bytes; /* of the copy, whole cache lines */
-} weight_better;
+    kn_matrix *matrix; /* that moves into the device's order; NULL: it is used where it is mapped */
+    uint64_t at;       /* in rt_weights.prepared */
+} weight_item;
 
 /* Binding stops at the first error and keeps it: calls after it do nothing, one check at the end suffices. */
 typedef struct weight_binder {
     const md_checkpoint *checkpoint;
     rt_weights *weights;
-    const char *prefix;    /* "layers.3." */
-    uint32_t ahead;        /* spare entries of compressor states */
-    weight_better *better; /* [n_better] */
-    uint32_t n_better;
+    const char *prefix; /* "layers.3." */
+    uint32_t ahead;     /* spare entries of compressor states */
+    weight_item *items; /* [n_item], in the order of the files */
+    uint32_t n_item;
+    uint64_t prepared_bytes;
     cm_status status;
     cm_error *err;
 } weight_binder;
@@ -38,16 +37,19 @@ static kn_dtype weight_dtype(md_dtype dtype)
     return table[dtype];
 }
 
+static void weight_note(weight_binder *binder, const md_tensor *tensor)
+{
+    binder->items = cm_realloc(binder->items, sizeof(weight_item) * (binder->n_item + 1));
+    binder->items[binder->n_item++] = (weight_item){.tensor = tensor};
+}
+
 static void weight_place(weight_binder *binder, const md_tensor *tensor, kn_ptr *ptr_out)
 {
     rt_weights *weights = binder->weights;
     if (binder->status != CM_OK) {
         return;
     }
-    binder->status = md_tensor_check_values(tensor, weights->geometry, binder->err);
-    if (binder->status != CM_OK) {
-        return;
-    }
+    weight_note(binder, tensor);
     weights->n_bytes += tensor->n_bytes;
     if ((uintptr_t)tensor->data % md_dtype_bytes(tensor->dtype) == 0) {
         binder->status = kn_mem_place(weights->device, tensor->data, tensor->n_bytes, ptr_out);
@@ -71,65 +73,79 @@ static void weight_vector(weight_binder *binder, const char *name, kn_ptr *ptr_o
     weight_place(binder, weight_tensor(binder, name, ""), ptr_out);
 }
 
-static void weight_note_better(weight_binder *binder, kn_matrix *matrix, const md_tensor *tensor)
-{
-    uint64_t n_bytes = (kn_prepared_bytes(binder->weights->device, matrix) + 63) / 64 * 64;
-    if (n_bytes > 0) {
-        binder->better = cm_realloc(binder->better, sizeof(weight_better) * (binder->n_better + 1));
-        binder->better[binder->n_better++] = (weight_better){matrix, tensor, n_bytes};
-    }
-}
-
 static void weight_matrix(weight_binder *binder, const char *name, kn_matrix *matrix_out)
 {
     const md_tensor *tensor = weight_tensor(binder, name, ".weight");
     *matrix_out = (kn_matrix){.n_out = (uint32_t)tensor->dim[0],
                               .n_in = (uint32_t)tensor->dim[1],
                               .dtype = weight_dtype(tensor->dtype)};
+    uint32_t item = binder->n_item;
     weight_place(binder, tensor, &matrix_out->data);
     if (tensor->dtype == MD_F8_E4M3) {
         const md_tensor *scale = weight_tensor(binder, name, ".scale");
         matrix_out->scale_dtype = weight_dtype(scale->dtype);
         weight_place(binder, scale, &matrix_out->scale);
     }
-    if (binder->status == CM_OK) {
-        weight_note_better(binder, matrix_out, tensor);
+    uint64_t n_bytes = (kn_prepared_bytes(binder->weights->device, matrix_out) + 63) / 64 * 64;
+    if (binder->status == CM_OK && n_bytes > 0) {
+        binder->items[item].matrix = matrix_out;
+        binder->items[item].at = binder->prepared_bytes;
+        binder->prepared_bytes += n_bytes;
     }
 }
 
-/* The mapping's pages of what has been copied can go: read again from the file should anyone ask. */
-static void weight_forget(const md_tensor *tensor)
+/* One item on a thread of the load: it is in memory and its values are good when this returns, and a matrix
+ * stands in the device's order. */
+static cm_status weight_read(void *ctx, uint32_t i, md_reader *reader, cm_error *err)
 {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    uintptr_t from = ((uintptr_t)tensor->data + page - 1) / page * page;
-    uintptr_t to = ((uintptr_t)tensor->data + tensor->n_bytes) / page * page;
-    if (from < to) {
-        (void)madvise((void *)from, to - from, MADV_DONTNEED); /* advice */
-    }
-}
-
-/* All is bound: matrices move into one block of device memory, in the device's order. */
-static void weight_prepare(weight_binder *binder)
-{
+    const weight_binder *binder = ctx;
+    const weight_item *item = &binder->items[i];
     kn_device *device = binder->weights->device;
-    uint64_t n_bytes = 0, at = 0;
-    for (uint32_t i = 0; i < binder->n_better; i++) {
-        n_bytes += binder->better[i].n_bytes;
+    md_tensor read = *item->tensor;
+    if (item->matrix == NULL) {
+        md_reader_keep(reader, item->tensor);
+        return md_tensor_check_values(item->tensor, binder->weights->geometry, err);
     }
-    if (binder->status != CM_OK || n_bytes == 0) {
-        return;
+    CM_TRY(md_reader_read(reader, &read, 1, false, err));
+    CM_TRY(md_tensor_check_values(&read, binder->weights->geometry, err));
+    CM_TRY(kn_mem_place(device, read.data, read.n_bytes, &item->matrix->data));
+    kn_prepare(device, item->matrix, kn_at(binder->weights->prepared, item->at));
+    return CM_OK;
+}
+
+static uint32_t weight_kept(void *ctx, uint32_t i, const md_tensor *tensors_out[MD_LOAD_TENSORS_MAX])
+{
+    const weight_item *item = &((const weight_binder *)ctx)->items[i];
+    tensors_out[0] = item->tensor;
+    return item->matrix == NULL ? 1 : 0;
+}
+
+/* All is bound: it is read, and matrices move into one block of device memory, in the device's order. */
+static void weight_load(weight_binder *binder, uint32_t n_threads)
+{
+    md_load load = {.n_item = binder->n_item,
+                    .n_threads = n_threads,
+                    .item = weight_read,
+                    .kept = weight_kept,
+                    .ctx = binder};
+    md_load_bytes bytes;
+    if (binder->status == CM_OK && binder->prepared_bytes > 0) {
+        binder->status =
+            kn_mem_alloc(binder->weights->device, binder->prepared_bytes, &binder->weights->prepared);
+        if (binder->status != CM_OK) {
+            cm_error_set(binder->err, binder->status, "",
+                         "no memory for %llu bytes of dense weights in the order of the kernels",
+                         (unsigned long long)binder->prepared_bytes);
+        }
     }
-    binder->status = kn_mem_alloc(device, n_bytes, &binder->weights->prepared);
-    if (binder->status != CM_OK) {
-        cm_error_set(binder->err, binder->status, "",
-                     "no memory for %llu bytes of dense weights in the order of the kernels",
-                     (unsigned long long)n_bytes);
-        return;
+    for (uint32_t i = 0; i < binder->n_item; i++) {
+        const weight_item *item = &binder->items[i];
+        if (item->matrix != NULL && item->tensor->n_bytes > load.item_bytes_max) {
+            load.item_bytes_max = item->tensor->n_bytes;
+        }
     }
-    for (uint32_t i = 0; i < binder->n_better; i++) {
-        kn_prepare(device, binder->better[i].matrix, kn_at(binder->weights->prepared, at));
-        weight_forget(binder->better[i].tensor);
-        at += binder->better[i].n_bytes;
+    if (binder->status == CM_OK) {
+        binder->status = md_load_run(&load, &bytes, binder->err);
     }
 }
 
@@ -256,7 +272,7 @@ static cm_status weight_rope_tables(rt_weights *weights, kn_stream *stream)
 }
 
 cm_status rt_weights_open(const md_checkpoint *checkpoint, const rt_kv_layout *kv, kn_device *device,
-                          kn_stream *stream, rt_weights *weights_out, cm_error *err)
+                          kn_stream *stream, uint32_t n_threads, rt_weights *weights_out, cm_error *err)
 {
     const md_geometry *g = md_checkpoint_geometry(checkpoint);
     rt_weights weights = {.geometry = g, .device = device};
@@ -284,8 +300,8 @@ cm_status rt_weights_open(const md_checkpoint *checkpoint, const rt_kv_layout *k
     if (binder.status == CM_OK && kv->n_layer > g->n_layer) {
         weight_mtp(&binder, &weights.mtp); /* its prefix is the last one's */
     }
-    weight_prepare(&binder);
-    cm_free(binder.better);
+    weight_load(&binder, n_threads);
+    cm_free(binder.items);
     if (binder.status != CM_OK) {
         rt_weights_close(&weights);
         return binder.status;

@@ -1,8 +1,8 @@
 /* The dense weights of a checkpoint, bound by meaning once: after this no name is looked up and no shape is
  * doubted. Weights stay in the checkpoint's mapping, in their stored formats, except matrices that the device
- * reads faster in an order of its own (kn_prepare): of those it has a copy of the same size, and the
- * mapping's pages are given back, so that what is resident is one copy. Several routers on one machine share
- * the pages of a mapping, not the copies. Thread: any after open (read-only). */
+ * reads faster in an order of its own (kn_prepare): of those it has a copy of the same size, in huge pages
+ * where the machine has them, and nothing of the file, so that what is resident is one copy. Several routers
+ * on one machine share the pages of a mapping, not the copies. Thread: any after open (read-only). */
 #pragma once
 #include "common/model/checkpoint.h"
 #include "kernels/kn.h"
@@ -49,9 +49,9 @@ typedef struct rt_weights {
     uint64_t n_bytes; /* of all dense weights */
 } rt_weights;
 
-/* Reads and checks every dense weight of kv's layers (md_tensor_check_values). CM_E_CORRUPT names the tensor.
- */
+/* Reads and checks every dense weight of kv's layers (md_tensor_check_values) with n_threads >= 1 threads.
+ * CM_E_CORRUPT names the tensor. */
 CM_MUST_CHECK cm_status rt_weights_open(const md_checkpoint *checkpoint, const rt_kv_layout *kv,
-                                        kn_device *device, kn_stream *stream, rt_weights *weights_out,
-                                        cm_error *err);
+                                        kn_device *device, kn_stream *stream, uint32_t n_threads,
+                                        rt_weights *weights_out, cm_error *err);
 void rt_weights_close(rt_weights *weights);

@@ -72,17 +72,24 @@ static size_t tokens_bytes(const rt_prefix *prefix)
     return sizeof(uint32_t) * prefix->limits.page_tokens;
 }
 
-static uint64_t key_hash(const rt_prefix *prefix, const uint8_t *salt, const prefix_node *before,
+/* before: the hash of the page before, NULL where a sequence begins. */
+static uint64_t key_hash(const rt_prefix *prefix, const uint8_t *salt, const uint64_t *before,
                          const uint32_t *tokens)
 {
-    uint64_t seed = before != NULL ? before->hash : XXH3_64bits(salt, RT_SALT_BYTES);
+    uint64_t seed = before != NULL ? *before : XXH3_64bits(salt, RT_SALT_BYTES);
     return XXH3_64bits_withSeed(tokens, tokens_bytes(prefix), seed);
 }
 
-static prefix_node *keys_find(const rt_prefix *prefix, const uint8_t *salt, const prefix_node *before,
-                              const uint32_t *tokens)
+static uint64_t hash_behind(const rt_prefix *prefix, const uint8_t *salt, const prefix_node *before,
+                            const uint32_t *tokens)
 {
-    prefix_node *node = cm_map_get(&prefix->keys, key_hash(prefix, salt, before, tokens));
+    return key_hash(prefix, salt, before != NULL ? &before->hash : NULL, tokens);
+}
+
+static prefix_node *keys_find(const rt_prefix *prefix, const uint8_t *salt, const prefix_node *before,
+                              const uint32_t *tokens, uint64_t hash)
+{
+    prefix_node *node = cm_map_get(&prefix->keys, hash);
     while (node != NULL && (node->before != before || memcmp(node->salt, salt, RT_SALT_BYTES) != 0 ||
                             memcmp(node_tokens(prefix, node), tokens, tokens_bytes(prefix)) != 0)) {
         node = node->same_hash;
@@ -181,13 +188,17 @@ uint32_t rt_prefix_page_room(const rt_prefix *prefix)
 /* ---- the tree ---- */
 
 void rt_prefix_find(const rt_prefix *prefix, const uint8_t salt[RT_SALT_BYTES], const uint32_t *tokens,
-                    uint32_t n_token, rt_prefix_hit *hit_out)
+                    uint32_t n_token, rt_prefix_chain *chain, rt_prefix_hit *hit_out)
 {
     uint32_t page_tokens = prefix->limits.page_tokens, n_page = (n_token - 1) / page_tokens, n_kept = 0;
     const prefix_node *node = NULL;
     *hit_out = (rt_prefix_hit){.page = RT_PREFIX_NONE, .state = RT_PREFIX_NONE};
     for (uint32_t i = 0; i < n_page; i++) {
-        node = keys_find(prefix, salt, node, tokens + (size_t)i * page_tokens);
+        const uint32_t *page = tokens + (size_t)i * page_tokens;
+        if (i == chain->n) {
+            chain->hash[chain->n++] = key_hash(prefix, salt, i > 0 ? &chain->hash[i - 1] : NULL, page);
+        }
+        node = keys_find(prefix, salt, node, page, chain->hash[i]);
         if (node == NULL) {
             return;
         }
@@ -222,7 +233,9 @@ void rt_prefix_hold(rt_prefix *prefix, const rt_prefix_hit *hit, uint32_t *pages
 uint32_t rt_prefix_add(rt_prefix *prefix, const uint8_t salt[RT_SALT_BYTES], uint32_t before, uint32_t page,
                        const uint32_t *tokens)
 {
-    prefix_node *parent = page_node(prefix, before), *node = keys_find(prefix, salt, parent, tokens);
+    prefix_node *parent = page_node(prefix, before);
+    uint64_t hash = hash_behind(prefix, salt, parent, tokens);
+    prefix_node *node = keys_find(prefix, salt, parent, tokens, hash);
     CM_ASSERT_MSG(parent == NULL || parent->n_held > 0, "nobody holds page %u", before);
     if (node != NULL) {
         node_hold(prefix, node);
@@ -231,10 +244,7 @@ uint32_t rt_prefix_add(rt_prefix *prefix, const uint8_t salt[RT_SALT_BYTES], uin
     }
     CM_ASSERT(page < prefix->limits.page_max && prefix->pages.in_use[page]);
     node = page_node(prefix, page);
-    *node = (prefix_node){.before = parent,
-                          .hash = key_hash(prefix, salt, parent, tokens),
-                          .n_held = 1,
-                          .state = RT_PREFIX_NONE};
+    *node = (prefix_node){.before = parent, .hash = hash, .n_held = 1, .state = RT_PREFIX_NONE};
     memcpy(node->salt, salt, RT_SALT_BYTES);
     memcpy(node_tokens(prefix, node), tokens, tokens_bytes(prefix));
     if (parent != NULL) {

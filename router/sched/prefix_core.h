@@ -52,10 +52,17 @@ typedef struct rt_prefix_hit {
     uint32_t state;   /* to go on from */
 } rt_prefix_hit;
 
+/* Hashes of the pages of a list of tokens, each behind those before: a search fills in what it needs, and who
+ * searches for the same tokens again, or for more behind them, need not hash any twice. */
+typedef struct rt_prefix_chain {
+    uint64_t *hash; /* room for as many as the tokens have pages; the caller's */
+    uint32_t n;     /* known; 0 for other tokens or another salt */
+} rt_prefix_chain;
+
 /* The longest beginning of tokens [n_token] with a state, short of the last token: that one's row is always
  * computed. Valid until the next call that changes something. */
 void rt_prefix_find(const rt_prefix *prefix, const uint8_t salt[RT_SALT_BYTES], const uint32_t *tokens,
-                    uint32_t n_token, rt_prefix_hit *hit_out);
+                    uint32_t n_token, rt_prefix_chain *chain, rt_prefix_hit *hit_out);
 /* A sequence holds what was found: pages_out [n_page], in order. */
 void rt_prefix_hold(rt_prefix *prefix, const rt_prefix_hit *hit, uint32_t *pages_out);
 /* A private page is complete with tokens [page_tokens], behind `before`, which its sequence holds or is

@@ -50,6 +50,9 @@ struct rt_sched {
     rt_pages slots;
     rt_seq_list running, waiting;
     uint32_t n_running, n_waiting;
+    rt_prefix_chain
+        head_chain; /* of what was searched for last: a head that waits is asked for in every step */
+    uint64_t head_age;
     uint64_t n_opened, n_preempted, n_cancelled, n_query_token, n_hit_token;
     uint64_t deadline_next; /* no sequence has an earlier one; may be too early after one is gone */
 
@@ -95,6 +98,8 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     sched->step_word_max = limits->slot_max * seg_token_max;
     sched->word_max = n_seq_max + sched->step_word_max; /* every deadline, then every word of a step */
     sched->words = cm_alloc(sizeof(rt_word) * sched->word_max);
+    sched->head_chain.hash = cm_alloc(sizeof(uint64_t) * (limits->context / limits->page_tokens + 1));
+    sched->head_age = UINT64_MAX; /* nobody's */
     rt_draft_core_init(&sched->draft, limits->draft_max);
     return sched;
 }
@@ -248,6 +253,7 @@ void rt_sched_destroy(rt_sched *sched)
     cm_free(sched->seg_seqs);
     cm_free(sched->logprobs);
     cm_free(sched->words);
+    cm_free(sched->head_chain.hash);
     cm_free(sched);
 }
 
@@ -520,11 +526,16 @@ static uint64_t sched_promised(const rt_sched *sched)
 }
 
 /* What others computed of its tokens, as far as it can go on from there. */
-static void seq_find(const rt_sched *sched, const rt_seq *seq, rt_prefix_hit *hit_out)
+static void seq_find(rt_sched *sched, const rt_seq *seq, rt_prefix_hit *hit_out)
 {
     *hit_out = (rt_prefix_hit){.page = RT_PREFIX_NONE, .state = RT_PREFIX_NONE};
     if (sched->limits.state_max > 0) {
-        rt_prefix_find(sched->prefix, seq->salt, seq->log, seq->n_log, hit_out);
+        if (sched->head_age != seq->age) {
+            sched->head_age = seq->age;
+            sched->head_chain.n = 0;
+        }
+        CM_ASSERT_MSG(seq->n_log <= sched->limits.context, "%u tokens", seq->n_log);
+        rt_prefix_find(sched->prefix, seq->salt, seq->log, seq->n_log, &sched->head_chain, hit_out);
     }
 }
 

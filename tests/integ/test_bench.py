@@ -2,13 +2,14 @@
 import hashlib
 import json
 import os
+import signal
 import struct
 import subprocess
 import xml.etree.ElementTree
 
 import pytest
 
-from conftest import NANO, WAIT_S
+from conftest import NANO, WAIT_S, wait_for
 
 
 def baleen(bin_dir, *args):
@@ -154,5 +155,24 @@ def test_curves(bin_dir, synthetic, tmp_path):
 def test_load_weights(bin_dir, synthetic):
     result = report(baleen(bin_dir, "bench", "load.weights", "--model", synthetic, "--rounds", 1, "--threads", 2))
     assert [(row["who"], row["hot"]) for row in result["results"]] == [
-        (who, hot) for who in ("read(2)", "worker", "router") for hot in (False, True)]
+        (who, hot) for who in ("read", "kept", "worker", "router") for hot in (False, True)]
     assert all(row["bytes_s"]["median"] > 0 for row in result["results"])
+
+
+def test_leaves_nothing(bin_dir, synthetic, tmp_path):
+    """Neither when it ends nor when it is told to, in the middle of a run with a cluster of its own; of a failure only logs."""
+    command = [os.path.join(bin_dir, "baleen"), "bench", "serve.model", "--model", str(synthetic), "--batches", "1", "--prompt", "8"]
+    quick = ["--rounds", "1", "--steps", "2"]
+    env = dict(os.environ, TMPDIR=str(tmp_path))
+    assert subprocess.run(command + quick, env=env, capture_output=True, timeout=10 * WAIT_S).returncode == 0
+    assert os.listdir(tmp_path) == []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        with subprocess.Popen(command + ["--rounds", "99"], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+            wait_for("a router's log", lambda: list(tmp_path.glob("*/run/router*")))
+            running.send_signal(number)
+            running.communicate(timeout=WAIT_S)
+            assert running.returncode == 1
+        assert os.listdir(tmp_path) == []
+    done = subprocess.run(command + quick + ["--peer", "false"], env=env, capture_output=True, text=True, timeout=10 * WAIT_S)
+    assert done.returncode == 1 and str(tmp_path) in done.stderr
+    assert [path.name for path in tmp_path.glob("*/*")] == ["run"]

@@ -699,7 +699,8 @@ static void do_layer_128(rig *r, uint32_t cut, cm_bytes *out)
     do_layer(r, 128, cut, out);
 }
 
-/* Many rows, scores from few values: ties everywhere, every pick by the tie rule. */
+/* Many rows, scores from few values: ties everywhere, every pick by the tie rule. One row has NaNs among its
+ * scores, one nothing else. */
 static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
 {
     enum { N = 3, ROWS = 3001, KS = 4 };
@@ -710,7 +711,10 @@ static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
     kn_seg segs[N];
     kn_batch batch = {.n_seg = N, .n_row = N, .page_bytes = 32ull * row_bytes};
     kn_ptr picks = rig_new(r, N * 3000 * 4), w = random_bf16(r, 500, N * INDEX_HEADS), iq;
+    uint16_t *weights = kn_mem_host(r->device, w);
     assert_int_equal(row_bytes, 34);
+    weights[INDEX_HEADS] = 0x7f80; /* scores of row 1 are infinite, or NaN where this head has 0 */
+    weights[2 * INDEX_HEADS] = 0xffc0;
     for (uint32_t i = 0; i < n_page * 32; i++) {
         memset(pool + i * row_bytes, 0, row_bytes);
         pool[i * row_bytes + random_u32(501, i) % 3] = (uint8_t)(random_u32(502, i) % 3);

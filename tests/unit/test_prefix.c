@@ -13,7 +13,7 @@
 #include "common/base/rng.h"
 #include "router/sched/prefix_core.h"
 
-enum { PAGE_TOKENS = 4, LOG_MAX = 40, SEQS = 6, PAGES_MAX = 40, STATES_MAX = 8, SALTS = 2 };
+enum { PAGE_TOKENS = 4, LOG_MAX = 40, SEQS = 6, PAGES_MAX = 40, STATES_MAX = 8, SALTS = 2, HASHES = 10 };
 
 static uint64_t g_seed = 1;
 
@@ -155,6 +155,7 @@ static void begin(world *w, seq *s)
 {
     const text *like = &w->seqs[below(&w->r, SEQS)].log;
     uint8_t salt[RT_SALT_BYTES];
+    uint64_t hashes[HASHES];
     rt_prefix_hit hit;
     uint32_t n_like = below(&w->r, like->n < LOG_MAX ? like->n + 1 : LOG_MAX);
     text log = text_upto(like, n_like);
@@ -166,7 +167,7 @@ static void begin(world *w, seq *s)
     }
     *s = (seq){.log = log};
     salt_of(&log, salt);
-    rt_prefix_find(w->prefix, salt, log.tokens, log.n, &hit);
+    rt_prefix_find(w->prefix, salt, log.tokens, log.n, &(rt_prefix_chain){.hash = hashes}, &hit);
     check_hit(w, s, &hit);
     uint32_t room = rt_prefix_page_room(w->prefix);
     rt_prefix_hold(w->prefix, &hit, s->pages);
@@ -420,7 +421,8 @@ static void compute(rt_prefix *prefix, uint32_t n, uint32_t states, bool spare)
 static uint32_t found(const rt_prefix *prefix, uint32_t n_token)
 {
     rt_prefix_hit hit;
-    rt_prefix_find(prefix, NO_SALT, TOKENS, n_token, &hit);
+    uint64_t hashes[HASHES];
+    rt_prefix_find(prefix, NO_SALT, TOKENS, n_token, &(rt_prefix_chain){.hash = hashes}, &hit);
     return hit.n_page;
 }
 
@@ -442,10 +444,11 @@ static void test_oldest_state_makes_room(void **state)
 {
     rt_prefix *prefix = make(8, 2);
     uint32_t pages[2];
+    uint64_t hashes[HASHES];
     rt_prefix_hit hit;
     (void)state;
     compute(prefix, 3, 3, false);
-    rt_prefix_find(prefix, NO_SALT, TOKENS, 5, &hit);
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 5, &(rt_prefix_chain){.hash = hashes}, &hit);
     rt_prefix_hold(prefix, &hit, pages); /* the first is the newest now */
     rt_prefix_release(prefix, hit.page);
     compute(prefix, 3, 4, false);
@@ -479,19 +482,46 @@ static void test_passing(void **state)
 {
     rt_prefix *prefix = make(8, 4);
     uint32_t pages[1];
+    uint64_t hashes[HASHES];
     rt_prefix_hit hit;
     (void)state;
     compute(prefix, 1, 1, true);
-    rt_prefix_find(prefix, NO_SALT, TOKENS, 5, &hit);
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 5, &(rt_prefix_chain){.hash = hashes}, &hit);
     rt_prefix_state_pass(prefix, RT_PREFIX_NONE);
     rt_prefix_hold(prefix, &hit, pages);
     rt_prefix_state_pass(prefix, hit.page);
     assert_int_equal(found(prefix, 5), 1);
     rt_prefix_release(prefix, hit.page);
     compute(prefix, 2, 2, true);
-    rt_prefix_find(prefix, NO_SALT, TOKENS, 9, &hit);
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 9, &(rt_prefix_chain){.hash = hashes}, &hit);
     rt_prefix_state_pass(prefix, hit.page);
     assert_int_equal(found(prefix, 9), 1);
+    rt_prefix_destroy(prefix);
+}
+
+/* What is known of the tokens is not hashed again, what comes behind it is, and nothing beyond what was
+ * searched. */
+static void test_hashes_are_kept(void **state)
+{
+    rt_prefix *prefix = make(8, 4);
+    uint64_t hashes[HASHES], first;
+    rt_prefix_chain chain = {.hash = hashes};
+    rt_prefix_hit hit;
+    (void)state;
+    compute(prefix, 3, 7, false);
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 9, &chain, &hit);
+    assert_int_equal(hit.n_page, 2);
+    assert_int_equal(chain.n, 2);
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 16, &chain, &hit);
+    assert_int_equal(hit.n_page, 3);
+    assert_int_equal(chain.n, 3);
+    first = hashes[0]++;
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 16, &chain, &hit);
+    assert_int_equal(hit.n_known, 0);
+    hashes[0] = first;
+    hashes[2]++;
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 16, &chain, &hit);
+    assert_int_equal(hit.n_known, 2);
     rt_prefix_destroy(prefix);
 }
 
@@ -500,10 +530,11 @@ static void test_forgetting(void **state)
 {
     rt_prefix *prefix = make(8, 4);
     uint32_t pages[2], page, last;
+    uint64_t hashes[HASHES];
     rt_prefix_hit hit;
     (void)state;
     compute(prefix, 3, 7, false);
-    rt_prefix_find(prefix, NO_SALT, TOKENS, 9, &hit);
+    rt_prefix_find(prefix, NO_SALT, TOKENS, 9, &(rt_prefix_chain){.hash = hashes}, &hit);
     rt_prefix_hold(prefix, &hit, pages);
     rt_prefix_forget(prefix);
     assert_int_equal(found(prefix, 16), 0);
@@ -529,6 +560,7 @@ int main(int argc, char **argv)
         cmocka_unit_test(test_oldest_state_makes_room),
         cmocka_unit_test(test_pages_go_from_the_end),
         cmocka_unit_test(test_passing),
+        cmocka_unit_test(test_hashes_are_kept),
         cmocka_unit_test(test_forgetting),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -10,19 +10,38 @@
 #include "common/base/mem.h"
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
+#include "tools/bench/bench_cluster.h"
+#include "tools/bench/bench_room.h"
+#include "tools/bench/synthetic.h"
 
-static const bench *const BENCHES[] = {
-#define BENCH(name) &bench_##name,
+typedef enum bench_model { BENCH_MODEL_NONE, BENCH_MODEL_NANO, BENCH_MODEL_SMALL } bench_model;
+
+typedef struct bench_entry {
+    const bench *bench;
+    bench_model model;
+} bench_entry;
+
+static const bench_entry BENCHES[] = {
+#define BENCH(name)           {&bench_##name, BENCH_MODEL_NONE},
+#define BENCH_ON(model, name) {&bench_##name, BENCH_MODEL_##model},
 #include "tools/bench/benches.def"
 #undef BENCH
+#undef BENCH_ON
 };
-enum { N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]) };
+enum {
+    N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]),
+    BENCH_ROUNDS = 7,
+    BENCH_ALL_ROUNDS = 3,
+    BENCH_SMALL_SEED = 1,
+};
+static char BENCH_NANO[] = "models/nano";
+static const char BENCH_SMALL[] = "models/bench-s";
 
 static const cm_cfg_field g_fields[] = {
     {"threads", "1", "threads of the kernels; more than one is timed by the wall clock",
      CM_CFG_UINT(bench_config, threads, 1, 1024)},
-    {"rounds", "7", "rounds; what is reported is their median",
-     CM_CFG_UINT(bench_config, rounds, 1, BENCH_ROUNDS_MAX)},
+    {"rounds", "0", "rounds; what is reported is their median; 0: 7, and 3 of each for all",
+     CM_CFG_UINT(bench_config, rounds, 0, BENCH_ROUNDS_MAX)},
     {"isa", "auto",
      "paths to measure in turn, comma separated: auto, or names that the refusal of a wrong one lists",
      CM_CFG_STRING(bench_config, isa)},
@@ -47,8 +66,10 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_STRING(bench_config, processes)},
     {"keyed", "on", "ep: messages carry tags, as they do between the processes of a cluster",
      CM_CFG_BOOL(bench_config, keyed)},
-    {"model", "models/nano",
-     "serve.stream: folder with a config.json and a tokenizer.json; the others: with a checkpoint",
+    {"model", "",
+     "folder with a checkpoint; of serve.stream with a config.json and a tokenizer.json. Without: random "
+     "weights "
+     "for models/bench-s, made for the run, and models/nano where sizes do not matter",
      CM_CFG_STRING(bench_config, model)},
     {"workers", "1", "serve.model: workers of the cluster; serve.workers: of the largest one",
      CM_CFG_UINT(bench_config, workers, 1, 64)},
@@ -58,7 +79,7 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_UINT(bench_config, steps, 1, 4096)},
     {"prompt", "512", "serve.model: letters of the prompt; with the tokenizer of baleen synth as many tokens",
      CM_CFG_UINT(bench_config, prompt, 1, 65536)},
-    {"context", "16384", "step.context: tokens of the longest sequence, a power of two",
+    {"context", "8192", "step.context: tokens of the longest sequence, a power of two",
      CM_CFG_UINT(bench_config, context, 1024, 1 << 20)},
     {"svg", "", "serve.model, serve.workers, step.context: file to draw a chart into",
      CM_CFG_STRING(bench_config, svg)},
@@ -207,36 +228,144 @@ bench_path bench_open_ref(const kn_limits *limits)
 static int list(void)
 {
     for (uint32_t i = 0; i < N_BENCH; i++) {
-        printf("  %-18s %s\n", BENCHES[i]->name, BENCHES[i]->doc);
+        printf("  %-18s %s\n", BENCHES[i].bench->name, BENCHES[i].bench->doc);
     }
     return CLI_OK;
 }
 
-static int run_named(const bench_config *config, const char *name)
+/* One run of the verb. */
+typedef struct bench_job {
+    bench_config config;
+    const bench_entry *entry; /* to run next; NULL: to make the model of random weights */
+    cm_bytes small;           /* folder of that */
+    bool small_made;
+} bench_job;
+
+static int job_make_small(bench_job *job)
 {
-    int code = CLI_OK;
-    bool all = strcmp(name, "all") == 0, found = all;
-    for (uint32_t i = 0; i < N_BENCH && code == CLI_OK; i++) {
-        if (all || strcmp(BENCHES[i]->name, name) == 0) {
-            found = true;
-            code = BENCHES[i]->run(BENCHES[i], config);
+    cm_bytes text;
+    cm_error err = {0};
+    cm_status status = synthetic_config(BENCH_SMALL, &text, &err);
+    if (status == CM_OK) {
+        status = synthetic_write(cm_bytes_text(&text), cm_bytes_text(&job->small), BENCH_SMALL_SEED, &err);
+        cm_bytes_fini(&text);
+    }
+    return status == CM_OK ? CLI_OK : cli_fail(&g_table, &err);
+}
+
+/* In a process of its own. */
+static int job_run(void *ctx)
+{
+    bench_job *job = ctx;
+    bench_config config = job->config;
+    if (job->entry == NULL) {
+        return job_make_small(job);
+    }
+    if (config.model[0] == '\0' && job->entry->model != BENCH_MODEL_NONE) {
+        config.model = job->entry->model == BENCH_MODEL_NANO ? BENCH_NANO : (char *)job->small.data;
+    }
+    return job->entry->bench->run(job->entry->bench, &config);
+}
+
+/* Makes what the benchmark needs and runs it. */
+static bench_outcome job_run_one(bench_job *job, const bench_entry *entry, int *code_out)
+{
+    if (entry->model == BENCH_MODEL_SMALL && job->config.model[0] == '\0' && !job->small_made) {
+        job->entry = NULL;
+        bench_outcome end = bench_room_run(job_run, job, code_out);
+        job->small_made = end == BENCH_ENDED && *code_out == CLI_OK;
+        if (!job->small_made) {
+            return end;
         }
     }
-    return found ? code
-                 : cli_complain(&g_table, CLI_USAGE, "there is no benchmark '%s'; baleen bench lists them",
-                                name);
+    job->entry = entry;
+    return bench_room_run(job_run, job, code_out);
+}
+
+static void report_all(const double *seconds, const int *codes, uint32_t n)
+{
+    double sum = 0;
+    json_t *report = json_pack("{s:s, s:s, s:[]}", "bench", "all", "version", BALEEN_VERSION, "results");
+    printf("%-18s %8s\n", "benchmark", "seconds");
+    for (uint32_t i = 0; i < n; i++) {
+        const char *outcome = codes[i] == CLI_OK ? "done" : "failed";
+        printf("%-18s %8.1f  %s\n", BENCHES[i].bench->name, seconds[i], outcome);
+        json_array_append_new(json_object_get(report, "results"),
+                              json_pack("{s:s, s:f, s:s}", "bench", BENCHES[i].bench->name, "seconds",
+                                        seconds[i], "outcome", outcome));
+        sum += seconds[i];
+    }
+    printf("%-18s %8.1f\n", "all", sum);
+    bench_end(report);
+}
+
+/* The one that fails is told of, and the others run all the same. */
+static bench_outcome run_all(bench_job *job, int *code_out)
+{
+    double seconds[N_BENCH];
+    int codes[N_BENCH];
+    *code_out = CLI_OK;
+    for (uint32_t i = 0; i < N_BENCH; i++) {
+        uint64_t start_ns = cm_now_ns();
+        fprintf(stderr, "baleen bench: %u of %u, %s\n", i + 1, N_BENCH, BENCHES[i].bench->name);
+        bench_outcome end = job_run_one(job, &BENCHES[i], &codes[i]);
+        if (end != BENCH_ENDED) {
+            *code_out = codes[i];
+            return end;
+        }
+        seconds[i] = 1e-9 * (double)(cm_now_ns() - start_ns);
+        *code_out = codes[i] != CLI_OK ? CLI_FAILED : *code_out;
+    }
+    report_all(seconds, codes, N_BENCH);
+    return BENCH_ENDED;
+}
+
+static int run_in_room(bench_job *job, const bench_entry *entry)
+{
+    cm_error err = {0};
+    int code = CLI_OK;
+    if (bench_room_open(&err) != CM_OK) {
+        return cli_fail(&g_table, &err);
+    }
+    cm_bytes_init(&job->small, 0);
+    cm_bytes_printf(&job->small, "%s/bench-s", bench_room());
+    bench_outcome end = entry == NULL ? run_all(job, &code) : job_run_one(job, entry, &code);
+    cm_bytes_fini(&job->small);
+    if (end != BENCH_CHILD) {
+        bench_room_close(end == BENCH_ENDED && code != CLI_OK ? BENCH_RUN_FOLDER : NULL); /* logs */
+    }
+    return end == BENCH_INTERRUPTED ? CLI_FAILED : code;
+}
+
+static int run_named(bench_job *job, const char *name)
+{
+    bool all = strcmp(name, "all") == 0;
+    const bench_entry *entry = NULL;
+    for (uint32_t i = 0; i < N_BENCH; i++) {
+        entry = strcmp(BENCHES[i].bench->name, name) == 0 ? &BENCHES[i] : entry;
+    }
+    if (!all && entry == NULL) {
+        return cli_complain(&g_table, CLI_USAGE, "there is no benchmark '%s'; baleen bench lists them", name);
+    }
+    if (all && job->config.svg[0] != '\0') {
+        return cli_complain(&g_table, CLI_USAGE, "--svg names the file of one chart: give it with one name");
+    }
+    if (job->config.rounds == 0) {
+        job->config.rounds = all ? BENCH_ALL_ROUNDS : BENCH_ROUNDS;
+    }
+    return run_in_room(job, entry);
 }
 
 int verb_bench(int argc, char **argv)
 {
-    bench_config config = {0};
+    bench_job job = {0};
     const char *name;
     size_t n_operands;
-    int code = cli_begin(&g_table, &config, argc, argv, &name, 1, &n_operands);
+    int code = cli_begin(&g_table, &job.config, argc, argv, &name, 1, &n_operands);
     if (code >= 0) {
         return code;
     }
-    code = n_operands == 0 ? list() : run_named(&config, name);
-    cm_cfg_free(&g_table, &config);
+    code = n_operands == 0 ? list() : run_named(&job, name);
+    cm_cfg_free(&g_table, &job.config);
     return code;
 }

@@ -16,7 +16,7 @@ typedef struct bench_config {
     uint64_t workers, steps, prompt, context;
     bool paced;           /* steps take their time */
     char *isa;            /* paths, comma separated; each is measured in every round */
-    char *model;          /* folder; serve.stream uses its tokenizer, not its weights */
+    char *model;          /* folder, of the kind that the benchmark says; "": there is none */
     char *svg;            /* file that gets a chart; "": none */
     char *batches, *peer; /* serve.model: numbers, comma separated; a shell command or "" */
     bool keyed;           /* messages carry tags */
@@ -30,9 +30,11 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-#define BENCH(name) extern const bench bench_##name;
+#define BENCH(name)           extern const bench bench_##name;
+#define BENCH_ON(model, name) extern const bench bench_##name;
 #include "tools/bench/benches.def"
 #undef BENCH
+#undef BENCH_ON
 
 /* ---- samples ---- */
 

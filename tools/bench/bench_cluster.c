@@ -6,7 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "common/base/bytes.h"
 #include "common/base/mem.h"
+#include "tools/bench/bench_room.h"
 
 enum { BENCH_WAIT_MS = 240000 /* of every wait: longer means that something is broken */ };
 
@@ -19,6 +21,7 @@ struct bench_cluster {
     cluster_options cluster_options;
     cluster *cluster;
     run_folder folder;
+    cm_bytes run; /* folder */
     char *bin_dir, *store_dir, *model_dir;
     char **env;
     pc_timer *late;
@@ -148,6 +151,8 @@ cm_status bench_cluster_start(const bench_cluster_options *options, bench_cluste
     bench_cluster *c = cm_alloc(sizeof(*c));
     *c = (bench_cluster){.options = options, .folder = {.lock = -1}};
     *out = c;
+    cm_bytes_init(&c->run, 0);
+    cm_bytes_printf(&c->run, "%s/%s", bench_room(), BENCH_RUN_FOLDER); /* one cluster after another */
     if (pc_loop_create(&c->loop) != CM_OK) {
         return cm_error_set(err, CM_E_IO, NULL, "no event loop");
     }
@@ -159,7 +164,7 @@ cm_status bench_cluster_start(const bench_cluster_options *options, bench_cluste
     }
     c->model_dir = cm_strdup(real);
     CM_TRY(cluster_find_programs(&c->bin_dir, err));
-    CM_TRY(run_folder_open("", &c->folder, err));
+    CM_TRY(run_folder_open(cm_bytes_text(&c->run), &c->folder, err));
     CM_TRY(run_folder_empty(&c->folder, "store", &c->store_dir, err));
     bench_set_env(c);
     bench_set_options(c);
@@ -181,6 +186,7 @@ void bench_cluster_stop(bench_cluster *c)
         cluster_destroy(c->cluster);
     }
     run_folder_close(&c->folder);
+    cm_bytes_fini(&c->run);
     for (size_t i = 0; c->env != NULL && c->env[i] != NULL; i++) {
         cm_free(c->env[i]);
     }

@@ -6,6 +6,8 @@
 #include "tools/baleen/run_folder.h"
 #include "tools/bench/stream_load.h"
 
+#define BENCH_RUN_FOLDER "run" /* in the benchmark's room: logs of the cluster */
+
 typedef struct bench_cluster bench_cluster;
 
 typedef struct bench_cluster_options {

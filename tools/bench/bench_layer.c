@@ -13,6 +13,7 @@
 #include "router/engine/engine_private.h"
 #include "tools/bench/bench.h"
 #include "tools/baleen/cli.h"
+#include "tools/bench/bench_room.h"
 #include "tools/bench/synthetic.h"
 
 static const char CONFIG[] =
@@ -658,22 +659,22 @@ static int run_engine(const bench *b, const bench_config *config, const md_check
 
 static int layer_run(const bench *b, const bench_config *config)
 {
-    char dir[64];
-    md_checkpoint *checkpoint;
+    cm_bytes dir;
+    md_checkpoint *checkpoint = NULL;
     cm_error err = {0};
     int code = CLI_FAILED;
-    snprintf(dir, sizeof(dir), "/tmp/baleen-bench-%016llx", (unsigned long long)cm_random_u64());
+    cm_bytes_init(&dir, 0);
+    cm_bytes_printf(&dir, "%s/pro", bench_room());
     cli_progress("making a checkpoint of 2 GB");
-    if (synthetic_write(dir, CONFIG, &err) != CM_OK) {
+    cm_status status = synthetic_write(CONFIG, cm_bytes_text(&dir), LAYER_SEED, &err);
+    if (status == CM_OK) {
+        status = md_checkpoint_open(cm_bytes_text(&dir), &checkpoint, NULL, NULL, &err);
+    }
+    cm_bytes_fini(&dir);
+    if (status != CM_OK) {
         fprintf(stderr, "%s: %s\n", b->name, err.text);
         return CLI_FAILED;
     }
-    if (md_checkpoint_open(dir, &checkpoint, NULL, NULL, &err) != CM_OK) {
-        fprintf(stderr, "%s: %s\n", b->name, err.text);
-        synthetic_remove(dir);
-        return CLI_FAILED;
-    }
-    synthetic_remove(dir); /* the mapping holds it, and nothing is left behind whatever happens */
     code = run_engine(b, config, checkpoint, &err);
     md_checkpoint_close(checkpoint);
     return code;

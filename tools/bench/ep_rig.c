@@ -16,6 +16,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
+#include "tools/bench/bench_room.h"
 #include "tools/bench/ep_echo.h"
 #include "worker/engine.h"
 
@@ -39,7 +40,7 @@ typedef struct ep_worker {
 
 struct ep_rig {
     ep_options options;
-    char folder[64];
+    char folder[256];
     md_checkpoint *checkpoint;
     pc_epoch *epoch;
     ep_worker workers[EP_RANKS_MAX];
@@ -207,7 +208,7 @@ cm_status ep_rig_create(const ep_options *options, ep_rig **rig_out, cm_error *e
     CM_ASSERT(options->n_worker <= EP_RANKS_MAX);
     ep_rig *rig = cm_alloc(sizeof(*rig));
     rig->options = *options;
-    snprintf(rig->folder, sizeof(rig->folder), "/tmp/baleen_ep.XXXXXX");
+    snprintf(rig->folder, sizeof(rig->folder), "%s/ep.XXXXXX", bench_room());
     if (mkdtemp(rig->folder) == NULL) {
         cm_status status = cm_error_set(err, CM_E_IO, NULL, "%s: %s", rig->folder, strerror(errno));
         cm_free(rig);
