@@ -10,6 +10,7 @@ import pytest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 NANO = os.path.join(ROOT, "models", "nano")
+NET = {"BALEEN_NET": os.environ["TEST_NET"]} if "TEST_NET" in os.environ else {}  # transport of the clusters, if not up's own
 WAIT_S = 120  # bound of every wait for a state; generous because sanitizer builds run the same tests
 
 
@@ -47,7 +48,7 @@ class Cluster:
         self.terminated = False
         self.errors = open(os.path.join(self.run, "up.err"), "w")
         self.up = subprocess.Popen([os.path.join(bin_dir, "baleen"), "up", "--run", self.run, *args], stdout=subprocess.PIPE,
-                                   stderr=self.errors, text=True, env={**os.environ, **(env or {})})
+                                   stderr=self.errors, text=True, env={**os.environ, **NET, **(env or {})})
         self.line = self.up.stdout.readline()
         if not self.line:
             raise AssertionError("baleen up did not get ready:\n" + self.said())

@@ -89,12 +89,13 @@ class Process:
 
 
 def member(cluster, role, name, *args, env=None):
-    return Process(cluster, role, name, "--coordinator", cluster.coordinator, "--model", NANO, *args, env=env)
+    return Process(cluster, role, name, "--coordinator", cluster.coordinator, "--net", cluster.net, "--model", NANO, *args, env=env)
 
 
 class Gateway(Process):
     def __init__(self, cluster, name, http="127.0.0.1:0", env=None):
-        super().__init__(cluster, "gateway", name, "--coordinator", cluster.coordinator, "--model", NANO, "--http", http, env=env)
+        super().__init__(cluster, "gateway", name, "--coordinator", cluster.coordinator, "--net", cluster.net, "--model", NANO, "--http", http,
+                         env=env)
         self.http, self.grpc = self.info["http"], self.info["grpc"]
         wait_for("the gateway to be ready", self.ready)
 
@@ -113,6 +114,7 @@ class ByHand(Cluster):
         self.bin_dir, self.run, self.env = bin_dir, str(run), env
         self.children = [Process(self, "coordinator", "coordinator", "--workers-min", "1", "--address", "127.0.0.1:0", "--store",
                                  os.path.join(self.run, "store"), env=env)]
+        self.net = "ucx"  # what a process takes that is not told
         self.coordinator = self.children[0].info["address"]
         for role in ("worker", "router"):
             self.children.append(member(self, role, role, env=env))
