@@ -2,7 +2,8 @@
 #include <math.h>
 
 #include "common/base/assert.h"
-#include "kernels/cpu/isa.h"
+#include "kernels/cpu/chunk.h"
+#include "kernels/cpu/wide.h"
 
 static kn_team *team_of(kn_stream *s)
 {
@@ -236,31 +237,41 @@ typedef struct hc_job {
     float *post, *comb; /* both NULL: the head's variant */
 } hc_job;
 
+/* Values at .. at + n - 1 of row r. The weights were float32 and the values bf16, so products are exact. */
+static void collapse_values(const hc_job *job, uint32_t r, uint32_t at, uint32_t n, uint16_t *x_out)
+{
+    const double *x = job->wide + r * job->stride + at;
+    uint32_t hc = job->p->hc, d = job->p->d, i = 0;
+    for (; i + KN_WIDE <= n; i += KN_WIDE) {
+        kn_wide sum = {0};
+        for (uint32_t j = 0; j < hc; j++) {
+            kn_vd weight = kn_vd_all(job->pre[r][j]);
+            for (int h = 0; h < 2; h++) {
+                kn_vd v = kn_vd_load(x + (uint64_t)j * d + i + (uint32_t)h * KN_VD_WIDTH);
+                sum.half[h] = kn_vd_add_exact_product(weight, v, sum.half[h]);
+            }
+        }
+        kn_wide_to_bf16(sum, x_out + i);
+    }
+    for (; i < n; i++) {
+        double sum = 0;
+        for (uint32_t j = 0; j < hc; j++) {
+            sum += (double)job->pre[r][j] * x[(uint64_t)j * d + i];
+        }
+        x_out[i] = kn_bf16_from_f64(sum);
+    }
+}
+
 /* x = bf16(sum_j pre[j] X[j]), piece i % pieces of row i / pieces. */
 static void collapse_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
-    enum { STEP = 64 };
     const hc_job *job = arg;
     uint32_t d = job->p->d, n_piece = kn_blocks(d, HC_PIECE);
     (void)i_thread;
     for (uint32_t item = begin; item < end; item++) {
         uint32_t r = item / n_piece, from = item % n_piece * HC_PIECE;
-        uint32_t to = d - from < HC_PIECE ? d : from + HC_PIECE;
-        uint16_t *x_out = job->x_out + (uint64_t)r * d;
-        for (uint32_t at = from; at < to; at += STEP) {
-            double sum[STEP] = {0};
-            uint32_t n = to - at < STEP ? to - at : STEP;
-            for (uint32_t j = 0; j < job->p->hc; j++) {
-                const double *x = job->wide + r * job->stride + (uint64_t)j * d + at;
-                double weight = job->pre[r][j];
-                for (uint32_t i = 0; i < n; i++) {
-                    sum[i] += weight * x[i];
-                }
-            }
-            for (uint32_t i = 0; i < n; i++) {
-                x_out[at + i] = kn_bf16_from_f64(sum[i]);
-            }
-        }
+        collapse_values(job, r, from, d - from < HC_PIECE ? d - from : HC_PIECE,
+                        job->x_out + (uint64_t)r * d + from);
     }
 }
 
@@ -333,35 +344,62 @@ typedef struct hc_post_job {
     uint32_t d, hc;
 } hc_post_job;
 
-/* Values at .. at + n - 1 of all streams of row r; n at most HC_STEP. */
-enum { HC_STEP = 64 };
-static void post_step(const hc_post_job *j, uint64_t r, uint32_t at, uint32_t n)
+/* Of one row: post[k], then comb[..][k]. */
+typedef double post_weights[KN_HC_MAX][1 + KN_HC_MAX];
+
+/* Values at .. at + KN_WIDE - 1 of all streams of row r. Weights were float32 and values bf16, so products
+ * are exact. All streams are read before one is written: out may be x. */
+INLINED void post_wide(const hc_post_job *j, post_weights weights, uint64_t r, uint32_t at, const uint32_t hc)
 {
-    uint32_t d = j->d, hc = j->hc;
-    const float *post = j->post + r * hc, *comb = j->comb + r * hc * hc;
-    double from[KN_HC_MAX][HC_STEP], y[HC_STEP]; /* read whole before writing: out may be x */
-    for (uint32_t i = 0; i < n; i++) {
-        y[i] = kn_bf16_decode(j->y[r * d + at + i]);
+    kn_wide y = kn_wide_from_bf16(j->y + r * j->d + at), from[KN_HC_MAX];
+    for (uint32_t m = 0; m < hc; m++) {
+        from[m] = kn_wide_from_bf16(j->x + (r * hc + m) * j->d + at);
     }
     for (uint32_t k = 0; k < hc; k++) {
-        for (uint32_t i = 0; i < n; i++) {
-            from[k][i] = kn_bf16_decode(j->x[(r * hc + k) * d + at + i]);
-        }
-    }
-    for (uint32_t k = 0; k < hc; k++) {
-        double sum[HC_STEP], scale = post[k];
-        for (uint32_t i = 0; i < n; i++) {
-            sum[i] = scale * y[i];
-        }
+        kn_wide sum = {{y.half[0] * weights[k][0], y.half[1] * weights[k][0]}};
         for (uint32_t m = 0; m < hc; m++) {
-            double weight = comb[m * hc + k];
-            for (uint32_t i = 0; i < n; i++) {
-                sum[i] += weight * from[m][i];
-            }
+            kn_vd weight = kn_vd_all(weights[k][1 + m]);
+            sum.half[0] = kn_vd_add_exact_product(weight, from[m].half[0], sum.half[0]);
+            sum.half[1] = kn_vd_add_exact_product(weight, from[m].half[1], sum.half[1]);
         }
-        for (uint32_t i = 0; i < n; i++) {
-            j->out[(r * hc + k) * d + at + i] = kn_bf16_from_f64(sum[i]);
+        kn_wide_to_bf16(sum, j->out + (r * hc + k) * j->d + at);
+    }
+}
+
+static void post_value(const hc_post_job *j, post_weights weights, uint64_t r, uint32_t at)
+{
+    double from[KN_HC_MAX], y = kn_bf16_decode(j->y[r * j->d + at]);
+    for (uint32_t m = 0; m < j->hc; m++) {
+        from[m] = kn_bf16_decode(j->x[(r * j->hc + m) * j->d + at]);
+    }
+    for (uint32_t k = 0; k < j->hc; k++) {
+        double sum = y * weights[k][0];
+        for (uint32_t m = 0; m < j->hc; m++) {
+            sum += weights[k][1 + m] * from[m];
         }
+        j->out[(r * j->hc + k) * j->d + at] = kn_bf16_from_f64(sum);
+    }
+}
+
+/* Values at .. to - 1 of row r. */
+static void post_values(const hc_post_job *j, uint64_t r, uint32_t at, uint32_t to)
+{
+    uint32_t hc = j->hc;
+    post_weights weights;
+    for (uint32_t k = 0; k < hc; k++) {
+        weights[k][0] = j->post[r * hc + k];
+        for (uint32_t m = 0; m < hc; m++) {
+            weights[k][1 + m] = j->comb[(r * hc + m) * hc + k];
+        }
+    }
+    for (; hc == 4 && at + KN_WIDE <= to; at += KN_WIDE) { /* the released models': streams in registers */
+        post_wide(j, weights, r, at, 4);
+    }
+    for (; at + KN_WIDE <= to; at += KN_WIDE) {
+        post_wide(j, weights, r, at, hc);
+    }
+    for (; at < to; at++) {
+        post_value(j, weights, r, at);
     }
 }
 
@@ -372,10 +410,8 @@ static void hc_post_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
     uint32_t n_piece = kn_blocks(j->d, HC_PIECE);
     (void)i_thread;
     for (uint32_t item = begin; item < end; item++) {
-        uint32_t from = item % n_piece * HC_PIECE, to = j->d - from < HC_PIECE ? j->d : from + HC_PIECE;
-        for (uint32_t at = from; at < to; at += HC_STEP) {
-            post_step(j, item / n_piece, at, to - at < HC_STEP ? to - at : HC_STEP);
-        }
+        uint32_t from = item % n_piece * HC_PIECE;
+        post_values(j, item / n_piece, from, j->d - from < HC_PIECE ? j->d : from + HC_PIECE);
     }
 }
 

@@ -2,7 +2,7 @@
 #include <math.h>
 
 #include "common/base/assert.h"
-#include "kernels/cpu/isa.h"
+#include "kernels/cpu/wide.h"
 
 /* Largest magnitude; as integers bf16 magnitudes have the same order. */
 static float largest(const uint16_t *x, uint32_t n)
@@ -29,16 +29,21 @@ void KN_FN(kn_cpu_quant_fp8)(const uint16_t *x, uint32_t k, uint32_t block, uint
     }
 }
 
-/* Lane sum of squares. */
+/* Lane sum of squares; squares of bf16 values are exact. */
 static double sum_squares(const uint16_t *x, uint32_t d)
 {
-    double lane[KN_LANES] = {0};
+    kn_vd acc[KN_LANE_VECTORS] = {0};
+    double lane[KN_LANES];
     uint32_t whole = d / KN_LANES * KN_LANES;
     for (uint32_t i = 0; i < whole; i += KN_LANES) {
-        for (int l = 0; l < KN_LANES; l++) {
-            double v = kn_bf16_decode(x[i + (uint32_t)l]);
-            lane[l] += v * v;
+        for (uint32_t v = 0; v < KN_LANE_VECTORS; v += 2) {
+            kn_wide at = kn_wide_from_bf16(x + i + v * KN_VD_WIDTH);
+            acc[v] = kn_vd_add_exact_product(at.half[0], at.half[0], acc[v]);
+            acc[v + 1] = kn_vd_add_exact_product(at.half[1], at.half[1], acc[v + 1]);
         }
+    }
+    for (int v = 0; v < KN_LANE_VECTORS; v++) {
+        kn_vd_store(lane + v * KN_VD_WIDTH, acc[v]);
     }
     for (uint32_t i = whole; i < d; i++) {
         double v = kn_bf16_decode(x[i]);
@@ -50,14 +55,18 @@ static double sum_squares(const uint16_t *x, uint32_t d)
 void KN_FN(kn_cpu_rmsnorm)(const uint16_t *x, const uint16_t *w, uint32_t d, float eps, uint16_t *y_out)
 {
     double r = 1.0 / sqrt(sum_squares(x, d) / d + eps);
-    if (w == NULL) {
-        for (uint32_t i = 0; i < d; i++) {
-            y_out[i] = kn_bf16_from_f64(kn_bf16_decode(x[i]) * r);
+    uint32_t i = 0;
+    for (; i + KN_WIDE <= d; i += KN_WIDE) {
+        kn_wide y = kn_wide_from_bf16(x + i), by = {{kn_vd_all(1), kn_vd_all(1)}};
+        if (w != NULL) {
+            by = kn_wide_from_bf16(w + i);
         }
-        return;
+        y.half[0] = by.half[0] * (y.half[0] * r);
+        y.half[1] = by.half[1] * (y.half[1] * r);
+        kn_wide_to_bf16(y, y_out + i);
     }
-    for (uint32_t i = 0; i < d; i++) {
-        y_out[i] = kn_bf16_from_f64(kn_bf16_decode(w[i]) * (kn_bf16_decode(x[i]) * r));
+    for (; i < d; i++) {
+        y_out[i] = kn_bf16_from_f64((w != NULL ? kn_bf16_decode(w[i]) : 1) * (kn_bf16_decode(x[i]) * r));
     }
 }
 
