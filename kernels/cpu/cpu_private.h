@@ -47,7 +47,7 @@ typedef struct cpu_attn_scratch {
     double *rows;        /* [CPU_HEADS]: queries, and when all scores are there, outputs */
     double *key;         /* [CPU_KEYS] rows: decoded keys */
     double *score;       /* [CPU_HEADS][n_key rounded up to CPU_KEYS] */
-    const uint8_t **row; /* [n_key] stored keys of the query, in order */
+    const uint8_t **row; /* [n_key + CPU_HEADS / CPU_HEADS_TILE] stored keys of a unit's rows, in order */
 } cpu_attn_scratch;
 
 typedef struct cpu_stream {
