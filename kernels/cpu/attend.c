@@ -488,7 +488,7 @@ static void attention_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_t
 /* Many heads share one decoding of the keys, but every thread shall have something to do. */
 static uint32_t heads_of_unit(const kn_attn *a, uint32_t n_row, uint32_t n_threads)
 {
-    uint64_t share = (uint64_t)n_row * a->n_head / (2ull * n_threads);
+    uint64_t share = (uint64_t)n_row * a->n_head / (n_threads > 1 ? 2ull * n_threads : 1);
     if (share >= CPU_HEADS) {
         return CPU_HEADS;
     }
