@@ -742,10 +742,10 @@ static void do_layer_128(rig *r, uint32_t cut, cm_bytes *out)
 }
 
 /* Many rows, scores from few values: ties everywhere, every pick by the tie rule. One row has NaNs among its
- * scores, one nothing else. */
+ * scores, one nothing else, two nothing else but of both signs, by which of its lanes had one first. */
 static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
 {
-    enum { N = 3, ROWS = 3001, KS = 4 };
+    enum { N = 5, ROWS = 3001, KS = 4 };
     static const uint32_t topk[KS] = {1, 64, 1024, 3000};
     uint32_t row_bytes = kn_index_row_bytes(INDEX_DIM), n_page = kn_blocks(ROWS, 32), list[100], b;
     uint8_t *pool = cm_alloc(n_page * 32ull * row_bytes), queries[N * INDEX_HEADS * 34] = {0};
@@ -757,6 +757,8 @@ static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
     assert_int_equal(row_bytes, 34);
     weights[INDEX_HEADS] = 0x7f80; /* scores of row 1 are infinite, or NaN where this head has 0 */
     weights[2 * INDEX_HEADS] = 0xffc0;
+    weights[3 * INDEX_HEADS] = weights[4 * INDEX_HEADS + 1] = 0x7f80;
+    weights[3 * INDEX_HEADS + 1] = weights[4 * INDEX_HEADS] = 0x7fc0;
     for (uint32_t i = 0; i < n_page * 32; i++) {
         memset(pool + i * row_bytes, 0, row_bytes);
         pool[i * row_bytes + random_u32(501, i) % 3] = (uint8_t)(random_u32(502, i) % 3);
