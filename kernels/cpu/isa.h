@@ -166,10 +166,14 @@ void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_m
 /* The same for BF16 and F32 with registers of 256 bits (products_lanes256.c). */
 void KN_FN(kn_cpu_product_lanes256)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                     uint32_t n_out);
-/* With registers of 512 bits (products_lanes512.c), and for several tiles that share one reading of the
- * weights. */
+/* With registers of 512 bits (products_lanes512.c): one tile, or several of CPU_LANE_ROWS that share one
+ * reading of the weights; the last may be of fewer rows, but memory for CPU_LANE_ROWS is there. */
 void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tiles, uint32_t n_tile, const kn_matrix *w,
                                     uint32_t out0, uint32_t n_out);
+
+/* Those for many tiles (products_many512.c). */
+void KN_FN(kn_cpu_product_many512)(kn_team *team, const cpu_tile *tiles, uint32_t n_tile, const kn_matrix *w,
+                                   uint32_t out0, uint32_t n_out);
 
 /* How many tiles are worth filling before a product, and the rows of each where there are several: as many as
  * meet several outputs in registers. */
