@@ -121,21 +121,6 @@ static uint32_t high_dword(double x)
     return (uint32_t)(bits >> 32);
 }
 
-/* Lists the pairs that are not zero; returns how many. */
-static uint32_t list_pairs(fp8_entry *list, uint32_t r, const uint32_t pairs[FP8_PAIRS])
-{
-    uint32_t n = 0;
-    for (uint32_t at = 0; at < FP8_PAIRS; at += 16) {
-        __m512i v = _mm512_loadu_si512(pairs + at);
-        for (uint32_t bits = kn_lanes_of(_mm512_test_epi32_mask(v, v)); bits != 0; bits &= bits - 1) {
-            uint32_t p = at + (uint32_t)__builtin_ctz(bits);
-            list[n++] =
-                (fp8_entry){.pair = pairs[p], .at = (uint16_t)(p * sizeof(__m512i)), .row = (uint16_t)r};
-        }
-    }
-    return n;
-}
-
 /* Pairs of a block and row: X, fine, and r. */
 typedef struct fp8_row {
     uint32_t x[FP8_PAIRS], fine[FP8_PAIRS], rest[FP8_PAIRS];
@@ -164,6 +149,41 @@ static fp8_block load_block(const uint8_t *codes, double scale, fp8_row *row_out
                        .odd = odd,
                        .high = high_dword(0x1p52 * 0x1p-15 * scale),
                        .shift = shift};
+}
+
+/* The bits of pairs that are not zero. */
+static uint64_t not_zero(const uint32_t pairs[FP8_PAIRS])
+{
+    uint64_t bits = 0;
+    for (uint32_t at = 0; at < FP8_PAIRS; at += 16) {
+        __m512i v = _mm512_loadu_si512(pairs + at);
+        bits |= (uint64_t)kn_lanes_of(_mm512_test_epi32_mask(v, v)) << at;
+    }
+    return bits;
+}
+
+/* Lists the pairs of all rows that have an r, the first one of each row before the second of any: products
+ * with one row wait for each other. Returns how many. */
+static uint32_t list_rests(const fp8_row *rows, uint32_t n, fp8_entry *list)
+{
+    uint64_t left[VNNI_GROUP], any = 0;
+    uint32_t n_entry = 0;
+    for (uint32_t r = 0; r < n; r++) {
+        left[r] = not_zero(rows[r].rest);
+        any |= left[r];
+    }
+    for (; any != 0;) {
+        any = 0;
+        for (uint32_t r = 0; r < n; r++) {
+            uint32_t p = left[r] != 0 ? (uint32_t)__builtin_ctzll(left[r]) : 0;
+            list[n_entry] = (fp8_entry){
+                .pair = rows[r].rest[p], .at = (uint16_t)(p * sizeof(__m512i)), .row = (uint16_t)r};
+            n_entry += left[r] != 0;
+            left[r] &= left[r] - 1;
+            any |= left[r];
+        }
+    }
+    return n_entry;
 }
 
 /* The rows of a group side by side. */
@@ -209,8 +229,8 @@ static void load_group(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
                 g.blocks[first_at(&g, b) + r] =
                     load_block(chunk_bytes(j->tile->codes[row], at, len, CPU_CHUNK, spare),
                                kn_e8m0_decode(j->tile->scales[row][b]), &rows[r]);
-                n += list_pairs(g.list + n, r, rows[r].rest);
             }
+            n += list_rests(rows, g.n, g.list + n);
             put_rows(&g, b, rows);
             g.ends[b + 1] = n;
         }
@@ -224,8 +244,6 @@ void KN_FN(kn_vnni_fp8_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
 }
 
 /* ---- products ---- */
-
-typedef double fp8_doubles[VNNI_OUTS]; /* of a row and tile, in the order of vnni_sums */
 
 /* A row's block in registers. */
 typedef struct fp8_factors {
@@ -249,45 +267,18 @@ INLINED __m512d as_doubles(__m512i main, __m512i rest, const fp8_factors *f, int
     return _mm512_sub_pd(_mm512_castsi512_pd(bits), f->off);
 }
 
-/* What r and s add to the sums of a group: of r W and fine s; and, where there are any, of r s. */
-typedef struct fp8_rests {
-    __m512i sum[FP8_TILES][VNNI_GROUP];
-    fp8_doubles both[FP8_TILES][VNNI_GROUP];
-} fp8_rests;
+/* Sums of a group and block, all 2^31 too large, and where they belong. */
+typedef struct fp8_sums {
+    __m512i main[FP8_TILES][VNNI_GROUP]; /* of X W */
+    __m512i rest[FP8_TILES][VNNI_GROUP]; /* of r W and fine s */
+    const fp8_block *block;              /* of the first row */
+    double w_scale[FP8_TILES];
+    vnni_sums *acc[FP8_TILES];
+} fp8_sums;
 
-/* Sums of r s of one row and tile: hardly ever does an input of either kind meet a weight of the other. */
-static __m512i both_sum(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r)
-{
-    __m512i sum = _mm512_set1_epi32(INT32_MIN);
-    for (uint32_t i = 0; i < w->n_rest; i++) {
-        for (uint32_t e = g->ends[b]; e < g->ends[b + 1]; e++) {
-            const fp8_entry *x = &g->list[e];
-            if (x->row == r && x->at == w->rest_of[i] * sizeof(__m512i)) {
-                sum = dot(sum, w->rests[i], x->pair & (FP8_ODD | FP8_ODD << 16));
-            }
-        }
-    }
-    return sum;
-}
-
-APART void both_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t n_tile, fp8_rests *rests)
-{
-    for (uint32_t k = 0; k < n_tile; k++) {
-        for (uint32_t r = 0; r < g->n; r++) {
-            const fp8_block *block = &g->blocks[first_at(g, b) + r];
-            double unit = block->off / (FP8_TOO_MUCH + 0x1p31 * (double)(1u << block->shift));
-            __m512i sum = both_sum(&w[k], g, b, r);
-            for (int half = 0; half < 2; half++) {
-                _mm512_storeu_pd(rests->both[k][r] + 8 * half,
-                                 _mm512_mul_pd(to_double(sum, half), _mm512_set1_pd(0.125 * unit)));
-            }
-        }
-    }
-}
-
-/* Of n rows and n_tile tiles; returns whether there are any in both. */
+/* Sums r and s of n rows and n_tile tiles; returns whether an input and a weight that have one may meet. */
 INLINED bool sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, const uint32_t n_tile,
-                       const uint32_t n, fp8_rests *rests)
+                       const uint32_t n, fp8_sums *sums)
 {
     const uint32_t *fine = g->fine + first_at(g, b) * FP8_PAIRS;
     uint64_t odd = 0, with_rest = 0;
@@ -304,12 +295,12 @@ INLINED bool sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, con
             }
         }
         for (uint32_t r = 0; r < n; r++) {
-            rests->sum[k][r] = sum[r];
+            sums->rest[k][r] = sum[r];
         }
     }
     for (const fp8_entry *e = g->list + g->ends[b], *end = g->list + g->ends[b + 1]; e < end; e++) {
         for (uint32_t k = 0; k < n_tile; k++) {
-            __m512i *sum = &rests->sum[k][e->row];
+            __m512i *sum = &sums->rest[k][e->row];
             *sum = dot(*sum, *(const __m512i *)(const void *)((const uint8_t *)w[k].pairs + e->at), e->pair);
         }
     }
@@ -319,69 +310,109 @@ INLINED bool sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, con
     return (odd & with_rest) != 0;
 }
 
-/* Adds the block's sum of a row. It is exact; its product with the weights' scale and the addition round once
- * each, as the oracle's. both: NULL if zero. */
-INLINED void add_row(const fp8_factors *f, __m512i main, __m512i rest, const double *both, __m512d w_scale,
-                     double *acc)
+/* Adds a block's sum of a row. It is exact; its product with the weights' scale and the addition round once
+ * each, as the oracle's. */
+INLINED void add_half(__m512d sum, __m512d w_scale, double *acc)
 {
-    for (int half = 0; half < 2; half++) {
-        __m512d sum = as_doubles(main, rest, f, half);
-        if (both != NULL) {
-            sum = _mm512_add_pd(sum, _mm512_loadu_pd(both + 8 * half));
+    _mm512_store_pd(acc, _mm512_add_pd(_mm512_load_pd(acc), _mm512_mul_pd(sum, w_scale)));
+}
+
+INLINED void add_row(const fp8_sums *sums, uint32_t k, uint32_t r)
+{
+    fp8_factors f = factors_of(&sums->block[r]);
+    __m512d w_scale = _mm512_set1_pd(sums->w_scale[k]);
+    __m512i main = sums->main[k][r], rest = sums->rest[k][r];
+    double *acc = (*sums->acc[k])[r];
+    add_half(as_doubles(main, rest, &f, 0), w_scale, acc);
+    add_half(as_doubles(main, rest, &f, 1), w_scale, acc + 8);
+}
+
+static void add_rows(const fp8_sums *sums, uint32_t n_tile, uint32_t n)
+{
+    for (uint32_t r = 0; r < n; r++) {
+        for (uint32_t k = 0; k < n_tile; k++) {
+            add_row(sums, k, r);
         }
-        _mm512_storeu_pd(acc + 8 * half,
-                         _mm512_add_pd(_mm512_loadu_pd(acc + 8 * half), _mm512_mul_pd(sum, w_scale)));
     }
 }
 
-/* n rows of a group and FP8_TILES tiles, decoded. */
-INLINED void multiply(const fp8_weights *w, const fp8_group *g, uint32_t b, const double *w_scale,
-                      const fp8_rests *rests, vnni_sums *acc[FP8_TILES], const uint32_t n, const bool both)
+/* The same where an input and a weight meet that both have a rest: hardly ever, so with both as doubles. */
+APART void add_rows_and_both(const fp8_weights *w, const fp8_group *g, uint32_t b, const fp8_sums *sums,
+                             uint32_t n_tile)
 {
-    const uint32_t *x = g->pairs + first_at(g, b) * FP8_PAIRS;
-    const fp8_block *block = &g->blocks[first_at(g, b)];
-    __m512d scale0 = _mm512_set1_pd(w_scale[0]), scale1 = _mm512_set1_pd(w_scale[1]);
+    __m512i both[FP8_TILES][VNNI_GROUP];
+    for (uint32_t r = 0; r < g->n; r++) {
+        both[0][r] = both[1][r] = _mm512_set1_epi32(INT32_MIN);
+    }
+    for (const fp8_entry *e = g->list + g->ends[b], *end = g->list + g->ends[b + 1]; e < end; e++) {
+        for (uint32_t k = 0; k < n_tile; k++) {
+            for (uint32_t i = 0; i < w[k].n_rest; i++) {
+                if (e->at == w[k].rest_of[i] * sizeof(__m512i)) {
+                    both[k][e->row] = dot(both[k][e->row], w[k].rests[i], e->pair & (FP8_ODD | FP8_ODD << 16));
+                }
+            }
+        }
+    }
+    for (uint32_t r = 0; r < g->n; r++) {
+        const fp8_block *block = &sums->block[r];
+        double unit = block->off / (FP8_TOO_MUCH + 0x1p31 * (double)(1u << block->shift));
+        fp8_factors f = factors_of(block);
+        for (uint32_t k = 0; k < n_tile; k++) {
+            for (int half = 0; half < 2; half++) {
+                __m512d sum = as_doubles(sums->main[k][r], sums->rest[k][r], &f, half);
+                sum = _mm512_fmadd_pd(to_double(both[k][r], half), _mm512_set1_pd(0.125 * unit), sum);
+                add_half(sum, _mm512_set1_pd(sums->w_scale[k]), (*sums->acc[k])[r] + 8 * half);
+            }
+        }
+    }
+}
+
+/* n rows of a group and FP8_TILES tiles, decoded. A full group adds the last one's sums in passing: its
+ * products leave room for that. */
+INLINED void multiply(const fp8_weights *w, const uint32_t *x, const fp8_sums *last, fp8_sums *sums,
+                      const uint32_t n)
+{
+    enum { STEPS = FP8_TILES * VNNI_GROUP, STEP = FP8_PAIRS / STEPS };
+    const __m512i *w0 = w[0].pairs, *w1 = w[1].pairs;
     __m512i sum[FP8_TILES][VNNI_GROUP];
 #pragma GCC unroll 8
     for (uint32_t r = 0; r < n; r++) {
         sum[0][r] = sum[1][r] = _mm512_set1_epi32(INT32_MIN);
     }
-#pragma GCC unroll 2
-    for (uint32_t p = 0; p < FP8_PAIRS; p++, x += n) {
-        __m512i w0 = w[0].pairs[p], w1 = w[1].pairs[p];
+    for (uint32_t step = 0; step < STEPS; step++, w0 += STEP, w1 += STEP, x += STEP * n) {
+#pragma GCC unroll 4
+        for (uint32_t p = 0; p < STEP; p++) {
+            __m512i of0 = w0[p], of1 = w1[p];
 #pragma GCC unroll 8
-        for (uint32_t r = 0; r < n; r++) {
-            sum[0][r] = dot(sum[0][r], w0, x[r]);
-            sum[1][r] = dot(sum[1][r], w1, x[r]);
+            for (uint32_t r = 0; r < n; r++) {
+                sum[0][r] = dot(sum[0][r], of0, x[p * n + r]);
+                sum[1][r] = dot(sum[1][r], of1, x[p * n + r]);
+            }
+        }
+        if (n == VNNI_GROUP) {
+            add_row(last, step % FP8_TILES, step / FP8_TILES);
         }
     }
 #pragma GCC unroll 8
     for (uint32_t r = 0; r < n; r++) {
-        fp8_factors f = factors_of(&block[r]);
-        add_row(&f, sum[0][r], rests->sum[0][r], both ? rests->both[0][r] : NULL, scale0, (*acc[0])[r]);
-        add_row(&f, sum[1][r], rests->sum[1][r], both ? rests->both[1][r] : NULL, scale1, (*acc[1])[r]);
+        sums->main[0][r] = sum[0][r];
+        sums->main[1][r] = sum[1][r];
     }
 }
 
 /* One copy for each number of rows. Rests are summed by another: what the compiler merges of both costs more
  * than a call. */
-typedef void (*group_fn)(const fp8_weights *w, const fp8_group *g, uint32_t b, const double *w_scale,
-                         vnni_sums *acc[FP8_TILES]);
+typedef void (*group_fn)(const fp8_weights *w, const uint32_t *x, const fp8_sums *last, fp8_sums *sums);
+typedef bool (*rests_fn)(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums);
 #define GROUP(n_)                                                                                            \
-    APART bool group_rests_##n_(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_rests *rests)      \
+    APART bool group_rests_##n_(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)        \
     {                                                                                                        \
-        return sum_rests(w, g, b, FP8_TILES, n_, rests);                                                     \
+        return sum_rests(w, g, b, FP8_TILES, n_, sums);                                                      \
     }                                                                                                        \
-    APART void group_rows_##n_(const fp8_weights *w, const fp8_group *g, uint32_t b, const double *w_scale,  \
-                               vnni_sums *acc[FP8_TILES])                                                    \
+    APART void group_rows_##n_(const fp8_weights *w, const uint32_t *x, const fp8_sums *last,                \
+                               fp8_sums *sums)                                                               \
     {                                                                                                        \
-        fp8_rests rests;                                                                                     \
-        if (__builtin_expect(group_rests_##n_(w, g, b, &rests), 0)) {                                        \
-            both_rests(w, g, b, FP8_TILES, &rests);                                                          \
-            multiply(w, g, b, w_scale, &rests, acc, n_, true);                                               \
-        } else {                                                                                             \
-            multiply(w, g, b, w_scale, &rests, acc, n_, false);                                              \
-        }                                                                                                    \
+        multiply(w, x, last, sums, n_);                                                                      \
     }
 GROUP(1)
 GROUP(2)
@@ -393,16 +424,16 @@ GROUP(7)
 GROUP(8)
 static const group_fn GROUP_ROWS[] = {NULL,         group_rows_1, group_rows_2, group_rows_3, group_rows_4,
                                       group_rows_5, group_rows_6, group_rows_7, group_rows_8};
+static const rests_fn GROUP_RESTS[] = {
+    NULL,          group_rests_1, group_rests_2, group_rests_3, group_rests_4,
+    group_rests_5, group_rests_6, group_rests_7, group_rests_8};
 
 /* All n rows of a tile that has few, and one tile of outputs, whose columns are decoded in passing. Pairs
  * have sums of their own, so that one row need not wait for its last product. */
-INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, double w_scale, vnni_sums acc,
-                          const uint32_t n)
+INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums, const uint32_t n)
 {
     const uint32_t *x = g->pairs + first_at(g, b) * FP8_PAIRS;
-    const fp8_block *block = &g->blocks[first_at(g, b)];
     fp8_tables tables = load_tables();
-    fp8_rests rests;
     __m512i sum[2][FP8_FEW];
     for (uint32_t r = 0; r < n; r++) {
         sum[0][r] = _mm512_set1_epi32(INT32_MIN);
@@ -419,23 +450,22 @@ INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, double
             }
         }
     }
-    bool both = sum_rests(w, g, b, 1, n, &rests);
-    if (__builtin_expect(both, 0)) {
-        both_rests(w, g, b, 1, &rests);
-    }
     for (uint32_t r = 0; r < n; r++) {
-        fp8_factors f = factors_of(&block[r]);
-        add_row(&f, _mm512_add_epi32(sum[0][r], sum[1][r]), rests.sum[0][r], both ? rests.both[0][r] : NULL,
-                _mm512_set1_pd(w_scale), acc[r]);
+        sums->main[0][r] = _mm512_add_epi32(sum[0][r], sum[1][r]);
+    }
+    if (__builtin_expect(sum_rests(w, g, b, 1, n, sums), 0)) {
+        add_rows_and_both(w, g, b, sums, 1);
+    } else {
+        add_rows(sums, 1, n);
     }
 }
 
 #define FEW(n_)                                                                                              \
     case n_:                                                                                                 \
-        multiply_few(w, g, b, w_scale, acc, n_);                                                             \
+        multiply_few(w, g, b, sums, n_);                                                                     \
         break;
 
-static void few_rows(fp8_weights *w, const fp8_group *g, uint32_t b, double w_scale, vnni_sums acc)
+static void few_rows(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)
 {
     switch (g->n) {
         FEW(1)
@@ -466,41 +496,68 @@ static void few_sums(const cpu_q8_tile *t, const kn_matrix *w, fp8_tiles *tiles)
     fp8_group g = group_at(t, w->n_in, 0);
     for (uint32_t k = 0; k < tiles->n; k++) {
         for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++) {
-            double scale = open_block(w, b, tiles, k);
-            few_rows(&tiles->w[k], &g, b, scale, tiles->acc[k][0]);
+            fp8_sums sums = {.block = g.blocks + first_at(&g, b),
+                             .w_scale = {open_block(w, b, tiles, k)},
+                             .acc = {tiles->acc[k]}};
+            few_rows(&tiles->w[k], &g, b, &sums);
         }
     }
 }
 
 /* Inputs that meet an s stand apart, where the machine does not expect them to be read. */
-static void ask_fine(const fp8_weights *w, const cpu_q8_tile *t, uint32_t k, uint32_t b)
+static void ask_fine(const fp8_weights *w, const fp8_group *g, uint32_t b)
 {
-    for (uint32_t i = 0; i < kn_blocks(t->n, VNNI_GROUP); i++) {
-        fp8_group g = group_at(t, k, i);
-        const uint32_t *fine = g.fine + first_at(&g, b) * FP8_PAIRS;
-        for (uint32_t tile = 0; tile < FP8_TILES; tile++) {
-            for (uint32_t e = 0; e < w[tile].n_rest; e++) {
-                _mm_prefetch((const char *)(fine + w[tile].rest_of[e] * g.n), _MM_HINT_T0);
-            }
+    const uint32_t *fine = g->fine + first_at(g, b) * FP8_PAIRS;
+    for (uint32_t k = 0; k < FP8_TILES; k++) {
+        for (uint32_t i = 0; i < w[k].n_rest; i++) {
+            _mm_prefetch((const char *)(fine + w[k].rest_of[i] * g->n), _MM_HINT_T0);
         }
+    }
+}
+
+/* Sums of group i, and those of the last one added. */
+INLINED void group_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, const fp8_sums *last,
+                        fp8_sums *sums, vnni_sums *spare)
+{
+    sums->block = g->blocks + first_at(g, b);
+    bool both = GROUP_RESTS[g->n](w, g, b, sums);
+    GROUP_ROWS[g->n](w, g->pairs + first_at(g, b) * FP8_PAIRS, last, sums);
+    if (__builtin_expect(both, 0)) {
+        add_rows_and_both(w, g, b, sums, FP8_TILES);
+        sums->acc[0] = sums->acc[1] = spare;
+    } else if (g->n < VNNI_GROUP) {
+        add_rows(sums, FP8_TILES, g->n);
     }
 }
 
 static void many_sums(const cpu_q8_tile *t, const kn_matrix *w, fp8_tiles *tiles)
 {
+    uint32_t n_group = kn_blocks(t->n, VNNI_GROUP), now = 0;
+    _Alignas(64) vnni_sums spare = {{0}};
+    fp8_group group[VNNI_GROUPS_MAX];
+    fp8_sums sums[2]; /* of this group; of the last full one, not added yet, or zeros to be added to spare */
+    for (uint32_t i = 0; i < n_group; i++) {
+        group[i] = group_at(t, w->n_in, i);
+    }
+    sums[1] = (fp8_sums){.block = group[0].blocks, .acc = {&spare, &spare}};
     for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++) {
         double scale[FP8_TILES];
         for (uint32_t k = 0; k < FP8_TILES; k++) {
             scale[k] = open_block(w, b, tiles, k);
             decode_columns(&tiles->w[k]);
         }
-        ask_fine(tiles->w, t, w->n_in, b);
-        for (uint32_t i = 0; i < kn_blocks(t->n, VNNI_GROUP); i++) {
-            fp8_group g = group_at(t, w->n_in, i);
-            vnni_sums *acc[FP8_TILES] = {&tiles->acc[0][i], &tiles->acc[1][i]};
-            GROUP_ROWS[g.n](tiles->w, &g, b, scale, acc);
+        for (uint32_t i = 0; i < n_group; i++) {
+            ask_fine(tiles->w, &group[i], b);
+        }
+        for (uint32_t i = 0; i < n_group; i++) {
+            memcpy(sums[now].w_scale, scale, sizeof(scale));
+            sums[now].acc[0] = &tiles->acc[0][i];
+            sums[now].acc[1] = &tiles->acc[1][i];
+            group_sums(tiles->w, &group[i], b, &sums[1 - now], &sums[now], &spare);
+            now = group[i].n == VNNI_GROUP ? 1 - now : now;
         }
     }
+    add_rows(&sums[1 - now], FP8_TILES, VNNI_GROUP);
 }
 
 void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t begin, uint32_t end)
