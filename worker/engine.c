@@ -32,11 +32,12 @@ enum {
 
 /* A dispatch frame on its way through: received, gathered, computed, answered. */
 typedef struct engine_frame {
-    net_event event; /* the received message; its memory is released once computed. peer NULL: its link ended
-                        meanwhile */
-    uint32_t link;   /* number of the link it came by, as the gathering knows it */
-    uint32_t slot0;  /* first row of its answer in the group's results */
-    uint32_t n_said; /* rows of its answer that were sent, in n_out messages that have not left */
+    net_event event;  /* the received message; its memory is released once computed. peer NULL: its link ended
+                         meanwhile */
+    uint32_t link;    /* number of the link it came by, as the gathering knows it */
+    uint32_t slot0;   /* first row of its answer in the group's results */
+    uint32_t n_ready; /* rows of its answer that are computed */
+    uint32_t n_said;  /* and sent, in n_out messages that have not left */
     uint32_t n_out;
     bool over; /* nothing more is to be sent */
     struct engine_group *group;
@@ -71,6 +72,7 @@ struct wk_engine {
     kn_q8 q8;       /* gathered rows: codes [row_max][d], scales */
     kn_expert_item *items;
     kn_expert_group *expert_groups;
+    uint32_t *group_expert; /* of each group */
     uint32_t *counts;       /* [n_expert + 1] */
     void *const *computing; /* engine_frame [n_computing]: of the group under way */
     uint32_t n_computing;
@@ -119,6 +121,7 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     }
     e->items = cm_alloc(sizeof(kn_expert_item) * n);
     e->expert_groups = cm_alloc(sizeof(kn_expert_group) * g->n_expert);
+    e->group_expert = cm_alloc(sizeof(uint32_t) * g->n_expert);
     e->counts = cm_alloc(sizeof(uint32_t) * (g->n_expert + 1));
     e->debts = cm_alloc(sizeof(engine_debt) * e->options.rows.receives_max);
     cm_pool_init(&e->frames, "dispatch frames", sizeof(engine_frame), e->options.frame_max);
@@ -205,6 +208,7 @@ void wk_engine_destroy(wk_engine *e)
     kn_mem_free(e->device, e->q8.scales);
     cm_free(e->items);
     cm_free(e->expert_groups);
+    cm_free(e->group_expert);
     cm_free(e->counts);
     cm_free(e->debts);
     wk_shard_destroy(e->shard);
@@ -305,14 +309,17 @@ static void engine_on_sent(wk_engine *e, engine_frame *entry)
     }
 }
 
-/* The next rows of an answer. */
-static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry)
+static uint32_t engine_slice_rows(const wk_engine *e)
+{
+    uint32_t n = ENGINE_SLICE_BYTES / (2 * e->geometry->d);
+    return n > 0 ? n : 1;
+}
+
+/* The next n rows of an answer. */
+static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry, uint32_t n)
 {
     const pr_dispatch *frame = entry->event.header;
-    uint32_t d = e->geometry->d, n_most = ENGINE_SLICE_BYTES / (2 * d),
-             n_left = frame->n_slot - entry->n_said;
-    n_most = n_most > 0 ? n_most : 1;
-    uint32_t n = n_left < n_most ? n_left : n_most;
+    uint32_t d = e->geometry->d;
     pr_combine header = {.head = frame->head, .d = d, .slot0 = entry->n_said, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
     const uint8_t *results = kn_mem_host(e->device, e->results);
@@ -334,12 +341,18 @@ static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry)
     return status;
 }
 
+/* What is computed of an answer and not sent, in slices of one size but for the last. */
 static cm_status engine_send_answer(const wk_engine *e, engine_frame *entry)
 {
     const pr_dispatch *frame = entry->event.header;
+    uint32_t n_slice = engine_slice_rows(e);
     cm_status status = CM_OK;
-    while (status == CM_OK && entry->n_said < frame->n_slot) {
-        status = engine_send_slice(e, entry);
+    while (status == CM_OK && entry->n_said < entry->n_ready) {
+        uint32_t n = entry->n_ready - entry->n_said;
+        if (n < n_slice && entry->n_ready < frame->n_slot) {
+            break; /* more will come */
+        }
+        status = engine_send_slice(e, entry, n < n_slice ? n : n_slice);
     }
     return status;
 }
@@ -454,8 +467,8 @@ static void engine_on_dispatch(wk_engine *e, const net_event *event)
     }
     entry->event = *event;
     entry->link = engine_link(event->peer);
-    status = wk_gather_arrived(e->gather, cm_now_ns() / 1000, entry->link, frame->head.layer, frame->n_slot,
-                               entry);
+    status = wk_gather_arrived(e->gather, cm_now_ns() / 1000, entry->link, frame->flight, frame->head.layer,
+                               frame->n_slot, entry);
     if (status != CM_OK) {
         cm_pool_put(&e->frames, entry);
         engine_refuse(e, event, status, 0, "too many frames or routers");
@@ -540,6 +553,7 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
     }
     for (uint32_t x = 0; x < g->n_expert; x++) {
         if (e->counts[x + 1] > 0) {
+            e->group_expert[n_group] = x;
             e->expert_groups[n_group++] =
                 (kn_expert_group){wk_shard_weights(e->shard, layer, x), e->counts[x], e->counts[x + 1]};
         }
@@ -577,6 +591,24 @@ static void engine_breathe(wk_engine *e)
     cm_mem_guard_resume(guard);
 }
 
+/* Slots of experts below this one are computed: what makes a slice of an answer leaves, if its link has room.
+ * The others learn of the rest later. */
+static void engine_send_ready(const wk_engine *e, uint32_t expert)
+{
+    for (uint32_t f = 0; f < e->n_computing; f++) {
+        engine_frame *entry = e->computing[f];
+        const pr_dispatch *frame = entry->event.header;
+        const pr_slot *slots = entry->event.payload;
+        while (entry->n_ready < frame->n_slot && slots[entry->n_ready].expert < expert) {
+            entry->n_ready++;
+        }
+        if (entry->event.peer != NULL) {
+            cm_status status = engine_send_answer(e, entry);
+            (void)status; /* what did not leave is owed once all is computed */
+        }
+    }
+}
+
 /* In slices of whole groups, or of the rows of a large one. */
 static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer, kn_ptr results)
 {
@@ -602,28 +634,38 @@ static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer
         groups += n;
         n_group -= n;
         if (n_group > 0) {
+            engine_send_ready(e, e->group_expert[groups - e->expert_groups]);
             engine_breathe(e);
         }
+    }
+}
+
+/* From here on its answers may be on their way. */
+static void engine_begin_group(wk_engine *e, void *const *frames, uint32_t n_frame, engine_group *group)
+{
+    e->computing = frames;
+    e->n_computing = n_frame;
+    group->n_open = 1 + n_frame; /* ours, until all answers are on their way */
+    group->n_row = 0;
+    for (uint32_t f = 0; f < n_frame; f++) {
+        engine_frame *entry = frames[f];
+        entry->group = group;
+        group->n_row += ((const pr_dispatch *)entry->event.header)->n_slot;
     }
 }
 
 static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, engine_group *group)
 {
     const engine_frame *first = frames[0];
-    uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer, n_slot = 0;
-    e->computing = frames;
-    e->n_computing = n_frame;
+    uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer;
+    engine_begin_group(e, frames, n_frame, group);
+    cm_stat_add(CM_STAT_worker_rows, group->n_row);
     engine_compute_groups(e, engine_pack(e, frames, n_frame, layer), layer,
                           kn_at(e->results, 2ull * group->row0 * e->geometry->d));
     e->n_computing = 0;
-    group->n_open = 1; /* ours, until all answers are on their way */
-    group->n_row = 0;
     for (uint32_t f = 0; f < n_frame; f++) {
         engine_frame *entry = frames[f];
-        entry->group = group;
-        group->n_open++;
-        group->n_row += ((const pr_dispatch *)entry->event.header)->n_slot;
-        n_slot += ((const pr_dispatch *)entry->event.header)->n_slot;
+        entry->n_ready = ((const pr_dispatch *)entry->event.header)->n_slot;
         engine_debt debt = {.event = entry->event, .answer = entry};
         if (debt.event.peer != NULL) {
             engine_reply(e, &debt);
@@ -634,7 +676,6 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
     if (--group->n_open == 0) {
         cm_pool_put(&e->groups, group);
     }
-    cm_stat_add(CM_STAT_worker_rows, n_slot);
     cm_stat_add(CM_STAT_worker_batches, 1);
 }
 

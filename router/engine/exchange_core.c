@@ -433,6 +433,7 @@ void rt_xcore_pack(const rt_xcore *x, uint32_t flight, uint32_t i, pr_dispatch *
         .n_row = part->n_row,
         .n_slot = part->n_slot,
         .row_blocks = n_block,
+        .flight = flight,
     };
     uint8_t *codes = payload + pr_dispatch_codes_at(part->n_slot);
     uint8_t *scales = payload + pr_dispatch_scales_at(part->n_slot, part->n_row, d);

@@ -194,7 +194,7 @@ static void make_large_frame(fixture *f, uint32_t layer, uint32_t n_row)
     cm_free(f->payload);
     f->payload = cm_alloc(pr_dispatch_bytes(2 * n_row, n_row, d, n_block));
     for (uint32_t i = 0; i < 2 * n_row; i++) {
-        ((pr_slot *)f->payload)[i] = (pr_slot){i / 2, owned[i % 2], 0.25f + (float)i};
+        ((pr_slot *)f->payload)[i] = (pr_slot){i % n_row, owned[i / n_row], 0.25f + (float)i};
     }
     for (uint32_t i = 0; i < n_row * d; i++) {
         uint8_t code = (uint8_t)cm_rng_at(3, i, layer).word[0];
@@ -407,8 +407,9 @@ static void test_refusals(void **state)
     send_frame(f, PR_MSG_COMBINE, sizeof(f->header), 0); /* not for a worker */
     expect_refusal(f, CM_E_PROTOCOL);
     for (uint32_t e = 0; e < f->g->n_expert; e++) {
-        if (!pr_placement_owns(f->epoch->placement, 0, e, 0)) {
-            ((pr_slot *)f->payload)[3].expert = e; /* somebody else's */
+        pr_slot *last = (pr_slot *)f->payload + f->header.n_slot - 1;
+        if (!pr_placement_owns(f->epoch->placement, 0, e, 0) && e > last->expert) {
+            last->expert = e; /* somebody else's */
             break;
         }
     }
