@@ -70,6 +70,7 @@ struct wk_engine {
     cm_pool groups; /* engine_group */
     kn_ptr results; /* BF16 [ENGINE_RESULTS * row_max][d] */
     kn_q8 q8;       /* gathered rows: codes [row_max][d], scales */
+    kn_q8 rows_in;  /* of the group under way: q8, or where its only frame has them */
     kn_expert_item *items;
     kn_expert_group *expert_groups;
     uint32_t *group_expert; /* of each group */
@@ -316,19 +317,17 @@ static uint32_t engine_slice_rows(const wk_engine *e)
 }
 
 /* The next n rows of an answer. */
-static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry, uint32_t n)
+static cm_status engine_send_rows(const wk_engine *e, engine_frame *entry, uint32_t n, const void *rows)
 {
     const pr_dispatch *frame = entry->event.header;
     uint32_t d = e->geometry->d;
     pr_combine header = {.head = frame->head, .d = d, .slot0 = entry->n_said, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
-    const uint8_t *results = kn_mem_host(e->device, e->results);
-    uint64_t row = (uint64_t)entry->group->row0 + entry->slot0 + entry->n_said;
     net_message message = {
         .type = PR_MSG_COMBINE,
         .header = &header,
         .header_bytes = sizeof(header),
-        .iov = {{results + 2 * row * d, 2ull * n * d}},
+        .iov = {{rows, 2ull * n * d}},
         .n_iov = 1,
         .deadline_ms = e->options.answer_ms,
         .cookie = entry,
@@ -339,6 +338,12 @@ static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry, uint
         entry->n_out++;
     }
     return status;
+}
+
+static const uint8_t *engine_results(const wk_engine *e, const engine_frame *entry)
+{
+    uint64_t row = (uint64_t)entry->group->row0 + entry->slot0 + entry->n_said;
+    return (const uint8_t *)kn_mem_host(e->device, e->results) + 2 * row * e->geometry->d;
 }
 
 /* What is computed of an answer and not sent, in slices of one size but for the last. */
@@ -352,7 +357,7 @@ static cm_status engine_send_answer(const wk_engine *e, engine_frame *entry)
         if (n < n_slice && entry->n_ready < frame->n_slot) {
             break; /* more will come */
         }
-        status = engine_send_slice(e, entry, n < n_slice ? n : n_slice);
+        status = engine_send_rows(e, entry, n < n_slice ? n : n_slice, engine_results(e, entry));
     }
     return status;
 }
@@ -534,14 +539,74 @@ static uint32_t engine_poll(wk_engine *e)
     return engine_poll_awake(e, 0);
 }
 
+/* ---- in place ----
+ * A group of one frame, on a device whose memory is the host's: its rows are read where they came, and
+ * results are written where its router will read them, if its link has room. Items, slots and results then
+ * have one order. */
+
+static kn_ptr engine_view(const wk_engine *e, const void *host)
+{
+    kn_ptr ptr = {(uintptr_t)host};
+    return host != NULL && kn_mem_host(e->device, ptr) == host ? ptr : (kn_ptr){0};
+}
+
+static bool engine_rows_in_place(wk_engine *e, void *const *frames, uint32_t n_frame)
+{
+    const engine_frame *entry = frames[0];
+    const pr_dispatch *frame = entry->event.header;
+    const uint8_t *payload = entry->event.payload;
+    kn_q8 rows = {engine_view(e, payload + pr_dispatch_codes_at(frame->n_slot)),
+                  engine_view(e, payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, frame->d))};
+    bool in_place = n_frame == 1 && rows.codes.addr != 0 && rows.scales.addr != 0;
+    e->rows_in = in_place ? rows : e->q8;
+    return in_place;
+}
+
+/* Where the results of the next n items go; 0: nowhere, they are to be kept here. As many as make a message,
+ * or all that are left. */
+static kn_ptr engine_room(const wk_engine *e, uint32_t n)
+{
+    const engine_frame *entry = e->computing[0];
+    const pr_dispatch *frame = entry->event.header;
+    uint64_t n_bytes = 2ull * n * e->geometry->d;
+    if (e->n_computing > 1 || entry->event.peer == NULL || entry->n_said < entry->n_ready ||
+        n_bytes > e->options.rows.message_bytes_max ||
+        (n < engine_slice_rows(e) && entry->n_ready + n < frame->n_slot)) {
+        return (kn_ptr){0};
+    }
+    return engine_view(e, net_room(entry->event.peer, n_bytes));
+}
+
+static void engine_send_room(const wk_engine *e, uint32_t n, kn_ptr room)
+{
+    engine_frame *entry = e->computing[0];
+    entry->n_ready += n;
+    cm_status status = engine_send_rows(e, entry, n, kn_mem_host(e->device, room));
+    CM_ASSERT_MSG(status != CM_AGAIN, "a room was given and is no more");
+    entry->n_said = entry->n_ready; /* or the link is going, and its router asks somebody else */
+}
+
 /* ---- compute ---- */
+
+static void engine_copy_rows(wk_engine *e, const engine_frame *entry, uint32_t row0)
+{
+    const pr_dispatch *frame = entry->event.header;
+    const uint8_t *payload = entry->event.payload;
+    uint32_t d = frame->d, n_block = frame->row_blocks;
+    kn_copy_to_device(e->stream, kn_at(e->q8.codes, (uint64_t)row0 * d),
+                      payload + pr_dispatch_codes_at(frame->n_slot), (uint64_t)frame->n_row * d);
+    kn_copy_to_device(e->stream, kn_at(e->q8.scales, (uint64_t)row0 * n_block),
+                      payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, d),
+                      (uint64_t)frame->n_row * n_block);
+}
 
 /* Sorts the group's slots by expert (counting sort: order inside an expert is frame order) and copies rows
  * together. */
 static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame, uint32_t layer)
 {
     const md_geometry *g = e->geometry;
-    uint32_t n_block = kn_blocks(g->d, KN_ACT_BLOCK), n_group = 0, row0 = 0, slot0 = 0;
+    uint32_t n_group = 0, row0 = 0, slot0 = 0;
+    bool in_place = engine_rows_in_place(e, frames, n_frame);
     memset(e->counts, 0, sizeof(uint32_t) * (g->n_expert + 1));
     for (uint32_t f = 0; f < n_frame; f++) {
         const engine_frame *entry = frames[f];
@@ -562,13 +627,10 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
     for (uint32_t f = 0; f < n_frame; f++) {
         engine_frame *entry = frames[f];
         const pr_dispatch *frame = entry->event.header;
-        const uint8_t *payload = entry->event.payload;
         const pr_slot *slots = entry->event.payload;
-        kn_copy_to_device(e->stream, kn_at(e->q8.codes, (uint64_t)row0 * g->d),
-                          payload + pr_dispatch_codes_at(frame->n_slot), (uint64_t)frame->n_row * g->d);
-        kn_copy_to_device(e->stream, kn_at(e->q8.scales, (uint64_t)row0 * n_block),
-                          payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, g->d),
-                          (uint64_t)frame->n_row * n_block);
+        if (!in_place) {
+            engine_copy_rows(e, entry, row0);
+        }
         for (uint32_t i = 0; i < frame->n_slot; i++) {
             e->items[e->counts[slots[i].expert]++] =
                 (kn_expert_item){row0 + slots[i].row, slot0 + i, slots[i].weight};
@@ -609,6 +671,17 @@ static void engine_send_ready(const wk_engine *e, uint32_t expert)
     }
 }
 
+static void engine_compute_slice(wk_engine *e, const kn_expert_group *groups, uint32_t n_group,
+                                 uint32_t layer, kn_ptr results)
+{
+    kn_moe(e->device)->experts(e->stream, groups, n_group, e->items, e->rows_in, e->geometry->swiglu_limit,
+                               results);
+    cm_status status = kn_stream_sync(e->stream);
+    CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
+                  layer);
+    cm_stat_add(CM_STAT_worker_expert_bytes, (int64_t)(n_group * md_expert_bytes(e->geometry)));
+}
+
 /* In slices of whole groups, or of the rows of a large one. */
 static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer, kn_ptr results)
 {
@@ -621,20 +694,22 @@ static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer
             n_row += groups[n++].n_item;
         }
         kn_expert_group cut = {groups[0].expert, groups[0].item0, slice};
-        kn_moe(e->device)->experts(e->stream, n > 0 ? groups : &cut, n > 0 ? n : 1, e->items, e->q8,
-                                   e->geometry->swiglu_limit, results);
-        cm_status status = kn_stream_sync(e->stream);
-        CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
-                      layer);
-        cm_stat_add(CM_STAT_worker_expert_bytes, (int64_t)((n > 0 ? n : 1) * md_expert_bytes(e->geometry)));
+        n_row = n > 0 ? n_row : slice;
+        kn_ptr room = engine_room(e, n_row);
+        kn_ptr first = room.addr != 0 ? kn_at(room, -2ull * groups[0].item0 * e->geometry->d) : results;
+        engine_compute_slice(e, n > 0 ? groups : &cut, n > 0 ? n : 1, layer, first);
         if (n == 0) {
             groups[0].item0 += slice;
             groups[0].n_item -= slice;
         }
         groups += n;
         n_group -= n;
-        if (n_group > 0) {
+        if (room.addr != 0) {
+            engine_send_room(e, n_row, room);
+        } else if (n_group > 0) {
             engine_send_ready(e, e->group_expert[groups - e->expert_groups]);
+        }
+        if (n_group > 0) {
             engine_breathe(e);
         }
     }
