@@ -21,7 +21,6 @@
 
 enum {
     ENGINE_EVENTS = 64,
-    ENGINE_GROUP = 64,              /* frames computed together */
     ENGINE_RESULTS = 4,             /* times row_max: rows of answers that may be on their way at once */
     ENGINE_SLICE_BYTES = 512 << 10, /* of an answer, in one message: what a core's own cache holds */
     ENGINE_LINGER_MS = 500,         /* at the end: for answers to leave */
@@ -75,7 +74,7 @@ struct wk_engine {
     kn_expert_group *expert_groups;
     uint32_t *group_expert; /* of each group */
     uint32_t *counts;       /* [n_expert + 1] */
-    void *const *computing; /* engine_frame [n_computing]: of the group under way */
+    void **computing;       /* engine_frame [frame_max], n_computing: of the group under way */
     uint32_t n_computing;
 
     pthread_mutex_t lock; /* protects offered, offered_self, retire_before */
@@ -124,6 +123,7 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     e->expert_groups = cm_alloc(sizeof(kn_expert_group) * g->n_expert);
     e->group_expert = cm_alloc(sizeof(uint32_t) * g->n_expert);
     e->counts = cm_alloc(sizeof(uint32_t) * (g->n_expert + 1));
+    e->computing = cm_alloc(sizeof(void *) * e->options.frame_max);
     e->debts = cm_alloc(sizeof(engine_debt) * e->options.rows.receives_max);
     cm_pool_init(&e->frames, "dispatch frames", sizeof(engine_frame), e->options.frame_max);
     cm_pool_init(&e->groups, "result groups", sizeof(engine_group), e->options.frame_max);
@@ -211,6 +211,7 @@ void wk_engine_destroy(wk_engine *e)
     cm_free(e->expert_groups);
     cm_free(e->group_expert);
     cm_free(e->counts);
+    cm_free(e->computing);
     cm_free(e->debts);
     wk_shard_destroy(e->shard);
     kn_stream_close(e->stream);
@@ -467,7 +468,7 @@ static void engine_on_dispatch(wk_engine *e, const net_event *event)
     }
     engine_frame *entry;
     if (cm_pool_get(&e->frames, (void **)&entry) != CM_OK) {
-        engine_refuse(e, event, CM_E_CAPACITY, 0, "frames_max are waiting");
+        engine_refuse(e, event, CM_E_CAPACITY, 0, "as many frames as may wait are here");
         return;
     }
     entry->event = *event;
@@ -716,24 +717,24 @@ static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer
 }
 
 /* From here on its answers may be on their way. */
-static void engine_begin_group(wk_engine *e, void *const *frames, uint32_t n_frame, engine_group *group)
+static void engine_begin_group(wk_engine *e, uint32_t n_frame, engine_group *group)
 {
-    e->computing = frames;
     e->n_computing = n_frame;
     group->n_open = 1 + n_frame; /* ours, until all answers are on their way */
     group->n_row = 0;
     for (uint32_t f = 0; f < n_frame; f++) {
-        engine_frame *entry = frames[f];
+        engine_frame *entry = e->computing[f];
         entry->group = group;
         group->n_row += ((const pr_dispatch *)entry->event.header)->n_slot;
     }
 }
 
-static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, engine_group *group)
+static void engine_compute(wk_engine *e, uint32_t n_frame, engine_group *group)
 {
+    void *const *frames = e->computing;
     const engine_frame *first = frames[0];
     uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer;
-    engine_begin_group(e, frames, n_frame, group);
+    engine_begin_group(e, n_frame, group);
     cm_stat_add(CM_STAT_worker_rows, group->n_row);
     engine_compute_groups(e, engine_pack(e, frames, n_frame, layer), layer,
                           kn_at(e->results, 2ull * group->row0 * e->geometry->d));
@@ -775,7 +776,6 @@ static bool engine_place(const wk_engine *e, engine_group *group)
 /* Computes what is due; says how long nothing will be. */
 static uint64_t engine_work(wk_engine *e)
 {
-    void *frames[ENGINE_GROUP];
     engine_group *group;
     uint64_t wait_us = UINT64_MAX;
     if (wk_gather_waiting(e->gather) == 0) {
@@ -790,7 +790,7 @@ static uint64_t engine_work(wk_engine *e)
     }
     uint32_t n = 0;
     if (!cm_failpoint_fires(CM_FAILPOINT_worker_combine_late)) {
-        n = wk_gather_next(e->gather, cm_now_ns() / 1000, frames, ENGINE_GROUP, &wait_us);
+        n = wk_gather_next(e->gather, cm_now_ns() / 1000, e->computing, e->options.frame_max, &wait_us);
     } else {
         wait_us = 1000;
     }
@@ -799,7 +799,7 @@ static uint64_t engine_work(wk_engine *e)
         return wait_us;
     }
     cm_mem_guard_begin("expert compute");
-    engine_compute(e, frames, n, group);
+    engine_compute(e, n, group);
     cm_mem_guard_end();
     wk_gather_computed(e->gather, cm_now_ns() / 1000);
     return 0;
