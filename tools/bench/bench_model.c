@@ -28,6 +28,7 @@ enum {
     MODEL_LETTERS = 16, /* a short prompt; tokens where every byte is one */
     MODEL_PIDS = 64,
     MODEL_READ_BYTES = 256 << 20,
+    MODEL_WORKERS = 8, /* of the largest cluster of serve.workers */
 };
 
 typedef struct model_case {
@@ -277,6 +278,7 @@ static cm_status model_prepare(model_run *m, cm_error *err)
         return cm_error_set(err, CM_E_MEMORY, NULL, "no memory to read from");
     }
     m->team = bench_team_create((uint32_t)m->config->threads);
+    (void)probe_limits(m); /* the first pass over new memory is slower */
     m->env[0] = m->sequences;
     m->options = (bench_cluster_options){.model = m->config->model,
                                          .scripted_model = "",
@@ -372,8 +374,10 @@ static cm_status draw_batches(const model_run *m, cm_error *err)
 
 static int model_run_bench(const bench *b, const bench_config *config)
 {
-    model_run m = {.config = config};
+    bench_config of_some = *config;
+    model_run m = {.config = &of_some};
     cm_error err = {0};
+    of_some.workers = config->workers != 0 ? config->workers : 1;
     cm_status status = take_rounds(&m, &err);
     if (status == CM_OK) {
         json_t *report = bench_begin(b, config);
@@ -427,8 +431,9 @@ static int workers_run_bench(const bench *b, const bench_config *config)
                        .log_y = true};
     cm_error err = {0};
     cm_status status = CM_OK;
+    uint64_t most = config->workers != 0 ? config->workers : MODEL_WORKERS;
     json_t *report = bench_begin(b, config);
-    for (uint64_t n = 1; n <= config->workers && status == CM_OK; n *= 2) {
+    for (uint64_t n = 1; n <= most && status == CM_OK; n *= 2) {
         bench_config of_n = *config;
         of_n.workers = n;
         status = measure_workers(&of_n, &chart, report, &err);
