@@ -127,7 +127,7 @@ def test_serve_model(bin_dir, synthetic, tmp_path):
     assert rows["decode_b3"]["step_bytes"] > rows["decode_b1"]["step_bytes"]
     svg = xml.etree.ElementTree.parse(chart).getroot()
     words = [t.text for t in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"by processor time", "on the wall", "x", "tokens a second"} <= set(words)
+    assert {"by processor time", "on the wall", "reading weights alone", "x", "tokens a second, logarithmic", "median of 1 round"} <= set(words)
 
 
 def test_serve_model_refuses(bin_dir, synthetic):

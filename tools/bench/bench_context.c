@@ -143,8 +143,9 @@ static cm_status context_report(context_run *c, const bench *b, cm_error *err)
     svg_chart chart = {.title = "A step by the length of its sequence",
                        .x_label = "tokens before the step",
                        .y_label = c->config->threads == 1 ? "ms of processor time" : "ms on the wall",
+                       .n_rounds = (uint32_t)c->config->rounds,
                        .series = {{.name = "decode, one row"},
-                                  {.name = "reading weights and KV", .dashed = true},
+                                  {.name = "its reading alone", .dashed = true},
                                   {.name = "prefill, each row of 128"}},
                        .n = 3};
     json_t *report = bench_begin(b, c->config);
