@@ -276,9 +276,21 @@ typedef struct fp8_sums {
     vnni_sums *acc[FP8_TILES];
 } fp8_sums;
 
+/* acc + W of an entry's pair with its r; the pair is decoded first where the block is not. */
+INLINED __m512i add_entry(__m512i acc, const fp8_weights *w, const fp8_entry *e, const bool decoded)
+{
+    if (decoded) {
+        return dot(acc, *(const __m512i *)(const void *)((const uint8_t *)w->pairs + e->at), e->pair);
+    }
+    uint32_t p = e->at / (uint32_t)sizeof(__m512i);
+    fp8_tables tables = load_tables();
+    fp8_column column = decode_column(&tables, w->codes[p / 2]);
+    return dot(dot(acc, column.pair[0], p % 2 == 0 ? e->pair : 0), column.pair[1], p % 2 == 1 ? e->pair : 0);
+}
+
 /* Sums r and s of n rows and n_tile tiles; returns whether an input and a weight that have one may meet. */
 INLINED bool sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, const uint32_t n_tile,
-                       const uint32_t n, fp8_sums *sums)
+                       const uint32_t n, const bool decoded, fp8_sums *sums)
 {
     const uint32_t *fine = g->fine + first_at(g, b) * FP8_PAIRS;
     uint64_t odd = 0, with_rest = 0;
@@ -300,8 +312,7 @@ INLINED bool sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, con
     }
     for (const fp8_entry *e = g->list + g->ends[b], *end = g->list + g->ends[b + 1]; e < end; e++) {
         for (uint32_t k = 0; k < n_tile; k++) {
-            __m512i *sum = &sums->rest[k][e->row];
-            *sum = dot(*sum, *(const __m512i *)(const void *)((const uint8_t *)w[k].pairs + e->at), e->pair);
+            sums->rest[k][e->row] = add_entry(sums->rest[k][e->row], &w[k], e, decoded);
         }
     }
     for (uint32_t r = 0; r < n; r++) {
@@ -348,7 +359,8 @@ APART void add_rows_and_both(const fp8_weights *w, const fp8_group *g, uint32_t 
         for (uint32_t k = 0; k < n_tile; k++) {
             for (uint32_t i = 0; i < w[k].n_rest; i++) {
                 if (e->at == w[k].rest_of[i] * sizeof(__m512i)) {
-                    both[k][e->row] = dot(both[k][e->row], w[k].rests[i], e->pair & (FP8_ODD | FP8_ODD << 16));
+                    both[k][e->row] =
+                        dot(both[k][e->row], w[k].rests[i], e->pair & (FP8_ODD | FP8_ODD << 16));
                 }
             }
         }
@@ -407,7 +419,7 @@ typedef bool (*rests_fn)(const fp8_weights *w, const fp8_group *g, uint32_t b, f
 #define GROUP(n_)                                                                                            \
     APART bool group_rests_##n_(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)        \
     {                                                                                                        \
-        return sum_rests(w, g, b, FP8_TILES, n_, sums);                                                      \
+        return sum_rests(w, g, b, FP8_TILES, n_, true, sums);                                                \
     }                                                                                                        \
     APART void group_rows_##n_(const fp8_weights *w, const uint32_t *x, const fp8_sums *last,                \
                                fp8_sums *sums)                                                               \
@@ -424,13 +436,14 @@ GROUP(7)
 GROUP(8)
 static const group_fn GROUP_ROWS[] = {NULL,         group_rows_1, group_rows_2, group_rows_3, group_rows_4,
                                       group_rows_5, group_rows_6, group_rows_7, group_rows_8};
-static const rests_fn GROUP_RESTS[] = {
-    NULL,          group_rests_1, group_rests_2, group_rests_3, group_rests_4,
-    group_rests_5, group_rests_6, group_rests_7, group_rests_8};
+static const rests_fn GROUP_RESTS[] = {NULL,          group_rests_1, group_rests_2,
+                                       group_rests_3, group_rests_4, group_rests_5,
+                                       group_rests_6, group_rests_7, group_rests_8};
 
 /* All n rows of a tile that has few, and one tile of outputs, whose columns are decoded in passing. Pairs
  * have sums of their own, so that one row need not wait for its last product. */
-INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums, const uint32_t n)
+INLINED void multiply_few(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums,
+                          const uint32_t n)
 {
     const uint32_t *x = g->pairs + first_at(g, b) * FP8_PAIRS;
     fp8_tables tables = load_tables();
@@ -444,7 +457,6 @@ INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_su
         fp8_column column = decode_column(&tables, w->codes[j]);
         ask_ahead(&w->codes[j]);
         for (uint32_t i = 0; i < 2; i++) {
-            w->pairs[2 * j + i] = column.pair[i];
             for (uint32_t r = 0; r < n; r++) {
                 sum[i][r] = dot(sum[i][r], column.pair[i], x[i * n + r]);
             }
@@ -453,7 +465,7 @@ INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_su
     for (uint32_t r = 0; r < n; r++) {
         sums->main[0][r] = _mm512_add_epi32(sum[0][r], sum[1][r]);
     }
-    if (__builtin_expect(sum_rests(w, g, b, 1, n, sums), 0)) {
+    if (__builtin_expect(sum_rests(w, g, b, 1, n, false, sums), 0)) {
         add_rows_and_both(w, g, b, sums, 1);
     } else {
         add_rows(sums, 1, n);
@@ -465,7 +477,7 @@ INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_su
         multiply_few(w, g, b, sums, n_);                                                                     \
         break;
 
-static void few_rows(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)
+static void few_rows(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)
 {
     switch (g->n) {
         FEW(1)
@@ -494,11 +506,12 @@ static double open_block(const kn_matrix *w, uint32_t b, fp8_tiles *tiles, uint3
 static void few_sums(const cpu_q8_tile *t, const kn_matrix *w, fp8_tiles *tiles)
 {
     fp8_group g = group_at(t, w->n_in, 0);
+    fp8_sums sums;
     for (uint32_t k = 0; k < tiles->n; k++) {
+        sums.acc[0] = tiles->acc[k];
         for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++) {
-            fp8_sums sums = {.block = g.blocks + first_at(&g, b),
-                             .w_scale = {open_block(w, b, tiles, k)},
-                             .acc = {tiles->acc[k]}};
+            sums.block = g.blocks + first_at(&g, b);
+            sums.w_scale[0] = open_block(w, b, tiles, k);
             few_rows(&tiles->w[k], &g, b, &sums);
         }
     }
