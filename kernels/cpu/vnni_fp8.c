@@ -5,10 +5,12 @@
  * sum of X W is an integer of 32 bits. That there are others is rare: about one r in a block whose inputs are
  * about normal. In units of 2^-15 a block's sum is
  *
- *     2^shift sum(X W) + sum(r W) + 2^(shift - 3) sum(X s) + sum(r s) / 8
+ *     2^shift sum(X W) + sum(r W) + sum(f s) + sum(r' s) / 8
  *
- * where the second and third together are less than 2^31: |r W| <= 511 28672 and |2^(shift - 3) X s| <= 7
- * 28672 for 128 inputs each. In double all of it is exact up to the block's sum.
+ * with f the input in units of 2^-6, rounded down, and r' what that leaves, 0 to 7. The second and third are
+ * one integer of less than 2^31: |r W| <= 511 28672 and |f s| <= 28672 7 for 128 inputs each. The last one is
+ * not zero only where an input below 2^-3 meets such a weight. Both integers make one of 52 bits, which a
+ * high dword of the block's exponent makes a double; all of it is exact up to the block's sum.
  *
  * Few rows decode a column and multiply it while it is in registers; more rows share one decoding of a block
  * of two tiles. A prepared matrix has its codes in columns, and behind them which columns of each block have
