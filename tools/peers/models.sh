@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Other programs that run a whole model, for `baleen bench serve.model --peer`; one that is not there is skipped with the reason.
 #   tools/peers/models.sh [--gguf FILE] [--bf16 DIR] [--python PROGRAM] [--llama PROGRAM] [--threads N] [--batches N,N] [--prompt N] [--steps N]
-# Give batches, prompt and threads as to the benchmark. docs/performance.md says how to make the two models.
+# Give batches, prompt and threads as to the benchmark. to_gguf.py and to_bf16.py make the two models of one of baleen synth.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 gguf='' bf16='' python=python3 llama=$here/../../build/release/bin/llama_decode threads=1 batches=1,8,32 prompt=512 steps=8
