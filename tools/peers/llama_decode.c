@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
+#include <sys/resource.h>
 
 #include "common/base/assert.h"
 #include "common/base/clock.h"
@@ -27,12 +27,13 @@ typedef struct decode {
 /* Of all threads: llama.cpp has its own. */
 static double now_s(const decode *d)
 {
-    struct timespec t;
+    struct rusage used;
     if (d->n_thread > 1) {
         return 1e-9 * (double)cm_now_ns();
     }
-    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    getrusage(RUSAGE_SELF, &used);
+    return (double)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) +
+           1e-6 * (double)(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
 }
 
 static llama_token draw(decode *d)
