@@ -114,7 +114,8 @@ def test_synth_refuses(bin_dir, synthetic, tmp_path):
 
 def test_serve_model(bin_dir, synthetic, tmp_path):
     """The peer's line of another batch, however alike its name, is not taken for this one's."""
-    peer = "printf 'peer=x case=decode_b10_1t value=5\\npeer=x case=decode_b1_1t value=2 unit=tok/s\\n'"
+    peer = ("printf 'peer=x case=decode_b10_1t value=5\\npeer=x case=decode_b1_1t value=2 unit=tok/s\\n';"
+            "printf 'peer=y skipped=no model: make one\\n'")
     chart = tmp_path / "chart.svg"
     result = report(baleen(bin_dir, "bench", "serve.model", "--model", synthetic, "--rounds", 1, "--batches", "1,3", "--steps", 8,
                            "--prompt", 64, "--peer", peer, "--svg", chart))
@@ -123,11 +124,12 @@ def test_serve_model(bin_dir, synthetic, tmp_path):
     alone = rows["decode_b1"]["peers"]
     assert [(p["peer"], p["tokens_s"]["median"]) for p in alone] == [("x", 2)]
     assert alone[0]["ratio"]["median"] == pytest.approx(rows["decode_b1"]["cpu_tokens_s"]["median"] / 2, rel=1e-3)
+    assert result["peers_skipped"] == [{"peer": "y", "reason": "no model: make one"}]
     assert rows["decode_b3"]["peers"] == [] == rows["prefill_p64"]["peers"]
     assert rows["decode_b3"]["step_bytes"] > rows["decode_b1"]["step_bytes"]
     svg = xml.etree.ElementTree.parse(chart).getroot()
     words = [t.text for t in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"by processor time", "on the wall", "reading weights alone", "x", "tokens a second, logarithmic", "median of 1 round"} <= set(words)
+    assert {"by processor time", "on the wall", "reading weights alone", "x", "tokens a second, logarithmic", "median of 1 round"} <= set(words) and "y" not in words
 
 
 def test_serve_model_refuses(bin_dir, synthetic):

@@ -111,6 +111,7 @@ static const struct {
     [SIM_FAULT_router_leaves] = {5, 30},
     [SIM_FAULT_operator_drains] = {10, 60},
     [SIM_FAULT_operator_rebalances] = {10, 200},
+    [SIM_FAULT_operator_forgets] = {10, 200},
     [SIM_FAULT_client_cancels] = {500, 5000},
     [SIM_FAULT_client_deadline] = {200, 2000},
     [SIM_FAULT_client_drops] = {500, 5000},
@@ -275,6 +276,16 @@ static void fault_wish(sim *s, bool drain)
     }
 }
 
+/* Any gateway is told, and tells the routers that it is linked to. */
+static void fault_forget(sim *s)
+{
+    uint32_t host = sim_below(s, SIM_FAULTS, s->n_host);
+    sim_proc *proc = s->hosts[host].proc;
+    if (host_runs(s, host) && proc->role == SIM_GATEWAY && s->now_us >= proc->paused_until_us) {
+        sim_gateway_forget(s, proc);
+    }
+}
+
 static void fault_store_cut(sim *s)
 {
     uint32_t host = sim_below(s, SIM_FAULTS, s->shape.n_coordinator);
@@ -325,6 +336,9 @@ static void fault_tick(sim *s, void *arg, uint64_t tag)
     }
     if (sim_strikes(s, SIM_FAULT_operator_rebalances)) {
         fault_wish(s, false);
+    }
+    if (sim_strikes(s, SIM_FAULT_operator_forgets)) {
+        fault_forget(s);
     }
     sim_at(s, s->now_us + FAULT_TICK_MS * SIM_MS, fault_tick, arg, tag);
 }

@@ -42,6 +42,16 @@ void sim_gw_say(sim *s, sim_gateway *g, sim_gw_router *router, uint16_t type, co
     (void)status; /* down: its event comes */
 }
 
+void sim_gateway_forget(sim *s, sim_proc *proc)
+{
+    Baleen__Engine__V1__PrefixForget message = BALEEN__ENGINE__V1__PREFIX_FORGET__INIT;
+    sim_gateway *g = proc->state;
+    sim_gw_router *router;
+    TAILQ_FOREACH (router, &g->routers, link) {
+        sim_gw_say(s, g, router, PR_MSG_PREFIX_FORGET, &message.base);
+    }
+}
+
 static void router_connect(sim *s, sim_proc *proc, sim_gw_router *router)
 {
     const sim_gateway *g = proc->state;

@@ -244,6 +244,15 @@ static void gateways_on_find(sim *s, sim_router *r, sim_gw_link *link, const voi
     TAILQ_INSERT_TAIL(&link->found, answer, link);
 }
 
+static void gateways_on_forget(sim *s, sim_router *r, sim_gw_link *link, const void *message)
+{
+    (void)link;
+    (void)message;
+    rt_sched_forget(r->sched);
+    r->n_forgets++;
+    s->counts.forgets++;
+}
+
 void sim_gateways_heard(sim *s, sim_router *r, sim_gw_link *link, const sim_message *m)
 {
     static const struct {
@@ -256,6 +265,7 @@ void sim_gateways_heard(sim *s, sim_router *r, sim_gw_link *link, const sim_mess
         {PR_MSG_SEQ_DETACH, &baleen__engine__v1__seq_detach__descriptor, gateways_on_detach},
         {PR_MSG_SEQ_FIND, &baleen__engine__v1__seq_find__descriptor, gateways_on_find},
         {PR_MSG_SEQ_RESUME, &baleen__engine__v1__seq_resume__descriptor, gateways_on_resume},
+        {PR_MSG_PREFIX_FORGET, &baleen__engine__v1__prefix_forget__descriptor, gateways_on_forget},
     };
     for (size_t i = 0; i < sizeof(handlers) / sizeof(handlers[0]); i++) {
         ProtobufCMessage *message;

@@ -62,10 +62,11 @@ static void counts_print(const sim_counts *c)
     printf(
         "cluster: %llu epochs, %llu aborts, %llu steps, %llu layers, %llu of them stuck once or more, %llu "
         "frames refused, %llu preemptions, %llu sequences began behind another's tokens, %llu of prompts not "
-        "computed; %llu messages, %llu events, %llu s of virtual time\n",
+        "computed, %llu times a router forgot what it had kept; %llu messages, %llu events, %llu s of "
+        "virtual time\n",
         (ull)c->epochs, (ull)c->aborts, (ull)c->steps, (ull)c->exchanges, (ull)c->retries,
-        (ull)c->frames_refused, (ull)c->preempted, (ull)c->gone_on, (ull)c->hit_tokens, (ull)c->messages,
-        (ull)c->events, (ull)c->virtual_ms / 1000);
+        (ull)c->frames_refused, (ull)c->preempted, (ull)c->gone_on, (ull)c->hit_tokens, (ull)c->forgets,
+        (ull)c->messages, (ull)c->events, (ull)c->virtual_ms / 1000);
 }
 
 /* 0: well. The digest of its trace comes out. */

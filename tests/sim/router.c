@@ -87,6 +87,9 @@ static void pass_load(sim *s, sim_router *r)
         if (load->state >= s->shape.state_max || load->pos != seg->pos0 || r->states[load->state] != kv) {
             sim_fail(s, "state %u is not that of position %u", load->state, load->pos);
         }
+        if (r->written[load->state] != r->n_forgets) {
+            sim_fail(s, "state %u was to be forgotten", load->state);
+        }
     }
     s->counts.gone_on += step->n_load;
 }
@@ -97,6 +100,7 @@ static void pass_save(sim *s, sim_router *r)
     for (uint32_t i = 0; i < step->n_save; i++) {
         const rt_step_state *to = &step->saves[i];
         r->states[to->state] = *router_kv(s, r, &step->segs[to->seg], to->pos - 1, s->shape.n_layer - 1);
+        r->written[to->state] = r->n_forgets;
     }
 }
 
@@ -524,6 +528,7 @@ static void router_end(sim *s, sim_proc *proc)
     cm_free(r->staging);
     cm_free(r->kv);
     cm_free(r->states);
+    cm_free(r->written);
     cm_free(p->hidden);
     cm_free(p->codes);
     cm_free(p->scales);
@@ -586,6 +591,7 @@ void sim_router_start(sim *s, sim_proc *proc)
                                                       .wait_ms = (uint32_t)shape->wait_ms});
     r->staging = cm_alloc_aligned(rt_xcore_staging_bytes(r->exchange));
     r->states = cm_alloc(sizeof(uint64_t) * shape->state_max);
+    r->written = cm_alloc(sizeof(uint64_t) * shape->state_max);
     r->kv = cm_alloc(sizeof(uint64_t) * shape->page_max * shape->page_tokens * shape->n_layer);
     pass_init(shape, &r->pass);
     r->resting = true;

@@ -49,8 +49,10 @@ typedef struct sim_router {
     rt_xcore *exchange;
     uint8_t *staging;
     uint64_t
-        *states;  /* [state_max] the last layer's value at the position before; what else a slot would be */
-    uint64_t *kv; /* [page_max][page_tokens][n_layer] */
+        *states; /* [state_max] the last layer's value at the position before; what else a slot would be */
+    uint64_t *written;  /* [state_max] n_forgets when the state was written */
+    uint64_t n_forgets; /* times that what ended sequences left was to be forgotten */
+    uint64_t *kv;       /* [page_max][page_tokens][n_layer] */
     sim_pass pass;
     bool resting; /* workers were told that nothing comes */
     sim_gw_link gateways[SIM_ROUTER_GATEWAYS];

@@ -99,6 +99,7 @@ typedef struct sim_counts {
     uint64_t wishes, wishes_done;         /* of operators */
     uint64_t told_busy, told_unavailable; /* clients, by name */
     uint64_t healing_ms;                  /* from the healing to the last request's end */
+    uint64_t forgets;                     /* at routers */
     uint64_t gone_on, hit_tokens; /* sequences from where others had been; tokens not computed for it */
     uint64_t frames_refused, preempted, done, cancelled, expired, virtual_ms;
 } sim_counts;
@@ -285,6 +286,7 @@ bool sim_worker_is(const sim_proc *proc, uint64_t cluster, uint32_t id); /* that
 void sim_router_start(sim *s, sim_proc *proc);
 void sim_router_leave(sim *s, sim_proc *proc);
 void sim_gateway_start(sim *s, sim_proc *proc);
+void sim_gateway_forget(sim *s, sim_proc *proc); /* tells its routers to forget what ended sequences left */
 /* What they still hold, in words, "" when nothing. */
 void sim_worker_ledger(const sim_proc *proc, char *text, size_t cap);
 void sim_router_ledger(const sim_proc *proc, char *text, size_t cap);

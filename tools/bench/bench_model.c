@@ -224,6 +224,20 @@ static void print_case(const model_run *m, const model_case *c, json_t *results)
     json_array_append_new(results, row);
 }
 
+/* Peers that are not there. */
+static void print_skipped(const model_run *m, json_t *report)
+{
+    json_t *list = json_array();
+    for (uint32_t i = 0; m->peers != NULL && i < bench_peers_count(m->peers); i++) {
+        const char *reason = bench_peers_skipped(m->peers, i), *name = bench_peers_name(m->peers, i);
+        if (reason[0] != '\0') {
+            printf("%s skipped: %s\n", name, reason);
+            json_array_append_new(list, json_pack("{s:s, s:s}", "peer", name, "reason", reason));
+        }
+    }
+    json_object_set_new(report, "peers_skipped", list);
+}
+
 /* ---- all ---- */
 
 static cm_status list_cases(model_run *m, cm_error *err)
@@ -341,6 +355,20 @@ static void add_point(svg_series *series, double x, const bench_samples *samples
     series->points[series->n++] = (svg_point){.x = x, .y = y.median, .low = y.min, .high = y.max};
 }
 
+/* Nothing of one that was skipped. */
+static void draw_peer(const model_run *m, uint32_t i_peer, svg_chart *chart)
+{
+    svg_series *series = &chart->series[chart->n];
+    for (uint32_t i = 0; i < m->n_case && chart->n < SVG_SERIES_MAX; i++) {
+        const bench_samples *theirs = bench_peers_case(m->peers, i_peer, m->cases[i].name);
+        if (theirs != NULL && m->cases[i].batch != 0) {
+            snprintf(series->name, sizeof(series->name), "%.25s", bench_peers_name(m->peers, i_peer));
+            add_point(series, m->cases[i].batch, theirs);
+        }
+    }
+    chart->n += chart->n < SVG_SERIES_MAX && series->n > 0;
+}
+
 /* The decode cases by their batch. */
 static cm_status draw_batches(const model_run *m, cm_error *err)
 {
@@ -353,24 +381,16 @@ static cm_status draw_batches(const model_run *m, cm_error *err)
                        .series[1] = {.name = "reading weights alone", .dashed = true},
                        .n = 3};
     svg_series *cpu = &chart.series[by_cpu ? 0 : 2], *wall = &chart.series[by_cpu ? 2 : 0];
-    uint32_t n_peer = m->peers != NULL ? bench_peers_count(m->peers) : 0;
     snprintf(cpu->name, sizeof(cpu->name), "by processor time");
     snprintf(wall->name, sizeof(wall->name), "on the wall");
-    for (uint32_t p = 0; p < n_peer && chart.n < SVG_SERIES_MAX; p++) {
-        snprintf(chart.series[chart.n++].name, sizeof(chart.series[0].name), "%.25s",
-                 bench_peers_name(m->peers, p));
-    }
     for (uint32_t i = 0; i < m->n_case && m->cases[i].batch != 0; i++) {
         const model_case *c = &m->cases[i];
         add_point(cpu, c->batch, &c->cpu);
         add_point(wall, c->batch, &c->wall);
         add_point(&chart.series[1], c->batch, &c->limit);
-        for (uint32_t p = 3; p < chart.n; p++) {
-            const bench_samples *theirs = bench_peers_case(m->peers, p - 3, c->name);
-            if (theirs != NULL) {
-                add_point(&chart.series[p], c->batch, theirs);
-            }
-        }
+    }
+    for (uint32_t p = 0; m->peers != NULL && p < bench_peers_count(m->peers); p++) {
+        draw_peer(m, p, &chart);
     }
     return svg_write(&chart, m->config->svg, err);
 }
@@ -388,6 +408,7 @@ static int model_run_bench(const bench *b, const bench_config *config)
         for (uint32_t i = 0; i < m.n_case; i++) {
             print_case(&m, &m.cases[i], json_object_get(report, "results"));
         }
+        print_skipped(&m, report);
         bench_end(report);
         status = config->svg[0] != '\0' ? draw_batches(&m, &err) : CM_OK;
     }

@@ -18,6 +18,7 @@ typedef struct peer {
     char name[PEER_WORD];
     peer_case cases[PEER_CASES_MAX];
     uint32_t n_case;
+    char skipped[256];
 } peer;
 
 struct bench_peers {
@@ -72,8 +73,15 @@ static peer_case *case_named(peer *p, const char *name)
 /* Whether the line said something. */
 static bool take_line(bench_peers *p, const char *line)
 {
-    char name[PEER_WORD], what[PEER_WORD];
+    char name[PEER_WORD], what[PEER_WORD], reason[sizeof(p->peers[0].skipped)];
     double value;
+    if (sscanf(line, "peer=%63s skipped=%255[^\n]", name, reason) == 2) {
+        peer *of = peer_named(p, name);
+        if (of != NULL) {
+            snprintf(of->skipped, sizeof(of->skipped), "%s", reason);
+        }
+        return of != NULL;
+    }
     if (sscanf(line, "peer=%63s case=%63s value=%lf", name, what, &value) != 3 || value <= 0) {
         return false;
     }
@@ -115,6 +123,11 @@ uint32_t bench_peers_count(const bench_peers *p)
 const char *bench_peers_name(const bench_peers *p, uint32_t i)
 {
     return p->peers[i].name;
+}
+
+const char *bench_peers_skipped(const bench_peers *p, uint32_t i)
+{
+    return p->peers[i].skipped;
 }
 
 const bench_samples *bench_peers_case(const bench_peers *p, uint32_t i, const char *name)

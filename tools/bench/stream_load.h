@@ -1,5 +1,6 @@
 /* Many streamed HTTP requests at once, as clients make them: what `baleen bench serve.stream` and serve.model
- * load a gateway with. Answers are counted and thrown away. Thread: the loop's. */
+ * load a gateway with: one of this machine, started for the run at an IPv4 address. Answers are counted and
+ * thrown away. Thread: the loop's. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
