@@ -206,6 +206,12 @@ void KN_FN(kn_cpu_kv_pack)(const uint16_t *x, uint32_t dim, uint32_t rope, uint8
 void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, double *x_out);
 void KN_FN(kn_cpu_index_pack)(const uint16_t *x, uint32_t dim, uint8_t *row_out);
 
+/* ---- hyper-connections (mixes.c) ----
+ * kn_hc_coefficients of KN_VD_WIDTH rows: mixes, pre [rows]; post [rows][hc]; comb [rows][hc][hc]. */
+typedef double kn_hc_mixes[(2 + KN_HC_MAX) * KN_HC_MAX];
+void KN_FN(kn_cpu_hc_coefficients)(const kn_hc *p, const kn_hc_mixes *mixes, float (*pre_out)[KN_HC_MAX],
+                                   float *post_out, float *comb_out);
+
 /* Operations that have files of their own: attend.c, compress.c, index.c. */
 void KN_FN(kn_cpu_attention)(kn_stream *s, const kn_batch *b, const kn_attn *a, kn_ptr q, kn_ptr chunk_rows,
                              kn_ptr picks, kn_ptr o_out);
