@@ -238,7 +238,7 @@ static void do_q8_many(rig *r, uint32_t cut, cm_bytes *out)
  * What is left of them is the order of summation itself. */
 static void do_cancelling(rig *r, uint32_t cut, cm_bytes *out)
 {
-    enum { N = 10, K = 1024, O = 9 };
+    enum { N = 70, K = 2304, O = 9 }; /* more rows than a tile and inputs than a step of any path */
     const kn_dense_ops *ops = kn_dense(r->device);
     kn_matrix wide = random_matrix(r, 110, O, K, KN_BF16, KN_NONE),
               fp8 = random_matrix(r, 112, O, K, KN_E4M3, KN_F32);
@@ -340,10 +340,12 @@ static void do_grouped_edges(rig *r, uint32_t cut, cm_bytes *out)
     }
 }
 
-/* Every number of rows and many of outputs, rows of weights that end anywhere, for both kinds of outputs. */
+/* Numbers of rows up to more than a path takes at once and many of outputs, rows of weights that end
+ * anywhere, for both kinds of outputs. */
 static void do_lanes(rig *r, uint32_t cut, cm_bytes *out)
 {
-    for (uint32_t n = 1; n <= 17; n++) {
+    enum { EVERY = 17, MOST = 70 };
+    for (uint32_t n = 1; n <= MOST; n += n < EVERY ? 1 : MOST - EVERY) {
         uint32_t k = n % 3 == 0 ? 16 * random_between(940 + n, 1, 80) : random_between(940 + n, 1, 1300), b;
         uint32_t o = random_between(960 + n, 1, 150), item = n % 2 == 0 ? 4 : 2;
         kn_matrix w = random_matrix(r, 980 + n, o, k, KN_BF16, KN_NONE);
