@@ -26,3 +26,16 @@ void rt_pace_core_init(rt_pace_core *core, uint64_t goal_ns, uint32_t row_max);
 /* A step with prompt rows is done; n_row counts all its rows. full: there were prompt rows that it had to
  * leave. took_ns 0: not known. */
 void rt_pace_core_observe(rt_pace_core *core, uint32_t n_row, bool full, uint64_t took_ns);
+
+/* Rows of one step for its prompts. */
+typedef struct rt_pace_share {
+    uint32_t each; /* of one prompt */
+    uint32_t left; /* of all, that are left */
+    uint32_t most; /* and those that decode rows leave in any case */
+    bool full;     /* there were prompt rows that the step had to leave */
+} rt_pace_share;
+
+/* For a step with n_decode rows besides, and as many prompts that want rows. Without a goal: no bound. */
+rt_pace_share rt_pace_share_begin(const rt_pace_core *core, uint32_t n_decode, uint32_t n_prompt);
+/* Rows of a prompt that wants so many. */
+uint32_t rt_pace_share_take(rt_pace_share *share, uint32_t n_want);

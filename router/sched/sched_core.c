@@ -41,9 +41,6 @@ typedef TAILQ_HEAD(rt_seq_list, rt_seq) rt_seq_list;
 
 /* Every running sequence is older than every waiting one: admission takes the head of waiting, preemption the
  * tail of running. Both lists are therefore ordered by age without ever being sorted. */
-/* Of the rows a prompt is given: what part of them it may have besides, rather than have it for a step. */
-enum { PROMPT_REST = 4 };
-
 struct rt_sched {
     rt_sched_limits limits;
     bool draining;
@@ -62,10 +59,7 @@ struct rt_sched {
     uint64_t step_number;
     bool in_flight;
     uint32_t n_seg, n_row;
-    uint32_t prompt_share;        /* rows of the step being made: of one prompt, */
-    uint32_t prompt_left;         /* of all prompts, that are left */
-    uint32_t prompt_most;         /* and those that decode rows leave in any case */
-    bool full;                    /* there were prompt rows that it had to leave */
+    rt_pace_share prompts;        /* rows of the step being made */
     uint32_t draft_want;          /* guesses asked for in the step in flight */
     rt_step_seg *segs;            /* [slot_max] */
     rt_seq **seg_seqs;            /* [slot_max] whose seg it is */
@@ -500,38 +494,15 @@ static uint32_t min_u32(uint32_t a, uint32_t b)
     return a < b ? a : b;
 }
 
-/* What the pace leaves to prompts in the step about to be made. Without one, or with few rows, no less than
- * what decode rows leave. */
 static void sched_share_rows(rt_sched *sched)
 {
-    uint32_t n_decode = 0, rows = sched->pace.rows;
-    uint32_t n_prompt = min_u32(sched->n_waiting, sched->slots.n_free);
+    uint32_t n_decode = 0, n_prompt = min_u32(sched->n_waiting, sched->slots.n_free);
     rt_seq *seq;
     TAILQ_FOREACH (seq, &sched->running, link) {
         n_decode += seq_decodes(seq);
         n_prompt += !seq_decodes(seq);
     }
-    sched->prompt_most = sched->limits.row_max - min_u32(n_decode, sched->limits.row_max);
-    sched->prompt_left = rows > n_decode + RT_PACE_ROWS_MIN ? rows - n_decode : RT_PACE_ROWS_MIN;
-    sched->prompt_share = sched->prompt_left;
-    if (sched->limits.step_ns == 0) {
-        sched->prompt_most = sched->prompt_left = sched->prompt_share = UINT32_MAX;
-    } else if (n_prompt > 1) {
-        sched->prompt_share = (sched->prompt_left + 1) / 2;
-    }
-    sched->full = false;
-}
-
-/* Rows of a prompt that wants so many. */
-static uint32_t sched_prompt_rows(rt_sched *sched, uint32_t n_want)
-{
-    uint32_t n = min_u32(sched->prompt_share, sched->prompt_left);
-    bool few_more = n > 0 && n_want > n && n_want - n <= n / PROMPT_REST;
-    n = min_u32(few_more || n_want < n ? n_want : n, sched->prompt_most);
-    sched->full = sched->full || n < n_want;
-    sched->prompt_left -= min_u32(n, sched->prompt_left);
-    sched->prompt_most -= n;
-    return n;
+    sched->prompts = rt_pace_share_begin(&sched->pace, n_decode, n_prompt);
 }
 
 /* Gives seq the rows it needs, as far as the step has rows left and pages cover them. */
@@ -540,7 +511,7 @@ static void seq_take_rows(rt_sched *sched, rt_seq *seq)
     uint32_t n_row = min_u32(min_u32(seq->n_log - seq->n_done, sched->limits.chunk_max),
                              sched->limits.row_max - sched->n_row);
     if (!seq_decodes(seq) && sched->limits.step_ns != 0) {
-        n_row = sched_prompt_rows(sched, n_row);
+        n_row = rt_pace_share_take(&sched->prompts, n_row);
     }
     if (n_row > 0) {
         seq_take_pages(sched, seq, seq->n_done + n_row);
@@ -607,7 +578,7 @@ static void sched_admit(rt_sched *sched)
      * nothing. */
     uint64_t n_promised = sched_promised(sched);
     rt_seq *seq;
-    while (sched->n_row < sched->limits.row_max && sched->prompt_left > 0 && sched->prompt_most > 0 &&
+    while (sched->n_row < sched->limits.row_max && sched->prompts.left > 0 && sched->prompts.most > 0 &&
            (seq = TAILQ_FIRST(&sched->waiting)) != NULL) {
         uint32_t goal = seq_page_goal(sched, seq);
         rt_prefix_hit hit;
@@ -872,7 +843,7 @@ static void sched_judge(rt_sched *sched, uint64_t took_ns, const rt_step_result 
     }
     rt_draft_core_observe(&sched->draft, &step);
     if (step.prefill) {
-        rt_pace_core_observe(&sched->pace, sched->n_row, sched->full, took_ns);
+        rt_pace_core_observe(&sched->pace, sched->n_row, sched->prompts.full, took_ns);
     }
 }
 
