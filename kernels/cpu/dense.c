@@ -226,13 +226,20 @@ static void op_argmax(kn_stream *s, kn_ptr logits, uint32_t n, uint32_t vocab, k
 /* Work on a row that has no sums over it is cut in pieces, so that a team shares even one row. */
 enum { HC_PIECE = 1024 };
 
+/* Rows that share one reading of the mixing weights, when there are many, and of what tiles they consist. */
+#if defined(__AVX512F__)
+enum { HC_ROWS = 32, HC_TILE = CPU_LANE_ROWS };
+#else
+enum { HC_ROWS = CPU_TILE, HC_TILE = CPU_TILE };
+#endif
+
 typedef struct hc_job {
     const kn_hc *p;
     const double *wide; /* [rows][stride], the values of the streams */
     uint64_t stride;
-    double mix[CPU_TILE][(2 + KN_HC_MAX) * KN_HC_MAX];
-    float pre[CPU_TILE][KN_HC_MAX];
-    uint32_t n_mix;
+    kn_hc_mixes mix[HC_ROWS];
+    float pre[HC_ROWS][KN_HC_MAX];
+    uint32_t n_row, n_mix;
     uint16_t *x_out;
     float *post, *comb; /* both NULL: the head's variant */
 } hc_job;
@@ -275,52 +282,96 @@ static void collapse_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_th
     }
 }
 
+/* Multiplies the mixes of row r by 1 / rms. */
+static void scale_mixes(hc_job *j, uint32_t r)
+{
+    uint32_t width = j->p->hc * j->p->d;
+    const double *wide = j->wide + r * j->stride;
+    double lane[KN_LANES] = {0}, s;
+    kn_lanes_add(lane, wide, wide, cpu_round_up(width, CPU_CHUNK));
+    s = 1.0 / sqrt(kn_fold_lanes(lane) / width + j->p->norm_eps);
+    for (uint32_t k = 0; k < j->n_mix; k++) {
+        j->mix[r][k] *= s;
+    }
+}
+
+static void row_coefficients(hc_job *j, uint32_t r)
+{
+    const float *base = kn_host(j->p->base), *scale = kn_host(j->p->scale);
+    uint32_t hc = j->p->hc;
+    if (j->post == NULL) {
+        kn_hc_head_coefficients(j->mix[r], base, scale, hc, j->p->hc_eps, j->pre[r]);
+    } else {
+        kn_hc_coefficients(j->mix[r], base, scale, hc, j->p->sinkhorn_iters, j->p->hc_eps, j->pre[r],
+                           j->post + (uint64_t)r * hc, j->comb + (uint64_t)r * hc * hc);
+    }
+}
+
+/* KN_VD_WIDTH rows are an item, the last perhaps of fewer. */
 static void coefficients_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
     hc_job *j = arg;
-    uint32_t hc = j->p->hc, width = hc * j->p->d;
+    uint32_t hc = j->p->hc;
     (void)i_thread;
-    for (uint32_t r = begin; r < end; r++) {
-        const double *wide = j->wide + r * j->stride;
-        double lane[KN_LANES] = {0}, s;
-        kn_lanes_add(lane, wide, wide, (uint32_t)j->stride);
-        s = 1.0 / sqrt(kn_fold_lanes(lane) / width + j->p->norm_eps);
-        for (uint32_t k = 0; k < j->n_mix; k++) {
-            j->mix[r][k] *= s;
+    for (uint32_t item = begin; item < end; item++) {
+        uint32_t r0 = item * KN_VD_WIDTH, n = j->n_row - r0 < KN_VD_WIDTH ? j->n_row - r0 : KN_VD_WIDTH;
+        for (uint32_t r = r0; r < r0 + n; r++) {
+            scale_mixes(j, r);
         }
-        if (j->post == NULL) {
-            kn_hc_head_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->hc_eps,
-                                    j->pre[r]);
-        } else {
-            kn_hc_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->sinkhorn_iters,
-                               j->p->hc_eps, j->pre[r], j->post + (uint64_t)r * hc,
-                               j->comb + (uint64_t)r * hc * hc);
+        if (n == KN_VD_WIDTH && j->post != NULL) {
+            KN_FN(kn_cpu_hc_coefficients)
+            (j->p, j->mix + r0, j->pre + r0, j->post + (uint64_t)r0 * hc, j->comb + (uint64_t)r0 * hc * hc);
+            continue;
+        }
+        for (uint32_t r = r0; r < r0 + n; r++) {
+            row_coefficients(j, r);
         }
     }
+}
+
+/* The job's rows from x on, widened into scratch, and their products with the mixing weights. */
+static void mix_rows(cpu_stream *c, hc_job *job, const uint16_t *x, uint32_t rows)
+{
+    uint32_t width = job->p->hc * job->p->d, n_tile = kn_blocks(job->n_row, rows);
+    kn_matrix fn = {.data = job->p->fn, .n_out = job->n_mix, .n_in = width, .dtype = KN_F32};
+    cpu_tile tiles[HC_ROWS / HC_TILE];
+    for (uint32_t i = 0; i < n_tile; i++) {
+        uint32_t r0 = i * rows;
+        double *wide = (double *)c->x_tile + r0 * job->stride;
+        tiles[i] = (cpu_tile){
+            .x = wide, .stride = job->stride, .n = job->n_row - r0 < rows ? job->n_row - r0 : rows};
+        for (uint32_t r = 0; r < tiles[i].n; r++) {
+            KN_FN(kn_cpu_widen_bf16)(x + (uint64_t)(r0 + r) * width, width, wide + r * job->stride);
+            tiles[i].y64[r] = job->mix[r0 + r];
+        }
+    }
+#if defined(__AVX512F__)
+    KN_FN(kn_cpu_product_lanes512)(c->team, tiles, n_tile, &fn, 0, job->n_mix);
+#else
+    KN_FN(kn_cpu_product_lanes)(c->team, tiles, &fn, 0, job->n_mix);
+#endif
 }
 
 /* post and comb NULL: the head's variant. */
 static void hc_run(cpu_stream *c, const kn_hc *p, const uint16_t *x, uint32_t n, uint32_t n_mix,
                    uint16_t *x_out, float *post, float *comb)
 {
-    uint32_t width = p->hc * p->d, stride = cpu_round_up(width, CPU_CHUNK);
-    kn_matrix fn = {.data = p->fn, .n_out = n_mix, .n_in = width, .dtype = KN_F32};
+    uint32_t width = p->hc * p->d, rows = n > CPU_TILE ? HC_TILE : CPU_TILE;
     CM_ASSERT_MSG(p->hc <= KN_HC_MAX && width <= c->limits.n_in, "hc %u width %u limit %u", p->hc, width,
                   c->limits.n_in);
-    for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
-        cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
-        hc_job job = {.p = p, .wide = c->x_tile, .stride = stride, .n_mix = n_mix};
-        for (uint32_t r = 0; r < tile.n; r++) {
-            KN_FN(kn_cpu_widen_bf16)
-            (x + (uint64_t)(r0 + r) * width, width, (double *)c->x_tile + (uint64_t)r * stride);
-            tile.y64[r] = job.mix[r];
-        }
-        KN_FN(kn_cpu_product_lanes)(c->team, &tile, &fn, 0, n_mix);
-        job.x_out = x_out + (uint64_t)r0 * p->d;
-        job.post = post != NULL ? post + (uint64_t)r0 * p->hc : NULL;
-        job.comb = comb != NULL ? comb + (uint64_t)r0 * p->hc * p->hc : NULL;
-        kn_team_run(c->team, tile.n, 3ull * width, coefficients_part, &job);
-        kn_team_run(c->team, tile.n * kn_blocks(p->d, HC_PIECE), (uint64_t)HC_PIECE * p->hc, collapse_part,
+    for (uint32_t r0 = 0; r0 < n; r0 += HC_ROWS) {
+        hc_job job = {.p = p,
+                      .wide = c->x_tile,
+                      .stride = bf16_stride(width),
+                      .n_row = n - r0 < HC_ROWS ? n - r0 : HC_ROWS,
+                      .n_mix = n_mix,
+                      .x_out = x_out + (uint64_t)r0 * p->d,
+                      .post = post != NULL ? post + (uint64_t)r0 * p->hc : NULL,
+                      .comb = comb != NULL ? comb + (uint64_t)r0 * p->hc * p->hc : NULL};
+        mix_rows(c, &job, x + (uint64_t)r0 * width, rows);
+        kn_team_run(c->team, kn_blocks(job.n_row, KN_VD_WIDTH), 3ull * width * KN_VD_WIDTH, coefficients_part,
+                    &job);
+        kn_team_run(c->team, job.n_row * kn_blocks(p->d, HC_PIECE), (uint64_t)HC_PIECE * p->hc, collapse_part,
                     &job);
     }
 }

@@ -13,6 +13,29 @@ typedef struct gate_job {
     float *weights;
 } gate_job;
 
+/* kn_sqrt_softplus of each. */
+static kn_vd sqrt_softplus(kn_vd z)
+{
+    return kn_vd_sqrt(kn_vd_choose((kn_vq)(z > 20.0), z, kn_vd_log1p(kn_vd_exp(z))));
+}
+
+static void activate(float *a, uint32_t n)
+{
+    uint32_t e = 0;
+    for (; e + KN_WIDE <= n; e += KN_WIDE) {
+        kn_vf z;
+        memcpy(&z, a + e, sizeof(z));
+        kn_wide wide = kn_wide_from_f32(z);
+        wide.half[0] = sqrt_softplus(wide.half[0]);
+        wide.half[1] = sqrt_softplus(wide.half[1]);
+        z = kn_wide_to_f32(wide);
+        memcpy(a + e, &z, sizeof(z));
+    }
+    for (; e < n; e++) {
+        a[e] = kn_sqrt_softplus(a[e]);
+    }
+}
+
 /* Logits are in s->gate; they become activations in place. */
 static void gate_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
@@ -25,8 +48,8 @@ static void gate_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread
         float *a = j->s->gate + r * g->n_expert;
         int32_t *experts = j->experts + r * g->topk;
         double lane[KN_LANES] = {0}, total;
+        activate(a, g->n_expert);
         for (uint32_t e = 0; e < g->n_expert; e++) {
-            a[e] = kn_sqrt_softplus(a[e]);
             biased[e] = bias != NULL ? a[e] + bias[e] : a[e];
         }
         if (table == NULL) {

@@ -202,3 +202,49 @@ static inline kn_vd kn_vd_exp(kn_vd x)
     }
     return kn_vd_scale(1.0 + (r + r * r * q), k, t);
 }
+
+static inline kn_vd kn_vd_choose(kn_vq mask, kn_vd yes, kn_vd no)
+{
+    return (kn_vd)(((kn_vq)yes & mask) | ((kn_vq)no & ~mask));
+}
+
+static inline kn_vd kn_vd_sqrt(kn_vd x)
+{
+#if defined(__AVX512F__)
+    return _mm512_sqrt_pd(x);
+#elif defined(__AVX2__)
+    return _mm256_sqrt_pd(x);
+#else
+    for (int l = 0; l < KN_VD_WIDTH; l++) {
+        x[l] = __builtin_sqrt(x[l]);
+    }
+    return x;
+#endif
+}
+
+/* kn_log1p of each, for x >= 0 or NaN: its cases side by side, and those of its parts, which for k = 0 are
+ * one another's negatives. */
+static inline kn_vd kn_vd_log1p(kn_vd x)
+{
+    const double ln2_hi = 0x1.62e42feep-1, ln2_lo = 0x1.a39ef35793c76p-33;
+    const kn_vd shift = kn_vd_all(0x1p52);
+    kn_vq is_small = (kn_vq)(x < 0.41);
+    kn_vd u = 1.0 + x, m, k, f, c, s, z, half, series = {0}, value;
+    kn_vd lost = kn_vd_choose((kn_vq)(x >= 1.0), 1.0 - (u - x), x - (u - 1.0));
+    m = (kn_vd)(((kn_vq)u & 0xfffffffffffffu) | 0x3ff0000000000000u);
+    kn_vq is_upper = (kn_vq)(m >= 0x1.6a09e667f3bcdp+0);
+    m = kn_vd_choose(is_upper, m * 0.5, m);
+    /* the exponent as the last bits of a double of that size; true is -1 */
+    k = (kn_vd)((((kn_vq)u >> 52) - is_upper) | (kn_vq)shift) - (shift + 1023.0);
+    k = kn_vd_choose(is_small, kn_vd_all(0), k);
+    f = kn_vd_choose(is_small, x, m - 1.0);
+    c = kn_vd_choose(is_small, kn_vd_all(0), lost / u);
+    s = f / (2.0 + f);
+    z = s * s;
+    half = 0.5 * f * f;
+    for (int n = 27; n >= 3; n -= 2) {
+        series = z * (series + 2.0 / n);
+    }
+    value = k * ln2_hi - ((half - (s * (half + series) + (k * ln2_lo + c))) - f);
+    return kn_vd_choose((kn_vq)(u < 0x1p1023), value, u);
+}
