@@ -12,7 +12,7 @@ enum {
     CPU_X_BYTES = 544,        /* scratch a tile has for each input: CPU_ROWS doubles and some */
     CPU_OUTS = 4,             /* outputs that share one reading of the inputs */
     CPU_CHUNK = KN_ACT_BLOCK, /* inputs decoded at a time */
-    CPU_HEADS = 128,           /* most heads that share one decoding of the keys */
+    CPU_HEADS = 128,          /* most heads that share one decoding of the keys */
     CPU_HEADS_TILE = 4,       /* of which so many at a time meet a few keys */
     CPU_KEYS = 48,            /* keys decoded at a time */
     CPU_DIM_PAD = 32,         /* dims of the attention's scratch are a multiple of it */
