@@ -294,8 +294,8 @@ typedef struct kn_attn_ops {
     void (*compress_commit)(kn_stream *s, const kn_batch *b, const kn_compress *c, kn_ptr kv, kn_ptr score);
     /* For each row at position p: the min(topk, (p+1)/ratio) best of its visible indexer keys, ascending row
      * index, then -1. Score f32(sum_h relu(iq_h . ik_j) * w_h), w_h = f32(w * f32(dim^-0.5 * heads^-0.5)),
-     * ties to the lower row. iq stored rows [n_row][heads][..], w BF16 [n_row][heads], picks int32
-     * [n_row][topk] */
+     * ties to the lower row. iq stored rows [n_row][heads][..], w BF16 [n_row][heads], of no matter for rows
+     * that see no more keys than topk; picks int32 [n_row][topk] */
     void (*index_topk)(kn_stream *s, const kn_batch *b, const kn_kv_layout *layout, uint32_t heads,
                        uint32_t dim, uint32_t topk, kn_ptr iq, kn_ptr w, kn_ptr picks_out);
     /* o BF16 [n_row][n_head][dim] from q of the same shape (model 3.2, 3.3). Raw rows before the batch come

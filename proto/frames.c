@@ -17,11 +17,13 @@ static cm_status frame_head_check(const pr_frame_head *head, uint16_t dtype, cm_
 static cm_status dispatch_slots_check(const pr_slot *slots, uint32_t n_slot, uint32_t n_row,
                                       uint32_t n_expert, cm_error *err)
 {
-    uint32_t row_before = 0;
+    uint64_t place_before = 0;
     for (uint32_t i = 0; i < n_slot; i++) {
-        if (slots[i].row >= n_row || slots[i].row < row_before) {
-            return cm_error_set(err, CM_E_PROTOCOL, "row", "slot %u names row %u after %u, of %u rows", i,
-                                slots[i].row, row_before, n_row);
+        uint64_t place = (uint64_t)slots[i].expert << 32 | slots[i].row;
+        if (slots[i].row >= n_row || place < place_before) {
+            return cm_error_set(err, CM_E_PROTOCOL, "row",
+                                "slot %u names row %u of %u for expert %u, out of order or range", i,
+                                slots[i].row, n_row, slots[i].expert);
         }
         if (slots[i].expert >= n_expert) {
             return cm_error_set(err, CM_E_PROTOCOL, "expert", "slot %u names expert %u of %u", i,
@@ -30,7 +32,7 @@ static cm_status dispatch_slots_check(const pr_slot *slots, uint32_t n_slot, uin
         if (!isfinite(slots[i].weight)) {
             return cm_error_set(err, CM_E_PROTOCOL, "weight", "slot %u has a weight that is no number", i);
         }
-        row_before = slots[i].row;
+        place_before = place;
     }
     return CM_OK;
 }
@@ -51,6 +53,9 @@ cm_status pr_dispatch_check(const void *header, uint32_t header_bytes, const voi
     }
     if (frame->head.layer >= n_layer) {
         return cm_error_set(err, CM_E_PROTOCOL, "layer", "layer %u of %u", frame->head.layer, n_layer);
+    }
+    if (frame->flight >= PR_FLIGHTS_MAX) {
+        return cm_error_set(err, CM_E_PROTOCOL, "flight", "flight %u of %u", frame->flight, PR_FLIGHTS_MAX);
     }
     if (frame->n_row >
         frame->n_slot) { /* a row without a slot has no business here, and buffers count slots */

@@ -5,8 +5,8 @@
  *   dispatch payload:  pr_slot [n_slot] | codes E4M3 [n_row][d] | scales E8M0 [n_row][ceil(d/128)]   (each
  * 64-aligned) combine payload:   BF16 [n_slot][d], in the order of the dispatch's slots
  *
- * An answer is one combine frame or several with ascending slots, so that the one end can put away what came
- * while the other still copies.
+ * An answer is one combine frame or several with ascending slots. Slots are in the order in which experts are
+ * computed, so that the first can be on their way while the last are computed, and be put away meanwhile.
  *
  * Thread: any; values only. */
 #pragma once
@@ -14,7 +14,8 @@
 
 #include "common/base/status.h"
 
-enum { PR_FRAME_VERSION = 2, PR_DTYPE_E4M3 = 1, PR_DTYPE_BF16 = 2 };
+enum { PR_FRAME_VERSION = 3, PR_DTYPE_E4M3 = 1, PR_DTYPE_BF16 = 2 };
+enum { PR_FLIGHTS_MAX = 2 }; /* layers that a router has under way at once, one for each micro-batch */
 
 /* First in every frame header. */
 typedef struct pr_frame_head {
@@ -35,10 +36,12 @@ typedef struct pr_dispatch {
     uint32_t n_row;
     uint32_t n_slot;
     uint32_t row_blocks; /* scales of a row */
+    uint32_t flight;     /* below PR_FLIGHTS_MAX: its next frames are of the layers that follow */
+    uint32_t zero;
 } pr_dispatch;
-_Static_assert(sizeof(pr_dispatch) == 56, "wire layout");
+_Static_assert(sizeof(pr_dispatch) == 64, "wire layout");
 
-/* One chosen expert of one row; ordered by (row, slot). */
+/* One chosen expert of one row; ordered by (expert, row). */
 typedef struct pr_slot {
     uint32_t row;    /* row of this frame */
     uint32_t expert; /* of the frame's layer */
@@ -87,8 +90,8 @@ static inline uint64_t pr_dispatch_bytes(uint32_t n_slot, uint32_t n_row, uint32
     return pr_dispatch_scales_at(n_slot, n_row, d) + pr_align64((uint64_t)n_row * row_blocks);
 }
 
-/* Checks everything a receiver relies on: version, sizes against payload_bytes, d and expert range, slots'
- * rows in range and ordered, finite weights. err names the field. CM_E_PROTOCOL. */
+/* Checks everything a receiver relies on: version, sizes against payload_bytes, d and expert range, slots
+ * in range and ordered, finite weights. err names the field. CM_E_PROTOCOL. */
 CM_MUST_CHECK cm_status pr_dispatch_check(const void *header, uint32_t header_bytes, const void *payload,
                                           uint64_t payload_bytes, uint32_t d, uint32_t n_layer,
                                           uint32_t n_expert, cm_error *err);

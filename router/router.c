@@ -413,6 +413,7 @@ cm_status rt_router_create(pc_loop *loop, const rt_config *config, void (*finish
         goto err_model;
     }
     limits.chunk_max = (uint32_t)config->chunk_max;
+    limits.step_ns = config->step_ms * 1000000;
     limits.queue_max = (uint32_t)config->queue_max;
     r->sched = rt_sched_create(&limits);
     status = router_open_gateways(r, limits.context, limits.vocab, err);

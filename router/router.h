@@ -7,9 +7,9 @@
 
 typedef struct rt_config {
     char *coordinator, *address, *model, *scripted_model, *device, *cpu_isa, *numa_node, *net;
-    uint64_t threads, rows_max, chunk_max, sequences_max, queue_max, drafts_max, micro_batches, kv_bytes,
-        prefix_bytes, answer_ms, wait_ms, silence_ms, frame_bytes, gateways_max, gateway_grace_ms, kept_max,
-        kept_bytes, drain_ms;
+    uint64_t threads, rows_max, chunk_max, step_ms, sequences_max, queue_max, drafts_max, micro_batches,
+        kv_bytes, prefix_bytes, answer_ms, wait_ms, silence_ms, frame_bytes, gateways_max, gateway_grace_ms,
+        kept_max, kept_bytes, drain_ms;
     pc_process_config process;
 } rt_config;
 extern const cm_cfg_table rt_config_table;

@@ -24,9 +24,16 @@ static const cm_cfg_field g_fields[] = {
      "the process may use",
      CM_CFG_STRING(rt_config, numa_node)},
     {"net", "ucx", "data plane", CM_CFG_CHOICE(rt_config, net, "ucx|shm|mpi|local")},
-    {"rows_max", "256", "token rows of one step", CM_CFG_UINT(rt_config, rows_max, 1, 65536)},
-    {"chunk_max", "128", "prompt rows of one sequence in one step",
+    {"rows_max", "1024", "token rows of one step, at most; sets what buffers take",
+     CM_CFG_UINT(rt_config, rows_max, 1, 65536)},
+    {"chunk_max", "1024",
+     "prompt rows of one sequence in one step, at most; half of all prompt rows while other prompts wait",
      CM_CFG_UINT(rt_config, chunk_max, 1, 65536)},
+    {"step_ms", "500",
+     "about how long a step may take that computes prompts, while which running sequences wait for their "
+     "next "
+     "token; the number of rows follows from it, from 32 on; 0 = as many rows as there may be",
+     CM_CFG_MS(rt_config, step_ms, 0, 600000)},
     {"sequences_max", "64", "sequences generating at once", CM_CFG_UINT(rt_config, sequences_max, 1, 65536)},
     {"queue_max", "256", "sequences waiting; more are refused",
      CM_CFG_UINT(rt_config, queue_max, 1, 1u << 20)},

@@ -21,7 +21,6 @@
 
 enum {
     ENGINE_EVENTS = 64,
-    ENGINE_GROUP = 64,              /* frames computed together */
     ENGINE_RESULTS = 4,             /* times row_max: rows of answers that may be on their way at once */
     ENGINE_SLICE_BYTES = 512 << 10, /* of an answer, in one message: what a core's own cache holds */
     ENGINE_LINGER_MS = 500,         /* at the end: for answers to leave */
@@ -32,11 +31,12 @@ enum {
 
 /* A dispatch frame on its way through: received, gathered, computed, answered. */
 typedef struct engine_frame {
-    net_event event; /* the received message; its memory is released once computed. peer NULL: its link ended
-                        meanwhile */
-    uint32_t link;   /* number of the link it came by, as the gathering knows it */
-    uint32_t slot0;  /* first row of its answer in the group's results */
-    uint32_t n_said; /* rows of its answer that were sent, in n_out messages that have not left */
+    net_event event;  /* the received message; its memory is released once computed. peer NULL: its link ended
+                         meanwhile */
+    uint32_t link;    /* number of the link it came by, as the gathering knows it */
+    uint32_t slot0;   /* first row of its answer in the group's results */
+    uint32_t n_ready; /* rows of its answer that are computed */
+    uint32_t n_said;  /* and sent, in n_out messages that have not left */
     uint32_t n_out;
     bool over; /* nothing more is to be sent */
     struct engine_group *group;
@@ -69,10 +69,12 @@ struct wk_engine {
     cm_pool groups; /* engine_group */
     kn_ptr results; /* BF16 [ENGINE_RESULTS * row_max][d] */
     kn_q8 q8;       /* gathered rows: codes [row_max][d], scales */
+    kn_q8 rows_in;  /* of the group under way: q8, or where its only frame has them */
     kn_expert_item *items;
     kn_expert_group *expert_groups;
+    uint32_t *group_expert; /* of each group */
     uint32_t *counts;       /* [n_expert + 1] */
-    void *const *computing; /* engine_frame [n_computing]: of the group under way */
+    void **computing;       /* engine_frame [frame_max], n_computing: of the group under way */
     uint32_t n_computing;
 
     pthread_mutex_t lock; /* protects offered, offered_self, retire_before */
@@ -119,7 +121,9 @@ static cm_status engine_alloc(wk_engine *e, cm_error *err)
     }
     e->items = cm_alloc(sizeof(kn_expert_item) * n);
     e->expert_groups = cm_alloc(sizeof(kn_expert_group) * g->n_expert);
+    e->group_expert = cm_alloc(sizeof(uint32_t) * g->n_expert);
     e->counts = cm_alloc(sizeof(uint32_t) * (g->n_expert + 1));
+    e->computing = cm_alloc(sizeof(void *) * e->options.frame_max);
     e->debts = cm_alloc(sizeof(engine_debt) * e->options.rows.receives_max);
     cm_pool_init(&e->frames, "dispatch frames", sizeof(engine_frame), e->options.frame_max);
     cm_pool_init(&e->groups, "result groups", sizeof(engine_group), e->options.frame_max);
@@ -205,7 +209,9 @@ void wk_engine_destroy(wk_engine *e)
     kn_mem_free(e->device, e->q8.scales);
     cm_free(e->items);
     cm_free(e->expert_groups);
+    cm_free(e->group_expert);
     cm_free(e->counts);
+    cm_free(e->computing);
     cm_free(e->debts);
     wk_shard_destroy(e->shard);
     kn_stream_close(e->stream);
@@ -305,23 +311,24 @@ static void engine_on_sent(wk_engine *e, engine_frame *entry)
     }
 }
 
-/* The next rows of an answer. */
-static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry)
+static uint32_t engine_slice_rows(const wk_engine *e)
+{
+    uint32_t n = ENGINE_SLICE_BYTES / (2 * e->geometry->d);
+    return n > 0 ? n : 1;
+}
+
+/* The next n rows of an answer. */
+static cm_status engine_send_rows(const wk_engine *e, engine_frame *entry, uint32_t n, const void *rows)
 {
     const pr_dispatch *frame = entry->event.header;
-    uint32_t d = e->geometry->d, n_most = ENGINE_SLICE_BYTES / (2 * d),
-             n_left = frame->n_slot - entry->n_said;
-    n_most = n_most > 0 ? n_most : 1;
-    uint32_t n = n_left < n_most ? n_left : n_most;
+    uint32_t d = e->geometry->d;
     pr_combine header = {.head = frame->head, .d = d, .slot0 = entry->n_said, .n_slot = n};
     header.head.dtype = PR_DTYPE_BF16;
-    const uint8_t *results = kn_mem_host(e->device, e->results);
-    uint64_t row = (uint64_t)entry->group->row0 + entry->slot0 + entry->n_said;
     net_message message = {
         .type = PR_MSG_COMBINE,
         .header = &header,
         .header_bytes = sizeof(header),
-        .iov = {{results + 2 * row * d, 2ull * n * d}},
+        .iov = {{rows, 2ull * n * d}},
         .n_iov = 1,
         .deadline_ms = e->options.answer_ms,
         .cookie = entry,
@@ -334,12 +341,24 @@ static cm_status engine_send_slice(const wk_engine *e, engine_frame *entry)
     return status;
 }
 
+static const uint8_t *engine_results(const wk_engine *e, const engine_frame *entry)
+{
+    uint64_t row = (uint64_t)entry->group->row0 + entry->slot0 + entry->n_said;
+    return (const uint8_t *)kn_mem_host(e->device, e->results) + 2 * row * e->geometry->d;
+}
+
+/* What is computed of an answer and not sent, in slices of one size but for the last. */
 static cm_status engine_send_answer(const wk_engine *e, engine_frame *entry)
 {
     const pr_dispatch *frame = entry->event.header;
+    uint32_t n_slice = engine_slice_rows(e);
     cm_status status = CM_OK;
-    while (status == CM_OK && entry->n_said < frame->n_slot) {
-        status = engine_send_slice(e, entry);
+    while (status == CM_OK && entry->n_said < entry->n_ready) {
+        uint32_t n = entry->n_ready - entry->n_said;
+        if (n < n_slice && entry->n_ready < frame->n_slot) {
+            break; /* more will come */
+        }
+        status = engine_send_rows(e, entry, n < n_slice ? n : n_slice, engine_results(e, entry));
     }
     return status;
 }
@@ -449,13 +468,13 @@ static void engine_on_dispatch(wk_engine *e, const net_event *event)
     }
     engine_frame *entry;
     if (cm_pool_get(&e->frames, (void **)&entry) != CM_OK) {
-        engine_refuse(e, event, CM_E_CAPACITY, 0, "frames_max are waiting");
+        engine_refuse(e, event, CM_E_CAPACITY, 0, "as many frames as may wait are here");
         return;
     }
     entry->event = *event;
     entry->link = engine_link(event->peer);
-    status = wk_gather_arrived(e->gather, cm_now_ns() / 1000, entry->link, frame->head.layer, frame->n_slot,
-                               entry);
+    status = wk_gather_arrived(e->gather, cm_now_ns() / 1000, entry->link, frame->flight, frame->head.layer,
+                               frame->n_slot, entry);
     if (status != CM_OK) {
         cm_pool_put(&e->frames, entry);
         engine_refuse(e, event, status, 0, "too many frames or routers");
@@ -521,14 +540,74 @@ static uint32_t engine_poll(wk_engine *e)
     return engine_poll_awake(e, 0);
 }
 
+/* ---- in place ----
+ * A group of one frame, on a device whose memory is the host's: its rows are read where they came, and
+ * results are written where its router will read them, if its link has room. Items, slots and results then
+ * have one order. */
+
+static kn_ptr engine_view(const wk_engine *e, const void *host)
+{
+    kn_ptr ptr = {(uintptr_t)host};
+    return host != NULL && kn_mem_host(e->device, ptr) == host ? ptr : (kn_ptr){0};
+}
+
+static bool engine_rows_in_place(wk_engine *e, void *const *frames, uint32_t n_frame)
+{
+    const engine_frame *entry = frames[0];
+    const pr_dispatch *frame = entry->event.header;
+    const uint8_t *payload = entry->event.payload;
+    kn_q8 rows = {engine_view(e, payload + pr_dispatch_codes_at(frame->n_slot)),
+                  engine_view(e, payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, frame->d))};
+    bool in_place = n_frame == 1 && rows.codes.addr != 0 && rows.scales.addr != 0;
+    e->rows_in = in_place ? rows : e->q8;
+    return in_place;
+}
+
+/* Where the results of the next n items go; 0: nowhere, they are to be kept here. As many as make a message,
+ * or all that are left. */
+static kn_ptr engine_room(const wk_engine *e, uint32_t n)
+{
+    const engine_frame *entry = e->computing[0];
+    const pr_dispatch *frame = entry->event.header;
+    uint64_t n_bytes = 2ull * n * e->geometry->d;
+    if (e->n_computing > 1 || entry->event.peer == NULL || entry->n_said < entry->n_ready ||
+        n_bytes > e->options.rows.message_bytes_max ||
+        (n < engine_slice_rows(e) && entry->n_ready + n < frame->n_slot)) {
+        return (kn_ptr){0};
+    }
+    return engine_view(e, net_room(entry->event.peer, n_bytes));
+}
+
+static void engine_send_room(const wk_engine *e, uint32_t n, kn_ptr room)
+{
+    engine_frame *entry = e->computing[0];
+    entry->n_ready += n;
+    cm_status status = engine_send_rows(e, entry, n, kn_mem_host(e->device, room));
+    CM_ASSERT_MSG(status != CM_AGAIN, "a room was given and is no more");
+    entry->n_said = entry->n_ready; /* or the link is going, and its router asks somebody else */
+}
+
 /* ---- compute ---- */
+
+static void engine_copy_rows(wk_engine *e, const engine_frame *entry, uint32_t row0)
+{
+    const pr_dispatch *frame = entry->event.header;
+    const uint8_t *payload = entry->event.payload;
+    uint32_t d = frame->d, n_block = frame->row_blocks;
+    kn_copy_to_device(e->stream, kn_at(e->q8.codes, (uint64_t)row0 * d),
+                      payload + pr_dispatch_codes_at(frame->n_slot), (uint64_t)frame->n_row * d);
+    kn_copy_to_device(e->stream, kn_at(e->q8.scales, (uint64_t)row0 * n_block),
+                      payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, d),
+                      (uint64_t)frame->n_row * n_block);
+}
 
 /* Sorts the group's slots by expert (counting sort: order inside an expert is frame order) and copies rows
  * together. */
 static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame, uint32_t layer)
 {
     const md_geometry *g = e->geometry;
-    uint32_t n_block = kn_blocks(g->d, KN_ACT_BLOCK), n_group = 0, row0 = 0, slot0 = 0;
+    uint32_t n_group = 0, row0 = 0, slot0 = 0;
+    bool in_place = engine_rows_in_place(e, frames, n_frame);
     memset(e->counts, 0, sizeof(uint32_t) * (g->n_expert + 1));
     for (uint32_t f = 0; f < n_frame; f++) {
         const engine_frame *entry = frames[f];
@@ -540,6 +619,7 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
     }
     for (uint32_t x = 0; x < g->n_expert; x++) {
         if (e->counts[x + 1] > 0) {
+            e->group_expert[n_group] = x;
             e->expert_groups[n_group++] =
                 (kn_expert_group){wk_shard_weights(e->shard, layer, x), e->counts[x], e->counts[x + 1]};
         }
@@ -548,13 +628,10 @@ static uint32_t engine_pack(wk_engine *e, void *const *frames, uint32_t n_frame,
     for (uint32_t f = 0; f < n_frame; f++) {
         engine_frame *entry = frames[f];
         const pr_dispatch *frame = entry->event.header;
-        const uint8_t *payload = entry->event.payload;
         const pr_slot *slots = entry->event.payload;
-        kn_copy_to_device(e->stream, kn_at(e->q8.codes, (uint64_t)row0 * g->d),
-                          payload + pr_dispatch_codes_at(frame->n_slot), (uint64_t)frame->n_row * g->d);
-        kn_copy_to_device(e->stream, kn_at(e->q8.scales, (uint64_t)row0 * n_block),
-                          payload + pr_dispatch_scales_at(frame->n_slot, frame->n_row, g->d),
-                          (uint64_t)frame->n_row * n_block);
+        if (!in_place) {
+            engine_copy_rows(e, entry, row0);
+        }
         for (uint32_t i = 0; i < frame->n_slot; i++) {
             e->items[e->counts[slots[i].expert]++] =
                 (kn_expert_item){row0 + slots[i].row, slot0 + i, slots[i].weight};
@@ -577,6 +654,35 @@ static void engine_breathe(wk_engine *e)
     cm_mem_guard_resume(guard);
 }
 
+/* Slots of experts below this one are computed: what makes a slice of an answer leaves, if its link has room.
+ * The others learn of the rest later. */
+static void engine_send_ready(const wk_engine *e, uint32_t expert)
+{
+    for (uint32_t f = 0; f < e->n_computing; f++) {
+        engine_frame *entry = e->computing[f];
+        const pr_dispatch *frame = entry->event.header;
+        const pr_slot *slots = entry->event.payload;
+        while (entry->n_ready < frame->n_slot && slots[entry->n_ready].expert < expert) {
+            entry->n_ready++;
+        }
+        if (entry->event.peer != NULL) {
+            cm_status status = engine_send_answer(e, entry);
+            (void)status; /* what did not leave is owed once all is computed */
+        }
+    }
+}
+
+static void engine_compute_slice(wk_engine *e, const kn_expert_group *groups, uint32_t n_group,
+                                 uint32_t layer, kn_ptr results)
+{
+    kn_moe(e->device)->experts(e->stream, groups, n_group, e->items, e->rows_in, e->geometry->swiglu_limit,
+                               results);
+    cm_status status = kn_stream_sync(e->stream);
+    CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
+                  layer);
+    cm_stat_add(CM_STAT_worker_expert_bytes, (int64_t)(n_group * md_expert_bytes(e->geometry)));
+}
+
 /* In slices of whole groups, or of the rows of a large one. */
 static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer, kn_ptr results)
 {
@@ -589,41 +695,53 @@ static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer
             n_row += groups[n++].n_item;
         }
         kn_expert_group cut = {groups[0].expert, groups[0].item0, slice};
-        kn_moe(e->device)->experts(e->stream, n > 0 ? groups : &cut, n > 0 ? n : 1, e->items, e->q8,
-                                   e->geometry->swiglu_limit, results);
-        cm_status status = kn_stream_sync(e->stream);
-        CM_ASSERT_MSG(status == CM_OK, "device %s failed while computing layer %u", kn_device_name(e->device),
-                      layer);
-        cm_stat_add(CM_STAT_worker_expert_bytes, (int64_t)((n > 0 ? n : 1) * md_expert_bytes(e->geometry)));
+        n_row = n > 0 ? n_row : slice;
+        kn_ptr room = engine_room(e, n_row);
+        kn_ptr first = room.addr != 0 ? kn_at(room, -2ull * groups[0].item0 * e->geometry->d) : results;
+        engine_compute_slice(e, n > 0 ? groups : &cut, n > 0 ? n : 1, layer, first);
         if (n == 0) {
             groups[0].item0 += slice;
             groups[0].n_item -= slice;
         }
         groups += n;
         n_group -= n;
+        if (room.addr != 0) {
+            engine_send_room(e, n_row, room);
+        } else if (n_group > 0) {
+            engine_send_ready(e, e->group_expert[groups - e->expert_groups]);
+        }
         if (n_group > 0) {
             engine_breathe(e);
         }
     }
 }
 
-static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, engine_group *group)
+/* From here on its answers may be on their way. */
+static void engine_begin_group(wk_engine *e, uint32_t n_frame, engine_group *group)
 {
-    const engine_frame *first = frames[0];
-    uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer, n_slot = 0;
-    e->computing = frames;
     e->n_computing = n_frame;
+    group->n_open = 1 + n_frame; /* ours, until all answers are on their way */
+    group->n_row = 0;
+    for (uint32_t f = 0; f < n_frame; f++) {
+        engine_frame *entry = e->computing[f];
+        entry->group = group;
+        group->n_row += ((const pr_dispatch *)entry->event.header)->n_slot;
+    }
+}
+
+static void engine_compute(wk_engine *e, uint32_t n_frame, engine_group *group)
+{
+    void *const *frames = e->computing;
+    const engine_frame *first = frames[0];
+    uint32_t layer = ((const pr_dispatch *)first->event.header)->head.layer;
+    engine_begin_group(e, n_frame, group);
+    cm_stat_add(CM_STAT_worker_rows, group->n_row);
     engine_compute_groups(e, engine_pack(e, frames, n_frame, layer), layer,
                           kn_at(e->results, 2ull * group->row0 * e->geometry->d));
     e->n_computing = 0;
-    group->n_open = 1; /* ours, until all answers are on their way */
-    group->n_row = 0;
     for (uint32_t f = 0; f < n_frame; f++) {
         engine_frame *entry = frames[f];
-        entry->group = group;
-        group->n_open++;
-        group->n_row += ((const pr_dispatch *)entry->event.header)->n_slot;
-        n_slot += ((const pr_dispatch *)entry->event.header)->n_slot;
+        entry->n_ready = ((const pr_dispatch *)entry->event.header)->n_slot;
         engine_debt debt = {.event = entry->event, .answer = entry};
         if (debt.event.peer != NULL) {
             engine_reply(e, &debt);
@@ -634,7 +752,6 @@ static void engine_compute(wk_engine *e, void *const *frames, uint32_t n_frame, 
     if (--group->n_open == 0) {
         cm_pool_put(&e->groups, group);
     }
-    cm_stat_add(CM_STAT_worker_rows, n_slot);
     cm_stat_add(CM_STAT_worker_batches, 1);
 }
 
@@ -659,7 +776,6 @@ static bool engine_place(const wk_engine *e, engine_group *group)
 /* Computes what is due; says how long nothing will be. */
 static uint64_t engine_work(wk_engine *e)
 {
-    void *frames[ENGINE_GROUP];
     engine_group *group;
     uint64_t wait_us = UINT64_MAX;
     if (wk_gather_waiting(e->gather) == 0) {
@@ -674,7 +790,7 @@ static uint64_t engine_work(wk_engine *e)
     }
     uint32_t n = 0;
     if (!cm_failpoint_fires(CM_FAILPOINT_worker_combine_late)) {
-        n = wk_gather_next(e->gather, cm_now_ns() / 1000, frames, ENGINE_GROUP, &wait_us);
+        n = wk_gather_next(e->gather, cm_now_ns() / 1000, e->computing, e->options.frame_max, &wait_us);
     } else {
         wait_us = 1000;
     }
@@ -683,7 +799,7 @@ static uint64_t engine_work(wk_engine *e)
         return wait_us;
     }
     cm_mem_guard_begin("expert compute");
-    engine_compute(e, frames, n, group);
+    engine_compute(e, n, group);
     cm_mem_guard_end();
     wk_gather_computed(e->gather, cm_now_ns() / 1000);
     return 0;

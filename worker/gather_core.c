@@ -11,22 +11,27 @@ enum {
     GATHER_ODD = 4,    /* times what was to be expected: what took longer says no more than that */
 };
 
-typedef struct gather_router {
-    uint32_t id; /* 0: free */
-    bool active;
-    uint64_t last_us;
-    uint32_t n_waiting;
+/* One of the layers that a router has under way at once. */
+typedef struct gather_flight {
     uint32_t layer;       /* of its newest frame */
     bool computing;       /* the group given out has a frame of it */
     uint64_t answered_us; /* it has been answered and has not come back; 0: else */
     uint64_t return_us;   /* from an answer to its next frame, as learned; 0: not yet */
     uint32_t n_blind;     /* times in a row that it was back at some time unknown */
     bool guessed;         /* return_us is */
+} gather_flight;
+
+typedef struct gather_router {
+    uint32_t id; /* 0: free */
+    bool active;
+    uint64_t last_us;
+    uint32_t n_waiting;
+    gather_flight flights[PR_FLIGHTS_MAX];
 } gather_router;
 
 typedef struct gather_frame {
     uint32_t router; /* index */
-    uint32_t layer, n_row;
+    uint32_t flight, layer, n_row;
     uint64_t arrived_us;
     void *frame;
 } gather_frame;
@@ -92,7 +97,7 @@ static uint64_t gather_learn(const wk_gather *g, uint64_t known_us, uint64_t see
  * seen would make each router as slow as the groups of the others, and keep them apart for good. After many
  * such, and at first, the middle is guessed: that costs one wait at most, and then
  * it is known again. */
-static void gather_learn_return(const wk_gather *g, gather_router *r, uint64_t now_us)
+static void gather_learn_return(const wk_gather *g, gather_flight *r, uint64_t now_us)
 {
     uint64_t took_us = now_us - r->answered_us, least_us = took_us;
     if (g->blind) {
@@ -112,10 +117,10 @@ static void gather_learn_return(const wk_gather *g, gather_router *r, uint64_t n
     }
 }
 
-cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint32_t layer, uint32_t n_row,
-                            void *frame)
+cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint32_t flight, uint32_t layer,
+                            uint32_t n_row, void *frame)
 {
-    CM_ASSERT(router != 0);
+    CM_ASSERT(router != 0 && flight < PR_FLIGHTS_MAX);
     uint32_t i = gather_find_router(g, router);
     if (i == g->limits.router_max) {
         i = gather_find_router(g, 0);
@@ -124,16 +129,17 @@ cm_status wk_gather_arrived(wk_gather *g, uint64_t now_us, uint32_t router, uint
         return CM_E_CAPACITY;
     }
     gather_router *r = &g->routers[i];
-    if (r->answered_us != 0) {
-        gather_learn_return(g, r, now_us);
+    gather_flight *f = &r->flights[flight];
+    if (f->answered_us != 0) {
+        gather_learn_return(g, f, now_us);
     }
-    r->layer = layer;
+    f->layer = layer;
     g->n_layer = layer >= g->n_layer ? layer + 1 : g->n_layer;
     r->id = router;
     r->active = true;
     r->last_us = now_us;
     r->n_waiting++;
-    g->frames[g->n_frame++] = (gather_frame){i, layer, n_row, now_us, frame};
+    g->frames[g->n_frame++] = (gather_frame){i, flight, layer, n_row, now_us, frame};
     return CM_OK;
 }
 
@@ -142,7 +148,9 @@ void wk_gather_idle(wk_gather *g, uint32_t router)
     uint32_t i = gather_find_router(g, router);
     if (i < g->limits.router_max) {
         g->routers[i].active = false;
-        g->routers[i].answered_us = 0; /* what it rests is not how soon it comes back */
+        for (uint32_t k = 0; k < PR_FLIGHTS_MAX; k++) {
+            g->routers[i].flights[k].answered_us = 0; /* what it rests is not how soon it comes back */
+        }
     }
 }
 
@@ -185,11 +193,12 @@ static void gather_learn_cost(wk_gather *g, double rows, double us)
 void wk_gather_computed(wk_gather *g, uint64_t now_us)
 {
     gather_learn_cost(g, g->taken_rows, (double)(now_us - g->taken_us));
-    for (uint32_t i = 0; i < g->limits.router_max; i++) {
-        gather_router *r = &g->routers[i];
-        if (r->computing) {
-            r->computing = false;
-            r->answered_us = r->active ? now_us : 0;
+    for (uint32_t i = 0; i < g->limits.router_max * PR_FLIGHTS_MAX; i++) {
+        gather_router *r = &g->routers[i / PR_FLIGHTS_MAX];
+        gather_flight *f = &r->flights[i % PR_FLIGHTS_MAX];
+        if (f->computing) {
+            f->computing = false;
+            f->answered_us = r->active ? now_us : 0;
         }
     }
 }
@@ -234,16 +243,27 @@ static bool gather_may_wait(const wk_gather *g, uint64_t now_us)
 
 /* ---- who is behind ---- */
 
-/* When a router is back at the latest that is likely to be back within the time of a group; 0: none that is.
- */
-static uint64_t gather_due_back(const wk_gather *g, const gather_router *r, uint64_t now_us)
+/* When a router is back at the latest that is likely to be back within the time of a group, and with which
+ * layer; 0: none that is. Of two flights the one that is expected first. */
+static uint64_t gather_due_back(const wk_gather *g, const gather_router *r, uint64_t now_us,
+                                uint32_t *layer_out)
 {
-    if (r->id == 0 || !r->active || r->n_waiting > 0 || r->answered_us == 0 || r->return_us == 0) {
+    uint64_t soonest_us = UINT64_MAX, due_us = 0;
+    if (r->id == 0 || !r->active || r->n_waiting > 0) {
         return 0;
     }
-    uint64_t late_us = r->return_us / 2 < g->saves_us ? r->return_us / 2 : g->saves_us;
-    uint64_t likely_us = r->answered_us + r->return_us, latest_us = likely_us + late_us + 1;
-    return now_us < latest_us && likely_us < now_us + g->saves_us ? latest_us : 0;
+    for (uint32_t i = 0; i < PR_FLIGHTS_MAX; i++) {
+        const gather_flight *f = &r->flights[i];
+        uint64_t late_us = f->return_us / 2 < g->saves_us ? f->return_us / 2 : g->saves_us;
+        uint64_t likely_us = f->answered_us + f->return_us, latest_us = likely_us + late_us + 1;
+        if (f->answered_us != 0 && f->return_us != 0 && likely_us < soonest_us && now_us < latest_us &&
+            likely_us < now_us + g->saves_us) {
+            soonest_us = likely_us;
+            due_us = latest_us;
+            *layer_out = (f->layer + 1) % g->n_layer;
+        }
+    }
+    return due_us;
 }
 
 /* The layer that a router waits with or will come back with; false: it is not to be reckoned with. */
@@ -256,8 +276,7 @@ static bool gather_place(const wk_gather *g, uint32_t router, uint64_t now_us, u
             return true;
         }
     }
-    *layer_out = (r->layer + 1) % g->n_layer;
-    return gather_due_back(g, r, now_us) != 0;
+    return gather_due_back(g, r, now_us, layer_out) != 0;
 }
 
 /* Steps of one layer from another one up, around the end of a pass. */
@@ -298,10 +317,10 @@ static uint32_t gather_last_layer(const wk_gather *g, uint64_t now_us)
 static uint64_t gather_wait_for(const wk_gather *g, uint64_t now_us, uint32_t layer)
 {
     uint64_t until_us = now_us;
+    uint32_t back = 0;
     for (uint32_t i = 0; i < g->limits.router_max; i++) {
-        const gather_router *r = &g->routers[i];
-        uint64_t back_us = gather_due_back(g, r, now_us);
-        if (back_us > until_us && (r->layer + 1) % g->n_layer == layer) {
+        uint64_t back_us = gather_due_back(g, &g->routers[i], now_us, &back);
+        if (back_us > until_us && back == layer) {
             until_us = back_us;
         }
     }
@@ -330,7 +349,7 @@ static uint32_t gather_take_layer(wk_gather *g, uint32_t layer, void **frames_ou
         } else if (frame->router != first_router) {
             lag_us = frame->arrived_us - first_us;
         }
-        g->routers[frame->router].computing = true;
+        g->routers[frame->router].flights[frame->flight].computing = true;
         n_row += frame->n_row;
         frames_out[n++] = gather_take(g, i);
     }

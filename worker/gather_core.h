@@ -10,10 +10,10 @@
  *
  * That alone leaves routers out of step that once are: each finds the others' frames being computed. So the
  * machine learns how long a group takes, how much of that is the same however few its rows (the weights), and
- * how long each router takes from an answer to its next frame. It lets the routers that are ahead wait for
- * those behind them in the order of the layers, as long as each wait for a frame to come is shorter than what
- * a group less saves. Once together they stay together. A frame is held so for hold_max_us, or for as many
- * groups as there are layers, at most.
+ * how long each router takes from an answer to its next frame of the same flight, which is of the layer
+ * behind it. It lets the routers that are ahead wait for those behind them in the order of the layers, as
+ * long as each wait for a frame to come is shorter than what a group less saves. Once together they stay
+ * together. A frame is held so for hold_max_us, or for as many groups as there are layers, at most.
  *
  * None of it ever changes results. Thread: the compute thread's. */
 #pragma once
@@ -21,6 +21,7 @@
 #include <stdint.h>
 
 #include "common/base/status.h"
+#include "proto/frames.h"
 
 typedef struct wk_gather wk_gather;
 
@@ -35,10 +36,11 @@ typedef struct wk_gather_limits {
 wk_gather *wk_gather_create(const wk_gather_limits *limits);
 void wk_gather_destroy(wk_gather *gather);
 
-/* A frame with n_row rows for layer; frame is the caller's, kept until it comes out of wk_gather_next or
- * wk_gather_gone. CM_E_CAPACITY: frame_max, or a router too many; the caller refuses the frame. */
-CM_MUST_CHECK cm_status wk_gather_arrived(wk_gather *gather, uint64_t now_us, uint32_t router, uint32_t layer,
-                                          uint32_t n_row, void *frame);
+/* A frame with n_row rows for layer, of a flight below PR_FLIGHTS_MAX; frame is the caller's, kept until it
+ * comes out of wk_gather_next or wk_gather_gone. CM_E_CAPACITY: frame_max, or a router too many; the caller
+ * refuses the frame. */
+CM_MUST_CHECK cm_status wk_gather_arrived(wk_gather *gather, uint64_t now_us, uint32_t router,
+                                          uint32_t flight, uint32_t layer, uint32_t n_row, void *frame);
 void wk_gather_idle(wk_gather *gather, uint32_t router);
 /* The group that wk_gather_next gave out has been computed and answered. */
 void wk_gather_computed(wk_gather *gather, uint64_t now_us);

@@ -17,13 +17,8 @@ static const cm_cfg_field g_fields[] = {
      "the process may use",
      CM_CFG_STRING(wk_config, numa_node)},
     {"net", "ucx", "data plane", CM_CFG_CHOICE(wk_config, net, "ucx|shm|mpi|local")},
-    {"rows_max", "4096", "rows (one per chosen expert) computed together",
+    {"rows_max", "8192", "rows (one per chosen expert) computed together",
      CM_CFG_UINT(wk_config, rows_max, 16, 1u << 20)},
-    {"frames_max", "64",
-     "frames waiting or being answered, of all routers together; more are refused. A router has one on its "
-     "way, "
-     "or two; several where rows of a long prompt exceed frame_bytes",
-     CM_CFG_UINT(wk_config, frames_max, 1, WK_FRAMES_MAX)},
     {"routers_max", "64", "routers linked at once", CM_CFG_UINT(wk_config, routers_max, 1, 4096)},
     {"window_us", "200",
      "longest wait, in microseconds, for rows of the same layer from a router whose pace is not known; one "

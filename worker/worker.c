@@ -19,6 +19,7 @@
 enum {
     WORKER_DRAIN_TICK_MS = 50, /* between looks whether the coordinator is still there */
     WORKER_ALONE_MS = 5000,    /* for one to come back that lets us go in order */
+    WORKER_SENDS_MAX = 256,    /* messages of answers on their way on a link: two full groups in pieces */
 };
 
 /* A load on the job thread; its result comes back as a loop event. */
@@ -193,6 +194,18 @@ static uint64_t worker_expert_bytes_max(const wk_config *config)
     return (uint64_t)sysconf(_SC_PHYS_PAGES) / 4 * 3 * (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
+/* Frames that may wait or be computed together: one of each layer that a router has under way, which is all
+ * as long as a router's rows for one of several workers fit a frame, and those of a long prompt, until they
+ * make a whole group. What comes beyond waits in its link, where the gathering cannot see it: it would read
+ * weights once more than it had to, and nothing else. The number of workers does not matter. */
+static uint32_t worker_frame_max(const wk_worker *w)
+{
+    const wk_config *config = w->config;
+    uint64_t row_bytes = 2ull * md_checkpoint_geometry(w->checkpoint)->d;
+    uint64_t frame_rows = config->frame_bytes > row_bytes ? config->frame_bytes / row_bytes : 1;
+    return (uint32_t)(PR_FLIGHTS_MAX * config->routers_max + config->rows_max / frame_rows + 1);
+}
+
 static cm_status worker_create_engine(wk_worker *w, cm_error *err)
 {
     const wk_config *config = w->config;
@@ -204,7 +217,7 @@ static cm_status worker_create_engine(wk_worker *w, cm_error *err)
                    .numa_node = config->numa_node},
         .address = config->address,
         .row_max = (uint32_t)config->rows_max,
-        .frame_max = (uint32_t)config->frames_max,
+        .frame_max = worker_frame_max(w),
         .router_max = (uint32_t)config->routers_max,
         .window_max_us = (uint32_t)config->window_us,
         .answer_ms = (uint32_t)config->answer_ms,
@@ -214,9 +227,9 @@ static cm_status worker_create_engine(wk_worker *w, cm_error *err)
     options.rows.keyed = true;
     options.rows.message_bytes_max = config->frame_bytes;
     options.rows.peers_max = (uint32_t)config->routers_max;
-    options.rows.receives_max = (uint32_t)config->frames_max;
+    options.rows.receives_max = options.frame_max;
     options.rows.silence_ms = (uint32_t)config->silence_ms;
-    options.rows.sends_max = 2 * WK_FRAMES_MAX; /* an answer always finds room: frames_max are out at once */
+    options.rows.sends_max = WORKER_SENDS_MAX;
     return wk_engine_create(&options, &w->engine, w->address, err);
 }
 

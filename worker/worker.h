@@ -5,12 +5,10 @@
 #include "common/proc/loop.h"
 #include "common/proc/process.h"
 
-enum { WK_FRAMES_MAX = 128 }; /* bound of the option frames_max */
-
 typedef struct wk_config {
     char *coordinator, *address, *model, *device, *cpu_isa, *numa_node, *net;
-    uint64_t threads, rows_max, frames_max, routers_max, window_us, answer_ms, frame_bytes, expert_bytes_max,
-        silence_ms, drain_ms, warm_bytes_s;
+    uint64_t threads, rows_max, routers_max, window_us, answer_ms, frame_bytes, expert_bytes_max, silence_ms,
+        drain_ms, warm_bytes_s;
     pc_process_config process;
 } wk_config;
 extern const cm_cfg_table wk_config_table;

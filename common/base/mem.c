@@ -5,6 +5,9 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #include "common/base/assert.h"
 #include "common/base/log.h"
@@ -145,6 +148,27 @@ void cm_huge_free(void *p, size_t n_bytes)
         int failed = munmap(p, mem_round_up(size, MEM_HUGE));
         CM_ASSERT(failed == 0);
     }
+}
+
+void cm_copy_past_caches(void *to, const void *from, size_t n_bytes)
+{
+#ifdef __SSE2__
+    if ((uintptr_t)to % sizeof(__m128i) == 0 && n_bytes % (4 * sizeof(__m128i)) == 0) {
+        __m128i *lane_to = to;
+        const __m128i *lane = from;
+        for (size_t i = 0; i < n_bytes / sizeof(__m128i); i += 4) {
+            __m128i a = _mm_loadu_si128(lane + i), b = _mm_loadu_si128(lane + i + 1),
+                    c = _mm_loadu_si128(lane + i + 2), d = _mm_loadu_si128(lane + i + 3);
+            _mm_stream_si128(lane_to + i, a);
+            _mm_stream_si128(lane_to + i + 1, b);
+            _mm_stream_si128(lane_to + i + 2, c);
+            _mm_stream_si128(lane_to + i + 3, d);
+        }
+        _mm_sfence(); /* such stores are in no order with those that tell another thread of them */
+        return;
+    }
+#endif
+    memcpy(to, from, n_bytes);
 }
 
 cm_mem_resident cm_mem_resident_now(void)

@@ -26,6 +26,10 @@ void cm_free(void *p);
 void *cm_huge_alloc(size_t n_bytes);
 void cm_huge_free(void *p, size_t n_bytes); /* NULL is fine */
 
+/* As memcpy, for a large block that caches will not hold until it is read: where the machine can, lines are
+ * written without being read before. */
+void cm_copy_past_caches(void *to, const void *from, size_t n_bytes);
+
 /* What this process has in memory, and how much of its own is in huge pages; zeros where the system does not
  * tell. Walks all of its pages: for a line in the log. */
 typedef struct cm_mem_resident {

@@ -424,6 +424,24 @@ cm_status net_send(net_peer *peer, const net_message *message)
     return CM_OK;
 }
 
+void *net_room(net_peer *peer, uint64_t n_bytes)
+{
+    net *n = peer->net;
+    CM_ASSERT(n_bytes <= n->options.message_bytes_max);
+    if (peer->state != NET_PEER_UP || peer->n_slots == peer->window || n->sends.n_used == n->sends.n_max) {
+        return NULL;
+    }
+    return n->ops->room(n->backend, peer->link, n_bytes);
+}
+
+void *net_no_room(void *backend, net_backend_link *link, uint64_t n_bytes)
+{
+    (void)backend;
+    (void)link;
+    (void)n_bytes;
+    return NULL;
+}
+
 void net_release(net *n, const net_event *event)
 {
     CM_ASSERT(event->kind == NET_EV_MESSAGE && n->n_in_flight > 0);

@@ -115,6 +115,12 @@ typedef struct net_message {
  * waiting or was delivered). */
 CM_MUST_CHECK cm_status net_send(net_peer *peer, const net_message *message);
 
+/* Memory of the transport to build the next payload to this peer in, 64-byte aligned; NULL: there is none, or
+ * no room now. If the next message to the peer has this as its only piece, with n_bytes or fewer, nothing is
+ * copied and net_send does not say CM_AGAIN. Nobody reads it before; not sending is fine. Valid until then or
+ * until net_poll. */
+void *net_room(net_peer *peer, uint64_t n_bytes);
+
 typedef enum net_event_kind {
     NET_EV_UP,   /* peer: link is up (ours or accepted) */
     NET_EV_DOWN, /* peer, status: link is down; the last event of a peer, after it is handled peer is invalid.
@@ -194,11 +200,14 @@ typedef struct net_ops {
                        net_backend_link *link); /* at once; no upcall for it afterwards but sent */
     /* Copies the header (NET_WIRE_HEADER_MAX at most) and the iov list, keeps the payload until sent. */
     cm_status (*send)(void *backend, net_backend_link *link, const net_message *message, void *send_cookie);
+    void *(*room)(void *backend, net_backend_link *link, uint64_t n_bytes); /* see net_room; net_no_room */
     bool (*progress)(void *backend); /* true: something happened, call again */
     void (*release)(void *backend, void *receive);
     int (*fd)(const void *backend);
     bool (*arm)(void *backend);
 } net_ops;
+
+void *net_no_room(void *backend, net_backend_link *link, uint64_t n_bytes); /* for those that copy: NULL */
 
 /* The seam for the simulator: the same layer over a table of a test. */
 CM_MUST_CHECK cm_status net_open_ops(const net_ops *ops, const net_options *options, net **net_out,

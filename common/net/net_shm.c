@@ -1,5 +1,6 @@
 /* Links between processes of one user on one machine. What an exchange of rows costs here is one copy by the
- * sender and the receiver's misses; nothing of it goes through the kernel while both are awake. */
+ * sender, or none if it built them where the receiver reads (net_room), and the receiver's misses; nothing of
+ * it goes through the kernel while both are awake. */
 #include <errno.h>
 #include <sched.h>
 #include <stdio.h>
@@ -459,6 +460,14 @@ static cm_status shm_send_message(void *backend, net_backend_link *link, const n
     return CM_OK;
 }
 
+static void *shm_room(void *backend, net_backend_link *link, uint64_t n_bytes)
+{
+    const shm_net *s = backend;
+    bool may = !link->closing && !link->peer_gone && link->tx.segment != NULL &&
+               STAILQ_EMPTY(&link->waiting) && s->sends.n_used < s->sends.n_max;
+    return may ? shm_tx_room(&link->tx, n_bytes) : NULL;
+}
+
 /* Those that waited, as far as there is room now. */
 static bool link_send_on(net_backend_link *link)
 {
@@ -847,6 +856,7 @@ const net_ops net_shm_ops = {
     .connect = shm_connect,
     .disconnect = shm_disconnect,
     .send = shm_send_message,
+    .room = shm_room,
     .progress = shm_progress,
     .release = shm_release,
     .fd = shm_fd,

@@ -5,7 +5,7 @@
  * marks it full; that is all. A receiver that sleeps, or a sender that waits for room, has said so in the
  * segment, and its bell (an event descriptor) is rung; the end of the socket tells that a process died. Slots
  * are taken and given back in order; payloads lie in the segment's area one behind the other, from its start
- * whenever it is empty, so that few pages are ever touched.
+ * again as soon as that is free, so that few pages are ever touched and caches hold them.
  *
  * Trust: header and slot are copied once before they are checked; a payload is read where it lies, and its
  * sender could change it after it was checked. That is no way in for anybody: the kernel lets processes of
@@ -29,6 +29,7 @@ enum {
     SHM_NOTES = 16,        /* the layer's own, the same */
     SHM_AREA_MESSAGES = 4, /* of the largest size that the area has room for */
     SHM_LINE = 64,
+    SHM_WARM_BYTES = 2 << 20, /* of the area: payloads go no farther while its start is free */
 };
 
 typedef struct shm_slot {
@@ -61,11 +62,12 @@ _Static_assert(sizeof(shm_greeting) == 16, "shm_greeting is a wire struct");
 
 /* The sender's side of a segment; its own words about what lies there, for the other may write anything. */
 typedef struct shm_tx {
-    shm_segment *segment; /* NULL: none yet */
-    uint64_t area_bytes, head, used;
-    uint64_t span[SHM_SLOTS]; /* bytes of the area each slot holds */
-    uint64_t n_sent, n_free;  /* slots ever filled, and ever found empty again */
-    uint64_t n_notes;         /* ever sent */
+    shm_segment *segment;                    /* NULL: none yet */
+    uint64_t area_bytes, head;               /* head: behind the newest payload */
+    uint64_t at[SHM_SLOTS], span[SHM_SLOTS]; /* what each slot holds of the area */
+    uint64_t n_sent, n_free;                 /* slots ever filled, and ever found empty again */
+    uint64_t n_notes;                        /* ever sent */
+    uint64_t room_at, room_bytes;            /* given out by shm_tx_room since the last message; 0: none */
 } shm_tx;
 
 /* The receiver's side; lives on until all that was handed out of it is released. */
@@ -90,7 +92,9 @@ static inline uint8_t *shm_area(shm_segment *segment)
 /* A new segment; fd_out is to be given to the receiver and closed. */
 CM_MUST_CHECK cm_status shm_tx_open(shm_tx *tx, uint64_t message_bytes_max, int *fd_out);
 void shm_tx_close(shm_tx *tx);
-/* Copies a message and hands it over. CM_AGAIN: no room. */
+/* Where the next message's payload may be built, n_bytes of it; NULL: no room. */
+uint8_t *shm_tx_room(shm_tx *tx, uint64_t n_bytes);
+/* Hands a message over; its payload is copied unless it was built in place. CM_AGAIN: no room. */
 CM_MUST_CHECK cm_status shm_tx_put(shm_tx *tx, const net_message *message, uint64_t payload_bytes);
 /* Maps what a peer gave; it is checked that it cannot shrink under us. */
 CM_MUST_CHECK cm_status shm_rx_open(shm_rx *rx, int fd, uint64_t area_bytes);

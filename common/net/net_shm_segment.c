@@ -58,27 +58,101 @@ static void tx_reclaim(shm_tx *tx)
         if (atomic_load(&tx->segment->slots[i].full) != 0) { /* in one order with sender_waits */
             break;
         }
-        tx->used -= tx->span[i];
         tx->n_free++;
     }
-    if (tx->used == 0) {
+    if (tx->n_free == tx->n_sent) {
         tx->head = 0; /* where the caches still are */
     }
 }
 
-/* Room for n_bytes in one piece; what is left before the end of the area belongs to the message that wraps.
- */
-static bool tx_place(shm_tx *tx, uint64_t n_bytes, uint64_t *at_out)
+static bool tx_is_free(const shm_tx *tx, uint64_t at, uint64_t n_bytes)
 {
-    uint64_t need = (n_bytes + SHM_LINE - 1) / SHM_LINE * SHM_LINE, rest = tx->area_bytes - tx->head;
-    uint64_t at = need <= rest ? tx->head : 0, span = need <= rest ? need : rest + need;
-    if (tx->n_sent - tx->n_free == SHM_SLOTS || tx->used + span > tx->area_bytes) {
+    if (n_bytes > tx->area_bytes || at > tx->area_bytes - n_bytes) {
         return false;
     }
-    tx->span[tx->n_sent % SHM_SLOTS] = span;
-    tx->used += span;
-    tx->head = (at + need) % tx->area_bytes;
-    *at_out = at;
+    for (uint64_t n = tx->n_free; n < tx->n_sent; n++) {
+        uint32_t i = n % SHM_SLOTS;
+        if (at < tx->at[i] + tx->span[i] && tx->at[i] < at + n_bytes) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static uint64_t tx_top(const shm_tx *tx)
+{
+    uint64_t top = 0;
+    for (uint64_t n = tx->n_free; n < tx->n_sent; n++) {
+        uint32_t i = n % SHM_SLOTS;
+        top = tx->at[i] + tx->span[i] > top ? tx->at[i] + tx->span[i] : top;
+    }
+    return top;
+}
+
+/* Where n_bytes, whole lines, lie in one piece: behind the newest, from the start again if that is free and
+ * they would leave what is warm, else behind all. */
+static bool tx_find(const shm_tx *tx, uint64_t n_bytes, uint64_t *at_out)
+{
+    bool leaves = tx->head + n_bytes > SHM_WARM_BYTES;
+    if (tx->n_sent - tx->n_free == SHM_SLOTS) {
+        return false;
+    }
+    *at_out = 0;
+    if (leaves && tx_is_free(tx, 0, n_bytes)) {
+        return true;
+    }
+    *at_out = tx->head;
+    if (tx_is_free(tx, tx->head, n_bytes)) {
+        return true;
+    }
+    *at_out = tx_top(tx);
+    return tx_is_free(tx, *at_out, n_bytes);
+}
+
+static uint64_t whole_lines(uint64_t n_bytes)
+{
+    return (n_bytes + SHM_LINE - 1) / SHM_LINE * SHM_LINE;
+}
+
+uint8_t *shm_tx_room(shm_tx *tx, uint64_t n_bytes)
+{
+    tx_reclaim(tx);
+    tx->room_bytes = tx_find(tx, whole_lines(n_bytes), &tx->room_at) ? n_bytes : 0;
+    return tx->room_bytes > 0 ? shm_area(tx->segment) + tx->room_at : NULL;
+}
+
+/* The payload is where it is to be, and nothing has changed since that was said. */
+static bool tx_is_built(const shm_tx *tx, const net_message *message)
+{
+    const uint8_t *data = message->n_iov == 1 ? message->iov[0].data : NULL, *area = shm_area(tx->segment);
+    bool built =
+        tx->room_bytes > 0 && data == area + tx->room_at && message->iov[0].n_bytes <= tx->room_bytes;
+    CM_ASSERT_MSG(built || data < area || data >= area + tx->area_bytes, "a room was used that is no more");
+    return built;
+}
+
+/* The payload's place; it is there on return. */
+static bool tx_place(shm_tx *tx, const net_message *message, uint64_t payload_bytes, uint64_t *at_out)
+{
+    uint64_t n_bytes = whole_lines(payload_bytes);
+    *at_out = tx->room_at;
+    if (!tx_is_built(tx, message)) {
+        tx_reclaim(tx); /* or a message could lie where a room was said to be */
+        if (!tx_find(tx, n_bytes, at_out)) {
+            return false;
+        }
+        uint8_t *to = shm_area(tx->segment) + *at_out;
+        for (uint32_t i = 0; i < message->n_iov; i++) {
+            if (message->iov[i].n_bytes > 0) {
+                memcpy(to, message->iov[i].data, message->iov[i].n_bytes);
+                to += message->iov[i].n_bytes;
+            }
+        }
+    }
+    tx->room_bytes = 0;
+    tx->at[tx->n_sent % SHM_SLOTS] = *at_out;
+    tx->span[tx->n_sent % SHM_SLOTS] = n_bytes;
+    tx->head = *at_out + n_bytes;
     return true;
 }
 
@@ -111,18 +185,10 @@ cm_status shm_tx_put(shm_tx *tx, const net_message *message, uint64_t payload_by
     if (message->type >= NET_TYPE_INTERNAL) {
         return tx_put_note(tx, message);
     }
-    tx_reclaim(tx);
-    if (!tx_place(tx, payload_bytes, &at)) {
+    if (!tx_place(tx, message, payload_bytes, &at)) {
         return CM_AGAIN;
     }
     shm_slot *slot = &tx->segment->slots[tx->n_sent % SHM_SLOTS];
-    uint8_t *to = shm_area(tx->segment) + at;
-    for (uint32_t i = 0; i < message->n_iov; i++) {
-        if (message->iov[i].n_bytes > 0) {
-            memcpy(to, message->iov[i].data, message->iov[i].n_bytes);
-            to += message->iov[i].n_bytes;
-        }
-    }
     slot_fill(slot, message);
     slot->at = at;
     slot->payload_bytes = payload_bytes;

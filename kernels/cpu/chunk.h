@@ -52,3 +52,15 @@ static inline void put_sum(const cpu_tile *t, uint32_t r, uint32_t o, double sum
         t->y64[r][o] = sum;
     }
 }
+
+#if defined(__AVX512F__)
+/* Eight weights of `item` bytes: 2 BF16, 4 F32. */
+INLINED __m512d decode_8(const uint8_t *at, const uint32_t item)
+{
+    if (item == 2) {
+        __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)at));
+        return _mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+    }
+    return _mm512_cvtps_pd(_mm256_loadu_ps((const float *)(const void *)at));
+}
+#endif

@@ -1,6 +1,6 @@
 /* The compressor: softmax pooling of a window's kv over its scores, per dim. */
 #include "common/base/assert.h"
-#include "kernels/cpu/isa.h"
+#include "kernels/cpu/wide.h"
 
 enum { TERM_MAX = KN_PAGE_TOKENS + 8 };
 
@@ -45,31 +45,59 @@ static uint32_t list_terms(const compress_job *j, const kn_seg *seg, uint32_t la
     return n;
 }
 
+static kn_wide load_floats(const float *x)
+{
+    kn_vf v;
+    memcpy(&v, x, sizeof(v));
+    return kn_wide_from_f32(v);
+}
+
+/* KN_WIDE dims from column at on. */
+static void pool_wide(const window_term *term, uint32_t n, uint32_t at, uint16_t *row_out)
+{
+    kn_wide top = load_floats(term[0].score + at), den = {0}, sum = {0};
+    for (uint32_t t = 1; t < n; t++) {
+        kn_wide v = load_floats(term[t].score + at);
+        for (int h = 0; h < 2; h++) {
+            top.half[h] = kn_vd_at_least(top.half[h], v.half[h]);
+        }
+    }
+    for (uint32_t t = 0; t < n; t++) {
+        kn_wide v = load_floats(term[t].score + at), kv = load_floats(term[t].kv + at);
+        for (int h = 0; h < 2; h++) {
+            kn_vd e = kn_vd_exp(v.half[h] - top.half[h]);
+            den.half[h] += e;
+            sum.half[h] += e * kv.half[h];
+        }
+    }
+    for (int h = 0; h < 2; h++) {
+        sum.half[h] /= den.half[h];
+    }
+    kn_wide_to_bf16(sum, row_out + at);
+}
+
+static uint16_t pool_one(const window_term *term, uint32_t n, uint32_t at)
+{
+    double top = term[0].score[at], den = 0, sum = 0;
+    for (uint32_t t = 1; t < n; t++) {
+        top = term[t].score[at] > top ? term[t].score[at] : top;
+    }
+    for (uint32_t t = 0; t < n; t++) {
+        double e = kn_exp(term[t].score[at] - top);
+        den += e;
+        sum += e * term[t].kv[at];
+    }
+    return kn_bf16_from_f64(sum / den);
+}
+
 static void pool(const window_term *term, uint32_t n, uint32_t dim, uint16_t *row_out)
 {
-    enum { STEP = 64 };
-    for (uint32_t at = 0; at < dim; at += STEP) {
-        double top[STEP], den[STEP] = {0}, sum[STEP] = {0};
-        uint32_t len = dim - at < STEP ? dim - at : STEP;
-        for (uint32_t i = 0; i < len; i++) {
-            top[i] = term[0].score[at + i];
-        }
-        for (uint32_t t = 1; t < n; t++) {
-            for (uint32_t i = 0; i < len; i++) {
-                double v = term[t].score[at + i];
-                top[i] = v > top[i] ? v : top[i];
-            }
-        }
-        for (uint32_t t = 0; t < n; t++) {
-            for (uint32_t i = 0; i < len; i++) {
-                double e = kn_exp(term[t].score[at + i] - top[i]);
-                den[i] += e;
-                sum[i] += e * term[t].kv[at + i];
-            }
-        }
-        for (uint32_t i = 0; i < len; i++) {
-            row_out[at + i] = kn_bf16_from_f64(sum[i] / den[i]);
-        }
+    uint32_t at = 0;
+    for (; at + KN_WIDE <= dim; at += KN_WIDE) {
+        pool_wide(term, n, at, row_out);
+    }
+    for (; at < dim; at++) {
+        row_out[at] = pool_one(term, n, at);
     }
 }
 

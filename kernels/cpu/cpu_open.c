@@ -165,7 +165,8 @@ static uint64_t lay_out(cpu_stream *s, uint8_t *block, uint32_t n_threads)
         cpu_attn_scratch t = {.rows = take(block, &at, CPU_HEADS * row),
                               .key = take(block, &at, CPU_KEYS * row),
                               .score = take(block, &at, CPU_HEADS * n_key * sizeof(double)),
-                              .row = take(block, &at, n_key * sizeof(uint8_t *))};
+                              .row =
+                                  take(block, &at, (n_key + CPU_HEADS / CPU_HEADS_TILE) * sizeof(uint8_t *))};
         if (block != NULL) {
             s->attn[i] = t;
         }

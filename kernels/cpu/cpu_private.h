@@ -12,7 +12,7 @@ enum {
     CPU_X_BYTES = 544,        /* scratch a tile has for each input: CPU_ROWS doubles and some */
     CPU_OUTS = 4,             /* outputs that share one reading of the inputs */
     CPU_CHUNK = KN_ACT_BLOCK, /* inputs decoded at a time */
-    CPU_HEADS = 64,           /* most heads that share one decoding of the keys */
+    CPU_HEADS = 128,           /* most heads that share one decoding of the keys */
     CPU_HEADS_TILE = 4,       /* of which so many at a time meet a few keys */
     CPU_KEYS = 48,            /* keys decoded at a time */
     CPU_DIM_PAD = 32,         /* dims of the attention's scratch are a multiple of it */
@@ -47,7 +47,7 @@ typedef struct cpu_attn_scratch {
     double *rows;        /* [CPU_HEADS]: queries, and when all scores are there, outputs */
     double *key;         /* [CPU_KEYS] rows: decoded keys */
     double *score;       /* [CPU_HEADS][n_key rounded up to CPU_KEYS] */
-    const uint8_t **row; /* [n_key] stored keys of the query, in order */
+    const uint8_t **row; /* [n_key + CPU_HEADS / CPU_HEADS_TILE] stored keys of a unit's rows, in order */
 } cpu_attn_scratch;
 
 typedef struct cpu_stream {

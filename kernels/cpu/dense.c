@@ -2,7 +2,8 @@
 #include <math.h>
 
 #include "common/base/assert.h"
-#include "kernels/cpu/isa.h"
+#include "kernels/cpu/chunk.h"
+#include "kernels/cpu/wide.h"
 
 static kn_team *team_of(kn_stream *s)
 {
@@ -225,91 +226,152 @@ static void op_argmax(kn_stream *s, kn_ptr logits, uint32_t n, uint32_t vocab, k
 /* Work on a row that has no sums over it is cut in pieces, so that a team shares even one row. */
 enum { HC_PIECE = 1024 };
 
+/* Rows that share one reading of the mixing weights, when there are many, and of what tiles they consist. */
+#if defined(__AVX512F__)
+enum { HC_ROWS = 32, HC_TILE = CPU_LANE_ROWS };
+#else
+enum { HC_ROWS = CPU_TILE, HC_TILE = CPU_TILE };
+#endif
+
 typedef struct hc_job {
     const kn_hc *p;
     const double *wide; /* [rows][stride], the values of the streams */
     uint64_t stride;
-    double mix[CPU_TILE][(2 + KN_HC_MAX) * KN_HC_MAX];
-    float pre[CPU_TILE][KN_HC_MAX];
-    uint32_t n_mix;
+    kn_hc_mixes mix[HC_ROWS];
+    float pre[HC_ROWS][KN_HC_MAX];
+    uint32_t n_row, n_mix;
     uint16_t *x_out;
     float *post, *comb; /* both NULL: the head's variant */
 } hc_job;
 
+/* Values at .. at + n - 1 of row r. The weights were float32 and the values bf16, so products are exact. */
+static void collapse_values(const hc_job *job, uint32_t r, uint32_t at, uint32_t n, uint16_t *x_out)
+{
+    const double *x = job->wide + r * job->stride + at;
+    uint32_t hc = job->p->hc, d = job->p->d, i = 0;
+    for (; i + KN_WIDE <= n; i += KN_WIDE) {
+        kn_wide sum = {0};
+        for (uint32_t j = 0; j < hc; j++) {
+            kn_vd weight = kn_vd_all(job->pre[r][j]);
+            for (int h = 0; h < 2; h++) {
+                kn_vd v = kn_vd_load(x + (uint64_t)j * d + i + (uint32_t)h * KN_VD_WIDTH);
+                sum.half[h] = kn_vd_add_exact_product(weight, v, sum.half[h]);
+            }
+        }
+        kn_wide_to_bf16(sum, x_out + i);
+    }
+    for (; i < n; i++) {
+        double sum = 0;
+        for (uint32_t j = 0; j < hc; j++) {
+            sum += (double)job->pre[r][j] * x[(uint64_t)j * d + i];
+        }
+        x_out[i] = kn_bf16_from_f64(sum);
+    }
+}
+
 /* x = bf16(sum_j pre[j] X[j]), piece i % pieces of row i / pieces. */
 static void collapse_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
-    enum { STEP = 64 };
     const hc_job *job = arg;
     uint32_t d = job->p->d, n_piece = kn_blocks(d, HC_PIECE);
     (void)i_thread;
     for (uint32_t item = begin; item < end; item++) {
         uint32_t r = item / n_piece, from = item % n_piece * HC_PIECE;
-        uint32_t to = d - from < HC_PIECE ? d : from + HC_PIECE;
-        uint16_t *x_out = job->x_out + (uint64_t)r * d;
-        for (uint32_t at = from; at < to; at += STEP) {
-            double sum[STEP] = {0};
-            uint32_t n = to - at < STEP ? to - at : STEP;
-            for (uint32_t j = 0; j < job->p->hc; j++) {
-                const double *x = job->wide + r * job->stride + (uint64_t)j * d + at;
-                double weight = job->pre[r][j];
-                for (uint32_t i = 0; i < n; i++) {
-                    sum[i] += weight * x[i];
-                }
-            }
-            for (uint32_t i = 0; i < n; i++) {
-                x_out[at + i] = kn_bf16_from_f64(sum[i]);
-            }
+        collapse_values(job, r, from, d - from < HC_PIECE ? d - from : HC_PIECE,
+                        job->x_out + (uint64_t)r * d + from);
+    }
+}
+
+/* Multiplies the mixes of row r by 1 / rms. */
+static void scale_mixes(hc_job *j, uint32_t r)
+{
+    uint32_t width = j->p->hc * j->p->d;
+    const double *wide = j->wide + r * j->stride;
+    double lane[KN_LANES] = {0}, s;
+    kn_lanes_add(lane, wide, wide, cpu_round_up(width, CPU_CHUNK));
+    s = 1.0 / sqrt(kn_fold_lanes(lane) / width + j->p->norm_eps);
+    for (uint32_t k = 0; k < j->n_mix; k++) {
+        j->mix[r][k] *= s;
+    }
+}
+
+static void row_coefficients(hc_job *j, uint32_t r)
+{
+    const float *base = kn_host(j->p->base), *scale = kn_host(j->p->scale);
+    uint32_t hc = j->p->hc;
+    if (j->post == NULL) {
+        kn_hc_head_coefficients(j->mix[r], base, scale, hc, j->p->hc_eps, j->pre[r]);
+    } else {
+        kn_hc_coefficients(j->mix[r], base, scale, hc, j->p->sinkhorn_iters, j->p->hc_eps, j->pre[r],
+                           j->post + (uint64_t)r * hc, j->comb + (uint64_t)r * hc * hc);
+    }
+}
+
+/* KN_VD_WIDTH rows are an item, the last perhaps of fewer. */
+static void coefficients_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+{
+    hc_job *j = arg;
+    uint32_t hc = j->p->hc;
+    (void)i_thread;
+    for (uint32_t item = begin; item < end; item++) {
+        uint32_t r0 = item * KN_VD_WIDTH, n = j->n_row - r0 < KN_VD_WIDTH ? j->n_row - r0 : KN_VD_WIDTH;
+        for (uint32_t r = r0; r < r0 + n; r++) {
+            scale_mixes(j, r);
+        }
+        if (n == KN_VD_WIDTH && j->post != NULL) {
+            KN_FN(kn_cpu_hc_coefficients)
+            (j->p, j->mix + r0, j->pre + r0, j->post + (uint64_t)r0 * hc, j->comb + (uint64_t)r0 * hc * hc);
+            continue;
+        }
+        for (uint32_t r = r0; r < r0 + n; r++) {
+            row_coefficients(j, r);
         }
     }
 }
 
-static void coefficients_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
+/* The job's rows from x on, widened into scratch, and their products with the mixing weights. */
+static void mix_rows(cpu_stream *c, hc_job *job, const uint16_t *x, uint32_t rows)
 {
-    hc_job *j = arg;
-    uint32_t hc = j->p->hc, width = hc * j->p->d;
-    (void)i_thread;
-    for (uint32_t r = begin; r < end; r++) {
-        const double *wide = j->wide + r * j->stride;
-        double lane[KN_LANES] = {0}, s;
-        kn_lanes_add(lane, wide, wide, (uint32_t)j->stride);
-        s = 1.0 / sqrt(kn_fold_lanes(lane) / width + j->p->norm_eps);
-        for (uint32_t k = 0; k < j->n_mix; k++) {
-            j->mix[r][k] *= s;
-        }
-        if (j->post == NULL) {
-            kn_hc_head_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->hc_eps,
-                                    j->pre[r]);
-        } else {
-            kn_hc_coefficients(j->mix[r], kn_host(j->p->base), kn_host(j->p->scale), hc, j->p->sinkhorn_iters,
-                               j->p->hc_eps, j->pre[r], j->post + (uint64_t)r * hc,
-                               j->comb + (uint64_t)r * hc * hc);
+    uint32_t width = job->p->hc * job->p->d, n_tile = kn_blocks(job->n_row, rows);
+    kn_matrix fn = {.data = job->p->fn, .n_out = job->n_mix, .n_in = width, .dtype = KN_F32};
+    cpu_tile tiles[HC_ROWS / HC_TILE];
+    for (uint32_t i = 0; i < n_tile; i++) {
+        uint32_t r0 = i * rows;
+        double *wide = (double *)c->x_tile + r0 * job->stride;
+        tiles[i] = (cpu_tile){
+            .x = wide, .stride = job->stride, .n = job->n_row - r0 < rows ? job->n_row - r0 : rows};
+        for (uint32_t r = 0; r < tiles[i].n; r++) {
+            KN_FN(kn_cpu_widen_bf16)(x + (uint64_t)(r0 + r) * width, width, wide + r * job->stride);
+            tiles[i].y64[r] = job->mix[r0 + r];
         }
     }
+#if defined(__AVX512F__)
+    KN_FN(kn_cpu_product_lanes512)(c->team, tiles, n_tile, &fn, 0, job->n_mix);
+#else
+    KN_FN(kn_cpu_product_lanes)(c->team, tiles, &fn, 0, job->n_mix);
+#endif
 }
 
 /* post and comb NULL: the head's variant. */
 static void hc_run(cpu_stream *c, const kn_hc *p, const uint16_t *x, uint32_t n, uint32_t n_mix,
                    uint16_t *x_out, float *post, float *comb)
 {
-    uint32_t width = p->hc * p->d, stride = cpu_round_up(width, CPU_CHUNK);
-    kn_matrix fn = {.data = p->fn, .n_out = n_mix, .n_in = width, .dtype = KN_F32};
+    uint32_t width = p->hc * p->d, rows = n > CPU_TILE ? HC_TILE : CPU_TILE;
     CM_ASSERT_MSG(p->hc <= KN_HC_MAX && width <= c->limits.n_in, "hc %u width %u limit %u", p->hc, width,
                   c->limits.n_in);
-    for (uint32_t r0 = 0; r0 < n; r0 += CPU_TILE) {
-        cpu_tile tile = {.x = c->x_tile, .stride = stride, .n = n - r0 < CPU_TILE ? n - r0 : CPU_TILE};
-        hc_job job = {.p = p, .wide = c->x_tile, .stride = stride, .n_mix = n_mix};
-        for (uint32_t r = 0; r < tile.n; r++) {
-            KN_FN(kn_cpu_widen_bf16)
-            (x + (uint64_t)(r0 + r) * width, width, (double *)c->x_tile + (uint64_t)r * stride);
-            tile.y64[r] = job.mix[r];
-        }
-        KN_FN(kn_cpu_product_lanes)(c->team, &tile, &fn, 0, n_mix);
-        job.x_out = x_out + (uint64_t)r0 * p->d;
-        job.post = post != NULL ? post + (uint64_t)r0 * p->hc : NULL;
-        job.comb = comb != NULL ? comb + (uint64_t)r0 * p->hc * p->hc : NULL;
-        kn_team_run(c->team, tile.n, 3ull * width, coefficients_part, &job);
-        kn_team_run(c->team, tile.n * kn_blocks(p->d, HC_PIECE), (uint64_t)HC_PIECE * p->hc, collapse_part,
+    for (uint32_t r0 = 0; r0 < n; r0 += HC_ROWS) {
+        hc_job job = {.p = p,
+                      .wide = c->x_tile,
+                      .stride = bf16_stride(width),
+                      .n_row = n - r0 < HC_ROWS ? n - r0 : HC_ROWS,
+                      .n_mix = n_mix,
+                      .x_out = x_out + (uint64_t)r0 * p->d,
+                      .post = post != NULL ? post + (uint64_t)r0 * p->hc : NULL,
+                      .comb = comb != NULL ? comb + (uint64_t)r0 * p->hc * p->hc : NULL};
+        mix_rows(c, &job, x + (uint64_t)r0 * width, rows);
+        kn_team_run(c->team, kn_blocks(job.n_row, KN_VD_WIDTH), 3ull * width * KN_VD_WIDTH, coefficients_part,
+                    &job);
+        kn_team_run(c->team, job.n_row * kn_blocks(p->d, HC_PIECE), (uint64_t)HC_PIECE * p->hc, collapse_part,
                     &job);
     }
 }
@@ -333,35 +395,62 @@ typedef struct hc_post_job {
     uint32_t d, hc;
 } hc_post_job;
 
-/* Values at .. at + n - 1 of all streams of row r; n at most HC_STEP. */
-enum { HC_STEP = 64 };
-static void post_step(const hc_post_job *j, uint64_t r, uint32_t at, uint32_t n)
+/* Of one row: post[k], then comb[..][k]. */
+typedef double post_weights[KN_HC_MAX][1 + KN_HC_MAX];
+
+/* Values at .. at + KN_WIDE - 1 of all streams of row r. Weights were float32 and values bf16, so products
+ * are exact. All streams are read before one is written: out may be x. */
+INLINED void post_wide(const hc_post_job *j, post_weights weights, uint64_t r, uint32_t at, const uint32_t hc)
 {
-    uint32_t d = j->d, hc = j->hc;
-    const float *post = j->post + r * hc, *comb = j->comb + r * hc * hc;
-    double from[KN_HC_MAX][HC_STEP], y[HC_STEP]; /* read whole before writing: out may be x */
-    for (uint32_t i = 0; i < n; i++) {
-        y[i] = kn_bf16_decode(j->y[r * d + at + i]);
+    kn_wide y = kn_wide_from_bf16(j->y + r * j->d + at), from[KN_HC_MAX];
+    for (uint32_t m = 0; m < hc; m++) {
+        from[m] = kn_wide_from_bf16(j->x + (r * hc + m) * j->d + at);
     }
     for (uint32_t k = 0; k < hc; k++) {
-        for (uint32_t i = 0; i < n; i++) {
-            from[k][i] = kn_bf16_decode(j->x[(r * hc + k) * d + at + i]);
-        }
-    }
-    for (uint32_t k = 0; k < hc; k++) {
-        double sum[HC_STEP], scale = post[k];
-        for (uint32_t i = 0; i < n; i++) {
-            sum[i] = scale * y[i];
-        }
+        kn_wide sum = {{y.half[0] * weights[k][0], y.half[1] * weights[k][0]}};
         for (uint32_t m = 0; m < hc; m++) {
-            double weight = comb[m * hc + k];
-            for (uint32_t i = 0; i < n; i++) {
-                sum[i] += weight * from[m][i];
-            }
+            kn_vd weight = kn_vd_all(weights[k][1 + m]);
+            sum.half[0] = kn_vd_add_exact_product(weight, from[m].half[0], sum.half[0]);
+            sum.half[1] = kn_vd_add_exact_product(weight, from[m].half[1], sum.half[1]);
         }
-        for (uint32_t i = 0; i < n; i++) {
-            j->out[(r * hc + k) * d + at + i] = kn_bf16_from_f64(sum[i]);
+        kn_wide_to_bf16(sum, j->out + (r * hc + k) * j->d + at);
+    }
+}
+
+static void post_value(const hc_post_job *j, post_weights weights, uint64_t r, uint32_t at)
+{
+    double from[KN_HC_MAX], y = kn_bf16_decode(j->y[r * j->d + at]);
+    for (uint32_t m = 0; m < j->hc; m++) {
+        from[m] = kn_bf16_decode(j->x[(r * j->hc + m) * j->d + at]);
+    }
+    for (uint32_t k = 0; k < j->hc; k++) {
+        double sum = y * weights[k][0];
+        for (uint32_t m = 0; m < j->hc; m++) {
+            sum += weights[k][1 + m] * from[m];
         }
+        j->out[(r * j->hc + k) * j->d + at] = kn_bf16_from_f64(sum);
+    }
+}
+
+/* Values at .. to - 1 of row r. */
+static void post_values(const hc_post_job *j, uint64_t r, uint32_t at, uint32_t to)
+{
+    uint32_t hc = j->hc;
+    post_weights weights;
+    for (uint32_t k = 0; k < hc; k++) {
+        weights[k][0] = j->post[r * hc + k];
+        for (uint32_t m = 0; m < hc; m++) {
+            weights[k][1 + m] = j->comb[(r * hc + m) * hc + k];
+        }
+    }
+    for (; hc == 4 && at + KN_WIDE <= to; at += KN_WIDE) { /* the released models': streams in registers */
+        post_wide(j, weights, r, at, 4);
+    }
+    for (; at + KN_WIDE <= to; at += KN_WIDE) {
+        post_wide(j, weights, r, at, hc);
+    }
+    for (; at < to; at++) {
+        post_value(j, weights, r, at);
     }
 }
 
@@ -372,10 +461,8 @@ static void hc_post_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thr
     uint32_t n_piece = kn_blocks(j->d, HC_PIECE);
     (void)i_thread;
     for (uint32_t item = begin; item < end; item++) {
-        uint32_t from = item % n_piece * HC_PIECE, to = j->d - from < HC_PIECE ? j->d : from + HC_PIECE;
-        for (uint32_t at = from; at < to; at += HC_STEP) {
-            post_step(j, item / n_piece, at, to - at < HC_STEP ? to - at : HC_STEP);
-        }
+        uint32_t from = item % n_piece * HC_PIECE;
+        post_values(j, item / n_piece, from, j->d - from < HC_PIECE ? j->d : from + HC_PIECE);
     }
 }
 

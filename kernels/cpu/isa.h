@@ -166,10 +166,14 @@ void KN_FN(kn_cpu_product_lanes)(kn_team *team, const cpu_tile *tile, const kn_m
 /* The same for BF16 and F32 with registers of 256 bits (products_lanes256.c). */
 void KN_FN(kn_cpu_product_lanes256)(kn_team *team, const cpu_tile *tile, const kn_matrix *w, uint32_t out0,
                                     uint32_t n_out);
-/* With registers of 512 bits (products_lanes512.c), and for several tiles that share one reading of the
- * weights. */
+/* With registers of 512 bits (products_lanes512.c): one tile, or several of CPU_LANE_ROWS that share one
+ * reading of the weights; the last may be of fewer rows, but memory for CPU_LANE_ROWS is there. */
 void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tiles, uint32_t n_tile, const kn_matrix *w,
                                     uint32_t out0, uint32_t n_out);
+
+/* Those for many tiles (products_many512.c). */
+void KN_FN(kn_cpu_product_many512)(kn_team *team, const cpu_tile *tiles, uint32_t n_tile, const kn_matrix *w,
+                                   uint32_t out0, uint32_t n_out);
 
 /* How many tiles are worth filling before a product, and the rows of each where there are several: as many as
  * meet several outputs in registers. */
@@ -201,6 +205,12 @@ void KN_FN(kn_cpu_angles)(const float *inv_freq, uint32_t half, uint32_t pos, fl
 void KN_FN(kn_cpu_kv_pack)(const uint16_t *x, uint32_t dim, uint32_t rope, uint8_t *row_out);
 void KN_FN(kn_cpu_kv_unpack)(const uint8_t *row, uint32_t dim, uint32_t rope, double *x_out);
 void KN_FN(kn_cpu_index_pack)(const uint16_t *x, uint32_t dim, uint8_t *row_out);
+
+/* ---- hyper-connections (mixes.c) ----
+ * kn_hc_coefficients of KN_VD_WIDTH rows: mixes, pre [rows]; post [rows][hc]; comb [rows][hc][hc]. */
+typedef double kn_hc_mixes[(2 + KN_HC_MAX) * KN_HC_MAX];
+void KN_FN(kn_cpu_hc_coefficients)(const kn_hc *p, const kn_hc_mixes *mixes, float (*pre_out)[KN_HC_MAX],
+                                   float *post_out, float *comb_out);
 
 /* Operations that have files of their own: attend.c, compress.c, index.c. */
 void KN_FN(kn_cpu_attention)(kn_stream *s, const kn_batch *b, const kn_attn *a, kn_ptr q, kn_ptr chunk_rows,

@@ -1,7 +1,7 @@
 #include <math.h>
 
 #include "common/base/assert.h"
-#include "kernels/cpu/isa.h"
+#include "kernels/cpu/wide.h"
 
 /* ---- gate ---- */
 
@@ -12,6 +12,29 @@ typedef struct gate_job {
     int32_t *experts;
     float *weights;
 } gate_job;
+
+/* kn_sqrt_softplus of each. */
+static kn_vd sqrt_softplus(kn_vd z)
+{
+    return kn_vd_sqrt(kn_vd_choose((kn_vq)(z > 20.0), z, kn_vd_log1p(kn_vd_exp(z))));
+}
+
+static void activate(float *a, uint32_t n)
+{
+    uint32_t e = 0;
+    for (; e + KN_WIDE <= n; e += KN_WIDE) {
+        kn_vf z;
+        memcpy(&z, a + e, sizeof(z));
+        kn_wide wide = kn_wide_from_f32(z);
+        wide.half[0] = sqrt_softplus(wide.half[0]);
+        wide.half[1] = sqrt_softplus(wide.half[1]);
+        z = kn_wide_to_f32(wide);
+        memcpy(a + e, &z, sizeof(z));
+    }
+    for (; e < n; e++) {
+        a[e] = kn_sqrt_softplus(a[e]);
+    }
+}
 
 /* Logits are in s->gate; they become activations in place. */
 static void gate_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
@@ -25,8 +48,8 @@ static void gate_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread
         float *a = j->s->gate + r * g->n_expert;
         int32_t *experts = j->experts + r * g->topk;
         double lane[KN_LANES] = {0}, total;
+        activate(a, g->n_expert);
         for (uint32_t e = 0; e < g->n_expert; e++) {
-            a[e] = kn_sqrt_softplus(a[e]);
             biased[e] = bias != NULL ? a[e] + bias[e] : a[e];
         }
         if (table == NULL) {
@@ -62,31 +85,33 @@ static void op_gate(kn_stream *base, const kn_gate *g, kn_ptr x, kn_ptr ids, uin
 
 /* ---- experts ---- */
 
+static double swiglu_value(uint16_t g_in, uint16_t u_in, const float *weight, float limit)
+{
+    float gate = kn_bf16_decode(g_in), value = kn_bf16_decode(u_in);
+    double g = gate > limit ? limit : gate, h;
+    value = value > limit ? limit : value;
+    h = g / (1.0 + kn_exp(-g)) * (value < -limit ? -limit : value);
+    return weight != NULL ? *weight * h : h;
+}
+
 /* h = bf16([weight *] silu(min(g, limit)) * clamp(u, limit)); no weight: NULL. */
 static void swiglu_row(const uint16_t *g_in, const uint16_t *u_in, const float *weight, uint32_t n,
                        float limit, uint16_t *h_out)
 {
-    enum { STEP = 64 };
-    for (uint32_t at = 0; at < n; at += STEP) {
-        double g[STEP], u[STEP], h[STEP];
-        uint32_t len = n - at < STEP ? n - at : STEP;
-        for (uint32_t i = 0; i < len; i++) {
-            float gate = kn_bf16_decode(g_in[at + i]), value = kn_bf16_decode(u_in[at + i]);
-            g[i] = gate > limit ? limit : gate;
-            value = value > limit ? limit : value;
-            u[i] = value < -limit ? -limit : value;
+    const kn_vd most = kn_vd_all(limit), least = kn_vd_all(-limit);
+    const kn_vd by = kn_vd_all(weight != NULL ? *weight : 1.0f);
+    uint32_t at = 0;
+    for (; at + KN_WIDE <= n; at += KN_WIDE) {
+        kn_wide g = kn_wide_from_bf16(g_in + at), u = kn_wide_from_bf16(u_in + at), h;
+        for (int i = 0; i < 2; i++) {
+            kn_vd gate = kn_vd_at_most(g.half[i], most);
+            kn_vd value = kn_vd_at_least(kn_vd_at_most(u.half[i], most), least);
+            h.half[i] = by * (gate / (1.0 + kn_vd_exp(-gate)) * value);
         }
-        for (uint32_t i = 0; i < len; i++) {
-            h[i] = g[i] / (1.0 + kn_exp(-g[i])) * u[i];
-        }
-        if (weight != NULL) {
-            for (uint32_t i = 0; i < len; i++) {
-                h[i] = *weight * h[i];
-            }
-        }
-        for (uint32_t i = 0; i < len; i++) {
-            h_out[at + i] = kn_bf16_from_f64(h[i]);
-        }
+        kn_wide_to_bf16(h, h_out + at);
+    }
+    for (; at < n; at++) {
+        h_out[at] = kn_bf16_from_f64(swiglu_value(g_in[at], u_in[at], weight, limit));
     }
 }
 
@@ -189,6 +214,8 @@ static void op_experts(kn_stream *base, const kn_expert_group *groups, uint32_t 
 
 /* ---- combine ---- */
 
+enum { COMBINE_VECTORS = 4 }; /* sums in registers while a row's slots pass */
+
 typedef struct combine_job {
     const uint16_t *y, *shared;
     const int32_t *experts;
@@ -207,27 +234,44 @@ static void sort_slots(const int32_t *experts, uint32_t topk, uint32_t *order_ou
     }
 }
 
+/* n_vector registers of values at `at` of row r, slots in the given order. */
+static inline __attribute__((always_inline)) void combine_wide(const combine_job *j, const uint32_t *order,
+                                                               uint64_t r, uint32_t at,
+                                                               const uint32_t n_vector)
+{
+    kn_vf acc[COMBINE_VECTORS] = {0};
+    for (uint32_t k = 0; k < j->topk; k++) {
+        const uint16_t *y = j->y + (r * j->topk + order[k]) * j->d + at;
+        for (uint32_t v = 0; v < n_vector; v++) {
+            acc[v] += kn_vf_from_bf16(y + v * KN_WIDE);
+        }
+    }
+    for (uint32_t v = 0; v < n_vector; v++) {
+        uint64_t i = r * j->d + at + v * KN_WIDE;
+        kn_vf_to_bf16(acc[v] + kn_vf_from_bf16(j->shared + i), j->out + i);
+    }
+}
+
 static void combine_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_thread)
 {
-    enum { STEP = 256 };
     const combine_job *j = arg;
     uint32_t order[KN_TOPK_MAX];
     (void)i_thread;
     for (uint64_t r = begin; r < end; r++) {
+        uint32_t at = 0;
         sort_slots(j->experts + r * j->topk, j->topk, order);
-        for (uint32_t at = 0; at < j->d; at += STEP) {
-            float acc[STEP] = {0};
-            uint32_t n = j->d - at < STEP ? j->d - at : STEP;
+        for (; at + COMBINE_VECTORS * KN_WIDE <= j->d; at += COMBINE_VECTORS * KN_WIDE) {
+            combine_wide(j, order, r, at, COMBINE_VECTORS);
+        }
+        for (; at + KN_WIDE <= j->d; at += KN_WIDE) {
+            combine_wide(j, order, r, at, 1);
+        }
+        for (; at < j->d; at++) {
+            float acc = 0;
             for (uint32_t k = 0; k < j->topk; k++) {
-                const uint16_t *y = j->y + (r * j->topk + order[k]) * j->d + at;
-                for (uint32_t i = 0; i < n; i++) {
-                    acc[i] += kn_bf16_decode(y[i]);
-                }
+                acc += kn_bf16_decode(j->y[(r * j->topk + order[k]) * j->d + at]);
             }
-            for (uint32_t i = 0; i < n; i++) {
-                j->out[r * j->d + at + i] =
-                    kn_bf16_encode(acc[i] + kn_bf16_decode(j->shared[r * j->d + at + i]));
-            }
+            j->out[r * j->d + at] = kn_bf16_encode(acc + kn_bf16_decode(j->shared[r * j->d + at]));
         }
     }
 }

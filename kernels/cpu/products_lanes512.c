@@ -8,10 +8,13 @@
 #include "kernels/cpu/chunk.h"
 
 enum {
+    LANES_ROWS = 6,          /* most rows of a tile: their sums of two outputs fill the registers */
+    LANES_TILES = 3,         /* with more tiles weights are decoded once for all (products_many512.c) */
     LANES_STEP = 512,        /* inputs for which the rows of a tile stay in the first cache */
-    LANES_OUTS = 64,         /* outputs between two of these steps, at most, and */
+    LANES_OUTS = 24,         /* outputs between two of these steps, at most, and */
     LANES_BYTES = 256 << 10, /* of weights that stay in the second cache while all tiles pass */
-    LANES_AHEAD = 2048,      /* bytes of a weight row that are asked for before they are needed */
+    LANES_HALF = KN_LANES / 2,
+    LANES_AHEAD = 2048, /* bytes of a weight row that are asked for before they are needed */
 };
 
 typedef struct lanes_job {
@@ -21,53 +24,36 @@ typedef struct lanes_job {
     uint32_t out0, item;
 } lanes_job;
 
-/* 16 weights. */
-typedef struct lanes_weights {
-    __m512d half[2];
-} lanes_weights;
-
-INLINED lanes_weights from_floats(__m512 v)
-{
-    return (lanes_weights){
-        {_mm512_cvtps_pd(_mm512_castps512_ps256(v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1))}};
-}
-
-/* The first `item` bytes of a weight say what it is: 2 BF16, 4 F32. */
-INLINED lanes_weights decode_16(const uint8_t *at, const uint32_t item)
-{
-    if (item == 2) {
-        __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)at));
-        return from_floats(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
-    }
-    return from_floats(_mm512_loadu_ps(at));
-}
-
 typedef double lanes_sum[KN_LANES];
 
 /* Inputs at .. at + n - 1, n a multiple of KN_LANES, of n_out outputs from `rows` and n_row rows from x into
- * sums [n_out][CPU_TILE]. */
+ * sums. */
 INLINED void add_inputs(const uint8_t *const *rows, const double *x, uint64_t stride, uint32_t n,
-                        lanes_sum (*sums)[CPU_TILE], const uint32_t item, const uint32_t n_out,
+                        lanes_sum (*sums)[LANES_ROWS], const uint32_t item, const uint32_t n_out,
                         const uint32_t n_row)
 {
-    __m512d acc[CPU_OUTS][CPU_TILE][2];
-    for (uint32_t j = 0; j < n_out; j++) {
-        for (uint32_t r = 0; r < n_row; r++) {
-            acc[j][r][0] = _mm512_loadu_pd(sums[j][r]);
-            acc[j][r][1] = _mm512_loadu_pd(sums[j][r] + 8);
-        }
+    __m512d acc[2][CPU_OUTS][LANES_ROWS];
+#pragma GCC unroll 32
+    for (uint32_t i = 0; i < n_out * n_row; i++) {
+        acc[0][i / n_row][i % n_row] = _mm512_loadu_pd(sums[i / n_row][i % n_row]);
+        acc[1][i / n_row][i % n_row] = _mm512_loadu_pd(sums[i / n_row][i % n_row] + LANES_HALF);
     }
     for (uint32_t i = 0; i < n; i += KN_LANES) {
-        lanes_weights w[CPU_OUTS];
-        for (uint32_t j = 0; j < n_out; j++) {
-            w[j] = decode_16(rows[j] + (uint64_t)i * item, item);
-        }
-        for (uint32_t r = 0; r < n_row;
-             r++) { /* inputs one after another: sums and weights fill the registers */
-            for (uint32_t half = 0; half < 2; half++) {
-                __m512d from = _mm512_loadu_pd(x + r * stride + i + 8 * half);
+#pragma GCC unroll 2
+        for (uint32_t half = 0; half < 2; half++) {
+            __m512d w[CPU_OUTS];
+            uint64_t at = i + half * LANES_HALF;
+#pragma GCC unroll 4
+            for (uint32_t j = 0; j < n_out; j++) {
+                w[j] = decode_8(rows[j] + at * item, item);
+            }
+#pragma GCC unroll 8
+            for (uint32_t r = 0; r < n_row; r++) {
+                __m512d from = _mm512_loadu_pd(x + r * stride + at);
+                __asm__("" : "+v"(from)); /* once for all outputs */
+#pragma GCC unroll 4
                 for (uint32_t j = 0; j < n_out; j++) {
-                    acc[j][r][half] = _mm512_fmadd_pd(from, w[j].half[half], acc[j][r][half]);
+                    acc[half][j][r] = _mm512_fmadd_pd(from, w[j], acc[half][j][r]);
                 }
             }
         }
@@ -75,38 +61,37 @@ INLINED void add_inputs(const uint8_t *const *rows, const double *x, uint64_t st
             _mm_prefetch((const char *)rows[j] + (uint64_t)i * item + LANES_AHEAD, _MM_HINT_T1);
         }
     }
-    for (uint32_t j = 0; j < n_out; j++) {
-        for (uint32_t r = 0; r < n_row; r++) {
-            _mm512_storeu_pd(sums[j][r], acc[j][r][0]);
-            _mm512_storeu_pd(sums[j][r] + 8, acc[j][r][1]);
-        }
+#pragma GCC unroll 32
+    for (uint32_t i = 0; i < n_out * n_row; i++) {
+        _mm512_storeu_pd(sums[i / n_row][i % n_row], acc[0][i / n_row][i % n_row]);
+        _mm512_storeu_pd(sums[i / n_row][i % n_row] + LANES_HALF, acc[1][i / n_row][i % n_row]);
     }
 }
 
 /* ---- by numbers of rows and outputs ---- */
 
 typedef void (*add_fn)(const uint8_t *const *rows, const double *x, uint64_t stride, uint32_t n,
-                       lanes_sum (*sums)[CPU_TILE]);
+                       lanes_sum (*sums)[LANES_ROWS]);
 
 #define ADD(item_, outs_, rows_)                                                                             \
     static void add_##item_##_##outs_##_##rows_(const uint8_t *const *rows, const double *x,                 \
-                                                uint64_t stride, uint32_t n, lanes_sum(*sums)[CPU_TILE])     \
+                                                uint64_t stride, uint32_t n, lanes_sum(*sums)[LANES_ROWS])   \
     {                                                                                                        \
         add_inputs(rows, x, stride, n, sums, item_, outs_, rows_);                                           \
     }
 #define ADD_ITEM(item_)                                                                                      \
     ADD(item_, 4, 1)                                                                                         \
     ADD(item_, 4, 2)                                                                                         \
-    ADD(item_, 3, 3)                                                                                         \
-    ADD(item_, 2, 4)                                                                                         \
+    ADD(item_, 4, 3)                                                                                         \
+    ADD(item_, 3, 4)                                                                                         \
+    ADD(item_, 2, 5)                                                                                         \
+    ADD(item_, 2, 6)                                                                                         \
     ADD(item_, 1, 1)                                                                                         \
     ADD(item_, 1, 2)                                                                                         \
     ADD(item_, 1, 3)                                                                                         \
     ADD(item_, 1, 4)                                                                                         \
     ADD(item_, 1, 5)                                                                                         \
-    ADD(item_, 1, 6)                                                                                         \
-    ADD(item_, 1, 7)                                                                                         \
-    ADD(item_, 1, 8)
+    ADD(item_, 1, 6)
 ADD_ITEM(2)
 ADD_ITEM(4)
 
@@ -119,16 +104,15 @@ typedef struct lanes_way {
 #define WAYS(item_)                                                                                          \
     {                                                                                                        \
         {4, add_##item_##_4_1, add_##item_##_1_1}, {4, add_##item_##_4_2, add_##item_##_1_2},                \
-            {3, add_##item_##_3_3, add_##item_##_1_3}, {2, add_##item_##_2_4, add_##item_##_1_4},            \
-            {1, add_##item_##_1_5, add_##item_##_1_5}, {1, add_##item_##_1_6, add_##item_##_1_6},            \
-            {1, add_##item_##_1_7, add_##item_##_1_7}, {1, add_##item_##_1_8, add_##item_##_1_8},            \
+            {4, add_##item_##_4_3, add_##item_##_1_3}, {3, add_##item_##_3_4, add_##item_##_1_4},            \
+            {2, add_##item_##_2_5, add_##item_##_1_5}, {2, add_##item_##_2_6, add_##item_##_1_6},            \
     }
-static const lanes_way LANES_WAYS[2][CPU_TILE] = {WAYS(2), WAYS(4)};
+static const lanes_way LANES_WAYS[2][LANES_ROWS] = {WAYS(2), WAYS(4)};
 
 /* Inputs begin .. end - 1 of n outputs from o on. The last ones of a row, if they are no whole KN_LANES, are
  * filled up with zeros, as the inputs of a tile are. */
 static void add_piece(const lanes_job *job, const cpu_tile *t, uint32_t o, uint32_t n, uint32_t begin,
-                      uint32_t end, lanes_sum (*sums)[CPU_TILE])
+                      uint32_t end, lanes_sum (*sums)[LANES_ROWS])
 {
     const lanes_way *way = &LANES_WAYS[job->item == 4][t->n - 1];
     add_fn add = n == way->n_out ? way->many : way->one;
@@ -151,8 +135,9 @@ static void lanes_outs(const lanes_job *job, const cpu_tile *t, uint32_t o, uint
 {
     uint32_t together = LANES_WAYS[0][t->n - 1].n_out, n_in = job->w->n_in, n;
     /* One row of weights after another is read fastest; many rows of inputs should be read only once. */
-    uint32_t step = job->n_tile == 1 && t->n <= CPU_TILE / 2 ? n_in : LANES_STEP;
-    lanes_sum sums[LANES_OUTS][CPU_TILE] = {0};
+    uint32_t step = job->n_tile == 1 && t->n <= CPU_LANE_ROWS ? n_in : LANES_STEP;
+    lanes_sum sums[LANES_OUTS][LANES_ROWS];
+    memset(sums, 0, n_out * sizeof(sums[0]));
     for (uint32_t at = 0; at < n_in; at += step) {
         for (uint32_t i = 0; i < n_out; i += n) {
             n = n_out - i < together ? 1 : together;
@@ -179,12 +164,36 @@ static void lanes_part(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
     }
 }
 
+/* Rows first .. first + n - 1 of a tile. */
+static cpu_tile rows_of(const cpu_tile *t, uint32_t first, uint32_t n)
+{
+    cpu_tile part = {.x = t->x + first * t->stride, .stride = t->stride, .n = n};
+    for (uint32_t r = 0; r < n; r++) {
+        part.y[r] = t->y[first + r];
+        part.y32[r] = t->y32[first + r];
+        part.y64[r] = t->y64[first + r];
+    }
+    return part;
+}
+
 void KN_FN(kn_cpu_product_lanes512)(kn_team *team, const cpu_tile *tiles, uint32_t n_tile, const kn_matrix *w,
                                     uint32_t out0, uint32_t n_out)
 {
+    cpu_tile halves[2];
     lanes_job job = {
         .tiles = tiles, .n_tile = n_tile, .w = w, .out0 = out0, .item = w->dtype == KN_BF16 ? 2 : 4};
     uint64_t n_row = (uint64_t)n_tile * tiles[0].n;
     CM_ASSERT(w->dtype == KN_BF16 || w->dtype == KN_F32);
+    if (n_tile > LANES_TILES) {
+        KN_FN(kn_cpu_product_many512)(team, tiles, n_tile, w, out0, n_out);
+        return;
+    }
+    if (tiles[0].n > LANES_ROWS) {
+        CM_ASSERT(n_tile == 1);
+        halves[0] = rows_of(tiles, 0, CPU_LANE_ROWS);
+        halves[1] = rows_of(tiles, CPU_LANE_ROWS, tiles[0].n - CPU_LANE_ROWS);
+        job.tiles = halves;
+        job.n_tile = 2;
+    }
     kn_team_run(team, n_out, w->n_in * n_row, lanes_part, &job);
 }

@@ -56,7 +56,7 @@ typedef struct wide_job {
     const cpu_rows *rows;
     const kn_matrix *w;
     uint32_t row0, n;
-    int16_t *digits;    /* [K / 4][n][WIDE_DIGITS][4]: D1, D0, of inputs 0 2 1 3 of a column */
+    uint32_t *digits;   /* [K / 4][n][WIDE_DIGITS][2]: D1, D0, of the pairs of a column */
     wide_block *blocks; /* [K / 128][n] */
     bool odd[WIDE_ROWS];
 } wide_job;
@@ -73,10 +73,10 @@ static const uint16_t *input_row(const wide_job *j, uint32_t r)
     return j->rows->x + (uint64_t)(j->row0 + r) * j->rows->x_stride;
 }
 
-/* Digits of column c of block b and row `row`; next column: 4 WIDE_DIGITS n words on. */
-INLINED int16_t *digits_at(const wide_job *j, uint32_t b, uint32_t c, uint32_t row)
+/* Digits of column c of block b and row `row`; next column: 2 WIDE_DIGITS n pairs on. */
+INLINED uint32_t *digits_at(const wide_job *j, uint32_t b, uint32_t c, uint32_t row)
 {
-    return j->digits + (((uint64_t)b * FP8_COLUMNS + c) * j->n + row) * (4 * WIDE_DIGITS);
+    return j->digits + (((uint64_t)b * FP8_COLUMNS + c) * j->n + row) * (2 * WIDE_DIGITS);
 }
 
 /* ---- loading ---- */
@@ -176,9 +176,9 @@ INLINED __m512i rest_sum(const fp8_weights *w, const wide_job *j, uint32_t b, ui
 {
     __m512i sum[WIDE_DIGITS] = {_mm512_setzero_si512(), _mm512_set1_epi32(INT32_MIN)};
     for (uint32_t i = 0; i < w->n_rest; i++) {
-        const int16_t *x = digits_at(j, b, w->rest_of[i], r);
+        const uint32_t *x = digits_at(j, b, w->rest_of[i] / 2, r) + w->rest_of[i] % 2;
         for (uint32_t d = 0; d < WIDE_DIGITS; d++) {
-            sum[d] = dot(dot(sum[d], w->rests[i].pair[0], x + 4 * d), w->rests[i].pair[1], x + 4 * d + 2);
+            sum[d] = dot(sum[d], w->rests[i], x[2 * d]);
         }
     }
     return _mm512_add_epi32(_mm512_slli_epi32(sum[0], WIDE_LOW_BITS), sum[1]);
@@ -213,19 +213,19 @@ typedef struct wide_tiles {
 INLINED void multiply(wide_tiles *t, const wide_job *j, uint32_t b, uint32_t row0, const double *w_scale,
                       const uint32_t n)
 {
-    const int16_t *x = digits_at(j, b, 0, row0);
+    const uint32_t *x = digits_at(j, b, 0, row0);
     wide_digits sum[FP8_TILES][WIDE_GROUP];
     for (uint32_t k = 0; k < FP8_TILES; k++) {
         for (uint32_t r = 0; r < n; r++) {
             sum[k][r].of[0] = sum[k][r].of[1] = _mm512_set1_epi32(INT32_MIN);
         }
     }
-    for (uint32_t c = 0; c < FP8_COLUMNS; c++, x += (uint64_t)j->n * 4 * WIDE_DIGITS) {
+    for (uint32_t c = 0; c < FP8_COLUMNS; c++, x += (uint64_t)j->n * 2 * WIDE_DIGITS) {
         for (uint32_t i = 0; i < 2; i++) {
-            __m512i w0 = t->w[0].columns[c].pair[i], w1 = t->w[1].columns[c].pair[i];
+            __m512i w0 = t->w[0].pairs[2 * c + i], w1 = t->w[1].pairs[2 * c + i];
             for (uint32_t r = 0; r < n; r++) {
                 for (uint32_t d = 0; d < WIDE_DIGITS; d++) {
-                    const int16_t *pair = x + 4 * WIDE_DIGITS * r + 4 * d + 2 * i;
+                    uint32_t pair = x[2 * WIDE_DIGITS * r + 2 * d + i];
                     sum[0][r].of[d] = dot(sum[0][r].of[d], w0, pair);
                     sum[1][r].of[d] = dot(sum[1][r].of[d], w1, pair);
                 }
@@ -244,7 +244,7 @@ INLINED void multiply(wide_tiles *t, const wide_job *j, uint32_t b, uint32_t row
 INLINED void multiply_few(const fp8_weights *w, const wide_job *j, uint32_t b, double w_scale, wide_sums *acc,
                           const uint32_t n)
 {
-    const int16_t *x = digits_at(j, b, 0, 0);
+    const uint32_t *x = digits_at(j, b, 0, 0);
     fp8_tables tables = load_tables();
     __m512i sum[2][WIDE_FEW][WIDE_DIGITS];
     for (uint32_t r = 0; r < n; r++) {
@@ -253,13 +253,13 @@ INLINED void multiply_few(const fp8_weights *w, const wide_job *j, uint32_t b, d
             sum[1][r][d] = _mm512_setzero_si512();
         }
     }
-    for (uint32_t c = 0; c < FP8_COLUMNS; c++, x += n * 4 * WIDE_DIGITS) {
-        fp8_pairs column = column_pairs(&tables, w->codes[c]);
+    for (uint32_t c = 0; c < FP8_COLUMNS; c++, x += n * 2 * WIDE_DIGITS) {
+        fp8_column column = decode_column(&tables, w->codes[c]);
         ask_ahead(&w->codes[c]);
         for (uint32_t i = 0; i < 2; i++) {
             for (uint32_t r = 0; r < n; r++) {
                 for (uint32_t d = 0; d < WIDE_DIGITS; d++) {
-                    sum[i][r][d] = dot(sum[i][r][d], column.pair[i], x + 4 * WIDE_DIGITS * r + 4 * d + 2 * i);
+                    sum[i][r][d] = dot(sum[i][r][d], column.pair[i], x[2 * WIDE_DIGITS * r + 2 * d + i]);
                 }
             }
         }
@@ -466,13 +466,13 @@ void KN_FN(kn_cpu_scaled_product)(kn_team *team, void *scratch, const cpu_rows *
                   "scratch");
     for (uint32_t row0 = 0; row0 < rows->n; row0 += WIDE_ROWS) {
         uint32_t n = rows->n - row0 < WIDE_ROWS ? rows->n - row0 : WIDE_ROWS;
-        int16_t *digits = scratch;
+        uint32_t *digits = scratch;
         wide_job job = {.rows = rows,
                         .w = w,
                         .row0 = row0,
                         .n = n,
                         .digits = digits,
-                        .blocks = (wide_block *)(void *)(digits + wide * n * WIDE_DIGITS)};
+                        .blocks = (wide_block *)(void *)(digits + wide / 2 * n * WIDE_DIGITS)};
         kn_team_run(team, n, 4ull * w->n_in, load_part, &job);
         kn_team_run(team, n_pair, (uint64_t)FP8_OUTS * w->n_in * n, outputs_part, &job);
     }

@@ -21,53 +21,66 @@
 #include "kernels/cpu/vnni_fp8.h"
 
 enum {
-    FP8_FEW = 4,              /* rows, at most, for which columns are decoded while they are multiplied */
-    FP8_SHIFT = 3,            /* least: X has 16 bits */
-    FP8_UNITS = 448 << 9,     /* largest input */
-    FP8_ONE_MORE = CPU_CHUNK, /* an X that is rounded down to below zero has one more */
+    FP8_FEW = 4,   /* rows, at most, for which columns are decoded while they are multiplied */
+    FP8_SHIFT = 3, /* least: X has 16 bits */
+    FP8_ODD = (1 << FP8_SHIFT) - 1,
+    FP8_UNITS = 448 << 9,              /* largest input */
+    FP8_ONE_MORE = CPU_CHUNK,          /* an X that is rounded down to below zero has one more */
+    FP8_LIST = VNNI_GROUP * FP8_PAIRS, /* most entries of a block and group */
 };
 
-/* One row of inputs and block. */
+/* What an int32 sum that is 2^31 too large has too much below a high dword of 2^52. */
+#define FP8_TOO_MUCH (0x1p52 + 0x1p31)
+
+/* One row of inputs and block. Its sum is made a double as an integer of 52 bits beside a high dword. */
 typedef struct fp8_block {
-    double scale, factor; /* of units of 2^-15; 2^shift */
-    uint32_t with_rest;   /* bit j: the inputs of column j have an r */
-    uint32_t rest_shift;  /* shift - 3 */
+    double off;   /* what that is too large by */
+    uint64_t odd; /* bit p: pair p is no whole number of 2^-6 */
+    uint64_t shift;
+    uint32_t high; /* that dword: the block's scale lies in it */
 } fp8_block;
 
-/* Where the rows of one group stand in the scratch of a tile; K is k rounded up to CPU_CHUNK. Inputs of a
- * column in the order 0 2 1 3. */
+/* A pair of inputs that has an r. */
+typedef struct fp8_entry {
+    uint32_t pair; /* its r */
+    uint16_t at;   /* which pair of the block, in bytes of decoded weights */
+    uint16_t row;  /* of the group */
+} fp8_entry;
+
+/* The rows of one group in the scratch of a tile. */
 typedef struct fp8_group {
-    uint32_t n;        /* rows */
-    int16_t *x;        /* [K / 4][n][4]: X */
-    int16_t *rest;     /* [K / 128][n][FP8_COLUMNS][4]: r of the columns that have one, one after another */
-    fp8_block *blocks; /* [K / 128][n] */
+    uint32_t n;             /* rows */
+    uint32_t row0, n_all;   /* first of them; rows of the tile */
+    uint32_t *pairs, *fine; /* [K / 128][n_all]: of rows row0 .. of a block [FP8_PAIRS][n]: X, and inputs in
+                               units of 2^-6, rounded down */
+    fp8_block *blocks;      /* [K / 128][n_all] */
+    uint32_t *ends;         /* [K / 128 + 1]: entries of the blocks before */
+    fp8_entry *list;        /* block after block */
 } fp8_group;
 
-static fp8_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t g)
+static fp8_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t i)
 {
-    uint64_t wide = cpu_round_up(k, CPU_CHUNK), row0 = (uint64_t)g * VNNI_GROUP;
-    int16_t *x = (int16_t *)((uint8_t *)t->x + VNNI_HEAD_BYTES), *rest = x + wide * t->n;
-    fp8_block *blocks = (fp8_block *)(void *)(rest + wide * t->n);
-    static_assert(
-        CPU_Q8_ROWS * (2 * sizeof(*x) + (sizeof(*blocks) + VNNI_HEAD_BYTES / CPU_Q8_ROWS) / CPU_CHUNK + 1) <=
-            CPU_X_BYTES,
-        "scratch");
-    return (fp8_group){.n = t->n - (uint32_t)row0 < VNNI_GROUP ? t->n - (uint32_t)row0 : VNNI_GROUP,
-                       .x = x + wide * row0,
-                       .rest = rest + wide * row0,
-                       .blocks = blocks + wide / CPU_CHUNK * row0};
+    uint64_t n_block = kn_blocks(k, CPU_CHUNK), n_row_block = n_block * t->n;
+    fp8_group g = {.row0 = i * VNNI_GROUP, .n_all = t->n};
+    static_assert(VNNI_HEAD_BYTES + CPU_Q8_ROWS * (2 * FP8_PAIRS * sizeof(*g.pairs) + sizeof(*g.blocks)) +
+                          VNNI_GROUPS_MAX * (FP8_LIST * sizeof(*g.list) + 2 * sizeof(*g.ends)) <=
+                      CPU_X_BYTES * CPU_CHUNK,
+                  "scratch");
+    g.n = t->n - g.row0 < VNNI_GROUP ? t->n - g.row0 : VNNI_GROUP;
+    g.pairs = (uint32_t *)(void *)((uint8_t *)t->x + VNNI_HEAD_BYTES);
+    g.fine = g.pairs + n_row_block * FP8_PAIRS;
+    g.blocks = (fp8_block *)(void *)(g.fine + n_row_block * FP8_PAIRS);
+    g.list = (fp8_entry *)(void *)(g.blocks + n_row_block);
+    g.ends = (uint32_t *)(void *)(g.list + kn_blocks(t->n, VNNI_GROUP) * n_block * FP8_LIST);
+    g.list += i * n_block * FP8_LIST;
+    g.ends += i * (n_block + 1);
+    return g;
 }
 
-/* Where X of column j of block b stand, of row r of n; next column: 4 n words on. */
-INLINED int16_t *inputs_at(const fp8_group *g, const uint32_t n, uint32_t b, uint32_t j, uint32_t r)
+/* Where the group's first row stands among those of block b. */
+INLINED uint64_t first_at(const fp8_group *g, uint32_t b)
 {
-    return g->x + (((uint64_t)b * FP8_COLUMNS + j) * n + r) * 4;
-}
-
-/* The first r of a block and row. */
-INLINED int16_t *rests_at(const fp8_group *g, uint32_t b, uint32_t r)
-{
-    return g->rest + ((uint64_t)b * g->n + r) * FP8_COLUMNS * 4;
+    return (uint64_t)b * g->n_all + g->row0;
 }
 
 /* ---- loading ---- */
@@ -93,36 +106,104 @@ static uint32_t shift_of(uint32_t sum)
     return shift;
 }
 
-/* The low words of 16 inputs, four columns. */
-static void column_words(__m512i words, int64_t column_out[8])
+/* The low words of 16 inputs, four columns, as pairs. */
+static __m256i paired(__m512i words)
 {
-    __m512i paired = _mm512_or_si512(_mm512_and_si512(words, _mm512_set1_epi32(0xffff)),
-                                     _mm512_slli_epi32(_mm512_shuffle_epi32(words, 0xee), 16));
-    _mm512_storeu_si512(column_out, paired); /* every other one */
+    __m512i pairs = _mm512_or_si512(_mm512_and_si512(words, _mm512_set1_epi32(0xffff)),
+                                    _mm512_slli_epi32(_mm512_shuffle_epi32(words, 0xee), 16));
+    return _mm512_castsi512_si256(_mm512_maskz_compress_epi64(0x55, pairs));
 }
 
-static void load_block(const fp8_group *g, uint32_t r, uint32_t b, const uint8_t *codes, double scale)
+static uint32_t high_dword(double x)
 {
-    fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
-    int16_t *next = rests_at(g, b, r);
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof(bits));
+    return (uint32_t)(bits >> 32);
+}
+
+/* Pairs of a block and row: X, fine, and r. */
+typedef struct fp8_row {
+    uint32_t x[FP8_PAIRS], fine[FP8_PAIRS], rest[FP8_PAIRS];
+} fp8_row;
+
+static fp8_block load_block(const uint8_t *codes, double scale, fp8_row *row_out)
+{
     __m512i units[8], sum = _mm512_setzero_si512();
+    uint64_t odd = 0;
     for (uint32_t i = 0; i < 8; i++) {
         units[i] = units_of(codes + 16 * i);
         sum = _mm512_add_epi32(sum, _mm512_abs_epi32(units[i]));
     }
     uint32_t shift = shift_of((uint32_t)_mm512_reduce_add_epi32(sum));
-    *block = (fp8_block){.scale = 0x1p-15 * scale, .factor = 1u << shift, .rest_shift = shift - FP8_SHIFT};
+    const __m512i low_bits = _mm512_set1_epi32((1 << shift) - 1);
     for (uint32_t i = 0; i < 8; i++) {
-        __m512i rest = _mm512_and_si512(units[i], _mm512_set1_epi32((1 << shift) - 1));
-        int64_t x[8], rests[8];
-        column_words(_mm512_sra_epi32(units[i], _mm_cvtsi32_si128((int)shift)), x);
-        column_words(rest, rests);
-        for (uint32_t c = 0; c < 4; c++) {
-            bool any = rests[2 * c] != 0;
-            memcpy(inputs_at(g, g->n, b, 4 * i + c, r), &x[2 * c], sizeof(x[0]));
-            memcpy(next, &rests[2 * c], sizeof(rests[0])); /* room for one of each column */
-            next += any ? 4 : 0;
-            block->with_rest |= (uint32_t)any << (4 * i + c);
+        __m256i rest = paired(_mm512_and_si512(units[i], low_bits));
+        __m256i x = paired(_mm512_sra_epi32(units[i], _mm_cvtsi32_si128((int)shift)));
+        _mm256_storeu_si256((__m256i *)(void *)(row_out->x + 8 * i), x);
+        _mm256_storeu_si256((__m256i *)(void *)(row_out->fine + 8 * i),
+                            paired(_mm512_srai_epi32(units[i], FP8_SHIFT)));
+        _mm256_storeu_si256((__m256i *)(void *)(row_out->rest + 8 * i), rest);
+        odd |= (uint64_t)_mm256_test_epi32_mask(rest, _mm256_set1_epi16(FP8_ODD)) << 8 * i;
+    }
+    return (fp8_block){.off = (FP8_TOO_MUCH + 0x1p31 * (1u << shift)) * 0x1p-15 * scale,
+                       .odd = odd,
+                       .high = high_dword(0x1p52 * 0x1p-15 * scale),
+                       .shift = shift};
+}
+
+/* The bits of pairs that are not zero. */
+static uint64_t not_zero(const uint32_t pairs[FP8_PAIRS])
+{
+    uint64_t bits = 0;
+    for (uint32_t at = 0; at < FP8_PAIRS; at += 16) {
+        __m512i v = _mm512_loadu_si512(pairs + at);
+        bits |= (uint64_t)kn_lanes_of(_mm512_test_epi32_mask(v, v)) << at;
+    }
+    return bits;
+}
+
+/* Lists the pairs of all rows that have an r, the first one of each row before the second of any: products
+ * with one row wait for each other. Returns how many. */
+static uint32_t list_rests(const fp8_row *rows, uint32_t n, fp8_entry *list)
+{
+    uint64_t left[VNNI_GROUP], any = 0;
+    uint32_t n_entry = 0;
+    for (uint32_t r = 0; r < n; r++) {
+        left[r] = not_zero(rows[r].rest);
+        any |= left[r];
+    }
+    for (; any != 0;) {
+        any = 0;
+        for (uint32_t r = 0; r < n; r++) {
+            uint32_t p = left[r] != 0 ? (uint32_t)__builtin_ctzll(left[r]) : 0;
+            list[n_entry] = (fp8_entry){
+                .pair = rows[r].rest[p], .at = (uint16_t)(p * sizeof(__m512i)), .row = (uint16_t)r};
+            n_entry += left[r] != 0;
+            left[r] &= left[r] - 1;
+            any |= left[r];
+        }
+    }
+    return n_entry;
+}
+
+/* The rows of a group side by side. */
+static void put_rows(const fp8_group *g, uint32_t b, const fp8_row *rows)
+{
+    uint64_t first = first_at(g, b) * FP8_PAIRS;
+    __mmask8 there = (__mmask8)((1u << g->n) - 1);
+    vnni_rows from;
+    for (uint32_t r = 0; r < VNNI_GROUP; r++) {
+        const fp8_row *row = &rows[r < g->n ? r : 0];
+        from.row[r] = (const uint8_t *)row->x;
+        from.row[VNNI_GROUP + r] = (const uint8_t *)row->fine;
+    }
+    for (uint32_t p = 0; p < FP8_PAIRS; p += 16) {
+        __m512i column[16];
+        KN_FN(kn_vnni_columns)(&from, p * sizeof(uint32_t), FP8_PAIRS * sizeof(uint32_t), column);
+        for (uint32_t i = 0; i < 16; i++) {
+            uint64_t at = first + (p + i) * g->n;
+            _mm256_mask_storeu_epi32(g->pairs + at, there, _mm512_castsi512_si256(column[i]));
+            _mm256_mask_storeu_epi32(g->fine + at, there, _mm512_extracti64x4_epi64(column[i], 1));
         }
     }
 }
@@ -138,14 +219,20 @@ static void load_group(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
     (void)i_thread;
     for (uint32_t i = begin; i < end; i++) {
         fp8_group g = group_at(j->tile, j->k, i);
-        for (uint32_t r = 0; r < g.n; r++) {
-            uint32_t row = i * VNNI_GROUP + r;
-            for (uint32_t at = 0, b = 0; at < j->k; at += CPU_CHUNK, b++) {
+        uint32_t n = 0;
+        for (uint32_t at = 0, b = 0; at < j->k; at += CPU_CHUNK, b++) {
+            fp8_row rows[VNNI_GROUP];
+            g.ends[b] = n;
+            for (uint32_t r = 0; r < g.n; r++) {
                 uint8_t spare[CPU_CHUNK];
-                uint32_t len = chunk_len(j->k, at);
-                load_block(&g, r, b, chunk_bytes(j->tile->codes[row], at, len, CPU_CHUNK, spare),
-                           kn_e8m0_decode(j->tile->scales[row][b]));
+                uint32_t row = g.row0 + r, len = chunk_len(j->k, at);
+                g.blocks[first_at(&g, b) + r] =
+                    load_block(chunk_bytes(j->tile->codes[row], at, len, CPU_CHUNK, spare),
+                               kn_e8m0_decode(j->tile->scales[row][b]), &rows[r]);
             }
+            n += list_rests(rows, g.n, g.list + n);
+            put_rows(&g, b, rows);
+            g.ends[b + 1] = n;
         }
     }
 }
@@ -158,136 +245,174 @@ void KN_FN(kn_vnni_fp8_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
 
 /* ---- products ---- */
 
-/* What the r of row r add, in units of 2^-15, to sums of one tile of outputs or, decoded, two. */
-INLINED void add_input_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r, __m512i *sum,
-                             const bool decoded)
+/* A row's block in registers. */
+typedef struct fp8_factors {
+    __m512i shift, high;
+    __m512d off;
+} fp8_factors;
+
+INLINED fp8_factors factors_of(const fp8_block *block)
 {
-    const int16_t *rest = rests_at(g, b, r);
-    for (uint32_t bits = g->blocks[(uint64_t)b * g->n + r].with_rest; bits != 0;
-         bits &= bits - 1, rest += 4) {
-        uint32_t j = (uint32_t)__builtin_ctz(bits);
-        if (decoded) {
-            for (uint32_t k = 0; k < FP8_TILES; k++) {
-                const fp8_pairs *column = &w[k].columns[j];
-                sum[k] = dot(dot(sum[k], column->pair[0], rest), column->pair[1], rest + 2);
-            }
-        } else {
-            fp8_tables tables = load_tables();
-            fp8_pairs column = column_pairs(&tables, w->codes[j]);
-            *sum = dot(dot(*sum, column.pair[0], rest), column.pair[1], rest + 2);
-        }
-    }
+    return (fp8_factors){_mm512_set1_epi64((int64_t)block->shift), _mm512_set1_epi32((int32_t)block->high),
+                         _mm512_set1_pd(block->off)};
 }
 
-/* What the s of one tile add to the sums of n rows, likewise. */
-INLINED void add_weight_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, __m512i *sum,
-                              const uint32_t n)
+/* 2^shift main + rest, both 2^31 too large, as doubles: of the low (0) or high (1) dwords of every four. */
+INLINED __m512d as_doubles(__m512i main, __m512i rest, const fp8_factors *f, int half)
 {
-    const fp8_block *block = &g->blocks[(uint64_t)b * g->n];
-    __m512i of_weights[VNNI_GROUP];
-    if (w->n_rest == 0) {
-        return;
-    }
-    for (uint32_t r = 0; r < n; r++) {
-        of_weights[r] = _mm512_setzero_si512();
-    }
-    for (uint32_t i = 0; i < w->n_rest; i++) {
-        const int16_t *x = inputs_at(g, n, b, w->rest_of[i], 0);
+    const __m512i zero = _mm512_setzero_si512();
+    __m512i wide = half ? _mm512_unpackhi_epi32(main, zero) : _mm512_unpacklo_epi32(main, zero),
+            with_high = half ? _mm512_unpackhi_epi32(rest, f->high) : _mm512_unpacklo_epi32(rest, f->high);
+    __m512i bits = _mm512_add_epi64(_mm512_sllv_epi64(wide, f->shift), with_high);
+    return _mm512_sub_pd(_mm512_castsi512_pd(bits), f->off);
+}
+
+/* Sums of a group and block, all 2^31 too large, and where they belong. */
+typedef struct fp8_sums {
+    __m512i main[FP8_TILES][VNNI_GROUP]; /* of X W */
+    __m512i rest[FP8_TILES][VNNI_GROUP]; /* of r W and fine s */
+    const fp8_block *block;              /* of the first row */
+    double w_scale[FP8_TILES];
+    vnni_sums *acc[FP8_TILES];
+} fp8_sums;
+
+/* Sums r and s of n rows and n_tile tiles; returns whether an input and a weight that have one may meet. */
+INLINED bool sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, const uint32_t n_tile,
+                       const uint32_t n, fp8_sums *sums)
+{
+    const uint32_t *fine = g->fine + first_at(g, b) * FP8_PAIRS;
+    uint64_t odd = 0, with_rest = 0;
+    for (uint32_t k = 0; k < n_tile; k++) {
+        __m512i sum[VNNI_GROUP];
         for (uint32_t r = 0; r < n; r++) {
-            of_weights[r] =
-                dot(dot(of_weights[r], w->rests[i].pair[0], x + 4 * r), w->rests[i].pair[1], x + 4 * r + 2);
+            sum[r] = _mm512_set1_epi32(INT32_MIN);
+        }
+        for (uint32_t i = 0; i < w[k].n_rest; i++) {
+            const uint32_t *x = fine + w[k].rest_of[i] * n;
+            with_rest |= 1ull << w[k].rest_of[i];
+            for (uint32_t r = 0; r < n; r++) {
+                sum[r] = dot(sum[r], w[k].rests[i], x[r]);
+            }
+        }
+        for (uint32_t r = 0; r < n; r++) {
+            sums->rest[k][r] = sum[r];
+        }
+    }
+    for (const fp8_entry *e = g->list + g->ends[b], *end = g->list + g->ends[b + 1]; e < end; e++) {
+        for (uint32_t k = 0; k < n_tile; k++) {
+            __m512i *sum = &sums->rest[k][e->row];
+            *sum = dot(*sum, *(const __m512i *)(const void *)((const uint8_t *)w[k].pairs + e->at), e->pair);
         }
     }
     for (uint32_t r = 0; r < n; r++) {
-        __m512i shift = _mm512_set1_epi32((int)block[r].rest_shift);
-        sum[r] = _mm512_add_epi32(sum[r], _mm512_sllv_epi32(of_weights[r], shift));
+        odd |= g->blocks[first_at(g, b) + r].odd;
     }
+    return (odd & with_rest) != 0;
 }
 
-/* Sums of r s: hardly ever does an input of either kind meet a weight of the other. */
-APART __m512i both_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r)
+/* Adds a block's sum of a row. It is exact; its product with the weights' scale and the addition round once
+ * each, as the oracle's. */
+INLINED void add_half(__m512d sum, __m512d w_scale, double *acc)
 {
-    uint32_t with_rest = g->blocks[(uint64_t)b * g->n + r].with_rest;
-    __m512i sum = _mm512_set1_epi32(INT32_MIN);
-    for (uint32_t i = 0; i < w->n_rest; i++) {
-        uint32_t bit = 1u << w->rest_of[i];
-        const int16_t *rest = rests_at(g, b, r) + 4 * __builtin_popcount(with_rest & (bit - 1));
-        if ((with_rest & bit) != 0) {
-            sum = dot(dot(sum, w->rests[i].pair[0], rest), w->rests[i].pair[1], rest + 2);
-        }
-    }
-    return sum;
+    _mm512_store_pd(acc, _mm512_add_pd(_mm512_load_pd(acc), _mm512_mul_pd(sum, w_scale)));
 }
 
-/* A block's sum is exact; its product with the scales and the addition round once each, as the oracle's. */
-INLINED void add_scaled(double *acc, __m512d sum, double scale)
+INLINED void add_row(const fp8_sums *sums, uint32_t k, uint32_t r)
 {
-    __m512d term = _mm512_mul_pd(sum, _mm512_set1_pd(scale));
-    _mm512_storeu_pd(acc, _mm512_add_pd(_mm512_loadu_pd(acc), term));
+    fp8_factors f = factors_of(&sums->block[r]);
+    __m512d w_scale = _mm512_set1_pd(sums->w_scale[k]);
+    __m512i main = sums->main[k][r], rest = sums->rest[k][r];
+    double *acc = (*sums->acc[k])[r];
+    add_half(as_doubles(main, rest, &f, 0), w_scale, acc);
+    add_half(as_doubles(main, rest, &f, 1), w_scale, acc + 8);
 }
 
-/* Adds the block's sum of row r; main: of X W, rest: of r W and X s. */
-INLINED void add_row(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r, __m512i main,
-                     __m512i rest, double w_scale, double *acc)
+static void add_rows(const fp8_sums *sums, uint32_t n_tile, uint32_t n)
 {
-    const fp8_block *block = &g->blocks[(uint64_t)b * g->n + r];
-    __m512d sum[2];
-    for (int half = 0; half < 2; half++) {
-        sum[half] =
-            _mm512_fmadd_pd(to_double(main, half), _mm512_set1_pd(block->factor), to_double(rest, half));
-    }
-    if (__builtin_expect((block->with_rest & w->with_rest) != 0, 0)) {
-        __m512i both = both_rests(w, g, b, r);
-        for (int half = 0; half < 2; half++) {
-            sum[half] = _mm512_fmadd_pd(to_double(both, half), _mm512_set1_pd(0.125), sum[half]);
-        }
-    }
-    add_scaled(acc, sum[0], block->scale * w_scale);
-    add_scaled(acc + 8, sum[1], block->scale * w_scale);
-}
-
-/* n rows of a group and FP8_TILES tiles, decoded. */
-INLINED void multiply(const fp8_weights *w, const fp8_group *g, uint32_t b, const double *w_scale,
-                      vnni_sums *acc, const uint32_t n)
-{
-    const int16_t *x = inputs_at(g, n, b, 0, 0);
-    __m512i sum[FP8_TILES][VNNI_GROUP], rest[FP8_TILES][VNNI_GROUP];
     for (uint32_t r = 0; r < n; r++) {
-        __m512i of_row[FP8_TILES] = {_mm512_set1_epi32(INT32_MIN), _mm512_set1_epi32(INT32_MIN)};
-        add_input_rests(w, g, b, r, of_row, true);
-        rest[0][r] = of_row[0];
-        rest[1][r] = of_row[1];
+        for (uint32_t k = 0; k < n_tile; k++) {
+            add_row(sums, k, r);
+        }
     }
-    add_weight_rests(&w[0], g, b, rest[0], n);
-    add_weight_rests(&w[1], g, b, rest[1], n);
+}
+
+/* The same where an input and a weight meet that both have a rest: hardly ever, so with both as doubles. */
+APART void add_rows_and_both(const fp8_weights *w, const fp8_group *g, uint32_t b, const fp8_sums *sums,
+                             uint32_t n_tile)
+{
+    __m512i both[FP8_TILES][VNNI_GROUP];
+    for (uint32_t r = 0; r < g->n; r++) {
+        both[0][r] = both[1][r] = _mm512_set1_epi32(INT32_MIN);
+    }
+    for (const fp8_entry *e = g->list + g->ends[b], *end = g->list + g->ends[b + 1]; e < end; e++) {
+        for (uint32_t k = 0; k < n_tile; k++) {
+            for (uint32_t i = 0; i < w[k].n_rest; i++) {
+                if (e->at == w[k].rest_of[i] * sizeof(__m512i)) {
+                    both[k][e->row] = dot(both[k][e->row], w[k].rests[i], e->pair & (FP8_ODD | FP8_ODD << 16));
+                }
+            }
+        }
+    }
+    for (uint32_t r = 0; r < g->n; r++) {
+        const fp8_block *block = &sums->block[r];
+        double unit = block->off / (FP8_TOO_MUCH + 0x1p31 * (double)(1u << block->shift));
+        fp8_factors f = factors_of(block);
+        for (uint32_t k = 0; k < n_tile; k++) {
+            for (int half = 0; half < 2; half++) {
+                __m512d sum = as_doubles(sums->main[k][r], sums->rest[k][r], &f, half);
+                sum = _mm512_fmadd_pd(to_double(both[k][r], half), _mm512_set1_pd(0.125 * unit), sum);
+                add_half(sum, _mm512_set1_pd(sums->w_scale[k]), (*sums->acc[k])[r] + 8 * half);
+            }
+        }
+    }
+}
+
+/* n rows of a group and FP8_TILES tiles, decoded. A full group adds the last one's sums in passing: its
+ * products leave room for that. */
+INLINED void multiply(const fp8_weights *w, const uint32_t *x, const fp8_sums *last, fp8_sums *sums,
+                      const uint32_t n)
+{
+    enum { STEPS = FP8_TILES * VNNI_GROUP, STEP = FP8_PAIRS / STEPS };
+    const __m512i *w0 = w[0].pairs, *w1 = w[1].pairs;
+    __m512i sum[FP8_TILES][VNNI_GROUP];
+#pragma GCC unroll 8
     for (uint32_t r = 0; r < n; r++) {
         sum[0][r] = sum[1][r] = _mm512_set1_epi32(INT32_MIN);
     }
-#pragma GCC unroll 2
-    for (uint32_t j = 0; j < FP8_COLUMNS; j++, x += 4 * n) {
-        for (uint32_t i = 0; i < 2; i++) {
-            __m512i w0 = w[0].columns[j].pair[i], w1 = w[1].columns[j].pair[i];
+    for (uint32_t step = 0; step < STEPS; step++, w0 += STEP, w1 += STEP, x += STEP * n) {
+#pragma GCC unroll 4
+        for (uint32_t p = 0; p < STEP; p++) {
+            __m512i of0 = w0[p], of1 = w1[p];
+#pragma GCC unroll 8
             for (uint32_t r = 0; r < n; r++) {
-                sum[0][r] = dot(sum[0][r], w0, x + 4 * r + 2 * i);
-                sum[1][r] = dot(sum[1][r], w1, x + 4 * r + 2 * i);
+                sum[0][r] = dot(sum[0][r], of0, x[p * n + r]);
+                sum[1][r] = dot(sum[1][r], of1, x[p * n + r]);
             }
         }
-    }
-    for (uint32_t r = 0; r < n; r++) {
-        for (uint32_t k = 0; k < FP8_TILES; k++) {
-            add_row(&w[k], g, b, r, sum[k][r], rest[k][r], w_scale[k], acc[k][r]);
+        if (n == VNNI_GROUP) {
+            add_row(last, step % FP8_TILES, step / FP8_TILES);
         }
+    }
+#pragma GCC unroll 8
+    for (uint32_t r = 0; r < n; r++) {
+        sums->main[0][r] = sum[0][r];
+        sums->main[1][r] = sum[1][r];
     }
 }
 
-/* One copy for each number of rows. */
-typedef void (*group_fn)(const fp8_weights *w, const fp8_group *g, uint32_t b, const double *w_scale,
-                         vnni_sums *acc);
+/* One copy for each number of rows. Rests are summed by another: what the compiler merges of both costs more
+ * than a call. */
+typedef void (*group_fn)(const fp8_weights *w, const uint32_t *x, const fp8_sums *last, fp8_sums *sums);
+typedef bool (*rests_fn)(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums);
 #define GROUP(n_)                                                                                            \
-    APART void group_rows_##n_(const fp8_weights *w, const fp8_group *g, uint32_t b, const double *w_scale,  \
-                               vnni_sums *acc)                                                               \
+    APART bool group_rests_##n_(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)        \
     {                                                                                                        \
-        multiply(w, g, b, w_scale, acc, n_);                                                                 \
+        return sum_rests(w, g, b, FP8_TILES, n_, sums);                                                      \
+    }                                                                                                        \
+    APART void group_rows_##n_(const fp8_weights *w, const uint32_t *x, const fp8_sums *last,                \
+                               fp8_sums *sums)                                                               \
+    {                                                                                                        \
+        multiply(w, x, last, sums, n_);                                                                      \
     }
 GROUP(1)
 GROUP(2)
@@ -299,44 +424,48 @@ GROUP(7)
 GROUP(8)
 static const group_fn GROUP_ROWS[] = {NULL,         group_rows_1, group_rows_2, group_rows_3, group_rows_4,
                                       group_rows_5, group_rows_6, group_rows_7, group_rows_8};
+static const rests_fn GROUP_RESTS[] = {
+    NULL,          group_rests_1, group_rests_2, group_rests_3, group_rests_4,
+    group_rests_5, group_rests_6, group_rests_7, group_rests_8};
 
-/* All n rows of a tile that has few, and one tile of outputs. Pairs have sums of their own, so that one row
- * need not wait for its last product. */
-INLINED void multiply_few(const fp8_weights *w, const fp8_group *g, uint32_t b, double w_scale, vnni_sums acc,
-                          const uint32_t n)
+/* All n rows of a tile that has few, and one tile of outputs, whose columns are decoded in passing. Pairs
+ * have sums of their own, so that one row need not wait for its last product. */
+INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums, const uint32_t n)
 {
-    const int16_t *x = inputs_at(g, n, b, 0, 0);
+    const uint32_t *x = g->pairs + first_at(g, b) * FP8_PAIRS;
     fp8_tables tables = load_tables();
-    __m512i sum[2][FP8_FEW], rest[FP8_FEW];
+    __m512i sum[2][FP8_FEW];
     for (uint32_t r = 0; r < n; r++) {
         sum[0][r] = _mm512_set1_epi32(INT32_MIN);
         sum[1][r] = _mm512_setzero_si512();
     }
 #pragma GCC unroll 2
-    for (uint32_t j = 0; j < FP8_COLUMNS; j++, x += 4 * n) {
-        fp8_pairs column = column_pairs(&tables, w->codes[j]);
+    for (uint32_t j = 0; j < FP8_COLUMNS; j++, x += 2 * n) {
+        fp8_column column = decode_column(&tables, w->codes[j]);
         ask_ahead(&w->codes[j]);
-        for (uint32_t r = 0; r < n; r++) {
-            sum[0][r] = dot(sum[0][r], column.pair[0], x + 4 * r);
-            sum[1][r] = dot(sum[1][r], column.pair[1], x + 4 * r + 2);
+        for (uint32_t i = 0; i < 2; i++) {
+            w->pairs[2 * j + i] = column.pair[i];
+            for (uint32_t r = 0; r < n; r++) {
+                sum[i][r] = dot(sum[i][r], column.pair[i], x[i * n + r]);
+            }
         }
     }
     for (uint32_t r = 0; r < n; r++) {
-        rest[r] = _mm512_set1_epi32(INT32_MIN);
-        add_input_rests(w, g, b, r, &rest[r], false);
+        sums->main[0][r] = _mm512_add_epi32(sum[0][r], sum[1][r]);
     }
-    add_weight_rests(w, g, b, rest, n);
-    for (uint32_t r = 0; r < n; r++) {
-        add_row(w, g, b, r, _mm512_add_epi32(sum[0][r], sum[1][r]), rest[r], w_scale, acc[r]);
+    if (__builtin_expect(sum_rests(w, g, b, 1, n, sums), 0)) {
+        add_rows_and_both(w, g, b, sums, 1);
+    } else {
+        add_rows(sums, 1, n);
     }
 }
 
 #define FEW(n_)                                                                                              \
     case n_:                                                                                                 \
-        multiply_few(w, g, b, w_scale, acc, n_);                                                             \
+        multiply_few(w, g, b, sums, n_);                                                                     \
         break;
 
-static void few_rows(const fp8_weights *w, const fp8_group *g, uint32_t b, double w_scale, vnni_sums acc)
+static void few_rows(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)
 {
     switch (g->n) {
         FEW(1)
@@ -351,7 +480,7 @@ typedef struct fp8_tiles {
     fp8_weights w[FP8_TILES];
     uint32_t out[FP8_TILES], n; /* first outputs; how many tiles there are */
     uint16_t nan[FP8_TILES][VNNI_OUTS];
-    vnni_sums acc[VNNI_GROUPS_MAX][FP8_TILES];
+    _Alignas(64) vnni_sums acc[FP8_TILES][VNNI_GROUPS_MAX]; /* else every register of it lies in two lines */
 } fp8_tiles;
 
 static double open_block(const kn_matrix *w, uint32_t b, fp8_tiles *tiles, uint32_t k)
@@ -367,34 +496,68 @@ static void few_sums(const cpu_q8_tile *t, const kn_matrix *w, fp8_tiles *tiles)
     fp8_group g = group_at(t, w->n_in, 0);
     for (uint32_t k = 0; k < tiles->n; k++) {
         for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++) {
-            double scale = open_block(w, b, tiles, k);
-            few_rows(&tiles->w[k], &g, b, scale, tiles->acc[0][k]);
+            fp8_sums sums = {.block = g.blocks + first_at(&g, b),
+                             .w_scale = {open_block(w, b, tiles, k)},
+                             .acc = {tiles->acc[k]}};
+            few_rows(&tiles->w[k], &g, b, &sums);
         }
+    }
+}
+
+/* Inputs that meet an s stand apart, where the machine does not expect them to be read. */
+static void ask_fine(const fp8_weights *w, const fp8_group *g, uint32_t b)
+{
+    const uint32_t *fine = g->fine + first_at(g, b) * FP8_PAIRS;
+    for (uint32_t k = 0; k < FP8_TILES; k++) {
+        for (uint32_t i = 0; i < w[k].n_rest; i++) {
+            _mm_prefetch((const char *)(fine + w[k].rest_of[i] * g->n), _MM_HINT_T0);
+        }
+    }
+}
+
+/* Sums of group i, and those of the last one added. */
+INLINED void group_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, const fp8_sums *last,
+                        fp8_sums *sums, vnni_sums *spare)
+{
+    sums->block = g->blocks + first_at(g, b);
+    bool both = GROUP_RESTS[g->n](w, g, b, sums);
+    GROUP_ROWS[g->n](w, g->pairs + first_at(g, b) * FP8_PAIRS, last, sums);
+    if (__builtin_expect(both, 0)) {
+        add_rows_and_both(w, g, b, sums, FP8_TILES);
+        sums->acc[0] = sums->acc[1] = spare;
+    } else if (g->n < VNNI_GROUP) {
+        add_rows(sums, FP8_TILES, g->n);
     }
 }
 
 static void many_sums(const cpu_q8_tile *t, const kn_matrix *w, fp8_tiles *tiles)
 {
+    uint32_t n_group = kn_blocks(t->n, VNNI_GROUP), now = 0;
+    _Alignas(64) vnni_sums spare = {{0}};
+    fp8_group group[VNNI_GROUPS_MAX];
+    fp8_sums sums[2]; /* of this group; of the last full one, not added yet, or zeros to be added to spare */
+    for (uint32_t i = 0; i < n_group; i++) {
+        group[i] = group_at(t, w->n_in, i);
+    }
+    sums[1] = (fp8_sums){.block = group[0].blocks, .acc = {&spare, &spare}};
     for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++) {
         double scale[FP8_TILES];
         for (uint32_t k = 0; k < FP8_TILES; k++) {
             scale[k] = open_block(w, b, tiles, k);
             decode_columns(&tiles->w[k]);
         }
-        for (uint32_t i = 0; i < kn_blocks(t->n, VNNI_GROUP); i++) {
-            fp8_group g = group_at(t, w->n_in, i);
-            GROUP_ROWS[g.n](tiles->w, &g, b, scale, tiles->acc[i]);
+        for (uint32_t i = 0; i < n_group; i++) {
+            ask_fine(tiles->w, &group[i], b);
+        }
+        for (uint32_t i = 0; i < n_group; i++) {
+            memcpy(sums[now].w_scale, scale, sizeof(scale));
+            sums[now].acc[0] = &tiles->acc[0][i];
+            sums[now].acc[1] = &tiles->acc[1][i];
+            group_sums(tiles->w, &group[i], b, &sums[1 - now], &sums[now], &spare);
+            now = group[i].n == VNNI_GROUP ? 1 - now : now;
         }
     }
-}
-
-static void put_tile(const cpu_q8_tile *t, const kn_matrix *w, const fp8_tiles *tiles, uint32_t k)
-{
-    vnni_sums acc[VNNI_GROUPS_MAX];
-    for (uint32_t i = 0; i < kn_blocks(t->n, VNNI_GROUP); i++) {
-        memcpy(acc[i], tiles->acc[i][k], sizeof(acc[i]));
-    }
-    KN_FN(kn_vnni_put)(t, w, tiles->out[k], acc, tiles->nan[k]);
+    add_rows(&sums[1 - now], FP8_TILES, VNNI_GROUP);
 }
 
 void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t begin, uint32_t end)
@@ -406,14 +569,16 @@ void KN_FN(kn_vnni_fp8_part)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t 
         tiles.out[0] = o;
         tiles.out[1] = tiles.n > 1 ? o + VNNI_OUTS : o;
         memset(tiles.nan, 0, sizeof(tiles.nan));
-        memset(tiles.acc, 0, kn_blocks(t->n, VNNI_GROUP) * sizeof(tiles.acc[0]));
+        for (uint32_t k = 0; k < FP8_TILES; k++) {
+            memset(tiles.acc[k], 0, kn_blocks(t->n, VNNI_GROUP) * sizeof(tiles.acc[k][0]));
+        }
         if (t->n <= FP8_FEW) {
             few_sums(t, w, &tiles);
         } else {
             many_sums(t, w, &tiles);
         }
         for (uint32_t k = 0; k < tiles.n; k++) {
-            put_tile(t, w, &tiles, k);
+            KN_FN(kn_vnni_put)(t, w, tiles.out[k], tiles.acc[k], tiles.nan[k]);
         }
     }
 }

@@ -8,25 +8,26 @@
 
 enum {
     FP8_COLUMNS = CPU_CHUNK / 4, /* of a block; a column is four inputs of 16 outputs */
+    FP8_PAIRS = CPU_CHUNK / 2,   /* of a block; pairs 2 j and 2 j + 1 are inputs 0 2 and 1 3 of column j */
     FP8_WEIGHT_MAX = 448 << 6,   /* of |W| */
     /* Inputs whose magnitudes add up to it have products that add up to less than 2^31. */
     FP8_INPUTS_MAX = INT32_MAX / FP8_WEIGHT_MAX,
     FP8_AHEAD = 8192, /* bytes of weights that are asked for before they are needed */
 };
 
-/* A column as products take it: inputs 0 and 2 of it, then 1 and 3, in the dwords of 16 outputs. */
-typedef struct fp8_pairs {
+/* The pairs of a column, in the dwords of 16 outputs. */
+typedef struct fp8_column {
     __m512i pair[2];
-} fp8_pairs;
+} fp8_column;
 
 /* The weights of one block and 16 outputs. */
 typedef struct fp8_weights {
     const __m512i *codes; /* [FP8_COLUMNS]: in a prepared matrix, or buffer */
     __m512i buffer[FP8_COLUMNS];
-    fp8_pairs columns[FP8_COLUMNS];        /* W; filled where several groups of rows read them */
-    uint32_t with_rest;                    /* bit j: column j has an s, or a NaN */
-    uint32_t n_rest, rest_of[FP8_COLUMNS]; /* columns with an s */
-    fp8_pairs rests[FP8_COLUMNS];          /* theirs */
+    __m512i pairs[FP8_PAIRS];            /* W */
+    uint32_t with_rest;                  /* bit j: column j has an s, or a NaN */
+    uint32_t n_rest, rest_of[FP8_PAIRS]; /* pairs with an s */
+    __m512i rests[FP8_PAIRS];            /* theirs */
 } fp8_weights;
 
 /* Of a magnitude, in units of 2^-9: without NaN. */
@@ -62,22 +63,23 @@ INLINED fp8_tables load_tables(void)
 }
 
 /* Negates words where codes are negative: those of the even bytes, and of the odd ones. */
-INLINED fp8_pairs with_signs(__m512i even, __m512i odd, __m512i codes)
+INLINED fp8_column with_signs(__m512i even, __m512i odd, __m512i codes)
 {
     const __m512i zero = _mm512_setzero_si512();
     __mmask32 even_minus = _mm512_test_epi16_mask(codes, _mm512_set1_epi16(0x80));
-    return (fp8_pairs){{_mm512_mask_sub_epi16(even, even_minus, zero, even),
-                        _mm512_mask_sub_epi16(odd, _mm512_movepi16_mask(codes), zero, odd)}};
+    return (fp8_column){{_mm512_mask_sub_epi16(even, even_minus, zero, even),
+                         _mm512_mask_sub_epi16(odd, _mm512_movepi16_mask(codes), zero, odd)}};
 }
 
 /* W of a column. */
-INLINED fp8_pairs column_pairs(const fp8_tables *t, __m512i codes)
+INLINED fp8_column decode_column(const fp8_tables *t, __m512i codes)
 {
-    const __m512i swap = _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001);
+    const __m512i even = _mm512_set1_epi16(0xff);
     __m512i low = _mm512_permutex2var_epi8(t->byte[0][0], codes, t->byte[0][1]);
     __m512i high = _mm512_permutex2var_epi8(t->byte[1][0], codes, t->byte[1][1]);
-    return with_signs(_mm512_mask_shuffle_epi8(low, 0xaaaaaaaaaaaaaaaa, high, swap),
-                      _mm512_mask_shuffle_epi8(high, 0x5555555555555555, low, swap), codes);
+    /* 0xca: the second where the first has a bit, otherwise the third */
+    return with_signs(_mm512_ternarylogic_epi32(even, low, _mm512_slli_epi16(high, 8), 0xca),
+                      _mm512_ternarylogic_epi32(even, _mm512_srli_epi16(low, 8), high, 0xca), codes);
 }
 
 static inline __m512i rest_bytes(__m512i codes)
@@ -150,41 +152,53 @@ static inline void decode_columns(fp8_weights *w)
 {
     fp8_tables tables = load_tables();
     for (uint32_t j = 0; j < FP8_COLUMNS; j++) {
+        fp8_column column = decode_column(&tables, w->codes[j]);
         ask_ahead(&w->codes[j]);
-        w->columns[j] = column_pairs(&tables, w->codes[j]);
+        w->pairs[2 * j] = column.pair[0];
+        w->pairs[2 * j + 1] = column.pair[1];
     }
 }
 
-/* Notes what has a rest, and the first NaN of each output. */
+/* The first NaN of each output. */
+static inline void note_nan(__m512i codes, uint64_t found, uint16_t nan[VNNI_OUTS])
+{
+    uint8_t code[4 * VNNI_OUTS];
+    _mm512_storeu_si512(code, codes);
+    for (; found != 0; found &= found - 1) {
+        uint32_t at = (uint32_t)__builtin_ctzll(found);
+        if (nan[at / 4] == 0) {
+            nan[at / 4] = (uint16_t)(VNNI_NAN_CODE | (code[at] & 0x80) << 8);
+        }
+    }
+}
+
+/* Notes what has a rest, and what is NaN. */
 static inline void find_rests(fp8_weights *w, uint16_t nan[VNNI_OUTS])
 {
     const __m512i magnitude = _mm512_set1_epi8(127);
     w->n_rest = 0;
     for (uint32_t bits = w->with_rest; bits != 0; bits &= bits - 1) {
         uint32_t j = (uint32_t)__builtin_ctz(bits);
-        uint8_t code[4 * VNNI_OUTS];
         __m512i codes = w->codes[j], rest = rest_bytes(codes);
         uint64_t found = _mm512_cmpeq_epi8_mask(_mm512_and_si512(codes, magnitude), magnitude);
-        w->rest_of[w->n_rest] = j;
-        w->rests[w->n_rest++] =
+        fp8_column column =
             with_signs(_mm512_and_si512(rest, _mm512_set1_epi16(0xff)), _mm512_srli_epi16(rest, 8), codes);
-        _mm512_storeu_si512(code, codes);
-        for (; found != 0; found &= found - 1) {
-            uint32_t at = (uint32_t)__builtin_ctzll(found);
-            if (nan[at / 4] == 0) {
-                nan[at / 4] = (uint16_t)(VNNI_NAN_CODE | (code[at] & 0x80) << 8);
-            }
+        for (uint32_t i = 0; i < 2; i++) {
+            w->rest_of[w->n_rest] = 2 * j + i;
+            w->rests[w->n_rest] = column.pair[i];
+            w->n_rest += _mm512_test_epi32_mask(column.pair[i], column.pair[i]) != 0;
+        }
+        if (found != 0) {
+            note_nan(codes, found, nan);
         }
     }
 }
 
-/* acc + products of pairs of weights with the pair of inputs at x. Not as an intrinsic: of that the compiler
- * makes copies of every sum. */
-INLINED __m512i dot(__m512i acc, __m512i weights, const int16_t *x)
+/* acc + products of pairs of weights with one pair of inputs. Not as an intrinsic: of that the compiler makes
+ * copies of every sum. */
+INLINED __m512i dot(__m512i acc, __m512i weights, uint32_t pair)
 {
-    int32_t pair;
-    memcpy(&pair, x, sizeof(pair));
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(_mm512_set1_epi32(pair)));
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(weights), "v"(_mm512_set1_epi32((int32_t)pair)));
     return acc;
 }
 

@@ -54,7 +54,7 @@ void rt_batch_fill(rt_batch *b, const rt_step *step, kn_ptr slots, uint64_t slot
 /* Rows row0 .. end - 1 become a part. */
 static void batch_add_part(rt_batch *b, uint32_t row0, uint32_t end)
 {
-    uint32_t seg0 = b->n_part > 0 ? b->parts[0].n_seg : 0, n = seg0;
+    uint32_t seg0 = b->n_part > 0 ? b->parts[0].n_seg : 0, n = seg0, pos_end = 0;
     for (uint32_t i = 0; i < b->n_seg; i++) {
         kn_seg seg = b->segs[i];
         uint32_t from = seg.row0 > row0 ? seg.row0 : row0,
@@ -64,9 +64,10 @@ static void batch_add_part(rt_batch *b, uint32_t row0, uint32_t end)
             seg.row0 = from - row0;
             seg.n_row = to - from;
             b->cut[n++] = seg;
+            pos_end = seg.pos0 + seg.n_row > pos_end ? seg.pos0 + seg.n_row : pos_end;
         }
     }
-    b->parts[b->n_part++] = (rt_batch_part){row0, end - row0, seg0, n - seg0};
+    b->parts[b->n_part++] = (rt_batch_part){row0, end - row0, seg0, n - seg0, pos_end};
 }
 
 void rt_batch_cut(rt_batch *b, uint32_t n_part, rt_cut_fn fn, void *ctx)

@@ -12,6 +12,7 @@ typedef uint32_t (*rt_cut_fn)(void *ctx, const kn_seg *segs, uint32_t n_seg, uin
 typedef struct rt_batch_part {
     uint32_t row0, n_row; /* of the step's */
     uint32_t seg0, n_seg; /* of cut */
+    uint32_t pos_end;     /* all its rows' positions are below */
 } rt_batch_part;
 
 typedef struct rt_batch {

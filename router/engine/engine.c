@@ -257,6 +257,7 @@ static void engine_place_micro(rt_engine *e, const rt_batch_part *part, rt_micro
 {
     rt_buffers_from(e, part->row0, &m->buf);
     m->row0 = part->row0;
+    m->pos_end = part->pos_end;
     m->batch = (kn_batch){.segs = kn_at(e->buf.segs, sizeof(kn_seg) * part->seg0),
                           .pages = e->buf.pages,
                           .pos = m->buf.pos,

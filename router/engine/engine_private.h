@@ -32,7 +32,8 @@ typedef struct rt_buffers {
 /* Rows of a step that go through the layers together; while one micro-batch's rows are with the experts the
  * other is computed. */
 typedef struct rt_micro {
-    uint32_t row0; /* its first row in the step */
+    uint32_t row0;    /* its first row in the step */
+    uint32_t pos_end; /* all its rows' positions are below */
     kn_batch batch;
     rt_buffers buf;        /* the step's, from row0 on */
     int32_t *host_experts; /* [n_row][topk] likewise */

@@ -35,7 +35,8 @@ struct rt_exchange {
     rt_exchange_options options;
     net *rows;
     rt_xcore *core;
-    uint8_t *staging; /* payloads of the round's frames; the machine says when they may be overwritten */
+    uint8_t *staging; /* payloads of the round's frames that their link has no room for; the machine says when
+                         they may be overwritten */
     exchange_flight flights[RT_FLIGHTS];
     uint64_t n_retries; /* of the machine, already counted */
     uint64_t waited_ns;
@@ -296,13 +297,15 @@ static void exchange_wait(rt_exchange *x, uint32_t sleep_ms)
 static void exchange_send(rt_exchange *x, const rt_xact *act)
 {
     pr_dispatch header;
-    uint8_t *payload = x->staging + act->staged_at;
+    uint64_t n_bytes = rt_xcore_payload_bytes(x->core, act->flight, act->part);
+    uint8_t *room = net_room(act->handle, n_bytes),
+            *payload = room != NULL ? room : x->staging + act->staged_at;
     rt_xcore_pack(x->core, act->flight, act->part, &header, payload);
     net_message message = {
         .type = PR_MSG_DISPATCH,
         .header = &header,
         .header_bytes = sizeof(header),
-        .iov = {{payload, rt_xcore_payload_bytes(x->core, act->flight, act->part)}},
+        .iov = {{payload, n_bytes}},
         .n_iov = 1,
         .deadline_ms = x->options.answer_ms,
         .cookie = exchange_cookie(act->flight),

@@ -9,6 +9,7 @@ enum {
     XCORE_RECONNECT_MS = 200, /* between attempts to reach a worker of the epoch */
     XCORE_REPORT_MS = 2000,   /* a loss that lasts is told again: the coordinator may be another one by now */
     XCORE_RETRY_MS = 20,      /* a refused or lost part is planned again after so long, or at a link's news */
+    XCORE_CACHED_BYTES = 16 << 20, /* results of a layer that may still be in a cache when they are summed */
 };
 
 /* One worker of the epoch in force. */
@@ -433,6 +434,7 @@ void rt_xcore_pack(const rt_xcore *x, uint32_t flight, uint32_t i, pr_dispatch *
         .n_row = part->n_row,
         .n_slot = part->n_slot,
         .row_blocks = n_block,
+        .flight = flight,
     };
     uint8_t *codes = payload + pr_dispatch_codes_at(part->n_slot);
     uint8_t *scales = payload + pr_dispatch_scales_at(part->n_slot, part->n_row, d);
@@ -468,9 +470,16 @@ static void xcore_take_results(rt_xcore *x, xcore_flight *f, uint32_t i, const u
 {
     const rt_part *part = &f->plan->parts[i];
     uint32_t d = x->options.limits.d, slot0 = part->slot0 + f->parts[i].n_done;
+    size_t row_bytes = sizeof(uint16_t) * d;
+    bool cached = f->layer.n_row * x->options.limits.topk * row_bytes <= XCORE_CACHED_BYTES;
     for (uint32_t s = 0; s < n_slot; s++) {
         uint32_t target = f->plan->targets[slot0 + s];
-        memcpy(f->layer.results + (size_t)target * d, rows + (size_t)s * d, sizeof(uint16_t) * d);
+        uint16_t *to = f->layer.results + (size_t)target * d;
+        if (cached) {
+            memcpy(to, rows + (size_t)s * d, row_bytes);
+        } else {
+            cm_copy_past_caches(to, rows + (size_t)s * d, row_bytes);
+        }
         f->wanted[target] = 0;
     }
     f->n_wanted -= n_slot;

@@ -21,7 +21,7 @@
 
 typedef struct rt_xcore rt_xcore;
 
-enum { RT_FLIGHTS = 2 };
+enum { RT_FLIGHTS = PR_FLIGHTS_MAX };
 
 typedef struct rt_xcore_options {
     rt_plan_limits limits;

@@ -40,7 +40,7 @@ static void layer_compress(rt_engine *e, const rt_micro *m, const rt_compressor 
     e->attn->compress(e->stream, &m->batch, &c->kn, kv, score);
 }
 
-static void layer_index(rt_engine *e, const rt_micro *m, const rt_layer *w)
+static void layer_index_query(rt_engine *e, const rt_micro *m, const rt_layer *w)
 {
     const md_geometry *g = e->geometry;
     const rt_buffers *b = &m->buf;
@@ -49,6 +49,16 @@ static void layer_index(rt_engine *e, const rt_micro *m, const rt_layer *w)
     e->attn->rope(e->stream, b->iq, n, g->index_head, g->index_dim, g->rope_dim / 2, b->cs_compress, false);
     e->attn->index_pack(e->stream, b->iq, n, g->index_head, g->index_dim, b->iq_rows);
     e->dense->linear_bf16(e->stream, b->in, &w->index_weights, n, KN_BF16, b->iw);
+}
+
+/* Until some row sees more keys than it may pick, nobody reads a query. */
+static void layer_index(rt_engine *e, const rt_micro *m, const rt_layer *w)
+{
+    const md_geometry *g = e->geometry;
+    const rt_buffers *b = &m->buf;
+    if (m->pos_end / w->attn.layout.ratio > g->index_topk) {
+        layer_index_query(e, m, w);
+    }
     e->attn->index_topk(e->stream, &m->batch, &w->attn.layout, g->index_head, g->index_dim, g->index_topk,
                         b->iq_rows, b->iw, b->picks);
 }

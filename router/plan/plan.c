@@ -10,9 +10,13 @@ typedef struct plan_memory {
     rt_plan plan;
     uint16_t *slot_rank; /* [slot_max] of each slot of the batch; PLAN_UNWANTED: none, PLAN_ANY: not yet */
     uint32_t at[PR_RANK_MAX]; /* where the rank's next slot goes; after scattering, its end */
+    pr_slot *slots;           /* [slot_max] of a part that is being ordered, half way */
+    uint32_t *targets;
 } plan_memory;
 
 enum { PLAN_UNWANTED = UINT16_MAX, PLAN_ANY = UINT16_MAX - 1 };
+/* A part is ordered by halves of its experts' numbers; a short one by insertion. */
+enum { PLAN_DIGIT_BITS = 6, PLAN_DIGITS = 1 << PLAN_DIGIT_BITS, PLAN_FEW = 24 };
 
 /* What is planned, as given. */
 typedef struct plan_task {
@@ -62,6 +66,8 @@ rt_plan *rt_plan_create(const rt_plan_limits *limits)
     plan->slots = cm_alloc(sizeof(pr_slot) * plan->slot_max);
     plan->targets = cm_alloc(sizeof(uint32_t) * plan->slot_max);
     memory->slot_rank = cm_alloc(sizeof(uint16_t) * plan->slot_max);
+    memory->slots = cm_alloc(sizeof(pr_slot) * plan->slot_max);
+    memory->targets = cm_alloc(sizeof(uint32_t) * plan->slot_max);
     return plan;
 }
 
@@ -73,6 +79,8 @@ void rt_plan_destroy(rt_plan *plan)
     cm_free(plan->slots);
     cm_free(plan->targets);
     cm_free(memory->slot_rank);
+    cm_free(memory->slots);
+    cm_free(memory->targets);
     cm_free(memory);
 }
 
@@ -153,7 +161,7 @@ static cm_status plan_choose(plan_memory *memory, const plan_task *t, uint32_t *
 }
 
 /* Sorts the slots of the batch by rank into plan->targets and plan->slots; within a rank they stay ordered by
- * (row, slot). Rows are the batch's as yet. */
+ * (row, slot) until rows are counted. Rows are the batch's as yet. */
 static void plan_scatter(plan_memory *memory, const plan_task *t)
 {
     uint32_t n_before = 0, topk = t->limits->topk;
@@ -225,6 +233,55 @@ static void plan_cut(rt_plan *plan, const rt_plan_limits *limits, uint32_t rank,
     }
 }
 
+/* ---- by expert ---- */
+
+static void plan_order_few(pr_slot *slots, uint32_t *targets, uint32_t n)
+{
+    for (uint32_t i = 1; i < n; i++) {
+        pr_slot slot = slots[i];
+        uint32_t target = targets[i], at = i;
+        for (; at > 0 && slots[at - 1].expert > slot.expert; at--) {
+            slots[at] = slots[at - 1];
+            targets[at] = targets[at - 1];
+        }
+        slots[at] = slot;
+        targets[at] = target;
+    }
+}
+
+/* Keeps the order of slots whose experts agree in this half. */
+static void plan_order_half(const pr_slot *slots, const uint32_t *targets, uint32_t n, uint32_t shift,
+                            pr_slot *slots_out, uint32_t *targets_out)
+{
+    uint32_t at[PLAN_DIGITS] = {0}, n_before = 0;
+    for (uint32_t i = 0; i < n; i++) {
+        at[slots[i].expert >> shift & (PLAN_DIGITS - 1)]++;
+    }
+    for (uint32_t k = 0; k < PLAN_DIGITS; k++) {
+        uint32_t n_here = at[k];
+        at[k] = n_before;
+        n_before += n_here;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t to = at[slots[i].expert >> shift & (PLAN_DIGITS - 1)]++;
+        slots_out[to] = slots[i];
+        targets_out[to] = targets[i];
+    }
+}
+
+/* From (row, slot) to (expert, row). */
+static void plan_order(const plan_memory *memory, const rt_part *part)
+{
+    pr_slot *slots = memory->plan.slots + part->slot0;
+    uint32_t *targets = memory->plan.targets + part->slot0, n = part->n_slot;
+    if (n <= PLAN_FEW) {
+        plan_order_few(slots, targets, n);
+        return;
+    }
+    plan_order_half(slots, targets, n, 0, memory->slots, memory->targets);
+    plan_order_half(memory->slots, memory->targets, n, PLAN_DIGIT_BITS, slots, targets);
+}
+
 cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_placement *placement,
                         uint32_t layer, const int32_t *experts, const float *weights, uint32_t n_row,
                         const uint8_t *wanted, const uint64_t *avoid, uint32_t *expert_out)
@@ -232,8 +289,10 @@ cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_pl
     plan_memory *memory = (plan_memory *)plan;
     CM_ASSERT_MSG(n_row <= limits->row_max && (uint64_t)n_row * limits->topk <= plan->slot_max,
                   "%u rows of %u, %u slots", n_row, limits->row_max, plan->slot_max);
-    CM_ASSERT_MSG(layer < placement->n_layer && placement->n_rank <= PR_RANK_MAX, "layer %u of %u, %u ranks",
-                  layer, placement->n_layer, placement->n_rank);
+    CM_ASSERT_MSG(layer < placement->n_layer && placement->n_rank <= PR_RANK_MAX &&
+                      placement->n_expert <= PLAN_DIGITS * PLAN_DIGITS,
+                  "layer %u of %u, %u ranks, %u experts", layer, placement->n_layer, placement->n_rank,
+                  placement->n_expert);
     plan_task task = {.limits = limits,
                       .placement = placement,
                       .experts = experts,
@@ -253,6 +312,9 @@ cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_pl
             plan_cut(plan, limits, rank, slot0, end);
         }
         slot0 = end;
+    }
+    for (uint32_t i = 0; i < plan->n_part; i++) {
+        plan_order(memory, &plan->parts[i]);
     }
     return CM_OK;
 }

@@ -9,7 +9,8 @@
 #include "proto/placement.h"
 
 /* One frame to one rank. Rows of a part are distinct rows of the batch, ascending; one copy of a row per part
- * however many of its experts the rank owns. Slots are ordered by (row, slot). */
+ * however many of its experts the rank owns. Slots are ordered by (expert, row),
+ * as a worker computes them. */
 typedef struct rt_part {
     uint32_t rank;
     uint32_t row0, n_row;   /* into plan->rows */

@@ -41,6 +41,9 @@ typedef TAILQ_HEAD(rt_seq_list, rt_seq) rt_seq_list;
 
 /* Every running sequence is older than every waiting one: admission takes the head of waiting, preemption the
  * tail of running. Both lists are therefore ordered by age without ever being sorted. */
+/* Of the rows a prompt is given: what part of them it may have besides, rather than have it for a step. */
+enum { PROMPT_REST = 4 };
+
 struct rt_sched {
     rt_sched_limits limits;
     bool draining;
@@ -59,6 +62,10 @@ struct rt_sched {
     uint64_t step_number;
     bool in_flight;
     uint32_t n_seg, n_row;
+    uint32_t prompt_share;        /* rows of the step being made: of one prompt, */
+    uint32_t prompt_left;         /* of all prompts, that are left */
+    uint32_t prompt_most;         /* and those that decode rows leave in any case */
+    bool full;                    /* there were prompt rows that it had to leave */
     uint32_t draft_want;          /* guesses asked for in the step in flight */
     rt_step_seg *segs;            /* [slot_max] */
     rt_seq **seg_seqs;            /* [slot_max] whose seg it is */
@@ -69,6 +76,7 @@ struct rt_sched {
     uint32_t n_word, word_max, step_word_max;
 
     rt_draft_core draft;
+    rt_pace_core pace;
     uint64_t n_draft, n_draft_token, n_accepted_token, n_decode_token;
 };
 
@@ -101,6 +109,7 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     sched->head_chain.hash = cm_alloc(sizeof(uint64_t) * (limits->context / limits->page_tokens + 1));
     sched->head_age = UINT64_MAX; /* nobody's */
     rt_draft_core_init(&sched->draft, limits->draft_max);
+    rt_pace_core_init(&sched->pace, limits->step_ns, limits->row_max);
     return sched;
 }
 
@@ -491,11 +500,48 @@ static uint32_t min_u32(uint32_t a, uint32_t b)
     return a < b ? a : b;
 }
 
+/* What the pace leaves to prompts in the step about to be made. Without one, or with few rows, no less than
+ * what decode rows leave. */
+static void sched_share_rows(rt_sched *sched)
+{
+    uint32_t n_decode = 0, rows = sched->pace.rows;
+    uint32_t n_prompt = min_u32(sched->n_waiting, sched->slots.n_free);
+    rt_seq *seq;
+    TAILQ_FOREACH (seq, &sched->running, link) {
+        n_decode += seq_decodes(seq);
+        n_prompt += !seq_decodes(seq);
+    }
+    sched->prompt_most = sched->limits.row_max - min_u32(n_decode, sched->limits.row_max);
+    sched->prompt_left = rows > n_decode + RT_PACE_ROWS_MIN ? rows - n_decode : RT_PACE_ROWS_MIN;
+    sched->prompt_share = sched->prompt_left;
+    if (sched->limits.step_ns == 0) {
+        sched->prompt_most = sched->prompt_left = sched->prompt_share = UINT32_MAX;
+    } else if (n_prompt > 1) {
+        sched->prompt_share = (sched->prompt_left + 1) / 2;
+    }
+    sched->full = false;
+}
+
+/* Rows of a prompt that wants so many. */
+static uint32_t sched_prompt_rows(rt_sched *sched, uint32_t n_want)
+{
+    uint32_t n = min_u32(sched->prompt_share, sched->prompt_left);
+    bool few_more = n > 0 && n_want > n && n_want - n <= n / PROMPT_REST;
+    n = min_u32(few_more || n_want < n ? n_want : n, sched->prompt_most);
+    sched->full = sched->full || n < n_want;
+    sched->prompt_left -= min_u32(n, sched->prompt_left);
+    sched->prompt_most -= n;
+    return n;
+}
+
 /* Gives seq the rows it needs, as far as the step has rows left and pages cover them. */
 static void seq_take_rows(rt_sched *sched, rt_seq *seq)
 {
     uint32_t n_row = min_u32(min_u32(seq->n_log - seq->n_done, sched->limits.chunk_max),
                              sched->limits.row_max - sched->n_row);
+    if (!seq_decodes(seq) && sched->limits.step_ns != 0) {
+        n_row = sched_prompt_rows(sched, n_row);
+    }
     if (n_row > 0) {
         seq_take_pages(sched, seq, seq->n_done + n_row);
         uint64_t n_covered = (uint64_t)seq->n_page * sched->limits.page_tokens;
@@ -561,7 +607,8 @@ static void sched_admit(rt_sched *sched)
      * nothing. */
     uint64_t n_promised = sched_promised(sched);
     rt_seq *seq;
-    while (sched->n_row < sched->limits.row_max && (seq = TAILQ_FIRST(&sched->waiting)) != NULL) {
+    while (sched->n_row < sched->limits.row_max && sched->prompt_left > 0 && sched->prompt_most > 0 &&
+           (seq = TAILQ_FIRST(&sched->waiting)) != NULL) {
         uint32_t goal = seq_page_goal(sched, seq);
         rt_prefix_hit hit;
         if (sched->slots.n_free == 0) {
@@ -688,6 +735,7 @@ bool rt_sched_next(rt_sched *sched, uint64_t now_ms, rt_step *step_out)
     CM_ASSERT(!sched->in_flight);
     sched_expire(sched, now_ms);
     sched->n_row = 0;
+    sched_share_rows(sched);
     sched_serve_running(sched);
     sched_admit(sched);
     if (sched->n_row == 0) {
@@ -823,6 +871,9 @@ static void sched_judge(rt_sched *sched, uint64_t took_ns, const rt_step_result 
         }
     }
     rt_draft_core_observe(&sched->draft, &step);
+    if (step.prefill) {
+        rt_pace_core_observe(&sched->pace, sched->n_row, sched->full, took_ns);
+    }
 }
 
 void rt_sched_complete(rt_sched *sched, uint64_t now_ms, uint64_t took_ns, const rt_step_result *results,

@@ -4,10 +4,12 @@
  *
  * A step: decode rows first (one per running sequence whose prompt is done), oldest first, then prefill
  * chunks up to the row budget, oldest first; every prefill chunk is at most chunk_max rows, so prefills
- * cannot starve decodes. One step is in flight at a time. The oldest running sequence has a row in every
- * step. Pages (KN_PAGE_TOKENS tokens each) are taken when a sequence grows into them; when none is left the
- * youngest running sequence is preempted: it gives back pages and slot, waits again at the head of the queue,
- * and starts over from prompt + emitted tokens, with the same output by the determinism contract. The
+ * cannot starve decodes. With step_ns the budget is what takes about that long (pace_core.h), and while
+ * several prompts want rows none gets more than half of it; a prompt that would leave a few rows for a step
+ * of their own takes them along. One step is in flight at a time. The oldest running sequence has a row in
+ * every step. Pages (KN_PAGE_TOKENS tokens each) are taken when a sequence grows into them; when none is left
+ * the youngest running sequence is preempted: it gives back pages and slot, waits again at the head of the
+ * queue, and starts over from prompt + emitted tokens, with the same output by the determinism contract. The
  * youngest itself waits for a page with what it has. Admission refuses a sequence that could not finish
  * alone. Cancel and deadline: a sequence in the step in flight is freed when that step completes, any other
  * at once.
@@ -32,6 +34,7 @@
 
 #include "common/base/status.h"
 #include "router/sched/draft_core.h"
+#include "router/sched/pace_core.h"
 #include "router/sched/prefix_core.h"
 
 typedef struct rt_sched rt_sched;
@@ -41,6 +44,7 @@ typedef struct rt_sched_limits {
     uint32_t queue_max;   /* sequences waiting; more are refused with CM_E_CAPACITY */
     uint32_t row_max;     /* rows of one step */
     uint32_t chunk_max;   /* prefill rows of one sequence in one step */
+    uint64_t step_ns;     /* that a step with prefill rows should take, about; 0: no matter */
     uint32_t page_max;    /* KV pages there are */
     uint32_t page_tokens; /* tokens of one page */
     uint32_t context;     /* longest prompt + generated */

@@ -12,14 +12,15 @@ enum { LAYERS = 4, EXPERTS = 8 };
 static void use(const pr_dispatch *frame, const uint8_t *payload, uint64_t n_payload)
 {
     const pr_slot *slots = (const pr_slot *)payload;
-    uint32_t before = 0;
+    uint64_t before = 0;
     for (uint32_t i = 0; i < frame->n_slot; i++) {
-        CM_ASSERT(slots[i].row >= before && slots[i].row < frame->n_row && slots[i].expert < EXPERTS);
+        uint64_t place = (uint64_t)slots[i].expert << 32 | slots[i].row;
+        CM_ASSERT(place >= before && slots[i].row < frame->n_row && slots[i].expert < EXPERTS);
         CM_ASSERT(isfinite(slots[i].weight));
-        before = slots[i].row;
+        before = place;
     }
     uint64_t scales_at = pr_dispatch_scales_at(frame->n_slot, frame->n_row, frame->d);
-    CM_ASSERT(frame->head.layer < LAYERS);
+    CM_ASSERT(frame->head.layer < LAYERS && frame->flight < PR_FLIGHTS_MAX);
     CM_ASSERT(pr_dispatch_codes_at(frame->n_slot) + (uint64_t)frame->n_row * frame->d <= n_payload);
     CM_ASSERT(scales_at + (uint64_t)frame->n_row * frame->row_blocks <= n_payload);
 }

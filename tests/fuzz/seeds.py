@@ -88,7 +88,7 @@ def tokenizer():
 def dispatch():
     for which, d, n_row, slots in [(0, 1, 1, [(0, 0)]), (2, 128, 2, [(0, 3), (0, 5), (1, 7)]), (3, 130, 1, [(0, 1)])]:
         blocks = -(-d // 128)
-        header = struct.pack("<HHIQQQIIIIII", 1, 1, 7, 1, 2, 3, 1, 4, d, n_row, len(slots), blocks)
+        header = struct.pack("<HHIQQQIIIIIIII", 3, 1, 7, 1, 2, 3, 1, 4, d, n_row, len(slots), blocks, 1, 0)
         payload = b"".join(struct.pack("<IIf", row, expert, 0.5) for row, expert in slots)
         for part in (payload, bytes(n_row * d), bytes(n_row * blocks)):
             header += part + bytes(-len(part) % 64)

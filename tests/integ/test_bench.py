@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -126,7 +127,7 @@ def test_serve_model(bin_dir, synthetic, tmp_path):
     assert rows["decode_b3"]["step_bytes"] > rows["decode_b1"]["step_bytes"]
     svg = xml.etree.ElementTree.parse(chart).getroot()
     words = [t.text for t in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"by processor time", "on the wall", "x", "tokens a second"} <= set(words)
+    assert {"by processor time", "on the wall", "reading weights alone", "x", "tokens a second, logarithmic", "median of 1 round"} <= set(words)
 
 
 def test_serve_model_refuses(bin_dir, synthetic):
@@ -150,6 +151,60 @@ def test_curves(bin_dir, synthetic, tmp_path):
     for name in ("w.svg", "c.svg"):
         assert os.path.getsize(tmp_path / name) < 30000
         xml.etree.ElementTree.parse(tmp_path / name)
+
+
+def verdict_of(ratio):
+    """As an operator would judge: by the median, and by the spread's better end where that misses."""
+    sign, limit = (1, ratio["at_most"]) if "at_most" in ratio else (-1, ratio["at_least"])
+    edges = [("median", "met"), ("min" if sign == 1 else "max", "at its edge")]
+    each = [next((word for key, word in edges if sign * v[key] <= sign * limit), "missed") for v in ratio["values"]]
+    return next((word for word in ("missed", "at its edge", "met") if word in each), "not measured")
+
+
+QUICK = ("--rounds", 2, "--layers", 2, "--batch", 8, "--processes", "2", "--net", "local,shm", "--d", 128)
+
+
+def test_several(bin_dir, tmp_path):
+    """From a folder without models: one table of all of them, gates judged; what fails is told of and the others run."""
+    done = subprocess.run([os.path.join(bin_dir, "baleen"), "bench", "ep.exchange", "step.overlap", "host.step", *map(str, QUICK)],
+                          capture_output=True, text=True, cwd=tmp_path, timeout=10 * WAIT_S)
+    result = report(done)
+    assert [(row["bench"], row["outcome"]) for row in result["results"]] == [(n, "ok") for n in ("step.overlap", "host.step", "ep.exchange")]
+    assert all(row["seconds"] > 0 for row in result["results"])
+    ratios = [ratio for row in result["results"] for ratio in row["ratios"]]
+    assert len(ratios[0]["values"]) == 3 and len(ratios[1]["values"]) == 1 and len(ratios[2]["values"]) == 6, ratios
+    gated = [ratio for ratio in ratios if "verdict" in ratio]
+    assert len(gated) == 3 and all(ratio["verdict"] == verdict_of(ratio) for ratio in gated), gated
+    assert sum(result["gates"].values()) == 3
+    assert result["rounds"] == 2 and "--rounds 7" in done.stdout and "3 of 3, ep.exchange" in done.stderr
+
+    done = baleen(bin_dir, "bench", "host.step", "ep.exchange", *QUICK, "--net", "none")
+    assert done.returncode == 1
+    rows = json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])["results"]
+    assert [row["outcome"] for row in rows] == ["ok", "failed"]
+
+
+def test_skips(bin_dir, tmp_path):
+    """A program without models and servers beside it says so before it begins; that is no failure of the others."""
+    (tmp_path / "bin").mkdir()
+    shutil.copy(os.path.join(bin_dir, "baleen"), tmp_path / "bin")
+    done = baleen(tmp_path / "bin", "bench", "host.step", "step.overlap", "serve.stream", *QUICK)
+    result = report(done)
+    assert [(row["bench"], row["outcome"]) for row in result["results"]] == [
+        ("step.overlap", "skipped"), ("host.step", "ok"), ("serve.stream", "skipped")]
+    assert "no model nano" in result["results"][0]["reason"] and "--model DIR" in result["results"][0]["reason"]
+    assert "no program baleen-" in result["results"][2]["reason"]
+    said = done.stderr.index
+    assert said("step.overlap will be skipped") < said("serve.stream will be skipped") < said("host.step; about")
+    done = baleen(tmp_path / "bin", "bench", "step.overlap")
+    assert done.returncode == 1 and "no model nano" in done.stderr
+
+
+def test_several_refuses(bin_dir, tmp_path):
+    for words, code, sentence in ((("all", "--model", tmp_path / "absent"), 1, "absent/config.json"), (("host.step", "nothing"), 2, "'nothing'"),
+                                  (("all", "--svg", tmp_path / "x.svg"), 2, "--svg")):
+        done = baleen(bin_dir, "bench", *words)
+        assert done.returncode == code and sentence in done.stderr and done.stdout == "", done.stderr
 
 
 def test_load_weights(bin_dir, synthetic):

@@ -52,6 +52,14 @@ def test_units(root):
     assert lines == [], lines
 
 
+def test_models_come_along(root, tmp_path):
+    """Found beside the programs, wherever one stands."""
+    done = subprocess.run([root / "usr/bin/baleen", "bench", "step.overlap", "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=WAIT_S)
+    assert done.returncode == 0 and '"two_faster"' in done.stdout, done.stdout + done.stderr
+    assert (root / "usr/share/baleen/models/bench-s/config.json").is_file()
+
+
 @pytest.fixture
 def etc(root, tmp_path):
     """The samples with this machine's addresses, certificates and a tenant's key."""

@@ -325,8 +325,8 @@ static void worker_dispatch(sim *s, sim_proc *proc, sim_end *end, const sim_mess
     *f = (frame){.end = end, .link = end->number, .header = *header, .n_bytes = m->n_bytes};
     f->payload = cm_alloc_aligned(m->n_bytes);
     memcpy(f->payload, m->data, m->n_bytes);
-    status =
-        wk_gather_arrived(w->gather, s->now_us, (uint32_t)end->number, header->head.layer, header->n_slot, f);
+    status = wk_gather_arrived(w->gather, s->now_us, (uint32_t)end->number, header->flight,
+                               header->head.layer, header->n_slot, f);
     if (status != CM_OK) {
         frame_free(w, f);
         worker_refuse(s, proc, end, m, status, 0, "too many frames or routers");

@@ -77,18 +77,23 @@ typedef struct test_header {
     uint32_t zero;
 } test_header;
 
+static uint32_t check_content(const net_event *event)
+{
+    test_header header;
+    assert_int_equal(event->header_bytes, sizeof(header));
+    memcpy(&header, event->header, sizeof(header));
+    assert_int_equal(header.n_bytes, event->payload_bytes);
+    assert_memory_equal(event->payload, g_source + header.offset, header.n_bytes);
+    return header.index;
+}
+
 static void check_message(side *s, const net_event *event)
 {
     assert_int_equal((uintptr_t)event->header % 8, 0);
     assert_int_equal((uintptr_t)event->payload % 64, 0);
     assert_non_null(event->payload);
     if (event->type == 1) { /* self-describing */
-        test_header header;
-        assert_int_equal(event->header_bytes, sizeof(header));
-        memcpy(&header, event->header, sizeof(header));
-        assert_int_equal(header.index, s->n_messages);
-        assert_int_equal(header.n_bytes, event->payload_bytes);
-        assert_memory_equal(event->payload, g_source + header.offset, header.n_bytes);
+        assert_int_equal(check_content(event), s->n_messages);
         s->n_checked++;
     }
 }
@@ -142,6 +147,14 @@ void side_release(side *s)
         net_release(s->n, &s->held[i]);
     }
     s->n_held = 0;
+}
+
+void side_release_one(side *s, uint32_t i)
+{
+    assert_true(i < s->n_held);
+    (void)check_content(&s->held[i]);
+    net_release(s->n, &s->held[i]);
+    s->held[i] = s->held[--s->n_held];
 }
 
 void turn(net_test *t)
@@ -300,6 +313,27 @@ cm_status send_piece(side *s, uint32_t index, uint64_t offset, uint64_t n_bytes,
         at += piece;
     }
     return net_send(s->peer, &message);
+}
+
+cm_status send_built(side *s, uint32_t index, uint64_t offset, uint64_t n_bytes)
+{
+    test_header header = {.offset = offset, .n_bytes = n_bytes, .index = index};
+    uint8_t *room = net_room(s->peer, n_bytes + 100);
+    if (room == NULL) {
+        return send_piece(s, index, offset, n_bytes, 1, DEADLINE_MS);
+    }
+    assert_int_equal((uintptr_t)room % 64, 0);
+    memcpy(room, g_source + offset, n_bytes);
+    net_message message = {.type = 1,
+                           .header = &header,
+                           .header_bytes = sizeof(header),
+                           .iov = {{room, n_bytes}},
+                           .n_iov = 1,
+                           .deadline_ms = DEADLINE_MS,
+                           .cookie = s};
+    cm_status status = net_send(s->peer, &message);
+    assert_int_equal(status, CM_OK);
+    return status;
 }
 
 int sides_setup(void **state)

@@ -66,6 +66,8 @@ void side_close(side *s);
 void side_event(side *s, const net_event *event); /* what side_poll does with each event */
 uint32_t side_poll(side *s);
 void side_release(side *s); /* what is held */
+/* One of them, whose content must still be what it was; the last one takes its place. */
+void side_release_one(side *s, uint32_t i);
 /* Side 0 listens, side 1 connects; returns with the link up on both. */
 net_test pair_open(const backend_case *backend, const net_options *listener, const net_options *connector);
 /* Nothing may be on its way once all sides have come to rest. */
@@ -73,6 +75,9 @@ void pair_close(net_test *t);
 /* A message that says what it should contain: g_source[offset, offset + n_bytes) in n_iov pieces. */
 cm_status send_piece(side *s, uint32_t index, uint64_t offset, uint64_t n_bytes, uint32_t n_iov,
                      uint32_t deadline_ms);
+
+/* The same in one piece, built where the receiver reads if there is room. */
+cm_status send_built(side *s, uint32_t index, uint64_t offset, uint64_t n_bytes);
 
 /* Polls everyone once; when nobody had anything, sleeps until something comes or a timer is due. */
 void turn(net_test *t);

@@ -46,8 +46,10 @@ static kn_ptr shuffled_pages(rig *r, uint32_t n)
 /* How the scales of a row's blocks lie. */
 typedef enum scales {
     SCALES_EQUAL,
-    SCALES_NEAR,  /* as far apart as one integer sum allows */
+    SCALES_NEAR,  /* as far apart as one integer sum of VNNI's allows */
     SCALES_PAST,  /* one step further, now and then */
+    SCALES_NEAR2, /* as far apart as one integer sum of AVX2's allows */
+    SCALES_PAST2, /* one step further, now and then */
     SCALES_FAR,   /* anywhere */
     SCALES_LEAST, /* the smallest: scores that are -0 as float32 */
     SCALES_NAN,   /* some */
@@ -62,6 +64,10 @@ static uint8_t scale_byte(scales kind, uint64_t key, uint64_t i)
         return (uint8_t)(120 + u % 4);
     case SCALES_PAST:
         return (uint8_t)(120 + u % 4 + (u >> 8) % 16 / 15);
+    case SCALES_NEAR2:
+        return (uint8_t)(120 + u % 8);
+    case SCALES_PAST2:
+        return (uint8_t)(120 + u % 8 + (u >> 8) % 16 / 15);
     case SCALES_FAR:
         return (uint8_t)((u >> 8) % 3 == 0 ? u % 255 : 100 + u % 40);
     case SCALES_LEAST:
@@ -284,6 +290,73 @@ static void do_attention_odd(rig *r, uint32_t cut, cm_bytes *out)
     attend(r, cut, out, &(shape){2, 90, 10, 7, 5}, 128, 170, true);
 }
 
+/* Rows of three sequences, pieces of them in one call: heads so few that rows share their keys, compressed
+ * rows that are all picked, from the first position on and beyond the window. */
+static void attend_sequences(rig *r, uint32_t cut, cm_bytes *out, const shape *s, uint32_t ratio, bool odd)
+{
+    enum { SEQUENCES = 3, PAGES = 2 };
+    static const uint32_t n_row[SEQUENCES] = {4, 1, 6}, pos0[SEQUENCES] = {0, 37, 150};
+    static const float sink[] = {0.5f, -1, 2, 0};
+    uint32_t row = kn_kv_row_bytes(s->dim, s->rope), per_page = ratio != 0 ? KN_PAGE_TOKENS / ratio : 1, b;
+    uint64_t key = 6000 + 100 * s->heads + ratio, q_row = 2ull * s->heads * s->dim;
+    uint32_t ring = s->window + 2;
+    kn_attn a = {.layout = {.ratio = ratio, .ring = ring, .row_bytes = row},
+                 .sink = rig_up(r, sink, sizeof(sink)),
+                 .n_head = s->heads,
+                 .dim = s->dim,
+                 .rope = s->rope,
+                 .window = s->window,
+                 .topk = s->topk};
+    kn_ptr slots = random_kv_rows(r, key + 1, SEQUENCES * ring, s, odd),
+           rows = random_kv_rows(r, key + 5, N_ROW, s, odd);
+    kn_ptr pool = random_kv_rows(r, key + 9, SEQUENCES * PAGES * per_page, s, odd);
+    kn_ptr q = random_bf16(r, key + 13, N_ROW * q_row / 2), o = rig_new(r, N_ROW * q_row);
+    kn_ptr picks = rig_new(r, 4ull * N_ROW * s->topk), pages = shuffled_pages(r, SEQUENCES * PAGES);
+    int32_t *list = kn_mem_host(r->device, picks);
+    for (uint32_t g = 0, at = 0; g < SEQUENCES; at += n_row[g++]) {
+        for (uint32_t i = 0; i < n_row[g] * s->topk; i++) {
+            uint32_t visible = (pos0[g] + i / s->topk + 1) / 4, k = i % s->topk;
+            list[at * s->topk + i] = k < visible ? (int32_t)k : -1;
+        }
+    }
+    for (uint32_t at = 0; at < N_ROW; at += b) {
+        kn_seg segs[SEQUENCES];
+        uint32_t n_seg = 0;
+        b = next_cut(cut, at, N_ROW);
+        for (uint32_t g = 0, first = 0; g < SEQUENCES; first += n_row[g++]) {
+            uint32_t from = first > at ? first : at,
+                     to = first + n_row[g] < at + b ? first + n_row[g] : at + b;
+            if (from < to) {
+                segs[n_seg++] = (kn_seg){.row0 = from - at,
+                                         .n_row = to - from,
+                                         .pos0 = pos0[g] + from - first,
+                                         .page0 = g * PAGES,
+                                         .slot = kn_at(slots, (uint64_t)g * ring * row)};
+            }
+        }
+        kn_batch batch = {.segs = rig_up(r, segs, n_seg * sizeof(segs[0])),
+                          .pages = pages,
+                          .page_pool = pool,
+                          .page_bytes = (uint64_t)per_page * row,
+                          .n_seg = n_seg,
+                          .n_row = b};
+        kn_attention(r->device)->attention(
+            r->stream, &batch, &a, kn_at(q, at * q_row), kn_at(rows, (uint64_t)at * row),
+            ratio == 4 ? kn_at(picks, 4ull * at * s->topk) : (kn_ptr){0}, kn_at(o, at * q_row));
+        kn_attention(r->device)->raw_commit(r->stream, &batch, &a, kn_at(rows, (uint64_t)at * row));
+    }
+    keep(r, out, o, N_ROW * q_row);
+    rig_reset(r);
+}
+
+static void do_attention_sequences(rig *r, uint32_t cut, cm_bytes *out)
+{
+    static const shape shapes[] = {{3, 100, 20, 9, 45}, {4, 128, 64, 60, 39}, {1, 64, 8, 2, 40}};
+    for (uint32_t i = 0; i < 3 * 3; i++) {
+        attend_sequences(r, cut, out, &shapes[i / 3], i % 3 == 0 ? 0 : i % 3 == 1 ? 4 : 128, i % 2 == 0);
+    }
+}
+
 /* Sums that are zero but for rounding, so that what is left of them is their order: scores whose second half
  * of dims undoes the first in other lanes, then values whose second half of keys undoes the first (all scores
  * zero). No nope dims: everything is bf16, over many magnitudes. */
@@ -384,14 +457,19 @@ PATH_TEST(index_scales)
 PATH_TEST(index_equal)
 PATH_TEST(attention)
 PATH_TEST(attention_odd)
+PATH_TEST(attention_sequences)
 PATH_TEST(attention_cancelling)
 
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_index),         cmocka_unit_test(test_index_scales),
-        cmocka_unit_test(test_index_equal),   cmocka_unit_test(test_attention),
-        cmocka_unit_test(test_attention_odd), cmocka_unit_test(test_attention_cancelling),
+        cmocka_unit_test(test_index),
+        cmocka_unit_test(test_index_scales),
+        cmocka_unit_test(test_index_equal),
+        cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_attention_odd),
+        cmocka_unit_test(test_attention_sequences),
+        cmocka_unit_test(test_attention_cancelling),
     };
     if (argc > 1) {
         random_seed = strtoull(argv[1], NULL, 0);

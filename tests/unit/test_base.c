@@ -114,6 +114,31 @@ static void t_try_alloc_guarded(void)
     cm_free(cm_try_alloc(1));
 }
 
+/* Any place and length, and nothing beside it. */
+static void test_copy_past_caches(void **state)
+{
+    (void)state;
+    enum { N = 4096 };
+    uint8_t *from = cm_alloc_aligned(N), *to = cm_alloc_aligned(N), *expected = cm_alloc(N);
+    for (uint32_t i = 0; i < N; i++) {
+        from[i] = (uint8_t)cm_rng_at(g_seed, i, 0).word[0];
+    }
+    for (uint32_t i = 0; i < 2000; i++) {
+        cm_rng_block r = cm_rng_at(g_seed, i, 1);
+        size_t n = i % 2 == 0 ? r.word[0] % 30 * 64 : r.word[0] % 2000, at = r.word[1] % 1000,
+               from_at = r.word[2] % 1000;
+        at = r.word[3] % 2 == 0 ? at / 16 * 16 : at;
+        memset(to, 0, N);
+        memset(expected, 0, N);
+        memcpy(expected + at, from + from_at, n);
+        cm_copy_past_caches(to + at, from + from_at, n);
+        assert_memory_equal(to, expected, N);
+    }
+    cm_free(from);
+    cm_free(to);
+    cm_free(expected);
+}
+
 static void test_guard(void **state)
 {
     (void)state;
@@ -525,6 +550,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_status),
         cmocka_unit_test(test_alloc),
+        cmocka_unit_test(test_copy_past_caches),
         cmocka_unit_test(test_guard),
         cmocka_unit_test(test_arena),
         cmocka_unit_test(test_pool),

@@ -73,6 +73,9 @@ static void test_dispatch(void **state)
     f.header.head.layer = LAYERS;
     expect(&f, "layer");
     make(&f);
+    f.header.flight = PR_FLIGHTS_MAX;
+    expect(&f, "flight");
+    make(&f);
     f.header.n_row = UINT32_MAX;
     expect(&f, "n_row");
     make(&f);
@@ -90,8 +93,12 @@ static void test_dispatch(void **state)
     ((pr_slot *)f.payload)[4].row = ROWS;
     expect(&f, "row");
     make(&f);
-    ((pr_slot *)f.payload)[1].row = 2;
+    ((pr_slot *)f.payload)[1].expert = 3;
     expect(&f, "row"); /* out of order */
+    make(&f);
+    ((pr_slot *)f.payload)[1].expert = 0;
+    ((pr_slot *)f.payload)[0].row = 1;
+    expect(&f, "row");
     make(&f);
     ((pr_slot *)f.payload)[2].expert = EXPERTS;
     expect(&f, "expert");

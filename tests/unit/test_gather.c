@@ -31,7 +31,7 @@ static void test_alone_at_once(void **state)
     wk_gather *g = wk_gather_create(&g_limits);
     assert_int_equal(next(g, 0, out, &wait), 0);
     assert_true(wait == UINT64_MAX);
-    assert_int_equal(wk_gather_arrived(g, 10, 1, 3, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 10, 1, 0, 3, 5, &g_frames[0]), CM_OK);
     assert_int_equal(next(g, 10, out, &wait), 1);
     assert_ptr_equal(out[0], &g_frames[0]);
     wk_gather_destroy(g);
@@ -43,16 +43,16 @@ static void test_waits_for_the_active(void **state)
     void *out[FRAMES];
     uint64_t wait;
     wk_gather *g = wk_gather_create(&g_limits);
-    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 5, &g_frames[0]), CM_OK);
-    assert_int_equal(wk_gather_arrived(g, 0, 2, 0, 5, &g_frames[1]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 0, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 0, 2, 0, 0, 5, &g_frames[1]), CM_OK);
     assert_int_equal(next(g, 0, out, &wait), 2);
     /* both are active: the first frame of the next layer waits for the other router, but not for ever */
-    assert_int_equal(wk_gather_arrived(g, 100, 1, 1, 5, &g_frames[2]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 100, 1, 0, 1, 5, &g_frames[2]), CM_OK);
     assert_int_equal(next(g, 100, out, &wait), 0);
     assert_true(wait > 0 && wait <= WINDOW_US);
-    assert_int_equal(wk_gather_arrived(g, 110, 2, 1, 5, &g_frames[3]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 110, 2, 0, 1, 5, &g_frames[3]), CM_OK);
     assert_int_equal(next(g, 110, out, &wait), 2);
-    assert_int_equal(wk_gather_arrived(g, 200, 1, 2, 5, &g_frames[4]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 200, 1, 0, 2, 5, &g_frames[4]), CM_OK);
     assert_int_equal(next(g, 200, out, &wait), 0);
     assert_int_equal(next(g, 200 + wait, out, &wait), 1);
     wk_gather_destroy(g);
@@ -64,16 +64,16 @@ static void test_idle_and_gone_are_not_waited_for(void **state)
     void *out[FRAMES];
     uint64_t wait;
     wk_gather *g = wk_gather_create(&g_limits);
-    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 5, &g_frames[0]), CM_OK);
-    assert_int_equal(wk_gather_arrived(g, 0, 2, 0, 5, &g_frames[1]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 0, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 0, 2, 0, 0, 5, &g_frames[1]), CM_OK);
     assert_int_equal(next(g, 0, out, &wait), 2);
     wk_gather_idle(g, 2);
-    assert_int_equal(wk_gather_arrived(g, 10, 1, 1, 5, &g_frames[2]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 10, 1, 0, 1, 5, &g_frames[2]), CM_OK);
     assert_int_equal(next(g, 10, out, &wait), 1);
-    assert_int_equal(wk_gather_arrived(g, 20, 2, 2, 5, &g_frames[3]), CM_OK); /* active again */
+    assert_int_equal(wk_gather_arrived(g, 20, 2, 0, 2, 5, &g_frames[3]), CM_OK); /* active again */
     assert_ptr_equal(wk_gather_gone(g, 2), &g_frames[3]);
     assert_null(wk_gather_gone(g, 2));
-    assert_int_equal(wk_gather_arrived(g, 30, 1, 2, 5, &g_frames[4]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, 30, 1, 0, 2, 5, &g_frames[4]), CM_OK);
     assert_int_equal(next(g, 30, out, &wait), 1);
     wk_gather_destroy(g);
     (void)state;
@@ -85,17 +85,17 @@ static void test_bounds(void **state)
     uint64_t wait;
     wk_gather *g = wk_gather_create(&g_limits);
     for (int i = 0; i < FRAMES; i++) {
-        assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 60, &g_frames[i]), CM_OK);
+        assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 0, 60, &g_frames[i]), CM_OK);
     }
-    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 1, &g_frames[FRAMES]), CM_E_CAPACITY);
+    assert_int_equal(wk_gather_arrived(g, 0, 1, 0, 0, 1, &g_frames[FRAMES]), CM_E_CAPACITY);
     for (int i = 0; i < FRAMES; i++) {
         assert_int_equal(next(g, 0, out, &wait), 1); /* two of 60 rows would pass 100 */
         assert_ptr_equal(out[0], &g_frames[i]);
     }
     for (uint32_t r = 2; r <= ROUTERS; r++) {
-        assert_int_equal(wk_gather_arrived(g, 0, r, 0, 1, &g_frames[r]), CM_OK);
+        assert_int_equal(wk_gather_arrived(g, 0, r, 0, 0, 1, &g_frames[r]), CM_OK);
     }
-    assert_int_equal(wk_gather_arrived(g, 0, ROUTERS + 1, 0, 1, &g_frames[9]), CM_E_CAPACITY);
+    assert_int_equal(wk_gather_arrived(g, 0, ROUTERS + 1, 0, 0, 1, &g_frames[9]), CM_E_CAPACITY);
     assert_int_equal(next(g, WINDOW_US, out, &wait), ROUTERS - 1);
     wk_gather_destroy(g);
     (void)state;
@@ -119,7 +119,8 @@ static void test_random(void **state)
             router_of[n] = router;
             arrived[n] = now;
             g_frames[n] = (int)n;
-            n += wk_gather_arrived(g, now, router, layer_of[n], 1 + draw.word[3] % 40, &g_frames[n]) == CM_OK;
+            n += wk_gather_arrived(g, now, router, 0, layer_of[n], 1 + draw.word[3] % 40, &g_frames[n]) ==
+                 CM_OK;
         } else if (draw.word[2] % 10 == 5) {
             wk_gather_idle(g, router);
         } else if (draw.word[2] % 100 == 6) {
@@ -194,7 +195,7 @@ static uint32_t walk(walker *w, uint32_t n, bool blind, uint64_t seed)
         for (uint32_t i = 0; i < n && !(computing && blind); i++) {
             if (w[i].comes_us <= now) {
                 w[i].comes_us = UINT64_MAX;
-                assert_int_equal(wk_gather_arrived(g, now, 1 + i, w[i].layer, 5, &w[i]), CM_OK);
+                assert_int_equal(wk_gather_arrived(g, now, 1 + i, 0, w[i].layer, 5, &w[i]), CM_OK);
             }
         }
         if (!computing && now > free_us) {
@@ -247,10 +248,10 @@ static bool waits_for_one_away(uint32_t away_us, uint32_t row_us)
     wk_gather *g = wk_gather_create(&g_limits);
     for (uint32_t layer = 0; layer < LAYERS; layer++) {
         uint32_t n_row = 5 + 10 * (layer % 2);
-        assert_int_equal(wk_gather_arrived(g, now, 1, layer, n_row, &g_frames[0]), CM_OK);
+        assert_int_equal(wk_gather_arrived(g, now, 1, 0, layer, n_row, &g_frames[0]), CM_OK);
         assert_int_equal(next(g, now, out, &wait), 1);
         if (layer == LAYERS - 1) {
-            assert_int_equal(wk_gather_arrived(g, now + 10, 2, 0, 5, &g_frames[1]), CM_OK);
+            assert_int_equal(wk_gather_arrived(g, now + 10, 2, 0, 0, 5, &g_frames[1]), CM_OK);
         }
         wk_gather_computed(g, now += row_us != 0 ? n_row * row_us : COST_US);
         wk_gather_looked(g);
@@ -287,15 +288,15 @@ static void test_odd_groups_are_forgotten(void **state)
     wk_gather *g = wk_gather_create(&g_limits);
     (void)state;
     for (uint32_t i = 0; i < 40; i++) {
-        assert_int_equal(wk_gather_arrived(g, now, 1, i % LAYERS, 5 + 10 * (i % 2), &g_frames[0]), CM_OK);
+        assert_int_equal(wk_gather_arrived(g, now, 1, 0, i % LAYERS, 5 + 10 * (i % 2), &g_frames[0]), CM_OK);
         assert_int_equal(next(g, now, out, &wait), 1);
         wk_gather_computed(g, now += i == 20 ? 1000 * COST_US : COST_US);
         wk_gather_looked(g);
         now += 4 * COST_US; /* longer than a group */
     }
-    assert_int_equal(wk_gather_arrived(g, now, 1, 40 % LAYERS, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, now, 1, 0, 40 % LAYERS, 5, &g_frames[0]), CM_OK);
     assert_int_equal(next(g, now, out, &wait), 1);
-    assert_int_equal(wk_gather_arrived(g, now, 2, 41 % LAYERS, 5, &g_frames[1]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, now, 2, 0, 41 % LAYERS, 5, &g_frames[1]), CM_OK);
     wk_gather_computed(g, now + COST_US);
     wk_gather_looked(g);
     assert_int_equal(next(g, now + COST_US, out, &wait), 1); /* and not held for router 1 */
@@ -311,13 +312,13 @@ static void test_hold_is_bounded(void **state)
     wk_gather *g = wk_gather_create(&g_limits);
     (void)state;
     for (uint32_t layer = 0; layer < LAYERS; layer++) {
-        assert_int_equal(wk_gather_arrived(g, now, 1, layer, 5, &g_frames[0]), CM_OK);
+        assert_int_equal(wk_gather_arrived(g, now, 1, 0, layer, 5, &g_frames[0]), CM_OK);
         assert_int_equal(next(g, now, out, &wait), 1);
         wk_gather_computed(g, now += cost_us);
         wk_gather_looked(g);
         now += layer < LAYERS - 1 ? cost_us / 2 : 0;
     }
-    assert_int_equal(wk_gather_arrived(g, now, 2, 0, 5, &g_frames[1]), CM_OK);
+    assert_int_equal(wk_gather_arrived(g, now, 2, 0, 0, 5, &g_frames[1]), CM_OK);
     assert_int_equal(next(g, now, out, &wait), 0); /* router 1 would be worth it */
     assert_true(wait > 0 && wait <= g_limits.hold_max_us);
     assert_int_equal(next(g, now + g_limits.hold_max_us, out, &wait), 1);

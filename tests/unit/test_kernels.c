@@ -73,10 +73,10 @@ static void do_rows(rig *r, uint32_t cut, cm_bytes *out)
     keep(r, out, best, n * 4);
 }
 
-static void hc_of(rig *r, uint32_t cut, uint32_t d, cm_bytes *out)
+static void hc_of(rig *r, uint32_t cut, uint32_t n, uint32_t hc, uint32_t d, cm_bytes *out)
 {
     const kn_dense_ops *ops = kn_dense(r->device);
-    uint32_t n = 11, hc = random_between(21, 2, 5), n_mix = (2 + hc) * hc, b;
+    uint32_t n_mix = (2 + hc) * hc, b;
     uint64_t row = (uint64_t)hc * d;
     kn_hc p = {.fn = random_f32(r, 22, n_mix * row),
                .base = random_f32(r, 23, n_mix),
@@ -106,8 +106,9 @@ static void hc_of(rig *r, uint32_t cut, uint32_t d, cm_bytes *out)
 
 static void do_hc(rig *r, uint32_t cut, cm_bytes *out)
 {
-    hc_of(r, cut, random_between(20, 20, 300), out);
-    hc_of(r, cut, random_between(27, 1025, 1200), out); /* more than a piece of a row */
+    hc_of(r, cut, 11, 3, random_between(20, 20, 300), out);
+    hc_of(r, cut, 11, 4, random_between(27, 1025, 1200), out); /* more than a piece of a row */
+    hc_of(r, cut, 45, 4, random_between(28, 20, 60), out);     /* more rows than share a reading of weights */
 }
 
 static void do_linear(rig *r, uint32_t cut, cm_bytes *out)
@@ -452,6 +453,47 @@ static void do_swiglu_combine(rig *r, uint32_t cut, cm_bytes *out)
     keep(r, out, sum, N * d * 2);
 }
 
+/* Every bf16 as a gate's logit, but for infinities and NaN, which a product with ones and zeros would spread;
+ * and every one as an expert's g, with a few u and weights. */
+static void do_all_values(rig *r, uint32_t cut, cm_bytes *out)
+{
+    enum { D = 32, TOPK = D, N = 65536 / D, ABOVE = 0x7f80 };
+    uint16_t *x = cm_alloc(2 * N * D), one[D * D] = {0}, *u = cm_alloc(2 * N * D);
+    float *w = cm_alloc(sizeof(float) * N);
+    for (uint32_t i = 0; i < N * D; i++) {
+        x[i] = (uint16_t)i;
+        u[i] = kn_bf16_encode(10 *
+                              random_value(210, i % 1000)); /* two NaNs: which is left is nobody's promise */
+        w[i / D] = random_value(211, i / D);
+    }
+    for (uint32_t i = 0; i < D; i++) {
+        one[i * D + i] = 0x3f80;
+    }
+    kn_ptr g_at = rig_up(r, x, 2 * N * D), u_at = rig_up(r, u, 2 * N * D), w_at = rig_up(r, w, 4 * N);
+    for (uint32_t i = 0; i < N * D; i++) {
+        x[i] = (i & 0x7fff) < ABOVE ? (uint16_t)i : 0;
+    }
+    kn_ptr x_at = rig_up(r, x, 2 * N * D), h = rig_new(r, 2 * N * D);
+    kn_ptr experts = rig_new(r, 4 * N * TOPK), weights = rig_new(r, 4 * N * TOPK);
+    kn_gate gate = {.weight = {.data = rig_up(r, one, sizeof(one)), .n_out = D, .n_in = D, .dtype = KN_BF16},
+                    .n_expert = D,
+                    .topk = TOPK,
+                    .route_scale = 1};
+    for (uint32_t at = 0, b; at < N; at += b) {
+        b = N - at < 16 + cut ? N - at : 16 + cut;
+        kn_moe(r->device)->gate(r->stream, &gate, kn_at(x_at, 2ull * at * D), (kn_ptr){0}, b,
+                                kn_at(experts, 4ull * at * TOPK), kn_at(weights, 4ull * at * TOPK));
+        kn_moe(r->device)->swiglu(r->stream, kn_at(g_at, 2ull * at * D), kn_at(u_at, 2ull * at * D),
+                                  kn_at(w_at, 4ull * at), b, D, 10.0f, kn_at(h, 2ull * at * D));
+    }
+    keep(r, out, experts, 4 * N * TOPK);
+    keep(r, out, weights, 4 * N * TOPK);
+    keep(r, out, h, 2 * N * D);
+    cm_free(w);
+    cm_free(u);
+    cm_free(x);
+}
+
 /* ---- attention: three sequences through one layer, all operations in the order of a step ---- */
 
 enum {
@@ -700,10 +742,10 @@ static void do_layer_128(rig *r, uint32_t cut, cm_bytes *out)
 }
 
 /* Many rows, scores from few values: ties everywhere, every pick by the tie rule. One row has NaNs among its
- * scores, one nothing else. */
+ * scores, one nothing else, two nothing else but of both signs, by which of its lanes had one first. */
 static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
 {
-    enum { N = 3, ROWS = 3001, KS = 4 };
+    enum { N = 5, ROWS = 3001, KS = 4 };
     static const uint32_t topk[KS] = {1, 64, 1024, 3000};
     uint32_t row_bytes = kn_index_row_bytes(INDEX_DIM), n_page = kn_blocks(ROWS, 32), list[100], b;
     uint8_t *pool = cm_alloc(n_page * 32ull * row_bytes), queries[N * INDEX_HEADS * 34] = {0};
@@ -715,6 +757,8 @@ static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
     assert_int_equal(row_bytes, 34);
     weights[INDEX_HEADS] = 0x7f80; /* scores of row 1 are infinite, or NaN where this head has 0 */
     weights[2 * INDEX_HEADS] = 0xffc0;
+    weights[3 * INDEX_HEADS] = weights[4 * INDEX_HEADS + 1] = 0x7f80;
+    weights[3 * INDEX_HEADS + 1] = weights[4 * INDEX_HEADS] = 0x7fc0;
     for (uint32_t i = 0; i < n_page * 32; i++) {
         memset(pool + i * row_bytes, 0, row_bytes);
         pool[i * row_bytes + random_u32(501, i) % 3] = (uint8_t)(random_u32(502, i) % 3);
@@ -827,6 +871,7 @@ PATH_TEST(lanes)
 PATH_TEST(gate)
 PATH_TEST(experts)
 PATH_TEST(swiglu_combine)
+PATH_TEST(all_values)
 PATH_TEST(layer_window)
 PATH_TEST(layer_4)
 PATH_TEST(layer_128)
@@ -878,16 +923,16 @@ static void test_open_chooses(void **state)
 int main(int argc, char **argv)
 {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_open_refuses), cmocka_unit_test(test_open_chooses),
-        cmocka_unit_test(test_rows),         cmocka_unit_test(test_hc),
-        cmocka_unit_test(test_linear),       cmocka_unit_test(test_cancelling),
-        cmocka_unit_test(test_q8_edges),     cmocka_unit_test(test_q8_many),
-        cmocka_unit_test(test_grouped),      cmocka_unit_test(test_gate),
-        cmocka_unit_test(test_experts),      cmocka_unit_test(test_swiglu_combine),
-        cmocka_unit_test(test_layer_window), cmocka_unit_test(test_layer_4),
-        cmocka_unit_test(test_layer_128),    cmocka_unit_test(test_index_ties),
-        cmocka_unit_test(test_ref_cuts),     cmocka_unit_test(test_grouped_edges),
-        cmocka_unit_test(test_lanes),
+        cmocka_unit_test(test_open_refuses),  cmocka_unit_test(test_open_chooses),
+        cmocka_unit_test(test_rows),          cmocka_unit_test(test_hc),
+        cmocka_unit_test(test_linear),        cmocka_unit_test(test_cancelling),
+        cmocka_unit_test(test_q8_edges),      cmocka_unit_test(test_q8_many),
+        cmocka_unit_test(test_grouped),       cmocka_unit_test(test_gate),
+        cmocka_unit_test(test_experts),       cmocka_unit_test(test_swiglu_combine),
+        cmocka_unit_test(test_all_values),    cmocka_unit_test(test_layer_window),
+        cmocka_unit_test(test_layer_4),       cmocka_unit_test(test_layer_128),
+        cmocka_unit_test(test_index_ties),    cmocka_unit_test(test_ref_cuts),
+        cmocka_unit_test(test_grouped_edges), cmocka_unit_test(test_lanes),
     };
     if (argc > 1) {
         random_seed = strtoull(argv[1], NULL, 0);

@@ -132,6 +132,7 @@ static void test_parts_hold_all_rows(void **state)
             const rt_batch_part *part = &b.parts[p];
             assert_int_equal(part->row0, p == 0 ? 0 : cut);
             assert_int_equal(part->n_row, p == 0 ? cut : ROWS - cut);
+            assert_int_equal(part->pos_end, p == 0 ? 301 : cut < 6 ? 131 : 3);
             for (uint32_t i = part->seg0; i < part->seg0 + part->n_seg; i++) {
                 const kn_seg *seg = &b.cut[i];
                 uint32_t whose = 0;

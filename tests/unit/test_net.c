@@ -140,6 +140,43 @@ static void test_sends_max(void **state)
     pair_close(&t);
 }
 
+/* Payloads built in place among others, and rooms that are not used; released in any order. */
+static void test_room(void **state)
+{
+    const backend_case *backend = *state;
+    enum { N = 1500 };
+    uint64_t seed = cm_random_u64();
+    net_options options = small_options(backend);
+    net_test t = pair_open(backend, &options, &options);
+    side *to = &t.sides[0], *from = &t.sides[1];
+    to->hold = true;
+    print_message("seed %llu\n", (unsigned long long)seed);
+    assert_true((net_room(from->peer, 1000) != NULL) == (strcmp(backend->name, "shm") == 0));
+    uint32_t n_next = 0;
+    for (uint32_t k = 0; to->n_messages < N || to->n_held > 0; k++) {
+        cm_rng_block r = cm_rng_at(seed, k, 0);
+        uint64_t n_bytes = r.word[0] % 3 == 0 ? r.word[1] % 900000 : r.word[1] % 90000,
+                 at = r.word[2] % 1000000;
+        cm_status status = CM_AGAIN;
+        if (r.word[3] % 4 == 0) {
+            (void)net_room(from->peer, n_bytes);
+        }
+        if (n_next < N) {
+            status = r.word[3] % 3 == 0 ? send_piece(from, n_next, at, n_bytes, 2, DEADLINE_MS)
+                                        : send_built(from, n_next, at, n_bytes);
+        }
+        n_next += status == CM_OK;
+        if (r.word[3] % 2 == 0 || status == CM_AGAIN) {
+            turn(&t);
+        }
+        while (to->n_held > 0 && (to->n_held > r.word[0] % 16 || n_next == N)) {
+            side_release_one(to, r.word[2] % to->n_held);
+        }
+    }
+    assert_int_equal(to->n_checked, N);
+    pair_close(&t);
+}
+
 static void test_one_send(void **state)
 {
     const backend_case *backend = *state;
@@ -714,6 +751,7 @@ int main(void)
         EACH(test_order),
         EACH(test_sends_max),
         EACH(test_one_send),
+        EACH(test_room),
         EACH(test_receives_max),
         EACH(test_foreign_cluster),
         EACH(test_other_protocol),

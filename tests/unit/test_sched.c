@@ -830,6 +830,52 @@ static void test_pages(void **state)
     t_assert_dies(t_fini_early);
 }
 
+/* A step that takes as long as said is what steps are made for: its decode row, the rows of prompts that the
+ * time leaves, half of them each for two; a rest that is not worth a step goes along. */
+static void test_steps_by_time(void **state)
+{
+    (void)state;
+    t_engine engine;
+    rt_sched_limits limits = t_limits();
+    t_words words = {0};
+    limits.row_max = limits.chunk_max = limits.context = T_CONTEXT_MAX;
+    limits.page_max = 128;
+    limits.step_ns = 1000000;
+    t_engine_init(&engine, &limits);
+    engine.took_ns = 2 * limits.step_ns; /* the first step: 96 rows become 48 */
+    t_open(&engine, 1, 1, 3, 20);
+    assert_true(t_begin(&engine, 0));
+    t_complete(&engine, 0, t_keep, &words);
+    engine.took_ns = limits.step_ns;
+    t_open(&engine, 1, 2, 90, 2);
+    static const uint32_t alone[] = {47, 43};
+    for (uint32_t i = 0; i < 2; i++) {
+        assert_true(t_begin(&engine, 0));
+        assert_int_equal(engine.step.segs[0].n_row, 1);
+        assert_int_equal(engine.step.segs[1].n_row, alone[i]);
+        t_complete(&engine, 0, t_keep, &words);
+    }
+    t_open(&engine, 1, 3, 58, 1);
+    t_open(&engine, 1, 4, 60, 1);
+    assert_true(t_begin(&engine, 0));
+    assert_int_equal(engine.step.n_seg, 4); /* two that decode, two prompts: 46 rows, 23 each */
+    assert_int_equal(engine.step.segs[2].n_row, 23);
+    assert_int_equal(engine.step.segs[3].n_row, 23);
+    t_complete(&engine, 0, t_keep, &words);
+    t_run_out(&engine, &words);
+    t_open(&engine, 1, 5, 60, 1);
+    assert_true(t_begin(&engine, 0)); /* 48, and 12 more */
+    assert_int_equal(engine.step.n_row, 60);
+    t_complete(&engine, 0, t_keep, &words);
+    t_open(&engine, 1, 6, 61, 1);
+    assert_true(t_begin(&engine, 0)); /* 13 are worth a step */
+    assert_int_equal(engine.step.n_row, 48);
+    t_complete(&engine, 0, t_keep, &words);
+    t_run_out(&engine, &words);
+    t_ledger_is_zero(engine.sched);
+    t_engine_fini(&engine);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {
@@ -841,6 +887,7 @@ int main(void)
         cmocka_unit_test(test_sampler_sees),
         cmocka_unit_test(test_emitted),
         cmocka_unit_test(test_order_of_a_step),
+        cmocka_unit_test(test_steps_by_time),
         cmocka_unit_test(test_first_come_first_served),
         cmocka_unit_test(test_preemption),
         cmocka_unit_test(test_oldest_goes_on),

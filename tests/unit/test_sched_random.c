@@ -218,6 +218,11 @@ static void t_world_run(uint64_t seed, t_totals *totals)
         .draft_always = t_below(rng, 2) == 0,
         .state_max = t_below(rng, 4) == 0 ? 0 : t_between(rng, 1, 12),
     };
+    if (t_below(rng, 2) == 0) { /* steps by their time: more rows than the floor of the pace */
+        limits.row_max = t_between(rng, 1, T_CONTEXT_MAX);
+        limits.chunk_max = t_between(rng, 1, T_CONTEXT_MAX);
+        limits.step_ns = t_between(rng, 1, 1u << 20);
+    }
     world.clients = calloc(T_CLIENTS, sizeof(t_client));
     t_engine_init(&world.engine, &limits);
     world.engine.rng = (t_rng){seed, 1u << 30};

@@ -194,7 +194,7 @@ static void make_large_frame(fixture *f, uint32_t layer, uint32_t n_row)
     cm_free(f->payload);
     f->payload = cm_alloc(pr_dispatch_bytes(2 * n_row, n_row, d, n_block));
     for (uint32_t i = 0; i < 2 * n_row; i++) {
-        ((pr_slot *)f->payload)[i] = (pr_slot){i / 2, owned[i % 2], 0.25f + (float)i};
+        ((pr_slot *)f->payload)[i] = (pr_slot){i % n_row, owned[i / n_row], 0.25f + (float)i};
     }
     for (uint32_t i = 0; i < n_row * d; i++) {
         uint8_t code = (uint8_t)cm_rng_at(3, i, layer).word[0];
@@ -407,8 +407,9 @@ static void test_refusals(void **state)
     send_frame(f, PR_MSG_COMBINE, sizeof(f->header), 0); /* not for a worker */
     expect_refusal(f, CM_E_PROTOCOL);
     for (uint32_t e = 0; e < f->g->n_expert; e++) {
-        if (!pr_placement_owns(f->epoch->placement, 0, e, 0)) {
-            ((pr_slot *)f->payload)[3].expert = e; /* somebody else's */
+        pr_slot *last = (pr_slot *)f->payload + f->header.n_slot - 1;
+        if (!pr_placement_owns(f->epoch->placement, 0, e, 0) && e > last->expert) {
+            last->expert = e; /* somebody else's */
             break;
         }
     }
@@ -448,6 +449,34 @@ static void test_answer_in_pieces(void **state)
         .type = PR_MSG_COMBINE, .header = &whole, .payload = rows, .payload_bytes = n_slot * row_bytes};
     check_answer(f, &all);
     cm_free(rows);
+}
+
+/* Frames of several routers in one group, each of its own rows: each gets its own results, in its own order.
+ */
+static void test_two_routers(void **state)
+{
+    fixture *f = *state;
+    fixture other = *f;
+    net_options options;
+    cm_error err = {0};
+    net_options_defaults(&options);
+    options.backend = "shm";
+    options.message_bytes_max = 1 << 20;
+    options.silence_ms = 60000;
+    assert_int_equal(net_open(&options, &other.n, &err), CM_OK);
+    net_set_identity(other.n, &(net_identity){77, BALEEN__CONTROL__V1__ROLE__ROLE_ROUTER, ROUTER_ID});
+    link_up(&other);
+    other.payload = NULL;
+    for (uint32_t i = 0; i < 20; i++) {
+        make_large_frame(f, i % f->g->n_layer, 20 + i);
+        make_large_frame(&other, i % f->g->n_layer, 3);
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        send_frame(&other, PR_MSG_DISPATCH, sizeof(other.header), 0);
+        expect_answer(f);
+        expect_answer(&other);
+    }
+    net_close(other.n);
+    cm_free(other.payload);
 }
 
 /* Begins a frame of ROWS_MANY rows that is not computed to its end while the failpoint is armed. */
@@ -610,7 +639,10 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup_teardown(test_stopped_router, setup_shm, teardown),
         cmocka_unit_test_setup_teardown(test_answers, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_answers, setup_shm, teardown), /* built in place */
         cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup_shm, teardown),
+        cmocka_unit_test_setup_teardown(test_two_routers, setup_shm, teardown),
         cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_load_together, setup, teardown_armed),
         cmocka_unit_test_setup_teardown(test_refusals, setup, teardown),

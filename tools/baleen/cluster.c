@@ -2,7 +2,6 @@
 
 #include <errno.h>
 #include <jansson.h>
-#include <limits.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -634,19 +633,6 @@ void cluster_destroy(cluster *self)
     pc_timer_destroy(self->kill_timer);
     cm_free(self->children);
     cm_free(self);
-}
-
-cm_status cluster_find_programs(char **dir_out, cm_error *err)
-{
-    char path[PATH_MAX];
-    ssize_t n = readlink("/proc/self/exe", path, sizeof(path) - 1);
-    if (n <= 0) {
-        return cm_error_set(err, CM_E_IO, NULL, "/proc/self/exe: %s", strerror(errno));
-    }
-    path[n] = '\0';
-    *strrchr(path, '/') = '\0';
-    *dir_out = cm_strdup(path);
-    return CM_OK;
 }
 
 /* ---- what others want to know ---- */

@@ -35,8 +35,6 @@ typedef struct cluster_options {
     void *ctx;
 } cluster_options;
 
-/* The folder of this program, where the servers' programs are too; to be freed with cm_free. */
-CM_MUST_CHECK cm_status cluster_find_programs(char **dir_out, cm_error *err);
 /* options and what they point to are kept. An error when the first process cannot be started. */
 CM_MUST_CHECK cm_status cluster_create(pc_loop *loop, const cluster_options *options, cluster **cluster_out,
                                        cm_error *err);

@@ -12,6 +12,7 @@
 #include "common/base/log.h"
 #include "common/base/mem.h"
 #include "common/model/geometry.h"
+#include "tools/baleen/beside.h"
 #include "tools/baleen/cli.h"
 #include "tools/baleen/cluster.h"
 #include "tools/baleen/launcher.h"
@@ -23,7 +24,8 @@ extern char **environ;
 static const cm_cfg_field g_fields[] = {
     {"workers", "3", "processes that hold experts", CM_CFG_UINT(up_config, workers, 1, 256)},
     {"routers", "1", "processes that run sequences", CM_CFG_UINT(up_config, routers, 1, 64)},
-    {"model", "models/nano", "folder of the checkpoint", CM_CFG_STRING(up_config, model)},
+    {"model", "", "folder of the checkpoint; the model nano when none is given",
+     CM_CFG_STRING(up_config, model)},
     {"scripted_model", "",
      "for tests of clients: a name; no model runs and no workers: every answer is the text of the last user "
      "or tool message, control spellings recognised",
@@ -121,12 +123,15 @@ static cm_status find_model(up *self, cm_error *err)
 {
     md_geometry geometry;
     char real[PATH_MAX];
-    if (realpath(self->config.model, real) == NULL) {
+    if (self->config.model[0] == '\0') {
+        CM_TRY(beside_model("nano", &self->model_dir, err));
+    } else if (realpath(self->config.model, real) == NULL) {
         return cm_error_set(err, CM_E_NOT_FOUND, "model",
                             "no model in %s: %s; give its folder with --model DIR", self->config.model,
                             strerror(errno));
+    } else {
+        self->model_dir = cm_strdup(real);
     }
-    self->model_dir = cm_strdup(real);
     return md_geometry_load(self->model_dir, &geometry, err); /* rather now than from every process' log */
 }
 
@@ -272,7 +277,7 @@ static cm_status find_store(up *self, cm_error *err)
 
 static cm_status up_prepare(up *self, cm_error *err)
 {
-    CM_TRY(cluster_find_programs(&self->bin_dir, err));
+    CM_TRY(beside_programs(&self->bin_dir, err));
     CM_TRY(find_model(self, err));
     CM_TRY(find_certs(self, err));
     self->env = env_for_children();

@@ -4,43 +4,45 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "common/base/bytes.h"
 #include "common/base/clock.h"
+#include "common/base/log.h"
 #include "common/base/mem.h"
+#include "common/model/geometry.h"
 #include "tools/baleen/cli.h"
 #include "tools/baleen/verbs.h"
 #include "tools/bench/bench_cluster.h"
+#include "tools/bench/bench_needs.h"
 #include "tools/bench/bench_room.h"
+#include "tools/bench/bench_table.h"
 #include "tools/bench/synthetic.h"
-
-typedef enum bench_model { BENCH_MODEL_NONE, BENCH_MODEL_NANO, BENCH_MODEL_SMALL } bench_model;
 
 typedef struct bench_entry {
     const bench *bench;
-    bench_model model;
+    uint32_t needs, disk_mb;
+    double prepare_s, round_s;
 } bench_entry;
 
 static const bench_entry BENCHES[] = {
-#define BENCH(name)           {&bench_##name, BENCH_MODEL_NONE},
-#define BENCH_ON(model, name) {&bench_##name, BENCH_MODEL_##model},
+#define BENCH(id, ...) {&bench_##id, __VA_ARGS__},
 #include "tools/bench/benches.def"
 #undef BENCH
-#undef BENCH_ON
 };
 enum {
     N_BENCH = sizeof(BENCHES) / sizeof(BENCHES[0]),
     BENCH_ROUNDS = 7,
-    BENCH_ALL_ROUNDS = 3,
+    BENCH_SEVERAL_ROUNDS = 3,
     BENCH_SMALL_SEED = 1,
 };
-static char BENCH_NANO[] = "models/nano";
-static const char BENCH_SMALL[] = "models/bench-s";
+
+static const char BENCH_ALL[] = "all";
 
 static const cm_cfg_field g_fields[] = {
     {"threads", "1", "threads of the kernels; more than one is timed by the wall clock",
      CM_CFG_UINT(bench_config, threads, 1, 1024)},
-    {"rounds", "0", "rounds; what is reported is their median; 0: 7, and 3 of each for all",
+    {"rounds", "0", "rounds; what is reported is their median; 0: 7, and 3 of each of several",
      CM_CFG_UINT(bench_config, rounds, 0, BENCH_ROUNDS_MAX)},
     {"isa", "auto",
      "paths to measure in turn, comma separated: auto, or names that the refusal of a wrong one lists",
@@ -68,11 +70,10 @@ static const cm_cfg_field g_fields[] = {
      CM_CFG_BOOL(bench_config, keyed)},
     {"model", "",
      "folder with a checkpoint; of serve.stream with a config.json and a tokenizer.json. Without: random "
-     "weights "
-     "for models/bench-s, made for the run, and models/nano where sizes do not matter",
+     "weights for the geometry bench-s, made for the run, and the model nano where sizes do not matter",
      CM_CFG_STRING(bench_config, model)},
-    {"workers", "1", "serve.model: workers of the cluster; serve.workers: of the largest one",
-     CM_CFG_UINT(bench_config, workers, 1, 64)},
+    {"workers", "0", "serve.model: workers of the cluster, 0: 1; serve.workers: of the largest one, 0: 8",
+     CM_CFG_UINT(bench_config, workers, 0, 64)},
     {"batches", "1,8,32", "serve.model: streams at once in each measurement of decode, comma separated",
      CM_CFG_STRING(bench_config, batches)},
     {"steps", "24", "serve.model: steps of decode in each measurement",
@@ -91,9 +92,11 @@ static const cm_cfg_field g_fields[] = {
 
 static const cm_cfg_table g_table = {
     .program = "baleen bench",
-    .summary = "measures kernels on synthetic weights, and a gateway with scripted answers, against ceilings "
-               "taken in the same run; all: one after another; without a name: lists them",
-    .operands = "[NAME|all]",
+    .summary =
+        "measures kernels on synthetic weights, and a gateway with scripted answers, against ceilings "
+        "taken in the same run; several, or all, end with one table of their ratios and gates; without a "
+        "name: lists them",
+    .operands = "[NAME ..|all]",
     .fields = g_fields,
     .n_fields = sizeof(g_fields) / sizeof(g_fields[0]),
 };
@@ -160,12 +163,44 @@ json_t *bench_begin(const bench *b, const bench_config *config)
                      (json_int_t)config->inner, "results");
 }
 
+static void report_path(cm_bytes *path)
+{
+    cm_bytes_init(path, 0);
+    cm_bytes_printf(path, "%s/report.json", bench_room());
+}
+
+/* For the process that runs all of them. */
+static void write_report(const cm_bytes *text)
+{
+    cm_bytes path;
+    report_path(&path);
+    FILE *file = fopen(cm_bytes_text(&path), "we");
+    if (file != NULL) {
+        (void)fwrite(text->data, 1, text->len,
+                     file); /* cut short it is no JSON, and counts as not measured */
+        fclose(file);
+    }
+    cm_bytes_fini(&path);
+}
+
+/* What the benchmark that ran last has reported; NULL: nothing. */
+static json_t *take_report(void)
+{
+    cm_bytes path;
+    report_path(&path);
+    json_t *report = json_load_file(cm_bytes_text(&path), 0, NULL);
+    (void)remove(cm_bytes_text(&path));
+    cm_bytes_fini(&path);
+    return report;
+}
+
 void bench_end(json_t *report)
 {
     cm_bytes text;
     cm_bytes_init(&text, 0);
     cli_append_json(&text, report, JSON_COMPACT | JSON_REAL_PRECISION(5));
     printf("\n%.*s\n\n", (int)text.len, (const char *)text.data);
+    write_report(&text);
     cm_bytes_fini(&text);
     json_decref(report);
 }
@@ -237,15 +272,19 @@ static int list(void)
 typedef struct bench_job {
     bench_config config;
     const bench_entry *entry; /* to run next; NULL: to make the model of random weights */
-    cm_bytes small;           /* folder of that */
+    bench_models models;
+    cm_bytes small; /* folder of random weights */
     bool small_made;
+    const bench_entry *chosen[N_BENCH];
+    bench_result results[N_BENCH]; /* of the chosen ones, when they are several */
+    uint32_t n;
 } bench_job;
 
 static int job_make_small(bench_job *job)
 {
     cm_bytes text;
     cm_error err = {0};
-    cm_status status = synthetic_config(BENCH_SMALL, &text, &err);
+    cm_status status = synthetic_config(job->models.shape, &text, &err);
     if (status == CM_OK) {
         status = synthetic_write(cm_bytes_text(&text), cm_bytes_text(&job->small), BENCH_SMALL_SEED, &err);
         cm_bytes_fini(&text);
@@ -261,8 +300,8 @@ static int job_run(void *ctx)
     if (job->entry == NULL) {
         return job_make_small(job);
     }
-    if (config.model[0] == '\0' && job->entry->model != BENCH_MODEL_NONE) {
-        config.model = job->entry->model == BENCH_MODEL_NANO ? BENCH_NANO : (char *)job->small.data;
+    if (config.model[0] == '\0' && (job->entry->needs & (BENCH_NANO | BENCH_SMALL))) {
+        config.model = job->entry->needs & BENCH_NANO ? job->models.nano : (char *)job->small.data;
     }
     return job->entry->bench->run(job->entry->bench, &config);
 }
@@ -270,7 +309,7 @@ static int job_run(void *ctx)
 /* Makes what the benchmark needs and runs it. */
 static bench_outcome job_run_one(bench_job *job, const bench_entry *entry, int *code_out)
 {
-    if (entry->model == BENCH_MODEL_SMALL && job->config.model[0] == '\0' && !job->small_made) {
+    if ((entry->needs & BENCH_SMALL) && job->config.model[0] == '\0' && !job->small_made) {
         job->entry = NULL;
         bench_outcome end = bench_room_run(job_run, job, code_out);
         job->small_made = end == BENCH_ENDED && *code_out == CLI_OK;
@@ -282,45 +321,85 @@ static bench_outcome job_run_one(bench_job *job, const bench_entry *entry, int *
     return bench_room_run(job_run, job, code_out);
 }
 
-static void report_all(const double *seconds, const int *codes, uint32_t n)
+static cm_status job_check(bench_job *job, const bench_entry *entry, cm_error *err)
 {
-    double sum = 0;
-    json_t *report = json_pack("{s:s, s:s, s:[]}", "bench", "all", "version", BALEEN_VERSION, "results");
-    printf("%-18s %8s\n", "benchmark", "seconds");
-    for (uint32_t i = 0; i < n; i++) {
-        const char *outcome = codes[i] == CLI_OK ? "done" : "failed";
-        printf("%-18s %8.1f  %s\n", BENCHES[i].bench->name, seconds[i], outcome);
-        json_array_append_new(json_object_get(report, "results"),
-                              json_pack("{s:s, s:f, s:s}", "bench", BENCHES[i].bench->name, "seconds",
-                                        seconds[i], "outcome", outcome));
-        sum += seconds[i];
+    return bench_needs_check(entry->needs, entry->disk_mb, &job->config, bench_room(), &job->models, err);
+}
+
+/* ---- several ---- */
+
+/* Says at once, not after an hour, what cannot be run and why. */
+static void plan_all(bench_job *job)
+{
+    for (uint32_t i = 0; i < job->n; i++) {
+        bench_result *r = &job->results[i];
+        r->name = job->chosen[i]->bench->name;
+        if (job_check(job, job->chosen[i], &r->reason) != CM_OK) {
+            r->ending = BENCH_SKIPPED;
+            fprintf(stderr, "baleen bench: %s will be skipped: %s\n", r->name, r->reason.text);
+        }
     }
-    printf("%-18s %8.1f\n", "all", sum);
-    bench_end(report);
+}
+
+static double expected_s(const bench_job *job, uint32_t i)
+{
+    const bench_entry *entry = job->chosen[i];
+    return job->results[i].ending == BENCH_SKIPPED
+               ? 0
+               : entry->prepare_s + (double)job->config.rounds * entry->round_s;
+}
+
+/* i is next; the time left goes by how long the others took against what was expected of them. */
+static void say_progress(const bench_job *job, uint32_t i)
+{
+    double expected = 0, took = 0, left = 0;
+    for (uint32_t k = 0; k < job->n; k++) {
+        *(k < i ? &expected : &left) += expected_s(job, k);
+        took += job->results[k].seconds;
+    }
+    left *= i > 0 && expected > 0 ? took / expected : 1;
+    fprintf(stderr, "baleen bench: %u of %u, %s; about %.0f %s left\n", i + 1, job->n, job->results[i].name,
+            left < 90 ? left : left / 60, left < 90 ? "s" : "min");
 }
 
 /* The one that fails is told of, and the others run all the same. */
 static bench_outcome run_all(bench_job *job, int *code_out)
 {
-    double seconds[N_BENCH];
-    int codes[N_BENCH];
+    plan_all(job);
     *code_out = CLI_OK;
-    for (uint32_t i = 0; i < N_BENCH; i++) {
+    for (uint32_t i = 0; i < job->n; i++) {
+        bench_result *r = &job->results[i];
+        if (r->ending == BENCH_SKIPPED) {
+            continue;
+        }
+        int code;
         uint64_t start_ns = cm_now_ns();
-        fprintf(stderr, "baleen bench: %u of %u, %s\n", i + 1, N_BENCH, BENCHES[i].bench->name);
-        bench_outcome end = job_run_one(job, &BENCHES[i], &codes[i]);
+        say_progress(job, i);
+        bench_outcome end = job_run_one(job, job->chosen[i], &code);
         if (end != BENCH_ENDED) {
-            *code_out = codes[i];
+            *code_out = code;
             return end;
         }
-        seconds[i] = 1e-9 * (double)(cm_now_ns() - start_ns);
-        *code_out = codes[i] != CLI_OK ? CLI_FAILED : *code_out;
+        r->seconds = 1e-9 * (double)(cm_now_ns() - start_ns);
+        r->ending = code == CLI_OK ? BENCH_OK : BENCH_FAILED;
+        r->report = take_report();
+        *code_out = code != CLI_OK ? CLI_FAILED : *code_out;
     }
-    report_all(seconds, codes, N_BENCH);
+    bench_table_print(job->results, job->n, job->config.rounds);
     return BENCH_ENDED;
 }
 
-static int run_in_room(bench_job *job, const bench_entry *entry)
+static bench_outcome run_one(bench_job *job, const bench_entry *entry, int *code_out)
+{
+    cm_error err = {0};
+    if (job_check(job, entry, &err) != CM_OK) {
+        *code_out = cli_fail(&g_table, &err);
+        return BENCH_ENDED;
+    }
+    return job_run_one(job, entry, code_out);
+}
+
+static int run_in_room(bench_job *job)
 {
     cm_error err = {0};
     int code = CLI_OK;
@@ -329,43 +408,86 @@ static int run_in_room(bench_job *job, const bench_entry *entry)
     }
     cm_bytes_init(&job->small, 0);
     cm_bytes_printf(&job->small, "%s/bench-s", bench_room());
-    bench_outcome end = entry == NULL ? run_all(job, &code) : job_run_one(job, entry, &code);
+    bench_outcome end = job->n > 1 ? run_all(job, &code) : run_one(job, job->chosen[0], &code);
     cm_bytes_fini(&job->small);
+    bench_models_free(&job->models);
+    for (uint32_t i = 0; i < job->n; i++) {
+        json_decref(job->results[i].report);
+    }
     if (end != BENCH_CHILD) {
         bench_room_close(end == BENCH_ENDED && code != CLI_OK ? BENCH_RUN_FOLDER : NULL); /* logs */
     }
     return end == BENCH_INTERRUPTED ? CLI_FAILED : code;
 }
 
-static int run_named(bench_job *job, const char *name)
+/* A model that cannot be read is said now, not by each that wants it. */
+static cm_status check_model(const bench_config *config, cm_error *err)
 {
-    bool all = strcmp(name, "all") == 0;
-    const bench_entry *entry = NULL;
+    md_geometry geometry;
+    return config->model[0] != '\0' ? md_geometry_load(config->model, &geometry, err) : CM_OK;
+}
+
+static bool is_named(const char *name, const bench_entry *entry)
+{
+    return strcmp(name, BENCH_ALL) == 0 || strcmp(name, entry->bench->name) == 0;
+}
+
+/* In the order of the list, each once. Returns a name that is none, or NULL. */
+static const char *choose(bench_job *job, const char **names, size_t n_name)
+{
+    for (size_t k = 0; k < n_name; k++) {
+        uint32_t i = 0;
+        while (i < N_BENCH && !is_named(names[k], &BENCHES[i])) {
+            i++;
+        }
+        if (i == N_BENCH) {
+            return names[k];
+        }
+    }
     for (uint32_t i = 0; i < N_BENCH; i++) {
-        entry = strcmp(BENCHES[i].bench->name, name) == 0 ? &BENCHES[i] : entry;
+        bool wanted = false;
+        for (size_t k = 0; k < n_name; k++) {
+            wanted |= is_named(names[k], &BENCHES[i]);
+        }
+        if (wanted) {
+            job->chosen[job->n++] = &BENCHES[i];
+        }
     }
-    if (!all && entry == NULL) {
-        return cli_complain(&g_table, CLI_USAGE, "there is no benchmark '%s'; baleen bench lists them", name);
+    return NULL;
+}
+
+static int run_named(bench_job *job, const char **names, size_t n_name)
+{
+    cm_error err = {0};
+    const char *wrong = choose(job, names, n_name);
+    if (wrong != NULL) {
+        return cli_complain(&g_table, CLI_USAGE, "there is no benchmark '%s'; baleen bench lists them",
+                            wrong);
     }
-    if (all && job->config.svg[0] != '\0') {
+    if (job->n > 1 && job->config.svg[0] != '\0') {
         return cli_complain(&g_table, CLI_USAGE, "--svg names the file of one chart: give it with one name");
     }
-    if (job->config.rounds == 0) {
-        job->config.rounds = all ? BENCH_ALL_ROUNDS : BENCH_ROUNDS;
+    if (check_model(&job->config, &err) != CM_OK) {
+        return cli_fail(&g_table, &err);
     }
-    return run_in_room(job, entry);
+    if (job->config.rounds == 0) {
+        job->config.rounds = job->n > 1 ? BENCH_SEVERAL_ROUNDS : BENCH_ROUNDS;
+    }
+    return run_in_room(job);
 }
 
 int verb_bench(int argc, char **argv)
 {
     bench_job job = {0};
-    const char *name;
-    size_t n_operands;
-    int code = cli_begin(&g_table, &job.config, argc, argv, &name, 1, &n_operands);
+    const char *names[N_BENCH];
+    size_t n_name;
+    cm_log_setup(
+        &(cm_log_options){.level = CM_LOG_ERROR, .fd = STDERR_FILENO}); /* links are lost on purpose */
+    int code = cli_begin(&g_table, &job.config, argc, argv, names, N_BENCH, &n_name);
     if (code >= 0) {
         return code;
     }
-    code = n_operands == 0 ? list() : run_named(&job, name);
+    code = n_name == 0 ? list() : run_named(&job, names, n_name);
     cm_cfg_free(&g_table, &job.config);
     return code;
 }

@@ -30,11 +30,9 @@ struct bench {
     int (*run)(const bench *b, const bench_config *config); /* exit code */
 };
 
-#define BENCH(name)           extern const bench bench_##name;
-#define BENCH_ON(model, name) extern const bench bench_##name;
+#define BENCH(id, ...) extern const bench bench_##id;
 #include "tools/bench/benches.def"
 #undef BENCH
-#undef BENCH_ON
 
 /* ---- samples ---- */
 

@@ -8,6 +8,7 @@
 
 #include "common/base/bytes.h"
 #include "common/base/mem.h"
+#include "tools/baleen/beside.h"
 #include "tools/bench/bench_room.h"
 
 enum { BENCH_WAIT_MS = 240000 /* of every wait: longer means that something is broken */ };
@@ -163,7 +164,7 @@ cm_status bench_cluster_start(const bench_cluster_options *options, bench_cluste
                             options->model);
     }
     c->model_dir = cm_strdup(real);
-    CM_TRY(cluster_find_programs(&c->bin_dir, err));
+    CM_TRY(beside_programs(&c->bin_dir, err));
     CM_TRY(run_folder_open(cm_bytes_text(&c->run), &c->folder, err));
     CM_TRY(run_folder_empty(&c->folder, "store", &c->store_dir, err));
     bench_set_env(c);

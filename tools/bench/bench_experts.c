@@ -324,6 +324,7 @@ static void say_peers(const bench_peers *peers, const expert_case *c, uint32_t i
 {
     char name[16];
     snprintf(name, sizeof(name), "rows_%u", c->n_row);
+    json_t *list = json_array();
     for (uint32_t i = 0; peers != NULL && i < bench_peers_count(peers); i++) {
         const bench_samples *theirs = bench_peers_case(peers, i, name);
         bench_samples ratio = {0};
@@ -331,12 +332,15 @@ static void say_peers(const bench_peers *peers, const expert_case *c, uint32_t i
             bench_add(&ratio, macs / c->seconds[i_path].value[r] / 1e9 / theirs->value[r]);
         }
         if (ratio.n > 0) {
-            bench_summary over = bench_summarize(&ratio);
+            bench_summary over = bench_summarize(&ratio), rate = bench_summarize(theirs);
             printf("%27s times %s, which does %.1f: %.2f (%.2f .. %.2f)\n", "", bench_peers_name(peers, i),
-                   bench_summarize(theirs).median, over.median, over.min, over.max);
-            json_object_set_new(row, bench_peers_name(peers, i), bench_summary_json(over));
+                   rate.median, over.median, over.min, over.max);
+            json_array_append_new(list,
+                                  json_pack("{s:s, s:o, s:o}", "peer", bench_peers_name(peers, i), "gmac_s",
+                                            bench_summary_json(rate), "ratio", bench_summary_json(over)));
         }
     }
+    json_object_set_new(row, "peers", list);
 }
 
 /* ---- rounds ---- */

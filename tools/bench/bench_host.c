@@ -399,7 +399,7 @@ static double host_copy_s(host *h, const host_routes *routes)
 {
     double start = bench_now(h->config);
     for (uint32_t l = 0; l < HOST_COPY_LAYERS; l++) {
-        host_route(h, h->whole, routes, l);
+        host_route(h, h->whole, routes, l % (uint32_t)h->config->layers);
     }
     return (bench_now(h->config) - start) / HOST_COPY_LAYERS * (double)h->config->layers;
 }

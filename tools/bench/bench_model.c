@@ -28,6 +28,7 @@ enum {
     MODEL_LETTERS = 16, /* a short prompt; tokens where every byte is one */
     MODEL_PIDS = 64,
     MODEL_READ_BYTES = 256 << 20,
+    MODEL_WORKERS = 8, /* of the largest cluster of serve.workers */
 };
 
 typedef struct model_case {
@@ -277,6 +278,7 @@ static cm_status model_prepare(model_run *m, cm_error *err)
         return cm_error_set(err, CM_E_MEMORY, NULL, "no memory to read from");
     }
     m->team = bench_team_create((uint32_t)m->config->threads);
+    (void)probe_limits(m); /* the first pass over new memory is slower */
     m->env[0] = m->sequences;
     m->options = (bench_cluster_options){.model = m->config->model,
                                          .scripted_model = "",
@@ -342,24 +344,27 @@ static void add_point(svg_series *series, double x, const bench_samples *samples
 /* The decode cases by their batch. */
 static cm_status draw_batches(const model_run *m, cm_error *err)
 {
+    bool by_cpu = m->config->threads == 1; /* what the limit goes by comes first */
     svg_chart chart = {.title = "Decode by batch",
                        .x_label = "sequences in a step",
                        .y_label = "tokens a second",
                        .log_y = true,
-                       .series = {{.name = "by processor time"},
-                                  {.name = "on the wall"},
-                                  {.name = "reading the weights", .dashed = true}},
+                       .n_rounds = (uint32_t)m->config->rounds,
+                       .series[1] = {.name = "reading weights alone", .dashed = true},
                        .n = 3};
+    svg_series *cpu = &chart.series[by_cpu ? 0 : 2], *wall = &chart.series[by_cpu ? 2 : 0];
     uint32_t n_peer = m->peers != NULL ? bench_peers_count(m->peers) : 0;
+    snprintf(cpu->name, sizeof(cpu->name), "by processor time");
+    snprintf(wall->name, sizeof(wall->name), "on the wall");
     for (uint32_t p = 0; p < n_peer && chart.n < SVG_SERIES_MAX; p++) {
-        snprintf(chart.series[chart.n++].name, sizeof(chart.series[0].name), "%s",
+        snprintf(chart.series[chart.n++].name, sizeof(chart.series[0].name), "%.25s",
                  bench_peers_name(m->peers, p));
     }
     for (uint32_t i = 0; i < m->n_case && m->cases[i].batch != 0; i++) {
         const model_case *c = &m->cases[i];
-        add_point(&chart.series[0], c->batch, &c->cpu);
-        add_point(&chart.series[1], c->batch, &c->wall);
-        add_point(&chart.series[2], c->batch, &c->limit);
+        add_point(cpu, c->batch, &c->cpu);
+        add_point(wall, c->batch, &c->wall);
+        add_point(&chart.series[1], c->batch, &c->limit);
         for (uint32_t p = 3; p < chart.n; p++) {
             const bench_samples *theirs = bench_peers_case(m->peers, p - 3, c->name);
             if (theirs != NULL) {
@@ -372,8 +377,10 @@ static cm_status draw_batches(const model_run *m, cm_error *err)
 
 static int model_run_bench(const bench *b, const bench_config *config)
 {
-    model_run m = {.config = config};
+    bench_config of_some = *config;
+    model_run m = {.config = &of_some};
     cm_error err = {0};
+    of_some.workers = config->workers != 0 ? config->workers : 1;
     cm_status status = take_rounds(&m, &err);
     if (status == CM_OK) {
         json_t *report = bench_begin(b, config);
@@ -407,11 +414,12 @@ static cm_status measure_workers(const bench_config *config, svg_chart *chart, j
         const model_case *c = &m.cases[i];
         print_case(&m, c, json_object_get(report, "results"));
         if (c->batch != 0 && 2 * i + 1 < SVG_SERIES_MAX) {
-            svg_series *by_cpu = &chart->series[2 * i], *on_wall = by_cpu + 1;
-            snprintf(by_cpu->name, sizeof(by_cpu->name), "batch %u, by processor time", c->batch);
-            snprintf(on_wall->name, sizeof(on_wall->name), "batch %u, on the wall", c->batch);
-            add_point(by_cpu, (double)config->workers, &c->cpu);
-            add_point(on_wall, (double)config->workers, &c->wall);
+            svg_series *rate = &chart->series[2 * i], *limit = rate + 1;
+            snprintf(rate->name, sizeof(rate->name), "batch %u", c->batch);
+            snprintf(limit->name, sizeof(limit->name), "reading weights alone");
+            limit->dashed = true;
+            add_point(rate, (double)config->workers, model_rate(&m, c));
+            add_point(limit, (double)config->workers, &c->limit);
             chart->n = 2 * i + 2;
         }
     }
@@ -423,12 +431,15 @@ static int workers_run_bench(const bench *b, const bench_config *config)
 {
     svg_chart chart = {.title = "Decode by workers on one machine",
                        .x_label = "workers",
-                       .y_label = "tokens a second",
+                       .y_label =
+                           config->threads == 1 ? "tokens a second of processor time" : "tokens a second",
+                       .n_rounds = (uint32_t)config->rounds,
                        .log_y = true};
     cm_error err = {0};
     cm_status status = CM_OK;
+    uint64_t most = config->workers != 0 ? config->workers : MODEL_WORKERS;
     json_t *report = bench_begin(b, config);
-    for (uint64_t n = 1; n <= config->workers && status == CM_OK; n *= 2) {
+    for (uint64_t n = 1; n <= most && status == CM_OK; n *= 2) {
         bench_config of_n = *config;
         of_n.workers = n;
         status = measure_workers(&of_n, &chart, report, &err);

@@ -84,6 +84,7 @@ _Noreturn static void router_main(const ep_rig *rig, uint32_t id, uint32_t think
         ok = ok && write(done, &n, sizeof(n)) == sizeof(n);
         while (ok && read(go, &word, 1) == 1) { /* its link stays: an end is no part of the measurement */
         }
+        rt_exchange_destroy(x); /* the worker hears a goodbye */
     } else {
         fprintf(stderr, "router %u: %s\n", id, err.text);
     }
@@ -115,10 +116,9 @@ static bool router_start(router_process *r, const ep_rig *rig, uint32_t id, uint
 static void router_end(const router_process *r)
 {
     if (r->pid > 0) {
-        kill(r->pid, SIGKILL);
-        waitpid(r->pid, NULL, 0);
         close(r->go);
         close(r->done);
+        waitpid(r->pid, NULL, 0);
     }
 }
 

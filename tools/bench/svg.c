@@ -135,6 +135,11 @@ static void draw_series(cm_bytes *svg, const svg_frame *f, const svg_series *s, 
     }
 }
 
+static const char *color_of(const svg_chart *chart, uint32_t i)
+{
+    return COLORS[chart->series[i].dashed && i > 0 ? i - 1 : i];
+}
+
 static void draw_legend(cm_bytes *svg, const svg_chart *chart)
 {
     for (uint32_t i = 0; i < chart->n; i++) {
@@ -143,8 +148,8 @@ static void draw_legend(cm_bytes *svg, const svg_chart *chart)
             svg,
             "<path stroke=\"%s\" stroke-width=\"2\"%s d=\"M%u %u h22\"/><text x=\"%u\" y=\"%u\">%s"
             "</text>\n",
-            COLORS[i], chart->series[i].dashed ? " stroke-dasharray=\"6 4\"" : "", x, y, x + 28, y + 4,
-            chart->series[i].name);
+            color_of(chart, i), chart->series[i].dashed ? " stroke-dasharray=\"6 4\"" : "", x, y, x + 28,
+            y + 4, chart->series[i].name);
     }
 }
 
@@ -156,8 +161,12 @@ static void draw_labels(cm_bytes *svg, const svg_chart *chart)
     cm_bytes_printf(svg, "<text x=\"%d\" y=\"%d\" text-anchor=\"middle\">%s</text>\n",
                     (SVG_LEFT + SVG_WIDTH - SVG_RIGHT) / 2, SVG_HEIGHT - 12, chart->x_label);
     cm_bytes_printf(
-        svg, "<text x=\"16\" y=\"%d\" text-anchor=\"middle\" transform=\"rotate(-90 16 %d)\">%s</text>\n",
-        middle, middle, chart->y_label);
+        svg, "<text x=\"16\" y=\"%d\" text-anchor=\"middle\" transform=\"rotate(-90 16 %d)\">%s%s</text>\n",
+        middle, middle, chart->y_label, chart->log_y ? ", logarithmic" : "");
+    cm_bytes_printf(
+        svg, "<text x=\"%d\" y=\"20\" text-anchor=\"end\" fill=\"#777\">median of %u round%s%s</text>\n",
+        SVG_WIDTH - SVG_RIGHT, chart->n_rounds, chart->n_rounds == 1 ? "" : "s",
+        chart->n_rounds == 1 ? "" : "; bars: least to most");
 }
 
 cm_status svg_write(const svg_chart *chart, const char *path, cm_error *err)
@@ -177,7 +186,7 @@ cm_status svg_write(const svg_chart *chart, const char *path, cm_error *err)
     draw_labels(&svg, chart);
     draw_legend(&svg, chart);
     for (uint32_t i = 0; i < chart->n; i++) {
-        draw_series(&svg, &f, &chart->series[i], COLORS[i]);
+        draw_series(&svg, &f, &chart->series[i], color_of(chart, i));
     }
     cm_bytes_append_text(&svg, "</svg>\n");
     FILE *file = fopen(path, "we");

@@ -13,15 +13,16 @@ typedef struct svg_point {
 } svg_point;
 
 typedef struct svg_series {
-    char name[48];
-    bool dashed; /* a limit, not a measurement */
+    char name[26]; /* a third of the width */
+    bool dashed;   /* the limit of the series before it, in that one's colour */
     svg_point points[SVG_POINTS_MAX];
     uint32_t n;
 } svg_series;
 
 typedef struct svg_chart {
     const char *title, *x_label, *y_label; /* plain text: no markup, no & or < */
-    bool log_y;
+    bool log_y;                            /* is said beside y_label */
+    uint32_t n_rounds;                     /* points are medians of so many */
     svg_series series[SVG_SERIES_MAX];
     uint32_t n;
 } svg_chart;
