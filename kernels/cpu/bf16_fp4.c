@@ -12,7 +12,7 @@
  * of a row and output are multiples of one power of two and less than 2^53 times that.
  *
  * Whether the last two hold is known when a row has been loaded and a tile of weights read. Where they do
- * not, the outputs of eight rows and a tile are computed again, with care (fp4_careful.c).
+ * not, the outputs of a group of rows and a tile are computed again, with care (fp4_careful.c).
  *
  * Bound: for one or two rows the read bandwidth, from four on the rate of vdpbf16ps. It is AMD's path: two of
  * them a cycle there, while Intel's has but half the rate of float32. */
@@ -22,12 +22,14 @@ enum {
     BF16_BLOCK_PAIRS = KN_FP4_BLOCK / 2,
     BF16_CHUNK_PAIRS = CPU_CHUNK / 2,
     BF16_STEP_PAIRS = FP4_STEP / 2,
-    BF16_PIECE = 8,         /* chunks multiplied with all rows before the next ones */
-    BF16_AHEAD = 8192,      /* bytes of weights asked for before they are needed; half of it is too late */
-    BF16_WEIGHT_MAX = 12,   /* doubled */
-    BF16_SUM_MAX = 1 << 24, /* of a block in float32 */
-    BF16_SUM_BITS = 31,     /* of a chunk in an integer */
-    BF16_TOTAL_BITS = 53,   /* of a row in double */
+    BF16_GROUP = 8,      /* rows multiplied together, about: their sums stay in registers */
+    BF16_GROUP_MAX = 10, /* at most */
+    BF16_GROUPS_MAX = CPU_Q8_ROWS / BF16_GROUP,
+    BF16_AHEAD = 4 * (int)sizeof(fp4_chunk), /* weights are asked for before they are needed; half is late */
+    BF16_WEIGHT_MAX = 12,                    /* doubled */
+    BF16_SUM_MAX = 1 << 24,                  /* of a block in float32 */
+    BF16_SUM_BITS = 31,                      /* of a chunk in an integer */
+    BF16_TOTAL_BITS = 53,                    /* of a row in double */
     BF16_SMALL = (127 + 9) << 7, /* the bfloat16 2^9: what is less is multiplied apart where it must be */
 };
 
@@ -37,23 +39,31 @@ typedef struct bf16_group {
     uint32_t *pairs;     /* [K / 2][n]: inputs i and i + 4 of every eight */
     uint32_t *exponents; /* [K / 128][n]: of 2^52 times what scales a chunk's sums, less the weights' share,
                             where the high dword of a double has its own */
-    uint32_t *small;     /* [K / 128]: bit 4 r + b: row r's small inputs of block b are not in pairs */
+    uint64_t *small;     /* [K / 128]: bit 4 r + b: row r's small inputs of block b are not in pairs */
     uint8_t *bits; /* [K / 128]: sums of any row are less than 2^bits if the weights' scales are equal */
     uint8_t *total_bits; /* likewise of the sum of all chunks, in units of the row's finest */
 } bf16_group;
 
+/* All of about one size and at most BF16_GROUP_MAX rows: what is done once for a group weighs on few rows. */
+static uint32_t n_groups(const cpu_q8_tile *t)
+{
+    uint32_t n = (t->n + 5) / BF16_GROUP;
+    return n > 0 ? n : 1;
+}
+
 static bf16_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t i)
 {
-    uint64_t n_chunk = kn_blocks(k, CPU_CHUNK), row0 = (uint64_t)i * VNNI_GROUP;
+    uint32_t n_group = n_groups(t);
+    uint64_t n_chunk = kn_blocks(k, CPU_CHUNK), row0 = (uint64_t)i * t->n / n_group;
     uint8_t *pairs = (uint8_t *)t->x + VNNI_HEAD_BYTES;
-    uint8_t *exponents = pairs + n_chunk * BF16_CHUNK_PAIRS * sizeof(uint32_t) * t->n;
-    uint8_t *small = exponents + n_chunk * sizeof(uint32_t) * t->n;
-    uint8_t *bits = small + n_chunk * sizeof(uint32_t) * VNNI_GROUPS_MAX;
+    uint8_t *small = pairs + n_chunk * BF16_CHUNK_PAIRS * sizeof(uint32_t) * t->n;
+    uint8_t *exponents = small + n_chunk * sizeof(uint64_t) * n_group;
+    uint8_t *bits = exponents + n_chunk * sizeof(uint32_t) * t->n;
     bf16_group g = {.row0 = (uint32_t)row0,
-                    .n = t->n - (uint32_t)row0 < VNNI_GROUP ? t->n - (uint32_t)row0 : VNNI_GROUP,
+                    .n = (i + 1) * t->n / n_group - (uint32_t)row0,
                     .pairs = (uint32_t *)(void *)pairs + n_chunk * BF16_CHUNK_PAIRS * row0,
                     .exponents = (uint32_t *)(void *)exponents + n_chunk * row0,
-                    .small = (uint32_t *)(void *)small + n_chunk * i,
+                    .small = (uint64_t *)(void *)small + n_chunk * i,
                     .bits = bits + (n_chunk + 1) * i};
     g.total_bits = g.bits + n_chunk;
     return g;
@@ -164,7 +174,7 @@ static void load_chunk(const bf16_group *g, uint32_t r, uint32_t c, const bf16_c
         for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++) {
             g->pairs[((uint64_t)c * BF16_CHUNK_PAIRS + b * BF16_BLOCK_PAIRS + p) * g->n + r] = pairs[p];
         }
-        g->small[c] |= (uint32_t)wide << (r * FP4_CHUNK_BLOCKS + b);
+        g->small[c] |= (uint64_t)wide << (r * FP4_CHUNK_BLOCKS + b);
     }
     /* Both scales have a bias of 127. */
     g->exponents[(uint64_t)c * g->n + r] = (exponent + 1023 + 52 - 254 - FP4_UNIT_BITS) << 20;
@@ -218,15 +228,15 @@ static void load_group(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
 void KN_FN(kn_fp4_load)(kn_team *team, const cpu_q8_tile *tile, uint32_t k)
 {
     load_job job = {.tile = tile, .k = k};
-    kn_team_run(team, kn_blocks(tile->n, VNNI_GROUP), (uint64_t)VNNI_GROUP * k, load_group, &job);
+    kn_team_run(team, n_groups(tile), (uint64_t)BF16_GROUP * k, load_group, &job);
 }
 
 /* ---- weights ---- */
 
 /* What the scales of a tile's chunk say. */
 typedef struct bf16_scales {
-    __m512i above; /* by how much each exceeds the least of its output */
-    __m512i high;  /* that least one where the high dword of a double has its exponent */
+    __m512i above[FP4_CHUNK_BLOCKS]; /* by how much that of a block exceeds the least of its output */
+    __m512i high;                    /* that least one where the high dword of a double has its exponent */
 } bf16_scales;
 
 /* The least and the largest scale of a tile's outputs so far. */
@@ -239,37 +249,32 @@ static bf16_range range_open(void)
     return (bf16_range){.low = _mm512_set1_epi8(-1), .high = _mm512_setzero_si512()};
 }
 
-INLINED bf16_scales scales_of(__m512i scales, bf16_range *range)
+/* above_out: byte by byte. */
+INLINED bf16_scales scales_of(__m512i scales, bf16_range *range, __m512i *above_out)
 {
-    __m512i least = _mm512_min_epu8(scales, _mm512_rol_epi32(scales, 16));
+    __m512i least = _mm512_min_epu8(scales, _mm512_rol_epi32(scales, 16)), above;
+    bf16_scales s;
     least = _mm512_min_epu8(least, _mm512_rol_epi32(least, 8));
     range->low = _mm512_min_epu8(range->low, least);
     range->high = _mm512_max_epu8(range->high, scales);
-    return (bf16_scales){.above = _mm512_sub_epi8(scales, least),
-                         .high = _mm512_srli_epi32(_mm512_slli_epi32(least, 24), 4)};
+    *above_out = above = _mm512_sub_epi8(scales, least);
+    s.above[0] = _mm512_and_si512(above, _mm512_set1_epi32(UINT8_MAX));
+    s.above[1] = _mm512_and_si512(_mm512_srli_epi32(above, 8), _mm512_set1_epi32(UINT8_MAX));
+    s.above[2] = _mm512_and_si512(_mm512_srli_epi32(above, 16), _mm512_set1_epi32(UINT8_MAX));
+    s.above[3] = _mm512_srli_epi32(above, 24);
+    s.high = _mm512_srli_epi32(_mm512_slli_epi32(least, 24), 4);
+    return s;
 }
 
-/* The most by which two scales of one output differ; more than any double has bits if one is NaN. */
+/* The most by which two scales of one output differ; more than any double has bits if one is NaN. All bytes
+ * of a dword are equal. */
 static uint32_t range_width(const bf16_range *range)
 {
     __m512i high = _mm512_max_epu8(range->high, _mm512_rol_epi32(range->high, 16)), width;
-    uint8_t bytes[64], most = 0;
     high = _mm512_max_epu8(high, _mm512_rol_epi32(high, 8));
     width = _mm512_sub_epi8(high, range->low);
     width = _mm512_mask_mov_epi8(width, _mm512_cmpeq_epi8_mask(high, _mm512_set1_epi8(-1)), high);
-    _mm512_storeu_si512(bytes, width);
-    for (uint32_t i = 0; i < sizeof(bytes); i++) {
-        most = bytes[i] > most ? bytes[i] : most;
-    }
-    return most;
-}
-
-/* Of block b, as numbers. */
-INLINED __m512i above_of(__m512i above, uint32_t b)
-{
-    const __m512i low_bytes =
-        _mm512_set4_epi32((int32_t)0x8080800c, (int32_t)0x80808008, (int32_t)0x80808004, (int32_t)0x80808000);
-    return _mm512_shuffle_epi8(above, _mm512_or_si512(low_bytes, _mm512_set1_epi32((int32_t)b)));
+    return _mm512_reduce_max_epu32(width) & UINT8_MAX;
 }
 
 /* A column; asks for one further on. The compiler would read it again for each of its pairs, beside all the
@@ -299,16 +304,13 @@ INLINED __m512 dot(__m512 acc, uint32_t pair, __m512i weights)
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32((int32_t)pair), (__m512bh)weights);
 }
 
-/* sum_out[tile][row], plus 2^31. */
-typedef __m512i bf16_sums[FP4_TILES][VNNI_GROUP];
-
-/* One chunk of FP4_TILES tiles, and what is still to be added of one: its sums are added to acc while the
- * products of the next one are on their way. */
+/* One chunk of FP4_TILES tiles, and what is still to be added of one: its sums are added to those of the row
+ * while the products of the next one are on their way. */
 typedef struct bf16_turn {
     const fp4_chunk *chunk;
     bf16_scales scales[FP4_TILES];
     const uint32_t *exponents; /* of the group's rows */
-    bf16_sums sum;
+    __m512 sum[FP4_TILES][BF16_GROUP_MAX][FP4_CHUNK_BLOCKS];
 } bf16_turn;
 
 /* Adds what is in the low dword of sum, less that of zero. */
@@ -318,62 +320,81 @@ INLINED void add_scaled(double *acc, __m512i sum, __m512i zero)
     _mm512_storeu_pd(acc, _mm512_add_pd(_mm512_loadu_pd(acc), term));
 }
 
-/* Adds a turn's sums of tile k and row r, times their scales. Below a high dword that says 2^52 2^e an
+/* Adds a chunk's sum of tile k and row r, times its scales. Below a high dword that says 2^52 2^e an
  * integer is its value times 2^e: taking away what it is too large, 2^31, is exact, and the addition the one
  * rounding. Unlike a multiplication this leaves the units of the products alone. */
-INLINED void settle(const bf16_turn *turn, uint32_t k, uint32_t r, vnni_sums *acc)
+INLINED void add_chunk(const bf16_turn *turn, uint32_t k, uint32_t r, __m512i sum, double *acc)
 {
     const __m512i zero = _mm512_set1_epi32(INT32_MIN);
-    __m512i high = _mm512_add_epi32(turn->scales[k].high, _mm512_set1_epi32((int32_t)turn->exponents[r])),
-            sum = turn->sum[k][r];
-    add_scaled(acc[k][r], _mm512_unpacklo_epi32(sum, high), _mm512_unpacklo_epi32(zero, high));
-    add_scaled(acc[k][r] + 8, _mm512_unpackhi_epi32(sum, high), _mm512_unpackhi_epi32(zero, high));
+    __m512i high = _mm512_add_epi32(turn->scales[k].high, _mm512_set1_epi32((int32_t)turn->exponents[r]));
+    sum = _mm512_xor_si512(sum, zero);
+    add_scaled(acc, _mm512_unpacklo_epi32(sum, high), _mm512_unpacklo_epi32(zero, high));
+    add_scaled(acc + 8, _mm512_unpackhi_epi32(sum, high), _mm512_unpackhi_epi32(zero, high));
 }
 
-/* Multiplies n rows with a chunk, now->sum, and settles the one before. A sum of few rows is taken in n_part
- * parts, so that there are enough of them to overlap. */
-INLINED void multiply(bf16_turn *now, const uint32_t *pairs, const bf16_turn *before, vnni_sums *acc,
-                      const uint32_t n, const uint32_t n_part)
+/* A block's sum in units of the chunk's least scale. */
+INLINED __m512i block_sum(const bf16_turn *turn, uint32_t k, uint32_t b, __m512 sum)
 {
-    for (uint32_t r = 0; r < n; r++) {
-        now->sum[0][r] = now->sum[1][r] = _mm512_set1_epi32(INT32_MIN);
+    return _mm512_sllv_epi32(_mm512_cvtps_epi32(sum), turn->scales[k].above[b]);
+}
+
+/* Adds a turn's sums of tile k and row r. */
+INLINED void settle(const bf16_turn *turn, uint32_t k, uint32_t r, double *acc)
+{
+    __m512i sum[FP4_CHUNK_BLOCKS];
+#pragma GCC unroll 4
+    for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
+        sum[b] = block_sum(turn, k, b, turn->sum[k][r][b]);
     }
+    add_chunk(turn, k, r,
+              _mm512_add_epi32(_mm512_add_epi32(sum[0], sum[1]), _mm512_add_epi32(sum[2], sum[3])), acc);
+}
+
+/* Multiplies n rows with a chunk, now->sum, and settles the one before unless there is none. A sum of few
+ * rows is taken in n_part parts, so that there are enough of them to overlap: blocks at once instead would
+ * spare their addition, but read the weights out of turn, which costs more. */
+INLINED void multiply(bf16_turn *now, const uint32_t *pairs, const bf16_turn *before,
+                      double (*const acc[FP4_TILES])[VNNI_OUTS], const uint32_t n, const uint32_t n_part)
+{
+    const uint32_t every = n > 2 * FP4_CHUNK_BLOCKS ? 2 : 4; /* pairs there is a sum to be settled */
 #pragma GCC unroll 1
     for (uint32_t b = 0; b < FP4_CHUNK_BLOCKS; b++) {
-        __m512 sum[FP4_TILES][BF16_STEP_PAIRS][VNNI_GROUP];
-        for (uint32_t i = 0; i < n_part; i++) {
-            for (uint32_t r = 0; r < n; r++) {
-                sum[0][i][r] = sum[1][i][r] = _mm512_setzero_ps();
-            }
-        }
+        __m512 sum[FP4_TILES][BF16_STEP_PAIRS][BF16_GROUP_MAX];
         __m512i column[FP4_TILES];
 #pragma GCC unroll 16
         for (uint32_t p = 0; p < BF16_BLOCK_PAIRS; p++, pairs += n) {
             const uint32_t i = p % BF16_STEP_PAIRS, s = p / BF16_STEP_PAIRS, part = i % n_part;
-            const uint32_t settled = b + s / 2 * FP4_CHUNK_BLOCKS;
+            const uint32_t settled = b + p / (2 * every) * FP4_CHUNK_BLOCKS, of = p / every % FP4_TILES;
             __m512i w[FP4_TILES];
+#pragma GCC unroll 2
             for (uint32_t k = 0; k < FP4_TILES; k++) {
                 if (i == 0) {
                     column[k] = read_column(&now->chunk->columns[b * FP4_BLOCK_STEPS + s][k]);
                 }
                 w[k] = pair_of(column[k], i);
             }
+#pragma GCC unroll 10
             for (uint32_t r = 0; r < n; r++) {
-                sum[0][part][r] = dot(sum[0][part][r], pairs[r], w[0]);
-                sum[1][part][r] = dot(sum[1][part][r], pairs[r], w[1]);
+#pragma GCC unroll 2
+                for (uint32_t k = 0; k < FP4_TILES;
+                     k++) { /* without a loop of zeros sums stay in registers */
+                    __m512 from = p < n_part ? _mm512_setzero_ps() : sum[k][part][r];
+                    sum[k][part][r] = dot(from, pairs[r], w[k]);
+                }
             }
-            if (i == 3 && settled < n) {
-                settle(before, s % 2, settled, acc);
+            if (p % every == every - 1 && settled < n && before != NULL) {
+                settle(before, of, settled, acc[of][settled]);
             }
         }
-        for (uint32_t k = 0; k < FP4_TILES; k++) {
-            __m512i above = above_of(now->scales[k].above, b);
-            for (uint32_t r = 0; r < n; r++) {
+#pragma GCC unroll 10
+        for (uint32_t r = 0; r < n; r++) {
+#pragma GCC unroll 2
+            for (uint32_t k = 0; k < FP4_TILES; k++) {
+#pragma GCC unroll 3
                 for (uint32_t i = 1; i < n_part; i++) {
                     sum[k][0][r] = _mm512_add_ps(sum[k][0][r], sum[k][i][r]);
                 }
-                now->sum[k][r] = _mm512_add_epi32(now->sum[k][r],
-                                                  _mm512_sllv_epi32(_mm512_cvtps_epi32(sum[k][0][r]), above));
+                now->sum[k][r][b] = sum[k][0][r];
             }
         }
     }
@@ -391,10 +412,12 @@ static __m512i small_pairs(const cpu_q8_tile *t, uint32_t k, const bf16_group *g
 }
 
 /* Adds their products. */
-APART void add_smalls(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c, bf16_turn *turn)
+APART void add_smalls(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uint32_t c,
+                      const bf16_turn *turn, double (*const acc[FP4_TILES])[VNNI_OUTS])
 {
-    for (uint32_t left = g->small[c]; left != 0; left &= left - 1) {
-        uint32_t bit = (uint32_t)__builtin_ctz(left), r = bit / FP4_CHUNK_BLOCKS, b = bit % FP4_CHUNK_BLOCKS;
+    for (uint64_t left = g->small[c]; left != 0; left &= left - 1) {
+        uint32_t bit = (uint32_t)__builtin_ctzll(left), r = bit / FP4_CHUNK_BLOCKS,
+                 b = bit % FP4_CHUNK_BLOCKS;
         __m512i pairs = small_pairs(t, k, g, c, r, b);
         __m512 sum[FP4_TILES] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         uint32_t pair[BF16_BLOCK_PAIRS];
@@ -407,34 +430,32 @@ APART void add_smalls(const cpu_q8_tile *t, uint32_t k, const bf16_group *g, uin
             }
         }
         for (uint32_t i = 0; i < FP4_TILES; i++) {
-            __m512i above = above_of(turn->scales[i].above, b);
-            turn->sum[i][r] =
-                _mm512_add_epi32(turn->sum[i][r], _mm512_sllv_epi32(_mm512_cvtps_epi32(sum[i]), above));
+            add_chunk(turn, i, r, block_sum(turn, i, b, sum[i]), acc[i][r]);
         }
     }
 }
 
 /* Outputs whose sums of the chunk may not fit. */
-INLINED __mmask64 too_wide(const bf16_group *g, uint32_t c, const bf16_scales *s)
+INLINED __mmask64 too_wide(const bf16_group *g, uint32_t c, __m512i above)
 {
     int room = BF16_SUM_BITS - g->bits[c];
-    return _mm512_cmpgt_epu8_mask(s->above, _mm512_set1_epi8((int8_t)room));
+    return _mm512_cmpgt_epu8_mask(above, _mm512_set1_epi8((int8_t)room));
 }
 
 /* ---- rows and tiles ---- */
 
-/* FP4_TILES tiles and all rows. wide[g][tile]: outputs of group g that may not be exact. */
+/* FP4_TILES tiles and all n rows. wide[g][tile]: outputs of group g that may not be exact. acc[tile n + row]:
+ * outputs in the order of vnni_sums. */
 typedef struct bf16_tiles {
     bf16_range range[FP4_TILES];
-    __mmask64 wide[VNNI_GROUPS_MAX][FP4_TILES];
-    vnni_sums acc[VNNI_GROUPS_MAX][FP4_TILES];
+    __mmask64 wide[BF16_GROUPS_MAX][FP4_TILES];
+    double acc[FP4_TILES * CPU_Q8_ROWS][VNNI_OUTS];
 } bf16_tiles;
 
-/* Those and chunks begin .. end - 1. */
 typedef struct bf16_job {
     const cpu_q8_tile *t;
     const kn_matrix *w;
-    uint32_t i_pair, begin, end;
+    uint32_t i_pair;
     bf16_tiles *tiles;
 } bf16_job;
 
@@ -443,91 +464,88 @@ INLINED void take_turn(const bf16_job *j, const bf16_group *g, uint32_t i_group,
 {
     turn->chunk = fp4_chunk_at(j->w, j->i_pair, c, buffer);
     for (uint32_t k = 0; k < FP4_TILES; k++) {
-        turn->scales[k] = scales_of(turn->chunk->scales[k], &j->tiles->range[k]);
-        j->tiles->wide[i_group][k] |= too_wide(g, c, &turn->scales[k]);
+        __m512i above;
+        _mm_prefetch((const char *)&turn->chunk->scales[k] + BF16_AHEAD, _MM_HINT_T0);
+        turn->scales[k] = scales_of(turn->chunk->scales[k], &j->tiles->range[k], &above);
+        j->tiles->wide[i_group][k] |= too_wide(g, c, above);
     }
     turn->exponents = g->exponents + (uint64_t)c * g->n;
 }
 
-INLINED void group_rows(const bf16_job *j, uint32_t i_group, const uint32_t n, const uint32_t n_part)
+INLINED void group_rows(const bf16_job *j, const bf16_group *g, uint32_t i_group, const uint32_t n,
+                        const uint32_t n_part)
 {
-    bf16_group g = group_at(j->t, j->w->n_in, i_group);
-    vnni_sums *acc = j->tiles->acc[i_group];
+    double(*const acc[FP4_TILES])[VNNI_OUTS] = {j->tiles->acc + g->row0, j->tiles->acc + j->t->n + g->row0};
+    uint32_t n_chunk = kn_blocks(j->w->n_in, CPU_CHUNK);
+    const uint32_t *pairs = g->pairs;
     fp4_chunk buffer;
     bf16_turn turns[2];
-    for (uint32_t c = j->begin; c < j->end; c++) {
-        bf16_turn *now = &turns[c % 2], *before = &turns[1 - c % 2];
-        take_turn(j, &g, i_group, c, &buffer, now);
-        if (c == j->begin) { /* nothing is left of a chunk before: zeros */
-            *before = *now;
-            for (uint32_t r = 0; r < n; r++) {
-                before->sum[0][r] = before->sum[1][r] = _mm512_set1_epi32(INT32_MIN);
-            }
+    const bf16_turn *before = NULL;
+    for (uint32_t c = 0; c < n_chunk; c++, pairs += BF16_CHUNK_PAIRS * n) {
+        bf16_turn *now = &turns[c % 2];
+        take_turn(j, g, i_group, c, &buffer, now);
+        multiply(now, pairs, before, acc, n, n_part);
+        if (g->small[c] != 0) {
+            add_smalls(j->t, j->w->n_in, g, c, now, acc);
         }
-        multiply(now, g.pairs + (uint64_t)c * BF16_CHUNK_PAIRS * n, before, acc, n, n_part);
-        if (g.small[c] != 0) {
-            add_smalls(j->t, j->w->n_in, &g, c, now);
-        }
+        before = now;
     }
     for (uint32_t k = 0; k < FP4_TILES; k++) {
         for (uint32_t r = 0; r < n; r++) {
-            settle(&turns[(j->end - 1) % 2], k, r, acc);
+            settle(before, k, r, acc[k][r]);
         }
     }
 }
 
 /* One copy for each number of rows. */
-typedef void (*group_fn)(const bf16_job *j, uint32_t i_group);
+typedef void (*group_fn)(const bf16_job *j, const bf16_group *g, uint32_t i_group);
 #define GROUP(n_, n_part_)                                                                                   \
-    APART void group_rows_##n_(const bf16_job *j, uint32_t i_group)                                          \
+    APART void group_rows_##n_(const bf16_job *j, const bf16_group *g, uint32_t i_group)                     \
     {                                                                                                        \
-        group_rows(j, i_group, n_, n_part_);                                                                 \
+        group_rows(j, g, i_group, n_, n_part_);                                                              \
     }
 GROUP(1, 4)
 GROUP(2, 4)
 GROUP(3, 2)
 GROUP(4, 2)
 GROUP(5, 2)
-GROUP(6, 2)
-GROUP(7, 2)
+GROUP(6, 1)
+GROUP(7, 1)
 GROUP(8, 1)
-static const group_fn GROUP_ROWS[] = {NULL,         group_rows_1, group_rows_2, group_rows_3, group_rows_4,
-                                      group_rows_5, group_rows_6, group_rows_7, group_rows_8};
+GROUP(9, 1)
+GROUP(10, 1)
+static const group_fn GROUP_ROWS[BF16_GROUP_MAX + 1] = {
+    NULL,         group_rows_1, group_rows_2, group_rows_3, group_rows_4, group_rows_5,
+    group_rows_6, group_rows_7, group_rows_8, group_rows_9, group_rows_10};
 
-static void put_tile(const bf16_job *j, uint32_t k)
+static void put_tile(bf16_job *j, uint32_t k)
 {
-    const bf16_tiles *tiles = j->tiles;
+    bf16_tiles *tiles = j->tiles;
+    double(*acc)[VNNI_OUTS] = tiles->acc + k * j->t->n;
     uint32_t width = range_width(&tiles->range[k]);
     uint16_t nan[VNNI_OUTS] = {0};
-    vnni_sums acc[VNNI_GROUPS_MAX];
-    for (uint32_t i = 0; i < kn_blocks(j->t->n, VNNI_GROUP); i++) {
+    for (uint32_t i = 0; i < n_groups(j->t); i++) {
         bf16_group g = group_at(j->t, j->w->n_in, i);
         if (tiles->wide[i][k] != 0 || *g.total_bits + width > BF16_TOTAL_BITS) {
-            KN_FN(kn_fp4_careful)(j->t, j->w, j->i_pair, k, g.row0, g.n, acc[i], nan);
-        } else {
-            memcpy(acc[i], tiles->acc[i][k], g.n * sizeof(acc[i][0]));
+            KN_FN(kn_fp4_careful)(j->t, j->w, j->i_pair, k, g.row0, g.n, acc + g.row0, nan);
         }
     }
-    KN_FN(kn_vnni_put)(j->t, j->w, j->i_pair * FP4_OUTS + k * VNNI_OUTS, acc, nan);
+    KN_FN(kn_vnni_put)(j->t, j->w, j->i_pair * FP4_OUTS + k * VNNI_OUTS, (vnni_sums *)(void *)acc, nan);
 }
 
-/* A piece of the weights, which fits the first cache, is multiplied with all groups of rows before the next
- * one. */
+/* A group reads the weights where the first one has left them, in the second cache. To go back and forth
+ * between groups while they are in the first one costs more, for a group's last sums are settled with nothing
+ * else under way. */
 static void pair_part(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_pair)
 {
-    uint32_t n_group = kn_blocks(t->n, VNNI_GROUP), n_chunk = kn_blocks(w->n_in, CPU_CHUNK);
-    uint32_t piece = n_group > 1 ? BF16_PIECE : n_chunk;
     bf16_tiles tiles;
     bf16_job job = {.t = t, .w = w, .i_pair = i_pair, .tiles = &tiles};
     tiles.range[0] = tiles.range[1] = range_open();
     memset(tiles.wide, 0, sizeof(tiles.wide));
-    memset(tiles.acc, 0, n_group * sizeof(tiles.acc[0]));
-    for (; job.begin < n_chunk; job.begin = job.end) {
-        job.end = n_chunk - job.begin < piece ? n_chunk : job.begin + piece;
-        for (uint32_t i = 0; i < n_group; i++) {
-            uint32_t left = t->n - i * VNNI_GROUP;
-            GROUP_ROWS[left < VNNI_GROUP ? left : VNNI_GROUP](&job, i);
-        }
+    memset(tiles.acc, 0, FP4_TILES * t->n * sizeof(tiles.acc[0]));
+    for (uint32_t i = 0; i < n_groups(t); i++) {
+        bf16_group g = group_at(t, w->n_in, i);
+        GROUP_ROWS[g.n](&job, &g, i);
     }
     for (uint32_t k = 0; k < FP4_TILES && i_pair * FP4_OUTS + k * VNNI_OUTS < w->n_out; k++) {
         put_tile(&job, k);

@@ -37,9 +37,9 @@ static void add_block(const careful_block *block, const uint8_t *codes, uint32_t
 }
 
 void KN_FN(kn_fp4_careful)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_pair, uint32_t k,
-                           uint32_t row0, uint32_t n, vnni_sums acc, uint16_t nan[VNNI_OUTS])
+                           uint32_t row0, uint32_t n, double (*acc)[VNNI_OUTS], uint16_t nan[VNNI_OUTS])
 {
-    memset(acc, 0, sizeof(vnni_sums));
+    memset(acc, 0, n * sizeof(acc[0]));
     for (uint32_t b = 0; b < kn_blocks(w->n_in, KN_FP4_BLOCK); b++) {
         uint32_t at = b * KN_FP4_BLOCK, len = w->n_in - at < KN_FP4_BLOCK ? w->n_in - at : KN_FP4_BLOCK;
         fp4_chunk buffer;

@@ -57,4 +57,4 @@ INLINED __m512i fp4_scale_exponents(__m512i scales, uint32_t b, int high)
  * - 1 and tile k of a pair, block after block in double. Bound: double multiply-adds, eight for each weight
  * and row in a 512-bit register. */
 void KN_FN(kn_fp4_careful)(const cpu_q8_tile *t, const kn_matrix *w, uint32_t i_pair, uint32_t k,
-                           uint32_t row0, uint32_t n, vnni_sums acc, uint16_t nan[VNNI_OUTS]);
+                           uint32_t row0, uint32_t n, double (*acc)[VNNI_OUTS], uint16_t nan[VNNI_OUTS]);
