@@ -9,6 +9,7 @@
 #include "router/sched/pages.h"
 #include "router/sched/request.h"
 #include "router/sched/saves.h"
+#include "router/sched/words.h"
 
 typedef struct rt_seq rt_seq;
 struct rt_seq {
@@ -66,8 +67,8 @@ struct rt_sched {
     rt_step_state *loads, *saves; /* [slot_max], [slot_max][RT_SAVE_MAX] */
     rt_logprobs *logprobs;        /* [slot_max][draft_max + 1] of segs */
 
-    rt_word *words; /* [word_max] not told yet */
-    uint32_t n_word, word_max, step_word_max;
+    rt_words words;
+    uint32_t step_word_max;
 
     rt_draft_core draft;
     rt_pace_core pace;
@@ -98,8 +99,7 @@ rt_sched *rt_sched_create(const rt_sched_limits *limits)
     sched->saves = cm_alloc(sizeof(rt_step_state) * limits->slot_max * RT_SAVE_MAX);
     sched->logprobs = cm_alloc(sizeof(rt_logprobs) * limits->slot_max * seg_token_max);
     sched->step_word_max = limits->slot_max * seg_token_max;
-    sched->word_max = n_seq_max + sched->step_word_max; /* every deadline, then every word of a step */
-    sched->words = cm_alloc(sizeof(rt_word) * sched->word_max);
+    rt_words_init(&sched->words, n_seq_max + sched->step_word_max); /* every deadline, then a step's words */
     sched->head_chain.hash = cm_alloc(sizeof(uint64_t) * (limits->context / limits->page_tokens + 1));
     sched->head_age = UINT64_MAX; /* nobody's */
     rt_draft_core_init(&sched->draft, limits->draft_max);
@@ -255,19 +255,17 @@ void rt_sched_destroy(rt_sched *sched)
     cm_free(sched->saves);
     cm_free(sched->seg_seqs);
     cm_free(sched->logprobs);
-    cm_free(sched->words);
+    rt_words_fini(&sched->words);
     cm_free(sched->head_chain.hash);
     cm_free(sched);
 }
 
 /* ---- words ---- */
 
-static rt_word *word_add(rt_sched *sched, const rt_seq *seq)
+static rt_word *seq_add_word(rt_sched *sched, const rt_seq *seq)
 {
-    CM_ASSERT(sched->n_word < sched->word_max);
-    rt_word *word = &sched->words[sched->n_word++];
-    *word = (rt_word){.key = seq->key, .offset = seq_n_generated(seq), .n_cached = seq->n_cached};
-    return word;
+    return rt_words_add(
+        &sched->words, (rt_word){.key = seq->key, .offset = seq_n_generated(seq), .n_cached = seq->n_cached});
 }
 
 static void word_fail(rt_word *word, cm_status status, const char *text)
@@ -285,23 +283,7 @@ static void word_fail_deadline(rt_sched *sched, rt_word *word)
 
 void rt_sched_words(rt_sched *sched, rt_word_fn fn, void *ctx)
 {
-    /* fn may open and cancel: words are taken one by one, and none is added without a step */
-    for (uint32_t i = 0; i < sched->n_word; i++) {
-        rt_word word = sched->words[i];
-        if (word.key.owner != 0) { /* 0: cancelled since */
-            fn(ctx, &word);
-        }
-    }
-    sched->n_word = 0;
-}
-
-static void words_forget(rt_sched *sched, rt_seq_key key)
-{
-    for (uint32_t i = 0; i < sched->n_word; i++) {
-        if (key_equal(sched->words[i].key, key)) {
-            sched->words[i].key.owner = 0;
-        }
-    }
+    rt_words_tell(&sched->words, fn, ctx);
 }
 
 /* ---- open, cancel, drain ---- */
@@ -385,7 +367,7 @@ static void seq_cancel(rt_sched *sched, rt_seq *seq)
 void rt_sched_cancel(rt_sched *sched, rt_seq_key key)
 {
     rt_seq *seq = keys_find(sched, key);
-    words_forget(sched, key);
+    rt_words_forget(&sched->words, key);
     if (seq != NULL) {
         seq_cancel(sched, seq);
     }
@@ -403,11 +385,7 @@ static void list_cancel_owner(rt_sched *sched, rt_seq_list *list, uint64_t owner
 
 void rt_sched_cancel_owner(rt_sched *sched, uint64_t owner)
 {
-    for (uint32_t i = 0; i < sched->n_word; i++) {
-        if (sched->words[i].key.owner == owner) {
-            sched->words[i].key.owner = 0;
-        }
-    }
+    rt_words_forget_owner(&sched->words, owner);
     list_cancel_owner(sched, &sched->running, owner);
     list_cancel_owner(sched, &sched->waiting, owner);
 }
@@ -429,8 +407,8 @@ static void list_expire(rt_sched *sched, rt_seq_list *list, uint64_t now_ms)
     for (rt_seq *seq = TAILQ_FIRST(list), *next; seq != NULL; seq = next) {
         next = TAILQ_NEXT(seq, link);
         /* without room for its word it stays until the words are fetched */
-        if (now_ms >= seq->deadline_ms && sched->n_word < sched->word_max - sched->step_word_max) {
-            word_fail_deadline(sched, word_add(sched, seq));
+        if (now_ms >= seq->deadline_ms && sched->words.n < sched->words.n_max - sched->step_word_max) {
+            word_fail_deadline(sched, seq_add_word(sched, seq));
             seq_free(sched, seq);
         } else if (seq->deadline_ms < sched->deadline_next) {
             sched->deadline_next = seq->deadline_ms;
@@ -745,7 +723,7 @@ static bool seq_stops_at(const rt_seq *seq, uint32_t token)
 static rt_word *seq_take_token(rt_sched *sched, rt_seq *seq, const rt_step_seg *seg, uint32_t i,
                                uint32_t token)
 {
-    rt_word *word = word_add(sched, seq);
+    rt_word *word = seq_add_word(sched, seq);
     CM_ASSERT_MSG(token < sched->limits.vocab, "token %u of %u", token, sched->limits.vocab);
     if (seq_stops_at(seq, token)) {
         CM_ASSERT_MSG(seg->stop_wait <= i || seq->constraint != NULL,
@@ -812,7 +790,7 @@ static void seq_settle(rt_sched *sched, rt_seq *seq, uint64_t now_ms, rt_word *w
 {
     seq->n_step = 0;
     if ((word == NULL || word->end == RT_GOING_ON) && now_ms >= seq->deadline_ms) {
-        word = word != NULL ? word : word_add(sched, seq);
+        word = word != NULL ? word : seq_add_word(sched, seq);
         word_fail_deadline(sched, word);
     }
     if (word != NULL && word->end != RT_GOING_ON) {
@@ -879,7 +857,7 @@ void rt_sched_fail_step(rt_sched *sched, uint64_t now_ms, cm_status status, cons
     for (uint32_t i = 0; i < sched->n_seg; i++) {
         rt_seq *seq = sched->seg_seqs[i];
         if (!seq->cancelled) {
-            rt_word *word = word_add(sched, seq);
+            rt_word *word = seq_add_word(sched, seq);
             if (now_ms >= seq->deadline_ms) {
                 word_fail_deadline(sched, word);
             } else {
