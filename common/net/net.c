@@ -1,5 +1,6 @@
 #include "common/net/net.h"
 
+#include <sched.h>
 #include <string.h>
 
 #include "common/base/assert.h"
@@ -12,7 +13,7 @@
 enum { NET_POLL_TURNS = 256 };
 /* net_poll_awake: about what it costs to sleep and be woken, and how rare looks in vain become: one of 64
  * calls. */
-enum { NET_AWAKE_US = 50, NET_VAIN_MAX = 6 };
+enum { NET_AWAKE_US = 50, NET_VAIN_MAX = 6, NET_LOOKS_ALONE = 16 };
 /* The layer's own messages of one link: hello, heartbeat, refusal, goodbye, lists of keys. */
 enum { NET_NOTES_PER_PEER = 4 + NET_KEYS_NOTES_MAX };
 
@@ -513,7 +514,9 @@ uint32_t net_poll(net *n, net_event *events_out, uint32_t events_max)
     return n_out;
 }
 
-/* A look in vain is repeated after 1, 3, 7 ... calls only. */
+/* A look in vain is repeated after 1, 3, 7 ... calls only. After the first ones the core is offered to others
+ * between looks, who may be whom we wait for: where there are more processes than cores, looking would else
+ * keep the answer from being made. */
 uint32_t net_poll_awake(net *n, net_event *events_out, uint32_t events_max, uint64_t at_most_us)
 {
     uint32_t n_out = net_poll(n, events_out, events_max);
@@ -525,7 +528,10 @@ uint32_t net_poll_awake(net *n, net_event *events_out, uint32_t events_max, uint
         return 0;
     }
     uint64_t until_ns = cm_now_ns() + 1000 * (at_most_us < NET_AWAKE_US ? at_most_us : NET_AWAKE_US);
-    while (n_out == 0 && cm_now_ns() < until_ns) {
+    for (uint32_t look = 0; n_out == 0 && cm_now_ns() < until_ns; look++) {
+        if (look >= NET_LOOKS_ALONE) {
+            sched_yield();
+        }
         n_out = net_poll(n, events_out, events_max);
     }
     n->n_vain = n_out > 0 ? 0 : n->n_vain < NET_VAIN_MAX ? n->n_vain + 1 : NET_VAIN_MAX;

@@ -82,9 +82,8 @@ _Noreturn static void router_main(const ep_rig *rig, uint32_t id, uint32_t think
         bool ok = write(done, "w", 1) == 1;
         uint64_t n = run_steps(x, &rows, id, think_us, cm_now_ms() + RUN_MS, 1);
         ok = ok && write(done, &n, sizeof(n)) == sizeof(n);
-        while (ok && read(go, &word, 1) == 1) { /* its link stays: an end is no part of the measurement */
-        }
-        rt_exchange_destroy(x); /* the worker hears a goodbye */
+        ok = ok && read(go, &word, 1) == 1; /* its link stays: an end is no part of the measurement */
+        rt_exchange_destroy(x);             /* the worker hears a goodbye */
     } else {
         fprintf(stderr, "router %u: %s\n", id, err.text);
     }
@@ -116,9 +115,12 @@ static bool router_start(router_process *r, const ep_rig *rig, uint32_t id, uint
 static void router_end(const router_process *r)
 {
     if (r->pid > 0) {
+        if (write(r->go, "e", 1) != 1) {
+            kill(r->pid, SIGKILL);
+        }
+        waitpid(r->pid, NULL, 0);
         close(r->go);
         close(r->done);
-        waitpid(r->pid, NULL, 0);
     }
 }
 
