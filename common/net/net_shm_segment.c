@@ -90,7 +90,7 @@ static uint64_t tx_top(const shm_tx *tx)
 }
 
 /* Where n_bytes, whole lines, lie in one piece: behind the newest, from the start again if that is free and
- * they would leave what is warm, else behind all. */
+ * they would leave what is warm, else behind all, and at last from the start of a small area. */
 static bool tx_find(const shm_tx *tx, uint64_t n_bytes, uint64_t *at_out)
 {
     bool leaves = tx->head + n_bytes > SHM_WARM_BYTES;
@@ -106,7 +106,11 @@ static bool tx_find(const shm_tx *tx, uint64_t n_bytes, uint64_t *at_out)
         return true;
     }
     *at_out = tx_top(tx);
-    return tx_is_free(tx, *at_out, n_bytes);
+    if (tx_is_free(tx, *at_out, n_bytes)) {
+        return true;
+    }
+    *at_out = 0;
+    return tx_is_free(tx, 0, n_bytes);
 }
 
 static uint64_t whole_lines(uint64_t n_bytes)

@@ -177,6 +177,26 @@ static void test_room(void **state)
     pair_close(&t);
 }
 
+/* One that is kept for long does not keep the memory of those before it. */
+static void test_newest_held(void **state)
+{
+    const backend_case *backend = *state;
+    net_options options = small_options(backend);
+    options.message_bytes_max = 4096;
+    net_test t = pair_open(backend, &options, &options);
+    side *to = &t.sides[0], *from = &t.sides[1];
+    to->hold = true;
+    for (uint32_t i = 0; i < 7; i++) {
+        assert_int_equal(send_piece(from, i, 100 * i, 4096, 1, DEADLINE_MS), CM_OK);
+        WAIT(&t, to->n_messages == i + 1);
+        for (uint32_t k = 0; i == 3 && k < 3; k++) {
+            side_release_one(to, k == 0 ? 0 : 1); /* the newest is the first now */
+        }
+    }
+    side_release_one(to, 0);
+    pair_close(&t);
+}
+
 static void test_one_send(void **state)
 {
     const backend_case *backend = *state;
@@ -752,6 +772,7 @@ int main(void)
         EACH(test_sends_max),
         EACH(test_one_send),
         EACH(test_room),
+        EACH(test_newest_held),
         EACH(test_receives_max),
         EACH(test_foreign_cluster),
         EACH(test_other_protocol),
