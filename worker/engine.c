@@ -311,10 +311,12 @@ static void engine_on_sent(wk_engine *e, engine_frame *entry)
     }
 }
 
+/* As many as a message may have, too: a router with longer frames than ours can ask for more. */
 static uint32_t engine_slice_rows(const wk_engine *e)
 {
-    uint32_t n = ENGINE_SLICE_BYTES / (2 * e->geometry->d);
-    return n > 0 ? n : 1;
+    uint64_t most = e->options.rows.message_bytes_max, row_bytes = 2ull * e->geometry->d;
+    uint64_t n = (most < ENGINE_SLICE_BYTES ? most : ENGINE_SLICE_BYTES) / row_bytes;
+    return n > 0 ? (uint32_t)n : 1;
 }
 
 /* The next n rows of an answer. */
@@ -563,16 +565,16 @@ static bool engine_rows_in_place(wk_engine *e, void *const *frames, uint32_t n_f
     return in_place;
 }
 
-/* Where the results of the next n items go; 0: nowhere, they are to be kept here. As many as make a message,
- * or all that are left. */
-static kn_ptr engine_room(const wk_engine *e, uint32_t n)
+/* Where the results of n items from item0 on go; 0: nowhere, they are to be kept here. As many as make a
+ * message, or all that are left, and only if all before them are sent: they would go in their place. */
+static kn_ptr engine_room(const wk_engine *e, uint32_t item0, uint32_t n)
 {
     const engine_frame *entry = e->computing[0];
     const pr_dispatch *frame = entry->event.header;
     uint64_t n_bytes = 2ull * n * e->geometry->d;
-    if (e->n_computing > 1 || entry->event.peer == NULL || entry->n_said < entry->n_ready ||
+    if (e->n_computing > 1 || entry->event.peer == NULL || entry->n_said != item0 ||
         n_bytes > e->options.rows.message_bytes_max ||
-        (n < engine_slice_rows(e) && entry->n_ready + n < frame->n_slot)) {
+        (n < engine_slice_rows(e) && item0 + n < frame->n_slot)) {
         return (kn_ptr){0};
     }
     return engine_view(e, net_room(entry->event.peer, n_bytes));
@@ -696,7 +698,7 @@ static void engine_compute_groups(wk_engine *e, uint32_t n_group, uint32_t layer
         }
         kn_expert_group cut = {groups[0].expert, groups[0].item0, slice};
         n_row = n > 0 ? n_row : slice;
-        kn_ptr room = engine_room(e, n_row);
+        kn_ptr room = engine_room(e, groups[0].item0, n_row);
         kn_ptr first = room.addr != 0 ? kn_at(room, -2ull * groups[0].item0 * e->geometry->d) : results;
         engine_compute_slice(e, n > 0 ? groups : &cut, n > 0 ? n : 1, layer, first);
         if (n == 0) {

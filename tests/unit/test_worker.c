@@ -26,6 +26,8 @@ enum {
     ROWS = 4,
     ROWS_MANY = 150,  /* of each expert: computed in three slices */
     ROWS_LONG = 1000, /* answered in more than one message */
+    NARROW_BYTES = 64 * 2 * 160,
+    ROWS_NARROW = 100,
     WAIT_MS = 30000,
     HELD = 8,
     BURST = 80,
@@ -108,7 +110,7 @@ static void link_up(fixture *f)
     }
 }
 
-static int setup_with(void **state, const char *backend)
+static int setup_with(void **state, const char *backend, uint32_t message_bytes_max, uint32_t row_max)
 {
     fixture *f = cm_alloc(sizeof(*f));
     cm_error err = {0};
@@ -120,13 +122,13 @@ static int setup_with(void **state, const char *backend)
     f->g = md_checkpoint_geometry(f->checkpoint);
     net_options_defaults(&options);
     options.backend = backend;
-    options.message_bytes_max = 1 << 20;
+    options.message_bytes_max = message_bytes_max;
     options.silence_ms = 60000;
     wk_engine_options engine = {.checkpoint = f->checkpoint,
                                 .device = {.backend = "cpu", .isa = "auto", .n_threads = 3},
                                 .rows = options,
                                 .address = "t_worker",
-                                .row_max = 64,
+                                .row_max = row_max,
                                 .frame_max = strcmp(backend, "local") == 0 ? 4 : 16,
                                 .router_max = 2,
                                 .window_max_us = 100,
@@ -147,12 +149,18 @@ static int setup_with(void **state, const char *backend)
 
 static int setup(void **state)
 {
-    return setup_with(state, "local");
+    return setup_with(state, "local", 1 << 20, 64);
 }
 
 static int setup_shm(void **state)
 {
-    return setup_with(state, "shm");
+    return setup_with(state, "shm", 1 << 20, 64);
+}
+
+/* Messages of as many results as the device computes in a slice, and of fewer than a frame may ask for. */
+static int setup_narrow(void **state)
+{
+    return setup_with(state, "shm", NARROW_BYTES, 256);
 }
 
 static int teardown(void **state)
@@ -420,14 +428,11 @@ static void test_refusals(void **state)
 }
 
 /* A long answer comes in pieces, in order, and is the same. */
-static void test_answer_in_pieces(void **state)
+static void expect_pieces(fixture *f)
 {
-    fixture *f = *state;
-    uint32_t n_slot = 2 * ROWS_LONG, n_got = 0, n_piece = 0;
+    uint32_t n_slot = f->header.n_slot, n_got = 0, n_piece = 0;
     uint64_t row_bytes = 2ull * f->g->d;
     uint8_t *rows = cm_alloc(n_slot * row_bytes);
-    make_large_frame(f, 0, ROWS_LONG);
-    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
     pr_combine whole = {0};
     while (n_got < n_slot) {
         net_event event = await(f, NET_EV_MESSAGE);
@@ -449,6 +454,26 @@ static void test_answer_in_pieces(void **state)
         .type = PR_MSG_COMBINE, .header = &whole, .payload = rows, .payload_bytes = n_slot * row_bytes};
     check_answer(f, &all);
     cm_free(rows);
+}
+
+static void test_answer_in_pieces(void **state)
+{
+    fixture *f = *state;
+    make_large_frame(f, 0, ROWS_LONG);
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    expect_pieces(f);
+}
+
+/* Frames whose answers are longer than a message of the worker's may be: a router with a larger limit. */
+static void test_answer_beyond_a_message(void **state)
+{
+    fixture *f = *state;
+    assert_true(2ull * 2 * ROWS_NARROW * f->g->d > NARROW_BYTES);
+    for (uint32_t layer = 0; layer < f->g->n_layer; layer++) {
+        make_large_frame(f, layer, ROWS_NARROW);
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        expect_pieces(f);
+    }
 }
 
 /* Frames of several routers in one group, each of its own rows: each gets its own results, in its own order.
@@ -479,12 +504,11 @@ static void test_two_routers(void **state)
     cm_free(other.payload);
 }
 
-/* Begins a frame of ROWS_MANY rows that is not computed to its end while the failpoint is armed. */
-static void begin_large(fixture *f)
+/* Begins the frame, which is not computed beyond its first slice while the failpoint is armed. */
+static void begin_frame(fixture *f)
 {
     cm_error err;
     assert_int_equal(cm_failpoints_arm("worker_compute_stalls", 0, &err), CM_OK);
-    make_large_frame(f, 0, ROWS_MANY);
     send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
     for (int i = 0; i < 3; i++) { /* whatever is answered after the first of these is answered in between */
         f->header.head.epoch = 4;
@@ -492,6 +516,12 @@ static void begin_large(fixture *f)
         expect_refusal(f, CM_E_STALE);
     }
     f->header.head.epoch = 5;
+}
+
+static void begin_large(fixture *f)
+{
+    make_large_frame(f, 0, ROWS_MANY);
+    begin_frame(f);
 }
 
 static int disarm(void)
@@ -508,6 +538,33 @@ static void test_breathes(void **state)
     assert_int_equal(disarm(), CM_OK);
     expect_answer(f);
     test_answers(state);
+}
+
+/* The link has no room for the first slice of an expert's rows, and has it for the next: results that were
+ * kept are not overtaken. */
+static void test_room_comes_late(void **state)
+{
+    fixture *f = *state;
+    net_event held[HELD];
+    uint32_t n_held = 0, n_got = 0;
+    make_large_frame(f, 0, ROWS_NARROW);
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    for (; n_got < 2 * ROWS_NARROW; n_held++) { /* more than three quarters of the link's area */
+        assert_true(n_held < HELD - 1);
+        held[n_held] = await(f, NET_EV_MESSAGE);
+        n_got += ((const pr_combine *)held[n_held].header)->n_slot;
+    }
+    make_large_frame(f, 0, 70);
+    pr_slot *slots = (pr_slot *)f->payload;
+    for (uint32_t i = 0; i < f->header.n_slot; i++) { /* one expert: three slices */
+        slots[i] = (pr_slot){i / 2, slots[0].expert, 0.25f + (float)i};
+    }
+    begin_frame(f);
+    for (uint32_t i = 0; i < n_held; i++) {
+        net_release(f->n, &held[i]);
+    }
+    assert_int_equal(disarm(), CM_OK);
+    expect_pieces(f);
 }
 
 static void expect_stale(fixture *f)
@@ -642,6 +699,8 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_answers, setup_shm, teardown), /* built in place */
         cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup, teardown),
         cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup_shm, teardown),
+        cmocka_unit_test_setup_teardown(test_answer_beyond_a_message, setup_narrow, teardown),
+        cmocka_unit_test_setup_teardown(test_room_comes_late, setup_narrow, teardown_armed),
         cmocka_unit_test_setup_teardown(test_two_routers, setup_shm, teardown),
         cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
         cmocka_unit_test_setup_teardown(test_load_together, setup, teardown_armed),
