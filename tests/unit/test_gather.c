@@ -267,6 +267,39 @@ static bool waits_for_one_away(uint32_t away_us, uint32_t row_us)
     return waits;
 }
 
+/* A router with two flights, the second three layers ahead: what is known of one says nothing of the other.
+ */
+static void test_flights_are_apart(void **state)
+{
+    void *out[FRAMES];
+    uint64_t wait = 0, now = 0;
+    wk_gather *g = wk_gather_create(&g_limits);
+    (void)state;
+    for (uint32_t layer = 0; layer < 4 * LAYERS; layer++) {
+        for (uint32_t flight = 0; flight < 2;
+             flight++) { /* while one is computed the other is at its router */
+            assert_int_equal(wk_gather_arrived(g, now, 1, flight, (layer + 3 * flight) % LAYERS,
+                                               5 + 10 * (layer % 2), &g_frames[flight]),
+                             CM_OK);
+            assert_int_equal(next(g, now, out, &wait), 1);
+            if (layer == 4 * LAYERS - 1 && flight == 1) { /* a layer ahead of where the first comes back */
+                assert_int_equal(wk_gather_arrived(g, now + 10, 2, 0, 1, 5, &g_frames[2]), CM_OK);
+            }
+            wk_gather_computed(g, now += COST_US);
+            wk_gather_looked(g);
+        }
+        now += layer < 4 * LAYERS - 1 ? THINK_US : 0;
+    }
+    assert_int_equal(next(g, now, out, &wait), 0);
+    assert_true(wait > THINK_US + COST_US / 2 && wait < COST_US); /* it returns after a group and THINK_US */
+    assert_int_equal(wk_gather_arrived(g, now + THINK_US, 1, 0, 0, 5, &g_frames[0]), CM_OK);
+    assert_int_equal(next(g, now + THINK_US, out, &wait), 1); /* the one behind */
+    assert_ptr_equal(out[0], &g_frames[0]);
+    wk_gather_computed(g, now + THINK_US + COST_US);
+    assert_ptr_equal(wk_gather_gone(g, 2), &g_frames[2]);
+    wk_gather_destroy(g);
+}
+
 /* One that takes longer than a group from an answer to its next frame is not waited for: it costs more than
  * it saves. */
 static void test_waits_while_it_saves(void **state)
@@ -331,6 +364,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_in_step),
         cmocka_unit_test(test_waits_while_it_saves),
+        cmocka_unit_test(test_flights_are_apart),
         cmocka_unit_test(test_odd_groups_are_forgotten),
         cmocka_unit_test(test_hold_is_bounded),
         cmocka_unit_test(test_alone_at_once),
