@@ -197,6 +197,33 @@ static void test_newest_held(void **state)
     pair_close(&t);
 }
 
+/* A receiver that looks at nothing for a while: what comes to more messages than it can be told at once waits
+ * with the sender, and none takes the place of another. */
+static void test_many_untaken(void **state)
+{
+    const backend_case *backend = *state;
+    enum { N = 800 };
+    net_options options = small_options(backend);
+    options.sends_max = 600;
+    options.silence_ms = 60000;
+    net_test t = pair_open(backend, &options, &options);
+    side *to = &t.sides[0], *from = &t.sides[1];
+    to->frozen = true;
+    for (uint32_t n_next = 0; n_next < N;) {
+        cm_status status = send_piece(from, n_next, n_next, 100, 1, DEADLINE_MS);
+        n_next += status == CM_OK;
+        if (status != CM_OK) {
+            assert_int_equal(status, CM_AGAIN);
+            assert_true(n_next >= options.sends_max);
+            side_poll(from);
+        }
+    }
+    to->frozen = false;
+    WAIT(&t, to->n_checked == N && from->n_sent == N);
+    assert_int_equal(from->n_failed, 0);
+    pair_close(&t);
+}
+
 static void test_one_send(void **state)
 {
     const backend_case *backend = *state;
@@ -773,6 +800,7 @@ int main(void)
         EACH(test_one_send),
         EACH(test_room),
         EACH(test_newest_held),
+        ONE(shm, test_many_untaken),
         EACH(test_receives_max),
         EACH(test_foreign_cluster),
         EACH(test_other_protocol),

@@ -464,6 +464,27 @@ static void test_answer_in_pieces(void **state)
     expect_pieces(f);
 }
 
+/* All slots of one expert, two of a row: three slices of the device, of which two make a message. */
+static void make_one_expert(fixture *f, uint32_t layer)
+{
+    make_large_frame(f, layer, 70);
+    pr_slot *slots = (pr_slot *)f->payload;
+    for (uint32_t i = 0; i < f->header.n_slot; i++) {
+        slots[i] = (pr_slot){i / 2, slots[0].expert, 0.25f + (float)i};
+    }
+}
+
+/* Each slice has room in the link. */
+static void test_slices_in_place(void **state)
+{
+    fixture *f = *state;
+    for (uint32_t layer = 0; layer < f->g->n_layer; layer++) {
+        make_one_expert(f, layer);
+        send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+        expect_pieces(f);
+    }
+}
+
 /* Frames whose answers are longer than a message of the worker's may be: a router with a larger limit. */
 static void test_answer_beyond_a_message(void **state)
 {
@@ -540,29 +561,61 @@ static void test_breathes(void **state)
     test_answers(state);
 }
 
+/* An answer that is held takes more than three quarters of the link's area: there is no room for another
+ * message of the largest size. */
+static uint32_t fill_link(fixture *f, net_event held[HELD])
+{
+    uint32_t n_held = 0, n_got = 0;
+    make_large_frame(f, 0, ROWS_NARROW);
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    for (; n_got < f->header.n_slot; n_held++) {
+        assert_true(n_held < HELD - 1);
+        held[n_held] = await(f, NET_EV_MESSAGE);
+        n_got += ((const pr_combine *)held[n_held].header)->n_slot;
+    }
+    return n_held;
+}
+
+static void release_all(fixture *f, net_event *held, uint32_t n_held)
+{
+    for (uint32_t i = 0; i < n_held; i++) {
+        net_release(f->n, &held[i]);
+    }
+}
+
+/* Results of two groups wait for room, each in a place of its own. */
+static void test_results_are_kept(void **state)
+{
+    fixture *f = *state;
+    fixture second = *f;
+    net_event held[HELD];
+    uint32_t n_held = fill_link(f, held);
+    int64_t n_before = cm_stat_get(CM_STAT_worker_batches);
+    second.payload = NULL;
+    make_large_frame(f, 0, ROWS_NARROW);
+    make_large_frame(&second, 1, ROWS_NARROW);
+    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
+    send_frame(&second, PR_MSG_DISPATCH, sizeof(second.header), 0);
+    for (uint64_t give_up = cm_now_ms() + WAIT_MS; cm_stat_get(CM_STAT_worker_batches) < n_before + 2;) {
+        assert_true(cm_now_ms() < give_up);
+        sched_yield();
+    }
+    release_all(f, held, n_held);
+    expect_pieces(f);
+    expect_pieces(&second);
+    cm_free(second.payload);
+}
+
 /* The link has no room for the first slice of an expert's rows, and has it for the next: results that were
  * kept are not overtaken. */
 static void test_room_comes_late(void **state)
 {
     fixture *f = *state;
     net_event held[HELD];
-    uint32_t n_held = 0, n_got = 0;
-    make_large_frame(f, 0, ROWS_NARROW);
-    send_frame(f, PR_MSG_DISPATCH, sizeof(f->header), 0);
-    for (; n_got < 2 * ROWS_NARROW; n_held++) { /* more than three quarters of the link's area */
-        assert_true(n_held < HELD - 1);
-        held[n_held] = await(f, NET_EV_MESSAGE);
-        n_got += ((const pr_combine *)held[n_held].header)->n_slot;
-    }
-    make_large_frame(f, 0, 70);
-    pr_slot *slots = (pr_slot *)f->payload;
-    for (uint32_t i = 0; i < f->header.n_slot; i++) { /* one expert: three slices */
-        slots[i] = (pr_slot){i / 2, slots[0].expert, 0.25f + (float)i};
-    }
+    uint32_t n_held = fill_link(f, held);
+    make_one_expert(f, 0);
     begin_frame(f);
-    for (uint32_t i = 0; i < n_held; i++) {
-        net_release(f->n, &held[i]);
-    }
+    release_all(f, held, n_held);
     assert_int_equal(disarm(), CM_OK);
     expect_pieces(f);
 }
@@ -575,10 +628,8 @@ static void expect_stale(fixture *f)
 }
 
 /* A link that ends in the middle takes its answer with it; whoever has its memory next does not get it. */
-static void test_link_lost_computing(void **state)
+static void lose_link(fixture *f)
 {
-    fixture *f = *state;
-    begin_large(f);
     net_disconnect(f->peer);
     for (int i = 0; i < 3; i++) { /* one after the other: one of them has the place of the one that ended */
         link_up(f);
@@ -586,6 +637,26 @@ static void test_link_lost_computing(void **state)
         expect_stale(f);
     }
     assert_int_equal(disarm(), CM_OK);
+}
+
+static void test_link_lost_computing(void **state)
+{
+    begin_large(*state);
+    lose_link(*state);
+    test_answers(state);
+}
+
+/* The rows that are computed and the place for their results were memory of that link. */
+static void test_link_lost_in_place(void **state)
+{
+    cm_error err;
+    assert_int_equal(cm_failpoints_arm("worker_compute_stalls", 0, &err), CM_OK);
+    make_one_expert(*state, 0);
+    send_frame(*state, PR_MSG_DISPATCH, sizeof(pr_dispatch), 0);
+    net_event first = await(*state, NET_EV_MESSAGE); /* of three pieces */
+    assert_int_equal(first.type, PR_MSG_COMBINE);
+    net_release(((fixture *)*state)->n, &first);
+    lose_link(*state);
     test_answers(state);
 }
 
@@ -700,6 +771,9 @@ int main(void)
         cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup, teardown),
         cmocka_unit_test_setup_teardown(test_answer_in_pieces, setup_shm, teardown),
         cmocka_unit_test_setup_teardown(test_answer_beyond_a_message, setup_narrow, teardown),
+        cmocka_unit_test_setup_teardown(test_slices_in_place, setup_narrow, teardown),
+        cmocka_unit_test_setup_teardown(test_results_are_kept, setup_narrow, teardown),
+        cmocka_unit_test_setup_teardown(test_link_lost_in_place, setup_narrow, teardown_armed),
         cmocka_unit_test_setup_teardown(test_room_comes_late, setup_narrow, teardown_armed),
         cmocka_unit_test_setup_teardown(test_two_routers, setup_shm, teardown),
         cmocka_unit_test_setup_teardown(test_comes_back, setup, teardown),
