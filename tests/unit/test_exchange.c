@@ -133,10 +133,12 @@ static void *fake_run(void *arg)
     return NULL;
 }
 
+static const char *g_backend = "local";
+
 static void options_for(net_options *options)
 {
     net_options_defaults(options);
-    options->backend = "local";
+    options->backend = g_backend;
     options->message_bytes_max = 16384; /* so that a round is many frames */
     options->silence_ms = 60000;
 }
@@ -415,11 +417,18 @@ static int two_flights(void **state)
     return 0;
 }
 
+static int two_in_place(void **state)
+{
+    g_backend = "shm"; /* frames are built where the worker reads them */
+    return two_flights(state);
+}
+
 int main(void)
 {
     const struct CMUnitTest tests[] = {cmocka_unit_test(test_plain),   cmocka_unit_test(test_other_name),
                                        cmocka_unit_test(test_stale),   cmocka_unit_test(test_death),
                                        cmocka_unit_test(test_silence), cmocka_unit_test(test_gives_up)};
     int n_failed = cmocka_run_group_tests_name("one flight", tests, NULL, NULL);
-    return n_failed + cmocka_run_group_tests_name("two flights", tests, two_flights, NULL);
+    n_failed += cmocka_run_group_tests_name("two flights", tests, two_flights, NULL);
+    return n_failed + cmocka_run_group_tests_name("two flights in place", tests, two_in_place, NULL);
 }

@@ -84,14 +84,12 @@ static void offer(rig *r, uint64_t number, const uint32_t *ids, uint32_t n)
     pc_epoch_release(epoch);
 }
 
-static void rig_init(rig *r)
+static void rig_init_with(rig *r, const rt_plan_limits *limits)
 {
     memset(r, 0, sizeof(*r));
     r->now = 5000;
-    r->core = rt_xcore_create(
-        &(rt_xcore_options){.limits = {.row_max = ROWS, .topk = TOPK, .d = D, .frame_bytes_max = 1 << 16},
-                            .answer_ms = ANSWER_MS,
-                            .wait_ms = WAIT_MS});
+    r->core =
+        rt_xcore_create(&(rt_xcore_options){.limits = *limits, .answer_ms = ANSWER_MS, .wait_ms = WAIT_MS});
     r->staging = cm_alloc_aligned(rt_xcore_staging_bytes(r->core));
     for (uint32_t i = 0; i < ROWS * TOPK; i++) {
         r->experts[i] = (int32_t)((i / TOPK + i % TOPK) % EXPERTS);
@@ -101,6 +99,11 @@ static void rig_init(rig *r)
     offer(r, 1, ids, 2);
     chores(r, true);
     assert_true(rt_xcore_ready(r->core));
+}
+
+static void rig_init(rig *r)
+{
+    rig_init_with(r, &(rt_plan_limits){.row_max = ROWS, .topk = TOPK, .d = D, .frame_bytes_max = 1 << 16});
 }
 
 static void rig_fini(rig *r)
@@ -219,6 +222,58 @@ static void test_answer_in_pieces(void **state)
     assert_int_equal(act.kind, RT_XACT_DONE);
     assert_int_equal(act.status, CM_OK);
     all_written(&r);
+    rig_fini(&r);
+}
+
+/* A layer whose results are more than caches hold: each slot has its row, and all of it. */
+static void test_many_results(void **state)
+{
+    enum { MANY_D = 4096, N = (17 << 20) / (2 * TOPK * MANY_D), BLOCKS = MANY_D / 128 };
+    rig r;
+    (void)state;
+    rig_init_with(&r,
+                  &(rt_plan_limits){.row_max = N, .topk = TOPK, .d = MANY_D, .frame_bytes_max = 16 << 20});
+    rt_xcore_layer layer = {.n_row = N};
+    int32_t *experts = cm_alloc(sizeof(int32_t) * N * TOPK);
+    layer.experts = experts;
+    layer.weights = cm_alloc(sizeof(float) * N * TOPK);
+    layer.codes = cm_alloc((size_t)N * MANY_D);
+    layer.scales = cm_alloc((size_t)N * BLOCKS);
+    layer.results = cm_alloc_aligned(2ull * N * TOPK * MANY_D);
+    uint16_t *rows = cm_alloc(2ull * N * TOPK * MANY_D);
+    uint8_t *seen = cm_alloc(N * TOPK);
+    for (uint32_t i = 0; i < N * TOPK; i++) {
+        experts[i] = (int32_t)((i / TOPK + i % TOPK) % EXPERTS);
+    }
+    rt_xcore_begin(r.core, 0, &layer);
+    assert_int_equal(go(&r).kind, RT_XACT_WAIT);
+    for (uint32_t i = 0, n_before = 0; i < r.n_sent; n_before += r.sent[i++].n_slot) {
+        pr_combine header = {.head = r.sent[i].head, .d = MANY_D, .n_slot = r.sent[i].n_slot};
+        header.head.dtype = PR_DTYPE_BF16;
+        for (uint64_t k = 0; k < (uint64_t)header.n_slot * MANY_D; k++) {
+            rows[k] = (uint16_t)(1 + n_before + k / MANY_D);
+        }
+        assert_int_equal(rt_xcore_combine(r.core, link_of(&r, r.sent_rank[i]), &header, sizeof(header), rows,
+                                          2ull * header.n_slot * MANY_D, NULL),
+                         CM_OK);
+    }
+    left(&r, r.n_sent);
+    assert_int_equal(go(&r).kind, RT_XACT_DONE);
+    for (uint32_t i = 0; i < N * TOPK; i++) {
+        uint16_t which = layer.results[(size_t)i * MANY_D];
+        assert_in_range(which, 1, N * TOPK);
+        assert_int_equal(seen[which - 1]++, 0);
+        for (uint32_t k = 1; k < MANY_D; k++) {
+            assert_int_equal(layer.results[(size_t)i * MANY_D + k], which);
+        }
+    }
+    cm_free(experts);
+    cm_free((void *)(uintptr_t)layer.weights);
+    cm_free((void *)(uintptr_t)layer.codes);
+    cm_free((void *)(uintptr_t)layer.scales);
+    cm_free(layer.results);
+    cm_free(rows);
+    cm_free(seen);
     rig_fini(&r);
 }
 
@@ -485,7 +540,8 @@ static void test_two_flights_keep_apart(void **state)
     begin_two(&r);
     for (uint32_t i = 0; i < 4; i++) {
         assert_int_equal(r.sent_flight[i], i / 2);
-        for (uint32_t k = 0; k < i; k++) { /* nobody's memory is another's */
+        assert_int_equal(r.sent[i].flight, i / 2); /* the worker is told */
+        for (uint32_t k = 0; k < i; k++) {         /* nobody's memory is another's */
             assert_int_not_equal(r.sent[i].head.exchange, r.sent[k].head.exchange);
             assert_true(r.staged_at[i] > r.staged_at[k]);
         }
@@ -606,6 +662,7 @@ int main(void)
 {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_answer_in_pieces),
+        cmocka_unit_test(test_many_results),
         cmocka_unit_test(test_only_what_is_open_counts),
         cmocka_unit_test(test_a_lost_worker_is_planned_around),
         cmocka_unit_test(test_silence_costs_the_link),
