@@ -432,15 +432,7 @@ void *net_room(net_peer *peer, uint64_t n_bytes)
     if (peer->state != NET_PEER_UP || peer->n_slots == peer->window || n->sends.n_used == n->sends.n_max) {
         return NULL;
     }
-    return n->ops->room(n->backend, peer->link, n_bytes);
-}
-
-void *net_no_room(void *backend, net_backend_link *link, uint64_t n_bytes)
-{
-    (void)backend;
-    (void)link;
-    (void)n_bytes;
-    return NULL;
+    return n->ops->room != NULL ? n->ops->room(n->backend, peer->link, n_bytes) : NULL;
 }
 
 void net_release(net *n, const net_event *event)

@@ -200,14 +200,13 @@ typedef struct net_ops {
                        net_backend_link *link); /* at once; no upcall for it afterwards but sent */
     /* Copies the header (NET_WIRE_HEADER_MAX at most) and the iov list, keeps the payload until sent. */
     cm_status (*send)(void *backend, net_backend_link *link, const net_message *message, void *send_cookie);
-    void *(*room)(void *backend, net_backend_link *link, uint64_t n_bytes); /* see net_room; net_no_room */
+    void *(*room)(void *backend, net_backend_link *link,
+                  uint64_t n_bytes); /* see net_room; NULL: it copies */
     bool (*progress)(void *backend); /* true: something happened, call again */
     void (*release)(void *backend, void *receive);
     int (*fd)(const void *backend);
     bool (*arm)(void *backend);
 } net_ops;
-
-void *net_no_room(void *backend, net_backend_link *link, uint64_t n_bytes); /* for those that copy: NULL */
 
 /* The seam for the simulator: the same layer over a table of a test. */
 CM_MUST_CHECK cm_status net_open_ops(const net_ops *ops, const net_options *options, net **net_out,

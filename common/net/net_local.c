@@ -636,7 +636,6 @@ const net_ops net_local_ops = {
     .connect = local_connect,
     .disconnect = local_disconnect,
     .send = local_send_message,
-    .room = net_no_room,
     .progress = local_progress,
     .release = local_release,
     .fd = local_fd,

@@ -724,7 +724,6 @@ static const net_ops g_mpi_ops = {
     .connect = mpi_connect,
     .disconnect = mpi_disconnect,
     .send = mpi_send_message,
-    .room = net_no_room,
     .progress = mpi_progress,
     .release = mpi_release,
     .fd = mpi_fd,

@@ -420,7 +420,6 @@ const net_ops net_ucx_ops = {
     .connect = ucx_connect,
     .disconnect = ucx_disconnect,
     .send = ucx_send_message,
-    .room = net_no_room,
     .progress = ucx_progress,
     .release = ucx_release,
     .fd = ucx_fd,

@@ -332,7 +332,6 @@ const net_ops bench_wire_ops = {
     .connect = wire_connect,
     .disconnect = wire_disconnect,
     .send = wire_send,
-    .room = net_no_room,
     .progress = wire_progress,
     .release = wire_release,
     .fd = wire_fd,
