@@ -520,16 +520,20 @@ INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_su
         sum[0][r] = _mm512_set1_epi32(INT32_MIN);
         sum[1][r] = _mm512_setzero_si512();
     }
+    for (uint32_t j0 = 0; j0 < FP8_COLUMNS; j0 += 2) {
 #pragma GCC unroll 2
-    for (uint32_t j = 0; j < FP8_COLUMNS; j++, x += 2 * n) {
-        fp8_column column = decode_column(&tables, w->codes[j]);
-        ask_ahead(&w->codes[j]);
-        for (uint32_t i = 0; i < 2; i++) {
-            if (in_step) {
-                w->pairs[2 * j + i] = column.pair[i];
-            }
-            for (uint32_t r = 0; r < n; r++) {
-                sum[i][r] = dot(sum[i][r], column.pair[i], x[i * n + r]);
+        for (uint32_t j = j0; j < j0 + 2; j++, x += 2 * n) {
+            fp8_column column = decode_column(&tables, w->codes[j]);
+            ask_ahead(&w->codes[j]);
+#pragma GCC unroll 2
+            for (uint32_t i = 0; i < 2; i++) {
+                if (in_step) {
+                    w->pairs[2 * j + i] = column.pair[i];
+                }
+#pragma GCC unroll 4
+                for (uint32_t r = 0; r < n; r++) {
+                    sum[i][r] = dot(sum[i][r], column.pair[i], x[i * n + r]);
+                }
             }
         }
     }
