@@ -2,8 +2,8 @@
  *
  * In units of 2^-9 an input is 2^shift X + r, 0 <= r < 2^shift, and a weight 8 W + s (vnni_fp8.h). The shift
  * is the least, from 3 to 9, for which the |X| of a block add up to FP8_INPUTS_MAX at most, so the block's
- * sum of X W is an integer of 32 bits. That there are others is rare: about one r in a block whose inputs are
- * about normal. In units of 2^-15 a block's sum is
+ * sum of X W is an integer of 32 bits. There are few others: about one r in a block whose inputs are about
+ * normal, ten where most of them are small beside a few (a gated product). In units of 2^-15 a block's sum is
  *
  *     2^shift sum(X W) + sum(r W) + sum(f s) + sum(r' s) / 8
  *
