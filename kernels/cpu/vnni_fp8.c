@@ -2,8 +2,8 @@
  *
  * In units of 2^-9 an input is 2^shift X + r, 0 <= r < 2^shift, and a weight 8 W + s (vnni_fp8.h). The shift
  * is the least, from 3 to 9, for which the |X| of a block add up to FP8_INPUTS_MAX at most, so the block's
- * sum of X W is an integer of 32 bits. That there are others is rare: about one r in a block whose inputs are
- * about normal. In units of 2^-15 a block's sum is
+ * sum of X W is an integer of 32 bits. There are few others: about one r in a block whose inputs are about
+ * normal, ten where most of them are small beside a few (a gated product). In units of 2^-15 a block's sum is
  *
  *     2^shift sum(X W) + sum(r W) + sum(f s) + sum(r' s) / 8
  *
@@ -24,6 +24,7 @@
 
 enum {
     FP8_FEW = 4,   /* rows, at most, for which columns are decoded while they are multiplied */
+    FP8_ALONE = 2, /* entries a row, at most, that are added one by one */
     FP8_SHIFT = 3, /* least: X has 16 bits */
     FP8_ODD = (1 << FP8_SHIFT) - 1,
     FP8_UNITS = 448 << 9,              /* largest input */
@@ -36,10 +37,11 @@ enum {
 
 /* One row of inputs and block. Its sum is made a double as an integer of 52 bits beside a high dword. */
 typedef struct fp8_block {
-    double off;   /* what that is too large by */
-    uint64_t odd; /* bit p: pair p is no whole number of 2^-6 */
-    uint64_t shift;
-    uint32_t high; /* that dword: the block's scale lies in it */
+    double off;         /* what that is too large by */
+    uint64_t with_rest; /* bit p: pair p has an r */
+    uint64_t odd;       /* bit p: pair p is no whole number of 2^-6 */
+    uint32_t high;      /* that dword: the block's scale lies in it */
+    uint32_t shift;
 } fp8_block;
 
 /* A pair of inputs that has an r. */
@@ -49,6 +51,15 @@ typedef struct fp8_entry {
     uint16_t row;  /* of the group */
 } fp8_entry;
 
+/* Those of a group and block. Each entry alone is cheapest where there are hardly any, as of inputs that are
+ * about normal. Where there are many, as beside outliers or of a gated product, rows have as many each,
+ * filled up with zeros, one of each in turn, so that their sums stay in registers. */
+typedef struct fp8_list {
+    fp8_entry *entry;
+    uint32_t n;
+    bool in_step; /* the latter */
+} fp8_list;
+
 /* The rows of one group in the scratch of a tile. */
 typedef struct fp8_group {
     uint32_t n;             /* rows */
@@ -56,8 +67,8 @@ typedef struct fp8_group {
     uint32_t *pairs, *fine; /* [K / 128][n_all]: of rows row0 .. of a block [FP8_PAIRS][n]: X, and inputs in
                                units of 2^-6, rounded down */
     fp8_block *blocks;      /* [K / 128][n_all] */
-    uint32_t *ends;         /* [K / 128 + 1]: entries of the blocks before */
-    fp8_entry *list;        /* block after block */
+    fp8_list *lists;        /* [K / 128] */
+    fp8_entry *entries;     /* block after block */
 } fp8_group;
 
 static fp8_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t i)
@@ -65,17 +76,17 @@ static fp8_group group_at(const cpu_q8_tile *t, uint32_t k, uint32_t i)
     uint64_t n_block = kn_blocks(k, CPU_CHUNK), n_row_block = n_block * t->n;
     fp8_group g = {.row0 = i * VNNI_GROUP, .n_all = t->n};
     static_assert(VNNI_HEAD_BYTES + CPU_Q8_ROWS * (2 * FP8_PAIRS * sizeof(*g.pairs) + sizeof(*g.blocks)) +
-                          VNNI_GROUPS_MAX * (FP8_LIST * sizeof(*g.list) + 2 * sizeof(*g.ends)) <=
+                          VNNI_GROUPS_MAX * (FP8_LIST * sizeof(*g.entries) + sizeof(*g.lists)) <=
                       CPU_X_BYTES * CPU_CHUNK,
                   "scratch");
     g.n = t->n - g.row0 < VNNI_GROUP ? t->n - g.row0 : VNNI_GROUP;
     g.pairs = (uint32_t *)(void *)((uint8_t *)t->x + VNNI_HEAD_BYTES);
     g.fine = g.pairs + n_row_block * FP8_PAIRS;
     g.blocks = (fp8_block *)(void *)(g.fine + n_row_block * FP8_PAIRS);
-    g.list = (fp8_entry *)(void *)(g.blocks + n_row_block);
-    g.ends = (uint32_t *)(void *)(g.list + kn_blocks(t->n, VNNI_GROUP) * n_block * FP8_LIST);
-    g.list += i * n_block * FP8_LIST;
-    g.ends += i * (n_block + 1);
+    g.entries = (fp8_entry *)(void *)(g.blocks + n_row_block);
+    g.lists = (fp8_list *)(void *)(g.entries + kn_blocks(t->n, VNNI_GROUP) * n_block * FP8_LIST);
+    g.entries += i * n_block * FP8_LIST;
+    g.lists += i * n_block;
     return g;
 }
 
@@ -131,7 +142,7 @@ typedef struct fp8_row {
 static fp8_block load_block(const uint8_t *codes, double scale, fp8_row *row_out)
 {
     __m512i units[8], sum = _mm512_setzero_si512();
-    uint64_t odd = 0;
+    uint64_t with_rest = 0, odd = 0;
     for (uint32_t i = 0; i < 8; i++) {
         units[i] = units_of(codes + 16 * i);
         sum = _mm512_add_epi32(sum, _mm512_abs_epi32(units[i]));
@@ -145,47 +156,43 @@ static fp8_block load_block(const uint8_t *codes, double scale, fp8_row *row_out
         _mm256_storeu_si256((__m256i *)(void *)(row_out->fine + 8 * i),
                             paired(_mm512_srai_epi32(units[i], FP8_SHIFT)));
         _mm256_storeu_si256((__m256i *)(void *)(row_out->rest + 8 * i), rest);
+        with_rest |= (uint64_t)_mm256_test_epi32_mask(rest, rest) << 8 * i;
         odd |= (uint64_t)_mm256_test_epi32_mask(rest, _mm256_set1_epi16(FP8_ODD)) << 8 * i;
     }
     return (fp8_block){.off = (FP8_TOO_MUCH + 0x1p31 * (1u << shift)) * 0x1p-15 * scale,
+                       .with_rest = with_rest,
                        .odd = odd,
                        .high = high_dword(0x1p52 * 0x1p-15 * scale),
                        .shift = shift};
 }
 
-/* The bits of pairs that are not zero. */
-static uint64_t not_zero(const uint32_t pairs[FP8_PAIRS])
-{
-    uint64_t bits = 0;
-    for (uint32_t at = 0; at < FP8_PAIRS; at += 16) {
-        __m512i v = _mm512_loadu_si512(pairs + at);
-        bits |= (uint64_t)kn_lanes_of(_mm512_test_epi32_mask(v, v)) << at;
-    }
-    return bits;
-}
-
-/* Lists the pairs of all rows that have an r, the first one of each row before the second of any: products
- * with one row wait for each other. Returns how many. */
-static uint32_t list_rests(const fp8_row *rows, uint32_t n, fp8_entry *list)
+/* Lists the pairs of n rows that have an r, the first one of each row before the second of any: products with
+ * one row wait for each other. */
+static fp8_list list_rests(const fp8_row *rows, const fp8_block *blocks, uint32_t n, fp8_entry *entries)
 {
     uint64_t left[VNNI_GROUP], any = 0;
-    uint32_t n_entry = 0;
+    fp8_list list = {.entry = entries};
+    uint32_t n_rest = 0;
     for (uint32_t r = 0; r < n; r++) {
-        left[r] = not_zero(rows[r].rest);
+        left[r] = blocks[r].with_rest;
         any |= left[r];
+        n_rest += (uint32_t)__builtin_popcountll(left[r]);
     }
+    list.in_step = n_rest > FP8_ALONE * n;
     for (; any != 0;) {
         any = 0;
         for (uint32_t r = 0; r < n; r++) {
-            uint32_t p = left[r] != 0 ? (uint32_t)__builtin_ctzll(left[r]) : 0;
-            list[n_entry] = (fp8_entry){
-                .pair = rows[r].rest[p], .at = (uint16_t)(p * sizeof(__m512i)), .row = (uint16_t)r};
-            n_entry += left[r] != 0;
+            bool there = left[r] != 0;
+            uint32_t p = there ? (uint32_t)__builtin_ctzll(left[r]) : 0;
+            entries[list.n] = (fp8_entry){.pair = there ? rows[r].rest[p] : 0,
+                                          .at = (uint16_t)(p * sizeof(__m512i)),
+                                          .row = (uint16_t)r};
+            list.n += there || list.in_step;
             left[r] &= left[r] - 1;
             any |= left[r];
         }
     }
-    return n_entry;
+    return list;
 }
 
 /* The rows of a group side by side. */
@@ -221,10 +228,9 @@ static void load_group(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
     (void)i_thread;
     for (uint32_t i = begin; i < end; i++) {
         fp8_group g = group_at(j->tile, j->k, i);
-        uint32_t n = 0;
+        fp8_entry *entries = g.entries;
         for (uint32_t at = 0, b = 0; at < j->k; at += CPU_CHUNK, b++) {
             fp8_row rows[VNNI_GROUP];
-            g.ends[b] = n;
             for (uint32_t r = 0; r < g.n; r++) {
                 uint8_t spare[CPU_CHUNK];
                 uint32_t row = g.row0 + r, len = chunk_len(j->k, at);
@@ -232,9 +238,9 @@ static void load_group(void *arg, uint32_t begin, uint32_t end, uint32_t i_threa
                     load_block(chunk_bytes(j->tile->codes[row], at, len, CPU_CHUNK, spare),
                                kn_e8m0_decode(j->tile->scales[row][b]), &rows[r]);
             }
-            n += list_rests(rows, g.n, g.list + n);
+            g.lists[b] = list_rests(rows, g.blocks + first_at(&g, b), g.n, entries);
+            entries += g.lists[b].n;
             put_rows(&g, b, rows);
-            g.ends[b + 1] = n;
         }
     }
 }
@@ -255,7 +261,7 @@ typedef struct fp8_factors {
 
 INLINED fp8_factors factors_of(const fp8_block *block)
 {
-    return (fp8_factors){_mm512_set1_epi64((int64_t)block->shift), _mm512_set1_epi32((int32_t)block->high),
+    return (fp8_factors){_mm512_set1_epi64(block->shift), _mm512_set1_epi32((int32_t)block->high),
                          _mm512_set1_pd(block->off)};
 }
 
@@ -274,6 +280,7 @@ typedef struct fp8_sums {
     __m512i main[FP8_TILES][VNNI_GROUP]; /* of X W */
     __m512i rest[FP8_TILES][VNNI_GROUP]; /* of r W and fine s */
     const fp8_block *block;              /* of the first row */
+    uint64_t with_rest[FP8_TILES];       /* bit p: weights of pair p have an s */
     double w_scale[FP8_TILES];
     vnni_sums *acc[FP8_TILES];
 } fp8_sums;
@@ -290,20 +297,45 @@ INLINED __m512i add_entry(__m512i acc, const fp8_weights *w, const fp8_entry *e,
     return dot(dot(acc, column.pair[0], p % 2 == 0 ? e->pair : 0), column.pair[1], p % 2 == 1 ? e->pair : 0);
 }
 
-/* Sums r and s of n rows and n_tile tiles; returns whether an input and a weight that have one may meet. */
-INLINED bool sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, const uint32_t n_tile,
-                       const uint32_t n, const bool decoded, fp8_sums *sums)
+/* Adds those of a list of as many of each row, one row's sums in a register. The block is decoded. */
+INLINED void add_in_step(const fp8_weights *w, const fp8_list *list, const uint32_t n_tile, const uint32_t n,
+                         fp8_sums *sums)
+{
+    __m512i sum[FP8_TILES][VNNI_GROUP];
+    for (uint32_t r = 0; r < n; r++) {
+        for (uint32_t k = 0; k < n_tile; k++) {
+            sum[k][r] = sums->rest[k][r];
+        }
+    }
+    for (const fp8_entry *e = list->entry, *end = e + list->n; e < end; e += n) {
+        for (uint32_t r = 0; r < n; r++) {
+            for (uint32_t k = 0; k < n_tile; k++) {
+                sum[k][r] = add_entry(sum[k][r], &w[k], &e[r], true);
+            }
+        }
+    }
+    for (uint32_t r = 0; r < n; r++) {
+        for (uint32_t k = 0; k < n_tile; k++) {
+            sums->rest[k][r] = sum[k][r];
+        }
+    }
+}
+
+/* Sums r and s of n rows and n_tile tiles. */
+INLINED void sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, const uint32_t n_tile,
+                       const uint32_t n, const bool decoded, const bool in_step, fp8_sums *sums)
 {
     const uint32_t *fine = g->fine + first_at(g, b) * FP8_PAIRS;
-    uint64_t odd = 0, with_rest = 0;
+    const fp8_list *list = &g->lists[b];
     for (uint32_t k = 0; k < n_tile; k++) {
         __m512i sum[VNNI_GROUP];
+        sums->with_rest[k] = 0;
         for (uint32_t r = 0; r < n; r++) {
             sum[r] = _mm512_set1_epi32(INT32_MIN);
         }
         for (uint32_t i = 0; i < w[k].n_rest; i++) {
             const uint32_t *x = fine + w[k].rest_of[i] * n;
-            with_rest |= 1ull << w[k].rest_of[i];
+            sums->with_rest[k] |= 1ull << w[k].rest_of[i];
             for (uint32_t r = 0; r < n; r++) {
                 sum[r] = dot(sum[r], w[k].rests[i], x[r]);
             }
@@ -312,15 +344,15 @@ INLINED bool sum_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, con
             sums->rest[k][r] = sum[r];
         }
     }
-    for (const fp8_entry *e = g->list + g->ends[b], *end = g->list + g->ends[b + 1]; e < end; e++) {
+    if (in_step) {
+        add_in_step(w, list, n_tile, n, sums);
+        return;
+    }
+    for (const fp8_entry *e = list->entry, *end = e + list->n; e < end; e++) {
         for (uint32_t k = 0; k < n_tile; k++) {
             sums->rest[k][e->row] = add_entry(sums->rest[k][e->row], &w[k], e, decoded);
         }
     }
-    for (uint32_t r = 0; r < n; r++) {
-        odd |= g->blocks[first_at(g, b) + r].odd;
-    }
-    return (odd & with_rest) != 0;
 }
 
 /* Adds a block's sum of a row. It is exact; its product with the weights' scale and the addition round once
@@ -349,34 +381,64 @@ static void add_rows(const fp8_sums *sums, uint32_t n_tile, uint32_t n)
     }
 }
 
-/* The same where an input and a weight meet that both have a rest: hardly ever, so with both as doubles. */
-APART void add_rows_and_both(const fp8_weights *w, const fp8_group *g, uint32_t b, const fp8_sums *sums,
-                             uint32_t n_tile)
+/* Whether one row may meet the weights of any tile where both have a rest. */
+INLINED bool both_meet(const fp8_sums *sums, const uint32_t n_tile, const uint32_t n)
 {
-    __m512i both[FP8_TILES][VNNI_GROUP];
-    for (uint32_t r = 0; r < g->n; r++) {
-        both[0][r] = both[1][r] = _mm512_set1_epi32(INT32_MIN);
+    uint64_t odd = 0;
+    for (uint32_t r = 0; r < n; r++) {
+        odd |= sums->block[r].odd;
     }
-    for (const fp8_entry *e = g->list + g->ends[b], *end = g->list + g->ends[b + 1]; e < end; e++) {
-        for (uint32_t k = 0; k < n_tile; k++) {
-            for (uint32_t i = 0; i < w[k].n_rest; i++) {
-                if (e->at == w[k].rest_of[i] * sizeof(__m512i)) {
-                    both[k][e->row] =
-                        dot(both[k][e->row], w[k].rests[i], e->pair & (FP8_ODD | FP8_ODD << 16));
-                }
-            }
+    return (odd & (n_tile > 1 ? sums->with_rest[0] | sums->with_rest[1] : sums->with_rest[0])) != 0;
+}
+
+/* The r of pair p of row r, which has one. */
+static uint32_t find_rest(const fp8_group *g, uint32_t b, uint32_t r, uint32_t p)
+{
+    const fp8_list *list = &g->lists[b];
+    const fp8_entry *e = list->entry;
+    if (list->in_step) {
+        uint64_t before = g->blocks[first_at(g, b) + r].with_rest & ((1ull << p) - 1);
+        return e[(uint32_t)__builtin_popcountll(before) * g->n + r].pair;
+    }
+    while (e->row != r || e->at != p * sizeof(__m512i)) {
+        e++;
+    }
+    return e->pair;
+}
+
+/* Sums of r' s of row r. */
+static __m512i both_rests(const fp8_weights *w, const fp8_group *g, uint32_t b, uint32_t r)
+{
+    uint64_t odd = g->blocks[first_at(g, b) + r].odd;
+    __m512i sum = _mm512_set1_epi32(INT32_MIN);
+    for (uint32_t i = 0; i < w->n_rest; i++) {
+        uint32_t p = w->rest_of[i];
+        if ((odd >> p & 1) != 0) {
+            sum = dot(sum, w->rests[i], find_rest(g, b, r, p) & (FP8_ODD | FP8_ODD << 16));
         }
     }
+    return sum;
+}
+
+/* Adds the sums of rows and tiles where an input and a weight meet that both have a rest, and leaves zero of
+ * them: hardly ever, so with both as doubles. */
+APART void add_both(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums, uint32_t n_tile)
+{
     for (uint32_t r = 0; r < g->n; r++) {
         const fp8_block *block = &sums->block[r];
-        double unit = block->off / (FP8_TOO_MUCH + 0x1p31 * (double)(1u << block->shift));
-        fp8_factors f = factors_of(block);
         for (uint32_t k = 0; k < n_tile; k++) {
+            if ((block->odd & sums->with_rest[k]) == 0) {
+                continue;
+            }
+            double unit = block->off / (FP8_TOO_MUCH + 0x1p31 * (double)(1u << block->shift));
+            fp8_factors f = factors_of(block);
+            __m512i both = both_rests(&w[k], g, b, r);
             for (int half = 0; half < 2; half++) {
                 __m512d sum = as_doubles(sums->main[k][r], sums->rest[k][r], &f, half);
-                sum = _mm512_fmadd_pd(to_double(both[k][r], half), _mm512_set1_pd(0.125 * unit), sum);
+                sum = _mm512_fmadd_pd(to_double(both, half), _mm512_set1_pd(0.125 * unit), sum);
                 add_half(sum, _mm512_set1_pd(sums->w_scale[k]), (*sums->acc[k])[r] + 8 * half);
             }
+            sums->main[k][r] = sums->rest[k][r] = _mm512_set1_epi32(INT32_MIN);
         }
     }
 }
@@ -417,11 +479,15 @@ INLINED void multiply(const fp8_weights *w, const uint32_t *x, const fp8_sums *l
 /* One copy for each number of rows. Rests are summed by another: what the compiler merges of both costs more
  * than a call. */
 typedef void (*group_fn)(const fp8_weights *w, const uint32_t *x, const fp8_sums *last, fp8_sums *sums);
-typedef bool (*rests_fn)(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums);
+typedef void (*rests_fn)(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums);
 #define GROUP(n_)                                                                                            \
-    APART bool group_rests_##n_(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)        \
+    APART void group_rests_##n_(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)        \
     {                                                                                                        \
-        return sum_rests(w, g, b, FP8_TILES, n_, true, sums);                                                \
+        if (g->lists[b].in_step) {                                                                           \
+            sum_rests(w, g, b, FP8_TILES, n_, true, true, sums);                                             \
+        } else {                                                                                             \
+            sum_rests(w, g, b, FP8_TILES, n_, true, false, sums);                                            \
+        }                                                                                                    \
     }                                                                                                        \
     APART void group_rows_##n_(const fp8_weights *w, const uint32_t *x, const fp8_sums *last,                \
                                fp8_sums *sums)                                                               \
@@ -444,8 +510,8 @@ static const rests_fn GROUP_RESTS[] = {NULL,          group_rests_1, group_rests
 
 /* All n rows of a tile that has few, and one tile of outputs, whose columns are decoded in passing. Pairs
  * have sums of their own, so that one row need not wait for its last product. */
-INLINED void multiply_few(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums,
-                          const uint32_t n)
+INLINED void multiply_few(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums, const uint32_t n,
+                          const bool in_step)
 {
     const uint32_t *x = g->pairs + first_at(g, b) * FP8_PAIRS;
     fp8_tables tables = load_tables();
@@ -454,40 +520,53 @@ INLINED void multiply_few(const fp8_weights *w, const fp8_group *g, uint32_t b, 
         sum[0][r] = _mm512_set1_epi32(INT32_MIN);
         sum[1][r] = _mm512_setzero_si512();
     }
+    for (uint32_t j0 = 0; j0 < FP8_COLUMNS; j0 += 2) {
 #pragma GCC unroll 2
-    for (uint32_t j = 0; j < FP8_COLUMNS; j++, x += 2 * n) {
-        fp8_column column = decode_column(&tables, w->codes[j]);
-        ask_ahead(&w->codes[j]);
-        for (uint32_t i = 0; i < 2; i++) {
-            for (uint32_t r = 0; r < n; r++) {
-                sum[i][r] = dot(sum[i][r], column.pair[i], x[i * n + r]);
+        for (uint32_t j = j0; j < j0 + 2; j++, x += 2 * n) {
+            fp8_column column = decode_column(&tables, w->codes[j]);
+            ask_ahead(&w->codes[j]);
+#pragma GCC unroll 2
+            for (uint32_t i = 0; i < 2; i++) {
+                if (in_step) {
+                    w->pairs[2 * j + i] = column.pair[i];
+                }
+#pragma GCC unroll 4
+                for (uint32_t r = 0; r < n; r++) {
+                    sum[i][r] = dot(sum[i][r], column.pair[i], x[i * n + r]);
+                }
             }
         }
     }
     for (uint32_t r = 0; r < n; r++) {
         sums->main[0][r] = _mm512_add_epi32(sum[0][r], sum[1][r]);
     }
-    if (__builtin_expect(sum_rests(w, g, b, 1, n, false, sums), 0)) {
-        add_rows_and_both(w, g, b, sums, 1);
-    } else {
-        add_rows(sums, 1, n);
+    sum_rests(w, g, b, 1, n, in_step, in_step, sums);
+    if (__builtin_expect(both_meet(sums, 1, n), 0)) {
+        add_both(w, g, b, sums, 1);
     }
+    add_rows(sums, 1, n);
 }
 
+/* One copy for each number of rows, and each kind of list. */
+typedef void (*few_fn)(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums);
 #define FEW(n_)                                                                                              \
-    case n_:                                                                                                 \
-        multiply_few(w, g, b, sums, n_);                                                                     \
-        break;
-
-static void few_rows(const fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)
-{
-    switch (g->n) {
-        FEW(1)
-        FEW(2)
-        FEW(3)
-        FEW(4)
+    APART void few_rows_##n_(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)                 \
+    {                                                                                                        \
+        multiply_few(w, g, b, sums, n_, false);                                                              \
+    }                                                                                                        \
+    APART void few_in_step_##n_(fp8_weights *w, const fp8_group *g, uint32_t b, fp8_sums *sums)              \
+    {                                                                                                        \
+        multiply_few(w, g, b, sums, n_, true);                                                               \
     }
-}
+FEW(1)
+FEW(2)
+FEW(3)
+FEW(4)
+static const few_fn FEW_ROWS[][2] = {{NULL, NULL},
+                                     {few_rows_1, few_in_step_1},
+                                     {few_rows_2, few_in_step_2},
+                                     {few_rows_3, few_in_step_3},
+                                     {few_rows_4, few_in_step_4}};
 
 /* The first tile twice where there is no second. */
 typedef struct fp8_tiles {
@@ -514,7 +593,7 @@ static void few_sums(const cpu_q8_tile *t, const kn_matrix *w, fp8_tiles *tiles)
         for (uint32_t b = 0; b < kn_blocks(w->n_in, CPU_CHUNK); b++) {
             sums.block = g.blocks + first_at(&g, b);
             sums.w_scale[0] = open_block(w, b, tiles, k);
-            few_rows(&tiles->w[k], &g, b, &sums);
+            FEW_ROWS[g.n][g.lists[b].in_step](&tiles->w[k], &g, b, &sums);
         }
     }
 }
@@ -532,15 +611,15 @@ static void ask_fine(const fp8_weights *w, const fp8_group *g, uint32_t b)
 
 /* Sums of group i, and those of the last one added. */
 INLINED void group_sums(const fp8_weights *w, const fp8_group *g, uint32_t b, const fp8_sums *last,
-                        fp8_sums *sums, vnni_sums *spare)
+                        fp8_sums *sums)
 {
     sums->block = g->blocks + first_at(g, b);
-    bool both = GROUP_RESTS[g->n](w, g, b, sums);
+    GROUP_RESTS[g->n](w, g, b, sums);
     GROUP_ROWS[g->n](w, g->pairs + first_at(g, b) * FP8_PAIRS, last, sums);
-    if (__builtin_expect(both, 0)) {
-        add_rows_and_both(w, g, b, sums, FP8_TILES);
-        sums->acc[0] = sums->acc[1] = spare;
-    } else if (g->n < VNNI_GROUP) {
+    if (__builtin_expect(both_meet(sums, FP8_TILES, g->n), 0)) {
+        add_both(w, g, b, sums, FP8_TILES);
+    }
+    if (g->n < VNNI_GROUP) {
         add_rows(sums, FP8_TILES, g->n);
     }
 }
@@ -568,7 +647,7 @@ static void many_sums(const cpu_q8_tile *t, const kn_matrix *w, fp8_tiles *tiles
             memcpy(sums[now].w_scale, scale, sizeof(scale));
             sums[now].acc[0] = &tiles->acc[0][i];
             sums[now].acc[1] = &tiles->acc[1][i];
-            group_sums(tiles->w, &group[i], b, &sums[1 - now], &sums[now], &spare);
+            group_sums(tiles->w, &group[i], b, &sums[1 - now], &sums[now]);
             now = group[i].n == VNNI_GROUP ? 1 - now : now;
         }
     }

@@ -74,12 +74,11 @@ INLINED fp8_column with_signs(__m512i even, __m512i odd, __m512i codes)
 /* W of a column. */
 INLINED fp8_column decode_column(const fp8_tables *t, __m512i codes)
 {
-    const __m512i even = _mm512_set1_epi16(0xff);
+    const __m512i swap = _mm512_set4_epi32(0x0e0f0c0d, 0x0a0b0809, 0x06070405, 0x02030001);
     __m512i low = _mm512_permutex2var_epi8(t->byte[0][0], codes, t->byte[0][1]);
     __m512i high = _mm512_permutex2var_epi8(t->byte[1][0], codes, t->byte[1][1]);
-    /* 0xca: the second where the first has a bit, otherwise the third */
-    return with_signs(_mm512_ternarylogic_epi32(even, low, _mm512_slli_epi16(high, 8), 0xca),
-                      _mm512_ternarylogic_epi32(even, _mm512_srli_epi16(low, 8), high, 0xca), codes);
+    return with_signs(_mm512_mask_shuffle_epi8(low, 0xaaaaaaaaaaaaaaaa, high, swap),
+                      _mm512_mask_shuffle_epi8(high, 0x5555555555555555, low, swap), codes);
 }
 
 static inline __m512i rest_bytes(__m512i codes)

@@ -20,6 +20,8 @@ typedef enum form {
     FORM_INPUT_REST,  /* among large ones small inputs, whose last bits stand apart */
     FORM_WEIGHT_REST, /* small weights likewise */
     FORM_BOTH_REST,   /* one meets the other */
+    FORM_FEW_RESTS,   /* about one in a block and row, each row's elsewhere */
+    FORM_MANY_RESTS,  /* as beside outliers: as many as ten in a block, likewise */
     FORM_MOST,        /* nothing but 448 in the first half: the largest sums of all */
     FORM_LEAST,       /* nothing but 2^-9 to 7 2^-9 */
     FORM_ENDS,        /* scales at the ends of E8M0 */
@@ -34,12 +36,20 @@ typedef struct operands {
     uint8_t w_codes[O][K], w_scales[K / KN_ACT_BLOCK];
 } operands;
 
-static bool is_small(uint32_t i)
+enum { ROW_KEY = 10, OUT_KEY = 300 };
+
+/* Of the row or output that has the key. Where small inputs are drawn most weights are small, so that with
+ * few of them some outputs have nothing but products of two small ones left. */
+static bool is_small(form f, uint64_t key, uint32_t i)
 {
-    return i % 16 == 5;
+    uint32_t u = random_u32(1000 + key, i);
+    if (f != FORM_FEW_RESTS && f != FORM_MANY_RESTS) {
+        return i % 16 == 5;
+    }
+    return key >= OUT_KEY ? u % 4 != 0 : u % (f == FORM_FEW_RESTS ? 128 : 8 + key % 16) == 0;
 }
 
-/* i < HALF; small ones are odd multiples of 2^-9. */
+/* i < HALF; small ones are odd multiples of 2^-9, or of many sizes where they are drawn. */
 static uint8_t code_at(form f, uint64_t key, uint32_t i, bool with_small)
 {
     uint32_t u = random_u32(key, i), sign = u >> 24 & 0x80;
@@ -47,7 +57,10 @@ static uint8_t code_at(form f, uint64_t key, uint32_t i, bool with_small)
     case FORM_INPUT_REST:
     case FORM_WEIGHT_REST:
     case FORM_BOTH_REST:
-        return (uint8_t)(sign | (with_small && is_small(i) ? 1 + u % 4 * 2 : LARGE + u % 7));
+        return (uint8_t)(sign | (with_small && is_small(f, key, i) ? 1 + u % 4 * 2 : LARGE + u % 7));
+    case FORM_FEW_RESTS:
+    case FORM_MANY_RESTS:
+        return (uint8_t)(sign | (is_small(f, key, i) ? 1 + u % 0x3f : LARGE + u % 7));
     case FORM_MOST:
         return MOST;
     case FORM_LEAST:
@@ -60,10 +73,10 @@ static uint8_t code_at(form f, uint64_t key, uint32_t i, bool with_small)
 }
 
 /* What of the second half is not there: the rest of it is the first, with weights negated. */
-static bool is_left_out(form f, uint32_t i)
+static bool is_left_out(form f, uint64_t key, uint32_t i)
 {
-    bool rests = f == FORM_INPUT_REST || f == FORM_WEIGHT_REST || f == FORM_BOTH_REST;
-    return (rests && is_small(i)) || f == FORM_MOST;
+    bool rests = f >= FORM_INPUT_REST && f <= FORM_MANY_RESTS;
+    return (rests && is_small(f, key, i)) || f == FORM_MOST;
 }
 
 static void make(form f, operands *x)
@@ -71,9 +84,9 @@ static void make(form f, operands *x)
     for (uint32_t r = 0; r < N; r++) {
         for (uint32_t i = 0; i < HALF; i++) {
             uint8_t code =
-                f == FORM_ZEROS && r % 3 == 0 ? 0x80 : code_at(f, 10 + r, i, f != FORM_WEIGHT_REST);
+                f == FORM_ZEROS && r % 3 == 0 ? 0x80 : code_at(f, ROW_KEY + r, i, f != FORM_WEIGHT_REST);
             x->codes[r][i] = code;
-            x->codes[r][i + HALF] = is_left_out(f, i) ? 0 : code;
+            x->codes[r][i + HALF] = is_left_out(f, ROW_KEY + r, i) ? 0 : code;
         }
         for (uint32_t b = 0; b < K / KN_ACT_BLOCK; b++) {
             uint32_t u = random_u32(200 + r, b % (HALF / KN_ACT_BLOCK));
@@ -82,7 +95,7 @@ static void make(form f, operands *x)
     }
     for (uint32_t o = 0; o < O; o++) {
         for (uint32_t i = 0; i < HALF; i++) {
-            uint8_t code = code_at(f, 300 + o, i, f != FORM_INPUT_REST);
+            uint8_t code = code_at(f, OUT_KEY + o, i, f != FORM_INPUT_REST);
             x->w_codes[o][i] = code;
             x->w_codes[o][i + HALF] = code ^ 0x80;
         }
@@ -135,7 +148,7 @@ static const kn_limits LIMITS = {
 
 static void compare(form f, uint32_t k)
 {
-    static const uint32_t cuts[] = {1, 2, 3, 4, 5, 6, 7, 8, 11, N};
+    static const uint32_t cuts[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, N};
     static uint16_t want[N][O], got[N][O];
     operands *x = cm_alloc(sizeof(*x));
     rig r;
@@ -174,6 +187,8 @@ FORM_TEST(plain, FORM_PLAIN)
 FORM_TEST(input_rest, FORM_INPUT_REST)
 FORM_TEST(weight_rest, FORM_WEIGHT_REST)
 FORM_TEST(both_rest, FORM_BOTH_REST)
+FORM_TEST(few_rests, FORM_FEW_RESTS)
+FORM_TEST(many_rests, FORM_MANY_RESTS)
 FORM_TEST(most, FORM_MOST)
 FORM_TEST(least, FORM_LEAST)
 FORM_TEST(ends, FORM_ENDS)
@@ -186,6 +201,7 @@ int main(int argc, char **argv)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_plain),       cmocka_unit_test(test_input_rest),
         cmocka_unit_test(test_weight_rest), cmocka_unit_test(test_both_rest),
+        cmocka_unit_test(test_few_rests),   cmocka_unit_test(test_many_rests),
         cmocka_unit_test(test_most),        cmocka_unit_test(test_least),
         cmocka_unit_test(test_ends),        cmocka_unit_test(test_zeros),
         cmocka_unit_test(test_nan_weight),  cmocka_unit_test(test_nan_input),
