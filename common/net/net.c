@@ -13,7 +13,7 @@
 enum { NET_POLL_TURNS = 256 };
 /* net_poll_awake: about what it costs to sleep and be woken, and how rare looks in vain become: one of 64
  * calls. */
-enum { NET_AWAKE_US = 50, NET_VAIN_MAX = 6, NET_LOOKS_ALONE = 16 };
+enum { NET_AWAKE_US = 50, NET_VAIN_MAX = 6, NET_LOOKS_ALONE = 64 };
 /* The layer's own messages of one link: hello, heartbeat, refusal, goodbye, lists of keys. */
 enum { NET_NOTES_PER_PEER = 4 + NET_KEYS_NOTES_MAX };
 

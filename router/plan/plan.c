@@ -5,18 +5,31 @@
 #include "common/base/assert.h"
 #include "common/base/mem.h"
 
+enum { PLAN_UNWANTED = UINT16_MAX, PLAN_ANY = UINT16_MAX - 1 };
+/* A part is ordered by halves of its experts' numbers; a short one by insertion. */
+enum {
+    PLAN_DIGIT_BITS = 6,
+    PLAN_DIGITS = 1 << PLAN_DIGIT_BITS,
+    PLAN_EXPERTS_MAX = PLAN_DIGITS * PLAN_DIGITS
+};
+enum { PLAN_FEW = 24 };
+
+/* Of a rank whose frame is made in one go. */
+typedef struct plan_rank {
+    uint32_t slot0, n_row;
+    uint32_t next; /* 1 + the newest row of the batch that has a slot here */
+} plan_rank;
+
 /* What the caller sees and, behind it, the work space of a build. */
 typedef struct plan_memory {
     rt_plan plan;
     uint16_t *slot_rank; /* [slot_max] of each slot of the batch; PLAN_UNWANTED: none, PLAN_ANY: not yet */
-    uint32_t at[PR_RANK_MAX]; /* where the rank's next slot goes; after scattering, its end */
-    pr_slot *slots;           /* [slot_max] of a part that is being ordered, half way */
+    uint32_t at[PR_RANK_MAX];             /* where the rank's next slot goes; after scattering, its end */
+    uint32_t expert_at[PLAN_EXPERTS_MAX]; /* slots of an expert with one owner; where its next slot goes */
+    plan_rank ranks[PR_RANK_MAX];
+    pr_slot *slots; /* [slot_max] of a part that is being ordered, half way */
     uint32_t *targets;
 } plan_memory;
-
-enum { PLAN_UNWANTED = UINT16_MAX, PLAN_ANY = UINT16_MAX - 1 };
-/* A part is ordered by halves of its experts' numbers; a short one by insertion. */
-enum { PLAN_DIGIT_BITS = 6, PLAN_DIGITS = 1 << PLAN_DIGIT_BITS, PLAN_FEW = 24 };
 
 /* What is planned, as given. */
 typedef struct plan_task {
@@ -131,11 +144,13 @@ static cm_status plan_choose_any(plan_memory *memory, const plan_task *t, uint32
 /* Chooses a rank for every wanted slot and counts them per rank: first where there is no choice, then where
  * there is. A layer of a large step has thousands of slots and there are dozens of layers: the loops over
  * slots here and below divide nothing and call nothing. */
-static cm_status plan_choose(plan_memory *memory, const plan_task *t, uint32_t *expert_out)
+static cm_status plan_choose(plan_memory *memory, const plan_task *t, uint32_t *n_any_out,
+                             uint32_t *expert_out)
 {
     uint32_t n_slot = t->n_row * t->limits->topk, n_expert = t->placement->n_expert, n_any = 0;
     uint32_t *at = memory->at;
     memset(at, 0, sizeof(at[0]) * t->placement->n_rank);
+    memset(memory->expert_at, 0, sizeof(memory->expert_at[0]) * n_expert);
     for (uint32_t i = 0; i < n_slot; i++) {
         uint32_t expert = (uint32_t)t->experts[i];
         if (t->wanted != NULL && !t->wanted[i]) {
@@ -155,10 +170,94 @@ static cm_status plan_choose(plan_memory *memory, const plan_task *t, uint32_t *
         }
         uint16_t rank = t->placement->owner[first];
         memory->slot_rank[i] = rank;
+        memory->expert_at[expert]++;
         at[rank]++;
     }
+    *n_any_out = n_any;
     return n_any > 0 ? plan_choose_any(memory, t, expert_out) : CM_OK;
 }
+
+static rt_part *plan_part_add(rt_plan *plan, uint32_t rank, uint32_t slot0)
+{
+    CM_ASSERT_MSG(plan->n_part < plan->part_max, "%u parts", plan->part_max);
+    rt_part *part = &plan->parts[plan->n_part++];
+    *part = (rt_part){.rank = rank, .row0 = plan->n_row, .slot0 = slot0};
+    return part;
+}
+
+/* ---- at once: every expert has one owner, and a rank's slots are surely one frame ---- */
+
+static bool plan_is_plain(const plan_memory *memory, const plan_task *t, uint32_t n_any)
+{
+    for (uint32_t rank = 0; rank < t->placement->n_rank; rank++) {
+        uint32_t n = memory->at[rank];
+        if (n > 0 && !plan_fits(t->limits, n, n)) { /* a row has at least one slot */
+            return false;
+        }
+    }
+    return n_any == 0;
+}
+
+/* Where the slots of each rank and, within it, of each expert begin. */
+static void plan_begin_ranks(plan_memory *memory, const plan_task *t)
+{
+    uint32_t n_before = 0, *at = memory->at;
+    for (uint32_t rank = 0; rank < t->placement->n_rank; rank++) {
+        memory->ranks[rank] = (plan_rank){.slot0 = n_before};
+        n_before += at[rank];
+        at[rank] = memory->ranks[rank].slot0;
+    }
+    for (uint32_t e = 0; e < t->placement->n_expert; e++) {
+        uint32_t n = memory->expert_at[e];
+        if (n > 0) {
+            uint32_t *rank_at = &at[t->placement->owner[t->first[e]]];
+            memory->expert_at[e] = *rank_at;
+            *rank_at += n;
+        }
+    }
+    memory->plan.n_slot = n_before;
+}
+
+/* Slots to their places, in the batch's order; rows are counted on the way, a rank's from its first slot on.
+ * Whether a slot begins a row is a coin's throw to a branch predictor: there is none. */
+static void plan_put_slots(plan_memory *memory, const plan_task *t)
+{
+    uint32_t topk = t->limits->topk, *targets = memory->plan.targets, *rows = memory->plan.rows;
+    pr_slot *slots = memory->plan.slots;
+    for (uint32_t row = 0, i = 0; row < t->n_row; row++) {
+        for (uint32_t k = 0; k < topk; k++, i++) {
+            if (memory->slot_rank[i] == PLAN_UNWANTED) {
+                continue;
+            }
+            uint32_t expert = (uint32_t)t->experts[i], to = memory->expert_at[expert]++;
+            plan_rank *rank = &memory->ranks[memory->slot_rank[i]];
+            rank->n_row += rank->next != row + 1;
+            rank->next = row + 1;
+            rows[rank->slot0 + rank->n_row - 1] = row;
+            targets[to] = i;
+            slots[to] = (pr_slot){rank->n_row - 1, expert, t->weights[i]};
+        }
+    }
+}
+
+static void plan_build_plain(plan_memory *memory, const plan_task *t)
+{
+    rt_plan *plan = &memory->plan;
+    plan_begin_ranks(memory, t);
+    plan_put_slots(memory, t);
+    for (uint32_t i = 0; i < t->placement->n_rank; i++) {
+        const plan_rank *rank = &memory->ranks[i];
+        if (rank->n_row > 0) {
+            rt_part *part = plan_part_add(plan, i, rank->slot0);
+            part->n_slot = memory->at[i] - rank->slot0;
+            part->n_row = rank->n_row;
+            memmove(plan->rows + plan->n_row, plan->rows + rank->slot0, sizeof(uint32_t) * rank->n_row);
+            plan->n_row += rank->n_row;
+        }
+    }
+}
+
+/* ---- else: by rank, cut into frames, each ordered by expert ---- */
 
 /* Sorts the slots of the batch by rank into plan->targets and plan->slots; within a rank they stay ordered by
  * (row, slot) until rows are counted. Rows are the batch's as yet. */
@@ -185,16 +284,7 @@ static void plan_scatter(plan_memory *memory, const plan_task *t)
     memory->plan.n_slot = n_before;
 }
 
-static rt_part *plan_part_add(rt_plan *plan, uint32_t rank, uint32_t slot0)
-{
-    CM_ASSERT_MSG(plan->n_part < plan->part_max, "%u parts", plan->part_max);
-    rt_part *part = &plan->parts[plan->n_part++];
-    *part = (rt_part){.rank = rank, .row0 = plan->n_row, .slot0 = slot0};
-    return part;
-}
-
-/* One rank's slots, slot0 .. end - 1, as one frame. Whether a slot begins a row is a coin's throw to a branch
- * predictor: there is none. */
+/* One rank's slots, slot0 .. end - 1, as one frame. */
 static void plan_put_whole(rt_plan *plan, uint32_t rank, uint32_t slot0, uint32_t end)
 {
     rt_part *part = plan_part_add(plan, rank, slot0);
@@ -282,6 +372,24 @@ static void plan_order(const plan_memory *memory, const rt_part *part)
     plan_order_half(memory->slots, memory->targets, n, PLAN_DIGIT_BITS, slots, targets);
 }
 
+static void plan_build_frames(plan_memory *memory, const plan_task *t)
+{
+    rt_plan *plan = &memory->plan;
+    plan_scatter(memory, t);
+    for (uint32_t rank = 0, slot0 = 0; rank < t->placement->n_rank; rank++) {
+        uint32_t end = memory->at[rank], n = end - slot0;
+        if (n > 0 && plan_fits(t->limits, n, n)) { /* surely: a row has at least one slot */
+            plan_put_whole(plan, rank, slot0, end);
+        } else {
+            plan_cut(plan, t->limits, rank, slot0, end);
+        }
+        slot0 = end;
+    }
+    for (uint32_t i = 0; i < plan->n_part; i++) {
+        plan_order(memory, &plan->parts[i]);
+    }
+}
+
 cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_placement *placement,
                         uint32_t layer, const int32_t *experts, const float *weights, uint32_t n_row,
                         const uint8_t *wanted, const uint64_t *avoid, uint32_t *expert_out)
@@ -290,7 +398,7 @@ cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_pl
     CM_ASSERT_MSG(n_row <= limits->row_max && (uint64_t)n_row * limits->topk <= plan->slot_max,
                   "%u rows of %u, %u slots", n_row, limits->row_max, plan->slot_max);
     CM_ASSERT_MSG(layer < placement->n_layer && placement->n_rank <= PR_RANK_MAX &&
-                      placement->n_expert <= PLAN_DIGITS * PLAN_DIGITS,
+                      placement->n_expert <= PLAN_EXPERTS_MAX,
                   "layer %u of %u, %u ranks, %u experts", layer, placement->n_layer, placement->n_rank,
                   placement->n_expert);
     plan_task task = {.limits = limits,
@@ -302,19 +410,12 @@ cm_status rt_plan_build(rt_plan *plan, const rt_plan_limits *limits, const pr_pl
                       .wanted = wanted,
                       .avoid = avoid};
     plan->n_part = plan->n_row = plan->n_slot = 0;
-    CM_TRY(plan_choose(memory, &task, expert_out));
-    plan_scatter(memory, &task);
-    for (uint32_t rank = 0, slot0 = 0; rank < placement->n_rank; rank++) {
-        uint32_t end = memory->at[rank], n = end - slot0;
-        if (n > 0 && plan_fits(limits, n, n)) { /* surely: a row has at least one slot */
-            plan_put_whole(plan, rank, slot0, end);
-        } else {
-            plan_cut(plan, limits, rank, slot0, end);
-        }
-        slot0 = end;
-    }
-    for (uint32_t i = 0; i < plan->n_part; i++) {
-        plan_order(memory, &plan->parts[i]);
+    uint32_t n_any;
+    CM_TRY(plan_choose(memory, &task, &n_any, expert_out));
+    if (plan_is_plain(memory, &task, n_any)) {
+        plan_build_plain(memory, &task);
+    } else {
+        plan_build_frames(memory, &task);
     }
     return CM_OK;
 }
