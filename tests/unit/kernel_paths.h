@@ -16,15 +16,18 @@ void keep(rig *r, cm_bytes *out, kn_ptr at, uint64_t n);
  * last one shorter. */
 uint32_t next_cut(uint32_t cut, uint32_t at, uint32_t n);
 
+/* No larger than what t_kernels and t_layers need, so that scratch is used to its end. */
+extern const kn_limits SMALL_DIMS;
+
 /* Fails the test, naming path, threads, cut and seed, where a path differs from the oracle. */
-void compare_paths(scenario_fn scenario);
+void compare_paths(scenario_fn scenario, const kn_limits *limits);
 /* The oracle too gives the same for other cuts. */
-void compare_ref_cuts(scenario_fn scenario);
+void compare_ref_cuts(scenario_fn scenario, const kn_limits *limits);
 
 /* The test test_NAME of the scenario do_NAME. */
-#define PATH_TEST(name)                                                                                      \
+#define PATH_TEST(name, limits)                                                                              \
     static void test_##name(void **state)                                                                    \
     {                                                                                                        \
         (void)state;                                                                                         \
-        compare_paths(do_##name);                                                                            \
+        compare_paths(do_##name, &(limits));                                                                 \
     }

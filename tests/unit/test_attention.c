@@ -15,21 +15,10 @@
 #include "common/base/mem.h"
 #include "kernels/kn_math.h"
 #include "tests/golden/kernel_rig.h"
+#include "tests/unit/kernel_paths.h"
 #include "tests/unit/kernel_random.h"
 
 enum { N_ROW = 11, PAGE_ROWS = KN_PAGE_TOKENS / 4 };
-
-typedef void (*scenario_fn)(rig *r, uint32_t cut, cm_bytes *out);
-
-static uint32_t next_cut(uint32_t cut, uint32_t at, uint32_t n)
-{
-    return cut == 0 || n - at < cut ? n - at : cut;
-}
-
-static void keep(rig *r, cm_bytes *out, kn_ptr at, uint64_t n)
-{
-    cm_bytes_append(out, kn_mem_host(r->device, at), n);
-}
 
 static kn_ptr shuffled_pages(rig *r, uint32_t n)
 {
@@ -413,52 +402,13 @@ static const kn_limits LIMITS = {.n_row = 64,
                                  .n_key = 128,
                                  .n_index_row = 1500,
                                  .n_expert = 1};
-
-static void compare_paths(scenario_fn scenario)
-{
-    static const struct {
-        uint32_t n_threads, cut;
-    } ways[] = {{1, 0}, {1, 1}, {3, 3}, {3, 0}};
-    cm_bytes want;
-    rig r;
-    cm_bytes_init(&want, 0);
-    rig_open(&r, "ref", NULL, 1, &LIMITS);
-    scenario(&r, 0, &want);
-    rig_close(&r);
-    for (uint32_t i_isa = 0; kn_cpu_isa_at(i_isa) != NULL; i_isa++) {
-        for (size_t i = 0; i < sizeof(ways) / sizeof(ways[0]); i++) {
-            cm_bytes got;
-            cm_bytes_init(&got, 0);
-            rig_open(&r, "cpu", kn_cpu_isa_at(i_isa), ways[i].n_threads, &LIMITS);
-            scenario(&r, ways[i].cut, &got);
-            assert_int_equal(got.len, want.len);
-            for (size_t k = 0; k < want.len; k++) {
-                if (got.data[k] != want.data[k]) {
-                    fail_msg("%s, %u threads, cut %u, seed %llu: byte %zu of %zu differs from ref",
-                             kn_device_isa(r.device), ways[i].n_threads, ways[i].cut,
-                             (unsigned long long)random_seed, k, want.len);
-                }
-            }
-            cm_bytes_fini(&got);
-            rig_close(&r);
-        }
-    }
-    cm_bytes_fini(&want);
-}
-
-#define PATH_TEST(name)                                                                                      \
-    static void test_##name(void **state)                                                                    \
-    {                                                                                                        \
-        (void)state;                                                                                         \
-        compare_paths(do_##name);                                                                            \
-    }
-PATH_TEST(index)
-PATH_TEST(index_scales)
-PATH_TEST(index_equal)
-PATH_TEST(attention)
-PATH_TEST(attention_odd)
-PATH_TEST(attention_sequences)
-PATH_TEST(attention_cancelling)
+PATH_TEST(index, LIMITS)
+PATH_TEST(index_scales, LIMITS)
+PATH_TEST(index_equal, LIMITS)
+PATH_TEST(attention, LIMITS)
+PATH_TEST(attention_odd, LIMITS)
+PATH_TEST(attention_sequences, LIMITS)
+PATH_TEST(attention_cancelling, LIMITS)
 
 int main(int argc, char **argv)
 {

@@ -20,6 +20,7 @@
 #include "common/base/mem.h"
 #include "common/base/rng.h"
 #include "common/base/stats.h"
+#include "tests/support/dies.h"
 
 static uint64_t g_seed = 1;
 
@@ -39,22 +40,6 @@ static void t_keep_line(void *ctx, cm_log_level level, const char *text)
         snprintf(lines->texts[lines->n], sizeof(lines->texts[0]), "%s", text);
     }
     lines->n++;
-}
-
-/* fn in a child process ends by an assertion. */
-static void t_assert_dies(void (*fn)(void))
-{
-    int status;
-    fflush(NULL);
-    pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        close(2);
-        fn();
-        _exit(0);
-    }
-    assert_true(waitpid(child, &status, 0) == child);
-    assert_true(WIFSIGNALED(status));
 }
 
 /* ---- status ---- */
@@ -145,9 +130,9 @@ static void test_guard(void **state)
     cm_mem_guard_begin("test");
     cm_mem_guard_end();
     cm_free(cm_alloc(1)); /* off again */
-    t_assert_dies(t_alloc_guarded);
-    t_assert_dies(t_try_alloc_guarded);
-    t_assert_dies(cm_mem_guard_end);
+    t_dies(t_alloc_guarded);
+    t_dies(t_try_alloc_guarded);
+    t_dies(cm_mem_guard_end);
 }
 
 static void test_arena(void **state)
@@ -243,9 +228,9 @@ static void test_pool(void **state)
     assert_non_null(strstr(lines.texts[0], "beans: object 1"));
     assert_non_null(strstr(lines.texts[1], "beans: object 2"));
     assert_non_null(strstr(lines.texts[1], "a2a2a2a2"));
-    t_assert_dies(t_arena_take_too_much);
-    t_assert_dies(t_pool_put_twice);
-    t_assert_dies(t_pool_put_stranger);
+    t_dies(t_arena_take_too_much);
+    t_dies(t_pool_put_twice);
+    t_dies(t_pool_put_stranger);
 }
 
 /* ---- map ---- */

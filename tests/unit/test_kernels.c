@@ -480,19 +480,19 @@ static void do_all_values(rig *r, uint32_t cut, cm_bytes *out)
 
 /* ---- ref against every path ---- */
 
-PATH_TEST(rows)
-PATH_TEST(hc)
-PATH_TEST(linear)
-PATH_TEST(q8_edges)
-PATH_TEST(q8_many)
-PATH_TEST(cancelling)
-PATH_TEST(grouped)
-PATH_TEST(grouped_edges)
-PATH_TEST(lanes)
-PATH_TEST(gate)
-PATH_TEST(experts)
-PATH_TEST(swiglu_combine)
-PATH_TEST(all_values)
+PATH_TEST(rows, SMALL_DIMS)
+PATH_TEST(hc, SMALL_DIMS)
+PATH_TEST(linear, SMALL_DIMS)
+PATH_TEST(q8_edges, SMALL_DIMS)
+PATH_TEST(q8_many, SMALL_DIMS)
+PATH_TEST(cancelling, SMALL_DIMS)
+PATH_TEST(grouped, SMALL_DIMS)
+PATH_TEST(grouped_edges, SMALL_DIMS)
+PATH_TEST(lanes, SMALL_DIMS)
+PATH_TEST(gate, SMALL_DIMS)
+PATH_TEST(experts, SMALL_DIMS)
+PATH_TEST(swiglu_combine, SMALL_DIMS)
+PATH_TEST(all_values, SMALL_DIMS)
 
 /* ---- opening ---- */
 

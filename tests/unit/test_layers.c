@@ -317,16 +317,16 @@ static void do_index_ties(rig *r, uint32_t cut, cm_bytes *out)
 
 /* ---- ref against every path ---- */
 
-PATH_TEST(layer_window)
-PATH_TEST(layer_4)
-PATH_TEST(layer_128)
-PATH_TEST(index_ties)
+PATH_TEST(layer_window, SMALL_DIMS)
+PATH_TEST(layer_4, SMALL_DIMS)
+PATH_TEST(layer_128, SMALL_DIMS)
+PATH_TEST(index_ties, SMALL_DIMS)
 
 static void test_ref_cuts(void **state)
 {
     (void)state;
-    compare_ref_cuts(do_layer_4);
-    compare_ref_cuts(do_layer_128);
+    compare_ref_cuts(do_layer_4, &SMALL_DIMS);
+    compare_ref_cuts(do_layer_128, &SMALL_DIMS);
 }
 
 int main(int argc, char **argv)

@@ -10,22 +10,7 @@
 #include <cmocka.h>
 
 #include "router/sched/pages.h"
-
-/* fn in a child process ends by an assertion. */
-static void t_assert_dies(void (*fn)(void))
-{
-    fflush(NULL);
-    pid_t child = fork();
-    assert_true(child >= 0);
-    if (child == 0) {
-        close(2);
-        fn();
-        _exit(0);
-    }
-    int status;
-    assert_true(waitpid(child, &status, 0) == child);
-    assert_true(WIFSIGNALED(status));
-}
+#include "tests/support/dies.h"
 
 static void t_put_twice(void)
 {
@@ -72,9 +57,9 @@ static void test_pages(void **state)
         rt_pages_put(&pages, i);
     }
     rt_pages_fini(&pages);
-    t_assert_dies(t_put_twice);
-    t_assert_dies(t_put_stranger);
-    t_assert_dies(t_fini_early);
+    t_dies(t_put_twice);
+    t_dies(t_put_stranger);
+    t_dies(t_fini_early);
 }
 
 int main(void)
